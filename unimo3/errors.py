@@ -1,0 +1,71 @@
+"""Errors a user can mend, and the exit status each one gives a process.
+
+Every message names the field or file, the value found and what to do. A program's ``main`` runs under
+`exit_with_status`, so a Slurm script can tell from the status alone whether to requeue.
+
+Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_TEMPFAIL 75, EX_CONFIG 78).
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_DONE = 0
+EXIT_DIVERGED = 70
+EXIT_REQUEUE = 75
+EXIT_CONFIG = 78
+
+
+class Unimo3Error(ValueError):
+    """An error with a message meant for the user; `exit_status` says what a scheduler should do."""
+
+    exit_status = EXIT_CONFIG
+
+
+class ConfigError(Unimo3Error):
+    """One or more settings cannot be used.
+
+    Args:
+        faults: one line per fault, each naming the field, the value and the mend.
+    """
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        noun = "setting" if len(self.faults) == 1 else "settings"
+        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{len(self.faults)} {noun} to mend:\n{lines}")
+
+
+class DataError(Unimo3Error):
+    """A data file is missing, unreadable or not what its format says."""
+
+
+class CheckpointError(Unimo3Error):
+    """A checkpoint or exported folder is missing, incomplete or of another model."""
+
+
+class DivergedError(Unimo3Error):
+    """Training produced non-finite losses beyond the budget; a restart would do the same."""
+
+    exit_status = EXIT_DIVERGED
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved a checkpoint, and wants to be started again."""
+
+    exit_status = EXIT_REQUEUE
+
+
+def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
+    """Wrap a program's main so that its errors end the process with the documented status and one message."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            status = main(*args, **kwargs)
+        except (Unimo3Error, Interrupted) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_status)
+        sys.exit(status or EXIT_DONE)
+
+    return wrapped
