@@ -1,0 +1,1 @@
+"""Operations of the model that have, or will have, fused kernels."""

@@ -1,0 +1,144 @@
+"""Self-attention, cross-layer attention and the feed-forward network of a fusion layer (post-norm, as METER).
+
+Source: METER, arXiv 2111.02387, section 3; transformers' BridgeTowerBertCrossLayer is the same layer.
+"""
+
+# Shapes: B batch, T tokens of this stream, V tokens of the other, D width, H heads, d = D / H, S visible levels.
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from unimo3.kernels.cross_layer_attention import cross_layer_attention
+from unimo3.model.config import Unimo3Config
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one level, [B, H, V, d] each, projected once and read by every later layer."""
+
+    key: Tensor
+    value: Tensor
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] -> [B, H, T, d]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """LN(x + attention(x))."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """x [B, T, D], padding_mask [B, T] with True where a token may be read -> [B, T, D]."""
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        mask = None if padding_mask is None else padding_mask[:, None, None, :]
+        dropout_p = self.attention_dropout if self.training else 0.0
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return self.norm(x + self.dropout(self.out(attended.transpose(1, 2).flatten(2))))
+
+
+class LevelKeyValue(nn.Module):
+    """Projects one level of a stream to the keys and values that the other stream reads."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.projection = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+
+    def forward(self, state: Tensor) -> KeyValue:
+        """state [B, V, D] -> keys and values [B, H, V, d]."""
+        key, value = self.projection(state).chunk(2, dim=-1)
+        return KeyValue(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+
+
+class LevelGate(nn.Module):
+    """How much each visible level counts: softmax over levels of W h + b, for every token and head.
+
+    W starts at zero and b so that the in-layer level, the last one, has the share `gate_init` and the others split
+    the rest. With ``static`` there is no W: one learned distribution a head.
+    """
+
+    def __init__(self, config: Unimo3Config, num_levels: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_levels = num_levels
+        self.in_layer_logit = math.log(config.gate_init / (1 - config.gate_init) * (num_levels - 1))
+        self.bias = nn.Parameter(torch.zeros(self.num_heads * num_levels))
+        self.projection = (
+            nn.Linear(config.hidden_size, self.num_heads * num_levels, bias=False) if config.gate == "token" else None
+        )
+
+    def initial_bias(self) -> Tensor:
+        """[H * S], the logits that give the initial shares."""
+        bias = torch.zeros(self.num_heads, self.num_levels)
+        bias[:, -1] = self.in_layer_logit
+        return bias.flatten()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [B, T, D] -> shares [B, T, H, S] in float32."""
+        if self.projection is None:
+            logits = self.bias.expand(*h.shape[:2], -1)
+        else:
+            logits = self.projection(h) + self.bias
+        return logits.unflatten(-1, (self.num_heads, self.num_levels)).float().softmax(dim=-1)
+
+
+class CrossLayerAttention(nn.Module):
+    """LN(h + W_o . attention(h, levels of the other stream)).
+
+    Args:
+        num_levels: levels this layer sees; 1 is METER's co-attention and has no gate.
+    """
+
+    def __init__(self, config: Unimo3Config, num_levels: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gate = LevelGate(config, num_levels) if num_levels > 1 and config.gate != "uniform" else None
+
+    def forward(
+        self, h: Tensor, levels: Sequence[KeyValue], padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """h [B, T, D], padding_mask [B, V] of the other stream -> ([B, T, D], gates [B, T, H, S] or None)."""
+        gate = None if self.gate is None else self.gate(h)
+        attended = cross_layer_attention(
+            split_heads(self.query(h), self.num_heads),
+            [level.key for level in levels],
+            [level.value for level in levels],
+            gate,
+            padding_mask,
+            self.attention_dropout if self.training else 0.0,
+        )
+        return self.norm(h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))), gate
+
+
+class FeedForward(nn.Module):
+    """LN(x + W_2 gelu(W_1 x))."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        self.inner = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.outer = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.norm(x + self.dropout(self.outer(gelu(self.inner(x)))))

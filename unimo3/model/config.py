@@ -1,0 +1,147 @@
+"""Configuration of the UNIMO-3 model and of its two towers.
+
+Source: arXiv 2305.13697 (the model); METER, arXiv 2111.02387 (fusion sizes and norms).
+"""
+
+from typing import Any
+
+import timm
+from transformers import PreTrainedConfig, RobertaConfig
+
+INTERACTIONS = ("in_layer", "cross_layer")
+GATES = ("token", "static", "uniform")
+
+
+class Unimo3VisionConfig(PreTrainedConfig):
+    """A timm vision transformer with a class token.
+
+    Args:
+        architecture: name of a timm ViT, such as ``vit_base_patch16_clip_quickgelu_224``.
+        image_size: height and width of the input in pixels; a multiple of the patch size.
+        overrides: keyword arguments for the timm constructor, such as ``{"depth": 4, "embed_dim": 128}``.
+    """
+
+    model_type = "unimo3_vision"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        architecture: str = "vit_base_patch16_clip_quickgelu_224",
+        image_size: int = 288,
+        overrides: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        self.architecture = architecture
+        self.image_size = image_size
+        self.overrides = dict(overrides or {})
+        super().__init__(**kwargs)
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        if not timm.is_model(self.architecture):
+            return [
+                f"model.vision.architecture: '{self.architecture}': timm has no such model; "
+                "timm.list_models('vit*') lists them"
+            ]
+        patch = self.overrides.get("patch_size", _patch_size(self.architecture))
+        if patch and self.image_size % patch:
+            return [
+                f"model.vision.image_size: {self.image_size}: not a multiple of the patch size {patch}; "
+                f"use {self.image_size // patch * patch or patch} or {(self.image_size // patch + 1) * patch}"
+            ]
+        return []
+
+
+class Unimo3Config(PreTrainedConfig):
+    """Everything needed to build a UNIMO-3 model, stored as ``config.json`` with its weights.
+
+    Args:
+        text_config: RoBERTa's configuration.
+        vision_config: the image tower's configuration.
+        hidden_size: fusion width D.
+        num_hidden_layers: fusion layers L.
+        num_attention_heads: fusion heads H; D / H is the head width.
+        intermediate_size: inner width of the fusion feed-forward networks; 4 D when 0.
+        interaction: ``in_layer`` (METER's co-attention) or ``cross_layer`` (every earlier level of the other modality).
+        gate: how levels are weighed: ``token`` (per token and head), ``static`` (a learned constant per head) or
+            ``uniform`` (their mean, no parameters).
+        gate_init: share of the in-layer level at initialisation, in (0, 1); the other levels split the rest equally.
+        itc_size: width of the contrastive projections.
+        num_answers: classes of the question-answering head.
+    """
+
+    model_type = "unimo3"
+    sub_configs = {"text_config": RobertaConfig, "vision_config": Unimo3VisionConfig}
+
+    def __init__(
+        self,
+        text_config: RobertaConfig | dict | None = None,
+        vision_config: Unimo3VisionConfig | dict | None = None,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 0,
+        interaction: str = "cross_layer",
+        gate: str = "token",
+        gate_init: float = 0.5,
+        hidden_dropout_prob: float = 0.1,
+        attention_probs_dropout_prob: float = 0.1,
+        layer_norm_eps: float = 1e-12,
+        initializer_range: float = 0.02,
+        itc_size: int = 256,
+        itc_temperature_init: float = 0.07,
+        num_answers: int = 0,
+        tie_word_embeddings: bool = True,
+        **kwargs,
+    ):
+        if not isinstance(text_config, RobertaConfig):
+            text_config = RobertaConfig(**(text_config or {}))
+        if not isinstance(vision_config, Unimo3VisionConfig):
+            vision_config = Unimo3VisionConfig(**(vision_config or {}))
+        self.text_config = text_config
+        self.vision_config = vision_config
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size or 4 * hidden_size
+        self.interaction = interaction
+        self.gate = gate
+        self.gate_init = gate_init
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.itc_size = itc_size
+        self.itc_temperature_init = itc_temperature_init
+        self.num_answers = num_answers
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault: field, value and mend."""
+        found = list(self.vision_config.faults())
+        text_heads = self.text_config.num_attention_heads
+        if self.text_config.hidden_size % text_heads:
+            found.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")
+        if self.hidden_size % self.num_attention_heads:
+            found.append(
+                f"model.num_attention_heads: {self.num_attention_heads}: "
+                f"must divide model.hidden_size {self.hidden_size}"
+            )
+        if self.num_hidden_layers < 1:
+            found.append(f"model.num_hidden_layers: {self.num_hidden_layers}: at least one fusion layer is needed")
+        if self.interaction not in INTERACTIONS:
+            found.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is served")
+        if self.gate not in GATES:
+            found.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is served")
+        if not 0 < self.gate_init < 1:
+            found.append(f"model.gate_init: {self.gate_init}: a share strictly between 0 and 1 is needed")
+        return found
+
+
+def _patch_size(architecture: str) -> int | None:
+    """Patch size in pixels as the architecture's name states it, or None."""
+    for part in architecture.split("_"):
+        if part.startswith("patch") and part[5:].isdigit():
+            return int(part[5:])
+    return None

@@ -1,0 +1,82 @@
+"""Heads on the fused states: masked language modelling, image-text matching, contrast, question answering.
+
+Source: METER, arXiv 2111.02387, for MLM, ITM and VQA; ALBEF, arXiv 2107.07651, for the contrastive projections.
+"""
+
+# Shapes: B batch, N any number of tokens, D fusion width.
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, normalize
+
+from unimo3.model.config import Unimo3Config
+
+
+class MlmHead(nn.Module):
+    """Scores of every vocabulary entry for fused text states; the decoder's weight can be the word embedding's."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.text_config.vocab_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[N, D] -> [N, vocabulary]."""
+        return self.decoder(self.norm(gelu(self.dense(states))))
+
+
+class ItmHead(nn.Module):
+    """Whether text and image belong together: logits of (no, yes)."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        self.classifier = nn.Linear(2 * config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, 2 D] -> [B, 2]."""
+        return self.classifier(pooled)
+
+
+class ItcOutput(NamedTuple):
+    """Unit vectors of both modalities, [B, itc_size] each, and the temperature."""
+
+    text: Tensor
+    image: Tensor
+    temperature: Tensor
+
+
+class ItcHead(nn.Module):
+    """Projects each tower's class token to a common space; the temperature is learned within [0.001, 0.5]."""
+
+    def __init__(self, config: Unimo3Config, image_width: int):
+        super().__init__()
+        self.text = nn.Linear(config.text_config.hidden_size, config.itc_size)
+        self.image = nn.Linear(image_width, config.itc_size)
+        self.temperature_init = config.itc_temperature_init
+        self.temperature = nn.Parameter(torch.full((1,), self.temperature_init))
+
+    def forward(self, text_states: Tensor, image_states: Tensor) -> ItcOutput:
+        """Tower states [B, tokens, width] -> unit vectors and temperature."""
+        return ItcOutput(
+            normalize(self.text(text_states[:, 0]).float(), dim=-1),
+            normalize(self.image(image_states[:, 0]).float(), dim=-1),
+            self.temperature.float().clamp(0.001, 0.5),
+        )
+
+
+class VqaHead(nn.Module):
+    """Scores of every answer in the vocabulary."""
+
+    def __init__(self, config: Unimo3Config):
+        super().__init__()
+        width = 2 * config.hidden_size
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.classifier = nn.Linear(width, config.num_answers)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, 2 D] -> [B, answers]."""
+        return self.classifier(gelu(self.norm(self.dense(pooled))))
