@@ -22,7 +22,7 @@ class VisionTower(nn.Module):
             raise ConfigError(faults)
         # Called as a whole (never through forward_features): ZeRO-3 gathers the class token and the position table,
         # which belong to the transformer itself, when its forward starts.
-        self.vit: Any = timm.create_model(
+        vit: Any = timm.create_model(
             config.architecture,
             pretrained=False,
             img_size=config.image_size,
@@ -30,8 +30,9 @@ class VisionTower(nn.Module):
             global_pool="",
             **config.overrides,
         )
-        self.width: int = self.vit.num_features
-        self.num_tokens: int = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+        self.vit = vit
+        self.width: int = vit.num_features
+        self.num_tokens: int = vit.patch_embed.num_patches + vit.num_prefix_tokens
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> [B, V, width]."""

@@ -1,0 +1,151 @@
+"""Settings of the model, as recipes give them, and their way to a `Unimo3Config`.
+
+Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' default sizes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import RobertaConfig
+
+from unimo3.errors import ConfigError
+from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
+from unimo3.model.pretrained import read_roberta_config
+
+
+@dataclass(frozen=True)
+class TextArgs:
+    """The text tower, a RoBERTa encoder."""
+
+    init: str | None = None
+    """Local Hugging Face folder of a RoBERTa model: its weights, and its sizes instead of those below. Random if null."""
+    vocab_size: int = 50265
+    """Entries of the word embedding; at least the tokenizer's."""
+    hidden_size: int = 768
+    """Width."""
+    num_hidden_layers: int = 12
+    """Layers."""
+    num_attention_heads: int = 12
+    """Attention heads."""
+    intermediate_size: int = 3072
+    """Inner width of the feed-forward networks."""
+    max_position_embeddings: int = 514
+    """Rows of the position table; RoBERTa keeps the first two for padding, so texts have at most two tokens fewer."""
+    dropout: float = 0.1
+    """Dropout probability of hidden states and attention weights."""
+
+    def to_config(self) -> RobertaConfig:
+        """The tower's configuration."""
+        if self.init:
+            return read_roberta_config(self.init)
+        return RobertaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        )
+
+
+@dataclass(frozen=True)
+class VisionArgs:
+    """The image tower, a timm vision transformer."""
+
+    init: str | None = None
+    """Local Hugging Face folder of a CLIP model with this tower's sizes: its image weights. Random if null."""
+    architecture: str = "vit_base_patch16_clip_quickgelu_224"
+    """Name of a timm vision transformer."""
+    image_size: int = 288
+    """Height and width of the input in pixels, a multiple of the patch size."""
+    patch_size: int = 0
+    """Patch height and width in pixels; 0: the architecture's own."""
+    width: int = 0
+    """Width; 0: the architecture's own."""
+    depth: int = 0
+    """Layers; 0: the architecture's own."""
+    num_heads: int = 0
+    """Attention heads; 0: the architecture's own."""
+
+    def to_config(self) -> Unimo3VisionConfig:
+        """The tower's configuration."""
+        given: dict[str, Any] = {
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+        }
+        overrides = {name: value for name, value in given.items() if value}
+        return Unimo3VisionConfig(self.architecture, self.image_size, overrides)
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Towers and cross-modal encoder."""
+
+    text: TextArgs = field(default_factory=TextArgs)
+    vision: VisionArgs = field(default_factory=VisionArgs)
+    hidden_size: int = 768
+    """Fusion width D."""
+    num_hidden_layers: int = 6
+    """Fusion layers L."""
+    num_attention_heads: int = 12
+    """Fusion attention heads H."""
+    interaction: Literal["in_layer", "cross_layer"] = "cross_layer"
+    """What a fusion layer reads of the other modality: its partner layer, or every level up to it."""
+    gate: Literal["token", "static", "uniform"] = "token"
+    """How levels are weighed: by each token and head, by a learned constant a head, or equally."""
+    gate_init: float = 0.5
+    """Share of the in-layer level at the start, between 0 and 1."""
+    dropout: float = 0.1
+    """Dropout probability of the fusion layers' hidden states and attention weights."""
+    itc_size: int = 256
+    """Width of the contrastive projections."""
+    itc_temperature_init: float = 0.07
+    """Contrastive temperature at the start; it is learned within 0.001 and 0.5."""
+    tie_word_embeddings: bool = True
+    """Whether the MLM decoder shares the word embedding; the text and fusion widths must then be equal."""
+
+    def to_config(self) -> Unimo3Config:
+        """The model's configuration.
+
+        Raises:
+            ConfigError: `text.init` is not a RoBERTa folder.
+        """
+        return Unimo3Config(
+            text_config=self.text.to_config(),
+            vision_config=self.vision.to_config(),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            interaction=self.interaction,
+            gate=self.gate,
+            gate_init=self.gate_init,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            itc_size=self.itc_size,
+            itc_temperature_init=self.itc_temperature_init,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault: field, value and mend."""
+        try:
+            config = self.to_config()
+        except ConfigError as error:
+            return error.faults
+        found = config.faults()
+        text_width = config.text_config.hidden_size
+        if self.tie_word_embeddings and text_width != self.hidden_size:
+            found.append(
+                f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
+                f"{self.hidden_size}; make them equal or set it to false"
+            )
+        for name, value in (("model.dropout", self.dropout), ("model.text.dropout", self.text.dropout)):
+            if not 0 <= value < 1:
+                found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
+        return found

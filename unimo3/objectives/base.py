@@ -1,0 +1,123 @@
+"""What an objective is, and the pretraining task that runs several of them on one pass through the towers.
+
+The image tower runs once a step and the text tower once on [plain; masked]; all objectives that need fused states
+share one call of the fusion encoder. The total is the weighted sum of the losses.
+
+Source: METER, arXiv 2111.02387 (MLM, ITM); ALBEF, arXiv 2107.07651 (ITC).
+"""
+
+# Shapes: B batch, T text tokens, V image tokens, W tower width, D fusion width.
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unimo3.model.fusion import FusionOutput
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+
+Losses = dict[str, Tensor]
+
+
+class TowerStates(NamedTuple):
+    """A micro-batch and its tower states: text [B, T, W] plain and masked (None if unused), image [B, V, W]."""
+
+    batch: dict[str, Any]
+    plain_text: Tensor | None
+    masked_text: Tensor | None
+    image: Tensor
+
+
+class FusionInput(NamedTuple):
+    """Tower states to be fused, text [B, T, W] and image [B, V, W], and the objective's labels for the pairs."""
+
+    text: Tensor
+    image: Tensor
+    labels: Tensor | None = None
+
+
+class Objective(ABC):
+    """One pretraining loss. `name` is its key in the configuration and in the metrics."""
+
+    name: str
+    reads_plain_text: bool
+    reads_masked_text: bool
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    @abstractmethod
+    def fusion_input(self, states: TowerStates) -> FusionInput | None:
+        """The pairs this objective wants fused, or None if it needs no fused states."""
+
+    @abstractmethod
+    def losses(
+        self,
+        model: Unimo3ForPreTraining,
+        states: TowerStates,
+        request: FusionInput | None,
+        fused: FusionOutput | None,
+    ) -> Losses:
+        """A ``loss`` with gradient and any further figures, unweighted; `fused` is what became of `request`."""
+
+
+class PretrainingTask(nn.Module):
+    """Batch -> losses of all objectives whose weight is not zero."""
+
+    def __init__(self, model: Unimo3ForPreTraining, objectives: Sequence[Objective]):
+        super().__init__()
+        self.model = model
+        self.objectives = [objective for objective in objectives if objective.weight != 0]
+        assert self.objectives, "the configuration check refuses a run without any objective"
+
+    def forward(self, batch: dict[str, Any]) -> Losses:
+        """Compute every loss.
+
+        Args:
+            batch: ``pixel_values`` [B, 3, S, S], ``input_ids``, ``attention_mask``, ``mlm_input_ids`` and
+                ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
+
+        Returns:
+            ``loss``, the weighted sum, and each objective's own figures under its name.
+        """
+        states = self._encode(batch)
+        requests = [objective.fusion_input(states) for objective in self.objectives]
+        fused = self._fuse([request for request in requests if request is not None], batch["attention_mask"])
+        report: Losses = {}
+        total = states.image.new_zeros((), dtype=torch.float32)
+        for objective, request in zip(self.objectives, requests, strict=True):
+            losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)
+            total = total + objective.weight * losses["loss"]
+            for key, value in losses.items():
+                report[f"{key}_{objective.name}"] = value.detach()
+        return {"loss": total, **report}
+
+    def _encode(self, batch: dict[str, Any]) -> TowerStates:
+        ids = []
+        plain = any(objective.reads_plain_text for objective in self.objectives)
+        masked = any(objective.reads_masked_text for objective in self.objectives)
+        if plain:
+            ids.append(batch["input_ids"])
+        if masked:
+            ids.append(batch["mlm_input_ids"])
+        mask = batch["attention_mask"]
+        text = self.model.unimo3.encode_text(torch.cat(ids), mask.repeat(len(ids), 1))
+        parts = list(text.chunk(len(ids)))
+        image = self.model.unimo3.encode_image(batch["pixel_values"])
+        return TowerStates(batch, parts.pop(0) if plain else None, parts.pop(0) if masked else None, image)
+
+    def _fuse(self, requests: list[FusionInput], mask: Tensor) -> list[FusionOutput]:
+        if not requests:
+            return []
+        fused = self.model.unimo3.fuse(
+            torch.cat([request.text for request in requests]),
+            torch.cat([request.image for request in requests]),
+            mask.repeat(len(requests), 1),
+        )
+        parts = range(len(requests))
+        texts, images = fused.text.chunk(len(requests)), fused.image.chunk(len(requests))
+        text_gates = [[None if g is None else g.chunk(len(requests))[i] for g in fused.text_gates] for i in parts]
+        image_gates = [[None if g is None else g.chunk(len(requests))[i] for g in fused.image_gates] for i in parts]
+        return [FusionOutput(texts[i], images[i], tuple(text_gates[i]), tuple(image_gates[i])) for i in parts]

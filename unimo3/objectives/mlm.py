@@ -1,0 +1,44 @@
+"""Masked language modelling: predict masked words from the text around them and the image.
+
+Source: BERT, arXiv 1810.04805; on fused states as METER, arXiv 2111.02387.
+"""
+
+from torch.nn.functional import cross_entropy
+
+from unimo3.model.fusion import FusionOutput
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
+from unimo3.objectives.exchange import sum_over_ranks, world
+
+
+class MaskedLanguageModeling(Objective):
+    """Cross-entropy over the masked tokens of all ranks."""
+
+    name = "mlm"
+    reads_plain_text = False
+    reads_masked_text = True
+
+    def fusion_input(self, states: TowerStates) -> FusionInput:
+        """Masked texts with their own images."""
+        assert states.masked_text is not None
+        return FusionInput(states.masked_text, states.image)
+
+    def losses(
+        self,
+        model: Unimo3ForPreTraining,
+        states: TowerStates,
+        request: FusionInput | None,
+        fused: FusionOutput | None,
+    ) -> Losses:
+        """The mean over masked tokens of the whole step's batch; scores are computed for masked tokens alone."""
+        assert fused is not None
+        labels = states.batch["mlm_labels"]
+        masked = labels != -100
+        targets = labels[masked]
+        logits = model.mlm_head(fused.text[masked]).float()
+        # Ranks mask different numbers of tokens: a mean of their means would not be the batch's mean.
+        num_targets = sum_over_ranks(masked.sum()).clamp(min=1)
+        size = world()[1]
+        loss = cross_entropy(logits, targets, reduction="sum") * size / num_targets
+        accuracy = (logits.argmax(-1) == targets).sum() * size / num_targets
+        return {"loss": loss, "accuracy": accuracy}
