@@ -1,0 +1,26 @@
+"""Settings of when to save and what to keep."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointArgs:
+    """Checkpoints of the run; one is also written at the end and when the run is interrupted."""
+
+    every_steps: int = 1000
+    """Optimizer steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints to keep, at least 1."""
+    keep_every: int = 0
+    """Steps; checkpoints at multiples of it are kept for ever. 0: none."""
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        found = []
+        if self.every_steps < 1:
+            found.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")
+        if self.keep_last < 1:
+            found.append(f"checkpoint.keep_last: {self.keep_last}: at least 1 must be kept, or nothing could resume")
+        if self.keep_every < 0:
+            found.append(f"checkpoint.keep_every: {self.keep_every}: 0 (none) or a number of steps is needed")
+        return found

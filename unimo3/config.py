@@ -1,0 +1,179 @@
+"""Settings from a YAML file and the command line into a checked dataclass, with every fault in one message.
+
+A program's settings are one dataclass of groups; each group stands beside the code it configures, with a docstring
+under each field that ``--help`` prints. A dataclass may have ``faults() -> list[str]``; each fault names the field, the
+value and the mend.
+
+Source: jsonargparse, https://jsonargparse.readthedocs.io; collected faults after litgpt's ``validate_args``.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from unimo3.errors import ConfigError
+
+Config = TypeVar("Config")
+Flat = dict[str, Any]
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse(config_class: type[Config], argv: list[str] | None, program: str, description: str) -> Config:
+    """Build `config_class` from ``--config FILE`` and ``--group.key value`` arguments; later ones win.
+
+    Args:
+        config_class: a dataclass whose fields are groups (dataclasses) or plain values, all with defaults.
+        argv: the arguments; ``sys.argv[1:]`` when None.
+        program: how users start it, for the help text.
+
+    Raises:
+        ConfigError: with one line for every unknown key, value of a wrong type and fault of the settings.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(config_class, program, description)
+    if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in argv):
+        parser.parse_args(argv)
+    given = _given_values(argv)
+    faults = []
+    good: Flat = {}
+    known = set(flatten_fields(config_class))
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists all keys"
+            faults.append(f"{key}: {value!r}: no such setting; {hint}")
+            continue
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+            good[key] = parser.parse_args([f"--{key}={text}"])[key]
+        except ArgumentError as error:
+            faults.append(f"{key}: {value!r}: {_type_hint(error)}")
+    config = parser.instantiate_classes(parser.parse_object(_nest(good)))
+    built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    faults += collect_faults(built)
+    if faults:
+        raise ConfigError(faults)
+    return built
+
+
+def collect_faults(config: Any) -> list[str]:
+    """All faults of a dataclass: its groups' first, then its own."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += collect_faults(value)
+    if hasattr(config, "faults"):
+        found += config.faults()
+    return found
+
+
+def flatten(config: Any, prefix: str = "") -> Flat:
+    """A dataclass as ``{"group.key": value}``."""
+    flat: Flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{field.name}.")
+        else:
+            flat[prefix + field.name] = value
+    return flat
+
+
+def flatten_fields(config_class: type, prefix: str = "") -> list[str]:
+    """The dotted names of a dataclass's settings."""
+    return list(flatten(config_class(), prefix))
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a dataclass as YAML that ``--config`` reads back."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def read_flat(path: Path) -> Flat:
+    """A file that `save` wrote, as ``{"group.key": value}``."""
+    return _read_file(path)
+
+
+def fingerprint(config: Any) -> str:
+    """SHA-256 of a dataclass's values."""
+    return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+
+
+def _parser(config_class: type, program: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments win.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _given_values(argv: list[str]) -> Flat:
+    """The keys and values that files and arguments set, in order of precedence."""
+    given: Flat = {}
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            raise ConfigError(f"argument '{arg}': settings are given as --group.key value")
+        key, equals, value = arg[2:].partition("=")
+        if key.startswith("local_rank"):
+            # The deepspeed launcher adds it; the environment says the same.
+            continue
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key}: a value is needed after it")
+            value = rest.pop(0)
+        if key == "config":
+            given |= _read_file(Path(value))
+        else:
+            given[key.replace("-", "_")] = value
+    return given
+
+
+def _read_file(path: Path) -> Flat:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a recipe file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: is not YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must hold groups of settings, as the recipes do")
+    return _flatten_dict(content)
+
+
+def _flatten_dict(content: dict, prefix: str = "") -> Flat:
+    flat: Flat = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flatten_dict(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: Flat) -> dict:
+    nested: dict = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested
+
+
+def _type_hint(error: Exception) -> str:
+    """The reason in jsonargparse's message, without its preamble and Python's names of types."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if "xpected" in line or "alid" in line), lines[-1])
+    return re.sub(r"<class '(\w+)'>", r"\1", reason).replace("typing.Literal", "one of ")

@@ -1,0 +1,140 @@
+"""The DeepSpeed engine: the one place that reads ``ds_configs/`` and starts DeepSpeed.
+
+A ds_config says how to shard, offload and round; batch sizes and gradient clipping are the recipe's and stand as
+"auto" there. A ds_config that sets them itself to something else is refused: two sources for one number would hide
+which one a run used.
+
+Source: DeepSpeed 0.19, runtime/config.py and runtime/engine.py.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from unimo3.errors import ConfigError
+from unimo3.model.unimo3 import Unimo3PreTrainedModel
+from unimo3.training.optim import OptimArgs, build_optimizer
+
+# Settings of the recipe, and where a ds_config has them.
+_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_REMOVED = ("elasticity", "nebula", "compression_training", "autotuning", "optimizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is spread: `global_batch` = `micro_batch` x `num_accumulation` x `world_size`."""
+
+    global_batch: int
+    micro_batch: int
+    world_size: int
+
+    @property
+    def num_accumulation(self) -> int:
+        """Micro-steps an optimizer step."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these numbers, one line a fault."""
+        found = [
+            f"training.{name}: {value}: at least 1 pair is needed"
+            for name, value in (("global_batch", self.global_batch), ("micro_batch", self.micro_batch))
+            if value < 1
+        ]
+        if not found and self.global_batch % (self.micro_batch * self.world_size):
+            share = self.micro_batch * self.world_size
+            below, above = self.global_batch // share * share, (self.global_batch // share + 1) * share
+            found.append(
+                f"training.global_batch: {self.global_batch}: does not divide into micro-batches of "
+                f"{self.micro_batch} on {self.world_size} ranks; use {f'{below} or ' if below else ''}{above}, "
+                "or change training.micro_batch or the number of ranks"
+            )
+        return found
+
+
+def ds_config_faults(path: str) -> list[str]:
+    """Say what is wrong with a ds_config file, one line a fault."""
+    try:
+        config = _read(path)
+    except ConfigError as error:
+        return error.faults
+    where = f"training.ds_config: '{path}'"
+    found = [
+        f"{where}: sets '{key}' to {config[key]!r}; set it to \"auto\": the recipe decides it"
+        for key in _OWNED
+        if config.get(key, "auto") != "auto"
+    ]
+    found += [f"{where}: has '{key}', which this project does not use; remove it" for key in _REMOVED if key in config]
+    for key, value in _walk(config):
+        if value == "auto" and key not in _OWNED:
+            found.append(
+                f"{where}: '{key}' is \"auto\"; only {', '.join(_OWNED)} are filled in, DeepSpeed drops others"
+            )
+    if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
+        found.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
+    return found
+
+
+def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, Any]:
+    """A ds_config with the recipe's batch sizes and clipping filled in.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    return _read(path) | {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.num_accumulation,
+        "gradient_clipping": clip_norm,
+    }
+
+
+def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrainedModel]) -> Unimo3PreTrainedModel:
+    """Construct a model, sharded from its first parameter on under ZeRO-3, with its values still to be set."""
+    with no_init_weights():
+        if ds_config.get("zero_optimization", {}).get("stage") == 3:
+            with deepspeed.zero.Init(config_dict_or_path=ds_config):
+                return construct()
+        return construct()
+
+
+def build_engine(
+    task: nn.Module, model: Unimo3PreTrainedModel, ds_config: dict[str, Any], optim: OptimArgs
+) -> deepspeed.DeepSpeedEngine:
+    """Start DeepSpeed on a task, whose `model` is to be trained.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the configuration.
+    """
+    try:
+        engine, _, _, _ = deepspeed.initialize(model=task, optimizer=build_optimizer(model, optim), config=ds_config)
+    except (deepspeed.runtime.config.DeepSpeedConfigError, ValueError) as error:
+        raise ConfigError(f"training.ds_config: DeepSpeed refuses it: {error}") from error
+    return engine
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"training.ds_config: '{path}': cannot be read ({error.strerror}); name a file of ds_configs/"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"training.ds_config: '{path}': is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"training.ds_config: '{path}': holds no JSON object; see ds_configs/zero3_bf16.json")
+    return config
+
+
+def _walk(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        found += _walk(value) if isinstance(value, dict) else [(key, value)]
+    return found

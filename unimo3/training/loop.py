@@ -1,0 +1,184 @@
+"""The training loop, top to bottom: batch, losses, backward, step, figures, save.
+
+Source: nanoGPT's train.py and lingua's apps/main/train.py for the shape of it.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from unimo3.checkpoint import store
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.errors import DivergedError, Interrupted
+from unimo3.objectives.exchange import sum_over_ranks, world
+from unimo3.training.engine import ds_config_faults
+from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
+from unimo3.training.optim import OptimArgs, rate_share, set_rates
+from unimo3.training.preempt import StopRequest
+from unimo3.training.run import Run
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    """Length, batch and engine of the run."""
+
+    steps: int = 100_000
+    """Optimizer steps of the whole run; the learning rate falls to zero over them."""
+    stop_after: int = 0
+    """Optimizer steps after which this process saves and ends with status 0, short of `steps`. 0: at `steps`."""
+    global_batch: int = 4096
+    """Pairs an optimizer step, over all ranks; constant in a run."""
+    micro_batch: int = 32
+    """Pairs one rank computes at a time."""
+    ds_config: str = "ds_configs/zero3_bf16.json"
+    """DeepSpeed configuration file."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
+    log_every: int = 50
+    """Optimizer steps between progress lines where the output is no terminal."""
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        found = [
+            f"training.{name}: {getattr(self, name)}: at least 1 is needed"
+            for name in ("steps", "log_every")
+            if getattr(self, name) < 1
+        ]
+        found += [
+            f"training.{name}: {getattr(self, name)}: 0 or a number of steps is needed"
+            for name in ("stop_after", "eval_every")
+            if getattr(self, name) < 0
+        ]
+        return found + ds_config_faults(self.ds_config)
+
+
+def train(
+    run: Run,
+    engine: Any,
+    batches: Iterable[list[Batch]],
+    training: TrainingArgs,
+    optim: OptimArgs,
+    checkpoint: CheckpointArgs,
+    stop: StopRequest,
+    evaluate: Callable[[int], Figures] | None = None,
+) -> None:
+    """Train from `run.step` to the end, or until asked to stop.
+
+    Args:
+        run: the run's folder, figures and state; its `step` counts the optimizer steps done.
+        engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
+        batches: the micro-batches of each optimizer step, from `run.step` on.
+        evaluate: called with the step on all ranks; returns figures on held-out data.
+
+    Raises:
+        Interrupted: a stop signal came on any rank; a checkpoint has been saved.
+        DivergedError: a loss is not finite; nothing has been saved.
+    """
+    rank, num_ranks = world()
+    last_step = min(training.steps, training.stop_after or training.steps)
+    steps: Iterator[list[Batch]] = iter(batches)
+    progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
+    saved_step = run.step
+    num_bad_samples = 0
+    if evaluate is not None and run.step >= last_step and not read_metrics(run.folder, group="eval"):
+        # Killed between the last save and its evaluation.
+        run.metrics.write({"step": run.step, **evaluate(run.step)}, group="eval")
+    started = time.perf_counter()
+    engine.train()
+    while run.step < last_step:
+        micro_batches = next(steps)
+        share = rate_share(run.step, training.steps, optim.warmup_share)
+        set_rates(engine.optimizer, share)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            report = engine(_to_device(batch, engine.device))
+            engine.backward(report["loss"])
+            engine.step()
+            for name, value in report.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        run.step += 1
+        run.record_keys(micro_batches)
+
+        # One small all-reduce a step: mean figures, bad samples, and whether any rank was asked to stop.
+        names = sorted(sums)
+        vector = torch.stack([sums[name].reshape(()) / len(micro_batches) for name in names])
+        num_bad = sum(int(batch["num_replaced"]) for batch in micro_batches)
+        extra = torch.tensor([float(num_bad), float(stop.received)], device=vector.device)
+        reduced = sum_over_ranks(torch.cat([vector, extra])).tolist()
+        means = {name: value / num_ranks for name, value in zip(names, reduced[:-2], strict=True)}
+        num_bad_samples += int(reduced[-2])
+        if not math.isfinite(means["loss"]):
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+            raise DivergedError(
+                f"step {run.step}: the loss is not finite ({figures}); resume from an earlier checkpoint with a lower "
+                "optim.lr"
+            )
+
+        now = time.perf_counter()
+        norm = engine.get_global_grad_norm()
+        figures = {
+            "step": run.step,
+            "samples": run.step * training.global_batch,
+            **means,
+            "lr": optim.lr * share,
+            "grad_norm": float(norm) if norm is not None else None,
+            "pairs_per_s": training.global_batch / (now - started),
+            "step_s": now - started,
+            "bad_samples": num_bad_samples,
+            "memory_bytes": peak_memory_bytes(),
+        }
+        started = now
+        run.metrics.write(figures)
+        _show(progress, figures, training)
+
+        interrupted = reduced[-1] > 0
+        ended = run.step == last_step
+        if ended or interrupted or run.step % checkpoint.every_steps == 0:
+            run.save(engine)
+            saved_step = run.step
+            if rank == 0:
+                store.prune(run.folder, checkpoint.keep_last, checkpoint.keep_every)
+            started = time.perf_counter()
+        if interrupted and not ended:
+            progress.close()
+            raise Interrupted(
+                f"asked to stop ({stop.name or 'by another rank'}); step {saved_step} of {training.steps} is saved in "
+                f"{run.folder}; start the same command to continue"
+            )
+        if evaluate is not None and (ended or (training.eval_every and run.step % training.eval_every == 0)):
+            run.metrics.write({"step": run.step, **evaluate(run.step)}, group="eval")
+            engine.train()
+            started = time.perf_counter()
+    progress.close()
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def _show(progress: tqdm, figures: Figures, training: TrainingArgs) -> None:
+    """A progress bar on a terminal, else a line now and then, on rank 0."""
+    losses = {name: value for name, value in figures.items() if name.startswith("loss")}
+    progress.update(1)
+    progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
+    step = figures["step"]
+    if world()[0] == 0 and progress.disable and (step % training.log_every == 0 or step in (1, training.steps)):
+        left_s = (training.steps - step) * figures["step_s"]
+        shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        log.info(
+            "step %d/%d  %s  lr %.2e  %.1f pairs/s  %.0f s left",
+            step, training.steps, shown, figures["lr"], figures["pairs_per_s"], left_s,
+        )  # fmt: skip

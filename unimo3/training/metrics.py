@@ -1,0 +1,84 @@
+"""The run's figures: one JSON object a step in ``metrics.jsonl``, and the same as TensorBoard events.
+
+A resumed run continues both files: what was written for steps after the checkpoint is dropped first, so each step
+stands there once.
+"""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+Figures = dict[str, Any]
+
+
+class MetricsWriter:
+    """Writes on rank 0; on other ranks every call does nothing.
+
+    Args:
+        folder: the run's folder.
+        resumed_step: steps done before; later records are dropped.
+        enabled: whether this is rank 0.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int, enabled: bool):
+        self._file = None
+        self._board = None
+        if enabled:
+            path = folder / "metrics.jsonl"
+            drop_after(path, resumed_step)
+            self._file = path.open("a", buffering=1)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, figures: Figures, group: str = "train") -> None:
+        """Append one record; `figures` has ``step`` and plain numbers. `group` heads its TensorBoard names."""
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps(figures if group == "train" else {"group": group, **figures}) + "\n")
+        for name, value in figures.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{group}/{name}", value, figures["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(folder: Path, group: str | None = None) -> list[Figures]:
+    """Records of ``metrics.jsonl``: the training steps' (`group` None) or another group's."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [record for record in _whole_records(path) if record.get("group") == group]
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Remove records of steps after `step`, and a last line that a kill left half-written."""
+    if not path.exists():
+        return
+    kept = [record for record in _whole_records(path) if record["step"] <= step]
+    staging = path.with_suffix(".tmp")
+    staging.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    staging.replace(path)
+
+
+def _whole_records(path: Path) -> list[Figures]:
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held: the GPU's where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

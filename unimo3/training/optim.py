@@ -1,0 +1,117 @@
+"""AdamW with one learning rate a role, and its schedule.
+
+The schedule is a function of the step alone and is written into the optimizer before each step, so a resumed run has
+nothing to restore for it.
+
+Source: METER, arXiv 2111.02387 (fusion and heads at five times the towers' rate, linear warm-up and decay).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
+
+
+@dataclass(frozen=True)
+class OptimArgs:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-5
+    """Peak learning rate of the towers."""
+    fusion_factor: float = 5.0
+    """Multiplier of it for the fusion encoder."""
+    head_factor: float = 5.0
+    """Multiplier of it for the heads."""
+    weight_decay: float = 0.01
+    """Decay of weight matrices; biases, norms and single parameters have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup_share: float = 0.1
+    """Share of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        found = []
+        for name in ("lr", "fusion_factor", "head_factor", "eps"):
+            if getattr(self, name) <= 0:
+                found.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                found.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
+        for name in ("beta1", "beta2", "warmup_share"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
+        return found
+
+
+def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
+    """Share of the peak rate at optimizer step `step` (counted from 0) of `num_steps`."""
+    num_warmup = int(num_steps * warmup_share)
+    if step < num_warmup:
+        return (step + 1) / (num_warmup + 1)
+    return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give every parameter group `share` of its peak rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+
+
+def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`.
+
+    torch's own implementation: it needs no compiler at start-up and takes ZeRO's flat partitions as they are.
+    """
+    return torch.optim.AdamW(parameter_groups(model, args), betas=(args.beta1, args.beta2), eps=args.eps)
+
+
+def parameter_groups(model: Unimo3PreTrainedModel, args: OptimArgs) -> list[dict]:
+    """Parameters by role (tower, fusion, head) and by decay, in a stable order; tied ones go where they come first."""
+    base = cast(Unimo3Model, model.unimo3)
+    roles: tuple[tuple[str, tuple[nn.Module, ...], float], ...] = (
+        ("tower", (base.text_tower, base.vision_tower), 1.0),
+        ("fusion", (base,), args.fusion_factor),
+        ("head", (model,), args.head_factor),
+    )
+    seen: set[int] = set()
+    groups = []
+    for role, modules, factor in roles:
+        decayed, plain = _split_by_decay(modules, seen)
+        for kind, parameters in (("decay", decayed), ("no_decay", plain)):
+            if parameters:
+                groups.append(
+                    {
+                        "name": f"{role}_{kind}",
+                        "params": parameters,
+                        "lr": args.lr * factor,
+                        "peak_lr": args.lr * factor,
+                        "weight_decay": args.weight_decay if kind == "decay" else 0.0,
+                    }
+                )
+    return groups
+
+
+def _split_by_decay(roots: Iterable[nn.Module], seen: set[int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    # By the owner's kind: under ZeRO-3 every parameter's own shape is flat.
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for root in roots:
+        for module in root.modules():
+            has_matrix = isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                (decayed if has_matrix and name == "weight" else plain).append(parameter)
+    return decayed, plain
