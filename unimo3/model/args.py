@@ -18,7 +18,7 @@ class TextArgs:
     """The text tower, a RoBERTa encoder."""
 
     init: str | None = None
-    """Local Hugging Face folder of a RoBERTa model: its weights, and its sizes instead of those below. Random if null."""
+    """Local Hugging Face RoBERTa folder: its weights, and its sizes instead of those below. Random if null."""
     vocab_size: int = 50265
     """Entries of the word embedding; at least the tokenizer's."""
     hidden_size: int = 768
@@ -137,14 +137,15 @@ class ModelArgs:
         try:
             config = self.to_config()
         except ConfigError as error:
-            return error.faults
-        found = config.faults()
-        text_width = config.text_config.hidden_size
-        if self.tie_word_embeddings and text_width != self.hidden_size:
-            found.append(
-                f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
-                f"{self.hidden_size}; make them equal or set it to false"
-            )
+            found = error.faults + self.vision.to_config().faults()
+        else:
+            found = config.faults()
+            text_width = config.text_config.hidden_size
+            if self.tie_word_embeddings and text_width != self.hidden_size:
+                found.append(
+                    f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
+                    f"{self.hidden_size}; make them equal or set it to false"
+                )
         for name, value in (("model.dropout", self.dropout), ("model.text.dropout", self.text.dropout)):
             if not 0 <= value < 1:
                 found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")

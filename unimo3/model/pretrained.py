@@ -138,7 +138,7 @@ def _fit_to_timm(
             yield name, tensor.reshape(1, 1, -1)
         elif name == "pos_embed":
             grid = getattr(vit, "patch_embed").grid_size  # noqa: B009  (typed as a plain module)
-            yield name, resample_abs_pos_embed(tensor[None].float(), list(grid), num_prefix_tokens=1)
+            yield name, resample_abs_pos_embed(tensor[None].float(), list(grid), num_prefix_tokens=1, antialias=False)
         else:
             yield name, tensor
 

@@ -1,0 +1,10 @@
+"""Shared by all tests: the environment a machine without a GPU needs, set before anything is imported."""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import unimo3  # noqa: E402, F401  (before transformers: it makes torchvision importable)

@@ -1,0 +1,76 @@
+"""The reference against attention written out, in float64, over odd shapes and masks."""
+
+import itertools
+
+import pytest
+import torch
+
+from unimo3.kernels.cross_layer_attention import cross_layer_attention
+
+SHAPES = [(1, 1, 1, 1, 4, 1), (2, 3, 5, 7, 4, 3), (3, 2, 11, 2, 8, 4), (2, 1, 3, 13, 4, 7)]  # B H T V d S
+
+
+def written_out(q, k, v, gate, mask):
+    """The formula with explicit loops over levels; a sample without keys gives zeros."""
+    out = torch.zeros_like(q)
+    for level in range(len(k)):
+        scores = q @ k[level].transpose(-1, -2) / q.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+        weights = torch.nan_to_num(scores.softmax(-1))
+        share = 1 / len(k) if gate is None else gate[..., level].transpose(1, 2)[..., None]
+        out = out + share * (weights @ v[level])
+    return out
+
+
+def draw(shape, masked, gated, seed=0):
+    batch, heads, tokens, keys, width, levels = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q = normal(batch, heads, tokens, width)
+    k = [normal(batch, heads, keys, width) for _ in range(levels)]
+    v = [normal(batch, heads, keys, width) for _ in range(levels)]
+    gate = normal(batch, tokens, heads, levels) if gated else None
+    mask = torch.rand(batch, keys, generator=generator) < 0.6 if masked else None
+    if mask is not None:
+        mask[0] = False
+    return q, k, v, gate, mask
+
+
+@pytest.mark.parametrize(("shape", "masked", "gated"), itertools.product(SHAPES, (False, True), (False, True)))
+def test_output_and_every_gradient_equal_the_written_out_formula(shape, masked, gated):
+    q, k, v, gate, mask = draw(shape, masked, gated)
+    inputs = [q, *k, *v, *([gate] if gated else [])]
+    expected = written_out(q, k, v, gate, mask)
+    found = cross_layer_attention(q, k, v, gate, mask)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    found_grads = torch.autograd.grad((found * weight).sum(), inputs)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_a_sample_without_any_key_gives_zeros_and_no_gradient(num_levels):
+    q, k, v, gate, mask = draw((2, 2, 3, 5, 4, num_levels), masked=True, gated=True)
+    out = cross_layer_attention(q, k, v, gate, mask)
+    out.sum().backward()
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert torch.equal(q.grad[0], torch.zeros_like(q.grad[0]))
+    assert torch.isfinite(q.grad).all()
+
+
+def test_misfitting_shapes_are_named():
+    q, k, v, gate, mask = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
+    with pytest.raises(ValueError, match=r"gate: shape .*; \(2, 3, 2, 2\) is needed"):
+        cross_layer_attention(q, k, v, gate[..., :1], mask)
+    with pytest.raises(ValueError, match=r"key_padding_mask: shape"):
+        cross_layer_attention(q, k, v, gate, mask[:, :2])
+    with pytest.raises(ValueError, match=r"v\[1\]: shape"):
+        cross_layer_attention(q, k, [v[0], v[1][:, :, :2]], gate, mask)
+    with pytest.raises(ValueError, match="2 and 1 levels"):
+        cross_layer_attention(q, k, v[:1], gate, mask)

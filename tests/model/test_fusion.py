@@ -1,0 +1,166 @@
+"""What cross-layer interaction must be: METER's layer, gates that reduce to it, gradients everywhere."""
+
+import pytest
+import torch
+from transformers.models.bridgetower.configuration_bridgetower import BridgeTowerTextConfig
+from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBertCrossLayer
+
+from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
+from unimo3.kernels import cross_layer_attention as op
+from unimo3.model.attention import CrossLayerAttention, LevelGate
+from unimo3.model.fusion import FusionEncoder, StreamLayer
+from unimo3.model.init import initialize_weights
+
+
+def draw_streams(batch=2, tokens=6, patches=5, width=32):
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(batch, tokens, width, generator=generator)
+    image = torch.randn(batch, patches, width, generator=generator)
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    mask[0, 4:] = False
+    return text, image, mask
+
+
+def encoder(**changes):
+    fusion = FusionEncoder(tiny_config(**changes)).eval()
+    initialize_weights(fusion, 0, std=0.2)
+    return fusion
+
+
+def test_in_layer_equals_meters_cross_layer():
+    layer = encoder(interaction="in_layer").text_layers[0]
+    config = BridgeTowerTextConfig(
+        hidden_size=32, num_attention_heads=2, intermediate_size=128, layer_norm_eps=1e-12, attn_implementation="eager"
+    )
+    outside = BridgeTowerBertCrossLayer(config).eval()
+    fill_bridgetower_layer(outside, layer)
+    text, image, mask = draw_streams()
+    additive = torch.zeros(2, 1, 1, 6).masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
+    expected = outside(text, image, attention_mask=additive)[0]
+    found, _, _ = layer(text, image, [], mask, None)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def fill_bridgetower_layer(outside, layer: StreamLayer):
+    """Copy our weights into transformers' layer."""
+    own = layer.self_attention
+    for name, part in zip(
+        ("query", "key", "value"), zip(own.qkv.weight.chunk(3), own.qkv.bias.chunk(3), strict=True), strict=True
+    ):
+        copy(getattr(outside.attention.self, name), *part)
+    copy(outside.attention.output.dense, own.out.weight, own.out.bias)
+    copy(outside.attention.output.LayerNorm, own.norm.weight, own.norm.bias)
+    cross, projection = layer.cross_attention, layer.partner_key_value.projection
+    copy(outside.crossattention.self.query, cross.query.weight, cross.query.bias)
+    key, value = zip(projection.weight.chunk(2), projection.bias.chunk(2), strict=True)
+    copy(outside.crossattention.self.key, *key)
+    copy(outside.crossattention.self.value, *value)
+    copy(outside.crossattention.output.dense, cross.out.weight, cross.out.bias)
+    copy(outside.crossattention.output.LayerNorm, cross.norm.weight, cross.norm.bias)
+    copy(outside.intermediate.dense, layer.feed_forward.inner.weight, layer.feed_forward.inner.bias)
+    copy(outside.output.dense, layer.feed_forward.outer.weight, layer.feed_forward.outer.bias)
+    copy(outside.output.LayerNorm, layer.feed_forward.norm.weight, layer.feed_forward.norm.bias)
+
+
+def copy(module, weight, bias):
+    with torch.no_grad():
+        module.weight.copy_(weight)
+        module.bias.copy_(bias)
+
+
+def test_gates_one_hot_on_the_in_layer_level_give_in_layer_exactly(monkeypatch):
+    crossing, in_layer = encoder(interaction="cross_layer"), encoder(interaction="in_layer")
+    shared = in_layer.state_dict()
+    crossing.load_state_dict(shared, strict=False)
+
+    def one_hot(self, h):
+        gates = torch.zeros(*h.shape[:2], self.num_heads, self.num_levels)
+        gates[..., -1] = 1
+        return gates
+
+    monkeypatch.setattr(LevelGate, "forward", one_hot)
+    streams = draw_streams()
+    expected, found = in_layer(*streams), crossing(*streams)
+    torch.testing.assert_close(found.text, expected.text, atol=0, rtol=0)
+    torch.testing.assert_close(found.image, expected.image, atol=0, rtol=0)
+
+
+def test_uniform_gates_are_the_mean_of_the_levels():
+    uniform, static = encoder(gate="uniform"), encoder(gate="static", gate_init=0.5)
+    static.load_state_dict(uniform.state_dict(), strict=False)
+    for layer in (*static.text_layers, *static.image_layers):
+        if layer.cross_attention.gate is not None:
+            torch.nn.init.zeros_(layer.cross_attention.gate.bias)
+    streams = draw_streams()
+    expected, found = static(*streams), uniform(*streams)
+    torch.testing.assert_close(found.text, expected.text, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.image, expected.image, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["token", "static"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_the_in_layer_level_starts_at_its_configured_share(gate, share):
+    fusion = encoder(gate=gate, gate_init=share)
+    for layer in fusion.text_layers[1:]:
+        attention = layer.cross_attention
+        if gate == "token":
+            torch.nn.init.zeros_(attention.gate.projection.weight)
+        gates = attention.gate(torch.randn(2, 3, 32))
+        torch.testing.assert_close(gates[..., -1], torch.full((2, 3, 2), share))
+        torch.testing.assert_close(gates.sum(-1), torch.ones(2, 3, 2))
+
+
+def test_level_projections_run_once_per_level():
+    fusion = encoder()
+    calls = []
+    for layer in (*fusion.text_layers, *fusion.image_layers):
+        layer.partner_key_value.register_forward_hook(lambda *_: calls.append(1))
+    fusion(*draw_streams())
+    assert len(calls) == 2 * len(fusion.text_layers)
+
+
+def test_layer_l_sees_levels_up_to_its_own(monkeypatch):
+    seen = []
+    original = op.cross_layer_attention_reference
+
+    def spy(q, k, *rest):
+        seen.append(len(k))
+        return original(q, k, *rest)
+
+    monkeypatch.setattr(op, "cross_layer_attention_reference", spy)
+    encoder()(*draw_streams())
+    assert seen == [1, 1, 2, 2, 3, 3]
+    seen.clear()
+    encoder(interaction="in_layer")(*draw_streams())
+    assert seen == [1] * 6
+
+
+@pytest.mark.parametrize("gate", ["token", "static"])
+def test_every_gate_receives_gradient(gate):
+    fusion = encoder(gate=gate)
+    out = fusion(*draw_streams())
+    (out.text.square().sum() + out.image.pow(3).sum()).backward()
+    gates = [m for m in fusion.modules() if isinstance(m, LevelGate)]
+    assert len(gates) == 4
+    for module in gates:
+        for parameter in module.parameters():
+            assert parameter.grad.abs().max() > 1e-6
+
+
+def test_padding_does_not_reach_real_tokens():
+    fusion = encoder()
+    text, image, mask = draw_streams()
+    before = fusion(text, image, mask)
+    text[0, 4:] = 100.0
+    after = fusion(text, image, mask)
+    torch.testing.assert_close(after.image, before.image)
+    torch.testing.assert_close(after.text[mask], before.text[mask])
+
+
+def test_gates_are_returned_on_request():
+    model = tiny_pretraining_model().unimo3
+    batch = tiny_batch(2)
+    out = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
+    assert [None if g is None else tuple(g.shape) for g in out.text_gates] == [None, (2, 10, 2, 2), (2, 10, 2, 3)]
+    assert out.image_gates[2].shape == (2, 5, 2, 3)
+    assert isinstance(model.fusion.text_layers[1].cross_attention, CrossLayerAttention)

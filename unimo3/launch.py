@@ -1,0 +1,95 @@
+"""Starts N ranks of a program on this host: ``python -m unimo3.launch -n 2 pretrain.train --config ...``.
+
+For one machine without Slurm. Stop signals go to every rank, the launcher waits while they save, and its exit status
+is theirs, so a script sees the same status as under Slurm. (The deepspeed launcher answers SIGTERM with status 1,
+torchrun ends the ranks 30 s after it.) When a rank fails, the others are asked to stop, then ended.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from unimo3.errors import EXIT_CONFIG
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_ranks(num_ranks: int, command: list[str], **popen_arguments) -> list[subprocess.Popen]:
+    """Start `command` once a rank, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
+    cores = len(os.sched_getaffinity(0))
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
+    }
+    return [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **popen_arguments
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float) -> int:
+    """Wait for all; when one fails, give the others `grace_s` to end, ask them, then kill them.
+
+    Returns:
+        The first non-zero status, or 0.
+    """
+    first_failure = 0
+    deadline = None
+    while any(rank.poll() is None for rank in ranks):
+        failed = [rank.returncode for rank in ranks if rank.returncode]
+        if failed and deadline is None:
+            first_failure = failed[0]
+            deadline = time.monotonic() + grace_s
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+        time.sleep(0.1)
+    return first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
+
+
+def main() -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m unimo3.launch", description=__doc__)
+    parser.add_argument("-n", "--num-ranks", type=int, required=True, help="processes to start")
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds other ranks get to end after one failed")
+    parser.add_argument("module", help="program, such as pretrain.train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    args = parser.parse_args()
+    if args.num_ranks < 1:
+        print(f"--num-ranks: {args.num_ranks}: at least 1 is needed", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+    ranks = start_ranks(args.num_ranks, [sys.executable, "-m", args.module, *args.arguments])
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
+    status = wait_for_ranks(ranks, args.grace)
+    # A rank ended by a signal has a negative status; shells write it as 128 + signal.
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+if __name__ == "__main__":
+    main()

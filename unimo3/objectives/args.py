@@ -1,0 +1,68 @@
+"""Settings of the pretraining objectives, and their construction."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unimo3.objectives.base import Objective
+from unimo3.objectives.itc import ImageTextContrast
+from unimo3.objectives.itm import ImageTextMatching
+from unimo3.objectives.mlm import MaskedLanguageModeling
+
+
+@dataclass(frozen=True)
+class MlmArgs:
+    """Masked language modelling."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 leaves it out."""
+    probability: float = 0.15
+    """Share of a text's tokens to predict; of them 80 % are masked, 10 % replaced, 10 % kept."""
+
+
+@dataclass(frozen=True)
+class ItmArgs:
+    """Image-text matching."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 leaves it out."""
+    negatives: Literal["random"] = "random"
+    """How wrong images are chosen: any other image of the step's batch, for half the texts."""
+
+
+@dataclass(frozen=True)
+class ItcArgs:
+    """Image-text contrast between the towers."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class ObjectivesArgs:
+    """What pretraining optimises: the weighted sum of these."""
+
+    mlm: MlmArgs = field(default_factory=MlmArgs)
+    itm: ItmArgs = field(default_factory=ItmArgs)
+    itc: ItcArgs = field(default_factory=ItcArgs)
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        weights = {name: getattr(self, name).weight for name in ("mlm", "itm", "itc")}
+        found = [
+            f"objectives.{name}.weight: {weight}: 0 (off) or more is needed"
+            for name, weight in weights.items()
+            if weight < 0
+        ]
+        if not any(weights.values()):
+            found.append("objectives: all weights are 0: give at least one of mlm, itm and itc a weight")
+        if not 0 < self.mlm.probability < 1:
+            found.append(f"objectives.mlm.probability: {self.mlm.probability}: a share between 0 and 1 is needed")
+        return found
+
+    def build(self, seed: int) -> list[Objective]:
+        """The objectives, in the order in which every rank computes them."""
+        return [
+            MaskedLanguageModeling(self.mlm.weight),
+            ImageTextMatching(self.itm.weight, seed),
+            ImageTextContrast(self.itc.weight),
+        ]
