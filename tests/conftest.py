@@ -7,4 +7,4 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import unimo3  # noqa: E402, F401  (before transformers: it makes torchvision importable)
+import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)

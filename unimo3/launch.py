@@ -2,10 +2,12 @@
 
 For one machine without Slurm. Stop signals go to every rank, the launcher waits while they save, and its exit status
 is theirs, so a script sees the same status as under Slurm. (The deepspeed launcher answers SIGTERM with status 1,
-torchrun ends the ranks 30 s after it.) When a rank fails, the others are asked to stop, then ended.
+torchrun ends the ranks 30 s after it.) When a rank fails, the others get a
+grace time to end by themselves, then are killed.
 """
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -45,19 +47,22 @@ def start_ranks(num_ranks: int, command: list[str], **popen_arguments) -> list[s
     ]
 
 
-def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float) -> int:
-    """Wait for all; when one fails, give the others `grace_s` to end, ask them, then kill them.
+def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: float = math.inf) -> int:
+    """Wait for all; when one fails, or `timeout_s` is over, give the others `grace_s` to end, then kill them.
 
     Returns:
         The first non-zero status, or 0.
     """
     first_failure = 0
-    deadline = None
+    deadline: float | None = None
+    ends = time.monotonic() + timeout_s
     while any(rank.poll() is None for rank in ranks):
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and deadline is None:
             first_failure = failed[0]
             deadline = time.monotonic() + grace_s
+        if deadline is None and time.monotonic() > ends:
+            deadline = ends
         if deadline is not None and time.monotonic() > deadline:
             for rank in ranks:
                 if rank.poll() is None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from unimo3.distributed import world
 from unimo3.model.fusion import FusionOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
-from unimo3.objectives.exchange import gather_rows, world
+from unimo3.objectives.exchange import gather_rows
 
 
 class ImageTextContrast(Objective):

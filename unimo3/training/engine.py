@@ -100,8 +100,11 @@ def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrai
     with no_init_weights():
         if ds_config.get("zero_optimization", {}).get("stage") == 3:
             with deepspeed.zero.Init(config_dict_or_path=ds_config):
-                return construct()
-        return construct()
+                model = construct()
+        else:
+            model = construct()
+    model.tie_weights()  # transformers ties while it initialises, which was left out above
+    return model
 
 
 def build_engine(

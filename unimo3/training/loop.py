@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.distributed import world
 from unimo3.errors import DivergedError, Interrupted
-from unimo3.objectives.exchange import sum_over_ranks, world
+from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.engine import ds_config_faults
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs, rate_share, set_rates
@@ -118,9 +119,9 @@ def train(
         means = {name: value / num_ranks for name, value in zip(names, reduced[:-2], strict=True)}
         num_bad_samples += int(reduced[-2])
         if not math.isfinite(means["loss"]):
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
             raise DivergedError(
-                f"step {run.step}: the loss is not finite ({figures}); resume from an earlier checkpoint with a lower "
+                f"step {run.step}: the loss is not finite ({listed}); resume from an earlier checkpoint with a lower "
                 "optim.lr"
             )
 

@@ -13,17 +13,16 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
-from unimo3.distributed import barrier
+from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.config import Unimo3Config
-from unimo3.objectives.exchange import world
 from unimo3.training.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class Run:
         self._settings = settings
         self._global_batch = global_batch
         self._fingerprint = fingerprint
-        self._ledger = None
+        self._ledger: TextIO | None = None
         self._keeps_ledger: bool = settings.data.ledger
         self._rank, self._world_size = world()
         faults = self._differences()

@@ -1,0 +1,89 @@
+"""What a checkpoint says of the run beside DeepSpeed's tensors: ``state.json`` and one RNG file a rank."""
+
+import base64
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from unimo3.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_consumed: the position in the sample order at which the run goes on.
+        config_hash: of the run's settings.
+        index_fingerprint: of the training data.
+        world_size: ranks that wrote the checkpoint.
+        global_batch: pairs an optimizer step.
+    """
+
+    step: int
+    samples_consumed: int
+    config_hash: str
+    index_fingerprint: str
+    world_size: int
+    global_batch: int
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainState":
+        """Read what `write` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or of another form.
+        """
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise CheckpointError(f"{path}: is not a run's state ({error}); use an earlier checkpoint") from error
+
+
+def save_rng(path: Path) -> None:
+    """Write the states of Python's, NumPy's, torch's and this GPU's generators, without pickle."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (libraries draw from it)
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    described = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, base64.b64encode(np.asarray(keys).tobytes()).decode(), position, has_gauss, cached],
+    }
+    save_file(tensors, path, metadata={"generators": json.dumps(described)})
+
+
+def load_rng(path: Path) -> None:
+    """Restore what `save_rng` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as opened:
+            described: dict[str, Any] = json.loads(opened.metadata()["generators"])
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: holds no generator states ({error}); use an earlier checkpoint") from error
+    version, words, gauss = described["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = described["numpy"]
+    words_array = np.frombuffer(base64.b64decode(keys), dtype=np.uint32)
+    np.random.set_state((name, words_array, position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

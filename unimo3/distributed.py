@@ -1,0 +1,75 @@
+"""Process groups: one rank a process, from the environment a launcher sets.
+
+Source: DeepSpeed's init_distributed; the variables are those of torchrun and of this project's Slurm scripts.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    # Read when deepspeed is first imported: without it DeepSpeed probes for other accelerators.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks this process was started with, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init() -> World:
+    """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one."""
+    import deepspeed
+
+    from unimo3.launch import free_port
+
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return World(dist.get_rank(), local_rank, dist.get_world_size())
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`."""
+    return all_gather_object(value)[0]
