@@ -1,25 +1,27 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
-from unimo3.data.loader import Loader
+from unimo3.data.loader import TrainingLoader
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import image_processor
+from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import exit_with_status
-from unimo3.model.args import ModelArgs
+from unimo3.model.args import ModelArgs, fit_to_tokenizer
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_clip, load_roberta
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.evaluation import held_out_losses
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs
@@ -41,7 +43,12 @@ class PretrainConfig:
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
         found = self.batch_plan(world_size_from_environment()).faults()
-        found += text_length_faults(self.data.max_text_tokens, self.model.text.max_position_embeddings)
+        positions = self.model.text.max_position_embeddings - 2
+        if not self.model.text.init and self.data.max_text_tokens > positions:
+            found.append(
+                f"data.max_text_tokens: {self.data.max_text_tokens}: model.text.max_position_embeddings allows "
+                f"{positions}; lower it, or raise model.text.max_position_embeddings to {self.data.max_text_tokens + 2}"
+            )
         return found
 
     def batch_plan(self, world_size: int) -> BatchPlan:
@@ -51,16 +58,18 @@ class PretrainConfig:
 
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
-    """Train until done, interrupted or in error; see unimo3/errors.py for the exit status."""
+    """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(PretrainConfig, argv, "python -m pretrain.train", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    model_config = fit_to_tokenizer(settings.model.to_config(), tokenizer)
-    index = ShardIndex.load(settings.data.train)
+    model_config = settings.model.to_config()
+    fit_to_tokenizer(model_config, tokenizer)
+    index = ShardIndex(Path(settings.data.train))
     world, stop = start_process(settings.run.seed)
 
     batch = settings.batch_plan(world.size)
+    image_size = model_config.vision_config.image_size
     run = Run(settings, batch.global_batch, index.fingerprint)
-    run.write_model_files(model_config, tokenizer, image_processor(model_config.vision_config.image_size))
+    run.write_model_files(model_config, tokenizer, image_processor(image_size))
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
@@ -71,11 +80,26 @@ def main(argv: list[str] | None = None) -> None:
         load_clip(model.unimo3.vision_tower.vit, settings.model.vision.init)
     task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
     engine = build_engine(task, model, ds_config, settings.optim)
-
     run.resume(engine)
-    samples = PretrainSamples()
-    loader = Loader()
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop)
+
+    def samples_of(folder_index: ShardIndex, augment: Augment) -> PretrainSamples:
+        transform = ImageTransform(image_size, augment)
+        probability = settings.objectives.mlm.probability
+        return PretrainSamples(
+            folder_index, tokenizer, settings.data.max_text_tokens, transform, probability, settings.run.seed
+        )
+
+    samples = samples_of(index, settings.data.augment)
+    order = SampleOrder(samples.units_per_shard, settings.run.seed, settings.data.window_shards)
+    reader = settings.data.reader
+    loader = TrainingLoader(
+        samples, order, batch.global_batch, batch.micro_batch, world.rank, world.size, reader, run.step
+    )
+    evaluate = None
+    if settings.data.val:
+        held_out = samples_of(ShardIndex(Path(settings.data.val)), "none")
+        evaluate = lambda step: held_out_losses(engine, held_out, world, batch.micro_batch, reader)  # noqa: E731
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluate)
     run.close()
 
 

@@ -92,9 +92,7 @@ class Zero3Checkpoint:
         if name in self.shapes:
             shape = self.shapes[name]
             size = math.ceil(shape.numel() / self.world_size)
-            parts = [
-                part for rank in self._flat for part in _slice_of_groups(rank, self._offsets[name], size)
-            ]
+            parts = [part for rank in self._flat for part in _slice_of_groups(rank, self._offsets[name], size)]
             return torch.cat(parts)[: shape.numel()].view(shape)
         frozen = self._models[0].get("frozen_param_shapes") or {}
         if name in frozen:

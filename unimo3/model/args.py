@@ -6,7 +6,7 @@ Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' d
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import RobertaConfig
+from transformers import PreTrainedTokenizerBase, RobertaConfig
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
@@ -150,3 +150,20 @@ class ModelArgs:
             if not 0 <= value < 1:
                 found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
         return found
+
+
+def fit_to_tokenizer(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration the tokenizer's special ids.
+
+    Raises:
+        ConfigError: the tokenizer has more entries than the word embedding.
+    """
+    text = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ConfigError(
+            f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
+            "least that"
+        )
+    text.pad_token_id = tokenizer.pad_token_id
+    text.bos_token_id = tokenizer.bos_token_id
+    text.eos_token_id = tokenizer.eos_token_id

@@ -19,6 +19,7 @@ from unimo3.distributed import world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.engine import ds_config_faults
+from unimo3.training.evaluation import to_device
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs, rate_share, set_rates
 from unimo3.training.preempt import StopRequest
@@ -102,7 +103,7 @@ def train(
         set_rates(engine.optimizer, share)
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            report = engine(_to_device(batch, engine.device))
+            report = engine(to_device(batch, engine.device))
             engine.backward(report["loss"])
             engine.step()
             for name, value in report.items():
@@ -161,13 +162,6 @@ def train(
             engine.train()
             started = time.perf_counter()
     progress.close()
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 def _show(progress: tqdm, figures: Figures, training: TrainingArgs) -> None:

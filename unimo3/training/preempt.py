@@ -6,7 +6,7 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from unimo3.launch import STOP_SIGNALS
 
 
 class StopRequest:

@@ -1,0 +1,60 @@
+"""How well questions can be answered without the picture: the bar a vision-language model has to pass.
+
+The guess for a question is the most frequent majority answer to the same text in training; where the text is new, to
+the same question type; else over all. It is scored by the official accuracy.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from unimo3.data.answers import vqa_accuracy
+
+Record = Mapping[str, Any]
+
+
+class BlindGuesser:
+    """Learns the best guess for each question text.
+
+    Args:
+        questions: with ``question``, ``question_type`` and ``multiple_choice_answer``.
+    """
+
+    def __init__(self, questions: Iterable[Record]):
+        by_text: dict[str, Counter[str]] = defaultdict(Counter)
+        by_type: dict[str, Counter[str]] = defaultdict(Counter)
+        overall: Counter[str] = Counter()
+        for question in questions:
+            answer = question["multiple_choice_answer"]
+            by_text[question["question"]][answer] += 1
+            by_type[question["question_type"]][answer] += 1
+            overall[answer] += 1
+        self._by_text = {text: _most_frequent(counts) for text, counts in by_text.items()}
+        self._by_type = {kind: _most_frequent(counts) for kind, counts in by_type.items()}
+        self._overall = _most_frequent(overall)
+
+    def guess(self, question: Record) -> str:
+        """The best guess from the text alone."""
+        by_type = self._by_type.get(question["question_type"], self._overall)
+        return self._by_text.get(question["question"], by_type)
+
+    def accuracy(self, questions: Iterable[Record]) -> dict[str, float]:
+        """Official accuracy of the guesses: ``overall`` and for each ``granularity``."""
+        return accuracy_by_group(
+            (question.get("granularity", ""), vqa_accuracy(self.guess(question), question["answers"]))
+            for question in questions
+        )
+
+
+def accuracy_by_group(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean score ``overall`` and for each non-empty group, sorted."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for group, score in scores:
+        groups["overall"].append(score)
+        if group:
+            groups[group].append(score)
+    return {group: sum(values) / len(values) for group, values in sorted(groups.items())}
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""

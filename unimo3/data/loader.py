@@ -1,0 +1,159 @@
+"""Batches from the sample order, read ahead by worker processes.
+
+The loader's whole state is one optimizer step: it seeks there. A sample that cannot be used is replaced by the next
+good one of its shard, named in the log and counted; past a share of such samples it stops.
+
+Source: torch.utils.data.DataLoader for the processes.
+"""
+
+import atexit
+import itertools
+import logging
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unimo3.data.order import SampleOrder, SequentialOrder, Unit, evaluation_positions, micro_batch_positions
+from unimo3.data.samples import BadSampleError, Inputs, Samples
+from unimo3.errors import DataError
+from unimo3.launch import STOP_SIGNALS
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+NO_POSITION = -1
+
+
+@dataclass(frozen=True)
+class ReaderArgs:
+    """How many processes read, how far ahead, and how many bad samples they may meet."""
+
+    num_workers: int
+    prefetch: int
+    max_bad_share: float
+
+
+class TrainingLoader:
+    """One rank's micro-batches, one list an optimizer step, without end.
+
+    Args:
+        samples: what to read.
+        order: in which order, by position.
+        global_batch: units an optimizer step over all ranks.
+        micro_batch: units a micro-step of this rank.
+        start_step: optimizer steps already done.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: SampleOrder,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        reader: ReaderArgs,
+        start_step: int = 0,
+    ):
+        self._num_accumulation = global_batch // (micro_batch * world_size)
+        positions = (
+            list(micro_batch_positions(step, micro_step, rank, global_batch, micro_batch, world_size))
+            for step in itertools.count(start_step)
+            for micro_step in range(self._num_accumulation)
+        )
+        self._batches = _read_ahead(samples, order, positions, reader)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while True:
+            yield [next(self._batches) for _ in range(self._num_accumulation)]
+
+
+def evaluation_batches(
+    samples: Samples, rank: int, world_size: int, batch: int, reader: ReaderArgs
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """One rank's share of all units, once: batches, and which of their rows count, [B] bool.
+
+    Every rank gets as many batches. A row that does not count repeats another, so no rank runs out early.
+    """
+    order = SequentialOrder(samples.units_per_shard)
+    plan = evaluation_positions(order.num_units, rank, world_size, batch)
+    filled = [[max(position, 0) for position in positions] for positions in plan]
+    for loaded, positions in zip(_read_ahead(samples, order, filled, reader), plan, strict=True):
+        yield loaded, torch.tensor([position != NO_POSITION for position in positions])
+
+
+def _read_ahead(
+    samples: Samples, order: SampleOrder | SequentialOrder, positions: Iterable[list[int]], reader: ReaderArgs
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        _Positions(samples, order),
+        batch_sampler=positions,
+        num_workers=reader.num_workers,
+        prefetch_factor=reader.prefetch if reader.num_workers else None,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_stop_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+    iterator = iter(loader)
+    if reader.num_workers:
+        # Workers ignore SIGTERM, which multiprocessing would otherwise end them with: they are told to stop instead.
+        atexit.register(iterator._shutdown_workers)  # type: ignore[attr-defined]
+    num_read = num_replaced = 0
+    for batch in iterator:
+        num_read += len(batch["positions"])
+        for key, reason in batch.pop("replaced"):
+            num_replaced += 1
+            log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
+        # One bad sample in the first few says nothing about their share.
+        if num_replaced > max(1.0, reader.max_bad_share * num_read):
+            raise DataError(
+                f"{samples.index.folder}: {num_replaced} of {num_read} samples could not be used, more than "
+                f"data.max_bad_share {reader.max_bad_share}; the log names them; prepare the shards again"
+            )
+        yield batch
+
+
+class _Positions(Dataset[Inputs]):
+    """Positions of an order -> inputs."""
+
+    def __init__(self, samples: Samples, order: SampleOrder | SequentialOrder):
+        self._samples = samples
+        self._order = order
+
+    def __getitem__(self, position: int) -> Inputs:
+        unit = self._order[position]
+        units_in_shard = self._samples.units_per_shard[unit.shard]
+        replaced = []
+        for step in range(units_in_shard):
+            candidate = Unit(unit.epoch, unit.shard, (unit.unit + step) % units_in_shard)
+            try:
+                inputs = self._samples.build(candidate)
+            except BadSampleError as error:
+                replaced.append((self._samples.key(candidate), str(error)))
+                continue
+            key = self._samples.key(candidate)
+            return {**inputs, "positions": torch.tensor(position), "keys": key, "replaced": replaced}
+        shard = self._samples.index.shards[unit.shard].name
+        raise DataError(f"{self._samples.index.folder / shard}: has no usable sample; prepare the shards again")
+
+
+def _collate(rows: list[Inputs]) -> Batch:
+    """Tensors are stacked, other values listed."""
+    batch: Batch = {}
+    for name, value in rows[0].items():
+        values = [row[name] for row in rows]
+        batch[name] = torch.stack(values) if isinstance(value, torch.Tensor) else values
+    batch["replaced"] = [entry for row in batch["replaced"] for entry in row]
+    batch["num_replaced"] = len(batch["replaced"])
+    return batch
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    # Slurm signals every process of a job step; a reader that died of it would take the save down with it.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

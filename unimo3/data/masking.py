@@ -1,0 +1,51 @@
+"""Masking of words for masked language modelling.
+
+Source: BERT, arXiv 1810.04805: of the chosen tokens 80 % become <mask>, 10 % a random token, 10 % stay.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Draws which tokens to predict.
+
+    Attributes:
+        probability: share of a text's tokens to predict; at least one is.
+        mask_id: id of <mask>.
+        special_ids: never predicted, and never drawn as random tokens.
+        vocab_size: entries to draw random tokens from.
+    """
+
+    probability: float
+    mask_id: int
+    special_ids: frozenset[int]
+    vocab_size: int
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Mask one text.
+
+        Args:
+            ids: [T] token ids, padding included.
+
+        Returns:
+            The masked ids [T], and labels [T] that are -100 wherever nothing is to be predicted.
+        """
+        candidates = np.flatnonzero(~np.isin(ids, list(self.special_ids)))
+        masked, labels = ids.copy(), np.full_like(ids, IGNORED)
+        if not len(candidates):
+            return masked, labels
+        chosen = candidates[rng.random(len(candidates)) < self.probability]
+        if not len(chosen):
+            chosen = rng.choice(candidates, size=1)
+        labels[chosen] = ids[chosen]
+        kind = rng.random(len(chosen))
+        masked[chosen[kind < 0.8]] = self.mask_id
+        replaced = chosen[(kind >= 0.8) & (kind < 0.9)]
+        ordinary = np.setdiff1d(np.arange(self.vocab_size), list(self.special_ids))
+        masked[replaced] = rng.choice(ordinary, size=len(replaced))
+        return masked, labels

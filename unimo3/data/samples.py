@@ -1,0 +1,209 @@
+"""Indexed bytes -> model inputs, in the reader processes.
+
+Whatever is drawn for a sample (caption, masks, augmentation) is a function of (seed, epoch, sample), so it is the same
+at any number of ranks and readers.
+
+Source: METER, arXiv 2111.02387, for the inputs.
+"""
+
+import hashlib
+import json
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.index import ShardIndex
+from unimo3.data.masking import Masking
+from unimo3.data.order import Unit
+from unimo3.data.transforms import ImageTransform
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Inputs = dict[str, Any]
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used; the message says why, without its key."""
+
+
+class Samples(Protocol):
+    """Random access to one kind of model input."""
+
+    index: ShardIndex
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """Units of each shard."""
+        ...
+
+    def key(self, unit: Unit) -> str:
+        """The key a unit is logged by."""
+        ...
+
+    def build(self, unit: Unit) -> Inputs:
+        """Inputs of one unit: tensors to be stacked, and plain values to be listed.
+
+        Raises:
+            BadSampleError: the sample cannot be used.
+        """
+        ...
+
+
+class TextEncoder:
+    """Text -> ids and mask of a fixed length; a longer text keeps its beginning and its </s>."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+
+    def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """ids and attention mask, [T] int64 each."""
+        encoded = self._tokenizer(text, truncation=True, max_length=self._max_tokens, padding="max_length")
+        return np.asarray(encoded["input_ids"]), np.asarray(encoded["attention_mask"])
+
+
+class PretrainSamples:
+    """Images with one caption each; an image's captions take turns over the epochs.
+
+    Args:
+        mlm_probability: share of tokens to predict.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        transform: ImageTransform,
+        mlm_probability: float,
+        seed: int,
+    ):
+        self.index = index
+        self._encode = TextEncoder(tokenizer, max_text_tokens)
+        self._transform = transform
+        self._mask = Masking(
+            mlm_probability,
+            _token_id(tokenizer.mask_token_id),
+            frozenset(tokenizer.all_special_ids),
+            len(tokenizer),
+        )
+        self._seed = seed
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit an image."""
+        return self.index.samples_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key."""
+        return self.index.key(unit.shard, unit.unit)
+
+    def build(self, unit: Unit) -> Inputs:
+        """Pixels, plain and masked text, labels."""
+        members, content = _read(self.index, unit.shard, unit.unit)
+        captions = [caption for caption in content.get("captions", []) if caption.strip()]
+        if not captions:
+            raise BadSampleError("has no caption")
+        # One order of captions for each round of epochs, so that every caption comes before one comes again.
+        turn, place = divmod(unit.epoch, len(captions))
+        caption = captions[_rng(self._seed, "caption", turn, unit).permutation(len(captions))[place]]
+        ids, mask = self._encode(caption)
+        masked, labels = self._mask(ids, _rng(self._seed, "mask", unit.epoch, unit))
+        return {
+            "pixel_values": _pixels(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "mlm_input_ids": torch.from_numpy(masked),
+            "mlm_labels": torch.from_numpy(labels),
+            "image_id": torch.tensor(_number(content.get("image_id", self.key(unit)))),
+        }
+
+
+class VqaSamples:
+    """Questions about images, with soft targets over an answer vocabulary.
+
+    Args:
+        answers: the vocabulary; targets are left out where a question has no answers.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        transform: ImageTransform,
+        answers: AnswerVocabulary,
+        seed: int,
+    ):
+        self.index = index
+        self._encode = TextEncoder(tokenizer, max_text_tokens)
+        self._transform = transform
+        self._answers = answers
+        self._seed = seed
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit a question."""
+        return self.index.items_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key and the question's number in it."""
+        sample, item = self.index.item(unit.shard, unit.unit)
+        return f"{self.index.key(unit.shard, sample)}#{item}"
+
+    def build(self, unit: Unit) -> Inputs:
+        """Pixels, question, targets, and what scoring needs."""
+        sample, item = self.index.item(unit.shard, unit.unit)
+        members, content = _read(self.index, unit.shard, sample)
+        question = content["questions"][item]
+        if not question["question"].strip():
+            raise BadSampleError(f"question {question['question_id']} is empty")
+        ids, mask = self._encode(question["question"])
+        humans = question.get("answers", [])
+        return {
+            "pixel_values": _pixels(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "targets": torch.from_numpy(self._answers.soft_targets(humans)),
+            "question": question,
+        }
+
+
+def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    members = index.read(shard, sample)
+    if "json" not in members:
+        raise BadSampleError("has no json member")
+    try:
+        content = json.loads(members["json"])
+    except ValueError as error:
+        raise BadSampleError(f"its json cannot be read ({error})") from error
+    return members, content
+
+
+def _pixels(members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator) -> torch.Tensor:
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            try:
+                return transform(members[extension], rng)
+            except (OSError, ValueError, SyntaxError) as error:
+                raise BadSampleError(f"its image cannot be decoded ({error})") from error
+    raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
+
+
+def _rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
+    return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, unit.shard, unit.unit))
+
+
+def _number(image_id: int | str) -> int:
+    """An image id as a 63-bit number."""
+    if isinstance(image_id, int):
+        return image_id
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) >> 1
+
+
+def _token_id(value: Any) -> int:
+    assert isinstance(value, int)
+    return value

@@ -1,0 +1,70 @@
+"""Tokenizers: a RoBERTa folder, or a byte-level BPE of the same form trained on a data set's captions.
+
+Source: the tokenizers library's byte-level BPE; RoBERTa, arXiv 1907.11692, for special tokens and their ids.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from unimo3.errors import ConfigError
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> int:
+    """Train a byte-level BPE and save it as a Hugging Face folder; return its number of entries.
+
+    Every word is preceded by a space, so that it has the same id at a text's start as in its middle. Single bytes are
+    always entries, so any text can be written.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, lstrip=token == "<mask>") for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    begin, end = SPECIAL_TOKENS.index("<s>"), SPECIAL_TOKENS.index("</s>")
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", end), ("<s>", begin), add_prefix_space=True)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+    )
+    wrapped.save_pretrained(folder)
+    return len(wrapped)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer folder.
+
+    Raises:
+        ConfigError: there is none, or it has no mask, padding or class token.
+    """
+    if not folder or not Path(folder).is_dir():
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': no such folder; name a RoBERTa folder, or train one with "
+            "python -m pretrain.prepare_shards coco --tokenizer-vocab N"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read ({error})"
+        ) from error
+    needed = ("cls_token", "sep_token", "pad_token", "mask_token")
+    lacking = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
+    if lacking:
+        raise ConfigError(f"data.tokenizer: '{folder}': has no {', '.join(lacking)}; a RoBERTa-like one is needed")
+    return tokenizer

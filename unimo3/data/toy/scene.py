@@ -1,0 +1,112 @@
+"""Scenes of a few objects, and their pictures.
+
+Every object differs from the others of its scene in colour or shape, so "the red circle" names one object at most.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 205, 40),
+    "purple": (150, 60, 180),
+    "black": (35, 35, 35),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+TEXTURES = ("solid", "striped", "dotted")
+SIZES = ("small", "large")
+BACKGROUND = (236, 232, 224)
+# Radii as shares of the picture's side.
+_RADIUS = {"small": 0.115, "large": 0.185}
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object; `x` and `y` are its centre as shares of the picture, from the top left."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def radius(self) -> float:
+        """Half its extent, as a share of the picture."""
+        return _RADIUS[self.size]
+
+    @property
+    def name(self) -> str:
+        """Colour and shape, which no other object of the scene shares."""
+        return f"{self.colour} {self.shape}"
+
+
+Scene = tuple[Thing, ...]
+
+
+def draw_scene(rng: np.random.Generator, num_things: int | None = None) -> Scene:
+    """Place two to four objects without overlap."""
+    wanted = num_things or int(rng.integers(2, 5))
+    # Few shapes and colours a scene, so that counts above one are common.
+    shapes = rng.choice(SHAPES, size=min(len(SHAPES), int(rng.integers(2, 4))), replace=False)
+    things: list[Thing] = []
+    for _ in range(400):
+        if len(things) == wanted:
+            break
+        size = str(rng.choice(SIZES))
+        margin = _RADIUS[size] + 0.02
+        x, y = rng.uniform(margin, 1 - margin, size=2)
+        thing = Thing(
+            str(rng.choice(shapes)), str(rng.choice(list(COLOURS))), str(rng.choice(TEXTURES)), size, float(x), float(y)
+        )
+        if all(_apart(thing, other) and thing.name != other.name for other in things):
+            things.append(thing)
+    return tuple(things) if len(things) >= 2 else draw_scene(rng, num_things)
+
+
+def _apart(one: Thing, other: Thing) -> bool:
+    distance = max(abs(one.x - other.x), abs(one.y - other.y))
+    return distance > one.radius + other.radius + 0.01
+
+
+def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
+    """Draw a scene as a `size` x `size` picture, with faint noise."""
+    side = size * _SUPERSAMPLING
+    pixels = np.empty((side, side, 3), dtype=np.float32)
+    pixels[:] = BACKGROUND
+    rows, columns = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    for thing in scene:
+        u, v = (columns - thing.x) / thing.radius, (rows - thing.y) / thing.radius
+        inside = _shape_mask(thing.shape, u, v)
+        marked = inside & _texture_mask(thing.texture, (columns - thing.x) * 64, (rows - thing.y) * 64)
+        pixels[inside] = COLOURS[thing.colour]
+        pixels[marked] = (250, 250, 250)
+    picture = pixels.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean(axis=(1, 3))
+    picture += rng.normal(0, 2, size=picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def _shape_mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    if shape == "circle":
+        return u**2 + v**2 <= 1
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) <= 0.88
+    if shape == "triangle":
+        return (v <= 0.85) & (np.abs(u) <= (v + 1) * 0.55)
+    assert shape == "cross"
+    return (np.maximum(np.abs(u), np.abs(v)) <= 1) & (np.minimum(np.abs(u), np.abs(v)) <= 0.34)
+
+
+def _texture_mask(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """White marks; `u` and `v` in pixels of a picture of 64."""
+    if texture == "striped":
+        return np.mod(v, 5) < 2.2
+    if texture == "dotted":
+        return (np.mod(u, 5) - 2.5) ** 2 + (np.mod(v, 5) - 2.5) ** 2 < 2.2
+    return np.zeros(u.shape, dtype=bool)

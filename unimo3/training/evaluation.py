@@ -1,0 +1,39 @@
+"""Figures on held-out data, with every unit counted once over all ranks."""
+
+from typing import Any
+
+import torch
+
+from unimo3.data.loader import ReaderArgs, evaluation_batches
+from unimo3.data.samples import Samples
+from unimo3.distributed import World
+from unimo3.objectives.exchange import sum_over_ranks
+
+
+@torch.no_grad()
+def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs) -> dict[str, float]:
+    """Mean of the task's losses over whole batches of `samples`; every rank calls it.
+
+    The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count.
+    """
+    engine.eval()
+    totals: dict[str, torch.Tensor] = {}
+    num_batches = 0
+    for loaded, counts in evaluation_batches(samples, world.rank, world.size, batch, reader):
+        if not bool(sum_over_ranks(counts.all().long().reshape(1))[0] == world.size) and num_batches:
+            break
+        report = engine(to_device(loaded, engine.device))
+        for name, value in report.items():
+            totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.float().reshape(())
+        num_batches += 1
+    names = sorted(totals)
+    means = sum_over_ranks(torch.stack([totals[name] for name in names])) / (num_batches * world.size)
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
