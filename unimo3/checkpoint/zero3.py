@@ -93,11 +93,11 @@ class Zero3Checkpoint:
             shape = self.shapes[name]
             size = math.ceil(shape.numel() / self.world_size)
             parts = [part for rank in self._flat for part in _slice_of_groups(rank, self._offsets[name], size)]
-            return torch.cat(parts)[: shape.numel()].view(shape)
+            return torch.cat(parts)[: shape.numel()].view(shape).detach()
         frozen = self._models[0].get("frozen_param_shapes") or {}
         if name in frozen:
             fragments = [model["frozen_param_fragments"][name] for model in self._models]
-            return torch.cat(fragments)[: frozen[name].numel()].view(frozen[name])
+            return torch.cat(fragments)[: frozen[name].numel()].view(frozen[name]).detach()
         return self._models[0]["module"][name]
 
 

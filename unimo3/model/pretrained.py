@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, RobertaConfig
 
 from unimo3.errors import CheckpointError, ConfigError
+from unimo3.model.config import Unimo3Config
 from unimo3.model.init import gathered
 
 _ROBERTA_UNUSED = re.compile(r"^(roberta\.)?(pooler\.|embeddings\.(position_ids|token_type_ids)$)|^lm_head\.")
@@ -179,3 +180,17 @@ def _fill(
             f"{folder}: its tensors do not fit {type(module).__name__}; {'; '.join(problems)}. "
             "Use weights of the same architecture and sizes"
         )
+
+
+def read_exported_config(folder: str) -> Unimo3Config:
+    """Read an exported folder's configuration.
+
+    Raises:
+        ConfigError: there is none, or it is another model's.
+    """
+    if not folder or not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, Unimo3Config):
+        raise ConfigError(f"init: '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 one is needed")
+    return config

@@ -37,7 +37,7 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
         f"{_full(first)} {_relation(first, second)} {_full(second)}",
         f"{_NUMBER_WORDS[len(scene)]} objects : " + " , ".join(f"a {thing.name}" for thing in shuffled),
         f"{_counts(scene)} in the picture",
-        f"the {first.name} is {first.size} and {first.texture} , the {second.name} is {second.size} and {second.texture}",
+        " , ".join(f"the {thing.name} is {thing.size} and {thing.texture}" for thing in (first, second)),
         f"the object on the far left is a {leftmost.texture} {leftmost.name}",
     ]
 

@@ -80,13 +80,16 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     side = size * _SUPERSAMPLING
     pixels = np.empty((side, side, 3), dtype=np.float32)
     pixels[:] = BACKGROUND
-    rows, columns = np.mgrid[0:side, 0:side].astype(np.float32) / side
     for thing in scene:
-        u, v = (columns - thing.x) / thing.radius, (rows - thing.y) / thing.radius
-        inside = _shape_mask(thing.shape, u, v)
-        marked = inside & _texture_mask(thing.texture, (columns - thing.x) * 64, (rows - thing.y) * 64)
-        pixels[inside] = COLOURS[thing.colour]
-        pixels[marked] = (250, 250, 250)
+        # Only the square around the object is computed.
+        top, left = (max(0, int((centre - thing.radius) * side) - 1) for centre in (thing.y, thing.x))
+        reach = int(2 * thing.radius * side) + 4
+        window = pixels[top : top + reach, left : left + reach]
+        rows = np.arange(top, top + window.shape[0], dtype=np.float32)[:, None] / side - thing.y
+        columns = np.arange(left, left + window.shape[1], dtype=np.float32)[None, :] / side - thing.x
+        inside = _shape_mask(thing.shape, columns / thing.radius, rows / thing.radius)
+        window[inside] = COLOURS[thing.colour]
+        window[inside & _texture_mask(thing.texture, columns * 64, rows * 64)] = (250, 250, 250)
     picture = pixels.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean(axis=(1, 3))
     picture += rng.normal(0, 2, size=picture.shape)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
@@ -106,7 +109,7 @@ def _shape_mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture_mask(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """White marks; `u` and `v` in pixels of a picture of 64."""
     if texture == "striped":
-        return np.mod(v, 5) < 2.2
+        return np.broadcast_to(np.mod(v, 5) < 2.2, np.broadcast(u, v).shape)
     if texture == "dotted":
         return (np.mod(u, 5) - 2.5) ** 2 + (np.mod(v, 5) - 2.5) ** 2 < 2.2
-    return np.zeros(u.shape, dtype=bool)
+    return np.zeros(np.broadcast(u, v).shape, dtype=bool)

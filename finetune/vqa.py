@@ -1,0 +1,156 @@
+"""Fine-tuning for visual question answering: exported weights -> accuracy by the official rule and predictions.
+
+Started once a rank; starting it again resumes. The result is RUN/predictions.json in VQAv2's submission format and
+RUN/accuracy.json.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimo3 import config
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
+from unimo3.data.args import DataArgs
+from unimo3.data.blind import accuracy_by_group
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import TrainingLoader, evaluation_batches
+from unimo3.data.order import SampleOrder
+from unimo3.data.samples import VqaSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.distributed import all_gather_object, world_size_from_environment
+from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.model.config import Unimo3Config
+from unimo3.model.init import initialize_weights
+from unimo3.model.pretrained import load_exported, read_exported_config
+from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
+from unimo3.objectives.vqa import VqaTask
+from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.evaluation import to_device
+from unimo3.training.loop import TrainingArgs, train
+from unimo3.training.optim import OptimArgs
+from unimo3.training.run import Run, RunArgs
+from unimo3.training.start import start_process
+
+
+@dataclass(frozen=True)
+class VqaConfig:
+    """All settings of a VQA fine-tuning run."""
+
+    run: RunArgs = field(default_factory=RunArgs)
+    init: str = ""
+    """Exported folder to start from: its weights and configuration (name it as data.tokenizer too)."""
+    answers: str = ""
+    """Answer vocabulary; the answers.json beside the training shards if empty."""
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    training: TrainingArgs = field(default_factory=TrainingArgs)
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+
+    def faults(self) -> list[str]:
+        """Say which settings do not fit together, one line a fault."""
+        found = self.batch_plan(world_size_from_environment()).faults()
+        for check in (lambda: read_exported_config(self.init), lambda: AnswerVocabulary.load(self.answers_path)):
+            try:
+                check()
+            except (ConfigError, DataError) as error:
+                found += error.faults if isinstance(error, ConfigError) else [f"answers: {error}"]
+        return found
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How the global batch is spread over `world_size` ranks."""
+        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
+
+    @property
+    def answers_path(self) -> Path:
+        """File of the answer vocabulary."""
+        return Path(self.answers) if self.answers else Path(self.data.train).parent / "answers.json"
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
+    settings = config.parse(VqaConfig, argv, "python -m finetune.vqa", __doc__ or "")
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    answers = AnswerVocabulary.load(settings.answers_path)
+    model_config: Unimo3Config = read_exported_config(settings.init)
+    model_config.num_answers = len(answers)
+    train_index, val_index = ShardIndex(Path(settings.data.train)), None
+    if settings.data.val:
+        val_index = ShardIndex(Path(settings.data.val))
+    world, stop = start_process(settings.run.seed)
+
+    batch = settings.batch_plan(world.size)
+    image_size = model_config.vision_config.image_size
+    run = Run(settings, batch.global_batch, train_index.fingerprint)
+    run.write_model_files(model_config, tokenizer, image_processor(image_size))
+    if world.rank == 0:
+        answers.save(run.folder / "model" / "answers.json")
+
+    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
+    initialize_weights(model, settings.run.seed, model_config.initializer_range)
+    load_exported(model, settings.init, fresh=r"^vqa_head\.", unused=r"^(mlm|itm|itc)_head\.")
+    engine = build_engine(VqaTask(model), model, ds_config, settings.optim)
+    run.resume(engine)
+
+    def samples_of(index: ShardIndex, augment: Augment) -> VqaSamples:
+        transform = ImageTransform(image_size, augment)
+        return VqaSamples(index, tokenizer, settings.data.max_text_tokens, transform, answers, settings.run.seed)
+
+    samples = samples_of(train_index, settings.data.augment)
+    order = SampleOrder(samples.units_per_shard, settings.run.seed, settings.data.window_shards)
+    reader = settings.data.reader
+    loader = TrainingLoader(
+        samples, order, batch.global_batch, batch.micro_batch, world.rank, world.size, reader, run.step
+    )
+
+    def evaluate(step: int) -> dict[str, float]:
+        batches = evaluation_batches(samples_of(val_index, "none"), world.rank, world.size, batch.micro_batch, reader)
+        scored = [entry for part in all_gather_object(list(predict(engine, batches, answers))) for entry in part]
+        accuracies = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
+        if world.rank == 0:
+            write_results(run.folder, scored, accuracies)
+        return {f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}
+
+    held_out = evaluate if val_index is not None else None
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, held_out)
+    run.close()
+
+
+@torch.no_grad()
+def predict(engine: Any, batches: Iterator, answers: AnswerVocabulary) -> Iterator[dict[str, Any]]:
+    """This rank's predictions, each with its official accuracy and its granularity or answer type."""
+    engine.eval()
+    for loaded, counts in batches:
+        best = engine(to_device(loaded, engine.device))["logits"].argmax(dim=-1).tolist()
+        for question, number, is_counted in zip(loaded["question"], best, counts.tolist(), strict=True):
+            if is_counted:
+                answer = answers.answers[number]
+                yield {
+                    "question_id": question["question_id"],
+                    "answer": answer,
+                    "group": question.get("granularity") or question.get("answer_type", ""),
+                    "accuracy": vqa_accuracy(answer, question["answers"]) if question.get("answers") else 0.0,
+                }
+
+
+def write_results(folder: Path, scored: list[dict[str, Any]], accuracies: dict[str, float]) -> None:
+    """Write the submission file and the accuracies, each by rename."""
+    submission = sorted(
+        ({"question_id": entry["question_id"], "answer": entry["answer"]} for entry in scored),
+        key=lambda entry: entry["question_id"],
+    )
+    for name, content in (("predictions.json", submission), ("accuracy.json", accuracies)):
+        staging = folder / f"{name}.tmp"
+        staging.write_text(json.dumps(content, indent=1 if name == "accuracy.json" else None) + "\n")
+        staging.replace(folder / name)
+
+
+if __name__ == "__main__":
+    main()

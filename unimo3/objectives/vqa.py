@@ -1,0 +1,34 @@
+"""Visual question answering: scores over an answer vocabulary, trained on soft targets.
+
+Source: METER, arXiv 2111.02387 (binary cross-entropy, summed over answers).
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
+from unimo3.objectives.base import Losses
+
+
+class VqaTask(nn.Module):
+    """Batch -> loss, and the logits for evaluation."""
+
+    def __init__(self, model: Unimo3ForVisualQuestionAnswering):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> Losses:
+        """Compute the loss.
+
+        Args:
+            batch: ``pixel_values`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, T], ``targets`` [B, answers].
+
+        Returns:
+            In training ``loss``; in evaluation also ``logits`` [B, answers].
+        """
+        logits = self.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits.float()
+        targets = batch["targets"]
+        losses = {"loss": binary_cross_entropy_with_logits(logits, targets) * targets.shape[-1]}
+        return losses if self.training else losses | {"logits": logits}
