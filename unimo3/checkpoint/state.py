@@ -3,7 +3,7 @@
 import base64
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class TrainState:
         index_fingerprint: of the training data.
         world_size: ranks that wrote the checkpoint.
         global_batch: pairs an optimizer step.
+        extra: whatever else a program wants back; plain JSON values.
     """
 
     step: int
@@ -33,6 +34,7 @@ class TrainState:
     index_fingerprint: str
     world_size: int
     global_batch: int
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

@@ -10,33 +10,43 @@ without a valid manifest is no checkpoint. A failure on any rank is agreed on by
 Source: DeepSpeed's engine.save_checkpoint for the tensors; the rename protocol is that of databases' commit files.
 """
 
-import hashlib
-import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
+from unimo3.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    flush_and_hash,
+    flush_folder,
+    verify,
+    write_and_flush,
+    write_manifest,
+)
 from unimo3.checkpoint.state import TrainState, load_rng, save_rng
-from unimo3.distributed import all_gather_object, world
+from unimo3.distributed import all_gather_object, broadcast_object, world
 from unimo3.errors import CheckpointError
+
+__all__ = ["STATE", "folder_of", "list_checkpoints", "load", "newest_good", "prune", "save", "tag_of", "verify"]
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "MANIFEST.json"
-STATE = "state.json"
 _TAG = re.compile(r"^step_\d{8,}$")
-_RANK = re.compile(r"_rank_(\d+)[._]")
+# DeepSpeed names a rank's files after it, and its folders of offloaded tensors; `mp_rank` is another kind of rank.
+_OWNER = re.compile(r"(?:(?:zero_pp|rng)_rank_|/rank)(\d+)[._/]")
 
 
 def tag_of(step: int) -> str:
     """Name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps that a checkpoint's name tells."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def folder_of(run: Path) -> Path:
@@ -46,10 +56,7 @@ def folder_of(run: Path) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Committed checkpoints, oldest first; what was never committed is not among them."""
-    folder = folder_of(run)
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _TAG.match(path.name) and (path / MANIFEST).is_file())
+    return [folder for folder in _candidates(run) if (folder / MANIFEST).is_file()]
 
 
 def save(engine: Any, run: Path, state: TrainState) -> Path:
@@ -61,31 +68,39 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
     rank, _ = world()
     checkpoints, tag = folder_of(run), tag_of(state.step)
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
+    mend = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
-    _together("prepare", lambda: _clear_staging(checkpoints) if rank == 0 else None)
-    _together("write", lambda: _write(engine, checkpoints, staging, state))
-    parts = _together("flush", lambda: _flush_and_hash(_own_files(staging)))
-    _together("commit", lambda: _commit(staging, final, parts) if rank == 0 else None)
+    _together(f"preparing {staging}", lambda: _clear_staging(checkpoints) if rank == 0 else None, mend)
+    _together(f"writing {staging}", lambda: _write(engine, staging, state), mend)
+    parts = _together(f"flushing {staging}", lambda: flush_and_hash(staging, _own_files(staging)), mend)
+    _together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, mend)
     return final
 
 
 def load(engine: Any, folder: Path) -> TrainState:
     """Restore engine and generators from a verified checkpoint; every rank calls it.
 
+    DeepSpeed wants an engine that has not saved before.
+
     Raises:
-        CheckpointError: it was written by another number of ranks, or DeepSpeed cannot read it.
+        CheckpointError: on every rank; it was written by another number of ranks, or a rank cannot read its part.
     """
     rank, size = world()
-    state = TrainState.read(folder / STATE)
+    mend = "move this checkpoint away to resume from the one before it"
+    state: TrainState = _together(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), mend)[0]
     if state.world_size != size:
         raise CheckpointError(
             f"{folder}: was written by {state.world_size} ranks, this run has {size}; start it with {state.world_size} "
             "ranks (resuming at another number is not served yet)"
         )
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if loaded is None:
-        raise CheckpointError(f"{folder}: DeepSpeed could not load it; see its message above")
-    load_rng(folder / f"rng_rank_{rank}.safetensors")
+
+    def restore() -> None:
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if loaded is None:
+            raise CheckpointError("DeepSpeed found nothing it could load")
+        load_rng(folder / f"rng_rank_{rank}.safetensors")
+
+    _together(f"loading {folder}", restore, mend)
     return state
 
 
@@ -96,65 +111,45 @@ def newest_good(run: Path) -> Path | None:
     """
     rank, size = world()
     # Rank 0's listing holds for all: on a shared file system others may still see an older one.
-    for folder in reversed(all_gather_object(list_checkpoints(run))[0]):
+    for folder in reversed(broadcast_object(_candidates(run))):
         problems = [problem for part in all_gather_object(verify(folder, rank, size)) for problem in part]
         if not problems:
             return folder
         if rank == 0:
-            log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+            log.warning("%s is damaged and passed over: %s", folder, "; ".join(dict.fromkeys(problems)))
     return None
 
 
-def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
-    """Compare a checkpoint's files with its manifest; every `num_parts`-th file from `part` on.
-
-    Returns:
-        One line a problem; none if all is well.
-    """
-    try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-        names = [entry["name"] for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read ({type(error).__name__})"]
-    if STATE not in names:
-        return [f"{MANIFEST} does not list {STATE}"]
-    problems = []
-    for entry in entries[part::num_parts]:
-        name = entry["name"]
-        if Path(name).name != name:
-            problems.append(f"{name!r} in {MANIFEST} is not a plain file name")
-            continue
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
-            problems.append(f"{name} has another content than was written")
-    return problems
-
-
-def prune(run: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Remove old checkpoints and return them.
+def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
+    """Remove old checkpoints and return them; the newest good one always stays.
 
     Args:
         keep_last: newest ones to keep, at least 1.
         keep_every: steps; multiples of it stay. 0: none.
+        known_good: a checkpoint that needs no verification here, such as one just saved.
     """
     checkpoints = list_checkpoints(run)
-    removed = []
-    for folder in checkpoints[: -max(1, keep_last)]:
-        step = int(folder.name.removeprefix("step_"))
-        if keep_every and step % keep_every == 0:
-            continue
-        # Without its manifest it is no checkpoint any more, so a kill half way leaves nothing that passes for one.
-        (folder / MANIFEST).unlink()
-        shutil.rmtree(folder)
-        removed.append(folder)
-    return removed
+    old = checkpoints[: -max(1, keep_last)]
+    removable = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
+    kept = [folder for folder in checkpoints if folder not in removable]
+    if removable and not any(folder == known_good or not verify(folder) for folder in reversed(kept)):
+        last_good = next((folder for folder in reversed(removable) if not verify(folder)), None)
+        log.warning("%s: none of the checkpoints to keep is good; %s stays", run, last_good or "nothing good")
+        removable = [folder for folder in removable if folder != last_good]
+    for folder in removable:
+        _remove(folder)
+    return removable
 
 
-def _together(stage: str, action: Callable[[], Any]) -> list[Any]:
+def _candidates(run: Path) -> list[Path]:
+    """Folders that are named as checkpoints, oldest first."""
+    folder = folder_of(run)
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _TAG.match(path.name) and path.is_dir()), key=step_of)
+
+
+def _together(doing: str, action: Callable[[], Any], mend: str) -> list[Any]:
     """Run `action` on every rank; return all results, or raise on every rank if it failed on any."""
     result, failure = None, None
     try:
@@ -164,46 +159,32 @@ def _together(stage: str, action: Callable[[], Any]) -> list[Any]:
     outcomes = all_gather_object((result, failure))
     failures = [f"rank {rank}: {failed}" for rank, (_, failed) in enumerate(outcomes) if failed]
     if failures:
-        raise CheckpointError(
-            f"saving failed while ranks {stage} ({'; '.join(failures[:4])}); earlier checkpoints are untouched. Check "
-            "space, quota and permissions of the run's folder"
-        )
+        more = f"; and {len(failures) - 4} more ranks" if len(failures) > 4 else ""
+        raise CheckpointError(f"{doing} failed ({'; '.join(failures[:4])}{more}); {mend}")
     return [outcome for outcome, _ in outcomes]
 
 
 def _clear_staging(checkpoints: Path) -> None:
+    """Remove what killed saves and removals left."""
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for path in checkpoints.glob("step_*"):
-        if path.is_dir() and not (path / MANIFEST).is_file():
-            shutil.rmtree(path)  # left by a save or a removal that was killed
     for path in checkpoints.glob("step_*.tmp"):
         shutil.rmtree(path)
 
 
-class _DeferringCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's writer of files, with failures kept until all ranks are past DeepSpeed's own barriers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zipfile_serialization = True  # the form that torch can map into memory; export relies on it
-        self.failure: Exception | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self.failure = error
+def _remove(folder: Path) -> None:
+    # Renamed first, so that a kill half way leaves nothing that passes for a checkpoint.
+    doomed = folder.with_name(f"{folder.name}.old.tmp")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
-def _write(engine: Any, checkpoints: Path, staging: Path, state: TrainState) -> None:
+def _write(engine: Any, staging: Path, state: TrainState) -> None:
+    from unimo3.checkpoint.writing import write_engine_files  # imports deepspeed: seconds that listing need not wait
+
     rank, _ = world()
-    stock, engine.checkpoint_engine = engine.checkpoint_engine, _DeferringCheckpointEngine()
-    try:
-        engine.save_checkpoint(str(checkpoints), tag=staging.name, save_latest=False)
-        if engine.checkpoint_engine.failure is not None:
-            raise engine.checkpoint_engine.failure
-    finally:
-        engine.checkpoint_engine = stock
+    write_engine_files(engine, staging)
     save_rng(staging / f"rng_rank_{rank}.safetensors")
     if rank == 0:
         state.write(staging / STATE)
@@ -213,52 +194,27 @@ def _own_files(staging: Path) -> list[Path]:
     """Files this rank wrote: those with its number in their name; rank 0 also has those with none."""
     rank, _ = world()
     own = []
-    for path in sorted(staging.iterdir()):
-        number = _RANK.search(path.name.replace("mp_rank_", "mp_"))
-        if (int(number[1]) if number else 0) == rank:
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        owner = _OWNER.search("/" + path.relative_to(staging).as_posix())
+        if (int(owner[1]) if owner else 0) == rank:
             own.append(path)
     return own
 
 
-def _flush_and_hash(paths: list[Path]) -> list[dict[str, Any]]:
-    entries = []
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries.append({"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-    return entries
-
-
 def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> None:
-    entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry["name"])
-    on_disk = {path.name for path in staging.iterdir()}
-    assert on_disk == {entry["name"] for entry in entries}, "every file belongs to exactly one rank"
-    _write_and_flush(staging / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
-    _flush_folder(staging)
+    entries = [entry for part in parts for entry in part]
+    on_disk = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
+    listed = {entry["name"] for entry in entries}
+    if on_disk != listed:
+        raise OSError(f"{staging}: files appeared or vanished during the save: {sorted(on_disk ^ listed)}")
+    write_manifest(staging, entries)
+    replaced = final.with_name(f"{final.name}.old.tmp")
     if final.exists():
-        shutil.rmtree(final)  # the same step saved again, after resuming from an earlier one
+        final.rename(replaced)  # the same step saved again, after resuming from an earlier one
     staging.rename(final)
     latest = final.parent / "latest"
-    _write_and_flush(latest.with_suffix(".tmp"), final.name)
+    write_and_flush(latest.with_suffix(".tmp"), final.name)
     latest.with_suffix(".tmp").replace(latest)
-    _flush_folder(final.parent)
-
-
-def _write_and_flush(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    flush_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)

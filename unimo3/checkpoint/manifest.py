@@ -1,0 +1,114 @@
+"""The list of a checkpoint's files with their sizes and SHA-256: what tells a whole checkpoint from a damaged one.
+
+    MANIFEST.json   {"files": [{"name": "state.json", "bytes": 211, "sha256": "..."}, ...]}
+
+Names are relative to the checkpoint's folder, with ``/`` between parts, and may not lead out of it.
+
+Source: the commit files of databases; SHA-256 from FIPS 180-4.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
+
+def flush_and_hash(folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Force files to disk and return their entries for the manifest."""
+    entries = []
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(folder).as_posix()
+        entries.append({"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
+    return entries
+
+
+def write_manifest(folder: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Write the manifest to disk, and the folders' listings with it."""
+    listed = sorted(entries, key=lambda entry: entry["name"])
+    write_and_flush(folder / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
+    for path in {folder / entry["name"] for entry in listed}:
+        if path.parent != folder:
+            flush_folder(path.parent)
+    flush_folder(folder)
+
+
+def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
+    """Compare a checkpoint's files with its manifest.
+
+    Args:
+        part: which share of the files, so that each rank can read one; shares are about equal in bytes.
+        num_parts: number of shares.
+
+    Returns:
+        One line a problem; none if all is well.
+    """
+    try:
+        entries = _read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
+    if STATE not in [entry["name"] for entry in entries]:
+        return [f"{MANIFEST} does not list {STATE}"]
+    largest_first = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))
+    problems = [_problem(folder, entry) for entry in largest_first[part::num_parts]]
+    if part == 0:
+        # DeepSpeed and export take such files by pattern, so one that nobody vouches for must not lie among them.
+        names = {entry["name"] for entry in entries}
+        stray = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.pt"))]
+        problems += [f"{name} is not listed in {MANIFEST}" for name in stray if name not in names]
+    return [problem for problem in problems if problem]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_and_flush(path: Path, text: str) -> None:
+    """Write a text file and force it to disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Force a folder's listing to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    entries = json.loads((folder / MANIFEST).read_text())["files"]
+    return [
+        {"name": str(entry["name"]), "bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for entry in entries
+    ]
+
+
+def _problem(folder: Path, entry: dict[str, Any]) -> str:
+    """What is wrong with one listed file; empty if nothing is."""
+    name = entry["name"]
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        return f"{name!r} in {MANIFEST} leads out of the folder"
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+        if sha256_of(path) != entry["sha256"]:
+            return f"{name} has another content than was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return ""
