@@ -1,12 +1,12 @@
 """A run's sharded checkpoint -> inference weights for ``from_pretrained``."""
 
 import argparse
+import logging
 import re
-import shutil
 from pathlib import Path
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.export import DTYPES, copy_model_files, export_weights
+from unimo3.checkpoint.export import DTYPES, TensorReport, export_run
 from unimo3.errors import CheckpointError, ConfigError, exit_with_status
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -21,7 +21,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of the weights (default: fp16)")
     parser.add_argument(
         "--on-overflow", choices=("error", "clamp", "keep-fp32"), default="error",
-        help="values that do not fit the type (default: error, which names the tensor)",
+        help="values that do not fit the type (default: error, which names the tensors)",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", default="1GB", help="largest weights file (default: %(default)s)")
     return parser.parse_args(argv)
@@ -29,37 +29,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
-    """Export into a staging folder, then rename it."""
+    """Choose a checkpoint, verify it, export it."""
     args = parse_arguments(argv)
-    size = re.fullmatch(r"(\d+)\s*([KMG]?B?)", args.max_shard_size.upper())
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    size = re.fullmatch(r"(\d+)\s*([KMG]?B?)", args.max_shard_size.strip().upper())
     faults = []
-    if not args.run.is_dir():
-        faults.append(f"run {args.run}: no such folder")
-    if args.out.exists():
-        faults.append(f"--out {args.out}: exists; choose a new folder")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        faults.append(f"--out {args.out}: exists and is no empty folder; choose a new one")
     if size is None or size[2] not in _UNITS or int(size[1]) == 0:
         faults.append(f"--max-shard-size {args.max_shard_size}: a size such as 500MB or 1GB is needed")
     if faults:
         raise ConfigError(faults)
     assert size is not None
     checkpoint = choose_checkpoint(args.run, args.tag)
-    staging = args.out.with_name(args.out.name + ".partial")
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    try:
-        reports = export_weights(checkpoint, staging, args.dtype, args.on_overflow, int(size[1]) * _UNITS[size[2]])
-        copy_model_files(args.run / "model", staging, args.dtype)
-    except BaseException:
-        shutil.rmtree(staging)
-        raise
-    staging.rename(args.out)
-    flushed = sum(report.num_flushed for report in reports)
-    largest = max(reports, key=lambda report: report.largest)
-    print(f"{args.out}: {len(reports)} tensors of {checkpoint} as {args.dtype}")
-    print(
-        f"largest magnitude {largest.largest:.4g} in {largest.name}; {flushed} values became zero; export_report.json"
-    )
+    max_file_bytes = int(size[1]) * _UNITS[size[2]]
+    reports = export_run(args.run, checkpoint, args.out, args.dtype, args.on_overflow, max_file_bytes)
+    print(summary(args.out, checkpoint, args.dtype, reports))
 
 
 def choose_checkpoint(run: Path, tag: str | None) -> Path:
@@ -68,6 +53,8 @@ def choose_checkpoint(run: Path, tag: str | None) -> Path:
     Raises:
         CheckpointError: there is none, or the named one is missing or damaged.
     """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such folder; name the folder of a run")
     if tag is None:
         newest = store.newest_good(run)
         if newest is None:
@@ -85,6 +72,24 @@ def choose_checkpoint(run: Path, tag: str | None) -> Path:
             f"{folder}: is damaged ({'; '.join(problems)}); leave out --tag to take the newest good one"
         )
     return folder
+
+
+def summary(out: Path, checkpoint: Path, dtype: str, reports: list[TensorReport]) -> str:
+    """A few lines on what was written."""
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    largest = max(reports, key=lambda report: report.largest)
+    lines = [
+        f"{out}: {len(reports)} tensors of {checkpoint} as {dtype}, {size / 1e6:.1f} MB in {len(files)} "
+        f"file{'s' if len(files) > 1 else ''}",
+        f"largest magnitude {largest.largest:.4g} in {largest.name}; "
+        f"{sum(report.num_flushed for report in reports)} values became zero; see export_report.json",
+    ]
+    for report in reports:
+        if report.num_over_range:
+            fate = "kept in float32" if report.dtype == "float32" else "clamped"
+            lines.append(f"{report.name}: {report.num_over_range} values out of range, {fate}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class ShardWriter:
         """
         image = read_image(sample.image)
         if self.num_samples % self._samples_per_shard == 0:
-            self._close_shard()
+            self.close()
             path = self.folder / f"{self.num_samples // self._samples_per_shard:06d}.tar"
             self._tar = webdataset.TarWriter(str(path), user="unimo3", group="unimo3", mtime=0.0, encoder=False)
         assert self._tar is not None
@@ -70,11 +70,11 @@ class ShardWriter:
         self.num_samples += 1
 
     def finish(self, dataset: str, split: str) -> None:
-        """Close the last shard and write the index."""
-        self._close_shard()
+        """Write the index of the closed shards."""
         build_index(self.folder, dataset, split)
 
-    def _close_shard(self) -> None:
+    def close(self) -> None:
+        """Close the last shard."""
         if self._tar is not None:
             self._tar.close()
             self._tar = None
@@ -85,10 +85,14 @@ def write_splits(
 ) -> dict[str, int]:
     """Write every split that `samples` holds to ``folder/SPLIT``; return samples per split."""
     writers: dict[str, ShardWriter] = {}
-    for split, sample in samples:
-        if split not in writers:
-            writers[split] = ShardWriter(folder / split, samples_per_shard)
-        writers[split].write(sample)
+    try:
+        for split, sample in samples:
+            if split not in writers:
+                writers[split] = ShardWriter(folder / split, samples_per_shard)
+            writers[split].write(sample)
+    finally:
+        for writer in writers.values():
+            writer.close()
     if not writers:
         raise DataError(f"{dataset}: the source holds no samples")
     for split, writer in writers.items():

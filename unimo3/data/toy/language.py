@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unimo3.data.toy.scene import COLOURS, SHAPES, TEXTURES, Scene, Thing
+from unimo3.data.toy.scene import COLOURS, GRID, SHAPES, TEXTURES, Scene, Thing
 
 _NUMBER_WORDS = ("no", "one", "two", "three", "four")
 
@@ -150,15 +150,14 @@ def _count_or_existence(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _relation_of_two(scene: Scene, rng: np.random.Generator) -> Question:
     one, other = (scene[i] for i in rng.permutation(len(scene))[:2])
-    horizontal = abs(one.x - other.x) > abs(one.y - other.y)
-    words = ("left of", "right of") if horizontal else ("above", "below")
+    words = ("left of", "right of") if _relation(one, other) in ("left of", "right of") else ("above", "below")
     word = words[rng.integers(2)]
     answer = "yes" if word == _relation(one, other) else "no"
     text = f"is the {one.name} {word} the {other.name}?"
     return Question(text, answer, "is the", "scene", "yes/no", ("yes", "no"))
 
 
-def _colour_at_an_end(scene: Scene, rng: np.random.Generator) -> Question:
+def _colour_at_an_end(scene: Scene, rng: np.random.Generator) -> Question | None:
     ends: tuple[tuple[str, Callable[[Thing], float]], ...] = (
         ("on the far left", lambda thing: thing.x),
         ("on the far right", lambda thing: -thing.x),
@@ -166,7 +165,9 @@ def _colour_at_an_end(scene: Scene, rng: np.random.Generator) -> Question:
         ("at the bottom", lambda thing: -thing.y),
     )
     where, place = ends[rng.integers(len(ends))]
-    thing = min(scene, key=place)
+    thing, next_one = sorted(scene, key=place)[:2]
+    if place(next_one) - place(thing) < 0.5 / GRID:
+        return None  # two share the outermost row or column
     return Question(f"what color is the object {where}?", thing.colour, "what color", "scene", "other", tuple(COLOURS))
 
 

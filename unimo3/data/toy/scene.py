@@ -20,8 +20,10 @@ SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("solid", "striped", "dotted")
 SIZES = ("small", "large")
 BACKGROUND = (236, 232, 224)
-# Radii as shares of the picture's side.
-_RADIUS = {"small": 0.115, "large": 0.185}
+# Objects stand in the cells of a grid, a little off its centres; lengths are shares of the picture's side.
+GRID = 4
+_JITTER = 0.01
+_RADIUS = {"small": 0.08, "large": 0.115}
 _SUPERSAMPLING = 4
 
 
@@ -50,29 +52,22 @@ class Thing:
 Scene = tuple[Thing, ...]
 
 
-def draw_scene(rng: np.random.Generator, num_things: int | None = None) -> Scene:
-    """Place two to four objects without overlap."""
-    wanted = num_things or int(rng.integers(2, 5))
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """Place two to four objects in cells of their own."""
+    wanted = int(rng.integers(2, 5))
     # Few shapes and colours a scene, so that counts above one are common.
     shapes = rng.choice(SHAPES, size=min(len(SHAPES), int(rng.integers(2, 4))), replace=False)
+    cells = rng.permutation(GRID * GRID)[:wanted]
     things: list[Thing] = []
-    for _ in range(400):
-        if len(things) == wanted:
-            break
-        size = str(rng.choice(SIZES))
-        margin = _RADIUS[size] + 0.02
-        x, y = rng.uniform(margin, 1 - margin, size=2)
-        thing = Thing(
-            str(rng.choice(shapes)), str(rng.choice(list(COLOURS))), str(rng.choice(TEXTURES)), size, float(x), float(y)
-        )
-        if all(_apart(thing, other) and thing.name != other.name for other in things):
+    while len(things) < wanted:
+        x, y = (
+            (np.asarray(divmod(int(cells[len(things)]), GRID)) + 0.5) / GRID + rng.uniform(-_JITTER, _JITTER, 2)
+        ).tolist()
+        shape, colour = str(rng.choice(shapes)), str(rng.choice(list(COLOURS)))
+        thing = Thing(shape, colour, str(rng.choice(TEXTURES)), str(rng.choice(SIZES)), x, y)
+        if all(thing.name != other.name for other in things):
             things.append(thing)
-    return tuple(things) if len(things) >= 2 else draw_scene(rng, num_things)
-
-
-def _apart(one: Thing, other: Thing) -> bool:
-    distance = max(abs(one.x - other.x), abs(one.y - other.y))
-    return distance > one.radius + other.radius + 0.01
+    return tuple(things)
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
@@ -109,7 +104,7 @@ def _shape_mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture_mask(texture: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """White marks; `u` and `v` in pixels of a picture of 64."""
     if texture == "striped":
-        return np.broadcast_to(np.mod(v, 5) < 2.2, np.broadcast(u, v).shape)
+        return np.broadcast_to(np.mod(v, 4) < 1.6, np.broadcast(u, v).shape)
     if texture == "dotted":
-        return (np.mod(u, 5) - 2.5) ** 2 + (np.mod(v, 5) - 2.5) ** 2 < 2.2
+        return (np.mod(u, 4) - 2) ** 2 + (np.mod(v, 4) - 2) ** 2 < 1.2
     return np.zeros(np.broadcast(u, v).shape, dtype=bool)

@@ -1,0 +1,132 @@
+"""The whole job in miniature, on two CPU ranks: toy data to VQA accuracy, with a stop and a resume on the way.
+
+Every stage is a command a user would type, printed before it runs.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pretrain.toy import blind_rates
+from unimo3.errors import EXIT_REQUEUE, ConfigError, exit_with_status
+from unimo3.training.metrics import read_metrics
+
+NUM_RANKS = 2
+LAUNCH = ("unimo3.launch", "-n", str(NUM_RANKS))
+MARKER = ".made-by-demo"
+
+
+class Demo:
+    """One run of the demo in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started = time.monotonic()
+
+    def run(self, *command: str, expected: int = 0, stop_at_step: int = 0, run_folder: Path | None = None) -> None:
+        """Run ``python -m command``; with `stop_at_step`, send SIGTERM once `run_folder` has done that many steps."""
+        print(f"\n[{time.monotonic() - self.started:4.0f} s] python -m {' '.join(command)}", flush=True)
+        process = subprocess.Popen([sys.executable, "-m", *command])
+        if stop_at_step:
+            assert run_folder is not None
+            while process.poll() is None and len(read_metrics(run_folder)) < stop_at_step:
+                time.sleep(0.5)
+            print(f"[{time.monotonic() - self.started:4.0f} s] sending SIGTERM, as a cluster does at its time limit")
+            process.send_signal(signal.SIGTERM)
+        status = process.wait()
+        if status != expected:
+            raise RuntimeError(f"status {status}, {expected} expected, from: python -m {' '.join(command)}")
+
+    def everything(self) -> None:
+        """All stages."""
+        data, shards, runs = self.folder / "data", self.folder / "shards", self.folder / "runs"
+        self.run("pretrain.toy", str(data), "--images", "4000", "--size", "64", "--seed", "0")
+        self.run(
+            "pretrain.prepare_shards", "coco", "--src", str(data / "coco"), "--out", str(shards / "coco"),
+            "--tokenizer-vocab", "512", "--shard-size", "512",
+        )  # fmt: skip
+        self.run(
+            "pretrain.prepare_shards", "vqav2", "--src", str(data / "vqav2"), "--images", str(data / "coco"),
+            "--out", str(shards / "vqav2"), "--shard-size", "512",
+        )  # fmt: skip
+
+        pretraining = (
+            *LAUNCH, "pretrain.train", "--config", "pretrain/recipes/tiny.yaml", "--run.dir", str(runs),
+            "--data.train", str(shards / "coco" / "train"), "--data.val", str(shards / "coco" / "val"),
+            "--data.tokenizer", str(shards / "coco" / "tokenizer"),
+        )  # fmt: skip
+        half = self.steps_of("pretrain/recipes/tiny.yaml") // 2
+        self.run(*pretraining, expected=EXIT_REQUEUE, stop_at_step=half, run_folder=runs / "tiny")
+        self.run(*pretraining)
+
+        weights = self.folder / "weights"
+        self.run("pretrain.export", str(runs / "tiny"), "--out", str(weights), "--dtype", "fp16")
+        self.run(
+            *LAUNCH, "finetune.vqa", "--config", "finetune/recipes/vqa_tiny.yaml", "--init", str(weights),
+            "--run.dir", str(runs), "--data.train", str(shards / "vqav2" / "train"),
+            "--data.val", str(shards / "vqav2" / "val"), "--data.tokenizer", str(weights),
+        )  # fmt: skip
+        self.report(data, runs, weights)
+
+    @staticmethod
+    def steps_of(recipe: str) -> int:
+        """Optimizer steps of a recipe."""
+        import yaml
+
+        steps: int = yaml.safe_load(Path(recipe).read_text())["training"]["steps"]
+        return steps
+
+    def report(self, data: Path, runs: Path, weights: Path) -> None:
+        """Print what was reached and where to look."""
+        rows = [("", "start", "end")]
+        for run in ("tiny", "vqa_tiny"):
+            records = read_metrics(runs / run)
+            losses = [name for name in records[0] if name.startswith("loss")]
+            for name in losses:
+                start = sum(record[name] for record in records[:10]) / len(records[:10])
+                end = sum(record[name] for record in records[-10:]) / len(records[-10:])
+                rows.append((f"{run} {name}", f"{start:.3f}", f"{end:.3f}"))
+        accuracy = json.loads((runs / "vqa_tiny" / "accuracy.json").read_text())
+        blind = blind_rates(data / "vqav2")
+        rows.append(("", "blind guess", "model"))
+        rows += [(f"VQA accuracy, {group}", f"{blind[group]:.3f}", f"{accuracy[group]:.3f}") for group in accuracy]
+        width = max(len(row[0]) for row in rows)
+        print(
+            f"\nDone in {time.monotonic() - self.started:.0f} s. First and last ten steps' losses; accuracy on images"
+        )
+        print("that no training step saw, beside the best guess from the question alone.\n")
+        for name, first, second in rows:
+            print(f"  {name:<{width}}  {first:>12}  {second:>8}")
+        print("\nFiles:")
+        for path, about in (
+            (runs / "tiny" / "checkpoints", "sharded ZeRO-3 checkpoints"),
+            (runs / "tiny" / "metrics.jsonl", "every step's figures"),
+            (weights, "fp16 weights for from_pretrained"),
+            (runs / "vqa_tiny" / "predictions.json", "answers in VQAv2's submission format"),
+        ):
+            print(f"  {path}: {about}")
+        print(f"\nCurves: .venv/bin/tensorboard --logdir {runs}")
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Run the demo; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.demo", description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder for all it writes (default: demo)")
+    folder = parser.parse_args(argv).dir
+    if folder.exists():
+        if not (folder / MARKER).exists():
+            raise ConfigError(f"--dir {folder}: exists and was not made by the demo; choose another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+    Demo(folder).everything()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What ranks do for the checkpoint tests: train small ZeRO engines, save, load, and tell their full weights."""
+
+import copy
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from unimo3.checkpoint import store
+from unimo3.checkpoint.state import TrainState
+from unimo3.distributed import world
+from unimo3.errors import CheckpointError
+
+Weights = dict[str, Tensor]
+
+
+class OddModel(nn.Module):
+    """Tied, frozen, odd-sized and one-element parameters, and buffers of each kind."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.embed = nn.Embedding(11, 7)
+        self.inner = nn.Linear(7, 5)
+        self.frozen = nn.Linear(5, 7, bias=False)
+        self.scale = nn.Parameter(torch.rand(1))
+        self.decoder = nn.Linear(7, 11)
+        self.dropout = nn.Dropout(0.3)
+        self.register_buffer("count", torch.arange(3) + seed)
+        self.register_buffer("shift", torch.rand(7))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.decoder.weight = self.embed.weight
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.frozen(self.dropout(self.inner(self.embed(ids)).tanh())) * self.scale + self.shift
+        return nn.functional.cross_entropy(self.decoder(states.to(self.decoder.bias.dtype)).float(), ids)
+
+
+class OddTask(nn.Module):
+    """Holds its model as the pretraining task does."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model = OddModel(seed)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids)
+
+
+def start_engine(stage: int, bf16: bool, seed: int = 0) -> Any:
+    """An engine over `OddTask` with two parameter groups and no persistent parameters."""
+    size = world()[1]
+    config = {
+        "train_batch_size": 4 * size,
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 64,
+            "sub_group_size": 40,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if stage == 3:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            task = OddTask(seed)
+    else:
+        task = OddTask(seed)
+    decayed = [task.model.embed.weight, task.model.inner.weight]
+    ids = {id(parameter) for parameter in decayed}
+    plain = [p for p in task.parameters() if p.requires_grad and id(p) not in ids]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": 0.02}]
+    return deepspeed.initialize(model=task, optimizer=torch.optim.AdamW(groups, lr=0.01), config=config)[0]
+
+
+def train(engine: Any, steps: range) -> list[float]:
+    """Losses of some steps; each step's batch depends on step and rank alone, dropout on the generators."""
+    losses = []
+    for step in steps:
+        ids = torch.randint(11, (4,), generator=torch.Generator().manual_seed(100 * step + world()[0]))
+        loss = engine(ids)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def full_weights(engine: Any) -> Weights:
+    """Every parameter, gathered, and every persistent buffer: in float32 from the optimizer's own copy if trained."""
+    stage = engine.zero_optimization_stage()
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and parameter.numel() + getattr(parameter, "ds_numel", 0):
+            weights[name] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+        elif stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone()
+        else:
+            weights[name] = parameter.detach().clone()
+    weights["model.count"] = engine.module.model.count.clone()
+    weights["model.shift"] = engine.module.model.shift.clone()
+    return weights
+
+
+def state_at(step: int) -> TrainState:
+    """A state with recognisable values."""
+    return TrainState(step, 8 * step, "config", "index", world()[1], 8, {"note": "kept"})
+
+
+def save_runs(root: Path) -> dict[str, Any]:
+    """Save step 2 and step 4 of bf16 and fp32 ZeRO-3 runs and a ZeRO-2 run, and train on to step 6.
+
+    Returns:
+        For each run, the losses of steps 4 and 5 and the weights at step 4.
+    """
+    told: dict[str, Any] = {}
+    for name, stage, bf16 in (("bf16", 3, True), ("fp32", 3, False), ("zero2", 2, True)):
+        engine = start_engine(stage, bf16)
+        torch.manual_seed(7 + world()[0])
+        train(engine, range(2))
+        store.save(engine, root / name, state_at(2))
+        train(engine, range(2, 4))
+        store.save(engine, root / name, state_at(4))
+        told[name] = {"weights": full_weights(engine), "moments": moments(engine), "losses": train(engine, range(4, 6))}
+    return told
+
+
+def moments(engine: Any) -> list[Tensor]:
+    """This rank's optimizer state, copied."""
+    held = engine.optimizer.optimizer.state.values()
+    return [value.clone() for entry in held for value in entry.values() if isinstance(value, Tensor)]
+
+
+def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
+    """Load the newest good checkpoint into an engine that started from other weights, and train on from there."""
+    engine = start_engine(stage, bf16, seed=99)
+    torch.manual_seed(99)
+    newest = store.newest_good(run)
+    assert newest is not None
+    state = store.load(engine, newest)
+    weights, held = full_weights(engine), moments(engine)
+    return {"state": state, "weights": weights, "moments": held, "losses": train(engine, range(4, 6))}
+
+
+def load_runs(root: Path) -> dict[str, Any]:
+    """`load_run` for each of `save_runs`."""
+    runs = (("bf16", 3, True), ("fp32", 3, False), ("zero2", 2, True))
+    return {name: load_run(root / name, stage, bf16) for name, stage, bf16 in runs}
+
+
+def newest_of(runs: list[Path]) -> list[str | None]:
+    """What this rank chooses in each run."""
+    return [None if (newest := store.newest_good(run)) is None else newest.name for run in runs]
+
+
+def fail_to_save(root: Path) -> dict[str, Any]:
+    """Save under faults of this machine on one rank; returns what each attempt raised and what is left."""
+    rank, _ = world()
+    engine = start_engine(3, bf16=True)
+    told: dict[str, Any] = {}
+
+    def attempt(fault: str, run: Path) -> None:
+        try:
+            store.save(engine, run, state_at(9))
+            told[fault] = None
+        except CheckpointError as error:
+            told[fault] = str(error)
+
+    blocked = root / "blocked"
+    if rank == 0:
+        blocked.mkdir()
+        (blocked / "checkpoints").write_text("a file where a folder is needed")
+    attempt("blocked folder", blocked)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    attempt("full disk on rank 1", root / "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def vanish(*_: Any) -> None:
+        shutil.rmtree(root / "vanished" / "checkpoints" / "step_00000009.tmp")
+
+    if rank == 0:
+        hook = engine.module.register_state_dict_post_hook(vanish)
+    attempt("vanished folder", root / "vanished")
+    if rank == 0:
+        hook.remove()
+
+    for fault in ("full", "vanished"):
+        told[f"{fault}: newest"] = str(store.newest_good(root / fault))
+    attempt("none", root / "full")
+    told["full: newest after"] = str(store.newest_good(root / "full"))
+    return told
+
+
+def refuse_world(run: Path) -> str:
+    """What loading says at another world size."""
+    engine = start_engine(3, bf16=True)
+    newest = store.newest_good(run)
+    assert newest is not None
+    try:
+        store.load(engine, newest)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def copy_of(value: Any) -> Any:
+    """A deep copy, for what the caller changes."""
+    return copy.deepcopy(value)

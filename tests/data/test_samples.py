@@ -1,0 +1,289 @@
+"""From bytes to inputs: masks, pixels, captions, answers, and what happens to bad samples."""
+
+import io
+import json
+import random
+import shutil
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.conftest import draw_jpeg
+from unimo3.data.answers import AnswerVocabulary, normalize_answer, vqa_accuracy
+from unimo3.data.index import ShardIndex, build_index
+from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
+from unimo3.data.masking import Masking
+from unimo3.data.order import SampleOrder, Unit
+from unimo3.data.samples import PretrainSamples, VqaSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform, image_processor
+from unimo3.errors import ConfigError, DataError
+
+READER = ReaderArgs(num_workers=0, prefetch=1, max_bad_share=0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(coco):
+    return load_tokenizer(str(coco / "tokenizer"))
+
+
+def pretrain_samples(folder, tokenizer, augment="none", seed=0):
+    return PretrainSamples(ShardIndex(folder), tokenizer, 16, ImageTransform(32, augment), 0.15, seed)
+
+
+def loader(samples, **changes):
+    order = SampleOrder(samples.units_per_shard, 0, 2)
+    settings = {"global_batch": 8, "micro_batch": 4, "rank": 0, "world_size": 1, "reader": READER} | changes
+    return iter(TrainingLoader(samples, order, **settings))
+
+
+def assert_equal_batches(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        assert same, name
+
+
+# Tokenizer and masking.
+
+
+def test_a_trained_tokenizer_has_robertas_form(tokenizer):
+    assert [tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "<pad>", "</s>", "<unk>")] == [0, 1, 2, 3]
+    once, twice = tokenizer("picture")["input_ids"], tokenizer("picture picture")["input_ids"]
+    assert once[0] == 0
+    assert once[-1] == 2
+    assert twice[1:-1] == 2 * once[1:-1]
+    assert tokenizer.decode(tokenizer("déjà vu 7")["input_ids"], skip_special_tokens=True).strip() == "déjà vu 7"
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    for folder in (str(tmp_path / "nowhere"), str(tmp_path), ""):
+        with pytest.raises(ConfigError, match=r"data\.tokenizer: '"):
+            load_tokenizer(folder)
+
+
+def test_masking_follows_its_shares_and_spares_special_tokens():
+    masking = Masking(0.15, mask_id=4, special_ids=frozenset(range(5)), vocab_size=1000)
+    rng = np.random.default_rng(0)
+    ids = np.concatenate([[0], rng.integers(5, 1000, 60), [2], [1] * 10])
+    chosen = masked = kept = replaced = 0
+    for _ in range(2000):
+        out, labels = masking(ids, rng)
+        where = labels != -100
+        assert not where[[0, 61, *range(62, 72)]].any()
+        assert (labels[where] == ids[where]).all()
+        assert (out[~where] == ids[~where]).all()
+        assert not np.isin(out[where & (out != 4)], range(5)).any()
+        chosen += where.sum()
+        masked += (out[where] == 4).sum()
+        kept += (out[where] == ids[where]).sum()
+        replaced += ((out[where] != 4) & (out[where] != ids[where])).sum()
+    assert chosen / (2000 * 60) == pytest.approx(0.15, abs=0.005)
+    assert masked / chosen == pytest.approx(0.8, abs=0.02)
+    assert replaced / chosen == pytest.approx(0.1, abs=0.02)
+    assert kept / chosen == pytest.approx(0.1, abs=0.02)
+
+
+def test_masking_predicts_at_least_one_token():
+    masking = Masking(1e-9, mask_id=4, special_ids=frozenset(range(5)), vocab_size=20)
+    _, labels = masking(np.array([0, 7, 8, 2, 1]), np.random.default_rng(0))
+    assert (labels != -100).sum() == 1
+
+
+# Pixels.
+
+
+@pytest.mark.parametrize("size", [(40, 30), (20, 64), (32, 32)])
+def test_pixels_equal_the_exported_processors(size):
+    content = draw_jpeg(3, *size)
+    expected = image_processor(32)(Image.open(io.BytesIO(content)), return_tensors="pt")["pixel_values"][0]
+    found = ImageTransform(32)(content, np.random.default_rng(0))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_augmentation_is_a_function_of_the_samples_generator():
+    transform, content = ImageTransform(32, "randaugment"), draw_jpeg(1)
+    random.seed(1)
+    one = transform(content, np.random.default_rng(5))
+    random.seed(2)
+    before = random.getstate()
+    assert torch.equal(one, transform(content, np.random.default_rng(5)))
+    assert random.getstate() == before
+    others = [transform(content, np.random.default_rng(seed)) for seed in range(4)]
+    assert any(not torch.equal(one, other) for other in others)
+
+
+def test_a_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match="exceeds limit"):
+        ImageTransform(32)(draw_jpeg(1), np.random.default_rng(0))
+
+
+# Captions, questions, batches.
+
+
+def test_every_caption_of_an_image_comes_before_one_comes_again(coco, tokenizer):
+    samples = pretrain_samples(coco / "train", tokenizer)
+    num_captions = 6
+    seen = [tuple(samples.build(Unit(epoch, 0, 1))["input_ids"].tolist()) for epoch in range(2 * num_captions)]
+    assert len(set(seen[:num_captions])) == num_captions
+    assert set(seen[num_captions:]) == set(seen[:num_captions])
+
+
+@pytest.mark.parametrize("augment", ["none", "randaugment"])
+def test_two_workers_read_what_none_reads(coco, tokenizer, augment):
+    samples = pretrain_samples(coco / "train", tokenizer, augment)
+    alone = loader(samples)
+    helped = loader(samples, reader=ReaderArgs(2, 2, 0.5))
+    for _ in range(4):
+        for one, other in zip(next(alone), next(helped), strict=True):
+            assert_equal_batches(one, other)
+
+
+def test_starting_at_a_step_equals_skipping_to_it(coco, tokenizer):
+    samples = pretrain_samples(coco / "train", tokenizer)
+    straight = loader(samples)
+    for _ in range(5):
+        next(straight)
+    resumed = loader(samples, start_step=5)
+    for one, other in zip(next(straight), next(resumed), strict=True):
+        assert_equal_batches(one, other)
+
+
+def test_ranks_together_read_what_one_rank_reads(coco, tokenizer):
+    samples = pretrain_samples(coco / "train", tokenizer)
+    alone = loader(samples, micro_batch=8)
+    ranks = [loader(samples, rank=rank, world_size=2) for rank in range(2)]
+    for _ in range(7):
+        (whole,) = next(alone)
+        parts = [next(rank)[0] for rank in ranks]
+        assert torch.equal(whole["mlm_input_ids"], torch.cat([part["mlm_input_ids"] for part in parts]))
+        assert torch.equal(whole["pixel_values"], torch.cat([part["pixel_values"] for part in parts]))
+
+
+def test_vqa_targets_and_questions(vqav2, tokenizer):
+    answers = AnswerVocabulary.load(vqav2 / "answers.json")
+    samples = VqaSamples(ShardIndex(vqav2 / "val"), tokenizer, 16, ImageTransform(32), answers, 0)
+    total = sum(samples.units_per_shard)
+    seen = Counter()
+    for rank in range(3):
+        for batch, counts in evaluation_batches(samples, rank, 3, 2, READER):
+            for question, counted, targets in zip(batch["question"], counts.tolist(), batch["targets"], strict=True):
+                seen[question["question_id"]] += counted
+                right = answers.answers.index(normalize_answer(question["multiple_choice_answer"]))
+                assert targets[right] == 1.0
+    assert len(seen) == total
+    assert set(seen.values()) == {1}
+
+
+# Bad samples.
+
+
+@pytest.fixture
+def damaged(coco, tmp_path):
+    """Shards in which two images were overwritten after indexing, and one has no caption."""
+    folder = tmp_path / "train"
+    shutil.copytree(coco / "train", folder)
+    index = ShardIndex(folder)
+    keys = [index.key(0, 1), index.key(1, 2), index.key(2, 0)]
+    for shard in (0, 1, 2):
+        members = {}
+        with tarfile.open(folder / index.shards[shard].name) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}
+        if shard < 2:
+            members[f"{keys[shard]}.jpg"] = b"no image"
+        else:
+            members[f"{keys[shard]}.json"] = json.dumps({"image_id": 1, "captions": [" "]}).encode()
+        with tarfile.open(folder / index.shards[shard].name, "w") as tar:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    build_index(folder, "coco", "train")
+    return folder, keys
+
+
+def test_bad_samples_are_replaced_alike_counted_and_named(damaged, tokenizer, caplog):
+    folder, keys = damaged
+    samples = pretrain_samples(folder, tokenizer)
+    runs = []
+    for _ in range(2):
+        batches = [batch for step in range(2) for batch in next(loader(samples, start_step=step))]
+        runs.append([key for batch in batches for key in batch["keys"]])
+        assert sum(batch["num_replaced"] for batch in batches) == 3
+    assert runs[0] == runs[1]
+    assert not set(keys) & set(runs[0])
+    for key, reason in zip(keys, ("cannot be decoded", "cannot be decoded", "has no caption"), strict=True):
+        assert f"sample {key} " in caplog.text
+        assert reason in caplog.text
+
+
+def test_too_many_bad_samples_end_the_run(damaged, tokenizer):
+    samples = pretrain_samples(damaged[0], tokenizer)
+    batches = loader(samples, reader=ReaderArgs(0, 1, 0.01))
+    with pytest.raises(DataError, match=r"2 of \d+ samples could not be used, more than data\.max_bad_share 0\.01"):
+        for _ in range(4):
+            next(batches)
+
+
+def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer):
+    import multiprocessing
+
+    batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1, 0.5))
+    next(batches)
+    multiprocessing.active_children()[-1].kill()
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        for _ in range(50):
+            next(batches)
+
+
+# Answers: expected values are of the official program's rules, worked out by hand.
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["yes"] * 8 + ["no"] * 2, {"yes": 1.0, "no": 0.6}),
+        (["a cat"] * 4 + ["dog"] * 3 + ["cow"] * 3, {"cat": 1.0, "dog": 0.9, "cow": 0.9, "bird": 0.0}),
+        (["one"] * 1 + ["2"] * 9, {"1": 0.3, "two": 1.0}),
+    ],
+)
+def test_accuracy_by_the_official_rule(answers, expected):
+    for prediction, accuracy in expected.items():
+        assert vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
+
+
+def test_unanimous_answers_are_compared_as_they_stand():
+    assert vqa_accuracy("the cat", ["cat"] * 10) == 0.0
+    assert vqa_accuracy("cat\n", ["cat"] * 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("The Dog", "dog"),
+        ("none", "0"),
+        ("Ten apples", "10 apples"),
+        ("dont know", "don't know"),
+        ("1,000", "1000"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("t-shirt", "t shirt"),
+        ("yes.", "yes"),
+        ("3.5", "3.5"),
+        ("what?!", "what"),
+        ("an 'ows'at", "'ow's'at"),
+    ],
+)
+def test_normalisation_case_by_case(raw, normal):
+    assert normalize_answer(raw) == normal
+
+
+def test_soft_targets_follow_the_counts():
+    vocabulary = AnswerVocabulary(["yes", "no", "2"])
+    assert vocabulary.soft_targets(["yes"] * 7 + ["no"] * 2 + ["two"]) == pytest.approx([1.0, 0.6, 0.3])
+    assert vocabulary.soft_targets(["maybe"] * 10) == pytest.approx([0, 0, 0])

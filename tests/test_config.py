@@ -1,0 +1,132 @@
+"""Settings: files and arguments, every fault at once, and help that can be read."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.train import PretrainConfig
+from tests.data.conftest import coco, source  # noqa: F401  (fixtures)
+from unimo3 import config
+from unimo3.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "pretrain" / "recipes" / "tiny.yaml"
+
+
+def parse(*arguments):
+    return config.parse(PretrainConfig, list(arguments), "pretrain.train", "")
+
+
+@pytest.fixture
+def good(coco):  # noqa: F811
+    return ("--config", str(TINY), "--data.train", str(coco / "train"), "--data.tokenizer", str(coco / "tokenizer"))
+
+
+def faults(*arguments):
+    with pytest.raises(ConfigError) as error:
+        parse(*arguments)
+    return error.value.faults
+
+
+def test_arguments_win_over_the_file(good):
+    settings = parse(*good, "--optim.lr", "3e-4", "--run.name=12", "--data.val", "null")
+    assert settings.optim.lr == 3e-4
+    assert settings.run.name == "12"
+    assert settings.model.hidden_size == 128
+
+
+def test_five_faults_are_five_lines_each_with_field_value_and_mend(good):
+    found = faults(
+        *good,
+        "--model.hiden_size", "64",
+        "--optim.lr", "fast",
+        "--model.vision.image_size", "60",
+        "--training.global_batch", "65",
+        "--objectives.mlm.weight", "-1",
+    )  # fmt: skip
+    assert len(found) == 5
+    expected = {
+        "model.hiden_size": ("64", "did you mean model.hidden_size?"),
+        "optim.lr": ("fast", "float"),
+        "model.vision.image_size": ("60", "use 56 or 64"),
+        "training.global_batch": ("65", "use 64 or 96"),
+        "objectives.mlm.weight": ("-1", "0 (off) or more"),
+    }
+    for field, (value, mend) in expected.items():
+        (line,) = [line for line in found if line.startswith(field)]
+        assert value in line
+        assert mend in line
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_is_named(good, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (line,) = faults(*good)
+    assert line.startswith("training.global_batch: 64: does not divide into micro-batches of 32 on 3 ranks; use 96")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--config", "nowhere.yaml"), "--config nowhere.yaml: cannot be read"),
+        (("--data.train",), "--data.train: a value is needed after it"),
+        (("train",), "argument 'train': settings are given as --group.key value"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_named(arguments, expected):
+    (line,) = faults(*arguments)
+    assert line.startswith(expected)
+
+
+def test_missing_data_is_named_with_the_command_that_makes_it():
+    found = faults("--config", str(TINY))
+    assert [line.split(":")[0] for line in found] == ["data.train", "data.tokenizer"]
+    assert all("pretrain.prepare_shards" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"train_batch_size": 64}', 'set it to "auto"'),
+        ('{"optimizer": {"type": "Adam"}}', "has 'optimizer'"),
+        ('{"zero_optimization": {"stage": "auto"}}', "'stage' is \"auto\""),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"fp16": {"enabled": true}}', "fp16 needs a GPU"),
+    ],
+)
+def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expected):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    (line,) = faults(*good, "--training.ds_config", str(path))
+    assert line.startswith(f"training.ds_config: '{path}'")
+    assert expected in line
+
+
+def test_a_saved_configuration_reads_back(good, tmp_path):
+    settings = parse(*good)
+    config.save(settings, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == settings
+    assert config.read_flat(tmp_path / "config.yaml") == config.flatten(settings)
+
+
+@pytest.mark.integration
+def test_help_and_print_config_list_every_setting():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pretrain.train"]
+    text = subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [*command, "--config", str(TINY), "--print_config"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    content = yaml.safe_load(printed.stdout)
+    assert content["model"]["hidden_size"] == 128
+    for key in config.flatten_fields(PretrainConfig):
+        assert f"--{key} " in text.stdout, key
+        place = content
+        for part in key.split("."):
+            place = place[part]
+    assert "Optimizer steps of the whole run" in text.stdout
