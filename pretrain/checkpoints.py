@@ -1,55 +1,102 @@
 """Lists, verifies and prunes a run's checkpoints."""
 
 import argparse
+import logging
 from pathlib import Path
 
+from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
 from unimo3.errors import CheckpointError, ConfigError, exit_with_status
 
 
-@exit_with_status
-def main(argv: list[str] | None = None) -> None:
-    """``ls``, ``verify`` or ``prune`` a run."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoints", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("ls", "list committed checkpoints"),
         ("verify", "compare every file with its manifest"),
-        ("prune", "remove old checkpoints"),
+        ("prune", "remove old checkpoints; the newest good one always stays"),
     ):
-        command = commands.add_parser(name, help=about)
+        command = commands.add_parser(name, help=about, description=about)
         command.add_argument("run", type=Path, help="folder of a run")
-        if name == "prune":
-            command.add_argument("--keep-last", type=int, required=True, help="newest ones to keep, at least 1")
-            command.add_argument("--keep-every", type=int, default=0, help="keep multiples of this many steps")
-    args = parser.parse_args(argv)
+    command.add_argument("--keep-last", type=int, help="newest ones to keep, at least 1 (default: as the run's config)")
+    command.add_argument("--keep-every", type=int, help="keep multiples of this many steps (default: likewise)")
+    return parser.parse_args(argv)
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """``ls``, ``verify`` or ``prune`` a run."""
+    args = parse_arguments(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    if not args.run.is_dir():
+        raise CheckpointError(f"{args.run}: no such folder; name the folder of a run")
     checkpoints = store.list_checkpoints(args.run)
     if not checkpoints:
         raise CheckpointError(f"{args.run}: has no committed checkpoint in {store.folder_of(args.run)}")
     if args.command == "ls":
         for folder in checkpoints:
-            state = TrainState.read(folder / store.STATE)
-            size = sum(path.stat().st_size for path in folder.iterdir())
-            print(f"{folder.name}  {state.world_size} ranks  {state.samples_consumed} samples  {size / 1e6:.1f} MB")
+            print(describe(folder))
     elif args.command == "verify":
-        _verify(checkpoints)
+        verify(checkpoints)
     else:
-        if args.keep_last < 1:
-            raise ConfigError(f"--keep-last {args.keep_last}: at least 1 must be kept, or nothing could resume")
-        for folder in store.prune(args.run, args.keep_last, args.keep_every):
+        keep_last, keep_every = retention(args)
+        for folder in store.prune(args.run, keep_last, keep_every):
             print(f"removed {folder}")
 
 
-def _verify(checkpoints: list[Path]) -> None:
+def describe(folder: Path) -> str:
+    """One line on a checkpoint."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    try:
+        state = TrainState.read(folder / store.STATE)
+    except CheckpointError as error:
+        return f"{folder.name}  DAMAGED: {error}"
+    return f"{folder.name}  {state.world_size} ranks  {state.samples_consumed} samples  {size / 1e6:.1f} MB"
+
+
+def verify(checkpoints: list[Path]) -> None:
+    """Print each one's condition.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
     damaged = []
     for folder in checkpoints:
         problems = store.verify(folder)
-        print(f"{folder.name}  {'good' if not problems else 'DAMAGED: ' + '; '.join(problems)}")
+        print(f"{folder.name}  {'good' if not problems else 'DAMAGED: ' + '; '.join(problems)}", flush=True)
         if problems:
             damaged.append(folder.name)
     if damaged:
-        raise CheckpointError(f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {', '.join(damaged)}")
+        raise CheckpointError(
+            f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {', '.join(damaged)}; a run resumes from "
+            "the newest good one by itself"
+        )
+
+
+def retention(args: argparse.Namespace) -> tuple[int, int]:
+    """How many of the newest, and every how many steps, to keep: from the command line, else from the run's config.
+
+    Raises:
+        ConfigError: it is given in neither place, or too low.
+    """
+    path = args.run / "config.yaml"
+    settings = config.read_flat(path) if path.is_file() else {}
+    keep_last = args.keep_last if args.keep_last is not None else settings.get("checkpoint.keep_last")
+    keep_every = args.keep_every if args.keep_every is not None else settings.get("checkpoint.keep_every", 0)
+    faults = []
+    if keep_last is None:
+        faults.append(f"--keep-last: not given, and {path} does not say it; give a number, at least 1")
+    elif keep_last < 1:
+        faults.append(f"--keep-last {keep_last}: at least 1 must be kept, or nothing could resume")
+    if keep_every < 0:
+        faults.append(f"--keep-every {keep_every}: 0 (none) or a number of steps is needed")
+    if faults:
+        raise ConfigError(faults)
+    assert keep_last is not None
+    return keep_last, keep_every
 
 
 if __name__ == "__main__":
