@@ -1,6 +1,5 @@
 """What ranks do for the checkpoint tests: train small ZeRO engines, save, load, and tell their full weights."""
 
-import copy
 import resource
 import shutil
 from pathlib import Path
@@ -10,12 +9,21 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from tests.tiny import tiny_batch, tiny_config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
-from unimo3.distributed import world
+from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
+from unimo3.model.init import initialize_weights
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.base import PretrainingTask
+from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.optim import OptimArgs
 
 Weights = dict[str, Tensor]
+# Runs by name: ZeRO stage, and whether in bf16 (else float32).
+RUNS = {"bf16": (3, True), "fp32": (3, False), "zero2": (2, True)}
 
 
 class OddModel(nn.Module):
@@ -115,13 +123,13 @@ def state_at(step: int) -> TrainState:
 
 
 def save_runs(root: Path) -> dict[str, Any]:
-    """Save step 2 and step 4 of bf16 and fp32 ZeRO-3 runs and a ZeRO-2 run, and train on to step 6.
+    """Save step 2 and step 4 of each of `RUNS`, train on to step 6; and save one step of a tiny UNIMO-3.
 
     Returns:
-        For each run, the losses of steps 4 and 5 and the weights at step 4.
+        For each run, the losses of steps 4 and 5 and the weights and moments at step 4.
     """
     told: dict[str, Any] = {}
-    for name, stage, bf16 in (("bf16", 3, True), ("fp32", 3, False), ("zero2", 2, True)):
+    for name, (stage, bf16) in RUNS.items():
         engine = start_engine(stage, bf16)
         torch.manual_seed(7 + world()[0])
         train(engine, range(2))
@@ -129,7 +137,32 @@ def save_runs(root: Path) -> dict[str, Any]:
         train(engine, range(2, 4))
         store.save(engine, root / name, state_at(4))
         told[name] = {"weights": full_weights(engine), "moments": moments(engine), "losses": train(engine, range(4, 6))}
+    told["unimo"] = save_unimo(root / "unimo")
     return told
+
+
+def save_unimo(run: Path) -> Tensor:
+    """Train a tiny UNIMO-3 for one step as the pretraining program does, save it, and return what it computes."""
+    rank, size = world()
+    ds_config = read_ds_config("ds_configs/zero3_fp32.json", BatchPlan(4 * size, 4, size), clip_norm=1.0)
+    model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
+    initialize_weights(model, 0, std=0.1)
+    engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(0)), model, ds_config, OptimArgs(lr=1e-3))
+    engine.backward(engine(tiny_batch(4, seed=rank))["loss"])
+    engine.step()
+    store.save(engine, run, state_at(1))
+    if rank == 0:
+        tiny_config().save_pretrained(run / "model")
+    return unimo_output(model)
+
+
+@torch.no_grad()
+def unimo_output(model: Unimo3ForPreTraining) -> Tensor:
+    """Text logits on a fixed batch."""
+    batch = tiny_batch(2, seed=5)
+    model.eval()
+    output = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    return output.prediction_logits.clone()
 
 
 def moments(engine: Any) -> list[Tensor]:
@@ -149,19 +182,20 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     return {"state": state, "weights": weights, "moments": held, "losses": train(engine, range(4, 6))}
 
 
-def load_runs(root: Path) -> dict[str, Any]:
-    """`load_run` for each of `save_runs`."""
-    runs = (("bf16", 3, True), ("fp32", 3, False), ("zero2", 2, True))
-    return {name: load_run(root / name, stage, bf16) for name, stage, bf16 in runs}
-
-
-def newest_of(runs: list[Path]) -> list[str | None]:
-    """What this rank chooses in each run."""
-    return [None if (newest := store.newest_good(run)) is None else newest.name for run in runs]
+def load_runs(root: Path, damaged: list[Path], faults: Path) -> dict[str, Any]:
+    """`load_run` for each of `RUNS`; which checkpoint is chosen in each damaged run; and `fail_to_save`."""
+    told: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
+    told["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
+    told["faults"] = fail_to_save(faults)
+    return told
 
 
 def fail_to_save(root: Path) -> dict[str, Any]:
-    """Save under faults of this machine on one rank; returns what each attempt raised and what is left."""
+    """Save under faults of this machine on one rank; returns what each attempt raised and what is left.
+
+    Args:
+        root: holds runs `full` and `vanished` with a good checkpoint each.
+    """
     rank, _ = world()
     engine = start_engine(3, bf16=True)
     told: dict[str, Any] = {}
@@ -186,33 +220,29 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     def vanish(*_: Any) -> None:
-        shutil.rmtree(root / "vanished" / "checkpoints" / "step_00000009.tmp")
+        barrier()
+        if rank == 0:
+            shutil.rmtree(root / "vanished" / "checkpoints" / "step_00000009.tmp")
+        barrier()
 
-    if rank == 0:
-        hook = engine.module.register_state_dict_post_hook(vanish)
+    hook = engine.module.register_state_dict_post_hook(vanish)
     attempt("vanished folder", root / "vanished")
-    if rank == 0:
-        hook.remove()
+    hook.remove()
 
-    for fault in ("full", "vanished"):
-        told[f"{fault}: newest"] = str(store.newest_good(root / fault))
+    def half_vanish(*_: Any) -> None:
+        # After rank 0 wrote its first file and before it writes its second.
+        barrier()
+        if rank == 0:
+            next((root / "half").glob("checkpoints/*.tmp/zero_pp_rank_0_*")).unlink()
+
+    engine.optimizer.state_dict, stock = (lambda: (half_vanish(), stock())[1]), engine.optimizer.state_dict
+    attempt("vanished file", root / "half")
+    engine.optimizer.state_dict = stock
+
+    told["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
     attempt("none", root / "full")
-    told["full: newest after"] = str(store.newest_good(root / "full"))
+    told["newest after"] = store.newest_good(root / "full")
+    train(engine, range(1))
+    store.save(engine, root / "full", state_at(9))
+    told["newest after the same step again"] = store.newest_good(root / "full")
     return told
-
-
-def refuse_world(run: Path) -> str:
-    """What loading says at another world size."""
-    engine = start_engine(3, bf16=True)
-    newest = store.newest_good(run)
-    assert newest is not None
-    try:
-        store.load(engine, newest)
-    except CheckpointError as error:
-        return str(error)
-    return ""
-
-
-def copy_of(value: Any) -> Any:
-    """A deep copy, for what the caller changes."""
-    return copy.deepcopy(value)

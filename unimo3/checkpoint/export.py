@@ -180,12 +180,14 @@ def _convert(
         limit = torch.finfo(target).max
         if not (torch.isfinite(low) and torch.isfinite(high)):
             num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-            fault = f"{name}: {num_bad} values are not finite; export an earlier checkpoint with --tag"
+            fault = (
+                f"{name}: {num_bad} of {tensor.numel()} values are not finite; export an earlier checkpoint with --tag"
+            )
         elif largest > limit:
             num_over = int((tensor.abs() > limit).sum())
             if on_overflow == "error":
                 fault = (
-                    f"{name}: {num_over} values up to {largest:.6g} exceed {limit:.6g}; use --dtype bf16 or fp32, or "
+                    f"{name}: {num_over} of {tensor.numel()} values, up to {largest:.6g}, exceed {limit:.6g}; use --dtype bf16 or fp32, or "
                     "--on-overflow clamp or keep-fp32"
                 )
             elif on_overflow == "clamp":

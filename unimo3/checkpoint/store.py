@@ -35,8 +35,6 @@ __all__ = ["STATE", "folder_of", "list_checkpoints", "load", "newest_good", "pru
 log = logging.getLogger(__name__)
 
 _TAG = re.compile(r"^step_\d{8,}$")
-# DeepSpeed names a rank's files after it, and its folders of offloaded tensors; `mp_rank` is another kind of rank.
-_OWNER = re.compile(r"(?:(?:zero_pp|rng)_rank_|/rank)(\d+)[._/]")
 
 
 def tag_of(step: int) -> str:
@@ -71,8 +69,8 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
     mend = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
     _together(f"preparing {staging}", lambda: _clear_staging(checkpoints) if rank == 0 else None, mend)
-    _together(f"writing {staging}", lambda: _write(engine, staging, state), mend)
-    parts = _together(f"flushing {staging}", lambda: flush_and_hash(staging, _own_files(staging)), mend)
+    written = _together(f"writing {staging}", lambda: _write(engine, staging, state), mend)
+    parts = _together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), mend)
     _together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, mend)
     return final
 
@@ -180,25 +178,18 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _write(engine: Any, staging: Path, state: TrainState) -> None:
+def _write(engine: Any, staging: Path, state: TrainState) -> list[Path]:
+    """Write this rank's files and return them."""
     from unimo3.checkpoint.writing import write_engine_files  # imports deepspeed: seconds that listing need not wait
 
     rank, _ = world()
-    write_engine_files(engine, staging)
-    save_rng(staging / f"rng_rank_{rank}.safetensors")
+    written = write_engine_files(engine, staging)
+    written.append(staging / f"rng_rank_{rank}.safetensors")
+    save_rng(written[-1])
     if rank == 0:
-        state.write(staging / STATE)
-
-
-def _own_files(staging: Path) -> list[Path]:
-    """Files this rank wrote: those with its number in their name; rank 0 also has those with none."""
-    rank, _ = world()
-    own = []
-    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-        owner = _OWNER.search("/" + path.relative_to(staging).as_posix())
-        if (int(owner[1]) if owner else 0) == rank:
-            own.append(path)
-    return own
+        written.append(staging / STATE)
+        state.write(written[-1])
+    return written
 
 
 def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> None:

@@ -11,13 +11,21 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from unimo3.distributed import world
+
 
 class DeferringCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's writer of files; `failure` is the first error a write met."""
+    """DeepSpeed's writer of files.
+
+    Attributes:
+        written: this rank's files.
+        failure: the first error a write met.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.zipfile_serialization = True  # the form that torch can map into memory; export relies on it
+        self.written: list[Path] = []
         self.failure: Exception | None = None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -31,12 +39,16 @@ class DeferringCheckpointEngine(TorchCheckpointEngine):
         """Write one file, or note why it could not be."""
         try:
             super().save(state_dict, path)
+            self.written.append(Path(path))
         except (OSError, RuntimeError) as error:
             self.failure = self.failure or error
 
 
-def write_engine_files(engine: Any, staging: Path) -> None:
+def write_engine_files(engine: Any, staging: Path) -> list[Path]:
     """Have DeepSpeed write its files into the folder `staging`; every rank calls it.
+
+    Returns:
+        The files this rank wrote.
 
     Raises:
         OSError: a file could not be written by this rank; the same or RuntimeError from torch.
@@ -53,3 +65,6 @@ def write_engine_files(engine: Any, staging: Path) -> None:
         engine.checkpoint_engine = stock
     if deferring.failure is not None:
         raise deferring.failure
+    # With the optimizer on NVMe, DeepSpeed copies this rank's part of it.
+    offloaded = staging / "offloaded_tensors" / f"rank{world()[0]:02d}"
+    return deferring.written + [path for path in offloaded.rglob("*") if path.is_file()]

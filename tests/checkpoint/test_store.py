@@ -1,0 +1,286 @@
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import checkpoints as program
+from tests.checkpoint.conftest import SavedRuns
+from tests.checkpoint.ranks import RUNS, load_runs
+from tests.spawn import run_ranks
+from unimo3.checkpoint import store
+from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
+from unimo3.checkpoint.state import TrainState, load_rng, save_rng
+from unimo3.errors import CheckpointError
+
+OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / OPTIM).read_bytes()
+    (folder / OPTIM).write_bytes(content[:-100])
+
+
+def flip_a_byte(folder: Path) -> None:
+    content = bytearray((folder / OPTIM).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / OPTIM).write_bytes(content)
+
+
+def delete_a_file(folder: Path) -> None:
+    (folder / MODEL).unlink()
+
+
+def swap_two_ranks(folder: Path) -> None:
+    other = folder / OPTIM.replace("rank_1", "rank_0")
+    (folder / OPTIM).rename(folder / "swapped")
+    other.rename(folder / OPTIM)
+    (folder / "swapped").rename(other)
+
+
+def empty_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text("")
+
+
+def manifest_without_files(folder: Path) -> None:
+    (folder / MANIFEST).write_text('{"files": []}')
+
+
+def delete_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def add_a_stranger(folder: Path) -> None:
+    shutil.copy(folder / MODEL, folder / MODEL.replace("rank_0", "rank_2"))
+
+
+def lead_out_of_the_folder(folder: Path) -> None:
+    listed = json.loads((folder / MANIFEST).read_text())
+    (folder.parent / "outside").write_text("")
+    listed["files"] += [{**flush_and_hash(folder.parent, [folder.parent / "outside"])[0], "name": "../outside"}]
+    (folder / MANIFEST).write_text(json.dumps(listed))
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    truncate: f"{OPTIM} has ",
+    flip_a_byte: f"{OPTIM} has another content",
+    delete_a_file: f"{MODEL} is missing",
+    swap_two_ranks: f"{OPTIM} has another content",
+    empty_manifest: f"{MANIFEST} cannot be read",
+    manifest_without_files: f"{MANIFEST} does not list state.json",
+    delete_manifest: f"{MANIFEST} cannot be read",
+    add_a_stranger: "is not listed",
+    lead_out_of_the_folder: "leads out of the folder",
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two fresh ranks found: loaded runs, choices in damaged runs, saves that failed."""
+    root = tmp_path_factory.mktemp("loaded")
+    damaged = []
+    for damage in DAMAGES:
+        run = root / damage.__name__
+        shutil.copytree(saved.root / "bf16", run)
+        damage(run / "checkpoints" / "step_00000004")
+        damaged.append(run)
+    nothing_good = root / "nothing_good"
+    shutil.copytree(damaged[0], nothing_good)
+    truncate(nothing_good / "checkpoints" / "step_00000002")
+    stale_latest = root / "stale_latest"
+    shutil.copytree(saved.root / "bf16", stale_latest)
+    (stale_latest / "checkpoints" / "latest").write_text("step_00000099")
+    faults = root / "faults"
+    for name in ("full", "vanished"):
+        shutil.copytree(saved.root / "bf16", faults / name)
+    return run_ranks(2, load_runs, saved.root, [*damaged, nothing_good, stale_latest, root / "no_run"], faults)
+
+
+def committed_checkpoint(run: Path, step: int) -> Path:
+    """A small checkpoint without tensors."""
+    folder = store.folder_of(run) / store.tag_of(step)
+    folder.mkdir(parents=True)
+    TrainState(step, 8 * step, "config", "index", 2, 8).write(folder / store.STATE)
+    write_manifest(folder, flush_and_hash(folder, [folder / store.STATE]))
+    return folder
+
+
+def names(folders: list[Path]) -> list[str]:
+    return [folder.name for folder in folders]
+
+
+def test_a_save_leaves_deepspeeds_files_state_generators_and_manifest(saved):
+    folder = saved.root / "bf16" / "checkpoints" / "step_00000004"
+    listed = [entry["name"] for entry in json.loads((folder / MANIFEST).read_text())["files"]]
+    assert listed == sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    for rank in range(2):
+        assert f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" in listed
+        assert f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" in listed
+        assert f"rng_rank_{rank}.safetensors" in listed
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+    assert (folder.parent / "latest").read_text() == "step_00000004"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
+    for before, after in zip(saved.told, loaded, strict=True):
+        assert after[run]["state"] == TrainState(4, 32, "config", "index", 2, 8, {"note": "kept"})
+        assert after[run]["weights"].keys() == before[run]["weights"].keys()
+        for name, weight in before[run]["weights"].items():
+            torch.testing.assert_close(after[run]["weights"][name], weight, rtol=0, atol=0)
+        assert len(before[run]["moments"]) > 0
+        for left, right in zip(before[run]["moments"], after[run]["moments"], strict=True):
+            torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_training_goes_on_as_if_never_stopped(saved, loaded, run):
+    for before, after in zip(saved.told, loaded, strict=True):
+        assert after[run]["losses"] == before[run]["losses"]
+
+
+def test_generators_are_each_ranks_own(saved):
+    folder = saved.root / "bf16" / "checkpoints" / "step_00000004"
+    draws = []
+    for rank in range(2):
+        load_rng(folder / f"rng_rank_{rank}.safetensors")
+        draws.append(torch.rand(4))
+    assert not torch.equal(*draws)
+
+
+def test_generators_draw_the_same_after_loading(tmp_path):
+    import random
+
+    import numpy as np
+
+    save_rng(tmp_path / "rng.safetensors")
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731, NPY002
+    first = draw()
+    assert draw() != first
+    load_rng(tmp_path / "rng.safetensors")
+    assert draw() == first
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_the_damaged_file(run_copy, damage):
+    folder = run_copy("bf16") / "checkpoints" / "step_00000004"
+    assert store.verify(folder) == []
+    damage(folder)
+    problems = store.verify(folder)
+    assert any(DAMAGES[damage] in problem for problem in problems), problems
+    shares = [problem for part in range(3) for problem in store.verify(folder, part, 3)]
+    assert set(shares) == set(problems)
+
+
+def test_all_ranks_choose_the_same_earlier_checkpoint(loaded):
+    expected = ["step_00000002"] * len(DAMAGES) + [None, "step_00000004", None]
+    assert [told["chosen"] for told in loaded] == [expected, expected]
+
+
+def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
+    run = run_copy("fp32")
+    newest = run / "checkpoints" / "step_00000004"
+    delete_a_file(newest)
+    with caplog.at_level(logging.WARNING):
+        chosen = store.newest_good(run)
+    assert chosen is not None
+    assert chosen.name == "step_00000002"
+    assert "step_00000004 is damaged" in caplog.text
+    assert f"{MODEL} is missing" in caplog.text
+    assert newest.is_dir()
+
+
+def test_another_number_of_ranks_is_refused_with_what_to_do(saved):
+    with pytest.raises(CheckpointError, match=r"written by 2 ranks, this run has 1; start it with 2 ranks"):
+        store.load(None, saved.root / "bf16" / "checkpoints" / "step_00000004")
+
+
+def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(loaded):
+    for told in loaded:
+        faults = told["faults"]
+        assert "preparing" in faults["blocked folder"]
+        assert "rank 0: FileExistsError" in faults["blocked folder"]
+        assert "writing" in faults["full disk on rank 1"]
+        assert "rank 1" in faults["full disk on rank 1"]
+        assert "rank 0" not in faults["full disk on rank 1"]
+        assert "writing" in faults["vanished folder"]
+        assert "flushing" in faults["vanished file"]
+        assert f"{MODEL}" in faults["vanished file"]
+        assert names(faults["newest"]) == ["step_00000004", "step_00000004"]
+    assert loaded[0]["faults"]["full disk on rank 1"] == loaded[1]["faults"]["full disk on rank 1"]
+
+
+def test_a_save_after_a_failed_one_succeeds_and_may_repeat_a_step(loaded):
+    for told in loaded:
+        faults = told["faults"]
+        assert faults["none"] is None
+        assert faults["newest after"].name == "step_00000009"
+        again = faults["newest after the same step again"]
+        assert again.name == "step_00000009"
+        assert [path.name for path in again.parent.glob("*.tmp")] == []
+
+
+def test_prune_keeps_the_newest_and_every_nth(tmp_path):
+    for step in (10, 20, 30, 40, 50, 60):
+        committed_checkpoint(tmp_path, step)
+    removed = store.prune(tmp_path, keep_last=2, keep_every=20)
+    assert names(removed) == ["step_00000010", "step_00000030"]
+    assert names(store.list_checkpoints(tmp_path)) == [f"step_000000{step}" for step in (20, 40, 50, 60)]
+    assert store.prune(tmp_path, keep_last=0, keep_every=0)[-1].name == "step_00000050"
+
+
+def test_prune_never_removes_the_last_good_checkpoint(tmp_path):
+    folders = [committed_checkpoint(tmp_path, step) for step in (10, 20, 30, 40)]
+    for folder in folders[2:]:
+        (folder / store.STATE).write_text("{}")
+    assert names(store.prune(tmp_path, keep_last=2, keep_every=0)) == ["step_00000010"]
+    newest = store.newest_good(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_00000020"
+
+
+def test_uncommitted_folders_are_no_checkpoints(tmp_path):
+    committed_checkpoint(tmp_path, 10)
+    (tmp_path / "checkpoints" / "step_00000020").mkdir()
+    committed_checkpoint(tmp_path, 30).rename(tmp_path / "checkpoints" / "step_00000030.tmp")
+    assert names(store.list_checkpoints(tmp_path)) == ["step_00000010"]
+
+
+def test_a_state_of_another_form_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 3}')
+    with pytest.raises(CheckpointError, match=r"state\.json: is not a run's state"):
+        TrainState.read(tmp_path / "state.json")
+
+
+def run_program(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        program.main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_program_lists_verifies_and_prunes(run_copy, capsys):
+    run = run_copy("fp32")
+    assert run_program("ls", str(run)) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step_00000002", "step_00000004"]
+    assert run_program("verify", str(run)) == 0
+    delete_a_file(run / "checkpoints" / "step_00000002")
+    assert run_program("verify", str(run)) == 78
+    assert f"step_00000002  DAMAGED: {MODEL} is missing" in capsys.readouterr().out
+    assert run_program("prune", str(run)) == 78
+    assert "--keep-last: not given" in capsys.readouterr().err
+    (run / "config.yaml").write_text("checkpoint:\n  keep_last: 1\n  keep_every: 0\n")
+    assert run_program("prune", str(run)) == 0
+    assert names(store.list_checkpoints(run)) == ["step_00000004"]
+
+
+def test_program_refuses_a_run_without_checkpoints(tmp_path, capsys):
+    assert run_program("ls", str(tmp_path)) == 78
+    assert "has no committed checkpoint" in capsys.readouterr().err
+    assert run_program("ls", str(tmp_path / "none")) == 78
+    assert "no such folder" in capsys.readouterr().err
