@@ -103,8 +103,6 @@ def test_the_in_layer_level_starts_at_its_configured_share(gate, share):
     fusion = encoder(gate=gate, gate_init=share)
     for layer in fusion.text_layers[1:]:
         attention = layer.cross_attention
-        if gate == "token":
-            torch.nn.init.zeros_(attention.gate.projection.weight)
         gates = attention.gate(torch.randn(2, 3, 32))
         torch.testing.assert_close(gates[..., -1], torch.full((2, 3, 2), share))
         torch.testing.assert_close(gates.sum(-1), torch.ones(2, 3, 2))
@@ -139,7 +137,7 @@ def test_layer_l_sees_levels_up_to_its_own(monkeypatch):
 def test_every_gate_receives_gradient(gate):
     fusion = encoder(gate=gate)
     out = fusion(*draw_streams())
-    (out.text.square().sum() + out.image.pow(3).sum()).backward()
+    (out.text.pow(3).sum() + out.image.pow(3).sum()).backward()
     gates = [m for m in fusion.modules() if isinstance(m, LevelGate)]
     assert len(gates) == 4
     for module in gates:

@@ -103,6 +103,8 @@ class ModelArgs:
     """Share of the in-layer level at the start, between 0 and 1."""
     dropout: float = 0.1
     """Dropout probability of the fusion layers' hidden states and attention weights."""
+    initializer_range: float = 0.02
+    """Standard deviation of random initial weights; narrow models learn faster from about 1 / sqrt(width)."""
     itc_size: int = 256
     """Width of the contrastive projections."""
     itc_temperature_init: float = 0.07
@@ -127,6 +129,7 @@ class ModelArgs:
             gate_init=self.gate_init,
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
+            initializer_range=self.initializer_range,
             itc_size=self.itc_size,
             itc_temperature_init=self.itc_temperature_init,
             tie_word_embeddings=self.tie_word_embeddings,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 from unimo3.model.config import Unimo3Config
@@ -77,8 +77,10 @@ class LevelGate(nn.Module):
         self.num_levels = num_levels
         self.in_layer_logit = math.log(config.gate_init / (1 - config.gate_init) * (num_levels - 1))
         self.bias = nn.Parameter(torch.zeros(self.num_heads * num_levels))
-        self.projection = (
-            nn.Linear(config.hidden_size, self.num_heads * num_levels, bias=False) if config.gate == "token" else None
+        self.weight = (
+            nn.Parameter(torch.zeros(self.num_heads * num_levels, config.hidden_size))
+            if config.gate == "token"
+            else None
         )
 
     def initial_bias(self) -> Tensor:
@@ -89,10 +91,10 @@ class LevelGate(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h [B, T, D] -> shares [B, T, H, S] in float32."""
-        if self.projection is None:
+        if self.weight is None:
             logits = self.bias.expand(*h.shape[:2], -1)
         else:
-            logits = self.projection(h) + self.bias
+            logits = linear(h, self.weight, self.bias)
         return logits.unflatten(-1, (self.num_heads, self.num_levels)).float().softmax(dim=-1)
 
 

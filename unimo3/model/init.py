@@ -36,6 +36,8 @@ def initialize_module(module: nn.Module, std: float, generator: torch.Generator 
     """Fill the parameters that `module` itself owns, by its kind."""
     if isinstance(module, LevelGate):
         init.copy_(module.bias, module.initial_bias())
+        if module.weight is not None:
+            init.zeros_(module.weight)
     elif isinstance(module, nn.LayerNorm):
         if module.elementwise_affine:
             init.ones_(module.weight)

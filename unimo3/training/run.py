@@ -23,7 +23,7 @@ from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.config import Unimo3Config
-from unimo3.training.metrics import MetricsWriter
+from unimo3.training.metrics import MetricsWriter, drop_after
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,9 @@ class Run:
         if self._keeps_ledger:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)
-            self._ledger = (folder / f"rank_{self._rank:05d}.jsonl").open("a", buffering=1)
+            path = folder / f"rank_{self._rank:05d}.jsonl"
+            drop_after(path, self.step)
+            self._ledger = path.open("a", buffering=1)
 
     def save(self, engine: Any) -> Path:
         """Save and commit a checkpoint of the current step; collective."""

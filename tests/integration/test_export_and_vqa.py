@@ -1,0 +1,154 @@
+"""Exported weights are the engine's; VQA fine-tuning starts from them and scores every question once."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from tests.spawn import run_ranks
+from unimo3.checkpoint import store
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3ForVisualQuestionAnswering, Unimo3Model
+from unimo3.training.metrics import read_metrics
+
+pytestmark = pytest.mark.integration
+
+
+def gathered_weights_and_outputs(run, recipe):
+    """On each rank: load the run's newest checkpoint into an engine, gather its weights, compute on a fixed batch."""
+    import deepspeed
+
+    from pretrain.train import PretrainConfig
+    from unimo3 import config
+    from unimo3.objectives.base import PretrainingTask
+    from unimo3.training.engine import build_engine, build_model, read_ds_config
+
+    settings = config.parse(PretrainConfig, ["--config", recipe], "", "")
+    ds_config = read_ds_config(settings.training.ds_config, settings.batch_plan(2), settings.optim.clip_norm)
+    model = build_model(ds_config, lambda: Unimo3ForPreTraining(settings.model.to_config()))
+    engine = build_engine(PretrainingTask(model, settings.objectives.build(0)), model, ds_config, settings.optim)
+    store.load(engine, store.newest_good(run))
+    engine.eval()
+    with torch.no_grad():
+        out = model(*fixed_batch(torch.bfloat16))
+    masters = {}
+    for name, parameter in model.named_parameters():
+        masters[name] = deepspeed.utils.safe_get_full_fp32_param(parameter)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return weights, masters, out.matching_logits.float(), out.prediction_logits.float()
+
+
+def fixed_batch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    return ids, torch.randn(2, 3, 32, 32, generator=generator).to(dtype), mask
+
+
+@pytest.fixture(scope="module")
+def gathered(straight, recipe):
+    return run_ranks(2, gathered_weights_and_outputs, straight, str(recipe))[0]
+
+
+def test_exported_weights_equal_the_engines_gathered_ones(gathered, weights):
+    engine_weights, masters, _, _ = gathered
+    with safe_open(weights / "model.safetensors", "pt") as exported:
+        names = set(exported.keys())
+        assert names == set(masters)
+        for name in names:
+            tensor = exported.get_tensor(name)
+            assert torch.equal(tensor, masters[name]), name
+            assert torch.equal(tensor.bfloat16(), engine_weights[name]), name
+
+
+def test_fp16_export_loads_and_gives_the_engines_outputs(program, straight, recipe, gathered):
+    out = recipe.parent / "fp16"
+    program.check(0, "pretrain.export", straight, "--out", out, "--dtype", "fp16", "--max-shard-size", "60KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert not [path for path in out.iterdir() if path.suffix in (".pt", ".bin", ".pkl")]
+    model = Unimo3ForPreTraining.from_pretrained(out)
+    assert model.dtype == torch.float16
+    found = model.float().eval()(*fixed_batch(torch.float32))
+    _, _, matching, prediction = gathered
+    # The engine computes in bf16: 8 bits of mantissa against float32 here.
+    torch.testing.assert_close(found.matching_logits, matching, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.prediction_logits, prediction, atol=0.05, rtol=0.05)
+    report = json.loads((out / "export_report.json").read_text())
+    assert {entry["dtype"] for entry in report["tensors"]} == {"float16"}
+    assert isinstance(AutoModel.from_pretrained(out), Unimo3Model)
+    assert AutoTokenizer.from_pretrained(out).mask_token == "<mask>"
+    assert AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
+
+
+def test_a_base_model_from_the_export_equals_the_exported_one(weights):
+    base = Unimo3Model.from_pretrained(weights).eval()
+    whole = Unimo3ForPreTraining.from_pretrained(weights).eval()
+    batch = fixed_batch(torch.float32)
+    assert torch.equal(base(*batch).pooler_output, whole.unimo3(*batch).pooler_output)
+
+
+def test_an_existing_folder_or_a_missing_checkpoint_is_refused(program, straight, weights, tmp_path):
+    assert program.run(0, "pretrain.export", straight, "--out", weights) == 78
+    assert f"--out {weights}: exists" in program.output
+    assert program.run(0, "pretrain.export", straight, "--out", tmp_path / "x", "--tag", "step_00000099") == 78
+    assert "there are: step_00000018, step_00000020" in program.output
+    assert program.run(0, "pretrain.export", tmp_path, "--out", tmp_path / "x") == 78
+    assert "has no good checkpoint" in program.output
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def vqa_run(program, weights, vqav2, recipe, runs):
+    status = program.run(
+        2, "finetune.vqa", "--init", weights, "--run.dir", runs, "--run.name", "vqa",
+        "--data.train", vqav2 / "train", "--data.val", vqav2 / "val", "--data.tokenizer", weights,
+        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
+        "--training.global_batch", "8", "--training.micro_batch", "4", "--training.eval_every", "3",
+        "--training.ds_config", recipe.parent / "fp32.json",
+    )  # fmt: skip
+    assert status == 0, program.output[-4000:]
+    return runs / "vqa"
+
+
+def test_vqa_answers_every_question_once_in_the_official_format(vqa_run, source):
+    asked = json.loads((source / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    answered = json.loads((vqa_run / "predictions.json").read_text())
+    assert sorted(entry["question_id"] for entry in answered) == sorted(q["question_id"] for q in asked)
+    assert all(set(entry) == {"question_id", "answer"} and isinstance(entry["answer"], str) for entry in answered)
+
+
+def test_vqa_accuracy_is_the_predictions_official_accuracy(vqa_run, source):
+    notes = json.loads((source / "v2_mscoco_val2014_annotations.json").read_text())["annotations"]
+    humans = {note["question_id"]: [entry["answer"] for entry in note["answers"]] for note in notes}
+    scores = []
+    for entry in json.loads((vqa_run / "predictions.json").read_text()):
+        # Every question here has nine equal answers and "no": three or more others agree, or none, or at most one.
+        prediction = entry["answer"].replace("dog", "a dog")
+        people = humans[entry["question_id"]]
+        others = [people[:left_out] + people[left_out + 1 :] for left_out in range(10)]
+        scores.append(sum(min(1, other.count(prediction) / 3) for other in others) / 10)
+    accuracy = json.loads((vqa_run / "accuracy.json").read_text())
+    assert accuracy["overall"] == pytest.approx(sum(scores) / len(scores))
+    evaluations = read_metrics(vqa_run, group="eval")
+    assert [record["step"] for record in evaluations] == [3, 6]
+    assert evaluations[-1]["accuracy_overall"] == pytest.approx(accuracy["overall"])
+
+
+def test_vqa_weights_export_with_their_head_and_vocabulary(program, vqa_run, recipe):
+    out = recipe.parent / "vqa_weights"
+    program.check(0, "pretrain.export", vqa_run, "--out", out)
+    model = Unimo3ForVisualQuestionAnswering.from_pretrained(out)
+    assert model.vqa_head.classifier.out_features == len(json.loads((out / "answers.json").read_text())["answers"])
+
+
+def test_vqa_without_weights_is_refused_with_the_mend(program, vqav2, tmp_path):
+    status = program.run(
+        1, "finetune.vqa", "--init", tmp_path, "--data.train", vqav2 / "train", "--data.tokenizer", tmp_path,
+        "--training.global_batch", "8", "--training.micro_batch", "8",
+    )  # fmt: skip
+    assert status == 78
+    assert "ConfigError: 2 settings to mend" in program.output
+    assert "name a folder that python -m pretrain.export wrote" in program.output
