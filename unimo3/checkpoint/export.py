@@ -187,8 +187,8 @@ def _convert(
             num_over = int((tensor.abs() > limit).sum())
             if on_overflow == "error":
                 fault = (
-                    f"{name}: {num_over} of {tensor.numel()} values, up to {largest:.6g}, exceed {limit:.6g}; use --dtype bf16 or fp32, or "
-                    "--on-overflow clamp or keep-fp32"
+                    f"{name}: {num_over} of {tensor.numel()} values, up to {largest:.6g}, exceed {limit:.6g}; use "
+                    "--dtype bf16 or fp32, or --on-overflow clamp or keep-fp32"
                 )
             elif on_overflow == "clamp":
                 tensor = tensor.clamp(-limit, limit)

@@ -1,0 +1,53 @@
+import os
+import time
+
+import pytest
+
+from tests.spawn import run_ranks
+from unimo3 import distributed
+
+
+def describe_world() -> dict:
+    rank, size = distributed.world()
+    distributed.barrier()
+    return {
+        "world": (rank, size),
+        "environment": distributed.world_size_from_environment(),
+        "gathered": distributed.all_gather_object({"rank": rank}),
+        "broadcast": distributed.broadcast_object(f"from {rank}"),
+        "accelerator": os.environ["DS_ACCELERATOR"],
+        "again": distributed.init(),
+    }
+
+
+def fail_on_rank_0() -> None:
+    if distributed.world()[0] == 0:
+        raise ValueError("planted")
+    time.sleep(60)
+
+
+def test_ranks_know_their_place_and_exchange_objects():
+    told = run_ranks(2, describe_world)
+    for rank, one in enumerate(told):
+        assert one["world"] == (rank, 2)
+        assert one["environment"] == 2
+        assert one["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert one["broadcast"] == "from 0"
+        assert one["accelerator"] == "cpu"
+        assert one["again"] == distributed.World(rank, rank, 2)
+
+
+def test_a_process_alone_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.world() == (0, 1)
+    assert distributed.world_size_from_environment() == 1
+    assert distributed.all_gather_object("mine") == ["mine"]
+    assert distributed.broadcast_object("mine") == "mine"
+    distributed.barrier()
+
+
+def test_the_launcher_ends_the_others_when_a_rank_fails():
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="planted"):
+        run_ranks(2, fail_on_rank_0)
+    assert time.monotonic() - started < 50
