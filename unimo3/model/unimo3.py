@@ -107,7 +107,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> the image tower's last states [B, V, width]."""
-        return self.vision_tower(pixel_values)
+        return self.vision_tower(pixel_values.to(self.dtype))
 
     def fuse(self, text_states: Tensor, image_states: Tensor, attention_mask: Tensor) -> FusionOutput:
         """Run the cross-modal encoder on tower states [B, T, width], [B, V, width]; attention_mask [B, T]."""

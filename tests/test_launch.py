@@ -1,0 +1,103 @@
+"""The local launcher: environment, statuses and signals reach where they should; errors have their exit status."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unimo3 import apex
+from unimo3.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, exit_with_status
+
+ROOT = Path(__file__).parents[1]
+
+RANK = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3" and os.environ["MASTER_PORT"]
+{body}
+"""
+
+
+def launch(tmp_path, body, *arguments):
+    (tmp_path / "program.py").write_text(RANK.format(body=body))
+    return subprocess.Popen(
+        [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
+        cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_all_ranks_done_is_status_0_and_arguments_arrive(tmp_path):
+    process = launch(tmp_path, "print(rank, sys.argv[1:])")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sorted(output.splitlines()) == [f"{rank} ['--flag', 'x']" for rank in range(3)]
+
+
+def test_the_first_failures_status_is_the_launchers_and_no_rank_stays_behind(tmp_path):
+    start = time.monotonic()
+    process = launch(tmp_path, "sys.exit(78) if rank == 1 else time.sleep(60)")
+    process.communicate(timeout=60)
+    assert process.returncode == 78
+    assert time.monotonic() - start < 30
+
+
+def test_a_signal_reaches_every_rank_and_they_may_take_their_time(tmp_path):
+    body = """
+def stop(number, frame):
+    time.sleep(1.5)
+    print("saved", rank, flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    process = launch(tmp_path, body, "--grace", "5")
+    for _ in range(3):
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert sorted(output.splitlines()) == ["saved 0", "saved 1", "saved 2"]
+
+
+def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
+    process = launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    process.communicate(timeout=60)
+    assert process.returncode == 137
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError(["a: 1: mend"]), 78),
+        (DataError("b"), 78),
+        (CheckpointError("c"), 78),
+        (DivergedError("d"), 70),
+        (Interrupted("e"), 75),
+        (None, 0),
+    ],
+)
+def test_every_error_has_its_exit_status_and_one_message(error, status, capfd):
+    def main():
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as end:
+        exit_with_status(main)()
+    assert end.value.code == status
+    written = capfd.readouterr().err
+    assert written == (f"{type(error).__name__}: {error}\n" if error else "")
+
+
+def test_a_package_named_apex_that_is_not_nvidias_is_noticed(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not apex.wrong_apex_installed()
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    apex.warn_of_wrong_apex()
+    assert "not NVIDIA's" in caplog.text
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert not apex.wrong_apex_installed()

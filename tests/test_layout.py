@@ -1,0 +1,55 @@
+"""The direction of dependencies, and what may stand in the repository."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A layer may import itself, the layers after it in this order, and the modules at the top of unimo3/.
+ORDER = ("unimo3.training", "unimo3.objectives", "unimo3.checkpoint", "unimo3.data", "unimo3.model", "unimo3.kernels")
+SIBLINGS = {"unimo3.objectives", "unimo3.checkpoint", "unimo3.data"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def layer_of(module):
+    return next((layer for layer in ORDER if module == layer or module.startswith(f"{layer}.")), None)
+
+
+@pytest.mark.parametrize("layer", ORDER)
+def test_the_library_depends_downwards_only(layer):
+    allowed = set(ORDER[ORDER.index(layer) :]) - (SIBLINGS - {layer} if layer in SIBLINGS else set())
+    if layer == "unimo3.data":
+        allowed -= {"unimo3.model", "unimo3.kernels"}
+    for path in (ROOT / layer.replace(".", "/")).rglob("*.py"):
+        for module in imports(path):
+            assert not module.startswith(("pretrain", "finetune")), f"{path} imports {module}"
+            found = layer_of(module)
+            assert found is None or found in allowed, f"{path} imports {module}"
+
+
+def test_pretrain_and_finetune_do_not_import_each_other():
+    for one, other in (("pretrain", "finetune"), ("finetune", "pretrain")):
+        for path in (ROOT / one).rglob("*.py"):
+            assert not [m for m in imports(path) if m.split(".")[0] == other], path
+
+
+def test_only_the_engine_reads_ds_configs():
+    readers = [path for path in (ROOT / "unimo3").rglob("*.py") if "ds_configs" in path.read_text()]
+    assert {path.name for path in readers} <= {"engine.py", "loop.py"}  # loop.py: the default of a setting
+
+
+def test_every_package_in_requirements_is_pinned_and_apex_is_not_among_them():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    names = {line.split("==")[0].split(">=")[0].split("[")[0].lower() for line in lines}
+    assert {"torch", "deepspeed", "transformers", "timm", "webdataset", "tensorboard", "mpi4py"} <= names
+    assert "apex" not in names
+    assert all("==" in line or line.startswith("triton>=") for line in lines)

@@ -1,0 +1,60 @@
+"""Figures on disk: one record a step, also after a kill and a resume; signals are noted."""
+
+import json
+import os
+import signal
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from unimo3.training.metrics import MetricsWriter, read_metrics
+from unimo3.training.preempt import STOP_SIGNALS, StopRequest
+
+
+def write(folder, steps, resumed_step=0):
+    writer = MetricsWriter(folder, resumed_step, enabled=True)
+    for step in steps:
+        writer.write({"step": step, "loss": 1.0 / step})
+    writer.write({"step": steps[-1], "accuracy": 0.5}, group="eval")
+    writer.close()
+
+
+def test_each_step_stands_once_after_a_kill_and_a_resume(tmp_path):
+    write(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    write(tmp_path, range(6, 10), resumed_step=5)
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 10))
+    assert [record["step"] for record in read_metrics(tmp_path, group="eval")] == [9]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_tensorboard_shows_the_same_figures(tmp_path):
+    write(tmp_path, range(1, 5))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "eval/accuracy"}
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (step, pytest.approx(1 / step)) for step in range(1, 5)
+    ]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, enabled=False)
+    writer.write({"step": 1})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_is_noted_once(number):
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    try:
+        stop = StopRequest().install()
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+        assert stop.name == signal.Signals(number).name
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)

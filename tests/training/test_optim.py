@@ -1,0 +1,63 @@
+"""Parameter groups by role, and the learning rate as a function of the step."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import tiny_config, tiny_pretraining_model
+from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
+from unimo3.training.optim import OptimArgs, build_optimizer, parameter_groups, rate_share, set_rates
+
+ARGS = OptimArgs(lr=1e-3, fusion_factor=5.0, head_factor=50.0, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    "model", [tiny_pretraining_model(), Unimo3ForVisualQuestionAnswering(tiny_config(num_answers=3))]
+)
+def test_every_parameter_is_in_one_group_with_its_roles_rate(model):
+    groups = parameter_groups(model, ARGS)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("unimo3.text_tower", "unimo3.vision_tower")):
+            expected = 1e-3
+        else:
+            expected = 5e-3 if name.startswith("unimo3.") else 5e-2
+        assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+def test_only_weight_matrices_decay():
+    model = tiny_pretraining_model()
+    decay = {id(p): group["weight_decay"] for group in parameter_groups(model, ARGS) for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        is_matrix = isinstance(owner, (nn.Linear, nn.Conv2d, nn.Embedding)) and name.endswith("weight")
+        assert decay[id(parameter)] == (0.1 if is_matrix else 0.0), name
+
+
+def test_the_rate_rises_linearly_then_falls_to_zero():
+    shares = [rate_share(step, 100, 0.1) for step in range(101)]
+    assert shares[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert max(shares) == shares[10] == 1.0
+    assert shares[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 101)])
+    assert rate_share(0, 100, 0.0) == 1.0
+
+
+def test_rates_are_set_from_the_peak_each_time():
+    optimizer = build_optimizer(tiny_pretraining_model(), ARGS)
+    set_rates(optimizer, 0.1)
+    set_rates(optimizer, 0.5)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
+        {
+            "tower_decay": 5e-4, "tower_no_decay": 5e-4, "fusion_decay": 2.5e-3, "fusion_no_decay": 2.5e-3,
+            "head_decay": 2.5e-2, "head_no_decay": 2.5e-2,
+        }
+    )  # fmt: skip
+    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_faults_name_field_and_value():
+    found = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).faults()
+    assert [line.split(":")[0] for line in found] == ["optim.lr", "optim.clip_norm", "optim.beta2"]
