@@ -52,7 +52,7 @@ def test_five_faults_are_five_lines_each_with_field_value_and_mend(good):
     expected = {
         "model.hiden_size": ("64", "did you mean model.hidden_size?"),
         "optim.lr": ("fast", "float"),
-        "model.vision.image_size": ("60", "use 56 or 64"),
+        "model.vision.image_size": ("60", "use 48 or 64"),
         "training.global_batch": ("65", "use 64 or 96"),
         "objectives.mlm.weight": ("-1", "0 (off) or more"),
     }

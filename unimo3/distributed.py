@@ -44,6 +44,9 @@ def init() -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed would compile it here, half a minute on a new machine; only its inference engine calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return World(dist.get_rank(), local_rank, dist.get_world_size())
 

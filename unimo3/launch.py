@@ -2,8 +2,8 @@
 
 For one machine without Slurm. Stop signals go to every rank, the launcher waits while they save, and its exit status
 is theirs, so a script sees the same status as under Slurm. (The deepspeed launcher answers SIGTERM with status 1,
-torchrun ends the ranks 30 s after it.) When a rank fails, the others get a
-grace time to end by themselves, then are killed.
+torchrun ends the ranks 30 s after it.) When a rank fails, the others get a grace time to end by themselves, then are
+killed.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     first_failure = 0
     deadline: float | None = None
     ends = time.monotonic() + timeout_s
-    while any(rank.poll() is None for rank in ranks):
+    # A list, not a generator: every rank is asked, also those behind one that still runs.
+    while any([rank.poll() is None for rank in ranks]):  # noqa: C419
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and deadline is None:
             first_failure = failed[0]

@@ -47,7 +47,7 @@ def convert_coco(source: Path, images: Path) -> Iterator[tuple[str, Sample]]:
         texts = [_text(s, "raw", f"{where}.sentences[{i}]") for i, s in enumerate(sentences)]
         if not texts:
             raise DataError(f"{where}.sentences: is empty; every image needs at least one caption")
-        content = {"image_id": identity, "captions": list(dict.fromkeys(texts))}
+        content = {"image_id": identity, "captions": texts}
         yield "train" if split == "restval" else split, Sample(f"{identity:012d}", file, content)
 
 

@@ -10,9 +10,11 @@ Source: https://github.com/webdataset/webdataset for the shards' layout; the tar
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +75,7 @@ def build_index(folder: Path, dataset: str, split: str) -> None:
             f"{number}_num_items": members.num_items,
         }
     staging = folder / "index.npz.tmp"
-    with staging.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    _save_arrays(arrays, staging)
     staging.replace(folder / "index.npz")
     content = {
         "version": VERSION,
@@ -185,6 +186,15 @@ def _read_json(path: Path) -> dict:
     if content.get("version") != VERSION:
         raise DataError(f"{path}: version {content.get('version')!r}, this program reads {VERSION}; index it again")
     return content
+
+
+def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """As ``np.savez``, which would write the time of day into the file: equal shards give an equal index."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
 
 
 def _scan(path: Path) -> _Members:

@@ -138,7 +138,7 @@ def _count_or_existence(scene: Scene, rng: np.random.Generator) -> Question:
         number = int(rng.choice(sorted(set(counts.values()))))
         shape = str(rng.choice([shape for shape in SHAPES if counts[shape] == number]))
         text = f"how many {_plural(shape, 2)} are there?"
-        return Question(text, str(number), "how many", "object", "number", ("0", "1", "2", "3"))
+        return Question(text, str(number), "how many", "object", "number", ("0", "1", "2", "3", "4"))
     if rng.integers(2):
         thing = scene[rng.integers(len(scene))]
         colour, shape, answer = thing.colour, thing.shape, "yes"

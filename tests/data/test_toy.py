@@ -1,0 +1,207 @@
+"""Toy data: the same twice, in the public formats, with true answers that a question does not give away."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain import toy
+from unimo3.data.answers import vqa_accuracy
+from unimo3.data.blind import BlindGuesser
+from unimo3.data.toy.language import captions, pair_statement, questions, statement
+from unimo3.data.toy.scene import draw_scene
+
+NUM_IMAGES = 60
+# Official accuracy of the best guess from the text alone, of people who always agree; docs/data.md states it.
+MOST_BLIND = {"fine": 0.40, "object": 0.50, "scene": 0.50, "overall": 0.45}
+
+
+def draw(*arguments) -> int:
+    """Run the command in this process; return its exit status."""
+    with pytest.raises(SystemExit) as end:
+        toy.main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "data"
+    assert draw(out, "--images", NUM_IMAGES, "--size", 48, "--seed", 3) == 0
+    return out
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(root, tmp_path):
+    assert draw(tmp_path / "again", "--images", NUM_IMAGES, "--size", 48, "--seed", 3) == 0
+    assert digests(tmp_path / "again") == digests(root)
+    assert draw(tmp_path / "other", "--images", NUM_IMAGES, "--size", 48, "--seed", 4) == 0
+    one, other = digests(root), digests(tmp_path / "other")
+    assert one.keys() == other.keys()
+    assert all(one[name] != other[name] for name in one if name.endswith((".jpg", ".png")))
+
+
+def test_coco_has_karpathys_fields_and_five_captions_an_image(root):
+    images = read(root / "coco" / "dataset_coco.json")["images"]
+    assert len(images) == len({image["cocoid"] for image in images}) == NUM_IMAGES
+    assert {image["split"] for image in images} == {"train", "restval", "val", "test"}
+    for image in images:
+        assert len(image["sentences"]) == 5
+        assert image["sentids"] == [sentence["sentid"] for sentence in image["sentences"]]
+        assert all(sentence["raw"].split() == sentence["tokens"] for sentence in image["sentences"])
+        with Image.open(root / "coco" / image["filepath"] / image["filename"]) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (48, 48))
+    assert len(list((root / "coco").rglob("*.jpg"))) == NUM_IMAGES
+
+
+def test_vqav2_has_ten_answers_a_question_whose_majority_is_right(root):
+    split_of = {image["cocoid"]: image["split"] for image in read(root / "coco" / "dataset_coco.json")["images"]}
+    seen = Counter()
+    for year, splits in (("train2014", {"train"}), ("val2014", {"val", "test"})):
+        texts = read(root / "vqav2" / f"v2_OpenEnded_mscoco_{year}_questions.json")["questions"]
+        notes = read(root / "vqav2" / f"v2_mscoco_{year}_annotations.json")["annotations"]
+        assert [text["question_id"] for text in texts] == [note["question_id"] for note in notes]
+        assert {split_of[text["image_id"]] for text in texts} == splits
+        for note in notes:
+            answers = [answer["answer"] for answer in note["answers"]]
+            assert len(answers) == 10
+            assert vqa_accuracy(note["multiple_choice_answer"], answers) == 1.0
+            seen[note["granularity"]] += 1
+    assert set(seen) == {"fine", "object", "scene"}
+
+
+def test_flickr30k_and_snli_ve_share_their_images(root):
+    images = {image["filename"] for image in read(root / "flickr30k" / "dataset_flickr30k.json")["images"]}
+    assert images == {path.name for path in (root / "flickr30k" / "flickr30k-images").iterdir()}
+    labels = Counter()
+    for split in ("train", "dev", "test"):
+        for line in read_lines(root / "snli_ve" / f"snli_ve_{split}.jsonl"):
+            assert f"{line['Flickr30K_ID']}.jpg" in images
+            labels[line["gold_label"]] += 1
+    assert set(labels) == {"entailment", "neutral", "contradiction"}
+
+
+def test_nlvr2_has_two_pictures_a_sentence(root):
+    for split in ("train", "dev", "test1"):
+        for line in read_lines(root / "nlvr2" / f"{split}.json"):
+            folder = f"images/train/{line['directory']}" if split == "train" else split
+            stem = line["identifier"].rpartition("-")[0]
+            assert line["label"] in ("True", "False")
+            for side in range(2):
+                with Image.open(root / "nlvr2" / folder / f"{stem}-img{side}.png") as picture:
+                    assert picture.size == (48, 48)
+
+
+def scenes(number):
+    for index in range(number):
+        rng = np.random.default_rng((7, index))
+        yield draw_scene(rng), rng
+
+
+def true_answer(scene, text: str) -> str:
+    """What the picture says, worked out from the words of the question alone."""
+    words = text.rstrip("?").split()
+    named = [thing for thing in scene if thing.name in text]
+    if text.startswith("what is the texture of the small"):
+        (thing,) = (thing for thing in named if thing.size == "small")
+        return thing.texture
+    if text.startswith("what color is the small"):
+        (thing,) = (thing for thing in scene if thing.size == "small" and thing.shape == words[-1])
+        return thing.colour
+    if text.startswith("what shape is"):
+        (thing,) = (thing for thing in scene if thing.colour == words[-1])
+        return thing.shape
+    if text.startswith("how many"):
+        shape = {"crosses": "cross"}.get(words[2], words[2].rstrip("s"))
+        return str(sum(thing.shape == shape for thing in scene))
+    if text.startswith("is there a"):
+        return "yes" if named else "no"
+    if text.startswith("is the"):
+        one, other = sorted(named, key=lambda thing: text.index(thing.name))
+        holds = {
+            "left of": one.x < other.x, "right of": one.x > other.x,
+            "above": one.y < other.y, "below": one.y > other.y,
+        }  # fmt: skip
+        return "yes" if next(value for word, value in holds.items() if word in text) else "no"
+    place = {
+        "left": lambda thing: thing.x, "right": lambda thing: -thing.x,
+        "top": lambda thing: thing.y, "bottom": lambda thing: -thing.y,
+    }[words[-1]]  # fmt: skip
+    return min(scene, key=place).colour
+
+
+def test_every_answer_is_what_the_picture_shows():
+    kinds = Counter()
+    for scene, rng in scenes(400):
+        for question in questions(scene, rng):
+            assert question.answer == true_answer(scene, question.text), (question, scene)
+            assert question.answer in question.options
+            kinds[question.kind, question.granularity] += 1
+    assert len(kinds) == 7
+    assert min(kinds.values()) > 50
+
+
+def test_captions_and_statements_are_true_of_the_picture():
+    for scene, rng in scenes(200):
+        names = {thing.name for thing in scene}
+        relation, listing, _, details, leftmost = captions(scene, rng)
+        assert sorted(listing.partition(" : ")[2].split(" , ")) == sorted(f"a {name}" for name in names)
+        assert sum(name in relation for name in names) >= 2
+        assert all(any(name in part for name in names) for part in details.split(" , "))
+        assert min(scene, key=lambda thing: thing.x).name in leftmost
+        sentence, label = statement(scene, rng)
+        assert (label == "contradiction") == (not any(name in sentence for name in names))
+        other = draw_scene(rng)
+        sentence, truth = pair_statement(scene, other, rng)
+        if "in total" in sentence:
+            assert truth == (int(sentence.split()[2]) == len(scene) + len(other))
+        else:
+            side = scene if "left" in sentence else other
+            assert truth == any(thing.name in sentence for thing in side)
+
+
+def test_a_question_gives_little_of_its_answer_away():
+    records = [
+        {
+            "question": question.text, "question_type": question.kind, "multiple_choice_answer": question.answer,
+            "answers": [question.answer] * 10, "granularity": question.granularity,
+        }
+        for scene, rng in scenes(4000)
+        for question in questions(scene, rng)
+    ]  # fmt: skip
+    half = len(records) // 2
+    rates = BlindGuesser(records[:half]).accuracy(records[half:])
+    for group, most in MOST_BLIND.items():
+        assert rates[group] < most, rates
+
+
+def test_the_command_prints_the_rate_of_the_data_it_drew(root, tmp_path, capfd):
+    assert draw(tmp_path / "again", "--images", NUM_IMAGES, "--size", 48, "--seed", 3) == 0
+    printed = capfd.readouterr().out
+    for group, rate in toy.blind_rates(root / "vqav2").items():
+        assert f"  {group}: {rate:.3f}" in printed
+
+
+def test_bad_arguments_are_named_all_at_once_and_leave_nothing(root, tmp_path, capfd):
+    assert draw(root, "--images", "3", "--size", "8", "--seed", "-1") == 78
+    said = capfd.readouterr().err
+    assert "4 settings to mend" in said
+    for start in ("--images 3:", "--size 8:", "--seed -1:", f"out {root}: exists"):
+        assert f"  - {start}" in said
+    assert draw(tmp_path / "new", "--images", "3") == 78
+    assert list(tmp_path.iterdir()) == []
