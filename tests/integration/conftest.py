@@ -86,7 +86,7 @@ def recipe(coco, tmp_path_factory):  # noqa: F811
             "train": str(coco / "train"), "val": str(coco / "val"), "tokenizer": str(coco / "tokenizer"),
             "max_text_tokens": 16, "num_workers": 1, "window_shards": 2, "ledger": True,
         },
-        "optim": {"lr": 1.0e-3, "fusion_factor": 2.0, "head_factor": 2.0},
+        "optim": {"lr": 3.0e-3, "fusion_factor": 2.0, "head_factor": 2.0},
         "training": {"steps": 20, "global_batch": 8, "micro_batch": 4, "ds_config": str(folder / "bf16.json")},
         "checkpoint": {"every_steps": 6, "keep_last": 2},
     }  # fmt: skip

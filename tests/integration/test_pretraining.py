@@ -113,5 +113,5 @@ def test_changed_settings_of_a_run_are_named(program, recipe, straight):
         "--objectives.itc.weight", "2",
     )  # fmt: skip
     assert status == 78
-    assert "optim.lr: 0.0005: this run was started with 0.001" in program.output
+    assert "optim.lr: 0.0005: this run was started with 0.003" in program.output
     assert "objectives.itc.weight: 2.0: this run was started with 1.0" in program.output

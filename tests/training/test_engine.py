@@ -48,7 +48,9 @@ def losses_under_each_config():
     share = 8 // size
     found = {}
     for name in ON_CPU:
-        ds_config = read_ds_config(str(FOLDER / f"{name}.json"), BatchPlan(8, share, size), 1.0)
+        # No clipping: DeepSpeed sums the norm of offloaded gradients in another order, and a norm that differs in its
+        # last bit scales every gradient differently. Whole runs in tests/integration clip.
+        ds_config = read_ds_config(str(FOLDER / f"{name}.json"), BatchPlan(8, share, size), clip_norm=0.0)
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
         initialize_weights(model, 0, std=0.1)
         task = PretrainingTask(model, ObjectivesArgs().build(seed=0))
