@@ -17,7 +17,7 @@ from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
 from unimo3.data.args import DataArgs
 from unimo3.data.blind import accuracy_by_group
-from unimo3.data.index import ShardIndex
+from unimo3.data.index import ShardIndex, index_faults
 from unimo3.data.loader import TrainingLoader, evaluation_batches
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import VqaSamples
@@ -25,16 +25,17 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import all_gather_object, world_size_from_environment
 from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.model.args import tokenizer_faults
 from unimo3.model.config import Unimo3Config
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
 from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
-from unimo3.training.evaluation import to_device
+from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
-from unimo3.training.run import Run, RunArgs
+from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
 
 
@@ -54,12 +55,27 @@ class VqaConfig:
 
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
-        found = self.batch_plan(world_size_from_environment()).faults()
-        for check in (lambda: read_exported_config(self.init), lambda: AnswerVocabulary.load(self.answers_path)):
-            try:
-                check()
-            except (ConfigError, DataError) as error:
-                found += error.faults if isinstance(error, ConfigError) else [f"answers: {error}"]
+        found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
+        found += index_faults("data.train", self.data.train, "questions")
+        found += index_faults("data.val", self.data.val, "questions")
+        try:
+            AnswerVocabulary.load(self.answers_path)
+        except DataError as error:
+            found.append(f"answers: {error}")
+        try:
+            model = read_exported_config(self.init)
+        except ConfigError as error:
+            return found + error.faults
+        try:
+            tokenizer = load_tokenizer(self.data.tokenizer)
+        except ConfigError:
+            return found  # the data's own check has said so
+        found += tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
+        if load_tokenizer(self.init).get_vocab() != tokenizer.get_vocab():
+            found.append(
+                f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
+                f"use {self.init}"
+            )
         return found
 
     def batch_plan(self, world_size: int) -> BatchPlan:
@@ -88,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
     run = Run(settings, batch.global_batch, train_index.fingerprint)
-    run.write_model_files(model_config, tokenizer, image_processor(image_size))
-    if world.rank == 0:
-        answers.save(run.folder / "model" / "answers.json")
+    run.write_model_files(model_config, tokenizer, image_processor(image_size), answers)
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
@@ -118,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             write_results(run.folder, scored, accuracies)
         return {f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}
 
-    held_out = evaluate if val_index is not None else None
+    held_out = Evaluation(val_index.fingerprint, evaluate) if val_index is not None else None
     train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, held_out)
     run.close()
 

@@ -44,6 +44,8 @@ def check(args: argparse.Namespace) -> None:
             faults.append(f"--{name} {folder}: no such folder")
     if args.out.exists() and not args.overwrite:
         faults.append(f"--out {args.out}: exists; choose a new folder or give --overwrite")
+    if args.out.exists() and args.overwrite and not is_output(args.out):
+        faults.append(f"--out {args.out}: holds other things than shards; --overwrite removes only what this wrote")
     if args.shard_size < 1:
         faults.append(f"--shard-size {args.shard_size}: at least 1 is needed")
     if args.tokenizer_vocab and args.format != "coco":
@@ -52,6 +54,13 @@ def check(args: argparse.Namespace) -> None:
         faults.append(f"--tokenizer-vocab {args.tokenizer_vocab}: at least 300 (256 bytes and the special tokens)")
     if faults:
         raise ConfigError(faults)
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is what an earlier run wrote: splits with their index, tokenizer and answers, nothing else."""
+    return folder.is_dir() and all(
+        path.name in ("tokenizer", "answers.json") or (path / "index.json").is_file() for path in folder.iterdir()
+    )
 
 
 @exit_with_status

@@ -6,25 +6,25 @@ from pathlib import Path
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.args import DataArgs
-from unimo3.data.index import ShardIndex
+from unimo3.data.index import ShardIndex, index_faults
 from unimo3.data.loader import TrainingLoader
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
-from unimo3.errors import exit_with_status
-from unimo3.model.args import ModelArgs, fit_to_tokenizer
+from unimo3.errors import ConfigError, exit_with_status
+from unimo3.model.args import ModelArgs, set_special_ids, tokenizer_faults
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_clip, load_roberta
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
-from unimo3.training.evaluation import held_out_losses
+from unimo3.training.evaluation import Evaluation, held_out_losses
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
-from unimo3.training.run import Run, RunArgs
+from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
 
 
@@ -42,14 +42,16 @@ class PretrainConfig:
 
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
-        found = self.batch_plan(world_size_from_environment()).faults()
-        positions = self.model.text.max_position_embeddings - 2
-        if not self.model.text.init and self.data.max_text_tokens > positions:
-            found.append(
-                f"data.max_text_tokens: {self.data.max_text_tokens}: model.text.max_position_embeddings allows "
-                f"{positions}; lower it, or raise model.text.max_position_embeddings to {self.data.max_text_tokens + 2}"
-            )
-        return found
+        found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
+        found += index_faults("data.train", self.data.train, "captions")
+        found += index_faults("data.val", self.data.val, "captions")
+        if self.model.faults():
+            return found  # its own group has said so
+        try:
+            tokenizer = load_tokenizer(self.data.tokenizer)
+        except ConfigError:
+            return found  # likewise
+        return found + tokenizer_faults(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = config.parse(PretrainConfig, argv, "python -m pretrain.train", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
-    fit_to_tokenizer(model_config, tokenizer)
+    set_special_ids(model_config, tokenizer)
     index = ShardIndex(Path(settings.data.train))
     world, stop = start_process(settings.run.seed)
 
@@ -95,11 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     loader = TrainingLoader(
         samples, order, batch.global_batch, batch.micro_batch, world.rank, world.size, reader, run.step
     )
-    evaluate = None
+    evaluation = None
     if settings.data.val:
         held_out = samples_of(ShardIndex(Path(settings.data.val)), "none")
-        evaluate = lambda step: held_out_losses(engine, held_out, world, batch.micro_batch, reader)  # noqa: E731
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluate)
+        evaluation = Evaluation(
+            held_out.index.fingerprint,
+            lambda step: held_out_losses(engine, held_out, world, batch.micro_batch, reader),
+        )
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)
     run.close()
 
 

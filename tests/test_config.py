@@ -83,19 +83,24 @@ def test_a_command_line_that_cannot_be_read_is_named(arguments, expected):
 
 def test_missing_data_is_named_with_the_command_that_makes_it():
     found = faults("--config", str(TINY))
-    assert [line.split(":")[0] for line in found] == ["data.train", "data.tokenizer"]
+    assert sorted(line.split(":")[0] for line in found) == ["data.tokenizer", "data.train"]
     assert all("pretrain.prepare_shards" in line for line in found)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{"train_batch_size": 64}', 'set it to "auto"'),
-        ('{"optimizer": {"type": "Adam"}}', "has 'optimizer'"),
+        ('{"train_batch_size": 64, "zero_optimization": {"stage": 3}}', 'set it to "auto"'),
+        ('{"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}', "has 'optimizer'"),
         ('{"zero_optimization": {"stage": "auto"}}', "'stage' is \"auto\""),
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),
-        ('{"fp16": {"enabled": true}}', "fp16 needs a GPU"),
+        ('{"fp16": true}', "an object is needed"),
+        ('{"zero_optimization": 3}', "an object is needed"),
+        ('{"zero_optimization": {"stage": 7}}', "DeepSpeed refuses it"),
+        ('{"zero_optimization": {"stage": 0}}', "ZeRO is off"),
+        ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', "did you mean overlap_comm?"),
+        ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 3}}', "fp16 needs a GPU"),
     ],
 )
 def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expected):
@@ -104,6 +109,40 @@ def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expec
     (line,) = faults(*good, "--training.ds_config", str(path))
     assert line.startswith(f"training.ds_config: '{path}'")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.hidden_size", 0), ("model.num_attention_heads", 0), ("model.num_attention_heads", 5),
+        ("model.num_hidden_layers", 0), ("model.itc_size", 0), ("model.initializer_range", -1),
+        ("model.itc_temperature_init", 0), ("model.itc_temperature_init", 7), ("model.dropout", 1),
+        ("model.text.num_attention_heads", 0), ("model.text.vocab_size", -5), ("model.text.vocab_size", 299),
+        ("model.text.num_hidden_layers", 0), ("model.text.intermediate_size", 0), ("model.text.dropout", -1),
+        ("model.vision.image_size", 0), ("model.vision.image_size", -64), ("model.vision.patch_size", -16),
+        ("model.vision.depth", -1), ("model.vision.init", "/nowhere"), ("model.text.init", "/nowhere"),
+        ("data.max_text_tokens", 39), ("data.window_shards", 0), ("run.name", "a/b"), ("run.dir", ""),
+        ("optim.lr", "nan"), ("checkpoint.keep_last", 0), ("training.steps", 0),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value):
+    (line,) = faults(*good, f"--{key}={value}")
+    assert line.startswith(f"{key}: ")
+    assert str(value) in line
+
+
+@pytest.mark.parametrize(
+    "change", [("vision.width", 130), ("vision.num_heads", 5), ("vision.architecture", "resnet50")], ids=lambda c: c[0]
+)
+def test_a_tower_that_timm_cannot_build_is_named(good, change):
+    (line,) = faults(*good, f"--model.{change[0]}={change[1]}")
+    assert line.startswith("model.vision")
+    assert str(change[1]) in line
+
+
+def test_print_config_names_a_bad_value_too(good):
+    (line,) = faults(*good, "--optim.lr", "fast", "--print_config")
+    assert "fast" in line
 
 
 def test_a_saved_configuration_reads_back(good, tmp_path):

@@ -25,7 +25,8 @@ def launch(tmp_path, body, *arguments):
     (tmp_path / "program.py").write_text(RANK.format(body=body))
     return subprocess.Popen(
         [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
-        cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -64,9 +65,10 @@ time.sleep(60)
 
 
 def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
-    process = launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    process.communicate(timeout=60)
+    process = launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 137
+    assert said == "rank 1 was ended by SIGKILL; the kernel does that when memory runs out, see dmesg\n"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,10 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(config_class, program, description)
     if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in argv):
-        parser.parse_args(argv)
+        try:
+            parser.parse_args(argv)
+        except ArgumentError as error:
+            raise ConfigError(f"{_type_hint(error)}; mend it before --print_config") from error
     given = _given_values(argv)
     faults = []
     good: Flat = {}
@@ -53,7 +56,7 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
             faults.append(f"{key}: {value!r}: no such setting; {hint}")
             continue
         try:
-            text = value if isinstance(value, str) else json.dumps(value)
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
             good[key] = parser.parse_args([f"--{key}={text}"])[key]
         except ArgumentError as error:
             faults.append(f"{key}: {value!r}: {_type_hint(error)}")
@@ -95,8 +98,10 @@ def flatten_fields(config_class: type, prefix: str = "") -> list[str]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML that ``--config`` reads back."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    """Write a dataclass as YAML that ``--config`` reads back; the file appears whole or not at all."""
+    staging = path.with_name(f"{path.name}.tmp")
+    staging.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    staging.replace(path)
 
 
 def read_flat(path: Path) -> Flat:
@@ -104,9 +109,9 @@ def read_flat(path: Path) -> Flat:
     return _read_file(path)
 
 
-def fingerprint(config: Any) -> str:
-    """SHA-256 of a dataclass's values."""
-    return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()
+def fingerprint(flat: Flat) -> str:
+    """SHA-256 of settings and their values."""
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def _parser(config_class: type, program: str, description: str) -> ArgumentParser:

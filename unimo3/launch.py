@@ -16,7 +16,7 @@ import sys
 import time
 from types import FrameType
 
-from unimo3.errors import EXIT_CONFIG
+from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -60,8 +60,12 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     while any([rank.poll() is None for rank in ranks]):  # noqa: C419
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and deadline is None:
-            first_failure = failed[0]
+            # Of several that ended since the last look, the one that knows why it did.
+            first_failure = next((status for status in failed if status in (EXIT_CONFIG, EXIT_DIVERGED)), failed[0])
             deadline = time.monotonic() + grace_s
+            for number, rank in enumerate(ranks):
+                if rank.returncode is not None and rank.returncode < 0:
+                    _tell_of_signal(number, -rank.returncode)
         if deadline is None and time.monotonic() > ends:
             deadline = ends
         if deadline is not None and time.monotonic() > deadline:
@@ -70,6 +74,12 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
                     rank.kill()
         time.sleep(0.1)
     return first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
+
+
+def _tell_of_signal(rank: int, number: int) -> None:
+    # Whatever else ends a program it says itself.
+    hint = "; the kernel does that when memory runs out, see dmesg" if number == signal.SIGKILL else ""
+    print(f"rank {rank} was ended by {signal.Signals(number).name}{hint}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -83,15 +93,21 @@ def main() -> None:
     if args.num_ranks < 1:
         print(f"--num-ranks: {args.num_ranks}: at least 1 is needed", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
-    ranks = start_ranks(args.num_ranks, [sys.executable, "-m", args.module, *args.arguments])
+    ranks: list[subprocess.Popen] = []
+    early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if not ranks:
+            early.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
+    ranks += start_ranks(args.num_ranks, [sys.executable, "-m", args.module, *args.arguments])
+    for early_number in early:
+        forward(early_number, None)
     status = wait_for_ranks(ranks, args.grace)
     # A rank ended by a signal has a negative status; shells write it as 128 + signal.
     sys.exit(status if status >= 0 else 128 - status)

@@ -156,7 +156,7 @@ def test_nothing_is_left_of_a_refused_export(run_copy, tmp_path):
 
 def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy, tmp_path, capsys):
     run = run_copy("bf16")
-    (run / "answers.json").write_text('["yes", "no"]')
+    (run / "model" / "answers.json").write_text('["yes", "no"]')
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "out.partial").mkdir()

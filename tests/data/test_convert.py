@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import convert, draw_jpeg, write_source
-from unimo3.data.index import ShardIndex, build_index
+from unimo3.data.index import ShardIndex, build_index, index_faults
 from unimo3.errors import DataError
 
 
@@ -158,6 +159,21 @@ def wrong_type(content):
     return r"images\[2\]: field 'cocoid' is 'three'; int expected"
 
 
+def lose_filepath(content):
+    del content["images"][1]["filepath"]
+    return r"images\[1\]: field 'filepath' is missing"
+
+
+def leave_the_folder(content):
+    content["images"][1]["split"] = "../escaped"
+    return r"images\[1\]: field 'split' is '\.\./escaped'; one of train, restval, val, test expected"
+
+
+def repeat_an_image(content):
+    content["images"][1]["cocoid"] = content["images"][0]["cocoid"]
+    return r"image id 1 stands in the source twice"
+
+
 def truncate_json(root):
     path = root / "dataset_coco.json"
     path.write_text(path.read_text()[:-20])
@@ -170,6 +186,9 @@ BROKEN_COCO = {
     "an empty caption": edit("dataset_coco.json", empty_caption),
     "a missing field": edit("dataset_coco.json", lose_filename),
     "a field of another type": edit("dataset_coco.json", wrong_type),
+    "no folder of an image": edit("dataset_coco.json", lose_filepath),
+    "a split outside the output": edit("dataset_coco.json", leave_the_folder),
+    "an image twice": edit("dataset_coco.json", repeat_an_image),
     "half a JSON": truncate_json,
 }
 
@@ -195,7 +214,17 @@ def lose_answers(content):
     return r"annotations\[1\]: field 'answers' is missing"
 
 
-@pytest.mark.parametrize("change", [lose_annotation, lose_answers])
+def empty_answers(content):
+    content["annotations"][1]["answers"] = []
+    return r"annotations\[1\]: field 'answers' is empty"
+
+
+def another_image(content):
+    content["annotations"][1]["image_id"] += 1
+    return r"annotations\[1\]: field 'image_id' is \d+, .*questions\.json has \d+ for question_id"
+
+
+@pytest.mark.parametrize("change", [lose_annotation, lose_answers, empty_answers, another_image])
 def test_bad_vqav2_input_is_named_and_leaves_nothing(change, tmp_path, capfd):
     root = write_source(tmp_path / "source", num_images=12)
     expected = edit("v2_mscoco_train2014_annotations.json", change)(root)
@@ -220,3 +249,53 @@ def test_overwrite_replaces_a_finished_folder(source, tmp_path):
     assert convert("coco", "--src", str(source), "--out", str(out)) == 78
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "100", "--overwrite") == 0
     assert ShardIndex(out / "train").samples_per_shard == [np.sum([i % 6 < 4 for i in range(23)])]
+
+
+def test_overwrite_refuses_a_folder_that_holds_anything_else(source, tmp_path, capfd):
+    out = tmp_path / "out"
+    assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
+    (out / "thesis").mkdir()
+    assert convert("coco", "--src", str(source), "--out", str(out), "--overwrite") == 78
+    assert f"--out {out}: holds other things than shards" in capfd.readouterr().err
+    assert (out / "thesis").is_dir()
+
+
+def lose_members(folder):
+    (folder / "index.npz").unlink()
+    return r"index\.npz: is missing or not the one index\.json was written with"
+
+
+def cut_members(folder):
+    path = folder / "index.npz"
+    path.write_bytes(path.read_bytes()[:-30])
+    return r"index\.npz: is missing or not the one"
+
+
+def lose_field(folder):
+    path = folder / "index.json"
+    path.write_text(path.read_text().replace('"dataset"', '"data"'))
+    return r"index\.json: field 'dataset' is missing"
+
+
+def list_instead(folder):
+    (folder / "index.json").write_text("[]")
+    return r"index\.json: version None"
+
+
+@pytest.mark.parametrize("damage", [lose_members, cut_members, lose_field, list_instead])
+def test_a_damaged_index_is_named(coco, tmp_path, damage):
+    folder = tmp_path / "train"
+    shutil.copytree(coco / "train", folder)
+    expected = damage(folder)
+    with pytest.raises(DataError, match=expected):
+        ShardIndex(folder)
+    (fault,) = index_faults("data.train", str(folder), "captions")
+    assert fault.startswith(f"data.train: '{folder}': ")
+
+
+def test_shards_of_another_kind_are_refused(coco, vqav2):
+    assert index_faults("data.train", str(coco / "train"), "captions") == []
+    (fault,) = index_faults("data.train", str(coco / "train"), "questions")
+    assert "its samples have no questions (coco, train)" in fault
+    (fault,) = index_faults("data.val", str(vqav2 / "val"), "captions")
+    assert "its samples have no captions (vqav2, val)" in fault

@@ -23,7 +23,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.errors import ConfigError, DataError
 
-READER = ReaderArgs(num_workers=0, prefetch=1, max_bad_share=0.5)
+READER = ReaderArgs(num_workers=0, prefetch=1)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_every_caption_of_an_image_comes_before_one_comes_again(coco, tokenizer)
 def test_two_workers_read_what_none_reads(coco, tokenizer, augment):
     samples = pretrain_samples(coco / "train", tokenizer, augment)
     alone = loader(samples)
-    helped = loader(samples, reader=ReaderArgs(2, 2, 0.5))
+    helped = loader(samples, reader=ReaderArgs(2, 2))
     for _ in range(4):
         for one, other in zip(next(alone), next(helped), strict=True):
             assert_equal_batches(one, other)
@@ -222,18 +222,28 @@ def test_bad_samples_are_replaced_alike_counted_and_named(damaged, tokenizer, ca
         assert reason in caplog.text
 
 
-def test_too_many_bad_samples_end_the_run(damaged, tokenizer):
-    samples = pretrain_samples(damaged[0], tokenizer)
-    batches = loader(samples, reader=ReaderArgs(0, 1, 0.01))
-    with pytest.raises(DataError, match=r"2 of \d+ samples could not be used, more than data\.max_bad_share 0\.01"):
-        for _ in range(4):
-            next(batches)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_of_an_evaluation_is_an_error_never_replaced(damaged, tokenizer, workers):
+    folder, keys = damaged
+    with pytest.raises(DataError) as error:
+        list(evaluation_batches(pretrain_samples(folder, tokenizer), 0, 1, 4, ReaderArgs(workers, 1)))
+    assert f"000000.tar: sample {keys[0]} its image cannot be decoded" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_generator_of_dropout(coco, tokenizer, workers):
+    samples = pretrain_samples(coco / "val", tokenizer)
+    before = torch.get_rng_state()
+    next(loader(samples, reader=ReaderArgs(workers, 1)))
+    list(evaluation_batches(samples, 0, 1, 4, ReaderArgs(workers, 1)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer):
     import multiprocessing
 
-    batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1, 0.5))
+    batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1))
     next(batches)
     multiprocessing.active_children()[-1].kill()
     with pytest.raises(RuntimeError, match="DataLoader worker"):

@@ -33,9 +33,15 @@ def interrupted(program, recipe, runs):
     return run
 
 
+def evaluations(run):
+    # Stopping after step 10 evaluates there as well.
+    return [record for record in read_metrics(run, group="eval") if record["step"] != 10]
+
+
 def test_stopping_and_resuming_changes_nothing(straight, interrupted):
     assert [record["step"] for record in read_metrics(interrupted)] == list(range(1, 21))
     assert losses(interrupted) == losses(straight)
+    assert evaluations(interrupted) == evaluations(straight)
     names = [path.name for path in sorted((straight / "checkpoints" / "step_00000020").glob("*optim_states.pt"))]
     assert len(names) == 2
 
@@ -60,9 +66,12 @@ def test_each_step_read_its_own_samples_once_over_all_restarts(straight, interru
         assert num_lines == 20
 
 
-def test_two_ranks_train_as_one_does(program, recipe, runs, straight):
-    program.check(1, "pretrain.train", "--config", recipe, "--run.name", "alone", "--training.micro_batch", "8")
-    alone, together = losses(runs / "alone"), losses(straight)
+def test_two_ranks_train_as_one_does(program, recipe, runs):
+    # Without dropout, which every rank draws for itself.
+    command = ("pretrain.train", "--config", recipe, "--model.dropout", "0", "--model.text.dropout", "0")
+    program.check(1, *command, "--run.name", "alone", "--training.micro_batch", "8")
+    program.check(2, *command, "--run.name", "together")
+    alone, together = losses(runs / "alone"), losses(runs / "together")
     assert len(alone) == len(together) == 20
     for one, other in zip(alone, together, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=BF16_TOLERANCE)
@@ -85,9 +94,9 @@ def test_figures_are_complete_and_held_out_losses_are_written(straight):
     for record in read_metrics(straight):
         assert expected <= set(record)
         assert all(isinstance(record[name], (int, float)) for name in expected)
-    (evaluation,) = read_metrics(straight, group="eval")
-    assert evaluation["step"] == 20
-    assert evaluation["loss_mlm"] > 0
+    held_out = read_metrics(straight, group="eval")
+    assert [record["step"] for record in held_out] == [4, 8, 12, 16, 20]
+    assert all(record["loss_mlm"] > 0 for record in held_out)
     assert list((straight / "tensorboard").iterdir())
 
 
@@ -95,6 +104,15 @@ def test_another_number_of_ranks_is_refused_with_the_mend(program, recipe, strai
     status = program.run(1, "pretrain.train", "--config", recipe, "--run.name", "straight")
     assert status == 78
     assert "was written by 2 ranks, this run has 1; start it with 2 ranks" in program.output
+
+
+def test_a_ds_config_of_another_precision_is_refused(program, recipe, straight):
+    fp32 = recipe.parent / "fp32.json"
+    status = program.run(
+        2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--training.ds_config", fp32
+    )
+    assert status == 78
+    assert "was written under ZeRO-3 bf16, training.ds_config now says ZeRO-3 fp32" in program.output
 
 
 def test_bad_settings_end_with_78_before_any_process_group(program, recipe):

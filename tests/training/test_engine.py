@@ -1,13 +1,14 @@
 """DeepSpeed configurations: each loads, those a CPU can run train, and ranks agree under all of them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from tests.spawn import run_ranks
 from tests.tiny import rows, tiny_batch, tiny_config
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.engine import BatchPlan, build_engine, build_model, gradient_norm, read_ds_config
 from unimo3.training.optim import OptimArgs
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -60,6 +61,7 @@ def losses_under_each_config():
             report = engine(rows(tiny_batch(8, seed), rank * share, (rank + 1) * share))
             engine.backward(report["loss"])
             engine.step()
+            assert math.isfinite(gradient_norm(engine))
             losses.append(float(sum_over_ranks(report["loss"].detach().reshape(1))) / size)
         found[name] = losses
     return found

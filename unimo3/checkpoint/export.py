@@ -2,7 +2,7 @@
 
     OUT/model.safetensors            or model-00001-of-00003.safetensors ... and model.safetensors.index.json
     OUT/export_report.json           what became of each tensor
-    OUT/config.json, tokenizer, ...  the files of RUN/model, and RUN/answers.json
+    OUT/config.json, tokenizer, ...  the files of RUN/model, answers.json among them in VQA
 
 Tensors are assembled one at a time and written in files of bounded size, so memory is bounded by one output file.
 Values that the target type cannot hold are an error that names the tensors, unless the caller chooses otherwise. Tied
@@ -156,7 +156,7 @@ def export_weights(
 
 
 def copy_model_files(run: Path, out: Path) -> None:
-    """Copy configuration, tokenizer and image processor, and the list of answers if the run has one.
+    """Copy configuration, tokenizer and image processor, and the list of answers where there is one.
 
     Raises:
         CheckpointError: the run has no configuration.
@@ -164,8 +164,6 @@ def copy_model_files(run: Path, out: Path) -> None:
     if not (run / "model" / "config.json").is_file():
         raise CheckpointError(f"{run / 'model'}: has no config.json; is {run} the folder of a run?")
     shutil.copytree(run / "model", out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-    if (run / "answers.json").is_file():
-        shutil.copyfile(run / "answers.json", out / "answers.json")
 
 
 def _convert(

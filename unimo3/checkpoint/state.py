@@ -25,6 +25,7 @@ class TrainState:
         index_fingerprint: of the training data.
         world_size: ranks that wrote the checkpoint.
         global_batch: pairs an optimizer step.
+        engine: ZeRO stage and precision, such as ``ZeRO-3 bf16``; set when the checkpoint is saved.
         extra: whatever else a program wants back; plain JSON values.
     """
 
@@ -35,6 +36,7 @@ class TrainState:
     world_size: int
     global_batch: int
     extra: dict[str, Any] = field(default_factory=dict)
+    engine: str = ""
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

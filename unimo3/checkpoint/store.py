@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
     rank, _ = world()
     checkpoints, tag = folder_of(run), tag_of(state.step)
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
+    state = replace(state, engine=describe_engine(engine))
     mend = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
     _together(f"preparing {staging}", lambda: _clear_staging(checkpoints) if rank == 0 else None, mend)
@@ -73,6 +75,12 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
     parts = _together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), mend)
     _together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, mend)
     return final
+
+
+def describe_engine(engine: Any) -> str:
+    """What decides the form of an engine's files, such as ``ZeRO-3 bf16``."""
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    return f"ZeRO-{engine.zero_optimization_stage()} {precision}"
 
 
 def load(engine: Any, folder: Path) -> TrainState:
@@ -90,6 +98,11 @@ def load(engine: Any, folder: Path) -> TrainState:
         raise CheckpointError(
             f"{folder}: was written by {state.world_size} ranks, this run has {size}; start it with {state.world_size} "
             "ranks (resuming at another number is not served yet)"
+        )
+    if state.engine != describe_engine(engine):
+        raise CheckpointError(
+            f"{folder}: was written under {state.engine}, training.ds_config now says {describe_engine(engine)}; use a "
+            "ds_config of the same stage and precision"
         )
 
     def restore() -> None:

@@ -92,6 +92,10 @@ class AnswerVocabulary:
         """Write as JSON."""
         path.write_text(json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n")
 
+    def save_pretrained(self, save_directory: Path) -> None:
+        """Write ``answers.json`` into a folder, beside what transformers' classes write there."""
+        self.save(save_directory / "answers.json")
+
     @classmethod
     def load(cls, path: Path) -> "AnswerVocabulary":
         """Read what `save` wrote.

@@ -1,13 +1,11 @@
 """Settings of the data."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.errors import ConfigError, DataError
+from unimo3.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,25 +29,19 @@ class DataArgs:
     prefetch: int = 4
     """Micro-batches each reader prepares ahead."""
     max_bad_share: float = 0.001
-    """Share of unreadable samples past which the run ends with status 78; up to it they are replaced and counted."""
+    """Share of unreadable samples of all read so far past which the run ends with status 78; up to it they are replaced
+    and counted. A single one is borne however few were read, unless this is 0."""
     ledger: bool = False
     """Whether to write the sample keys of each step and rank into the run's folder."""
 
     @property
     def reader(self) -> ReaderArgs:
         """How samples are read ahead."""
-        return ReaderArgs(self.num_workers, self.prefetch, self.max_bad_share)
+        return ReaderArgs(self.num_workers, self.prefetch)
 
     def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+        """Say what is wrong with these settings, one line a fault; a program says what its shards must hold."""
         found = []
-        for name, folder in (("train", self.train), ("val", self.val)):
-            if folder is None:
-                continue
-            try:
-                ShardIndex(Path(folder)) if folder else _refuse_empty()
-            except DataError as error:
-                found.append(f"data.{name}: '{folder}': {error}")
         try:
             load_tokenizer(self.tokenizer)
         except ConfigError as error:
@@ -64,7 +56,3 @@ class DataArgs:
         if not 0 <= self.max_bad_share < 1:
             found.append(f"data.max_bad_share: {self.max_bad_share}: at least 0 and below 1 is needed")
         return found
-
-
-def _refuse_empty() -> None:
-    raise DataError("no folder is named; make shards with python -m pretrain.prepare_shards")

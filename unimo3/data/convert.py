@@ -32,6 +32,7 @@ class Sample:
     content: dict[str, Any]
 
 
+_COCO_SPLITS = ("train", "restval", "val", "test")
 Converter = Callable[[Path, Path], Iterator[tuple[str, Sample]]]
 
 
@@ -42,7 +43,9 @@ def convert_coco(source: Path, images: Path) -> Iterator[tuple[str, Sample]]:
         where = f"{path}: images[{number}]"
         split = _field(image, "split", where, str)
         identity = _field(image, "cocoid", where, int)
-        file = images / image.get("filepath", "") / _field(image, "filename", where, str)
+        if split not in _COCO_SPLITS:
+            raise DataError(f"{where}: field 'split' is {split!r}; one of {', '.join(_COCO_SPLITS)} expected")
+        file = images / _field(image, "filepath", where, str) / _field(image, "filename", where, str)
         sentences = _field(image, "sentences", where, list)
         texts = [_text(s, "raw", f"{where}.sentences[{i}]") for i, s in enumerate(sentences)]
         if not texts:
@@ -74,6 +77,13 @@ def convert_vqav2(source: Path, images: Path) -> Iterator[tuple[str, Sample]]:
                 _field(answer, "answer", f"{note_where}.answers[{i}]", str)
                 for i, answer in enumerate(_field(note, "answers", note_where, list))
             ]
+            if not answers:
+                raise DataError(f"{note_where}: field 'answers' is empty; every question needs at least one")
+            if _field(note, "image_id", note_where, int) != _field(question, "image_id", where, int):
+                raise DataError(
+                    f"{note_where}: field 'image_id' is {note['image_id']}, {path.name} has {question['image_id']} for "
+                    f"question_id {identity}; use one release"
+                )
             entry = {
                 "question_id": identity,
                 "question": _text(question, "question", where),

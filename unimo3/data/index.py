@@ -1,7 +1,8 @@
 """The index of a folder of WebDataset shards: what is where, so that any sample is one seek away.
 
     FOLDER/000000.tar ...      samples ``key.jpg`` + ``key.json`` (or any members that share a key)
-    FOLDER/index.json          version, dataset, split, and each shard's name, bytes, sha256 and number of samples
+    FOLDER/index.json          version, dataset, split, each shard's name, bytes, sha256 and number of samples, and the
+                               sha256 of index.npz
     FOLDER/index.npz           for each shard, every member's offset and size, and every sample's number of items
 
 An item is a caption or a question of a sample's ``json``.
@@ -62,10 +63,13 @@ def build_index(folder: Path, dataset: str, split: str) -> None:
     arrays: dict[str, np.ndarray] = {}
     for number, path in enumerate(paths):
         members = _scan(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         shards.append(
-            {"name": path.name, "bytes": path.stat().st_size, "sha256": digest, "num_samples": len(members.keys)}
+            {
+                "name": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+                "num_samples": len(members.keys),
+            }
         )
         arrays |= {
             f"{number}_keys": members.keys,
@@ -76,15 +80,16 @@ def build_index(folder: Path, dataset: str, split: str) -> None:
         }
     staging = folder / "index.npz.tmp"
     _save_arrays(arrays, staging)
-    staging.replace(folder / "index.npz")
     content = {
         "version": VERSION,
         "dataset": dataset,
         "split": split,
         "num_samples": sum(shard["num_samples"] for shard in shards),
         "num_items": int(sum(arrays[f"{number}_num_items"].sum() for number in range(len(shards)))),
+        "members_sha256": _sha256(staging),
         "shards": shards,
     }
+    staging.replace(folder / "index.npz")
     # Last: a folder with an index.json is whole.
     staging = folder / "index.json.tmp"
     staging.write_text(json.dumps(content, indent=1) + "\n")
@@ -98,17 +103,24 @@ class ShardIndex:
         folder: with ``index.json``.
 
     Raises:
-        DataError: the index or a shard is missing, or a shard has another size than was indexed.
+        DataError: the index or a shard is missing, a shard has another size than was indexed, or the two files of the
+            index do not belong together.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = _read_json(folder / "index.json")
-        self.dataset: str = content["dataset"]
-        self.split: str = content["split"]
-        self.shards = [
-            Shard(entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"]) for entry in content["shards"]
-        ]
+        path = folder / "index.json"
+        content = _read_json(path)
+        try:
+            self.dataset: str = content["dataset"]
+            self.split: str = content["split"]
+            self.shards = [
+                Shard(entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"])
+                for entry in content["shards"]
+            ]
+            members_sha256: str = content["members_sha256"]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path}: field {error} is missing or of another form; prepare the shards again") from error
         for shard in self.shards:
             path = folder / shard.name
             found = path.stat().st_size if path.is_file() else None
@@ -116,7 +128,13 @@ class ShardIndex:
                 state = "is missing" if found is None else f"has {found} bytes, its index says {shard.num_bytes}"
                 raise DataError(f"{path}: {state}; prepare the shards again with python -m pretrain.prepare_shards")
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
-        with np.load(folder / "index.npz") as arrays:
+        members_path = folder / "index.npz"
+        if not members_path.is_file() or _sha256(members_path) != members_sha256:
+            raise DataError(
+                f"{members_path}: is missing or not the one index.json was written with; copy the folder again, or "
+                "prepare the shards again"
+            )
+        with np.load(members_path) as arrays:
             self._members = [
                 _Members(
                     arrays[f"{number}_keys"],
@@ -150,6 +168,14 @@ class ShardIndex:
         sample = int(np.searchsorted(ends, item, side="right"))
         return sample, int(item - (0 if sample == 0 else ends[sample - 1]))
 
+    def holds(self, kind: str) -> bool:
+        """Whether the first sample's ``json`` has entries under `kind`: ``captions`` or ``questions``."""
+        try:
+            content = json.loads(self.read(0, 0).get("json", b"{}"))
+        except ValueError:
+            return False
+        return isinstance(content, dict) and bool(content.get(kind))
+
     def read(self, shard: int, sample: int) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``."""
         members = self._members[shard]
@@ -174,6 +200,21 @@ class ShardIndex:
         return self._open[shard]
 
 
+def index_faults(name: str, folder: str | None, kind: str) -> list[str]:
+    """Say why a folder's shards cannot serve as setting `name`, which needs samples with `kind`, one line a fault."""
+    if folder is None:
+        return []
+    if not folder:
+        return [f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards"]
+    try:
+        index = ShardIndex(Path(folder))
+    except DataError as error:
+        return [f"{name}: '{folder}': {error}"]
+    if not index.holds(kind):
+        return [f"{name}: '{folder}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
+    return []
+
+
 def _read_json(path: Path) -> dict:
     try:
         content: dict = json.loads(path.read_text())
@@ -183,9 +224,15 @@ def _read_json(path: Path) -> dict:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: is not JSON ({error}); prepare the shards again") from error
-    if content.get("version") != VERSION:
-        raise DataError(f"{path}: version {content.get('version')!r}, this program reads {VERSION}; index it again")
+    found = content.get("version") if isinstance(content, dict) else None
+    if found != VERSION:
+        raise DataError(f"{path}: version {found!r}, this program reads {VERSION}; index it again")
     return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:

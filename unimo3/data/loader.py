@@ -1,7 +1,8 @@
 """Batches from the sample order, read ahead by worker processes.
 
-The loader's whole state is one optimizer step: it seeks there. A sample that cannot be used is replaced by the next
-good one of its shard, named in the log and counted; past a share of such samples it stops.
+The loader's whole state is one optimizer step: it seeks there. In training a sample that cannot be used is replaced by
+the next good one of its shard, named in the log and counted. In evaluation, where every unit is scored once, it is an
+error.
 
 Source: torch.utils.data.DataLoader for the processes.
 """
@@ -27,15 +28,16 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 NO_POSITION = -1
+# Key of a message for the reading process: an error raised in a worker would arrive with the worker's traceback in it.
+UNUSABLE = "unusable"
 
 
 @dataclass(frozen=True)
 class ReaderArgs:
-    """How many processes read, how far ahead, and how many bad samples they may meet."""
+    """How many processes read, and how far ahead."""
 
     num_workers: int
     prefetch: int
-    max_bad_share: float
 
 
 class TrainingLoader:
@@ -66,7 +68,7 @@ class TrainingLoader:
             for step in itertools.count(start_step)
             for micro_step in range(self._num_accumulation)
         )
-        self._batches = _read_ahead(samples, order, positions, reader)
+        self._batches = _read_ahead(_Positions(samples, order, replaces=True), positions, reader)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -79,71 +81,81 @@ def evaluation_batches(
     """One rank's share of all units, once: batches, and which of their rows count, [B] bool.
 
     Every rank gets as many batches. A row that does not count repeats another, so no rank runs out early.
+
+    Raises:
+        DataError: a sample cannot be used.
     """
     order = SequentialOrder(samples.units_per_shard)
     plan = evaluation_positions(order.num_units, rank, world_size, batch)
     filled = [[max(position, 0) for position in positions] for positions in plan]
-    for loaded, positions in zip(_read_ahead(samples, order, filled, reader), plan, strict=True):
+    batches = _read_ahead(_Positions(samples, order, replaces=False), filled, reader)
+    for loaded, positions in zip(batches, plan, strict=True):
         yield loaded, torch.tensor([position != NO_POSITION for position in positions])
 
 
-def _read_ahead(
-    samples: Samples, order: SampleOrder | SequentialOrder, positions: Iterable[list[int]], reader: ReaderArgs
-) -> Iterator[Batch]:
+def _read_ahead(inputs: "_Positions", positions: Iterable[list[int]], reader: ReaderArgs) -> Iterator[Batch]:
     loader = DataLoader(
-        _Positions(samples, order),
+        inputs,
         batch_sampler=positions,
         num_workers=reader.num_workers,
         prefetch_factor=reader.prefetch if reader.num_workers else None,
         collate_fn=_collate,
         worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
+        # One of its own: starting to read draws a number, and a resumed run starts to read more often than a straight
+        # one. From the process's generator, which dropout draws from, that would make them differ.
+        generator=torch.Generator(),
     )
     iterator = iter(loader)
     if reader.num_workers:
         # Workers ignore SIGTERM, which multiprocessing would otherwise end them with: they are told to stop instead.
         atexit.register(iterator._shutdown_workers)  # type: ignore[attr-defined]
-    num_read = num_replaced = 0
     for batch in iterator:
-        num_read += len(batch["positions"])
+        if UNUSABLE in batch:
+            raise DataError(batch[UNUSABLE])
         for key, reason in batch.pop("replaced"):
-            num_replaced += 1
             log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
-        # One bad sample in the first few says nothing about their share.
-        if num_replaced > max(1.0, reader.max_bad_share * num_read):
-            raise DataError(
-                f"{samples.index.folder}: {num_replaced} of {num_read} samples could not be used, more than "
-                f"data.max_bad_share {reader.max_bad_share}; the log names them; prepare the shards again"
-            )
         yield batch
 
 
 class _Positions(Dataset[Inputs]):
-    """Positions of an order -> inputs."""
+    """Positions of an order -> inputs, or a message under `UNUSABLE`.
 
-    def __init__(self, samples: Samples, order: SampleOrder | SequentialOrder):
+    Args:
+        replaces: whether the next good sample of its shard stands in for a bad one.
+    """
+
+    def __init__(self, samples: Samples, order: SampleOrder | SequentialOrder, replaces: bool):
         self._samples = samples
         self._order = order
+        self._replaces = replaces
 
     def __getitem__(self, position: int) -> Inputs:
         unit = self._order[position]
         units_in_shard = self._samples.units_per_shard[unit.shard]
+        shard = self._samples.index.folder / self._samples.index.shards[unit.shard].name
         replaced = []
         for step in range(units_in_shard):
             candidate = Unit(unit.epoch, unit.shard, (unit.unit + step) % units_in_shard)
             try:
                 inputs = self._samples.build(candidate)
             except BadSampleError as error:
+                if not self._replaces:
+                    key = self._samples.key(candidate)
+                    return {UNUSABLE: f"{shard}: sample {key} {error}; held-out samples must all be scored: mend the "
+                            "source and prepare the shards again"}  # fmt: skip
                 replaced.append((self._samples.key(candidate), str(error)))
                 continue
             key = self._samples.key(candidate)
             return {**inputs, "positions": torch.tensor(position), "keys": key, "replaced": replaced}
-        shard = self._samples.index.shards[unit.shard].name
-        raise DataError(f"{self._samples.index.folder / shard}: has no usable sample; prepare the shards again")
+        return {UNUSABLE: f"{shard}: has no usable sample ({replaced[0][1]}); prepare the shards again"}
 
 
 def _collate(rows: list[Inputs]) -> Batch:
     """Tensors are stacked, other values listed."""
+    unusable = [row for row in rows if UNUSABLE in row]
+    if unusable:
+        return unusable[0]
     batch: Batch = {}
     for name, value in rows[0].items():
         values = [row[name] for row in rows]

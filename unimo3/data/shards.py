@@ -49,6 +49,7 @@ class ShardWriter:
         self.folder = folder
         self.num_samples = 0
         self._samples_per_shard = samples_per_shard
+        self._keys: set[str] = set()
         self._tar: webdataset.TarWriter | None = None
         folder.mkdir(parents=True)
 
@@ -56,8 +57,13 @@ class ShardWriter:
         """Append a sample.
 
         Raises:
-            DataError: its image is missing or cannot be decoded.
+            DataError: its key has been written before, or its image is missing or cannot be decoded.
         """
+        if sample.key in self._keys:
+            raise DataError(
+                f"{sample.image}: image id {sample.content['image_id']} stands in the source twice; remove one record"
+            )
+        self._keys.add(sample.key)
         image = read_image(sample.image)
         if self.num_samples % self._samples_per_shard == 0:
             self.close()

@@ -59,9 +59,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
-            f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read ({error})"
+            f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read "
+            f"({type(error).__name__}: {error})"
         ) from error
     needed = ("cls_token", "sep_token", "pad_token", "mask_token")
     lacking = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]

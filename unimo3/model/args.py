@@ -6,11 +6,20 @@ Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' d
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase, RobertaConfig
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
-from unimo3.model.pretrained import read_roberta_config
+from unimo3.model.heads import TEMPERATURE_BOUNDS
+from unimo3.model.pretrained import read_clip_faults, read_roberta_config
+from unimo3.model.vision import VisionTower
+
+_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "itc_size")
+_TEXT_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,37 +145,75 @@ class ModelArgs:
         )
 
     def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault: field, value and mend."""
+        """Say what is wrong with these settings, one line a fault."""
+        found = self._range_faults()
+        if found:
+            return found
         try:
             config = self.to_config()
         except ConfigError as error:
-            found = error.faults + self.vision.to_config().faults()
-        else:
-            found = config.faults()
-            text_width = config.text_config.hidden_size
-            if self.tie_word_embeddings and text_width != self.hidden_size:
+            return error.faults + self.vision.to_config().faults()
+        found = config.faults()
+        text_width = config.text_config.hidden_size
+        if self.tie_word_embeddings and text_width != self.hidden_size:
+            found.append(
+                f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
+                f"{self.hidden_size}; make them equal or set it to false"
+            )
+        if found:
+            return found
+        try:
+            with torch.device("meta"):
+                tower = VisionTower(config.vision_config)
+        except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+            return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
+        return read_clip_faults(self.vision.init, tower) if self.vision.init else []
+
+    def _range_faults(self) -> list[str]:
+        least_1 = [(f"model.{name}", getattr(self, name)) for name in _COUNTS]
+        least_1 += [(f"model.text.{name}", getattr(self.text, name)) for name in _TEXT_COUNTS]
+        least_1 += [("model.vision.image_size", self.vision.image_size)]
+        found = [f"{name}: {value}: at least 1 is needed" for name, value in least_1 if value < 1]
+        for name in ("patch_size", "width", "depth", "num_heads"):
+            if getattr(self.vision, name) < 0:
                 found.append(
-                    f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
-                    f"{self.hidden_size}; make them equal or set it to false"
+                    f"model.vision.{name}: {getattr(self.vision, name)}: a number above 0, or 0 for the architecture's "
+                    "own, is needed"
                 )
+        if self.initializer_range <= 0:
+            found.append(f"model.initializer_range: {self.initializer_range}: a number above 0 is needed")
+        if not TEMPERATURE_BOUNDS[0] <= self.itc_temperature_init <= TEMPERATURE_BOUNDS[1]:
+            found.append(
+                f"model.itc_temperature_init: {self.itc_temperature_init}: must lie within {TEMPERATURE_BOUNDS[0]} and "
+                f"{TEMPERATURE_BOUNDS[1]}"
+            )
         for name, value in (("model.dropout", self.dropout), ("model.text.dropout", self.text.dropout)):
             if not 0 <= value < 1:
                 found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
         return found
 
 
-def fit_to_tokenizer(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a configuration the tokenizer's special ids.
-
-    Raises:
-        ConfigError: the tokenizer has more entries than the word embedding.
-    """
-    text = config.text_config
+def tokenizer_faults(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
+    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line a fault."""
+    found = []
     if len(tokenizer) > text.vocab_size:
-        raise ConfigError(
+        found.append(
             f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
-            "least that"
+            "least that, or use the tokenizer that belongs to the weights"
         )
+    # RoBERTa counts positions from behind the padding id, which is 1.
+    most = text.max_position_embeddings - 2
+    if max_tokens > most:
+        found.append(
+            f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
+            f"allows {most}; lower it, or raise model.text.max_position_embeddings to {max_tokens + 2}"
+        )
+    return found
+
+
+def set_special_ids(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration the tokenizer's special ids."""
+    text = config.text_config
     text.pad_token_id = tokenizer.pad_token_id
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id

@@ -13,6 +13,26 @@ from torch.nn.functional import gelu, normalize
 
 from unimo3.model.config import Unimo3Config
 
+TEMPERATURE_BOUNDS = (0.001, 0.5)
+
+
+class _ClampWithReturn(torch.autograd.Function):
+    """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there for ever."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        # A step goes against the gradient.
+        leads_out = ((x <= low) & (grad > 0)) | ((x >= high) & (grad < 0))
+        return grad.masked_fill(leads_out, 0.0), None, None
+
 
 class MlmHead(nn.Module):
     """Scores of every vocabulary entry for fused text states; the decoder's weight can be the word embedding's."""
@@ -63,7 +83,7 @@ class ItcHead(nn.Module):
         return ItcOutput(
             normalize(self.text(text_states[:, 0]).float(), dim=-1),
             normalize(self.image(image_states[:, 0]).float(), dim=-1),
-            self.temperature.float().clamp(0.001, 0.5),
+            _ClampWithReturn.apply(self.temperature.float(), *TEMPERATURE_BOUNDS),
         )
 
 

@@ -10,20 +10,25 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from transformers import AutoConfig, RobertaConfig
+from transformers import AutoConfig, CLIPVisionConfig, RobertaConfig
 
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.init import gathered
+from unimo3.model.vision import VisionTower
 
 _ROBERTA_UNUSED = re.compile(r"^(roberta\.)?(pooler\.|embeddings\.(position_ids|token_type_ids)$)|^lm_head\.")
 _CLIP_UNUSED = re.compile(
     r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$|^vision_model\.embeddings\.position_ids"
+)
+_NO_WEIGHTS = (
+    "no .safetensors file there; convert older formats with transformers' from_pretrained(...).save_pretrained(...)"
 )
 _CLIP_KEYS = (
     (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
@@ -48,6 +53,8 @@ def read_roberta_config(folder: str) -> RobertaConfig:
         raise ConfigError(
             f"model.text.init: '{folder}': no config.json there; name a local Hugging Face RoBERTa folder"
         )
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"model.text.init: '{folder}': {_NO_WEIGHTS}")
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, RobertaConfig):
         raise ConfigError(f"model.text.init: '{folder}': holds a '{config.model_type}' model; a RoBERTa one is needed")
@@ -65,6 +72,30 @@ def load_roberta(tower: nn.Module, folder: str) -> None:
         return None if _ROBERTA_UNUSED.search(name) else name.removeprefix("roberta.")
 
     _fill(tower, _tensors(Path(folder)), place, folder)
+
+
+def read_clip_faults(folder: str, tower: VisionTower) -> list[str]:
+    """Say why the image weights of a CLIP folder do not fit a tower, one line a fault."""
+    where = f"model.vision.init: '{folder}'"
+    if not (Path(folder) / "config.json").is_file():
+        return [f"{where}: no config.json there; name a local Hugging Face CLIP folder"]
+    if not any(Path(folder).glob("*.safetensors")):
+        return [f"{where}: {_NO_WEIGHTS}"]
+    config = AutoConfig.from_pretrained(folder)
+    vision = getattr(config, "vision_config", config)
+    if not isinstance(vision, CLIPVisionConfig):
+        return [f"{where}: holds a '{config.model_type}' model; a CLIP one is needed"]
+    vit: Any = tower.vit
+    sizes = {
+        "width": (vision.hidden_size, vit.embed_dim),
+        "depth": (vision.num_hidden_layers, len(vit.blocks)),
+        "patch_size": (vision.patch_size, vit.patch_embed.patch_size[0]),
+    }
+    return [
+        f"{where}: has {name} {theirs}, model.vision says {ours}; use weights of the same architecture"
+        for name, (theirs, ours) in sizes.items()
+        if theirs != ours
+    ]
 
 
 def load_clip(vit: nn.Module, folder: str) -> None:
@@ -109,10 +140,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a folder's safetensors files, one at a time."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(
-            f"{folder}: no .safetensors file there; convert older formats with transformers' "
-            "from_pretrained(...).save_pretrained(...)"
-        )
+        raise CheckpointError(f"{folder}: {_NO_WEIGHTS}")
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)

@@ -7,7 +7,9 @@ which one a run used.
 Source: DeepSpeed 0.19, runtime/config.py and runtime/engine.py.
 """
 
+import difflib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -76,6 +79,10 @@ def ds_config_faults(path: str) -> list[str]:
             found.append(
                 f"{where}: '{key}' is \"auto\"; only {', '.join(_OWNED)} are filled in, DeepSpeed drops others"
             )
+    for section in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            return [*found, f"{where}: '{section}': {config[section]!r}: an object is needed; see zero3_bf16.json"]
+    found += [f"{where}: {fault}" for fault in _zero_faults(config.get("zero_optimization", {}))]
     if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         found.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
     return found
@@ -120,6 +127,35 @@ def build_engine(
     except (deepspeed.runtime.config.DeepSpeedConfigError, ValueError) as error:
         raise ConfigError(f"training.ds_config: DeepSpeed refuses it: {error}") from error
     return engine
+
+
+def _zero_faults(section: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would refuse of a ds_config's ZeRO section, and the unknown keys it would drop silently."""
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {field.alias for field in fields.values() if field.alias}
+    found = []
+    for key in sorted(set(section) - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        found.append(f"'zero_optimization.{key}': DeepSpeed knows no such key; {_hint(close)}")
+    given = {key: value for key, value in section.items() if key in known and value != "auto"}
+    try:
+        stage = DeepSpeedZeroConfig(**given).stage
+    except ValueError as error:
+        found.append(f"'zero_optimization': DeepSpeed refuses it: {error}")
+    else:
+        if stage < 1 and section.get("stage") != "auto":
+            found.append("'zero_optimization.stage': 0: ZeRO is off; use 3, or 2 or 1, on which checkpoints rest")
+    return found
+
+
+def _hint(close: list[str]) -> str:
+    return f"did you mean {close[0]}?" if close else "remove it"
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Global norm of the last step's gradient; nan if it is not finite, for which DeepSpeed says -1 or nothing."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None and float(norm) >= 0 else math.nan
 
 
 def _read(path: str) -> dict[str, Any]:

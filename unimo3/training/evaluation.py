@@ -1,6 +1,7 @@
 """Figures on held-out data, with every unit counted once over all ranks."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -8,13 +9,22 @@ from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
 from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
+from unimo3.training.metrics import Figures
+
+
+class Evaluation(NamedTuple):
+    """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them."""
+
+    fingerprint: str
+    figures: Callable[[int], Figures]
 
 
 @torch.no_grad()
 def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs) -> dict[str, float]:
     """Mean of the task's losses over whole batches of `samples`; every rank calls it.
 
-    The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count.
+    The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if
+    not even the first is, it counts as it is, filled up with repeated rows.
     """
     engine.eval()
     totals: dict[str, torch.Tensor] = {}

@@ -6,7 +6,7 @@ Source: nanoGPT's train.py and lingua's apps/main/train.py for the shape of it.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.distributed import world
+from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
-from unimo3.training.engine import ds_config_faults
-from unimo3.training.evaluation import to_device
+from unimo3.training.engine import ds_config_faults, gradient_norm
+from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs, rate_share, set_rates
 from unimo3.training.preempt import StopRequest
@@ -72,7 +72,7 @@ def train(
     optim: OptimArgs,
     checkpoint: CheckpointArgs,
     stop: StopRequest,
-    evaluate: Callable[[int], Figures] | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
     """Train from `run.step` to the end, or until asked to stop.
 
@@ -80,21 +80,19 @@ def train(
         run: the run's folder, figures and state; its `step` counts the optimizer steps done.
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
         batches: the micro-batches of each optimizer step, from `run.step` on.
-        evaluate: called with the step on all ranks; returns figures on held-out data.
+        evaluation: figures on held-out data, at the end and every `training.eval_every` steps.
 
     Raises:
         Interrupted: a stop signal came on any rank; a checkpoint has been saved.
-        DivergedError: a loss is not finite; nothing has been saved.
+        DataError: too many samples could not be used.
+        DivergedError: a loss or a gradient is not finite; nothing has been saved.
     """
     rank, num_ranks = world()
     last_step = min(training.steps, training.stop_after or training.steps)
     steps: Iterator[list[Batch]] = iter(batches)
     progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
-    saved_step = run.step
-    num_bad_samples = 0
-    if evaluate is not None and run.step >= last_step and not read_metrics(run.folder, group="eval"):
-        # Killed between the last save and its evaluation.
-        run.metrics.write({"step": run.step, **evaluate(run.step)}, group="eval")
+    if evaluation is not None and _evaluation_is_missing(run, evaluation, last_step, training.eval_every):
+        _evaluate(run, evaluation)
     started = time.perf_counter()
     engine.train()
     while run.step < last_step:
@@ -118,25 +116,26 @@ def train(
         extra = torch.tensor([float(num_bad), float(stop.received)], device=vector.device)
         reduced = sum_over_ranks(torch.cat([vector, extra])).tolist()
         means = {name: value / num_ranks for name, value in zip(names, reduced[:-2], strict=True)}
-        num_bad_samples += int(reduced[-2])
-        if not math.isfinite(means["loss"]):
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        run.count_bad_samples(int(reduced[-2]))
+        norm = gradient_norm(engine)
+        # With fp16's loss scaling a gradient that overflows is expected: DeepSpeed skips that step.
+        if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or engine.fp16_enabled()):
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in {**means, "grad_norm": norm}.items())
             raise DivergedError(
-                f"step {run.step}: the loss is not finite ({listed}); resume from an earlier checkpoint with a lower "
-                "optim.lr"
+                f"step {run.step}: the loss or its gradient is not finite ({listed}); start anew under another "
+                "run.name with a lower optim.lr"
             )
 
         now = time.perf_counter()
-        norm = engine.get_global_grad_norm()
         figures = {
             "step": run.step,
             "samples": run.step * training.global_batch,
             **means,
             "lr": optim.lr * share,
-            "grad_norm": float(norm) if norm is not None else None,
+            "grad_norm": norm if math.isfinite(norm) else None,
             "pairs_per_s": training.global_batch / (now - started),
             "step_s": now - started,
-            "bad_samples": num_bad_samples,
+            "bad_samples": run.num_bad_samples,
             "memory_bytes": peak_memory_bytes(),
         }
         started = now
@@ -146,22 +145,42 @@ def train(
         interrupted = reduced[-1] > 0
         ended = run.step == last_step
         if ended or interrupted or run.step % checkpoint.every_steps == 0:
-            run.save(engine)
-            saved_step = run.step
+            saved = run.save(engine)
             if rank == 0:
-                store.prune(run.folder, checkpoint.keep_last, checkpoint.keep_every)
+                store.prune(run.folder, checkpoint.keep_last, checkpoint.keep_every, known_good=saved)
             started = time.perf_counter()
         if interrupted and not ended:
             progress.close()
             raise Interrupted(
-                f"asked to stop ({stop.name or 'by another rank'}); step {saved_step} of {training.steps} is saved in "
+                f"asked to stop ({stop.name or 'by another rank'}); step {run.step} of {training.steps} is saved in "
                 f"{run.folder}; start the same command to continue"
             )
-        if evaluate is not None and (ended or (training.eval_every and run.step % training.eval_every == 0)):
-            run.metrics.write({"step": run.step, **evaluate(run.step)}, group="eval")
+        if evaluation is not None and _evaluation_is_due(run.step, last_step, training.eval_every):
+            _evaluate(run, evaluation)
             engine.train()
             started = time.perf_counter()
     progress.close()
+
+
+def _evaluation_is_due(step: int, last_step: int, every: int) -> bool:
+    return step >= last_step or bool(every and step and step % every == 0)
+
+
+def _evaluation_is_missing(run: Run, evaluation: Evaluation, last_step: int, every: int) -> bool:
+    """Whether the step a run was taken up at has not been evaluated on this data: a kill or a stop came first."""
+    done = [
+        record
+        for record in read_metrics(run.folder, group="eval")
+        if record["step"] == run.step and record.get("data") == evaluation.fingerprint
+    ]
+    # Rank 0's view holds for all: it is the one that writes the file.
+    missing: bool = broadcast_object(_evaluation_is_due(run.step, last_step, every) and not done)
+    return missing
+
+
+def _evaluate(run: Run, evaluation: Evaluation) -> None:
+    figures = evaluation.figures(run.step)
+    run.metrics.write({"step": run.step, "data": evaluation.fingerprint, **figures}, group="eval")
 
 
 def _show(progress: tqdm, figures: Figures, training: TrainingArgs) -> None:

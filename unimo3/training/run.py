@@ -1,6 +1,6 @@
 """A run's folder: its settings, model files, figures, checkpoints and ledger, and how it is taken up again.
 
-RUN/config.yaml          the resolved settings
+RUN/config.yaml          the resolved settings of the first start; each checkpoint's state.json has its own
 RUN/model/               config.json, tokenizer and image processor, copied beside exported weights
 RUN/checkpoints/         see unimo3/checkpoint/store.py
 RUN/metrics.jsonl        one object a step
@@ -10,28 +10,48 @@ RUN/ledger/              on request: which samples each rank read at each step
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
-
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+from typing import Any, Protocol, TextIO
 
 from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
-from unimo3.distributed import barrier, world
-from unimo3.errors import CheckpointError, ConfigError
-from unimo3.model.config import Unimo3Config
+from unimo3.distributed import broadcast_object, world
+from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.training.metrics import MetricsWriter, drop_after
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is taken up again: they alter how it runs, not what it computes.
+# Settings that may change when a run is taken up again: they alter how it runs, not what it computes. What lies at
+# data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows.
 FREE_SETTINGS = (
     "run.dir", "checkpoint.", "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config",
-    "data.val", "data.num_workers", "data.prefetch", "data.ledger", "data.max_bad_share",
+    "data.train", "data.val", "data.num_workers", "data.prefetch", "data.ledger", "data.max_bad_share",
 )  # fmt: skip
+
+
+def changed_settings(settings: Any) -> list[str]:
+    """Say which settings are not those the run was started with, one line a fault; none for a new run.
+
+    Args:
+        settings: a program's whole configuration; its ``run`` group names the folder.
+    """
+    path: Path = settings.run.folder / "config.yaml"
+    return _differences(config.read_flat(path), settings) if path.exists() else []
+
+
+def _differences(before: dict[str, Any], settings: Any) -> list[str]:
+    # A setting the run's version did not know had the default's effect.
+    defaults = config.flatten(type(settings)())
+    return [
+        f"{key}: {now!r}: this run was started with {before.get(key, defaults[key])!r}; keep that, or choose a new "
+        "run.name"
+        for key, now in config.flatten(settings).items()
+        if before.get(key, defaults[key]) != now and not key.startswith(FREE_SETTINGS)
+    ]
 
 
 @dataclass(frozen=True)
@@ -57,24 +77,32 @@ class RunArgs:
             found.append(f"run.name: '{self.name}': a plain folder name is needed, without '/'")
         if self.seed < 0:
             found.append(f"run.seed: {self.seed}: 0 or more is needed")
+        if not self.dir:
+            found.append("run.dir: '': a folder is needed")
         return found
+
+
+class Saveable(Protocol):
+    """What writes itself into a folder, as transformers' classes do."""
+
+    def save_pretrained(self, save_directory: Path) -> Any:
+        """Write into a folder."""
+        ...
 
 
 class Run:
     """One run, new or taken up again.
 
     Args:
-        settings: the program's whole configuration; its ``run`` group names the folder.
+        settings: the program's whole configuration, without `changed_settings`; its ``run`` group names the folder.
         global_batch: pairs an optimizer step.
         fingerprint: of the training data's index.
-
-    Raises:
-        ConfigError: the folder holds a run with other settings.
     """
 
     def __init__(self, settings: Any, global_batch: int, fingerprint: str):
         self.folder: Path = settings.run.folder
         self.step = 0
+        self.num_bad_samples = 0
         self.metrics: MetricsWriter
         self._settings = settings
         self._global_batch = global_batch
@@ -82,29 +110,36 @@ class Run:
         self._ledger: TextIO | None = None
         self._keeps_ledger: bool = settings.data.ledger
         self._rank, self._world_size = world()
-        faults = self._differences()
-        if faults:
-            raise ConfigError(faults)
-        barrier()  # no rank may write the settings before all have compared theirs
         if self._rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            config.save(settings, self.folder / "config.yaml")
+            if not (self.folder / "config.yaml").exists():
+                config.save(settings, self.folder / "config.yaml")
 
-    def write_model_files(
-        self, model: Unimo3Config, tokenizer: PreTrainedTokenizerBase, processor: BaseImageProcessor
-    ) -> None:
-        """Keep what an exported folder needs beside the weights."""
-        if self._rank == 0:
-            for part in (model, tokenizer, processor):
-                part.save_pretrained(self.folder / "model")
+    def write_model_files(self, *parts: Saveable) -> None:
+        """Keep what an exported folder needs beside the weights: configuration, tokenizer, image processor."""
+        final, staging = self.folder / "model", self.folder / "model.tmp"
+        if self._rank != 0 or final.exists():
+            return
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir()
+        for part in parts:
+            part.save_pretrained(staging)
+        staging.rename(final)
 
     def resume(self, engine: Any) -> None:
         """Load the newest good checkpoint, if there is one, and continue the figures from there.
 
         Raises:
-            CheckpointError: it was made from other data or with another number of ranks.
+            CheckpointError: there are checkpoints but no good one; or the newest good one was made from other data,
+                with other settings or with another number of ranks.
         """
         newest = store.newest_good(self.folder)
+        if newest is None and broadcast_object(store.list_checkpoints(self.folder)):
+            raise CheckpointError(
+                f"{store.folder_of(self.folder)}: none of the checkpoints is good, the log says why; copy a good one "
+                "back, or move them all away to train from the beginning"
+            )
         if newest is not None:
             state = store.load(engine, newest)
             if state.index_fingerprint != self._fingerprint:
@@ -112,7 +147,10 @@ class Run:
                     f"{newest}: was trained on shards with fingerprint {state.index_fingerprint[:12]}, data.train now "
                     f"has {self._fingerprint[:12]}; point data.train to the same shards or choose a new run.name"
                 )
-            self.step = state.step
+            faults = _differences(state.extra["settings"], self._settings)
+            if faults:
+                raise ConfigError(faults)
+            self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             if self._rank == 0:
                 log.info("resumed from %s at step %d", newest, self.step)
         self.metrics = MetricsWriter(self.folder, self.step, enabled=self._rank == 0)
@@ -125,15 +163,32 @@ class Run:
 
     def save(self, engine: Any) -> Path:
         """Save and commit a checkpoint of the current step; collective."""
+        settings = config.flatten(self._settings)
         state = TrainState(
             step=self.step,
             samples_consumed=self.step * self._global_batch,
-            config_hash=config.fingerprint(self._settings),
+            config_hash=config.fingerprint(settings),
             index_fingerprint=self._fingerprint,
             world_size=self._world_size,
             global_batch=self._global_batch,
+            extra={"settings": settings, "bad_samples": self.num_bad_samples},
         )
         return store.save(engine, self.folder, state)
+
+    def count_bad_samples(self, number: int) -> None:
+        """Count what all ranks replaced at this step.
+
+        Raises:
+            DataError: on every rank; it is more than ``data.max_bad_share`` of all samples read.
+        """
+        self.num_bad_samples += number
+        share, num_read = self._settings.data.max_bad_share, self.step * self._global_batch
+        # A single bad sample among the first says nothing about their share.
+        if self.num_bad_samples > max(share * num_read, 1 if share else 0):
+            raise DataError(
+                f"{self._settings.data.train}: {self.num_bad_samples} of {num_read} samples could not be used, more "
+                f"than data.max_bad_share {share}; the log names them; prepare the shards again or raise it"
+            )
 
     def record_keys(self, micro_batches: Iterable[dict[str, Any]]) -> None:
         """With ``data.ledger``, note which samples this rank read at this step."""
@@ -146,14 +201,3 @@ class Run:
         self.metrics.close()
         if self._ledger is not None:
             self._ledger.close()
-
-    def _differences(self) -> list[str]:
-        path = self.folder / "config.yaml"
-        if not path.exists():
-            return []
-        before, now = config.read_flat(path), config.flatten(self._settings)
-        return [
-            f"{key}: {now[key]!r}: this run was started with {before[key]!r}; keep that, or choose a new run.name"
-            for key in now
-            if key in before and before[key] != now[key] and not key.startswith(FREE_SETTINGS)
-        ]

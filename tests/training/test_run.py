@@ -1,0 +1,97 @@
+"""A run's folder: its settings, what counts as too many bad samples, and checkpoints of which none is good."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from pretrain.train import PretrainConfig
+from unimo3 import config
+from unimo3.checkpoint import store
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
+from unimo3.errors import CheckpointError, DataError
+from unimo3.training.optim import OptimArgs
+from unimo3.training.run import Run, RunArgs, changed_settings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return PretrainConfig(run=RunArgs(name="run", dir=str(tmp_path)), data=DataArgs(train="shards", max_bad_share=0.1))
+
+
+def start(settings):
+    return Run(settings, global_batch=10, fingerprint="f")
+
+
+def test_the_first_starts_settings_stay(settings):
+    start(settings)
+    later = replace(settings, checkpoint=replace(settings.checkpoint, keep_last=7))
+    assert changed_settings(later) == []
+    start(later)
+    assert config.read_flat(settings.run.folder / "config.yaml") == config.flatten(settings)
+
+
+def test_a_changed_setting_is_named_with_both_values(settings):
+    start(settings)
+    (fault,) = changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))
+    assert fault.startswith("optim.lr: 0.0003: this run was started with 1e-05; keep that, or choose a new run.name")
+
+
+def test_a_setting_the_file_lacks_had_its_default(settings):
+    start(settings)
+    path = settings.run.folder / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("  lr:")))
+    assert changed_settings(settings) == []
+    assert len(changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))) == 1
+
+
+def test_model_files_appear_whole_and_once(settings):
+    run = start(settings)
+    (run.folder / "model.tmp").mkdir()
+    (run.folder / "model.tmp" / "left_by_a_kill").touch()
+
+    class Broken:
+        def save_pretrained(self, save_directory):
+            raise OSError("disk full")
+
+    (run.folder / "model.tmp" / "left_by_a_kill").unlink()
+    with pytest.raises(OSError, match="disk full"):
+        run.write_model_files(AnswerVocabulary(["no"]), Broken())
+    assert not (run.folder / "model").exists()
+    run.write_model_files(AnswerVocabulary(["yes"]))
+    run.write_model_files(AnswerVocabulary(["other"]))
+    assert AnswerVocabulary.load(run.folder / "model" / "answers.json").answers == ["yes"]
+    assert [path.name for path in (run.folder / "model").iterdir()] == ["answers.json"]
+
+
+def test_bad_samples_past_their_share_end_the_run(settings):
+    run = start(settings)
+    run.step = 1
+    run.count_bad_samples(1)
+    run.step = 3
+    run.count_bad_samples(2)
+    assert run.num_bad_samples == 3
+    with pytest.raises(
+        DataError, match=r"shards: 4 of 30 samples could not be used, more than data\.max_bad_share 0\.1"
+    ):
+        run.count_bad_samples(1)
+
+
+def test_a_share_of_zero_bears_none(settings):
+    run = start(replace(settings, data=replace(settings.data, max_bad_share=0)))
+    run.step = 5
+    run.count_bad_samples(0)
+    with pytest.raises(DataError):
+        run.count_bad_samples(1)
+
+
+def test_checkpoints_of_which_none_is_good_are_no_new_start(settings, caplog):
+    run = start(settings)
+    folder = store.folder_of(run.folder) / "step_00000005"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text('{"files": []}')
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good, the log says why"):
+        run.resume(SimpleNamespace())
+    assert "step_00000005 is damaged" in caplog.text
+    assert not (run.folder / "metrics.jsonl").exists()
