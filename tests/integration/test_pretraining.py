@@ -97,6 +97,10 @@ def test_figures_are_complete_and_held_out_losses_are_written(straight):
     held_out = read_metrics(straight, group="eval")
     assert [record["step"] for record in held_out] == [4, 8, 12, 16, 20]
     assert all(record["loss_mlm"] > 0 for record in held_out)
+    for name in ("gates_text", "gates_image"):
+        (layer,) = held_out[-1][name]  # of two layers the second has a gate
+        assert [sum(head) for head in layer] == pytest.approx([1.0, 1.0], abs=1e-3)
+        assert all(len(head) == 2 for head in layer)
     assert list((straight / "tensorboard").iterdir())
 
 

@@ -8,7 +8,7 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBert
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.kernels import cross_layer_attention as op
 from unimo3.model.attention import CrossLayerAttention, LevelGate
-from unimo3.model.fusion import FusionEncoder, StreamLayer
+from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
 from unimo3.model.init import initialize_weights
 
 
@@ -162,3 +162,25 @@ def test_gates_are_returned_on_request():
     assert [None if g is None else tuple(g.shape) for g in out.text_gates] == [None, (2, 10, 2, 2), (2, 10, 2, 3)]
     assert out.image_gates[2].shape == (2, 5, 2, 3)
     assert isinstance(model.fusion.text_layers[1].cross_attention, CrossLayerAttention)
+
+
+def test_mean_shares_are_of_real_tokens_and_zero_for_unseen_levels():
+    gates = [None, torch.rand(2, 3, 2, 2).softmax(-1), torch.rand(2, 3, 2, 3).softmax(-1)]
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    shares = mean_shares(gates, mask)
+    assert shares.shape == (2, 2, 3)
+    assert torch.equal(shares[0, :, 2], torch.zeros(2))
+    for layer, gate in enumerate(gates[1:]):
+        expected = (gate[0, 0] + gate[0, 1] + gate[1, 0]) / 3
+        torch.testing.assert_close(shares[layer, :, : gate.shape[-1]], expected)
+    assert mean_shares([None, None], mask) is None
+
+
+def test_a_new_model_gives_the_in_layer_level_its_initial_share():
+    model = tiny_pretraining_model(gate_init=0.7)
+    batch = tiny_batch(2)
+    fused = model.unimo3(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
+    for gates in (fused.text_gates, fused.image_gates):
+        shares = mean_shares(gates, None)
+        torch.testing.assert_close(shares[0, :, 1], torch.full((2,), 0.7))
+        torch.testing.assert_close(shares[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))

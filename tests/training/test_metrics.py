@@ -1,10 +1,13 @@
 """Figures on disk: one record a step, also after a kill and a resume; signals are noted."""
 
+import io
 import json
 import os
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unimo3.training.metrics import MetricsWriter, read_metrics
@@ -37,6 +40,19 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (step, pytest.approx(1 / step)) for step in range(1, 5)
     ]
+
+
+def test_shares_are_shown_as_a_heat_map(tmp_path):
+    shares = [[[0.25, 0.75, 0.0]], [[0.5, 0.25, 0.25]]]
+    writer = MetricsWriter(tmp_path, 0, enabled=True)
+    writer.write({"step": 3, "data": "abc", "gates_text": shares}, group="eval")
+    writer.close()
+    assert read_metrics(tmp_path, group="eval") == [{"group": "eval", "step": 3, "data": "abc", "gates_text": shares}]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Images("eval/gates_text")
+    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
+    assert pixels.shape == (2 * 16, 3 * 16)
+    assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray(shares)[:, 0], abs=0.01)
 
 
 def test_other_ranks_write_nothing(tmp_path):

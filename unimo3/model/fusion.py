@@ -10,9 +10,12 @@ Source: the interaction of arXiv 2305.13697 on METER's encoder, arXiv 2111.02387
 
 # Shapes: B batch, T text tokens, V image tokens, D width, H heads, S visible levels.
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from unimo3.model.attention import CrossLayerAttention, FeedForward, KeyValue, LevelKeyValue, SelfAttention
 from unimo3.model.config import Unimo3Config
@@ -28,6 +31,25 @@ class FusionOutput(NamedTuple):
     image: Tensor
     text_gates: tuple[Tensor | None, ...]
     image_gates: tuple[Tensor | None, ...]
+
+
+def mean_shares(gates: Sequence[Tensor | None], mask: Tensor | None) -> Tensor | None:
+    """How much each level counted, on average over a batch's tokens.
+
+    Args:
+        gates: a stream's gates, one [B, T, H, S] tensor a layer; None where a layer has none.
+        mask: [B, T], 1 where a token is real; None if all are.
+
+    Returns:
+        [gated layers, H, most levels], zero for levels a layer does not see; None if no layer has a gate.
+    """
+    gated = [gate.detach().float() for gate in gates if gate is not None]
+    if not gated:
+        return None
+    num_levels = max(gate.shape[-1] for gate in gated)
+    tokens = (torch.ones(gated[0].shape[:2]) if mask is None else mask).to(gated[0])[:, :, None, None]
+    means = [(gate * tokens).sum(dim=(0, 1)) / tokens.sum() for gate in gated]
+    return torch.stack([pad(mean, (0, num_levels - mean.shape[-1])) for mean in means])
 
 
 class StreamLayer(nn.Module):

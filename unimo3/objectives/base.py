@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unimo3.model.fusion import FusionOutput
+from unimo3.model.fusion import FusionOutput, mean_shares
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 Losses = dict[str, Tensor]
@@ -80,12 +80,13 @@ class PretrainingTask(nn.Module):
                 ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
 
         Returns:
-            ``loss``, the weighted sum, and each objective's own figures under its name.
+            ``loss``, the weighted sum, and each objective's own figures under its name. In evaluation also
+            ``gates_text`` and ``gates_image``: see `mean_shares`.
         """
         states = self._encode(batch)
         requests = [objective.fusion_input(states) for objective in self.objectives]
         fused = self._fuse([request for request in requests if request is not None], batch["attention_mask"])
-        report: Losses = {}
+        report: Losses = {} if self.training or not fused else self._gates(fused[0], batch["attention_mask"])
         total = states.image.new_zeros((), dtype=torch.float32)
         for objective, request in zip(self.objectives, requests, strict=True):
             losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)
@@ -93,6 +94,14 @@ class PretrainingTask(nn.Module):
             for key, value in losses.items():
                 report[f"{key}_{objective.name}"] = value.detach()
         return {"loss": total, **report}
+
+    @staticmethod
+    def _gates(fused: FusionOutput, mask: Tensor) -> Losses:
+        shares = {
+            "gates_text": mean_shares(fused.text_gates, mask),
+            "gates_image": mean_shares(fused.image_gates, None),
+        }
+        return {name: share for name, share in shares.items() if share is not None}
 
     def _encode(self, batch: dict[str, Any]) -> TowerStates:
         ids = []

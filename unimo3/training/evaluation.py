@@ -20,8 +20,8 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs) -> dict[str, float]:
-    """Mean of the task's losses over whole batches of `samples`; every rank calls it.
+def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs) -> Figures:
+    """Mean of the task's figures over whole batches of `samples`; every rank calls it.
 
     The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if
     not even the first is, it counts as it is, filled up with repeated rows.
@@ -34,11 +34,11 @@ def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, rea
             break
         report = engine(to_device(loaded, engine.device))
         for name, value in report.items():
-            totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.float().reshape(())
+            totals[name] = totals.get(name, 0.0) + value.float()
         num_batches += 1
-    names = sorted(totals)
-    means = sum_over_ranks(torch.stack([totals[name] for name in names])) / (num_batches * world.size)
-    return dict(zip(names, means.tolist(), strict=True))
+    return {
+        name: (sum_over_ranks(total) / (num_batches * world.size)).tolist() for name, total in sorted(totals.items())
+    }
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

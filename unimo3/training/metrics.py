@@ -9,10 +9,13 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 Figures = dict[str, Any]
+
+_HEAT_MAP_PIXELS = 16  # a side of one value's square
 
 
 class MetricsWriter:
@@ -34,19 +37,34 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, figures: Figures, group: str = "train") -> None:
-        """Append one record; `figures` has ``step`` and plain numbers. `group` heads its TensorBoard names."""
+        """Append one record, and the same as events.
+
+        Args:
+            figures: ``step``, plain numbers, texts (which TensorBoard is not shown), and nested lists of shares in
+                [0, 1], which it is shown as heat maps.
+            group: heads the names in TensorBoard.
+        """
         if self._file is None or self._board is None:
             return
         self._file.write(json.dumps(figures if group == "train" else {"group": group, **figures}) + "\n")
         for name, value in figures.items():
             if name != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(f"{group}/{name}", value, figures["step"])
+            elif isinstance(value, list):
+                self._board.add_image(f"{group}/{name}", heat_map(value), figures["step"], dataformats="HW")
 
     def close(self) -> None:
         """Flush and close both."""
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+
+
+def heat_map(shares: list) -> np.ndarray:
+    """Nested lists of shares -> a picture [rows, columns] from black 0 to white 1; the last axis runs along a row."""
+    values = np.asarray(shares, dtype=np.float32)
+    rows = values.reshape(-1, values.shape[-1])
+    return np.kron(rows, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
 
 
 def read_metrics(folder: Path, group: str | None = None) -> list[Figures]:
