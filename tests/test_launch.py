@@ -1,5 +1,6 @@
 """The local launcher: environment, statuses and signals reach where they should; errors have their exit status."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,12 +22,12 @@ assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3"
 """
 
 
-def launch(tmp_path, body, *arguments):
+def launch(tmp_path, body, *arguments, **options):
     (tmp_path / "program.py").write_text(RANK.format(body=body))
     return subprocess.Popen(
         [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
         cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, **options,
     )  # fmt: skip
 
 
@@ -62,6 +63,26 @@ time.sleep(60)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert sorted(output.splitlines()) == ["saved 0", "saved 1", "saved 2"]
+
+
+@pytest.mark.parametrize(("sent", "got"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
+def test_what_a_terminal_sends_to_all_reaches_each_rank_once(tmp_path, sent, got):
+    body = """
+got = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
+os.write(1, b"ready\\n")
+while not got:
+    time.sleep(0.1)
+time.sleep(0.5)
+os.write(1, f"{got}\\n".encode())
+"""
+    process = launch(tmp_path, body, start_new_session=True)
+    for _ in range(3):
+        assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, sent)
+    output, _ = process.communicate(timeout=60)
+    assert output.splitlines() == [f"['{got}']"] * 3
 
 
 def test_a_killed_rank_is_128_plus_its_signal(tmp_path):

@@ -105,7 +105,11 @@ def main() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
-    ranks += start_ranks(args.num_ranks, [sys.executable, "-m", args.module, *args.arguments])
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, lambda _, frame: forward(signal.SIGTERM, frame))
+    # In a process group of their own: a terminal's Ctrl-C goes to all of one, and the ranks would get it twice.
+    command = [sys.executable, "-m", args.module, *args.arguments]
+    ranks += start_ranks(args.num_ranks, command, process_group=0)
     for early_number in early:
         forward(early_number, None)
     status = wait_for_ranks(ranks, args.grace)
