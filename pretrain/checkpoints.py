@@ -7,12 +7,12 @@ from pathlib import Path
 from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
-from unimo3.errors import CheckpointError, ConfigError, exit_with_status
+from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.checkpoints", description=__doc__)
+    parser = CommandParser(prog="python -m pretrain.checkpoints", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("ls", "list committed checkpoints"),
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         verify(checkpoints)
     else:
         keep_last, keep_every = retention(args)
-        for folder in store.prune(args.run, keep_last, keep_every):
+        removed = store.prune(args.run, keep_last, keep_every)
+        for folder in removed:
             print(f"removed {folder}")
+        print(f"{len(removed)} removed, {len(checkpoints) - len(removed)} kept")
 
 
 def describe(folder: Path) -> str:

@@ -3,7 +3,6 @@
 Every stage is a command a user would type, printed before it runs.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 
 from pretrain.toy import blind_rates
-from unimo3.errors import EXIT_REQUEUE, ConfigError, exit_with_status
+from unimo3.errors import EXIT_REQUEUE, CommandParser, ConfigError, exit_with_status
 from unimo3.training.metrics import read_metrics
 
 NUM_RANKS = 2
@@ -116,7 +115,7 @@ class Demo:
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Run the demo; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.demo", description=__doc__)
+    parser = CommandParser(prog="python -m pretrain.demo", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="folder for all it writes (default: demo)")
     folder = parser.parse_args(argv).dir
     if folder.exists():

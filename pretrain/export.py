@@ -7,14 +7,14 @@ from pathlib import Path
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.export import DTYPES, TensorReport, export_run
-from unimo3.errors import CheckpointError, ConfigError, exit_with_status
+from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.export", description=__doc__)
+    parser = CommandParser(prog="python -m pretrain.export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="new folder for weights, configuration and tokenizer")
     parser.add_argument("--tag", help="checkpoint, such as step_00001000 (default: the newest good one)")

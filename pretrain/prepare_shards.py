@@ -12,12 +12,12 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.convert import CONVERTERS, Sample, answer_vocabulary, normalized_choices
 from unimo3.data.shards import clear, write_splits
 from unimo3.data.tokenizer import train_tokenizer
-from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.errors import CommandParser, ConfigError, DataError, exit_with_status
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.prepare_shards", description=__doc__)
+    parser = CommandParser(prog="python -m pretrain.prepare_shards", description=__doc__)
     parser.add_argument("format", choices=sorted(CONVERTERS), help="the source's format")
     parser.add_argument("--src", type=Path, required=True, help="folder of the data set's annotation files")
     parser.add_argument("--images", type=Path, help="folder that holds train2014/ and val2014/ (default: --src)")

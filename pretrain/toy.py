@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from unimo3.data.blind import BlindGuesser
 from unimo3.data.toy.formats import write_coco_and_vqav2, write_flickr30k_and_snli_ve, write_nlvr2
-from unimo3.errors import ConfigError, exit_with_status
+from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.toy", description=__doc__)
+    parser = CommandParser(prog="python -m pretrain.toy", description=__doc__)
     parser.add_argument("out", type=Path, help="new folder; gets coco/ vqav2/ flickr30k/ snli_ve/ nlvr2/")
     parser.add_argument("--images", type=int, default=2000, help="COCO images; others have a quarter of them")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")

@@ -5,6 +5,7 @@ import pytest
 
 from tests.spawn import run_ranks
 from unimo3 import distributed
+from unimo3.errors import ConfigError
 
 
 def describe_world() -> dict:
@@ -44,6 +45,15 @@ def test_a_process_alone_needs_no_group(monkeypatch):
     assert distributed.all_gather_object("mine") == ["mine"]
     assert distributed.broadcast_object("mine") == "mine"
     distributed.barrier()
+
+
+def test_ranks_that_cannot_know_where_to_meet_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT: not in the environment, though WORLD_SIZE is 2"):
+        distributed.init()
 
 
 def test_the_launcher_ends_the_others_when_a_rank_fails():

@@ -85,6 +85,14 @@ os.write(1, f"{got}\\n".encode())
     assert output.splitlines() == [f"['{got}']"] * 3
 
 
+def test_a_program_that_does_not_exist_is_a_bad_setting():
+    command = [sys.executable, "-m", "unimo3.launch", "-n", "0", "pretrain.trainn"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 78
+    assert process.stderr.startswith("ConfigError: 2 settings to mend:\n  - --num-ranks 0: at least 1 is needed\n")
+    assert "module pretrain.trainn: Python finds no such program" in process.stderr
+
+
 def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
     process = launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
     _, said = process.communicate(timeout=60)
@@ -113,6 +121,17 @@ def test_every_error_has_its_exit_status_and_one_message(error, status, capfd):
     assert end.value.code == status
     written = capfd.readouterr().err
     assert written == (f"{type(error).__name__}: {error}\n" if error else "")
+
+
+@pytest.mark.parametrize(("error", "is_said"), [(ConfigError("a"), False), (DataError("b"), True)])
+def test_what_all_ranks_find_is_said_once_a_host(error, is_said, capfd, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        exit_with_status(main)()
+    assert bool(capfd.readouterr().err) == is_said
 
 
 def test_a_package_named_apex_that_is_not_nvidias_is_noticed(tmp_path, monkeypatch, caplog):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unimo3.errors import ConfigError
+
 if not torch.cuda.is_available():
     # Read when deepspeed is first imported: without it DeepSpeed probes for other accelerators.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -31,11 +33,21 @@ def world_size_from_environment() -> int:
 
 
 def init() -> World:
-    """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one."""
+    """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one.
+
+    Raises:
+        ConfigError: there are other ranks, and the environment does not say where to meet them.
+    """
     import deepspeed
 
     from unimo3.launch import free_port
 
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size_from_environment() > 1 and missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not in the environment, though WORLD_SIZE is {os.environ['WORLD_SIZE']}; set RANK "
+            "to this process's number, MASTER_ADDR and MASTER_PORT to a host and port that all ranks share"
+        )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")

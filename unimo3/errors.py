@@ -6,9 +6,12 @@ Every message names the field or file, the value found and what to do. A program
 Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_TEMPFAIL 75, EX_CONFIG 78).
 """
 
+import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_DIVERGED = 70
@@ -56,6 +59,15 @@ class Interrupted(Exception):
     exit_status = EXIT_REQUEUE
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Command lines whose mistakes end like any other bad setting: status 78 under `exit_with_status`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say how the command is used, then what is wrong."""
+        self.print_usage(sys.stderr)
+        raise ConfigError(message)
+
+
 def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a program's main so that its errors end the process with the documented status and one message."""
 
@@ -64,7 +76,9 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
         try:
             status = main(*args, **kwargs)
         except (Unimo3Error, Interrupted) as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            # What all ranks of a host find alike is said once a host.
+            if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             sys.exit(error.exit_status)
         sys.exit(status or EXIT_DONE)
 

@@ -7,6 +7,7 @@ killed.
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import signal
@@ -16,7 +17,7 @@ import sys
 import time
 from types import FrameType
 
-from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED
+from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, CommandParser, ConfigError, exit_with_status
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -82,17 +83,29 @@ def _tell_of_signal(rank: int, number: int) -> None:
     print(f"rank {rank} was ended by {signal.Signals(number).name}{hint}", file=sys.stderr, flush=True)
 
 
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+@exit_with_status
 def main() -> None:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m unimo3.launch", description=__doc__)
+    parser = CommandParser(prog="python -m unimo3.launch", description=__doc__)
     parser.add_argument("-n", "--num-ranks", type=int, required=True, help="processes to start")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds other ranks get to end after one failed")
     parser.add_argument("module", help="program, such as pretrain.train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args()
+    faults = []
     if args.num_ranks < 1:
-        print(f"--num-ranks: {args.num_ranks}: at least 1 is needed", file=sys.stderr)
-        sys.exit(EXIT_CONFIG)
+        faults.append(f"--num-ranks {args.num_ranks}: at least 1 is needed")
+    if not _is_module(args.module):
+        faults.append(f"module {args.module}: Python finds no such program; pretrain.train and finetune.vqa are some")
+    if faults:
+        raise ConfigError(faults)
     ranks: list[subprocess.Popen] = []
     early: list[int] = []
 

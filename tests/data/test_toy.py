@@ -205,3 +205,10 @@ def test_bad_arguments_are_named_all_at_once_and_leave_nothing(root, tmp_path, c
         assert f"  - {start}" in said
     assert draw(tmp_path / "new", "--images", "3") == 78
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_argument_of_the_wrong_kind_is_a_bad_setting(tmp_path, capfd):
+    assert draw(tmp_path / "new", "--images", "many") == 78
+    said = capfd.readouterr().err
+    assert "usage: python -m pretrain.toy" in said
+    assert "argument --images: invalid int value: 'many'" in said

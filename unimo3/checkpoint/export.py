@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from unimo3.checkpoint.manifest import flush_folder
+from unimo3.checkpoint.manifest import flush_folder, make_readable
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 
@@ -233,12 +233,10 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Force all files to disk, readable as the user's umask allows (safetensors writes them for the owner alone)."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Force all files to disk, readable as the user's umask allows."""
     for path in folder.rglob("*"):
         if path.is_file():
-            path.chmod(0o666 & ~umask)
+            make_readable(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     flush_folder(folder)

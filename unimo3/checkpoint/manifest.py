@@ -79,6 +79,13 @@ def write_and_flush(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def make_readable(path: Path) -> None:
+    """Give a file the permissions of the user's umask; safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def flush_folder(folder: Path) -> None:
     """Force a folder's listing to disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -23,6 +23,7 @@ from unimo3.checkpoint.manifest import (
     STATE,
     flush_and_hash,
     flush_folder,
+    make_readable,
     verify,
     write_and_flush,
     write_manifest,
@@ -199,6 +200,7 @@ def _write(engine: Any, staging: Path, state: TrainState) -> list[Path]:
     written = write_engine_files(engine, staging)
     written.append(staging / f"rng_rank_{rank}.safetensors")
     save_rng(written[-1])
+    make_readable(written[-1])
     if rank == 0:
         written.append(staging / STATE)
         state.write(written[-1])

@@ -160,6 +160,8 @@ def train(
             engine.train()
             started = time.perf_counter()
     progress.close()
+    if rank == 0:
+        log.info("done: step %d of %d; checkpoints and figures are in %s", run.step, training.steps, run.folder)
 
 
 def _evaluation_is_due(step: int, last_step: int, every: int) -> bool:
@@ -181,6 +183,9 @@ def _evaluation_is_missing(run: Run, evaluation: Evaluation, last_step: int, eve
 def _evaluate(run: Run, evaluation: Evaluation) -> None:
     figures = evaluation.figures(run.step)
     run.metrics.write({"step": run.step, "data": evaluation.fingerprint, **figures}, group="eval")
+    if world()[0] == 0:
+        shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+        log.info("held-out data at step %d  %s", run.step, shown)
 
 
 def _show(progress: tqdm, figures: Figures, training: TrainingArgs) -> None:

@@ -17,9 +17,9 @@ def start_process(seed: int) -> tuple[distributed.World, StopRequest]:
     Args:
         seed: of the run; each rank's own draws (dropout) come from seed + rank.
     """
-    stop = StopRequest().install()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     world = distributed.init()
+    stop = StopRequest().install()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {world.rank} %(levelname)s %(message)s",
