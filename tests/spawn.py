@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from unimo3.errors import end_process
 from unimo3.launch import start_ranks, wait_for_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,4 @@ def _main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _main(Path(sys.argv[1]))
+    end_process(0)

@@ -3,7 +3,6 @@
 Source: DeepSpeed's init_distributed; the variables are those of torchrun and of this project's Slurm scripts.
 """
 
-import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -61,14 +60,7 @@ def init() -> World:
         # DeepSpeed would compile it here, half a minute on a new machine; only its inference engine calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    # gloo's threads, still running when the interpreter ends, abort one process in ten (SIGABRT after all is done).
-    atexit.register(_leave)
     return World(dist.get_rank(), local_rank, dist.get_world_size())
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
