@@ -71,7 +71,13 @@ class VqaConfig:
         except ConfigError:
             return found  # the data's own check has said so
         found += tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
-        if load_tokenizer(self.init).get_vocab() != tokenizer.get_vocab():
+        try:
+            trained = load_tokenizer(self.init)
+        except ConfigError:
+            return [
+                *found, f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote"
+            ]  # fmt: skip
+        if trained.get_vocab() != tokenizer.get_vocab():
             found.append(
                 f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
                 f"use {self.init}"

@@ -131,6 +131,17 @@ def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value)
     assert str(value) in line
 
 
+def test_faults_of_range_and_of_fit_are_named_together(good):
+    found = faults(
+        *good, "--model.num_attention_heads", "0", "--model.itc_size", "-1", "--model.gate_init", "2",
+        "--model.num_hidden_layers", "0", "--model.vision.image_size", "60",
+    )  # fmt: skip
+    assert sorted(line.split(":")[0] for line in found) == [
+        "model.gate_init", "model.itc_size", "model.num_attention_heads", "model.num_hidden_layers",
+        "model.vision.image_size",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change", [("vision.width", 130), ("vision.num_heads", 5), ("vision.architecture", "resnet50")], ids=lambda c: c[0]
 )

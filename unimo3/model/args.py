@@ -15,7 +15,7 @@ from unimo3.model.heads import TEMPERATURE_BOUNDS
 from unimo3.model.pretrained import read_clip_faults, read_roberta_config
 from unimo3.model.vision import VisionTower
 
-_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "itc_size")
+_COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
 _TEXT_COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
@@ -145,17 +145,15 @@ class ModelArgs:
         )
 
     def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+        """Say what is wrong with these settings, one line a fault: field, value and mend."""
         found = self._range_faults()
-        if found:
-            return found
         try:
             config = self.to_config()
         except ConfigError as error:
-            return error.faults + self.vision.to_config().faults()
-        found = config.faults()
+            return found + error.faults + self.vision.to_config().faults()
+        found += config.faults()
         text_width = config.text_config.hidden_size
-        if self.tie_word_embeddings and text_width != self.hidden_size:
+        if self.tie_word_embeddings and text_width != self.hidden_size and min(text_width, self.hidden_size) > 0:
             found.append(
                 f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
                 f"{self.hidden_size}; make them equal or set it to false"

@@ -44,7 +44,8 @@ class Unimo3VisionConfig(PreTrainedConfig):
                 "timm.list_models('vit*') lists them"
             ]
         patch = self.overrides.get("patch_size", _patch_size(self.architecture))
-        if patch and self.image_size % patch:
+        # Numbers below 1 are named by the settings' own check.
+        if patch and patch > 0 and self.image_size > 0 and self.image_size % patch:
             return [
                 f"model.vision.image_size: {self.image_size}: not a multiple of the patch size {patch}; "
                 f"use {self.image_size // patch * patch or patch} or {(self.image_size // patch + 1) * patch}"
@@ -121,9 +122,9 @@ class Unimo3Config(PreTrainedConfig):
         """Say what is wrong with these settings, one line a fault: field, value and mend."""
         found = list(self.vision_config.faults())
         text_heads = self.text_config.num_attention_heads
-        if self.text_config.hidden_size % text_heads:
+        if text_heads > 0 and self.text_config.hidden_size % text_heads:
             found.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             found.append(
                 f"model.num_attention_heads: {self.num_attention_heads}: "
                 f"must divide model.hidden_size {self.hidden_size}"
