@@ -27,11 +27,11 @@ from unimo3.distributed import all_gather_object, world_size_from_environment
 from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.model.args import tokenizer_faults
 from unimo3.model.config import Unimo3Config
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
-from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaTask
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     load_exported(model, settings.init, fresh=r"^vqa_head\.", unused=r"^(mlm|itm|itc)_head\.")
+    prepare_layers(model, settings.training.activation_checkpointing, settings.training.compile_towers)
     engine = build_engine(VqaTask(model), model, ds_config, settings.optim)
     run.resume(engine)
 

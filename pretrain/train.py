@@ -14,13 +14,11 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
-from unimo3.model.args import ModelArgs, set_special_ids, tokenizer_faults
-from unimo3.model.init import initialize_weights
-from unimo3.model.pretrained import load_clip, load_roberta
+from unimo3.model.args import ModelArgs, set_initial_weights, set_special_ids, tokenizer_faults
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, held_out_losses
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
@@ -75,12 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
-    initialize_weights(model, settings.run.seed, model_config.initializer_range)
-    if settings.model.text.init:
-        load_roberta(model.unimo3.text_tower, settings.model.text.init)
-    if settings.model.vision.init:
-        load_clip(model.unimo3.vision_tower.vit, settings.model.vision.init)
+    set_initial_weights(model, settings.model, settings.run.seed)
     task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
+    prepare_layers(model, settings.training.activation_checkpointing, settings.training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)
     run.resume(engine)
 

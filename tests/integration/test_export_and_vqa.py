@@ -9,7 +9,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.spawn import run_ranks
 from unimo3.checkpoint import store
-from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3ForVisualQuestionAnswering, Unimo3Model
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 from unimo3.training.metrics import read_metrics
 
 pytestmark = pytest.mark.integration

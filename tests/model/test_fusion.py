@@ -21,14 +21,21 @@ def draw_streams(batch=2, tokens=6, patches=5, width=32):
     return text, image, mask
 
 
+def run(fusion, text, image, mask):
+    """The same states as both the mapped inputs and the towers' own, for every layer."""
+    num_states = len(fusion.text.layers)
+    texts, images = (x[:, None].expand(-1, num_states, -1, -1) for x in (text, image))
+    return fusion(texts, images, texts, images, mask)
+
+
 def encoder(**changes):
-    fusion = FusionEncoder(tiny_config(**changes)).eval()
+    fusion = FusionEncoder(tiny_config(**changes), 32, 32).eval()
     initialize_weights(fusion, 0, std=0.2)
     return fusion
 
 
 def test_in_layer_equals_meters_cross_layer():
-    layer = encoder(interaction="in_layer").text_layers[0]
+    layer = encoder(interaction="in_layer").text.layers[0]
     config = BridgeTowerTextConfig(
         hidden_size=32, num_attention_heads=2, intermediate_size=128, layer_norm_eps=1e-12, attn_implementation="eager"
     )
@@ -80,7 +87,7 @@ def test_gates_one_hot_on_the_in_layer_level_give_in_layer_exactly(monkeypatch):
 
     monkeypatch.setattr(LevelGate, "forward", one_hot)
     streams = draw_streams()
-    expected, found = in_layer(*streams), crossing(*streams)
+    expected, found = run(in_layer, *streams), run(crossing, *streams)
     torch.testing.assert_close(found.text, expected.text, atol=0, rtol=0)
     torch.testing.assert_close(found.image, expected.image, atol=0, rtol=0)
 
@@ -88,11 +95,11 @@ def test_gates_one_hot_on_the_in_layer_level_give_in_layer_exactly(monkeypatch):
 def test_uniform_gates_are_the_mean_of_the_levels():
     uniform, static = encoder(gate="uniform"), encoder(gate="static", gate_init=0.5)
     static.load_state_dict(uniform.state_dict(), strict=False)
-    for layer in (*static.text_layers, *static.image_layers):
+    for layer in (*static.text.layers, *static.image.layers):
         if layer.cross_attention.gate is not None:
             torch.nn.init.zeros_(layer.cross_attention.gate.bias)
     streams = draw_streams()
-    expected, found = static(*streams), uniform(*streams)
+    expected, found = run(static, *streams), run(uniform, *streams)
     torch.testing.assert_close(found.text, expected.text, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.image, expected.image, atol=1e-5, rtol=1e-5)
 
@@ -101,7 +108,7 @@ def test_uniform_gates_are_the_mean_of_the_levels():
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_the_in_layer_level_starts_at_its_configured_share(gate, share):
     fusion = encoder(gate=gate, gate_init=share)
-    for layer in fusion.text_layers[1:]:
+    for layer in fusion.text.layers[1:]:
         attention = layer.cross_attention
         gates = attention.gate(torch.randn(2, 3, 32))
         torch.testing.assert_close(gates[..., -1], torch.full((2, 3, 2), share))
@@ -111,10 +118,10 @@ def test_the_in_layer_level_starts_at_its_configured_share(gate, share):
 def test_level_projections_run_once_per_level():
     fusion = encoder()
     calls = []
-    for layer in (*fusion.text_layers, *fusion.image_layers):
+    for layer in (*fusion.text.layers, *fusion.image.layers):
         layer.partner_key_value.register_forward_hook(lambda *_: calls.append(1))
-    fusion(*draw_streams())
-    assert len(calls) == 2 * len(fusion.text_layers)
+    run(fusion, *draw_streams())
+    assert len(calls) == 2 * len(fusion.text.layers)
 
 
 def test_layer_l_sees_levels_up_to_its_own(monkeypatch):
@@ -126,17 +133,17 @@ def test_layer_l_sees_levels_up_to_its_own(monkeypatch):
         return original(q, k, *rest)
 
     monkeypatch.setattr(op, "cross_layer_attention_reference", spy)
-    encoder()(*draw_streams())
+    run(encoder(), *draw_streams())
     assert seen == [1, 1, 2, 2, 3, 3]
     seen.clear()
-    encoder(interaction="in_layer")(*draw_streams())
+    run(encoder(interaction="in_layer"), *draw_streams())
     assert seen == [1] * 6
 
 
 @pytest.mark.parametrize("gate", ["token", "static"])
 def test_every_gate_receives_gradient(gate):
     fusion = encoder(gate=gate)
-    out = fusion(*draw_streams())
+    out = run(fusion, *draw_streams())
     (out.text.pow(3).sum() + out.image.pow(3).sum()).backward()
     gates = [m for m in fusion.modules() if isinstance(m, LevelGate)]
     assert len(gates) == 4
@@ -148,9 +155,9 @@ def test_every_gate_receives_gradient(gate):
 def test_padding_does_not_reach_real_tokens():
     fusion = encoder()
     text, image, mask = draw_streams()
-    before = fusion(text, image, mask)
+    before = run(fusion, text, image, mask)
     text[0, 4:] = 100.0
-    after = fusion(text, image, mask)
+    after = run(fusion, text, image, mask)
     torch.testing.assert_close(after.image, before.image)
     torch.testing.assert_close(after.text[mask], before.text[mask])
 
@@ -161,7 +168,7 @@ def test_gates_are_returned_on_request():
     out = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
     assert [None if g is None else tuple(g.shape) for g in out.text_gates] == [None, (2, 10, 2, 2), (2, 10, 2, 3)]
     assert out.image_gates[2].shape == (2, 5, 2, 3)
-    assert isinstance(model.fusion.text_layers[1].cross_attention, CrossLayerAttention)
+    assert isinstance(model.fusion.text.layers[1].cross_attention, CrossLayerAttention)
 
 
 def test_mean_shares_are_of_real_tokens_and_zero_for_unseen_levels():
@@ -184,3 +191,87 @@ def test_a_new_model_gives_the_in_layer_level_its_initial_share():
         shares = mean_shares(gates, None)
         torch.testing.assert_close(shares[0, :, 1], torch.full((2,), 0.7))
         torch.testing.assert_close(shares[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))
+
+
+def test_unimodal_levels_are_the_towers_top_layers_below_level_0(monkeypatch):
+    seen = []
+    original = op.cross_layer_attention_reference
+
+    def spy(q, k, v, gate, *rest):
+        seen.append((len(k), None if gate is None else gate.shape[-1]))
+        return original(q, k, v, gate, *rest)
+
+    monkeypatch.setattr(op, "cross_layer_attention_reference", spy)
+    fusion = encoder(unimodal_levels=2)
+    run(fusion, *draw_streams())
+    assert seen == [(3, 3), (3, 3), (4, 4), (4, 4), (5, 5), (5, 5)]
+
+
+def test_unimodal_levels_read_the_last_tower_layers_lowest_first():
+    fusion = encoder(unimodal_levels=2)
+    states = torch.randn(2, 4, 5, 32)
+    low, high = fusion.image.tower_levels(states)
+    for level, project, state in zip((low, high), fusion.image.tower_key_values, (2, 3), strict=True):
+        expected = project(states[:, state])
+        assert torch.equal(level.key, expected.key)
+        assert torch.equal(level.value, expected.value)
+
+
+def test_a_bridge_joins_each_layers_input_with_its_tower_layer():
+    bridged = encoder(bridge=True)
+    text, image, mask = draw_streams()
+    texts, images = torch.randn(2, 3, *text.shape[1:]), torch.randn(2, 3, *image.shape[1:])
+    inputs = []
+    for layer in bridged.text.layers:
+        layer.register_forward_hook(lambda _, args, out: inputs.append((args[0], out[0])))
+    bridged(texts, images, texts, images, mask)
+    norms = bridged.text.bridge_norms
+    torch.testing.assert_close(inputs[0][0], norms[0](texts[:, 0]))
+    for depth in (1, 2):
+        torch.testing.assert_close(inputs[depth][0], norms[depth](texts[:, depth] + inputs[depth - 1][1]))
+
+
+@pytest.mark.parametrize("changes", [{"bridge": True}, {"unimodal_levels": 2}, {"bridge": True, "unimodal_levels": 1}])
+def test_every_parameter_of_every_mode_receives_gradient(changes):
+    model = tiny_pretraining_model(**changes, num_hidden_layers=2).unimo3
+    batch = tiny_batch(3)
+    out = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    (out.text_features.pow(3).sum() + out.image_features.pow(3).sum() + out.pooler_output.pow(3).sum()).backward()
+    unreached = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert unreached == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"interaction": "in_layer"}, {"bridge": True, "unimodal_levels": 2}])
+def test_activation_checkpointing_changes_neither_outputs_nor_gradients(changes):
+    (plain, plain_gradients, plain_calls), (checkpointed, gradients, calls) = (
+        pooled_and_gradients(changes, enable) for enable in (False, True)
+    )
+    assert plain_calls == ["fusion", "image", "text"]
+    assert calls == ["fusion", "fusion", "image", "image", "text", "text"]
+    torch.testing.assert_close(checkpointed, plain, atol=0, rtol=0)
+    torch.testing.assert_close(gradients, plain_gradients, atol=0, rtol=0)
+
+
+def pooled_and_gradients(changes, checkpointing):
+    """Pooled output, gradients, and which layers ran how often."""
+    batch, calls = tiny_batch(3), []
+    model = tiny_pretraining_model(**changes, num_hidden_layers=2).unimo3.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.fusion.text.layers[0].self_attention.register_forward_hook(lambda *_: calls.append("fusion"))
+    model.text_tower.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append("text"))
+    model.vision_tower.vit.blocks[0].attn.register_forward_hook(lambda *_: calls.append("image"))
+    pooled = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).pooler_output
+    pooled.pow(2).sum().backward()
+    return pooled, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sorted(calls)
+
+
+def test_eager_attention_equals_sdpa():
+    batch = tiny_batch(3)
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        model = tiny_pretraining_model().unimo3
+        model.set_attn_implementation(implementation)
+        assert model.text_tower.config._attn_implementation == implementation
+        outputs.append(model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).pooler_output)
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ LOW, HIGH = TEMPERATURE_BOUNDS
 )
 def test_the_temperature_is_bounded_and_can_return(value, used, gradient_up, gradient_down):
     head = ItcHead(tiny_config(), image_width=32)
-    states = torch.zeros(1, 3, 32)
+    states = torch.zeros(1, 1, 3, 32)
     for sign, expected in ((-1.0, gradient_up), (1.0, gradient_down)):
         head.temperature.data.fill_(value)
         head.temperature.grad = None

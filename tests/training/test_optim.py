@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.tiny import tiny_config, tiny_pretraining_model
-from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.training.optim import OptimArgs, build_optimizer, parameter_groups, rate_share, set_rates
 
 ARGS = OptimArgs(lr=1e-3, fusion_factor=5.0, head_factor=50.0, weight_decay=0.1)

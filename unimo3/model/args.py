@@ -12,7 +12,16 @@ from transformers import PreTrainedTokenizerBase, RobertaConfig
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
 from unimo3.model.heads import TEMPERATURE_BOUNDS
-from unimo3.model.pretrained import read_clip_faults, read_roberta_config
+from unimo3.model.init import initialize_weights
+from unimo3.model.pretrained import (
+    fill_from_bridgetower,
+    load_roberta,
+    load_vision,
+    read_bridgetower_config,
+    read_roberta_config,
+    vision_faults,
+)
+from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.model.vision import VisionTower
 
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
@@ -66,7 +75,7 @@ class VisionArgs:
     """The image tower, a timm vision transformer."""
 
     init: str | None = None
-    """Local Hugging Face folder of a CLIP model with this tower's sizes: its image weights. Random if null."""
+    """Local Hugging Face folder of a CLIP model, or a timm checkpoint file, with this tower's sizes. Random if null."""
     architecture: str = "vit_base_patch16_clip_quickgelu_224"
     """Name of a timm vision transformer."""
     image_size: int = 288
@@ -98,6 +107,9 @@ class ModelArgs:
 
     text: TextArgs = field(default_factory=TextArgs)
     vision: VisionArgs = field(default_factory=VisionArgs)
+    init: str | None = None
+    """Local Hugging Face BridgeTower folder: weights of the whole model, and its sizes instead of those of towers and
+    fusion below (but the image size). Needs `bridge`; gates and other parts BridgeTower lacks start random."""
     hidden_size: int = 768
     """Fusion width D."""
     num_hidden_layers: int = 6
@@ -106,6 +118,10 @@ class ModelArgs:
     """Fusion attention heads H."""
     interaction: Literal["in_layer", "cross_layer"] = "cross_layer"
     """What a fusion layer reads of the other modality: its partner layer, or every level up to it."""
+    unimodal_levels: int = 0
+    """Top layers of the other modality's tower that join the levels of `cross_layer`."""
+    bridge: bool = False
+    """Whether each fusion layer's input is joined by a tower layer's states, as in BridgeTower."""
     gate: Literal["token", "static", "uniform"] = "token"
     """How levels are weighed: by each token and head, by a learned constant a head, or equally."""
     gate_init: float = 0.5
@@ -125,24 +141,36 @@ class ModelArgs:
         """The model's configuration.
 
         Raises:
-            ConfigError: `text.init` is not a RoBERTa folder.
+            ConfigError: `text.init` is not a RoBERTa folder, or `init` no BridgeTower one.
         """
+        if self.init:
+            config = read_bridgetower_config(self.init, self.vision.image_size)
+            config.update(self._free_settings())
+            return config
         return Unimo3Config(
             text_config=self.text.to_config(),
             vision_config=self.vision.to_config(),
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
-            interaction=self.interaction,
-            gate=self.gate,
-            gate_init=self.gate_init,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            initializer_range=self.initializer_range,
-            itc_size=self.itc_size,
-            itc_temperature_init=self.itc_temperature_init,
             tie_word_embeddings=self.tie_word_embeddings,
+            **self._free_settings(),
         )
+
+    def _free_settings(self) -> dict[str, Any]:
+        """What weights from elsewhere leave open."""
+        return {
+            "interaction": self.interaction,
+            "gate": self.gate,
+            "gate_init": self.gate_init,
+            "unimodal_levels": self.unimodal_levels,
+            "bridge": self.bridge,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout,
+            "initializer_range": self.initializer_range,
+            "itc_size": self.itc_size,
+            "itc_temperature_init": self.itc_temperature_init,
+        }
 
     def faults(self) -> list[str]:
         """Say what is wrong with these settings, one line a fault: field, value and mend."""
@@ -151,12 +179,12 @@ class ModelArgs:
             config = self.to_config()
         except ConfigError as error:
             return found + error.faults + self.vision.to_config().faults()
-        found += config.faults()
-        text_width = config.text_config.hidden_size
-        if self.tie_word_embeddings and text_width != self.hidden_size and min(text_width, self.hidden_size) > 0:
+        found += config.faults() + self._init_faults()
+        text_width, width = config.text_config.hidden_size, config.hidden_size
+        if config.tie_word_embeddings and text_width != width and min(text_width, width) > 0:
             found.append(
                 f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
-                f"{self.hidden_size}; make them equal or set it to false"
+                f"{width}; make them equal or set it to false"
             )
         if found:
             return found
@@ -165,7 +193,20 @@ class ModelArgs:
                 tower = VisionTower(config.vision_config)
         except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
-        return read_clip_faults(self.vision.init, tower) if self.vision.init else []
+        found = config.depth_faults(tower.depth)
+        return found + (vision_faults(self.vision.init, tower) if self.vision.init else [])
+
+    def _init_faults(self) -> list[str]:
+        if not self.init:
+            return []
+        found = [
+            f"model.{name}.init: '{path}': model.init already gives the whole model's weights; name one of the two"
+            for name, path in (("text", self.text.init), ("vision", self.vision.init))
+            if path
+        ]
+        if not self.bridge:
+            found.append("model.bridge: false: model.init is a BridgeTower, whose layers have bridges; set it to true")
+        return found
 
     def _range_faults(self) -> list[str]:
         least_1 = [(f"model.{name}", getattr(self, name)) for name in _COUNTS]
@@ -189,6 +230,21 @@ class ModelArgs:
             if not 0 <= value < 1:
                 found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
         return found
+
+
+def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int) -> None:
+    """Give a new model, sharded by ZeRO-3 or not, the values that `args` names: random ones, then those from elsewhere.
+
+    Raises:
+        CheckpointError: a tensor of a folder or file is missing, unexpected or of another shape.
+    """
+    initialize_weights(model, seed, args.initializer_range)
+    if args.init:
+        fill_from_bridgetower(model, args.init)
+    if args.text.init:
+        load_roberta(model.unimo3.text_tower, args.text.init)
+    if args.vision.init:
+        load_vision(model.unimo3.vision_tower, args.vision.init)
 
 
 def tokenizer_faults(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:

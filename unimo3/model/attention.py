@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import gelu, linear
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 from unimo3.model.config import Unimo3Config
@@ -29,12 +31,42 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operations, with transformers' signature: what ``attn_implementation="eager"`` chooses.
+
+    Args:
+        module: unused; other implementations read settings from it.
+        query: [B, H, T, d]; `key` and `value` likewise.
+        attention_mask: broadcastable to [B, H, T, T], True where a key may be read.
+
+    Returns:
+        [B, T, H, d] and the weights [B, H, T, T].
+    """
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = drop(scores.float().softmax(dim=-1).to(query.dtype), p=dropout)
+    return (weights @ value).transpose(1, 2), weights
+
+
 class SelfAttention(nn.Module):
-    """LN(x + attention(x))."""
+    """LN(x + attention(x)), by the implementation that ``config._attn_implementation`` names (sdpa or eager)."""
+
+    is_causal = False
 
     def __init__(self, config: Unimo3Config):
         super().__init__()
+        self.config = config
         self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
@@ -45,21 +77,27 @@ class SelfAttention(nn.Module):
         """x [B, T, D], padding_mask [B, T] with True where a token may be read -> [B, T, D]."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if padding_mask is None else padding_mask[:, None, None, :]
+        # None outside a PreTrainedModel, which settles it.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
         dropout_p = self.attention_dropout if self.training else 0.0
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-        return self.norm(x + self.dropout(self.out(attended.transpose(1, 2).flatten(2))))
+        attended, _ = attend(self, q, k, v, mask, dropout=dropout_p, scaling=self.scaling)
+        return self.norm(x + self.dropout(self.out(attended.flatten(2))))
 
 
 class LevelKeyValue(nn.Module):
-    """Projects one level of a stream to the keys and values that the other stream reads."""
+    """Projects one level of a stream to the keys and values that the other stream reads.
 
-    def __init__(self, config: Unimo3Config):
+    Args:
+        width: of the level's states; a tower's own where a tower layer is a level.
+    """
+
+    def __init__(self, config: Unimo3Config, width: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.projection = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.projection = nn.Linear(width, 2 * config.hidden_size)
 
     def forward(self, state: Tensor) -> KeyValue:
-        """state [B, V, D] -> keys and values [B, H, V, d]."""
+        """state [B, V, width] -> keys and values [B, H, V, d]."""
         key, value = self.projection(state).chunk(2, dim=-1)
         return KeyValue(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
 

@@ -67,8 +67,13 @@ class Unimo3Config(PreTrainedConfig):
         gate: how levels are weighed: ``token`` (per token and head), ``static`` (a learned constant per head) or
             ``uniform`` (their mean, no parameters).
         gate_init: share of the in-layer level at initialisation, in (0, 1); the other levels split the rest equally.
+        unimodal_levels: top layers of the other modality's tower that join the levels, with keys and values of their
+            own.
+        bridge: whether each fusion layer's input is joined by a tower layer's states, the last L of them (BridgeTower).
         itc_size: width of the contrastive projections.
         num_answers: classes of the question-answering head.
+
+    ``num_labels``, of every transformers configuration, is the number of classes of the other classifiers.
     """
 
     model_type = "unimo3"
@@ -85,6 +90,8 @@ class Unimo3Config(PreTrainedConfig):
         interaction: str = "cross_layer",
         gate: str = "token",
         gate_init: float = 0.5,
+        unimodal_levels: int = 0,
+        bridge: bool = False,
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.1,
         layer_norm_eps: float = 1e-12,
@@ -108,6 +115,8 @@ class Unimo3Config(PreTrainedConfig):
         self.interaction = interaction
         self.gate = gate
         self.gate_init = gate_init
+        self.unimodal_levels = unimodal_levels
+        self.bridge = bridge
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.layer_norm_eps = layer_norm_eps
@@ -117,6 +126,31 @@ class Unimo3Config(PreTrainedConfig):
         self.num_answers = num_answers
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
+
+    @property
+    def num_tower_states(self) -> int:
+        """Top layers of each tower whose states the fusion encoder reads."""
+        return max(1, self.unimodal_levels, self.num_hidden_layers if self.bridge else 0)
+
+    def depth_faults(self, image_depth: int) -> list[str]:
+        """Say where more layers of a tower are asked for than it has, one line a fault.
+
+        Args:
+            image_depth: layers of the image tower, which only timm knows.
+        """
+        depths = {"model.text.num_hidden_layers": self.text_config.num_hidden_layers, "model.vision.depth": image_depth}
+        found = []
+        for field, depth in depths.items():
+            if self.bridge and self.num_hidden_layers > depth:
+                found.append(
+                    f"model.bridge: true: needs a tower layer for each of the {self.num_hidden_layers} fusion layers, "
+                    f"{field} is {depth}; lower model.num_hidden_layers or deepen the tower"
+                )
+            if self.unimodal_levels > depth:
+                found.append(
+                    f"model.unimodal_levels: {self.unimodal_levels}: {field} is {depth}; lower it to at most that"
+                )
+        return found
 
     def faults(self) -> list[str]:
         """Say what is wrong with these settings, one line a fault: field, value and mend."""
@@ -137,6 +171,13 @@ class Unimo3Config(PreTrainedConfig):
             found.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is served")
         if not 0 < self.gate_init < 1:
             found.append(f"model.gate_init: {self.gate_init}: a share strictly between 0 and 1 is needed")
+        if self.unimodal_levels < 0:
+            found.append(f"model.unimodal_levels: {self.unimodal_levels}: 0 or a number of tower layers is needed")
+        if self.unimodal_levels > 0 and self.interaction != "cross_layer":
+            found.append(
+                f"model.unimodal_levels: {self.unimodal_levels}: {self.interaction} reads the partner layer alone; "
+                "set it to 0, or model.interaction to cross_layer"
+            )
         return found
 
 

@@ -1,14 +1,17 @@
 """The cross-modal encoder: two streams that read each other layer by layer and across layers.
 
-Level i of a stream is its state after fusion layer i (level 0: before the first). Layer l reads levels 0..l-1 of the
-other stream; level l-1 is its in-layer partner, the earlier ones are cross-layer. Every level's keys and values are
-projected once, by the layer whose partner it is, and kept in a bank for the later layers. With ``in_layer`` the bank
-holds the partner alone, which is METER's co-attention with the same parameters.
+Level i of a stream is what enters its fusion layer i + 1. Layer l reads levels 0..l-1 of the other stream; level l-1 is
+its in-layer partner, the earlier ones are cross-layer. Every level's keys and values are projected once, by the layer
+whose partner it is, and kept in a bank for the later layers. With ``in_layer`` the bank holds the partner alone, which
+is METER's co-attention with the same parameters.
 
-Source: the interaction of arXiv 2305.13697 on METER's encoder, arXiv 2111.02387.
+`unimodal_levels` puts the top layers of the other tower into the bank before level 0. With `bridge` the input of layer
+i is LN_i(map(tower layer) + x), tower layers being the last L, as BridgeTower has it.
+
+Source: the interaction of arXiv 2305.13697 on METER's encoder, arXiv 2111.02387; BridgeTower, arXiv 2206.08657.
 """
 
-# Shapes: B batch, T text tokens, V image tokens, D width, H heads, S visible levels.
+# Shapes: B batch, T text tokens, V image tokens, W tower width, D fusion width, H heads, S visible levels.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimo3.model.attention import CrossLayerAttention, FeedForward, KeyValue, LevelKeyValue, SelfAttention
 from unimo3.model.config import Unimo3Config
@@ -52,13 +56,13 @@ def mean_shares(gates: Sequence[Tensor | None], mask: Tensor | None) -> Tensor |
     return torch.stack([pad(mean, (0, num_levels - mean.shape[-1])) for mean in means])
 
 
-class StreamLayer(nn.Module):
+class StreamLayer(GradientCheckpointingLayer):
     """One fusion layer of one stream."""
 
     def __init__(self, config: Unimo3Config, num_levels: int):
         super().__init__()
         self.self_attention = SelfAttention(config)
-        self.partner_key_value = LevelKeyValue(config)
+        self.partner_key_value = LevelKeyValue(config, config.hidden_size)
         self.cross_attention = CrossLayerAttention(config, num_levels)
         self.feed_forward = FeedForward(config)
 
@@ -88,29 +92,79 @@ class StreamLayer(nn.Module):
         return self.feed_forward(h), level, gate
 
 
+class Stream(nn.Module):
+    """One modality's side of the encoder: its layers, its bridges, and its tower's layers as further levels.
+
+    Args:
+        num_levels: levels of the other stream that each layer sees.
+        tower_width: width of this stream's tower.
+    """
+
+    def __init__(self, config: Unimo3Config, num_levels: Sequence[int], tower_width: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layers = nn.ModuleList(StreamLayer(config, levels) for levels in num_levels)
+        self.bridge_norms = nn.ModuleList(nn.LayerNorm(width, eps=eps) for _ in num_levels if config.bridge)
+        self.tower_key_values = nn.ModuleList(LevelKeyValue(config, tower_width) for _ in range(config.unimodal_levels))
+
+    def enter(self, depth: int, x: Tensor | None, tower_inputs: Tensor) -> Tensor:
+        """The input of layer `depth` (from 0): the state before it, with a bridge joined by a tower layer's.
+
+        Args:
+            x: the state after the layer before, [B, T, D]; None at depth 0.
+            tower_inputs: tower states mapped to width D, [B, n, T, D]; n is 1, or the number of layers with bridges.
+        """
+        if not self.bridge_norms:
+            return tower_inputs[:, 0] if x is None else x
+        joining = tower_inputs[:, depth]
+        bridged: Tensor = self.bridge_norms[depth](joining if x is None else joining + x)
+        return bridged
+
+    def tower_levels(self, states: Tensor) -> list[KeyValue]:
+        """The tower's top layers as levels, lowest first; states [B, n, T, W] with at least as many of them."""
+        num_levels = len(self.tower_key_values)
+        tops = states[:, states.shape[1] - num_levels :].unbind(1)
+        return [project(state) for project, state in zip(self.tower_key_values, tops, strict=True)]
+
+
 class FusionEncoder(nn.Module):
     """L fusion layers over both streams, with weights of their own per stream."""
 
-    def __init__(self, config: Unimo3Config):
+    def __init__(self, config: Unimo3Config, text_width: int, image_width: int):
         super().__init__()
         self.crosses_layers = config.interaction == "cross_layer"
         depths = range(1, config.num_hidden_layers + 1)
-        num_levels = [depth if self.crosses_layers else 1 for depth in depths]
-        self.text_layers = nn.ModuleList(StreamLayer(config, levels) for levels in num_levels)
-        self.image_layers = nn.ModuleList(StreamLayer(config, levels) for levels in num_levels)
+        num_levels = [config.unimodal_levels + depth if self.crosses_layers else 1 for depth in depths]
+        self.text = Stream(config, num_levels, text_width)
+        self.image = Stream(config, num_levels, image_width)
 
-    def forward(self, text: Tensor, image: Tensor, text_mask: Tensor | None) -> FusionOutput:
-        """text [B, T, D], image [B, V, D], text_mask [B, T] with True where a token is real."""
-        image_bank: list[KeyValue] = []
-        text_bank: list[KeyValue] = []
+    def forward(
+        self, text_inputs: Tensor, image_inputs: Tensor, text_states: Tensor, image_states: Tensor, mask: Tensor | None
+    ) -> FusionOutput:
+        """Run both streams.
+
+        Args:
+            text_inputs: tower states mapped to the fusion width, lowest first, [B, n, T, D]: n is 1, or L with bridges.
+            image_inputs: likewise, [B, n, V, D].
+            text_states: the tower's own states, [B, m, T, W]; m is at least the number of unimodal levels.
+            image_states: likewise, [B, m, V, W].
+            mask: [B, T] with True where a text token is real.
+        """
+        text_bank, image_bank = self.text.tower_levels(text_states), self.image.tower_levels(image_states)
+        text: Tensor | None = None
+        image: Tensor | None = None
         text_gates, image_gates = [], []
-        for text_layer, image_layer in zip(self.text_layers, self.image_layers, strict=True):
-            new_text, image_level, text_gate = text_layer(text, image, image_bank, text_mask, None)
-            new_image, text_level, image_gate = image_layer(image, text, text_bank, None, text_mask)
+        for depth, (text_layer, image_layer) in enumerate(zip(self.text.layers, self.image.layers, strict=True)):
+            text_in = self.text.enter(depth, text, text_inputs)
+            image_in = self.image.enter(depth, image, image_inputs)
+            # Copies: with checkpointing a layer runs again in the backward pass, and the banks have grown by then.
+            text, image_level, text_gate = text_layer(text_in, image_in, list(image_bank), mask, None)
+            image, text_level, image_gate = image_layer(image_in, text_in, list(text_bank), None, mask)
             if self.crosses_layers:
                 image_bank.append(image_level)
                 text_bank.append(text_level)
-            text, image = new_text, new_image
             text_gates.append(text_gate)
             image_gates.append(image_gate)
+        assert text is not None
+        assert image is not None
         return FusionOutput(text, image, tuple(text_gates), tuple(image_gates))

@@ -1,9 +1,10 @@
-"""Heads on the fused states: masked language modelling, image-text matching, contrast, question answering.
+"""Heads on the fused states: masked language modelling, image-text matching, contrast, classification.
 
-Source: METER, arXiv 2111.02387, for MLM, ITM and VQA; ALBEF, arXiv 2107.07651, for the contrastive projections.
+Source: METER, arXiv 2111.02387, for MLM, ITM and the classifiers; ALBEF, arXiv 2107.07651, for the contrastive
+projections.
 """
 
-# Shapes: B batch, N any number of tokens, D fusion width.
+# Shapes: B batch, N any number of tokens, n tower states kept (the last one on top), D fusion width.
 
 from typing import NamedTuple
 
@@ -79,24 +80,42 @@ class ItcHead(nn.Module):
         self.temperature = nn.Parameter(torch.full((1,), self.temperature_init))
 
     def forward(self, text_states: Tensor, image_states: Tensor) -> ItcOutput:
-        """Tower states [B, tokens, width] -> unit vectors and temperature."""
+        """Tower states [B, n, tokens, width] -> unit vectors and temperature."""
         return ItcOutput(
-            normalize(self.text(text_states[:, 0]).float(), dim=-1),
-            normalize(self.image(image_states[:, 0]).float(), dim=-1),
+            normalize(self.text(text_states[:, -1, 0]).float(), dim=-1),
+            normalize(self.image(image_states[:, -1, 0]).float(), dim=-1),
             _ClampWithReturn.apply(self.temperature.float(), *TEMPERATURE_BOUNDS),
         )
 
 
-class VqaHead(nn.Module):
-    """Scores of every answer in the vocabulary."""
+class SecondImageShift(nn.Module):
+    """What marks the second of two images: a vector that starts at zero, so that both begin as pretraining saw them."""
 
     def __init__(self, config: Unimo3Config):
         super().__init__()
-        width = 2 * config.hidden_size
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.classifier = nn.Linear(width, config.num_answers)
+        self.vector = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, num_pairs: int) -> Tensor:
+        """Zero for the B first images, the vector for the B second ones: [2 B, D]."""
+        second = self.vector.expand(num_pairs, -1)
+        return torch.cat([torch.zeros_like(second), second])
+
+
+class ClassifierHead(nn.Module):
+    """Scores of a task's classes for pooled states.
+
+    Args:
+        width: of the pooled states: 2 D for one image, 4 D for two.
+        num_classes: of the task.
+    """
+
+    def __init__(self, config: Unimo3Config, width: int, num_classes: int):
+        super().__init__()
+        inner = 2 * config.hidden_size
+        self.dense = nn.Linear(width, inner)
+        self.norm = nn.LayerNorm(inner, eps=1e-5)
+        self.classifier = nn.Linear(inner, num_classes)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """[B, 2 D] -> [B, answers]."""
+        """[B, width] -> [B, classes]."""
         return self.classifier(gelu(self.norm(self.dense(pooled))))

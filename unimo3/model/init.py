@@ -14,7 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from unimo3.model.attention import LevelGate
-from unimo3.model.heads import ItcHead
+from unimo3.model.heads import ItcHead, SecondImageShift
 
 
 def initialize_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
@@ -52,6 +52,8 @@ def initialize_module(module: nn.Module, std: float, generator: torch.Generator 
             module.weight[module.padding_idx].zero_()
     elif isinstance(module, ItcHead):
         init.constant_(module.temperature, module.temperature_init)
+    elif isinstance(module, SecondImageShift):
+        init.zeros_(module.vector)
     else:
         # Parameters that are no part of a layer: a ViT's class token and position table.
         for parameter in module.parameters(recurse=False):

@@ -3,19 +3,22 @@
 Source: arXiv 2305.13697; transformers' PreTrainedModel for saving, loading and tying.
 """
 
-# Shapes: B batch, T text tokens, V image tokens, D fusion width, H heads, S visible levels.
+# Shapes: B batch, T text tokens, V image tokens, n tower states kept (the last one on top), W tower width,
+# D fusion width, H heads, S visible levels.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, RobertaModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedModel, RobertaModel
 from transformers.utils import ModelOutput
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.fusion import FusionEncoder, FusionOutput
-from unimo3.model.heads import ItcHead, ItcOutput, ItmHead, MlmHead, VqaHead
+from unimo3.model.heads import ItcHead, ItcOutput, ItmHead, MlmHead
 from unimo3.model.init import initialize_module
 from unimo3.model.vision import VisionTower
 
@@ -28,7 +31,8 @@ class Unimo3ModelOutput(ModelOutput):
         text_features: [B, T, D].
         image_features: [B, V, D].
         pooler_output: [B, 2 D], both class tokens.
-        text_gates: on request, one [B, T, H, S] tensor for each layer (None where a layer sees one level).
+        text_gates: on request, one [B, T, H, S] tensor for each layer, lowest level first (None where a layer has no
+            gate).
         image_gates: likewise, [B, V, H, S].
     """
 
@@ -47,18 +51,14 @@ class Unimo3PreTrainingOutput(ModelOutput):
         prediction_logits: [B, T, vocabulary].
         matching_logits: [B, 2], (no, yes).
         logits_per_image: [B, B], contrastive similarities over the temperature.
+        text_gates, image_gates: on request, see `Unimo3ModelOutput`.
     """
 
     prediction_logits: Tensor | None = None
     matching_logits: Tensor | None = None
     logits_per_image: Tensor | None = None
-
-
-@dataclass
-class Unimo3AnswerOutput(ModelOutput):
-    """`logits`: [B, answers], before the sigmoid."""
-
-    logits: Tensor | None = None
+    text_gates: tuple[Tensor | None, ...] | None = None
+    image_gates: tuple[Tensor | None, ...] | None = None
 
 
 class Unimo3PreTrainedModel(PreTrainedModel):
@@ -68,6 +68,7 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "unimo3"
     main_input_name = "input_ids"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["StreamLayer", "RobertaLayer", "Block"]
 
     def __init__(self, config: Unimo3Config):
@@ -79,20 +80,32 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module, self.config.initializer_range)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for module in self.modules():
+            if isinstance(module, VisionTower):
+                # timm has a switch of its own.
+                module.vit.set_grad_checkpointing(enable)
+
 
 class Unimo3Model(Unimo3PreTrainedModel):
     """Towers and fusion encoder, without a head."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm|itm|itc|vqa)_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(\w+_head|image_shift)\."]
 
     def __init__(self, config: Unimo3Config):
         super().__init__(config)
         self.text_tower = RobertaModel(config.text_config, add_pooling_layer=False)
-        self.vision_tower = VisionTower(config.vision_config)
+        self.vision_tower = VisionTower(config.vision_config, config.num_tower_states)
+        faults = config.depth_faults(self.vision_tower.depth)
+        if faults:
+            raise ConfigError(faults)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.hidden_size)
         self.image_projection = nn.Linear(self.vision_tower.width, config.hidden_size)
         self.modality_embedding = nn.Embedding(2, config.hidden_size)
-        self.fusion = FusionEncoder(config)
+        self.fusion = FusionEncoder(config, config.text_config.hidden_size, self.vision_tower.width)
         self.text_pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.image_pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.post_init()
@@ -102,26 +115,45 @@ class Unimo3Model(Unimo3PreTrainedModel):
         return self.text_tower.get_input_embeddings()
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids and attention_mask [B, T] -> the text tower's last states [B, T, width]."""
-        return self.text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        """input_ids and attention_mask [B, T] -> the text tower's top states [B, n, T, W]."""
+        num_states = self.config.num_tower_states
+        out = self.text_tower(input_ids, attention_mask, output_hidden_states=num_states > 1, use_cache=False)
+        return torch.stack(out.hidden_states[-num_states:] if num_states > 1 else [out.last_hidden_state], dim=1)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> the image tower's last states [B, V, width]."""
+        """pixel_values [B, 3, S, S] -> the image tower's top states [B, n, V, W]."""
         return self.vision_tower(pixel_values.to(self.dtype))
 
-    def fuse(self, text_states: Tensor, image_states: Tensor, attention_mask: Tensor) -> FusionOutput:
-        """Run the cross-modal encoder on tower states [B, T, width], [B, V, width]; attention_mask [B, T]."""
+    def fuse(
+        self, text_states: Tensor, image_states: Tensor, attention_mask: Tensor, image_shift: Tensor | None = None
+    ) -> FusionOutput:
+        """Run the cross-modal encoder.
+
+        Args:
+            text_states: of the tower, [B, n, T, W].
+            image_states: likewise, [B, n, V, W].
+            attention_mask: [B, T], 1 where a token is real.
+            image_shift: added to the images' modality embedding, [B, D]: tells several images of a sample apart.
+        """
+        num_inputs = self.config.num_hidden_layers if self.config.bridge else 1
         kinds = torch.arange(2, device=text_states.device)
         text_kind, image_kind = self.modality_embedding(kinds)
-        text = self.text_projection(text_states) + text_kind
-        image = self.image_projection(image_states) + image_kind
-        return self.fusion(text, image, attention_mask.bool())
+        if image_shift is not None:
+            image_kind = (image_kind + image_shift)[:, None, None]
+        text = self.text_projection(text_states[:, -num_inputs:]) + text_kind
+        image = self.image_projection(image_states[:, -num_inputs:]) + image_kind
+        return self.fusion(text, image, text_states, image_states, attention_mask.bool())
 
     def pool(self, fused: FusionOutput) -> Tensor:
         """[tanh(W x_CLS); tanh(W y_CLS)], [B, 2 D]."""
         text = self.text_pooler(fused.text[:, 0])
         image = self.image_pooler(fused.image[:, 0])
         return torch.cat([text, image], dim=-1).tanh()
+
+    def compile_towers(self) -> None:
+        """Compile both towers in place with ``torch.compile``; parameters keep their names."""
+        self.text_tower.compile()
+        self.vision_tower.compile()
 
     def forward(
         self,
@@ -161,7 +193,11 @@ class Unimo3ForPreTraining(Unimo3PreTrainedModel):
         return self.mlm_head.decoder
 
     def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_gates: bool = False,
     ) -> Unimo3PreTrainingOutput:
         """Score texts [B, T] against images [B, 3, S, S] with every head."""
         if attention_mask is None:
@@ -174,29 +210,11 @@ class Unimo3ForPreTraining(Unimo3PreTrainedModel):
             prediction_logits=self.mlm_head(fused.text),
             matching_logits=self.itm_head(self.unimo3.pool(fused)),
             logits_per_image=contrast.image @ contrast.text.T / contrast.temperature,
+            text_gates=fused.text_gates if output_gates else None,
+            image_gates=fused.image_gates if output_gates else None,
         )
-
-
-class Unimo3ForVisualQuestionAnswering(Unimo3PreTrainedModel):
-    """The model with a classifier over an answer vocabulary."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm|itm|itc)_head\."]
-
-    def __init__(self, config: Unimo3Config):
-        super().__init__(config)
-        if config.num_answers < 1:
-            raise ConfigError(f"num_answers: {config.num_answers}: at least one answer is needed to build this head")
-        self.unimo3 = Unimo3Model(config)
-        self.vqa_head = VqaHead(config)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None
-    ) -> Unimo3AnswerOutput:
-        """Score every answer to questions [B, T] about images [B, 3, S, S]."""
-        fused = self.unimo3(input_ids, pixel_values, attention_mask)
-        return Unimo3AnswerOutput(logits=self.vqa_head(fused.pooler_output))
 
 
 AutoConfig.register(Unimo3Config.model_type, Unimo3Config)
 AutoModel.register(Unimo3Config, Unimo3Model)
+AutoModelForPreTraining.register(Unimo3Config, Unimo3ForPreTraining)

@@ -1,11 +1,15 @@
-"""The image tower: a timm vision transformer that returns all tokens after its final norm.
+"""The image tower: a timm vision transformer that returns the states of its top layers, after its final norm.
 
 Source: timm's vision_transformer.py; CLIP, arXiv 2103.00020, for the architecture METER uses.
 """
 
+# Shapes: B batch, S pixels a side, n states kept, V tokens, W width.
+
+from functools import partial
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from unimo3.errors import ConfigError
@@ -13,15 +17,17 @@ from unimo3.model.config import Unimo3VisionConfig
 
 
 class VisionTower(nn.Module):
-    """[B, 3, S, S] pixels -> [B, V, width] tokens, class token first."""
+    """[B, 3, S, S] pixels -> tokens after each of the top layers, class token first.
 
-    def __init__(self, config: Unimo3VisionConfig):
+    Args:
+        num_states: layers whose states are kept, the last one among them.
+    """
+
+    def __init__(self, config: Unimo3VisionConfig, num_states: int = 1):
         super().__init__()
         faults = config.faults()
         if faults:
             raise ConfigError(faults)
-        # Called as a whole (never through forward_features): ZeRO-3 gathers the class token and the position table,
-        # which belong to the transformer itself, when its forward starts.
         vit: Any = timm.create_model(
             config.architecture,
             pretrained=False,
@@ -30,10 +36,27 @@ class VisionTower(nn.Module):
             global_pool="",
             **config.overrides,
         )
+        # The transformer is called as a whole, not by its other methods: ZeRO-3 gathers the class token and the
+        # position table, which are its own, when its forward starts.
+        vit.forward = partial(_top_states, vit, num_states)
         self.vit = vit
         self.width: int = vit.num_features
+        self.depth: int = len(vit.blocks)
         self.num_tokens: int = vit.patch_embed.num_patches + vit.num_prefix_tokens
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [B, 3, S, S] -> [B, V, width]."""
-        return self.vit(pixel_values)
+        """pixel_values [B, 3, S, S] -> [B, n, V, W], the last layer's states last."""
+        states: Tensor = self.vit(pixel_values)
+        return states
+
+
+def _top_states(vit: Any, num_states: int, pixel_values: Tensor) -> Tensor:
+    states = vit.forward_intermediates(
+        pixel_values,
+        indices=num_states,
+        return_prefix_tokens=True,
+        norm=True,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    return torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in states], dim=1)

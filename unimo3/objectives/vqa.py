@@ -6,9 +6,8 @@ Source: METER, arXiv 2111.02387 (binary cross-entropy, summed over answers).
 from typing import Any
 
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from unimo3.model.unimo3 import Unimo3ForVisualQuestionAnswering
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.base import Losses
 
 
@@ -28,7 +27,5 @@ class VqaTask(nn.Module):
         Returns:
             In training ``loss``; in evaluation also ``logits`` [B, answers].
         """
-        logits = self.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits.float()
-        targets = batch["targets"]
-        losses = {"loss": binary_cross_entropy_with_logits(logits, targets) * targets.shape[-1]}
-        return losses if self.training else losses | {"logits": logits}
+        out = self.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], labels=batch["targets"])
+        return {"loss": out.loss} if self.training else {"loss": out.loss, "logits": out.logits.float()}

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from unimo3.errors import ConfigError
-from unimo3.model.unimo3 import Unimo3PreTrainedModel
+from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, build_optimizer
 
 # Settings of the recipe, and where a ds_config has them.
@@ -112,6 +112,14 @@ def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrai
             model = construct()
     model.tie_weights()  # transformers ties while it initialises, which was left out above
     return model
+
+
+def prepare_layers(model: Unimo3PreTrainedModel, activation_checkpointing: bool, compile_towers: bool) -> None:
+    """Choose how layers run, before the engine is built around the model."""
+    if activation_checkpointing:
+        model.activation_checkpointing_enable()
+    if compile_towers:
+        cast(Unimo3Model, model.unimo3).compile_towers()
 
 
 def build_engine(

@@ -44,6 +44,11 @@ class TrainingArgs:
     """Pairs one rank computes at a time."""
     ds_config: str = "ds_configs/zero3_bf16.json"
     """DeepSpeed configuration file."""
+    activation_checkpointing: bool = False
+    """Whether layers keep their inputs alone for the backward pass and compute the rest again: less memory, about a
+    third more time."""
+    compile_towers: bool = False
+    """Whether both towers are compiled with torch.compile; needs a ds_config of ZeRO-2 or 1."""
     eval_every: int = 0
     """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
     log_every: int = 50

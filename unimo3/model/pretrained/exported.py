@@ -1,0 +1,40 @@
+"""Folders that ``python -m pretrain.export`` wrote, or ``save_pretrained``: the whole model.
+
+Source: the safetensors format.
+"""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoConfig
+
+from unimo3.errors import ConfigError
+from unimo3.model.config import Unimo3Config
+from unimo3.model.pretrained.fill import fill, read_tensors
+
+
+def read_exported_config(folder: str) -> Unimo3Config:
+    """Read an exported folder's configuration.
+
+    Raises:
+        ConfigError: there is none, or it is another model's.
+    """
+    if not folder or not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, Unimo3Config):
+        raise ConfigError(f"init: '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 one is needed")
+    return config
+
+
+def load_exported(model: nn.Module, folder: str, fresh: str = r"^$", unused: str = r"^$") -> None:
+    """Fill a model from an exported folder.
+
+    Args:
+        fresh: pattern of parameters that may be missing there and keep their initial values.
+        unused: pattern of tensors there that this model has no place for.
+
+    Raises:
+        CheckpointError: any other tensor is missing, unexpected or of another shape.
+    """
+    fill(model, read_tensors(Path(folder)), folder, unused=unused, fresh=fresh)

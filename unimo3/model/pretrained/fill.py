@@ -1,0 +1,134 @@
+"""Filling a module from tensors under other names.
+
+Every tensor is either placed, on the caller's explicit list of those the module has no place for, or named in an error;
+so is every parameter that nothing filled. Tensors are read and placed one at a time, so no rank holds a second copy of
+the model, sharded by ZeRO-3 or not.
+
+Source: transformers' from_pretrained reports the same three kinds of misfit: missing, unexpected, of another shape.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from unimo3.errors import CheckpointError
+from unimo3.model.init import gathered
+
+NO_WEIGHTS = (
+    "no .safetensors file there; convert older formats with transformers' from_pretrained(...).save_pretrained(...)"
+)
+_NUM_NAMES_SHOWN = 5
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+class Rename(NamedTuple):
+    """Source names that match `pattern` go to `replacement`, as the `part`-th of `num_parts` equal blocks of its rows.
+
+    Blocks are for projections that are one parameter here and several elsewhere.
+    """
+
+    pattern: str
+    replacement: str | Callable[[re.Match[str]], str]
+    part: int = 0
+    num_parts: int = 1
+
+
+def fill(
+    module: nn.Module,
+    tensors: NamedTensors,
+    source: str,
+    renames: Sequence[Rename] = (),
+    unused: str = r"^$",
+    fresh: str = r"^$",
+    adapt: Callable[[str, Tensor, torch.Size], Tensor] = lambda name, tensor, shape: tensor,
+) -> None:
+    """Fill `module`.
+
+    Args:
+        source: names where the tensors are from in errors.
+        renames: the first that matches a name is applied; a name that none matches stays.
+        unused: pattern of source names that the module has no place for.
+        fresh: pattern of the module's parameters that may be missing there and keep their values.
+        adapt: (parameter's name, tensor, shape of the parameter) -> tensor, for those that may be stored otherwise.
+
+    Raises:
+        CheckpointError: any other tensor is missing, unexpected or of another shape.
+    """
+    # A tied parameter has several names; the first stands for it.
+    first_names = {parameter: name for name, parameter in module.named_parameters()}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    missing = {name for name in first_names.values() if not re.search(fresh, name)}
+    pieces: dict[str, set[int]] = {}
+    unexpected, misfits = [], []
+    for source_name, tensor in tensors:
+        if re.search(unused, source_name):
+            continue
+        name, part, num_parts = _place(source_name, renames)
+        parameter = parameters.get(name)
+        if parameter is None:
+            unexpected.append(source_name)
+            continue
+        with gathered([parameter]), torch.no_grad():
+            tensor = adapt(name, tensor, parameter.shape)
+            block = parameter.chunk(num_parts)[part]
+            if block.shape == tensor.shape:
+                block.copy_(tensor)
+            else:
+                misfits.append(f"{source_name} {tuple(tensor.shape)} (here {tuple(block.shape)})")
+        pieces.setdefault(name, set()).add(part)
+        if len(pieces[name]) == num_parts:
+            missing.discard(first_names[parameter])
+    faults = [
+        f"{kind}: {', '.join(sorted(names)[:_NUM_NAMES_SHOWN])}"
+        + (f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else "")
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misfits))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{source}: its tensors do not fit {type(module).__name__}; {'; '.join(faults)}. "
+            "Use weights of the same architecture and sizes"
+        )
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, one at a time.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
+    for file in files:
+        yield from read_file(file)
+
+
+def read_names(folder: Path) -> list[str]:
+    """Names of every tensor of a folder's safetensors files."""
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names += tensors.keys()
+    return names
+
+
+def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one safetensors file, one at a time."""
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+            yield name, tensors.get_tensor(name)
+
+
+def _place(name: str, renames: Sequence[Rename]) -> tuple[str, int, int]:
+    for rename in renames:
+        new, count = re.subn(rename.pattern, rename.replacement, name)
+        if count:
+            return new, rename.part, rename.num_parts
+    return name, 0, 1

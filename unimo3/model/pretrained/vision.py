@@ -1,0 +1,148 @@
+"""Weights for the image tower: a Hugging Face CLIP folder, or a checkpoint file of timm.
+
+The position table is resized bicubically to the tower's grid.
+
+Source: transformers' modeling_clip.py and timm's vision_transformer.py for the names; timm's resample_abs_pos_embed.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig
+
+from unimo3.errors import CheckpointError, ConfigError
+from unimo3.model.pretrained.fill import NO_WEIGHTS, Rename, fill, read_file, read_tensors
+from unimo3.model.vision import VisionTower
+
+_CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
+_LAYER = r"^vision_model\.encoder\.layers\.(\d+)\."
+_CLIP_NAMES = (
+    Rename(r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
+    Rename(r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
+    Rename(r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
+    Rename(r"^vision_model\.pre_layrnorm\.", "norm_pre."),
+    Rename(r"^vision_model\.post_layernorm\.", "norm."),
+    Rename(_LAYER + r"layer_norm(\d)\.", r"blocks.\1.norm\2."),
+    Rename(_LAYER + r"mlp\.fc", r"blocks.\1.mlp.fc"),
+    Rename(_LAYER + r"self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    Rename(_LAYER + r"self_attn\.q_proj\.", r"blocks.\1.attn.qkv.", 0, 3),
+    Rename(_LAYER + r"self_attn\.k_proj\.", r"blocks.\1.attn.qkv.", 1, 3),
+    Rename(_LAYER + r"self_attn\.v_proj\.", r"blocks.\1.attn.qkv.", 2, 3),
+)
+# A classifier, and what belongs to pooling.
+_TIMM_UNUSED = r"^(head|fc_norm|head_dist)\."
+_TIMM_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_WRAPPERS = ("state_dict", "model")
+
+
+def vision_faults(path: str, tower: VisionTower) -> list[str]:
+    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line a fault."""
+    where = f"model.vision.init: '{path}'"
+    try:
+        theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))
+    except (ConfigError, CheckpointError) as error:
+        return [f"{where}: {error}"]
+    vit: Any = tower.vit
+    ours = {"width": vit.embed_dim, "depth": len(vit.blocks), "patch_size": vit.patch_embed.patch_size[0]}
+    return [
+        f"{where}: has {name} {theirs[name]}, model.vision says {size}; use weights of the same architecture"
+        for name, size in ours.items()
+        if theirs[name] != size
+    ]
+
+
+def load_vision(tower: VisionTower, path: str) -> None:
+    """Fill the image tower from a CLIP folder or a timm checkpoint file.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape, or the file cannot be read.
+    """
+    fit = position_fitter(tower)
+    if Path(path).is_file():
+        fill(tower.vit, _timm_tensors(Path(path)), path, unused=_TIMM_UNUSED, adapt=fit)
+    else:
+        fill(tower.vit, read_tensors(Path(path)), path, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
+
+
+def position_fitter(tower: VisionTower) -> Any:
+    """A `fill` adapter: position tables at the tower's grid, class tokens and tables with timm's leading axes."""
+    vit: Any = tower.vit
+    grid, num_prefix = list(vit.patch_embed.grid_size), vit.num_prefix_tokens
+
+    def fit(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+        if name.endswith("cls_token"):
+            return tensor.reshape(1, 1, -1)
+        if not name.endswith("pos_embed"):
+            return tensor
+        table = tensor.reshape(1, -1, tensor.shape[-1]).float()
+        side = math.isqrt(table.shape[1] - num_prefix)
+        if table.shape[1] - num_prefix != side * side:
+            return tensor  # not of a square grid: an error of shape
+        return resample_abs_pos_embed(table, grid, num_prefix_tokens=num_prefix, antialias=False)
+
+    return fit
+
+
+def _clip_sizes(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "neither a file nor a folder with config.json; name a local Hugging Face CLIP folder or a timm checkpoint "
+            f"file ({', '.join(_TIMM_SUFFIXES)})"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(NO_WEIGHTS)
+    config = AutoConfig.from_pretrained(folder)
+    vision: Any = getattr(config, "vision_config", config)
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ConfigError(f"holds a '{config.model_type}' model; a CLIP one is needed")
+    return {"width": vision.hidden_size, "depth": vision.num_hidden_layers, "patch_size": vision.patch_size}
+
+
+def _timm_sizes(file: Path) -> dict[str, int]:
+    if file.suffix == ".safetensors":
+        with _opened(file) as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    else:
+        shapes = {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
+    if "patch_embed.proj.weight" not in shapes:
+        raise CheckpointError("holds no 'patch_embed.proj.weight'; name a checkpoint of one of timm's transformers")
+    width, _, _, patch = shapes["patch_embed.proj.weight"]
+    blocks = {found[1] for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return {"width": width, "depth": len(blocks), "patch_size": patch}
+
+
+def _timm_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".safetensors":
+        return read_file(file)
+    return iter(_unpickled(file).items())
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:
+        raise CheckpointError(f"is no safetensors file ({error})") from error
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """A pickled checkpoint's tensors, mapped into memory; no code in it is run."""
+    if file.suffix not in _TIMM_SUFFIXES:
+        raise CheckpointError(f"unknown kind of file; one of {', '.join(_TIMM_SUFFIXES)} is read")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot be read as plain tensors ({first}); save it again as .safetensors") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        raise CheckpointError("holds no dictionary of tensors; save a timm model's state_dict()")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
