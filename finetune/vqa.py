@@ -30,6 +30,7 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
+from unimo3.model.processor import Unimo3Processor
 from unimo3.objectives.vqa import VqaTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, to_device
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
     run = Run(settings, batch.global_batch, train_index.fingerprint)
-    run.write_model_files(model_config, tokenizer, image_processor(image_size), answers)
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), answers)
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))

@@ -14,7 +14,8 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
-from unimo3.model.args import ModelArgs, set_initial_weights, set_special_ids, tokenizer_faults
+from unimo3.model.args import ModelArgs, set_initial_weights, settle_tokens, tokenizer_faults
+from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
@@ -62,14 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = config.parse(PretrainConfig, argv, "python -m pretrain.train", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
-    set_special_ids(model_config, tokenizer)
+    settle_tokens(model_config, tokenizer)
     index = ShardIndex(Path(settings.data.train))
     world, stop = start_process(settings.run.seed)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
     run = Run(settings, batch.global_batch, index.fingerprint)
-    run.write_model_files(model_config, tokenizer, image_processor(image_size))
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))

@@ -2,13 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.spawn import run_ranks
 from tests.tiny import rows, tiny_batch, tiny_config
-from unimo3.training.engine import BatchPlan, build_engine, build_model, gradient_norm, read_ds_config
+from unimo3.training.engine import (
+    BatchPlan,
+    build_engine,
+    build_model,
+    gradient_norm,
+    prepare_layers,
+    read_ds_config,
+)
 from unimo3.training.optim import OptimArgs
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -78,6 +86,114 @@ def test_two_ranks_agree_under_each_config_and_configs_with_each_other():
         assert first[name] == pytest.approx(alone[name], rel=tolerance), name
         assert first[name] == pytest.approx(alone["zero3_fp32"], rel=0.03), name
     assert first["zero3_bf16"] == first["zero3_offload_cpu"]
+
+
+BRIDGED = {"bridge": True, "unimodal_levels": 2, "num_hidden_layers": 2}
+
+
+def losses_with_and_without_checkpointing():
+    from unimo3.distributed import world
+    from unimo3.model.init import initialize_weights
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+    from unimo3.objectives.args import ObjectivesArgs
+    from unimo3.objectives.base import PretrainingTask
+
+    rank, size = world()
+    share = 8 // size
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(8, share, size), clip_norm=0.0)
+    found = []
+    for checkpointing in (False, True):
+        model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config(**BRIDGED)))
+        initialize_weights(model, 0, std=0.1)
+        prepare_layers(model, checkpointing, compile_towers=False)
+        engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
+        engine.train()
+        runs: list[int] = []
+        model.unimo3.fusion.text.layers[0].self_attention.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        losses = []
+        for seed in range(3):
+            report = engine(rows(tiny_batch(8, seed), rank * share, (rank + 1) * share))
+            engine.backward(report["loss"])
+            engine.step()
+            losses.append((float(report["loss"]), gradient_norm(engine)))
+        found.append((losses, len(runs)))
+    return found
+
+
+@pytest.mark.integration
+def test_activation_checkpointing_changes_no_loss_under_zero_3():
+    for (plain, plain_runs), (checkpointed, runs) in run_ranks(2, losses_with_and_without_checkpointing):
+        assert checkpointed == plain
+        assert (plain_runs, runs) == (3, 6)
+
+
+def fill_sharded_model(folder: str):
+    from deepspeed import zero
+
+    from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, set_initial_weights
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+
+    args = ModelArgs(TextArgs(), VisionArgs(image_size=24), init=folder, bridge=True)
+    plain = Unimo3ForPreTraining(args.to_config())
+    set_initial_weights(plain, args, seed=0)
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(2, 1, 2), clip_norm=0.0)
+    model = build_model(ds_config, lambda: Unimo3ForPreTraining(args.to_config()))
+
+    most_whole = 0
+    enter = zero.GatheredParameters.__enter__
+
+    def count(context):
+        nonlocal most_whole
+        enter(context)
+        most_whole = max(most_whole, sum(p.numel() for p in model.parameters()))
+
+    zero.GatheredParameters.__enter__ = count
+    set_initial_weights(model, args, seed=0)
+    zero.GatheredParameters.__enter__ = enter
+    differing = []
+    for name, parameter in model.named_parameters():
+        with zero.GatheredParameters([parameter]):
+            if not parameter.equal(plain.get_parameter(name)):
+                differing.append(name)
+    return differing, most_whole, max(p.numel() for p in plain.parameters()), model.config.bridge
+
+
+@pytest.mark.integration
+def test_a_sharded_model_is_filled_from_a_bridgetower_one_parameter_at_a_time(tmp_path):
+    import numpy as np
+    from transformers import BridgeTowerModel
+
+    from tests.model.test_bridgetower import draw_config, spread
+
+    outside = BridgeTowerModel(draw_config(np.random.default_rng(2), vision={"patch_size": 8, "image_size": 16}))
+    spread(outside, 2)
+    outside.save_pretrained(tmp_path)
+    for differing, most_whole, largest, bridged in run_ranks(2, fill_sharded_model, str(tmp_path)):
+        assert differing == []
+        assert bridged
+        # A linear map is filled with its bias.
+        assert largest <= most_whole < 1.1 * largest
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_towers_give_the_same_losses_and_keep_their_names():
+    import torch
+
+    from tests.tiny import tiny_pretraining_model
+    from unimo3.objectives.args import ObjectivesArgs
+    from unimo3.objectives.base import PretrainingTask
+
+    results = []
+    for compiled in (False, True):
+        model = tiny_pretraining_model().train()
+        prepare_layers(model, activation_checkpointing=False, compile_towers=compiled)
+        loss = PretrainingTask(model, ObjectivesArgs().build(0))(tiny_batch(4))["loss"]
+        loss.backward()
+        results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (plain, plain_gradients), (loss, gradients) = results
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, plain_gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_the_batch_plan():

@@ -265,9 +265,10 @@ def tokenizer_faults(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, ma
     return found
 
 
-def set_special_ids(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a configuration the tokenizer's special ids."""
+def settle_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration the tokenizer's special ids, and the tokenizer the length that the positions allow."""
     text = config.text_config
     text.pad_token_id = tokenizer.pad_token_id
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings - 2)

@@ -48,7 +48,7 @@ class TrainingArgs:
     """Whether layers keep their inputs alone for the backward pass and compute the rest again: less memory, about a
     third more time."""
     compile_towers: bool = False
-    """Whether both towers are compiled with torch.compile; needs a ds_config of ZeRO-2 or 1."""
+    """Whether both towers are compiled with torch.compile at the first step; needs a compiler on every node."""
     eval_every: int = 0
     """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
     log_every: int = 50

@@ -22,13 +22,15 @@ from unimo3.model.pretrained.fill import NO_WEIGHTS, Rename, fill, read_file, re
 from unimo3.model.vision import VisionTower
 
 _CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
-_LAYER = r"^vision_model\.encoder\.layers\.(\d+)\."
+# transformers leaves the prefix out where the image model is saved alone.
+_START = r"^(?:vision_model\.)?"
+_LAYER = _START + r"encoder\.layers\.(\d+)\."
 _CLIP_NAMES = (
-    Rename(r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
-    Rename(r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
-    Rename(r"^vision_model\.embeddings\.position_embedding\.weight$", "pos_embed"),
-    Rename(r"^vision_model\.pre_layrnorm\.", "norm_pre."),
-    Rename(r"^vision_model\.post_layernorm\.", "norm."),
+    Rename(_START + r"embeddings\.class_embedding$", "cls_token"),
+    Rename(_START + r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+    Rename(_START + r"embeddings\.position_embedding\.weight$", "pos_embed"),
+    Rename(_START + r"pre_layrnorm\.", "norm_pre."),
+    Rename(_START + r"post_layernorm\.", "norm."),
     Rename(_LAYER + r"layer_norm(\d)\.", r"blocks.\1.norm\2."),
     Rename(_LAYER + r"mlp\.fc", r"blocks.\1.mlp.fc"),
     Rename(_LAYER + r"self_attn\.out_proj\.", r"blocks.\1.attn.proj."),

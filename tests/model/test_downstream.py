@@ -1,0 +1,161 @@
+"""Downstream classes: loaded from pretraining weights, losses, two images, retrieval, processor, Auto classes."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from transformers import (
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForVisualQuestionAnswering,
+    AutoProcessor,
+)
+
+from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
+from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
+from unimo3.data.transforms import ImageTransform, image_processor
+from unimo3.errors import ConfigError
+from unimo3.model.downstream import (
+    Unimo3ForImageAndTextRetrieval,
+    Unimo3ForImagesAndTextClassification,
+    Unimo3ForImageTextClassification,
+    Unimo3ForVisualQuestionAnswering,
+)
+from unimo3.model.processor import Unimo3Processor
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
+
+CLASSES = (
+    Unimo3ForVisualQuestionAnswering,
+    Unimo3ForImageTextClassification,
+    Unimo3ForImagesAndTextClassification,
+    Unimo3ForImageAndTextRetrieval,
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    tiny_pretraining_model(num_answers=4, num_labels=3).save_pretrained(folder)
+    return folder
+
+
+def inputs(num_samples=3):
+    batch = tiny_batch(num_samples)
+    return batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_each_class_starts_from_pretraining_weights_and_saves_its_own(exported, tmp_path, kind):
+    model, report = kind.from_pretrained(exported, output_loading_info=True)
+    heads = ("vqa_head.", "entailment_head.", "pair_head.", "image_shift.")
+    assert all(name.startswith(heads) for name in report["missing_keys"])
+    assert not report["unexpected_keys"]
+    source = Unimo3ForPreTraining.from_pretrained(exported)
+    for name, parameter in model.unimo3.named_parameters():
+        assert torch.equal(parameter, source.unimo3.get_parameter(name)), name
+    model.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, Unimo3Model)
+    assert torch.equal(base.text_pooler.weight, model.unimo3.text_pooler.weight)
+
+
+def test_auto_classes_find_the_models(exported):
+    assert isinstance(AutoModelForPreTraining.from_pretrained(exported), Unimo3ForPreTraining)
+    assert isinstance(AutoModelForVisualQuestionAnswering.from_pretrained(exported), Unimo3ForVisualQuestionAnswering)
+
+
+def test_losses_are_those_of_the_logits(exported):
+    ids, pixels, mask = inputs()
+    soft = torch.rand(3, 4)
+    out = Unimo3ForVisualQuestionAnswering.from_pretrained(exported)(ids, pixels, mask, labels=soft)
+    torch.testing.assert_close(out.loss, binary_cross_entropy_with_logits(out.logits, soft) * 4)
+    labels = torch.tensor([2, 0, 1])
+    out = Unimo3ForImageTextClassification.from_pretrained(exported)(ids, pixels, mask, labels=labels)
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits, labels))
+    matches = torch.tensor([1, 0, 1])
+    out = Unimo3ForImageAndTextRetrieval.from_pretrained(exported)(ids, pixels, mask, labels=matches)
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits, matches))
+    assert Unimo3ForImageTextClassification.from_pretrained(exported)(ids, pixels, mask).loss is None
+
+
+def test_two_images_are_fused_apart_and_told_apart_by_the_shift(exported):
+    model = Unimo3ForImagesAndTextClassification.from_pretrained(exported).eval()
+    ids, first, mask = inputs()
+    second = torch.randn_like(first)
+    out = model(ids, torch.stack([first, second], dim=1), mask, labels=torch.tensor([0, 1, 1]), output_gates=True)
+    base = model.unimo3
+    pooled = torch.cat([base(ids, images, mask).pooler_output for images in (first, second)], dim=-1)
+    torch.testing.assert_close(out.logits, model.pair_head(pooled), atol=1e-6, rtol=1e-5)
+    assert out.text_gates[1].shape[0] == 6
+    out.loss.backward()
+    assert model.image_shift.vector.grad.abs().max() > 0
+    with torch.no_grad():
+        model.image_shift.vector.fill_(0.5)
+    shifted = model(ids, torch.stack([first, second], dim=1), mask)
+    assert not torch.allclose(shifted.logits, out.logits)
+    with pytest.raises(ValueError, match="two images a text"):
+        model(ids, first, mask)
+
+
+def test_retrieval_scores_are_pretrainings(exported):
+    ids, pixels, mask = inputs()
+    expected = Unimo3ForPreTraining.from_pretrained(exported)(ids, pixels, mask)
+    found = Unimo3ForImageAndTextRetrieval.from_pretrained(exported)(ids, pixels, mask)
+    assert torch.equal(found.logits, expected.matching_logits)
+    assert torch.equal(found.logits_per_image, expected.logits_per_image)
+    torch.testing.assert_close(found.text_embeds.norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, Unimo3ForPreTraining, Unimo3Model], ids=lambda kind: kind.__name__)
+def test_gates_come_on_request_alone(exported, kind):
+    ids, pixels, mask = inputs()
+    if kind is Unimo3ForImagesAndTextClassification:
+        pixels = torch.stack([pixels, pixels], dim=1)
+    model = kind.from_pretrained(exported)
+    assert model(ids, pixels, mask).text_gates is None
+    gates = model(ids, pixels, mask, output_gates=True)
+    for gate in (gates.text_gates[2], gates.image_gates[2]):
+        torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
+
+
+def test_heads_without_classes_are_refused():
+    with pytest.raises(ConfigError, match="num_labels: 0: at least one class"):
+        Unimo3ForImageTextClassification(tiny_config(num_labels=0))
+
+
+@pytest.fixture(scope="module")
+def processor(exported):
+    train_tokenizer(["a red dog on a hill", "two dogs"] * 20, 300, exported / "tokenizer")
+    tokenizer = load_tokenizer(str(exported / "tokenizer"))
+    tokenizer.model_max_length = 8
+    Unimo3Processor(image_processor(16), tokenizer).save_pretrained(exported)
+    return AutoProcessor.from_pretrained(exported)
+
+
+def test_the_processor_gives_a_models_inputs(exported, processor):
+    assert isinstance(processor, Unimo3Processor)
+    images = [np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)] * 2
+    batch = processor(images=images, text=["two dogs", "a red dog on a hill and on and on"], return_tensors="pt")
+    assert sorted(batch) == ["attention_mask", "input_ids", "pixel_values"]
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch["attention_mask"].sum(-1).tolist() == [4, 8]
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    batch["input_ids"] = batch["input_ids"] % 50  # the tiny model's vocabulary
+    assert Unimo3Model.from_pretrained(exported)(**batch).pooler_output.shape == (2, 64)
+
+
+def test_the_processors_pixels_are_trainings(processor):
+    import io
+
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    expected = ImageTransform(16)(content.getvalue(), np.random.default_rng(0))
+    found = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    # Both round to whole grey values after resizing; the backends may round one apart.
+    assert (found - expected).abs().max() < 1.5 / 255 / 0.26

@@ -1,0 +1,160 @@
+"""Towers equal transformers' RobertaModel and CLIPVisionModel layer by layer, with weights of every form we read."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+)
+
+from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
+from unimo3.errors import CheckpointError
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
+from unimo3.model.config import Unimo3VisionConfig
+from unimo3.model.pretrained import load_roberta, load_vision, vision_faults
+from unimo3.model.vision import VisionTower
+
+DEPTH = 3
+ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2}
+
+
+def spread(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def image_tower(image_size: int, num_states: int = 1) -> VisionTower:
+    return VisionTower(Unimo3VisionConfig(ARCHITECTURE, image_size, dict(SIZES)), num_states).eval()
+
+
+def clip_vision(image_size: int = 16) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=DEPTH, num_attention_heads=2, patch_size=8,
+        image_size=image_size,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_all_text_states_equal_robertas(tmp_path):
+    sizes = tiny_config().text_config.to_diff_dict() | {"num_hidden_layers": DEPTH}
+    outside = spread(RobertaForMaskedLM(RobertaConfig(**sizes)))
+    outside.save_pretrained(tmp_path)
+    vision = {"image_size": 16, "overrides": SIZES}
+    model = tiny_pretraining_model(text_config=sizes, vision_config=vision, bridge=True).unimo3.eval()
+    load_roberta(model.text_tower, str(tmp_path))
+    batch = tiny_batch(3)
+    expected = RobertaModel.from_pretrained(tmp_path).eval()(
+        batch["input_ids"], batch["attention_mask"], output_hidden_states=True
+    )
+    found = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    assert found.shape == (3, DEPTH, 10, 32)
+    torch.testing.assert_close(found, torch.stack(expected.hidden_states[1:], dim=1), atol=0, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False], ids=["clip_model", "clip_vision_model"])
+@pytest.mark.parametrize("image_size", [16, 24, 40])
+def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, image_size, whole):
+    if whole:
+        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        spread(
+            CLIPModel(CLIPConfig(text_config=text, vision_config=clip_vision().to_dict(), projection_dim=16))
+        ).save_pretrained(tmp_path)
+    else:
+        spread(CLIPVisionModel(clip_vision())).save_pretrained(tmp_path)
+    outside = CLIPVisionModel.from_pretrained(tmp_path).eval()
+    tower = image_tower(image_size, num_states=DEPTH)
+    assert vision_faults(str(tmp_path), tower) == []
+    load_vision(tower, str(tmp_path))
+    pixels = torch.randn(2, 3, image_size, image_size)
+    expected = outside(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+    norm = outside.get_submodule(
+        "vision_model.post_layernorm" if hasattr(outside, "vision_model") else "post_layernorm"
+    )
+    states = torch.stack([norm(state) for state in expected[1:]], dim=1)
+    torch.testing.assert_close(tower(pixels), states, atol=1e-5, rtol=1e-5)
+    # Before the final norm, and the embeddings too.
+    entered, plain = [], []
+    tower.vit.norm_pre.register_forward_hook(lambda *args: entered.append(args[2]))
+    for block in tower.vit.blocks:
+        block.register_forward_hook(lambda *args: plain.append(args[2]))
+    tower(pixels)
+    for found, wanted in zip([*entered, *plain], expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped.pth"])
+def test_a_timm_checkpoint_fills_the_image_tower(tmp_path, form):
+    outside = spread(timm.create_model(ARCHITECTURE, img_size=16, num_classes=7, **SIZES))
+    path = tmp_path / f"vit.{form}"
+    state = {name: tensor.contiguous() for name, tensor in outside.state_dict().items()}
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 3} if form.startswith("wrapped") else state, path)
+    tower = image_tower(16)
+    assert vision_faults(str(path), tower) == []
+    load_vision(tower, str(path))
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(tower(pixels)[:, -1], outside.forward_features(pixels), atol=1e-6, rtol=1e-6)
+
+
+def test_files_that_do_not_fit_are_named_before_anything_starts(tmp_path):
+    other = timm.create_model(ARCHITECTURE, img_size=16, num_classes=0, **(SIZES | {"depth": 2, "embed_dim": 64}))
+    save_file(other.state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "text.txt").write_text("no weights")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    (tmp_path / "code.pth").write_bytes(b"no pickle")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+
+    def faults(name: str) -> list[str]:
+        vision = VisionArgs(init=str(tmp_path / name), image_size=16, patch_size=8, width=32, depth=DEPTH, num_heads=2)
+        text = TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        return ModelArgs(text, vision, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).faults()
+
+    width, depth = faults("vit.safetensors")
+    assert "has width 64, model.vision says 32; use weights" in width
+    assert "has depth 2, model.vision says 3" in depth
+    assert "unknown kind of file; one of .safetensors, .pth" in faults("text.txt")[0]
+    assert "is no safetensors file" in faults("broken.safetensors")[0]
+    assert "cannot be read as plain tensors" in faults("code.pth")[0]
+    assert "holds no 'patch_embed.proj.weight'" in faults("other.safetensors")[0]
+    assert "neither a file nor a folder with config.json" in faults("nothing")[0]
+
+
+def test_a_missing_tensor_of_a_timm_checkpoint_is_named(tmp_path):
+    state = timm.create_model(ARCHITECTURE, img_size=16, num_classes=0, **SIZES).state_dict()
+    state.pop("blocks.1.mlp.fc1.bias")
+    save_file(state, tmp_path / "vit.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.mlp\.fc1\.bias"):
+        load_vision(image_tower(16), str(tmp_path / "vit.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bridge": True, "num_hidden_layers": 3}, "model.bridge: true: needs a tower layer for each of the 3 fusion"),
+        ({"unimodal_levels": 3}, "model.unimodal_levels: 3: model.text.num_hidden_layers is 2; lower it"),
+        ({"unimodal_levels": -1}, "model.unimodal_levels: -1: 0 or a number"),
+        ({"unimodal_levels": 1, "interaction": "in_layer"}, "model.unimodal_levels: 1: in_layer reads the partner"),
+    ],
+)
+def test_levels_that_do_not_exist_are_faults(changes, named):
+    args = ModelArgs(
+        TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+        VisionArgs(image_size=16, patch_size=8, width=32, depth=2, num_heads=2),
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes},
+    )
+    assert named in args.faults()[0]

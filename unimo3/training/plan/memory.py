@@ -1,0 +1,193 @@
+"""What ZeRO holds on one rank: weights, master weights, moments, gradients, gathered parameters and buffers.
+
+DeepSpeed's own reading of a ds_config decides what is cut among the ranks; the sizes below follow what its optimizers
+allocate. tests/integration/test_plan.py compares them with a running engine's.
+
+Source: DeepSpeed 0.19, runtime/zero/stage3.py, stage_1_and_2.py, partition_parameters.py and
+partitioned_param_coordinator.py.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import nn
+
+from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
+from unimo3.training.optim import OptimArgs, parameter_groups
+
+_FP32_BYTES = 4
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of parameters; tied ones count once.
+
+    Attributes:
+        roles: of the towers, the fusion encoder and the heads; what a head shares is the tower's.
+        groups: of each parameter in each group of the optimizer.
+        largest_module: that one module owns itself.
+    """
+
+    roles: dict[str, int]
+    groups: list[list[int]]
+    largest_module: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.roles.values())
+
+    @property
+    def parameters(self) -> list[int]:
+        """The size of each parameter."""
+        return [size for group in self.groups for size in group]
+
+
+def model_sizes(model: Unimo3PreTrainedModel) -> ModelSizes:
+    """Count a whole model's parameters; it may be on the meta device."""
+    base = cast(Unimo3Model, model.unimo3)
+    seen: set[int] = set()
+
+    def count_new(module: nn.Module) -> int:
+        new = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen.update(id(parameter) for parameter in new)
+        return sum(parameter.numel() for parameter in new)
+
+    owners = {"text": base.text_tower, "image": base.vision_tower, "fusion": base, "heads": model}
+    return ModelSizes(
+        roles={role: count_new(module) for role, module in owners.items()},
+        groups=[[p.numel() for p in group["params"]] for group in parameter_groups(model, OptimArgs())],
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+    )
+
+
+class Sharding:
+    """How a ds_config shards, offloads and rounds.
+
+    Args:
+        ds_config: with DeepSpeed's keys; the batch sizes may be missing or "auto".
+    """
+
+    def __init__(self, ds_config: dict[str, Any]):
+        self.zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+        self.stage = int(self.zero.stage)
+        self.precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
+        self.dtype: torch.dtype = _DTYPES[self.precision]
+        accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
+        self.weight_bytes = self.dtype.itemsize
+        self.gradient_bytes = _DTYPES[accumulation].itemsize if accumulation else self.weight_bytes
+        self.offloads_weights = _offloads(self.zero.offload_param)
+        self.offloads_optimizer = _offloads(self.zero.offload_optimizer)
+        self.secondary_ranks: int = self.zero.zero_hpz_partition_size
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything of a rank's state is in host memory."""
+        return self.offloads_weights or self.offloads_optimizer
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes one rank holds whatever the micro-batch.
+
+    Attributes:
+        device: on the GPU, by what they are for.
+        host: in host memory, likewise.
+        pass_bytes: on the GPU during the forward and backward pass alone.
+        step_bytes: on the GPU during the optimizer's step alone.
+    """
+
+    device: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    pass_bytes: dict[str, int] = field(default_factory=dict)
+    step_bytes: int = 0
+
+    def peak_bytes(self, activation_bytes: float) -> float:
+        """The most the GPU holds at once, given what a micro-batch's forward and backward pass needs."""
+        return sum(self.device.values()) + max(sum(self.pass_bytes.values()) + activation_bytes, self.step_bytes)
+
+
+def rank_memory(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
+    """What DeepSpeed holds on each of `num_ranks` ranks."""
+    return (_stage_3 if sharding.stage == 3 else _stages_1_and_2)(sizes, sharding, num_ranks)
+
+
+def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
+    # Each parameter is cut among the ranks by itself.
+    shards = [sum(math.ceil(size / num_ranks) for size in group) for group in sizes.groups]
+    shard = sum(shards)
+    zero = sharding.zero
+    memory = RankMemory(step_bytes=0 if sharding.offloads_optimizer else _step_bytes(shards, zero.sub_group_size))
+    weights = memory.host if sharding.offloads_weights else memory.device
+    optimizer = memory.host if sharding.offloads_optimizer else memory.device
+    weights["weights"] = shard * sharding.weight_bytes
+    # float32 weights that lie beside the optimizer are their own master copy.
+    is_own_master = sharding.weight_bytes == _FP32_BYTES and not sharding.offloads_optimizer
+    optimizer["master_weights"] = 0 if is_own_master else shard * _FP32_BYTES
+    optimizer["moments"] = 2 * shard * _FP32_BYTES
+    optimizer["gradients"] = shard * (sharding.gradient_bytes + (_FP32_BYTES if sharding.offloads_optimizer else 0))
+    persistent = _persistent(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
+    memory.device["persistent_weights"] = persistent * sharding.weight_bytes
+    if sharding.secondary_ranks > 1:
+        copy = sum(math.ceil(size / sharding.secondary_ranks) for size in sizes.parameters)
+        weights["secondary_weights"] = copy * sharding.weight_bytes
+    # A parameter stays gathered if it is needed again soon. The backward pass mirrors the forward pass, so what lies x
+    # parameters before the turn is needed again after 2 x.
+    soon = zero.max_reuse_distance // 2
+    ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
+    gathered = min(sizes.total - persistent, soon + sizes.largest_module + ahead)
+    memory.pass_bytes["gathered_weights"] = gathered * sharding.weight_bytes
+    # The bucket, and its copy that the reduction reads.
+    memory.pass_bytes["buckets"] = 2 * zero.reduce_bucket_size * sharding.weight_bytes
+    return memory
+
+
+def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
+    # Each group is one run of parameters, cut among the ranks at multiples of two.
+    shards = [2 * math.ceil(sum(group) / (2 * num_ranks)) for group in sizes.groups]
+    shard = sum(shards)
+    zero = sharding.zero
+    memory = RankMemory(step_bytes=0 if sharding.offloads_optimizer else _step_bytes(shards))
+    optimizer = memory.host if sharding.offloads_optimizer else memory.device
+    memory.device["weights"] = shard * num_ranks * sharding.weight_bytes
+    optimizer["master_weights"] = shard * _FP32_BYTES
+    optimizer["moments"] = 2 * shard * _FP32_BYTES
+    accumulates_apart = sharding.gradient_bytes != sharding.weight_bytes
+    staging_bytes = sharding.weight_bytes
+    if sharding.offloads_optimizer:
+        # Accumulated in the weights' type, given to the optimizer in float32, updated weights on their way back.
+        optimizer["gradients"] = shard * (2 * sharding.weight_bytes + _FP32_BYTES)
+        memory.device["gradients"] = max(sizes.parameters) * sharding.weight_bytes
+    elif sharding.stage == 2:
+        # Float32 accumulation has one buffer; any other copies reduced gradients first.
+        first = 0 if accumulates_apart else sharding.weight_bytes
+        memory.device["gradients"] = shard * (first + sharding.gradient_bytes)
+    else:
+        # Stage 1 accumulates whole gradients.
+        memory.device["gradients"] = (shard * num_ranks + shard) * sharding.gradient_bytes
+        staging_bytes = sharding.gradient_bytes
+    num_buckets = 2 if zero.overlap_comm else 1
+    memory.pass_bytes["buckets"] = num_buckets * zero.reduce_bucket_size * staging_bytes
+    return memory
+
+
+def _step_bytes(shards: list[int], most: int | float = math.inf) -> int:
+    """AdamW steps through one group at a time: its gradient in float32, and one temporary of the same size."""
+    return 2 * _FP32_BYTES * int(min(max(shards), most))
+
+
+def _persistent(parameters: list[int], threshold: int, total: int) -> int:
+    """Parameters too small to be worth gathering again and again stay gathered, as far as the total allows."""
+    kept = 0
+    for size in parameters:
+        if size <= threshold and kept + size <= total:
+            kept += size
+    return kept
+
+
+def _offloads(section: Any) -> bool:
+    return section is not None and section.device != "none"

@@ -1,0 +1,229 @@
+"""What one training step costs: operations and memory, read off the step itself, run without values.
+
+The real model and the real `PretrainingTask` run forward and backward on torch's meta device, where tensors have a
+shape and no content. Operations are counted by torch's FlopCounterMode. Memory is the sum of all tensors alive, which
+is what an allocator would have to hold; parameters and what ZeRO keeps of gradients are left to `memory`.
+
+A GPU runs two operations otherwise than the meta device does, and they are counted as the GPU runs them: attention as
+one kernel that keeps a log-sum-exp a row instead of the weights (torch's memory-efficient kernel), and dropout with a
+mask of one byte. What needs values is answered so that the general case is counted: every text is padded somewhere,
+and negatives are drawn from equal similarities.
+
+Source: torch/utils/flop_counter.py; torch/distributed/_tools/mem_tracker.py for counting live storages.
+"""
+
+# Shapes: B pairs, T text tokens, S pixels a side.
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any_only, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from unimo3.data.masking import IGNORED
+from unimo3.model.config import Unimo3Config
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.base import PretrainingTask
+from unimo3.training.engine import prepare_layers
+
+# Two batches tell what grows with the pairs from what does not.
+_FEW, _MANY = 32, 64
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One rank's forward and backward pass.
+
+    Attributes:
+        forward_flops: floating-point operations a pair; a multiplication and an addition are two.
+        backward_flops: likewise; with activation checkpointing, what is computed again is among them.
+        kept_bytes: a pair's tensors alive between forward and backward pass.
+        peak_bytes: a pair's share of the most that is alive at once.
+        fixed_bytes: what is alive then whatever the number of pairs: mostly the largest gradient.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    kept_bytes: float
+    peak_bytes: float
+    fixed_bytes: float
+
+    @property
+    def flops(self) -> float:
+        """Operations a pair of the whole pass."""
+        return self.forward_flops + self.backward_flops
+
+
+def build_on_meta(config: Unimo3Config, dtype: torch.dtype = torch.float32) -> Unimo3ForPreTraining:
+    """The model with shapes and no values."""
+    with torch.device("meta"):
+        model = Unimo3ForPreTraining(config)
+    return model.to(dtype)
+
+
+def trace_step(
+    config: Unimo3Config,
+    objectives: ObjectivesArgs,
+    num_tokens: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+) -> StepCost:
+    """Run a training step without values.
+
+    Args:
+        num_tokens: T; texts are counted at full length.
+        dtype: of the weights in the step.
+    """
+    model = build_on_meta(config, dtype)
+    prepare_layers(model, activation_checkpointing, compile_towers=False)
+    task = PretrainingTask(model, objectives.build(seed=0)).train()
+    for parameter in model.parameters():
+        # ZeRO moves a gradient on as soon as it is complete.
+        parameter.register_post_accumulate_grad_hook(_drop_grad)
+    few, many = (_run(task, _batch(config, objectives, size, num_tokens)) for size in (_FEW, _MANY))
+    added = _MANY - _FEW
+    peak_bytes = (many.peak_bytes - few.peak_bytes) / added
+    return StepCost(
+        forward_flops=many.forward_flops / _MANY,
+        backward_flops=many.backward_flops / _MANY,
+        kept_bytes=(many.kept_bytes - few.kept_bytes) / added,
+        peak_bytes=peak_bytes,
+        fixed_bytes=max(0.0, few.peak_bytes - _FEW * peak_bytes),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    forward_flops: int
+    backward_flops: int
+    kept_bytes: int
+    peak_bytes: int
+
+
+def _run(task: PretrainingTask, batch: dict[str, Tensor]) -> _Run:
+    with _AsOnGpu(), _Meter([*task.parameters(), *task.buffers()]) as meter:
+        loss = task(batch)["loss"]
+        forward_flops, kept_bytes = meter.flops, meter.live_bytes
+        _backward(loss)
+    return _Run(forward_flops, meter.flops - forward_flops, kept_bytes, meter.peak_bytes)
+
+
+def _batch(config: Unimo3Config, objectives: ObjectivesArgs, size: int, num_tokens: int) -> dict[str, Tensor]:
+    """A batch as the loader yields it; only what says where tokens and pairs stand has values."""
+    ids = torch.empty(size, num_tokens, dtype=torch.long, device="meta")
+    side = config.vision_config.image_size
+    labels = torch.full((size * num_tokens,), IGNORED)
+    # <s> and </s> are never predicted; at least one token of a text is.
+    share = max(1.0, objectives.mlm.probability * (num_tokens - 2))
+    labels[: round(size * share)] = 0
+    return {
+        "pixel_values": torch.empty(size, 3, side, side, device="meta"),
+        "input_ids": ids,
+        "mlm_input_ids": ids,
+        "attention_mask": ids,
+        "mlm_labels": labels.view(size, num_tokens),
+        "image_id": torch.arange(size),
+        "positions": torch.arange(size),
+    }
+
+
+def _backward(loss: Tensor) -> None:
+    # The engine itself: in Tensor.backward the substitutions would be off, and checkpointed layers run again there.
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), accumulate_grad=True)
+
+
+def _drop_grad(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Meter(TorchDispatchMode):
+    """Counts operations, and adds up the tensors made inside that are still alive.
+
+    Args:
+        given: tensors that do not count.
+    """
+
+    def __init__(self, given: list[Tensor]):
+        super().__init__()
+        self.flops = 0
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in given:
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        return tree_map_only(Tensor, self._note, out)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_meta and storage not in self._known:
+            self._known[storage] = True
+            size = storage.nbytes()
+            self.live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._forget, size)
+        return tensor
+
+    def _forget(self, size: int) -> None:
+        self.live_bytes -= size
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Runs on the meta device what a GPU would run, see above."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **kwargs)
+        if func is torch.nn.functional.dropout:
+            return _fused_dropout(*args, **kwargs)
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False  # "are all tokens real?"
+        if func is Tensor.cpu and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        # Values stand in indices alone; met by a tensor without values, they have none either.
+        if func is not Tensor.__getitem__ and tree_any_only(Tensor, lambda t: t.is_meta, (args, kwargs)):
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    bias = None
+    if attn_mask is not None:
+        # The kernel adds its mask to the scores.
+        bias = torch.empty(attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, q.requires_grad, dropout_p, is_causal, scale=scale
+    )[0]
+    return out
+
+
+def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, training)[0] if training and p else x
