@@ -4,6 +4,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import export as export_program
 from tests.integration.conftest import losses
@@ -101,7 +102,13 @@ def test_figures_are_complete_and_held_out_losses_are_written(straight):
         (layer,) = held_out[-1][name]  # of two layers the second has a gate
         assert [sum(head) for head in layer] == pytest.approx([1.0, 1.0], abs=1e-3)
         assert all(len(head) == 2 for head in layer)
-    assert list((straight / "tensorboard").iterdir())
+    trained = [record["step"] for record in read_metrics(straight) if "gates_text" in record]
+    assert trained[0] == 1
+    assert trained[-1] == 20
+    events = EventAccumulator(str(straight / "tensorboard"), size_guidance={"images": 0}).Reload()
+    for name in ("gates_text", "gates_image"):
+        assert [event.step for event in events.Images(f"train/{name}")] == trained
+        assert [event.step for event in events.Images(f"eval/{name}")] == [4, 8, 12, 16, 20]
 
 
 def test_another_number_of_ranks_is_refused_with_the_mend(program, recipe, straight):

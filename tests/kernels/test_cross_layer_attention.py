@@ -74,3 +74,35 @@ def test_misfitting_shapes_are_named():
         cross_layer_attention(q, k, [v[0], v[1][:, :, :2]], gate, mask)
     with pytest.raises(ValueError, match="2 and 1 levels"):
         cross_layer_attention(q, k, v[:1], gate, mask)
+
+
+def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
+    q, k, _, gate, _ = draw((2, 2, 3, 6, 6, 3), masked=False, gated=True)
+    # Values that are the keys' places, so that the result is the mixed attention weights themselves.
+    places = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
+    torch.manual_seed(0)
+    draws = torch.stack([cross_layer_attention(q, k, [places] * 3, gate, None, dropout_p=0.5) for _ in range(4000)])
+    whole = cross_layer_attention(q, k, [places] * 3, gate)
+    kept = draws.abs() > 1e-12
+    assert kept.double().mean().item() == pytest.approx(0.5, abs=0.01)
+    torch.testing.assert_close(draws[kept], (2 * whole).expand_as(draws)[kept])
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_one_hot_gates_give_that_levels_bits(level):
+    q, k, v, gate, mask = draw((2, 2, 5, 7, 8, 3), masked=True, gated=True)
+    one_hot = torch.zeros_like(gate)
+    one_hot[..., level] = 1
+    for p in (0.0, 0.3):
+        torch.manual_seed(1)
+        found = cross_layer_attention(q, k, v, one_hot, mask, p)
+        torch.manual_seed(1)
+        assert torch.equal(found, cross_layer_attention(q, [k[level]], [v[level]], None, mask, p))
+
+
+def test_half_types_follow_float32():
+    q, k, v, gate, mask = draw((2, 2, 5, 7, 8, 3), masked=True, gated=True)
+    expected = cross_layer_attention(q, k, v, gate, mask)
+    half = cross_layer_attention(q.bfloat16(), [x.bfloat16() for x in k], [x.bfloat16() for x in v], gate.float(), mask)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, atol=0.05, rtol=0.05)

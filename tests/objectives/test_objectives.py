@@ -11,13 +11,12 @@ from tests.tiny import VOCABULARY, rows, tiny_batch, tiny_pretraining_model
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.exchange import take_rows
-from unimo3.objectives.itm import draw_random_negatives
 
 BATCH = 8
 
 
-def args(mlm=1.0, itm=1.0, itc=1.0):
-    return ObjectivesArgs(MlmArgs(weight=mlm), ItmArgs(weight=itm), ItcArgs(weight=itc))
+def args(mlm=1.0, itm=1.0, itc=1.0, negatives="random"):
+    return ObjectivesArgs(MlmArgs(weight=mlm), ItmArgs(itm, negatives), ItcArgs(weight=itc))
 
 
 def losses(objectives=None, model=None, batch=None):
@@ -25,15 +24,17 @@ def losses(objectives=None, model=None, batch=None):
     return task(batch or tiny_batch(BATCH))
 
 
-def test_the_total_is_the_weighted_sum():
-    report = losses(args(0.5, 2.0, 3.0))
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_the_total_is_the_weighted_sum(negatives):
+    report = losses(args(0.5, 2.0, 3.0, negatives))
     expected = 0.5 * report["loss_mlm"] + 2.0 * report["loss_itm"] + 3.0 * report["loss_itc"]
     torch.testing.assert_close(report["loss"].detach(), expected)
 
 
+@pytest.mark.parametrize("negatives", ["random", "hard"])
 @pytest.mark.parametrize("name", ["mlm", "itm", "itc"])
-def test_changing_a_weight_changes_the_total_by_its_loss(name):
-    one, more = losses(args()), losses(args(**{name: 1.75}))
+def test_changing_a_weight_changes_the_total_by_its_loss(name, negatives):
+    one, more = losses(args(negatives=negatives)), losses(args(**{name: 1.75}, negatives=negatives))
     torch.testing.assert_close((more["loss"] - one["loss"]).detach(), 0.75 * one[f"loss_{name}"], atol=1e-5, rtol=1e-5)
 
 
@@ -45,13 +46,24 @@ def test_a_weight_of_zero_leaves_the_objective_out(name):
     torch.testing.assert_close(alone["loss"].detach(), alone[f"loss_{name}"])
 
 
-def test_each_tower_and_the_fusion_encoder_run_once_a_step():
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_towers_fusion_encoder_and_heads_run_once_a_step(negatives):
     model = tiny_pretraining_model()
     calls = []
-    for name in ("text_tower", "vision_tower", "fusion"):
-        getattr(model.unimo3, name).register_forward_hook(lambda *_, name=name: calls.append(name))
-    losses(model=model)
-    assert sorted(calls) == ["fusion", "text_tower", "vision_tower"]
+    modules = ["itc_head", "itm_head", "mlm_head", "unimo3.fusion", "unimo3.text_tower", "unimo3.vision_tower"]
+    for name in modules:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    losses(args(negatives=negatives), model)
+    assert sorted(calls) == modules
+
+
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_sharing_a_call_of_the_fusion_encoder_leaves_each_loss_as_it_is(negatives):
+    together = losses(args(negatives=negatives))
+    for left_out in ("mlm", "itm"):
+        apart = losses(args(**{left_out: 0.0}, negatives=negatives))
+        for name in apart.keys() - {"loss", "gates_text", "gates_image"}:
+            torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-5)
 
 
 def test_mlm_equals_the_heads_loss_over_whole_logits():
@@ -60,36 +72,6 @@ def test_mlm_equals_the_heads_loss_over_whole_logits():
     logits = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"]).prediction_logits
     expected = cross_entropy(logits.reshape(-1, VOCABULARY), batch["mlm_labels"].flatten(), ignore_index=-100)
     torch.testing.assert_close(report["loss_mlm"], expected.detach(), atol=1e-5, rtol=1e-5)
-
-
-def test_itm_pairs_half_the_texts_with_another_image():
-    ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
-    sources = [draw_random_negatives(ids, seed=0, position=position) for position in range(0, 200, 10)]
-    for source in sources:
-        changed = source != torch.arange(10)
-        assert changed.sum() == 5
-        assert (ids[source[changed]] != ids[changed.nonzero().flatten()]).all()
-    assert len({tuple(source.tolist()) for source in sources}) > 15
-    assert torch.equal(sources[3], draw_random_negatives(ids, seed=0, position=30))
-
-
-def test_a_batch_of_one_image_has_no_negatives():
-    same = draw_random_negatives(torch.zeros(6, dtype=torch.long), seed=0, position=0)
-    assert torch.equal(same, torch.arange(6))
-
-
-def test_itc_takes_two_captions_of_an_image_for_no_negatives():
-    model, batch = tiny_pretraining_model(), tiny_batch(4)
-    report = losses(args(mlm=0.0, itm=0.0), model, batch)
-    out = model.itc_head(
-        model.unimo3.encode_text(batch["input_ids"], batch["attention_mask"]),
-        model.unimo3.encode_image(batch["pixel_values"]),
-    )
-    logits = out.image @ out.text.T / out.temperature
-    logits[0, 1] = logits[1, 0] = -torch.inf
-    target = torch.arange(4)
-    expected = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-    torch.testing.assert_close(report["loss_itc"], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_no_masked_token_anywhere_gives_a_zero_loss():
@@ -114,13 +96,35 @@ def exchange_on_rank():
         taken = take_rows(own, source)
         (gradient,) = torch.autograd.grad((taken * (1 + rank)).sum(), own)
         results.append((source, taken.detach(), gradient))
-    return results
+    return results, rows_sent_for(own.detach(), torch.full((size * 3,), 4))
+
+
+def rows_sent_for(own, source):
+    exchange, sizes = torch.distributed.all_to_all_single, []
+
+    def counted(received, sent, *args):
+        sizes.append(len(sent))
+        return exchange(received, sent, *args)
+
+    torch.distributed.all_to_all_single = counted
+    assert (take_rows(own, source) == float(source[0])).all()
+    torch.distributed.all_to_all_single = exchange
+    return sizes
+
+
+@pytest.fixture(scope="module")
+def exchanges():
+    return run_ranks(3, exchange_on_rank)
 
 
 @pytest.mark.integration
-def test_rows_travel_between_three_ranks_with_their_gradient():
-    ranks = run_ranks(3, exchange_on_rank)
-    for results in zip(*ranks, strict=True):
+def test_a_row_that_all_want_goes_to_each_other_rank_once(exchanges):
+    assert [sizes for _, sizes in exchanges] == [[0], [2], [0]]
+
+
+@pytest.mark.integration
+def test_rows_travel_between_three_ranks_with_their_gradient(exchanges):
+    for results in zip(*(results for results, _ in exchanges), strict=True):
         source = results[0][0]
         taken = torch.cat([result[1] for result in results])
         assert torch.equal(taken[:, 0], source.double())
@@ -131,7 +135,7 @@ def test_rows_travel_between_three_ranks_with_their_gradient():
         assert torch.equal(gradient, expected)
 
 
-def losses_on_rank():
+def losses_on_rank(negatives):
     from unimo3.distributed import world
     from unimo3.objectives.exchange import sum_over_ranks
 
@@ -140,18 +144,31 @@ def losses_on_rank():
     model = tiny_pretraining_model().double()
     batch = tiny_batch(BATCH)
     batch["pixel_values"] = batch["pixel_values"].double()
-    task = PretrainingTask(model, args().build(seed=0))
+    task = PretrainingTask(model, args(negatives=negatives).build(seed=0))
     report = task(rows(batch, rank * share, (rank + 1) * share))
     report["loss"].backward()
-    means = {name: float(sum_over_ranks(value.detach().reshape(1))) / size for name, value in report.items()}
+    # What the gates did is each rank's own figure; the rest are means.
+    figures = {name: value.detach() for name, value in report.items() if not name.startswith("gates")}
+    means = {name: float(sum_over_ranks(value.reshape(1))) / size for name, value in figures.items()}
     gradients = {name: sum_over_ranks(p.grad) / size for name, p in model.named_parameters() if p.grad is not None}
     return means, gradients
 
 
+def losses_of_both_on_rank():
+    return {negatives: losses_on_rank(negatives) for negatives in ("random", "hard")}
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    return run_ranks(4, losses_of_both_on_rank)
+
+
 @pytest.mark.integration
-def test_four_ranks_give_the_losses_and_gradients_of_one_process():
-    (one, gradients), *_ = run_ranks(1, losses_on_rank)
-    for other, other_gradients in run_ranks(4, losses_on_rank):
+@pytest.mark.parametrize("negatives", ["random", "hard"])
+def test_four_ranks_give_the_losses_and_gradients_of_one_process(negatives, four_ranks):
+    one, gradients = losses_on_rank(negatives)
+    for rank in four_ranks:
+        other, other_gradients = rank[negatives]
         for name, value in one.items():
             assert math.isclose(other[name], value, rel_tol=1e-5), name
         assert other_gradients.keys() == gradients.keys()

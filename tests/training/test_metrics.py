@@ -43,7 +43,7 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
 
 
 def test_shares_are_shown_as_a_heat_map(tmp_path):
-    shares = [[[0.25, 0.75, 0.0]], [[0.5, 0.25, 0.25]]]
+    shares = [[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0]], [[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]]]
     writer = MetricsWriter(tmp_path, 0, enabled=True)
     writer.write({"step": 3, "data": "abc", "gates_text": shares}, group="eval")
     writer.close()
@@ -52,7 +52,7 @@ def test_shares_are_shown_as_a_heat_map(tmp_path):
     (event,) = events.Images("eval/gates_text")
     pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
     assert pixels.shape == (2 * 16, 3 * 16)
-    assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray(shares)[:, 0], abs=0.01)
+    assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]), abs=0.01)
 
 
 def test_other_ranks_write_nothing(tmp_path):

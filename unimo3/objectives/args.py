@@ -1,11 +1,10 @@
 """Settings of the pretraining objectives, and their construction."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from unimo3.objectives.base import Objective
 from unimo3.objectives.itc import ImageTextContrast
-from unimo3.objectives.itm import ImageTextMatching
+from unimo3.objectives.itm import ImageTextMatching, Negatives
 from unimo3.objectives.mlm import MaskedLanguageModeling
 
 
@@ -25,8 +24,10 @@ class ItmArgs:
 
     weight: float = 1.0
     """Factor of its loss in the total; 0 leaves it out."""
-    negatives: Literal["random"] = "random"
-    """How wrong images are chosen: any other image of the step's batch, for half the texts."""
+    negatives: Negatives = "random"
+    """How wrong pairs are chosen out of the step's batch. random: any other image, for half the texts. hard: for every
+    text an image and for every image a text, drawn by the similarity that ITC learns; the fusion encoder then reads
+    three pairs for one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class ObjectivesArgs:
         ]
         if not any(weights.values()):
             found.append("objectives: all weights are 0: give at least one of mlm, itm and itc a weight")
+        if self.itm.negatives == "hard" and self.itm.weight > 0 and self.itc.weight == 0:
+            found.append(
+                "objectives.itm.negatives: hard: drawn by similarities that objectives.itc.weight: 0 leaves untrained; "
+                "give ITC a weight above 0, or set objectives.itm.negatives to random"
+            )
         if not 0 < self.mlm.probability < 1:
             found.append(f"objectives.mlm.probability: {self.mlm.probability}: a share between 0 and 1 is needed")
         return found
@@ -63,6 +69,6 @@ class ObjectivesArgs:
         """The objectives, in the order in which every rank computes them."""
         return [
             MaskedLanguageModeling(self.mlm.weight),
-            ImageTextMatching(self.itm.weight, seed),
+            ImageTextMatching(self.itm.weight, seed, self.itm.negatives),
             ImageTextContrast(self.itc.weight),
         ]

@@ -1,12 +1,13 @@
 """What an objective is, and the pretraining task that runs several of them on one pass through the towers.
 
 The image tower runs once a step and the text tower once on [plain; masked]; all objectives that need fused states
-share one call of the fusion encoder. The total is the weighted sum of the losses.
+share one call of the fusion encoder, all that need similarities one call of the contrastive head. The total is the
+weighted sum of the losses.
 
 Source: METER, arXiv 2111.02387 (MLM, ITM); ALBEF, arXiv 2107.07651 (ITC).
 """
 
-# Shapes: B batch, T text tokens, V image tokens, W tower width, D fusion width.
+# Shapes: B batch, P pairs to be fused, n states kept of a tower, T text tokens, V image tokens, W tower width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,24 +18,27 @@ from torch import Tensor, nn
 
 from unimo3.model.fusion import FusionOutput, mean_shares
 from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.similarity import Similarities, compare
 
 Losses = dict[str, Tensor]
 
 
 class TowerStates(NamedTuple):
-    """A micro-batch and its tower states: text [B, T, W] plain and masked (None if unused), image [B, V, W]."""
+    """A micro-batch, its tower states, text [B, n, T, W] and image [B, n, V, W], and similarities; None if unused."""
 
     batch: dict[str, Any]
     plain_text: Tensor | None
     masked_text: Tensor | None
     image: Tensor
+    similarities: Similarities | None
 
 
 class FusionInput(NamedTuple):
-    """Tower states to be fused, text [B, T, W] and image [B, V, W], and the objective's labels for the pairs."""
+    """Tower states to be fused, text [P, n, T, W] with its mask [P, T] and image [P, n, V, W], and labels [P]."""
 
     text: Tensor
     image: Tensor
+    mask: Tensor
     labels: Tensor | None = None
 
 
@@ -44,6 +48,7 @@ class Objective(ABC):
     name: str
     reads_plain_text: bool
     reads_masked_text: bool
+    reads_similarities: bool = False
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -80,13 +85,14 @@ class PretrainingTask(nn.Module):
                 ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
 
         Returns:
-            ``loss``, the weighted sum, and each objective's own figures under its name. In evaluation also
-            ``gates_text`` and ``gates_image``: see `mean_shares`.
+            ``loss``, the weighted sum, each objective's own figures under its name, and, where the model has gates,
+            ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_shares`.
         """
         states = self._encode(batch)
         requests = [objective.fusion_input(states) for objective in self.objectives]
-        fused = self._fuse([request for request in requests if request is not None], batch["attention_mask"])
-        report: Losses = {} if self.training or not fused else self._gates(fused[0], batch["attention_mask"])
+        wanted = [request for request in requests if request is not None]
+        fused = self._fuse(wanted)
+        report: Losses = self._gates(fused[0], wanted[0].mask) if fused else {}
         total = states.image.new_zeros((), dtype=torch.float32)
         for objective, request in zip(self.objectives, requests, strict=True):
             losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)
@@ -115,18 +121,27 @@ class PretrainingTask(nn.Module):
         text = self.model.unimo3.encode_text(torch.cat(ids), mask.repeat(len(ids), 1))
         parts = list(text.chunk(len(ids)))
         image = self.model.unimo3.encode_image(batch["pixel_values"])
-        return TowerStates(batch, parts.pop(0) if plain else None, parts.pop(0) if masked else None, image)
+        plain_text, masked_text = parts.pop(0) if plain else None, parts.pop(0) if masked else None
+        similarities = None
+        if any(objective.reads_similarities for objective in self.objectives):
+            assert plain_text is not None, "what reads similarities reads plain text"
+            similarities = compare(self.model, plain_text, image, batch["image_id"])
+        return TowerStates(batch, plain_text, masked_text, image, similarities)
 
-    def _fuse(self, requests: list[FusionInput], mask: Tensor) -> list[FusionOutput]:
+    def _fuse(self, requests: list[FusionInput]) -> list[FusionOutput]:
         if not requests:
             return []
         fused = self.model.unimo3.fuse(
             torch.cat([request.text for request in requests]),
             torch.cat([request.image for request in requests]),
-            mask.repeat(len(requests), 1),
+            torch.cat([request.mask for request in requests]),
         )
-        parts = range(len(requests))
-        texts, images = fused.text.chunk(len(requests)), fused.image.chunk(len(requests))
-        text_gates = [[None if g is None else g.chunk(len(requests))[i] for g in fused.text_gates] for i in parts]
-        image_gates = [[None if g is None else g.chunk(len(requests))[i] for g in fused.image_gates] for i in parts]
-        return [FusionOutput(texts[i], images[i], tuple(text_gates[i]), tuple(image_gates[i])) for i in parts]
+        sizes = [len(request.text) for request in requests]
+
+        def of_each_request(gates: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
+            parts = [[None] * len(sizes) if gate is None else gate.split(sizes) for gate in gates]
+            return list(zip(*parts, strict=True))
+
+        text_gates, image_gates = of_each_request(fused.text_gates), of_each_request(fused.image_gates)
+        parts = zip(fused.text.split(sizes), fused.image.split(sizes), text_gates, image_gates, strict=True)
+        return [FusionOutput(*part) for part in parts]

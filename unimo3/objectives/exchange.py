@@ -31,7 +31,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def take_rows(x: Tensor, source: Tensor) -> Tensor:
     """Fetch rows of the concatenated batch, wherever they are, with gradient to their owner.
 
-    Only rows that change owner travel, so memory stays at B rows a rank.
+    Only rows that change owner travel, and to each rank once however often it wants them: a rank receives at most B.
 
     Args:
         x: this rank's rows, [B, ...].
@@ -42,23 +42,21 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
     """
     rank, size = world()
     batch = x.shape[0]
-    owner, local = source // batch, source % batch
     if size == 1:
-        return x[local.to(x.device)]
-    target = torch.arange(size * batch, device=source.device) // batch
-    send_rows = [local[(owner == rank) & (target == to)] for to in range(size) if to != rank]
-    send_sizes = [int(((owner == rank) & (target == to)).sum()) if to != rank else 0 for to in range(size)]
-    mine = owner[rank * batch : (rank + 1) * batch]
-    receive_sizes = [int((mine == of).sum()) if of != rank else 0 for of in range(size)]
-    outgoing = x[torch.cat(send_rows).to(x.device)]
-    incoming = _ExchangeRows.apply(outgoing, receive_sizes, send_sizes)
-    # Row i of the result: a row of x when it stays, else the next one received from its owner.
-    index = local[rank * batch : (rank + 1) * batch].clone()
+        return x[source.to(x.device)]
+    owner, local = source.view(size, batch) // batch, source.view(size, batch) % batch
+    stays = source.new_empty(0)
+    sent = [local[to, owner[to] == rank].unique() if to != rank else stays for to in range(size)]
+    received = [local[rank, owner[rank] == of].unique() if of != rank else stays for of in range(size)]
+    outgoing = x[torch.cat(sent).to(x.device)]
+    incoming = _ExchangeRows.apply(outgoing, [len(rows) for rows in received], [len(rows) for rows in sent])
+    # Row i of the result: a row of x when it stays, else the place of the one received from its owner.
+    index = local[rank].clone()
     start = batch
-    for of, received in enumerate(receive_sizes):
-        if received:
-            index[mine == of] = torch.arange(start, start + received, device=index.device)
-            start += received
+    for of, rows in enumerate(received):
+        if of != rank:
+            index[owner[rank] == of] = start + torch.searchsorted(rows, local[rank, owner[rank] == of])
+        start += len(rows)
     return torch.cat([x, incoming])[index.to(x.device)]
 
 

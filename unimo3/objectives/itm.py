@@ -1,14 +1,16 @@
 """Image-text matching: does this text belong to this image?
 
-Half the texts of the step's batch are given another image of that batch, whichever rank holds it. The draw is seeded
-by the batch's position in the sample order, so it is the same at any number of ranks.
+With random negatives half the texts of the step's batch are given another image of that batch. With hard ones every
+pair stays, and every text meets an image, and every image a text, that the contrastive head finds alike: three pairs
+for one, a third of them right. Partners come from the whole batch, whichever rank holds them.
 
-Source: METER, arXiv 2111.02387 (random negatives, half the batch).
+Source: METER, arXiv 2111.02387 (random negatives, half the batch); ALBEF, arXiv 2107.07651, section 3.2 (hard ones).
 """
 
-# Shapes: R ranks, B samples a rank, N = R B.
+# Shapes: R ranks, B samples a rank, N = R B, P pairs a rank (B random, 3 B hard).
 
-import numpy as np
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -18,29 +20,11 @@ from unimo3.model.fusion import FusionOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.exchange import gather_rows, take_rows
+from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negatives, hard_negative_quantiles
 
-
-def draw_random_negatives(image_id: Tensor, seed: int, position: int) -> Tensor:
-    """Choose an image for every text: its own for one half, one with another image id for the other half.
-
-    Args:
-        image_id: [N] of the whole batch.
-        seed: of the run.
-        position: of the batch's first sample in the sample order.
-
-    Returns:
-        [N], the row whose image each text gets. A text keeps its own where no image with another id is in the batch.
-    """
-    state = np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-    num_rows = image_id.shape[0]
-    source = torch.arange(num_rows)
-    ids = image_id.cpu()
-    for row in torch.randperm(num_rows, generator=generator)[: num_rows // 2].tolist():
-        others = (ids != ids[row]).nonzero().flatten()
-        if len(others):
-            source[row] = others[torch.randint(len(others), (1,), generator=generator)]
-    return source
+Negatives = Literal["random", "hard"]
+LEFT_OUT = -100
+"""Label of a pair that does not count."""
 
 
 class ImageTextMatching(Objective):
@@ -50,21 +34,51 @@ class ImageTextMatching(Objective):
     reads_plain_text = True
     reads_masked_text = False
 
-    def __init__(self, weight: float, seed: int):
+    def __init__(self, weight: float, seed: int, negatives: Negatives = "random"):
         super().__init__(weight)
         self.seed = seed
+        self.reads_similarities = negatives == "hard"
 
     def fusion_input(self, states: TowerStates) -> FusionInput:
-        """Plain texts with their own or another image."""
-        assert states.plain_text is not None
+        """Plain texts and images, right and wrong pairs; labels [P] are 1, 0 or `LEFT_OUT`."""
         first_position = int(gather_rows(states.batch["positions"])[0])
+        if self.reads_similarities:
+            return self._hard_pairs(states, first_position)
+        return self._random_pairs(states, first_position)
+
+    def _random_pairs(self, states: TowerStates, first_position: int) -> FusionInput:
+        assert states.plain_text is not None
         source = draw_random_negatives(gather_rows(states.batch["image_id"]), self.seed, first_position)
-        rank, _ = world()
-        batch = states.image.shape[0]
-        own = slice(rank * batch, (rank + 1) * batch)
-        is_own = source[own] == torch.arange(len(source))[own]
-        labels = is_own.long().to(states.image.device)
-        return FusionInput(states.plain_text, take_rows(states.image, source), labels)
+        own = _own_rows(states)
+        labels = (source[own] == own).long().to(states.image.device)
+        image = take_rows(states.image, source)
+        return FusionInput(states.plain_text, image, states.batch["attention_mask"], labels)
+
+    def _hard_pairs(self, states: TowerStates, first_position: int) -> FusionInput:
+        text, image, mask = states.plain_text, states.image, states.batch["attention_mask"]
+        assert text is not None
+        chosen = self._draw_hard(states, first_position)
+        found = chosen >= 0
+        # A row without a possible partner meets its own, which takes no travel, and is left out of the loss.
+        image_source, text_source = torch.where(found, chosen, torch.arange(len(chosen))[:, None]).unbind(1)
+        own = _own_rows(states)
+        wrong = torch.where(found[own].T.flatten(), 0, LEFT_OUT)
+        return FusionInput(
+            torch.cat([text, text, take_rows(text, text_source)]),
+            torch.cat([image, take_rows(image, image_source), image]),
+            torch.cat([mask, mask, take_rows(mask, text_source)]),
+            torch.cat([torch.ones_like(own), wrong]).to(image.device),
+        )
+
+    def _draw_hard(self, states: TowerStates, first_position: int) -> Tensor:
+        """[N, 2] on the CPU, alike on all ranks: the row of each text's image and of each image's text, or -1."""
+        found = states.similarities
+        assert found is not None
+        quantiles = hard_negative_quantiles(self.seed, first_position, found.same_image.shape[1])[_own_rows(states)]
+        images = draw_hard_negatives(found.text_to_image, found.same_image, quantiles[:, 0])
+        texts = draw_hard_negatives(found.image_to_text, found.same_image, quantiles[:, 1])
+        # Every row is drawn by one rank alone: two ranks' products of the same features may differ in the last bit.
+        return gather_rows(torch.stack([images, texts], dim=1).to(states.image.device)).cpu()
 
     def losses(
         self,
@@ -73,10 +87,19 @@ class ImageTextMatching(Objective):
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
-        """The mean over the batch."""
+        """The mean over the pairs that count."""
         assert fused is not None
         assert request is not None
         assert request.labels is not None
         logits = model.itm_head(model.unimo3.pool(fused)).float()
-        accuracy = (logits.argmax(-1) == request.labels).float().mean()
-        return {"loss": cross_entropy(logits, request.labels), "accuracy": accuracy}
+        # A batch of one image leaves out the wrong pairs of every rank, any other none: ranks' means weigh alike.
+        loss = cross_entropy(logits, request.labels, ignore_index=LEFT_OUT)
+        num_pairs = (request.labels != LEFT_OUT).sum()
+        accuracy = (logits.argmax(-1) == request.labels).sum() / num_pairs
+        return {"loss": loss, "accuracy": accuracy}
+
+
+def _own_rows(states: TowerStates) -> Tensor:
+    """[B] on the CPU: where in the whole batch this rank's rows stand."""
+    batch = states.image.shape[0]
+    return torch.arange(batch) + world()[0] * batch

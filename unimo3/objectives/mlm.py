@@ -22,7 +22,7 @@ class MaskedLanguageModeling(Objective):
     def fusion_input(self, states: TowerStates) -> FusionInput:
         """Masked texts with their own images."""
         assert states.masked_text is not None
-        return FusionInput(states.masked_text, states.image)
+        return FusionInput(states.masked_text, states.image, states.batch["attention_mask"])
 
     def losses(
         self,

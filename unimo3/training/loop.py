@@ -52,7 +52,7 @@ class TrainingArgs:
     eval_every: int = 0
     """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
     log_every: int = 50
-    """Optimizer steps between progress lines where the output is no terminal."""
+    """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
     def faults(self) -> list[str]:
         """Say what is wrong with these settings, one line a fault."""
@@ -114,8 +114,10 @@ def train(
         run.step += 1
         run.record_keys(micro_batches)
 
-        # One small all-reduce a step: mean figures, bad samples, and whether any rank was asked to stop.
-        names = sorted(sums)
+        # One small all-reduce a step: mean figures, bad samples, and whether any rank was asked to stop. What the gates
+        # did is shown as this rank saw it.
+        names = sorted(name for name, value in sums.items() if value.numel() == 1)
+        maps = {name: value / len(micro_batches) for name, value in sums.items() if value.numel() > 1}
         vector = torch.stack([sums[name].reshape(()) / len(micro_batches) for name in names])
         num_bad = sum(int(batch["num_replaced"]) for batch in micro_batches)
         extra = torch.tensor([float(num_bad), float(stop.received)], device=vector.device)
@@ -144,8 +146,9 @@ def train(
             "memory_bytes": peak_memory_bytes(),
         }
         started = now
-        run.metrics.write(figures)
-        _show(progress, figures, training)
+        is_shown = run.step % training.log_every == 0 or run.step in (1, training.steps)
+        run.metrics.write(figures | ({name: value.tolist() for name, value in maps.items()} if is_shown else {}))
+        _show(progress, figures, training, is_shown)
 
         interrupted = reduced[-1] > 0
         ended = run.step == last_step
@@ -193,13 +196,13 @@ def _evaluate(run: Run, evaluation: Evaluation) -> None:
         log.info("held-out data at step %d  %s", run.step, shown)
 
 
-def _show(progress: tqdm, figures: Figures, training: TrainingArgs) -> None:
+def _show(progress: tqdm, figures: Figures, training: TrainingArgs, is_shown: bool) -> None:
     """A progress bar on a terminal, else a line now and then, on rank 0."""
     losses = {name: value for name, value in figures.items() if name.startswith("loss")}
     progress.update(1)
     progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
     step = figures["step"]
-    if world()[0] == 0 and progress.disable and (step % training.log_every == 0 or step in (1, training.steps)):
+    if world()[0] == 0 and progress.disable and is_shown:
         left_s = (training.steps - step) * figures["step_s"]
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         log.info(

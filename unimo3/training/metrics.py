@@ -41,7 +41,7 @@ class MetricsWriter:
 
         Args:
             figures: ``step``, plain numbers, texts (which TensorBoard is not shown), and nested lists of shares in
-                [0, 1], which it is shown as heat maps.
+                [0, 1], [layers, heads, levels], which it is shown as heat maps of layers by levels.
             group: heads the names in TensorBoard.
         """
         if self._file is None or self._board is None:
@@ -61,10 +61,9 @@ class MetricsWriter:
 
 
 def heat_map(shares: list) -> np.ndarray:
-    """Nested lists of shares -> a picture [rows, columns] from black 0 to white 1; the last axis runs along a row."""
-    values = np.asarray(shares, dtype=np.float32)
-    rows = values.reshape(-1, values.shape[-1])
-    return np.kron(rows, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
+    """Shares [layers, heads, levels] -> a picture from black 0 to white 1, a layer a row, a level a column."""
+    values = np.asarray(shares, dtype=np.float32).mean(axis=1)
+    return np.kron(values, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
 
 
 def read_metrics(folder: Path, group: str | None = None) -> list[Figures]:

@@ -3,19 +3,21 @@
     C_i = softmax(q K_i^T / sqrt(d) + padding) V_i          for every visible level i
     out = sum_i g_i C_i
 
-Levels of one length are stacked along the heads, so that one ``scaled_dot_product_attention`` call serves them all;
-it accumulates in float32. This is what CPU tensors run, and the oracle for fused kernels.
+Level by level: scores, a softmax in float32 or better, the gate folded into the probabilities, and a product that adds
+to the result. A level whose gate is zero adds exact zeros, so gates that are one-hot give that level's result to the
+bit. This is what CPU tensors run, and the oracle for fused kernels.
 
 Source: the cross-layer interaction of arXiv 2305.13697; the gate is this project's own (docs/architecture.md).
 """
 
 # Shapes: B batch, H heads, T query tokens, V key tokens, S levels, d head width.
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import dropout
 
 
 def cross_layer_attention_reference(
@@ -34,29 +36,35 @@ def cross_layer_attention_reference(
         v: as `k`.
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
         key_padding_mask: [B, V], True where a key may be read; a sample without any gives zeros.
-        dropout_p: probability of dropping an attention weight.
+        dropout_p: probability of dropping an attention weight. A query drops a key at all levels or at none: levels
+            are views of one token, and one of them would tell what another was to hide.
 
     Returns:
         [B, H, T, d] in q's dtype.
     """
-    num_levels = len(k)
-    batch, heads, tokens, width = q.shape
-    mask, any_key = None, None
+    q = q * q.shape[-1] ** -0.5
+    softmax_dtype = torch.promote_types(q.dtype, torch.float32)
+    unreadable, any_key, kept = None, None, None
     if key_padding_mask is not None:
-        # A softmax over nothing is NaN in some backends: such rows read all keys and are zeroed afterwards.
+        # A softmax over nothing is NaN: such rows read all keys and are zeroed afterwards.
         any_key = key_padding_mask.any(dim=-1)
-        mask = (key_padding_mask | ~any_key[:, None])[:, None, None, :]
-    if num_levels == 1:
-        levels = scaled_dot_product_attention(q, k[0], v[0], attn_mask=mask, dropout_p=dropout_p)[:, None]
-    else:
-        stacked_q = q[:, None].expand(-1, num_levels, -1, -1, -1).reshape(batch, num_levels * heads, tokens, width)
-        levels = scaled_dot_product_attention(
-            stacked_q, torch.cat(list(k), dim=1), torch.cat(list(v), dim=1), attn_mask=mask, dropout_p=dropout_p
-        ).view(batch, num_levels, heads, tokens, width)
+        unreadable = ~(key_padding_mask | ~any_key[:, None])[:, None, None, :]
     if gate is None:
-        out = levels.mean(dim=1)
+        gate = q.new_full((*q.shape[:3], len(k)), 1 / len(k)) if len(k) > 1 else None
     else:
-        out = torch.einsum("bshtd,bths->bhtd", levels, gate.to(levels.dtype))
-    if any_key is not None:
-        out = out * any_key[:, None, None, None]
-    return out
+        gate = gate.to(q.dtype).transpose(1, 2)
+    if dropout_p > 0:
+        kept = dropout(q.new_ones(*q.shape[:3], k[0].shape[2]), dropout_p)
+    out = None
+    for level, (key, value) in enumerate(zip(k, v, strict=True)):
+        scores = q @ key.transpose(-1, -2)  # [B, H, T, V]
+        if unreadable is not None:
+            scores = scores.masked_fill(unreadable, -math.inf)
+        weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
+        if gate is not None:
+            weights = weights * gate[..., level, None]
+        if kept is not None:
+            weights = weights * kept
+        out = weights @ value if out is None else out + weights @ value
+    assert out is not None
+    return out if any_key is None else out * any_key[:, None, None, None]

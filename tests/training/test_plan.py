@@ -1,0 +1,316 @@
+"""The planner's figures against formulas done by hand, real runs on the CPU, and the documentation."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from pretrain import plan
+from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
+from unimo3.errors import ConfigError
+from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
+from unimo3.objectives.base import PretrainingTask
+from unimo3.training.engine import BatchPlan
+from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
+from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
+from unimo3.training.plan.trace import StepCost, build_on_meta, trace_step
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "pretrain" / "recipes"
+TOKENS = 10
+
+FP32, BF16 = torch.float32, torch.bfloat16
+CUT_IN_3 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3}}
+
+
+def ds_config(name):
+    return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+
+
+def trace(config=None, objectives=None, tokens=TOKENS, dtype=FP32, checkpointing=False) -> StepCost:
+    return trace_step(config or tiny_config(), objectives or ObjectivesArgs(), tokens, dtype, checkpointing)
+
+
+def test_base_has_as_many_parameters_as_its_recipe_says_tied_ones_once():
+    recipe = plan.recipe_of(plan.parse_settings(["--config", str(RECIPES / "base.yaml")]))
+    sizes = model_sizes(build_on_meta(recipe.model))
+    assert sizes.total == sum(sizes.parameters) == 327_146_300
+    # The MLM decoder's weight is the text tower's.
+    assert sizes.roles["text"] > 50265 * 768 > sizes.roles["heads"]
+
+
+def forward_flops_by_hand(config, tokens, masked_tokens) -> float:
+    """A pair's operations with all objectives, random negatives and layers that see their partner alone."""
+    text, width, layers = config.text_config, config.hidden_size, config.num_hidden_layers
+    vision = config.vision_config.overrides
+    patch, image_width = vision["patch_size"], vision["embed_dim"]
+    patches = (config.vision_config.image_size // patch) ** 2
+    image_tokens = patches + 1
+
+    def attention(queries, keys, size):
+        return 2 * 2 * queries * keys * size  # scores, and weights times values
+
+    def tower_layer(tokens, size, inner):
+        return 2 * tokens * (4 * size * size + 2 * size * inner) + attention(tokens, tokens, size)
+
+    def fusion_layer(own, other):
+        linear = (4 + 2) * width * width + 2 * width * config.intermediate_size
+        cross = 2 * other * 2 * width * width + attention(own, other, width)
+        return 2 * own * linear + attention(own, own, width) + cross
+
+    once = 2 * patches * 3 * patch * patch * image_width
+    once += vision["depth"] * tower_layer(image_tokens, image_width, 4 * image_width)
+    twice = text.num_hidden_layers * tower_layer(tokens, text.hidden_size, text.intermediate_size)
+    twice += 2 * (tokens * text.hidden_size + image_tokens * image_width) * width
+    twice += layers * (fusion_layer(tokens, image_tokens) + fusion_layer(image_tokens, tokens))
+    heads = 2 * 2 * width * width + 2 * 2 * width * 2  # pooler and ITM
+    heads += 2 * masked_tokens * width * (width + text.vocab_size)
+    heads += 2 * (text.hidden_size + image_width) * config.itc_size
+    return once + 2 * twice + heads
+
+
+def test_operations_are_those_counted_by_hand():
+    config = tiny_config(interaction="in_layer")
+    by_hand = forward_flops_by_hand(config, TOKENS, masked_tokens=0.15 * (TOKENS - 2))
+    cost = trace(config)
+    # By hand without the contrast of a whole batch, which is its square.
+    assert cost.forward_flops == pytest.approx(by_hand, rel=0.005)
+    assert cost.backward_flops == pytest.approx(2 * by_hand, rel=0.05)
+
+
+def test_each_further_objective_costs_operations():
+    only_itc = trace(objectives=ObjectivesArgs(mlm=MlmArgs(weight=0), itm=ItmArgs(weight=0)))
+    no_itm = trace(objectives=ObjectivesArgs(itm=ItmArgs(weight=0)))
+    random = trace()
+    hard = trace(objectives=ObjectivesArgs(itm=ItmArgs(negatives="hard"), itc=ItcArgs()))
+    assert only_itc.flops < no_itm.flops < random.flops < hard.flops
+    # Random: the fusion encoder reads MLM's and ITM's pair; hard: MLM's and three of ITM's.
+    towers = 2 * no_itm.forward_flops - random.forward_flops
+    assert hard.forward_flops - towers == pytest.approx(2 * (random.forward_flops - towers), rel=0.15)
+
+
+def kept_by_a_real_step(task, num_pairs) -> int:
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = task(tiny_batch(num_pairs))["loss"]
+    of_weights = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
+    loss.backward()
+    return sum(size for address, size in storages.items() if address not in of_weights)
+
+
+@pytest.mark.parametrize("interaction", ["in_layer", "cross_layer"])
+def test_activations_are_those_a_real_step_keeps(interaction):
+    task = PretrainingTask(tiny_pretraining_model(interaction=interaction), ObjectivesArgs().build(0)).train()
+    measured = (kept_by_a_real_step(task, 64) - kept_by_a_real_step(task, 32)) / 32
+    # tiny_batch masks 1.5 of 10 tokens.
+    objectives = ObjectivesArgs(mlm=MlmArgs(probability=1.5 / (TOKENS - 2)))
+    assert trace(tiny_config(interaction=interaction), objectives).kept_bytes == pytest.approx(measured, rel=0.03)
+
+
+def test_no_matrix_of_tokens_by_tokens_is_kept():
+    def with_side(side):
+        vision = {"image_size": side, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}}
+        return trace(tiny_config(vision_config=vision)).kept_bytes
+
+    small, medium, large = with_side(64), with_side(128), with_side(256)  # 64, 256 and 1024 patches
+    assert large - medium == pytest.approx(4 * (medium - small), rel=0.01)
+
+
+def test_half_precision_keeps_about_half():
+    assert 0.45 < trace(dtype=BF16).kept_bytes / trace().kept_bytes < 0.6
+
+
+def test_dropout_keeps_one_byte_an_element():
+    changes = {"hidden_dropout_prob": 0.1}
+    without, dropping = trace(tiny_config()), trace(tiny_config(**changes))
+    patches = (16 // 8) ** 2
+    # Three a layer and stream, over the pairs of MLM and ITM.
+    masks = 2 * 3 * tiny_config().num_hidden_layers * (TOKENS + patches + 1) * 32
+    assert dropping.kept_bytes - without.kept_bytes == pytest.approx(masks, rel=0.01)
+
+
+def test_checkpointing_keeps_less_and_computes_layers_twice():
+    plain, checkpointed = trace(), trace(checkpointing=True)
+    assert checkpointed.kept_bytes < plain.kept_bytes / 3
+    assert checkpointed.kept_bytes < checkpointed.peak_bytes < plain.peak_bytes
+    assert checkpointed.forward_flops == plain.forward_flops
+    again = checkpointed.backward_flops - plain.backward_flops
+    assert 0.7 * plain.forward_flops < again <= plain.forward_flops
+
+
+SIZES = ModelSizes({"all": 10_000_000}, [[6_000_000, 3_000_000], [999_000, 1_000]], largest_module=6_000_000)
+
+
+def memory(config, num_ranks=4):
+    return rank_memory(SIZES, Sharding(config), num_ranks)
+
+
+def test_more_ranks_hold_less_each():
+    one, four = memory(CUT_IN_3, 1), memory(CUT_IN_3, 4)
+    for name in ("weights", "master_weights", "moments", "gradients"):
+        assert four.device[name] == pytest.approx(one.device[name] / 4)
+    two = memory(ds_config("zero2_bf16"), 4)
+    assert two.device["weights"] == 2 * SIZES.total
+    assert two.device["moments"] == four.device["moments"]
+
+
+def test_offloaded_state_is_host_memory():
+    found = memory(ds_config("zero3_offload_cpu"))
+    assert not any(found.device[name] for name in found.device if name != "persistent_weights")
+    assert found.host["moments"] == 8 * SIZES.total / 4
+    assert found.step_bytes == 0
+
+
+def test_a_secondary_copy_is_cut_among_its_group():
+    found = memory(ds_config("zero3_hpz"), 16)
+    assert found.device["secondary_weights"] == 2 * SIZES.total / 8
+
+
+def test_what_stays_gathered_is_bounded_by_the_reuse_distance():
+    bounds = {"stage3_max_reuse_distance": 2_000_000, "stage3_prefetch_bucket_size": 500_000}
+    config = CUT_IN_3 | {"zero_optimization": {"stage": 3, **bounds}}
+    assert memory(CUT_IN_3).pass_bytes["gathered_weights"] == 2 * (SIZES.total - 1_000)  # one is persistent
+    assert memory(config).pass_bytes["gathered_weights"] == 2 * (1_000_000 + 6_000_000 + 500_000)
+
+
+def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256):
+    machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops=1e12, utilization=0.5)
+    cost = StepCost(1e9, 2e9, kept_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
+    batch = BatchPlan(global_batch, micro_batch, num_gpus)
+    names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
+    small = {"reduce_bucket_size": 100_000, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    shardings = {name: ds_config(name) for name in names}
+    for config in shardings.values():
+        config["zero_optimization"] |= small
+    fits = [fit(name, Sharding(config), SIZES, cost, batch, machine) for name, config in shardings.items()]
+    return choose(fits, batch, machine)
+
+
+def test_the_ds_config_that_moves_least_is_taken_and_offloading_last():
+    assert chosen(80_000_000).fit.name == "zero2_bf16"
+    needed = {name: chosen(80_000_000, micro_batch=8) for name in ("any",)}["any"].fit.needed_bytes
+    assert chosen(int(needed)).fit.name == "zero2_bf16"
+    taken = [chosen(size).fit.name for size in range(int(needed), int(needed) - 15_000_000, -100_000)]
+    in_order = [name for place, name in enumerate(taken) if place == 0 or taken[place - 1] != name]
+    assert in_order[:4] == ["zero2_bf16", "zero3_hpz", "zero3_bf16", "zero3_offload_cpu"]
+
+
+def test_reasons_name_every_file():
+    reasons = chosen(80_000_000).reasons
+    assert reasons["zero2_bf16"].startswith("fits")
+    assert "every pass" in reasons["zero3_bf16"]
+    assert "host" in reasons["zero3_offload_cpu"]
+
+
+def test_the_micro_batch_is_the_recipes_if_it_fits_else_the_largest_that_divides():
+    assert chosen(80_000_000, micro_batch=8).micro_batch == 8
+    # 256 pairs on 16 ranks: 16 a rank, of which 3 do not divide.
+    found = chosen(30_000_000, micro_batch=3)
+    assert not found.fit.fits
+    assert 16 % found.micro_batch == 0
+    assert found.micro_batch == found.fit.largest_dividing
+
+
+def test_not_even_one_pair_is_an_error_that_says_what_to_change():
+    with pytest.raises(ConfigError, match="does not even hold a micro-batch of one pair") as error:
+        chosen(1_000_000)
+    assert "activation_checkpointing" in str(error.value)
+
+
+def test_some_ds_configs_are_out_of_question_on_a_gpu():
+    assert "CPUs" in unsuited(Sharding(ds_config("zero3_fp32")), 8)
+    assert "bf16" in unsuited(Sharding(ds_config("zero3_fp16")), 8)
+    assert [bool(unsuited(Sharding(ds_config("zero3_hpz")), gpus)) for gpus in (8, 12, 16)] == [True, True, False]
+    assert not unsuited(Sharding(ds_config("zero2_bf16")), 1)
+
+
+def test_hours_follow_from_operations_and_the_share_of_the_peak():
+    machine = Machine(num_gpus=4, memory_bytes=1, reserve=0.0, peak_flops=1e12, utilization=0.5)
+    assert machine.step_s(global_batch=100, flops=1e9) == pytest.approx(100 * 1e9 / (4 * 0.5e12))
+
+
+def run_command(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        plan.main([str(argument) for argument in arguments])
+    return end.value.code, capsys.readouterr()
+
+
+def test_the_command_plans_without_data_or_gpu(capsys):
+    status, output = run_command(
+        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "40GiB", "--json", "--data.train", "/none",
+        "--training.steps", 36,
+    )  # fmt: skip
+    assert status == 0
+    found = json.loads(output.out)
+    assert found["ds_config"] == "zero2_bf16.json"
+    assert found["parameters"]["total"] == 2_856_747
+    assert found["micro_batch"] == {
+        "recipe": 32, "recipe_fits": True, "recipe_fits_with_checkpointing": True, "largest": 32,
+        "largest_dividing": 32, "planned": 32,
+    }  # fmt: skip
+    assert found["time"]["hours"] == pytest.approx(found["time"]["step_s"] / 100)
+    assert set(found["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
+
+
+def test_a_named_ds_config_is_planned_with_and_the_text_says_what_does_not_fit(capsys):
+    status, output = run_command(
+        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "300MB",
+        "--ds-config", ROOT / "ds_configs" / "zero3_fp16.json", "--training.global_batch", 4096,
+        "--training.micro_batch", 2048,
+    )  # fmt: skip
+    assert status == 0
+    assert "* zero3_fp16.json" in output.out
+    assert "the recipe's 2048 does not fit" in output.out
+
+
+def test_all_faults_come_in_one_message(capsys):
+    status, output = run_command(
+        capsys, "--gpus", 0, "--gpu-memory", "80 apples", "--mfu", 1.5, "--reserve", 1, "--peak-tflops", 0,
+        "--training.steps", "many", "--objectives.mlm.weight", -1,
+    )  # fmt: skip
+    assert status == 78
+    for field in ("--gpus", "--gpu-memory", "--mfu", "--reserve", "--peak-tflops", "training.steps", "mlm.weight"):
+        assert field in output.err
+
+
+def test_a_global_batch_that_does_not_divide_and_a_gpu_too_small_end_with_78(capsys):
+    status, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 3)
+    assert status == 78
+    assert "training.global_batch: 64" in output.err
+    status, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "10MB")
+    assert status == 78
+    assert "does not even hold" in output.err
+
+
+def test_a_tokenizer_that_exists_must_fit_the_model(tmp_path):
+    from unimo3.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["a red circle", "two blue squares"], 300, tmp_path / "tokenizer")
+    arguments = ["--model.text.vocab_size", "200", "--data.tokenizer", str(tmp_path / "tokenizer")]
+    with pytest.raises(ConfigError, match=r"model\.text\.vocab_size: 200"):
+        plan.parse_settings(arguments)
+
+
+def test_settings_of_planning_are_those_of_training():
+    from pretrain.train import PretrainConfig
+    from unimo3 import config
+
+    assert config.flatten_fields(plan.PlanConfig) == config.flatten_fields(PretrainConfig)
+    assert [field.name for field in dataclasses.fields(plan.PlanConfig)] == [
+        field.name for field in dataclasses.fields(PretrainConfig)
+    ]
+
+
+def test_the_documented_sizes_are_those_of_the_recipes(capsys):
+    _, output = run_command(capsys, "--table", *(RECIPES / f"{name}.yaml" for name in ("tiny", "base", "large")))
+    text = (ROOT / "docs" / "planning.md").read_text()
+    documented = text.split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0]
+    assert documented.strip() == output.out.strip()

@@ -1,0 +1,54 @@
+"""How alike the texts and images of a step's batch seem to the contrastive head: the logits of ITC and of hard ITM.
+
+Computed once a step for all objectives that read them. Features are gathered across ranks with their gradient.
+
+Source: CLIP, arXiv 2103.00020; ALBEF, arXiv 2107.07651.
+"""
+
+# Shapes: R ranks, B samples a rank, N = R B.
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unimo3.distributed import world
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.exchange import gather_rows
+
+
+class Similarities(NamedTuple):
+    """A rank's rows against the whole batch.
+
+    Attributes:
+        text_to_image: [B, N], cosines over the temperature.
+        image_to_text: [B, N], likewise.
+        same_image: [B, N], True where both rows have one image id; a row's own partner is among them.
+        own: [B], where in the whole batch this rank's rows stand.
+        temperature: [1], learned.
+    """
+
+    text_to_image: Tensor
+    image_to_text: Tensor
+    same_image: Tensor
+    own: Tensor
+    temperature: Tensor
+
+
+def compare(model: Unimo3ForPreTraining, text: Tensor, image: Tensor, image_id: Tensor) -> Similarities:
+    """Run the contrastive head on tower states of this rank's rows, and compare them with every rank's.
+
+    Args:
+        text: the text tower's states, [B, ...].
+        image: the image tower's states, [B, ...].
+        image_id: [B].
+    """
+    out = model.itc_head(text, image)
+    num_rows = len(image_id)
+    return Similarities(
+        text_to_image=out.text @ gather_rows(out.image).T / out.temperature,
+        image_to_text=out.image @ gather_rows(out.text).T / out.temperature,
+        same_image=image_id[:, None] == gather_rows(image_id)[None, :],
+        own=torch.arange(num_rows, device=image_id.device) + world()[0] * num_rows,
+        temperature=out.temperature,
+    )
