@@ -1,0 +1,219 @@
+"""What the ablation's runs say: tables with their spread, paired differences, and a picture of the gates.
+
+Runs of one seed share batches and initial values, so variants are compared within a seed: the differences to the
+reference have a mean and, from their own spread, a 95 % interval by Student's t. With the few seeds of an ablation that
+interval is wide; a difference whose interval includes zero shows nothing either way.
+
+Source: Student's t for paired samples; its quantiles from any statistical table.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.report import write_report
+
+Result = dict[str, Any]
+
+REFERENCE = "in_layer"
+# Two-sided 95 % quantiles for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(T_QUANTILES) + 1
+PRETRAINING = {
+    "loss_mlm": "MLM loss",
+    "accuracy_mlm": "MLM accuracy",
+    "loss_itm": "ITM loss",
+    "accuracy_itm": "ITM accuracy",
+    "loss_itc": "ITC loss",
+}
+VQA = {"vqa_overall": "overall", "vqa_fine": "fine", "vqa_object": "object", "vqa_scene": "scene"}
+CELL, GAP, LABEL = 56, 28, 190
+
+
+class Difference(NamedTuple):
+    """Of a variant to the reference: the mean over seeds and half the width of its 95 % interval, nan for one seed."""
+
+    mean: float
+    half_width: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return abs(self.mean) > self.half_width
+
+
+def paired_difference(differences: Sequence[float]) -> Difference:
+    """Mean and 95 % interval of one difference a seed, of which there are at most `MOST_SEEDS`."""
+    if len(differences) < 2:
+        return Difference(mean(differences), math.nan)
+    error = stdev(differences) / math.sqrt(len(differences))
+    return Difference(mean(differences), T_QUANTILES[len(differences) - 2] * error)
+
+
+def differences_to_reference(results: Sequence[Result], variant: str, figure: str) -> list[float]:
+    """A figure of a variant less the reference's, for each seed in ascending order."""
+    ours, reference = _by_seed(results, variant), _by_seed(results, REFERENCE)
+    return [ours[seed]["figures"][figure] - reference[seed]["figures"][figure] for seed in sorted(ours)]
+
+
+def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float], is_quick: bool) -> None:
+    """Write the report, its figures as lines of JSON, and the picture of the gates, all by the report's name.
+
+    Args:
+        path: of the report, ``.md``.
+        results: of every variant with every seed, alike in their settings.
+        blind: VQA accuracy of the best guess from the question alone, by granularity.
+        is_quick: marks the report as too short to compare.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    picture = path.with_name(f"{path.stem}_gates.png")
+    gated = draw_gates(picture, results)
+    seeds = sorted({result["seed"] for result in results})
+    settings = results[0]["settings"]
+    listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    quick = "**A quick run: it shows that the ablation works, its figures are too short to compare.**\n\n"
+    commits = ", ".join(sorted({result["machine"]["commit"] for result in results}))
+    spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, so no spread"
+    parts = [
+        (quick if is_quick else "")
+        + "The variants differ in what a fusion layer reads of the other modality; data, batches, steps and the "
+        "initial values of shared parameters are equal for each seed. All figures are of held-out data; cells hold "
+        f"{spread}.\n\nSeeds: {', '.join(map(str, seeds))}. Settings: {listed}. Runs made at: {commits}.",
+        f"## Pretraining\n\n{_table(results, PRETRAINING)}",
+        f"## VQA accuracy after fine-tuning\n\n{_table(results, VQA, _blind_row(blind))}",
+        f"## Paired differences to {REFERENCE}\n\n{_difference_text(results, len(seeds))}",
+        f"## Size and time\n\n{_cost_table(results)}",
+    ]
+    if gated:
+        parts.append(
+            f"## Gates\n\n![Shares of the levels]({picture.name})\n\nShare of each level in each layer after "
+            "pretraining, mean over held-out tokens, heads and seeds. The last level of a row is the layer's partner; "
+            "it starts at 0.5 and the others split the rest. Layer 1 sees its partner alone. "
+            f"{path.stem}.jsonl holds every seed's."
+        )
+    write_report(path, "Does cross-layer interaction help?", "\n\n".join(parts))
+
+
+def draw_gates(path: Path, results: Sequence[Result]) -> bool:
+    """Draw each gated variant's shares, layer by level, a map for each stream; False and no file if none has gates."""
+    variants = [name for name in _variants(results) if _by_seed(results, name)[_first_seed(results)]["gates"]["text"]]
+    if not variants:
+        path.unlink(missing_ok=True)
+        return False
+    maps = {(name, stream): _mean_gates(results, name, stream) for name in variants for stream in ("text", "image")}
+    num_layers = len(next(iter(maps.values())))
+    side = CELL * num_layers
+    width, height = LABEL + 2 * (side + GAP), 2 * GAP + len(variants) * (side + 2 * GAP)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=15)
+    for row, name in enumerate(variants):
+        top = 2 * GAP + row * (side + 2 * GAP)
+        draw.text((8, top + side / 2), name, "black", font, anchor="lm")
+        for column, stream in enumerate(("text", "image")):
+            left = LABEL + column * (side + GAP)
+            other = "image" if stream == "text" else "text"
+            draw.text((left, top - 6), f"{stream} reads {other}", "black", font, anchor="ls")
+            for layer, shares in enumerate(maps[name, stream]):
+                draw.text((left - 6, top + (layer + 0.5) * CELL), f"{layer + 1}", "grey", font, anchor="rm")
+                draw.text((left + (layer + 0.5) * CELL, top + side + 4), f"{layer}", "grey", font, anchor="mt")
+                for level, share in enumerate(shares):
+                    _draw_cell(draw, font, (left + level * CELL, top + layer * CELL), share)
+    draw.text((8, GAP), "rows: fusion layers, columns: levels", "grey", font, anchor="ls")
+    image.save(path)
+    return True
+
+
+def _draw_cell(
+    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, corner: tuple[int, int], share: float
+) -> None:
+    # White to dark blue.
+    colour = tuple(round(255 + (end - 255) * share) for end in (8, 48, 107))
+    x, y = corner
+    draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill=colour)
+    draw.text((x + CELL / 2, y + CELL / 2), f"{share:.2f}", "white" if share > 0.5 else "black", font, anchor="mm")
+
+
+def _mean_gates(results: Sequence[Result], variant: str, stream: str) -> list[list[float]]:
+    gates = [result["gates"][stream] for result in _by_seed(results, variant).values()]
+    return [[mean(shares) for shares in zip(*rows, strict=True)] for rows in zip(*gates, strict=True)]
+
+
+def _table(results: Sequence[Result], figures: dict[str, str], *extra_rows: list[str]) -> str:
+    rows = [
+        [name]
+        + [_spread(result["figures"][figure] for result in _by_seed(results, name).values()) for figure in figures]
+        for name in _variants(results)
+    ]
+    return _markdown(["", *figures.values()], [*rows, *extra_rows])
+
+
+def _blind_row(blind: dict[str, float]) -> list[str]:
+    return ["best guess without the image", *(f"{blind[figure.removeprefix('vqa_')]:.4f}" for figure in VQA)]
+
+
+def _difference_text(results: Sequence[Result], num_seeds: int) -> str:
+    rows, clear = [], []
+    others = [name for name in _variants(results) if name != REFERENCE]
+    for figure, label in (PRETRAINING | {name: f"VQA {label}" for name, label in VQA.items()}).items():
+        for name in others:
+            each = differences_to_reference(results, name, figure)
+            found = paired_difference(each)
+            interval = "" if math.isnan(found.half_width) else f" ± {found.half_width:.4f}"
+            rows.append([label, name, f"{found.mean:+.4f}{interval}", ", ".join(f"{value:+.4f}" for value in each)])
+            if found.excludes_zero:
+                clear.append(f"{name} in {label} ({found.mean:+.4f})")
+    table = _markdown(["figure", "variant", "mean, 95 % interval", "each seed"], rows)
+    if num_seeds < 2:
+        return f"{table}\n\nOne seed has no spread: nothing can be said of significance."
+    return (
+        f"{table}\n\nThe interval is that of a paired t test with {num_seeds - 1} degrees of freedom. Of {len(rows)} "
+        f"differences {len(clear)} have an interval that excludes zero{': ' if clear else ''}{'; '.join(clear)}. If no "
+        f"variant differed at all, about {0.05 * len(rows):.1f} would do so by chance, as none is corrected for the "
+        "number of comparisons. Lower losses and higher accuracies are better."
+    )
+
+
+def _cost_table(results: Sequence[Result]) -> str:
+    rows = []
+    size = _by_seed(results, REFERENCE)[_first_seed(results)]["parameters"]
+    for name in _variants(results):
+        runs = list(_by_seed(results, name).values())
+        parameters = runs[0]["parameters"]
+        times = [_spread(run[stage]["step_s"] for run in runs) for stage in ("pretraining", "vqa")]
+        rows.append([name, f"{parameters:,}", f"{parameters / size - 1:+.2%}", *times])
+    header = ["", "parameters", f"beside {REFERENCE}", "pretraining, s a step", "VQA, s a step"]
+    return (
+        f"{_markdown(header, rows)}\n\nSeconds are each run's median, one thread, without reading data, while other "
+        "runs used the machine's other cores: a rough comparison."
+    )
+
+
+def _spread(values: Iterable[float]) -> str:
+    listed = list(values)
+    return f"{mean(listed):.4f}" + (f" ± {stdev(listed):.4f}" if len(listed) > 1 else "")
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _variants(results: Sequence[Result]) -> list[str]:
+    """In the order of the runs."""
+    return list(dict.fromkeys(result["variant"] for result in results))
+
+
+def _by_seed(results: Sequence[Result], variant: str) -> dict[int, Result]:
+    return {result["seed"]: result for result in results if result["variant"] == variant}
+
+
+def _first_seed(results: Sequence[Result]) -> int:
+    seed: int = results[0]["seed"]
+    return seed

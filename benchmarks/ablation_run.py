@@ -1,0 +1,333 @@
+"""One run of the ablation: a variant's model, its data, pretraining, VQA fine-tuning, and their figures.
+
+A plain loop in one process of one thread, on the library's own parts: what is compared is the model, not the engine.
+
+Source: METER, arXiv 2111.02387 (in_layer); BridgeTower, arXiv 2206.08657 (bridge); arXiv 2305.13697 (cross_layer).
+"""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.ablation_report import REFERENCE
+from benchmarks.report import ROOT, machine
+from finetune.vqa import predict
+from pretrain.toy import blind_rates
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.blind import accuracy_by_group
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
+from unimo3.data.order import SampleOrder
+from unimo3.data.samples import PretrainSamples, Samples, VqaSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World
+from unimo3.errors import DivergedError
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, settle_tokens
+from unimo3.model.config import Unimo3Config
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+from unimo3.model.init import initialize_weights
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
+from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.vqa import VqaTask
+from unimo3.training.evaluation import held_out_losses
+from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    REFERENCE: {"interaction": "in_layer"},
+    "bridge": {"interaction": "in_layer", "bridge": True},
+    "cross_layer_token": {"interaction": "cross_layer", "gate": "token"},
+    "cross_layer_static": {"interaction": "cross_layer", "gate": "static"},
+    "cross_layer_uniform": {"interaction": "cross_layer", "gate": "uniform"},
+}
+VOCABULARY, PATCH_SIZE, CAPTION_TOKENS, QUESTION_TOKENS = 512, 16, 20, 24
+MASKED_SHARE = 0.15
+WINDOW_SHARDS = 8
+READER = ReaderArgs(num_workers=0, prefetch=1)
+PROGRESS_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs have in common; a finished run counts only if all of it is equal."""
+
+    images: int = 8000
+    """Toy images, training and held-out ones."""
+    image_size: int = 64
+    """Their height and width in pixels."""
+    layers: int = 4
+    """Layers of each tower and of the fusion encoder."""
+    width: int = 128
+    """Width of all three."""
+    pretraining_steps: int = 220
+    """Optimizer steps of MLM, ITM and ITC together."""
+    vqa_steps: int = 400
+    """Optimizer steps of fine-tuning."""
+    batch: int = 64
+    """Pairs or questions a step."""
+    pretraining_lr: float = 1e-3
+    """Peak learning rate of pretraining."""
+    vqa_lr: float = 2.5e-4
+    """Peak learning rate of fine-tuning."""
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        least = {"images": 40, "batch": 2}
+        found = [
+            f"{option(field.name)} {getattr(self, field.name)}: at least {least.get(field.name, 1)} is needed"
+            for field in fields(self)
+            if field.type is int and getattr(self, field.name) < least.get(field.name, 1)
+        ]
+        found += [
+            f"{option(name)} {getattr(self, name)}: a number above 0 is needed"
+            for name in ("pretraining_lr", "vqa_lr")
+            if getattr(self, name) <= 0
+        ]
+        return found or self.model("bridge").faults()
+
+    def model(self, variant: str) -> ModelArgs:
+        """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""
+        heads = 4
+        return ModelArgs(
+            text=TextArgs(
+                vocab_size=VOCABULARY,
+                hidden_size=self.width,
+                num_hidden_layers=self.layers,
+                num_attention_heads=heads,
+                intermediate_size=4 * self.width,
+                max_position_embeddings=40,
+                dropout=0.0,
+            ),
+            vision=VisionArgs(
+                image_size=self.image_size, patch_size=PATCH_SIZE, width=self.width, depth=self.layers, num_heads=heads
+            ),
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            initializer_range=0.08,
+            dropout=0.0,
+            itc_size=64,
+            **VARIANTS[variant],
+        )
+
+
+class Data:
+    """The toy shards in a folder."""
+
+    def __init__(self, work: Path, settings: Settings):
+        self._settings = settings
+        self._folder = work.resolve() / f"data_{settings.images}_{settings.image_size}"
+        self._shards = self._folder / "shards"
+
+    def make(self) -> None:
+        """Draw and shard what is not there yet; each command leaves a whole folder or none."""
+        drawn = self._folder / "drawn"
+        toy = ("toy", str(drawn), "--images", str(self._settings.images), "--size", str(self._settings.image_size))
+        coco = ("prepare_shards", "coco", "--src", str(drawn / "coco"), "--tokenizer-vocab", str(VOCABULARY))
+        vqav2 = ("prepare_shards", "vqav2", "--src", str(drawn / "vqav2"), "--images", str(drawn / "coco"))
+        for folder, (program, *arguments) in (
+            (drawn, toy),
+            (self._shards / "coco", (*coco, "--out", str(self._shards / "coco"), "--shard-size", "512")),
+            (self._shards / "vqav2", (*vqav2, "--out", str(self._shards / "vqav2"), "--shard-size", "512")),
+        ):
+            if not folder.exists():
+                subprocess.run([sys.executable, "-m", f"pretrain.{program}", *arguments], cwd=ROOT, check=True)
+
+    def pairs(self, split: str, seed: int) -> PretrainSamples:
+        """Captioned images of ``train`` or ``val``."""
+        return PretrainSamples(
+            ShardIndex(self._shards / "coco" / split),
+            self.tokenizer(),
+            CAPTION_TOKENS,
+            ImageTransform(self._settings.image_size),
+            MASKED_SHARE,
+            seed,
+        )
+
+    def questions(self, split: str, seed: int) -> VqaSamples:
+        """Questions of ``train`` or ``val``."""
+        return VqaSamples(
+            ShardIndex(self._shards / "vqav2" / split),
+            self.tokenizer(),
+            QUESTION_TOKENS,
+            ImageTransform(self._settings.image_size),
+            self.answers(),
+            seed,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Trained on the training captions."""
+        return load_tokenizer(str(self._shards / "coco" / "tokenizer"))
+
+    def answers(self) -> AnswerVocabulary:
+        """Of the training questions."""
+        return AnswerVocabulary.load(self._shards / "vqav2" / "answers.json")
+
+    def blind(self) -> dict[str, float]:
+        """VQA accuracy of the best guess from the question alone."""
+        return blind_rates(self._folder / "drawn" / "vqav2")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One variant with one seed."""
+
+    settings: Settings
+    variant: str
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a finished run the same as another."""
+        return {"variant": self.variant, "seed": self.seed, "settings": asdict(self.settings)}
+
+    def file(self, work: Path) -> Path:
+        """Where its result is kept."""
+        return work / "finished" / f"{self.variant}-{self.seed}.json"
+
+    def result(self, work: Path) -> dict[str, Any] | None:
+        """Its figures if it is done, with these settings."""
+        file = self.file(work)
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return found if self.identity().items() <= found.items() else None
+
+    def do(self, work: Path) -> None:
+        """Pretrain, evaluate, fine-tune, evaluate, and keep the figures."""
+        torch.manual_seed(self.seed)
+        data = Data(work, self.settings)
+        model = build_pretraining_model(self.settings.model(self.variant), data, self.seed)
+        task = PretrainingTask(model, ObjectivesArgs().build(self.seed))
+        steps, rate = self.settings.pretraining_steps, self.settings.pretraining_lr
+        pretraining = self._train("pretraining", task, model, data.pairs("train", self.seed), steps, rate)
+        batch = self.settings.batch
+        held_out = held_out_losses(on_cpu(task), data.pairs("val", self.seed), World(0, 0, 1), batch, READER)
+        gates = {stream: held_out.pop(f"gates_{stream}", None) for stream in ("text", "image")}
+
+        answers = data.answers()
+        vqa_model = build_vqa_model(model, len(answers), self.seed)
+        vqa_task = VqaTask(vqa_model)
+        steps, rate = self.settings.vqa_steps, self.settings.vqa_lr
+        vqa = self._train("VQA", vqa_task, vqa_model, data.questions("train", self.seed), steps, rate)
+        asked = evaluation_batches(data.questions("val", self.seed), 0, 1, batch, READER)
+        scored = predict(on_cpu(vqa_task), asked, answers)
+        accuracy = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
+
+        figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
+        result = self.identity() | {
+            "figures": figures,
+            "gates": {stream: shares_by_layer(value) for stream, value in gates.items()},
+            "parameters": num_parameters(model),
+            "pretraining": pretraining,
+            "vqa": vqa,
+            "machine": machine(),
+        }
+        file = self.file(work)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(".partial")
+        staging.write_text(json.dumps(result) + "\n")
+        staging.replace(file)
+
+    def _train(
+        self,
+        stage: str,
+        task: nn.Module,
+        model: Unimo3PreTrainedModel,
+        samples: Samples,
+        num_steps: int,
+        lr: float,
+    ) -> dict[str, Any]:
+        """Train for `num_steps`; the loss of each tenth of them, and the median seconds of a step without reading."""
+        optim = OptimArgs(lr=lr, fusion_factor=1.0, head_factor=1.0)
+        optimizer = build_optimizer(model, optim)
+        order = SampleOrder(samples.units_per_shard, self.seed, WINDOW_SHARDS)
+        batch = self.settings.batch
+        batches = iter(TrainingLoader(samples, order, batch, batch, 0, 1, READER))
+        losses: list[float] = []
+        seconds: list[float] = []
+        started = shown = time.perf_counter()
+        task.train()
+        for step in range(num_steps):
+            (loaded,) = next(batches)
+            before = time.perf_counter()
+            set_rates(optimizer, rate_share(step, num_steps, optim.warmup_share))
+            loss = task(loaded)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            optimizer.step()
+            now = time.perf_counter()
+            losses.append(loss.item())
+            seconds.append(now - before)
+            if not math.isfinite(losses[-1]):
+                raise DivergedError(f"{self.variant}, seed {self.seed}: {stage} loss {losses[-1]} at step {step + 1}")
+            if now - shown > PROGRESS_EVERY_S or step + 1 == num_steps:
+                shown = now
+                left_s = (now - started) / (step + 1) * (num_steps - step - 1)
+                print(
+                    f"{self.variant} seed {self.seed}: {stage} step {step + 1}/{num_steps}, loss {losses[-1]:.3f}, "
+                    f"{left_s:.0f} s left of this stage",
+                    flush=True,
+                )
+        tenths = [losses[num_steps * part // 10 : num_steps * (part + 1) // 10] for part in range(10)]
+        return {"loss_by_tenth": [mean(tenth) for tenth in tenths if tenth], "step_s": median(seconds)}
+
+
+def build_pretraining_model(args: ModelArgs, data: Data, seed: int) -> Unimo3ForPreTraining:
+    """A model with its initial values, which depend on (seed, module name) alone."""
+    config = args.to_config()
+    settle_tokens(config, data.tokenizer())
+    model = Unimo3ForPreTraining(config)
+    initialize_weights(model, seed, args.initializer_range)
+    return model
+
+
+def build_vqa_model(pretrained: Unimo3ForPreTraining, num_answers: int, seed: int) -> Unimo3ForVisualQuestionAnswering:
+    """The pretrained towers and fusion encoder under a new head."""
+    config: Unimo3Config = copy.deepcopy(pretrained.config)
+    config.num_answers = num_answers
+    model = Unimo3ForVisualQuestionAnswering(config)
+    initialize_weights(model, seed, config.initializer_range)
+    model.unimo3.load_state_dict(pretrained.unimo3.state_dict())
+    return model
+
+
+def on_cpu(task: nn.Module) -> nn.Module:
+    """A task as evaluations take it: they ask an engine for its device."""
+    task.device = torch.device("cpu")
+    return task
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable values, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def shares_by_layer(gates: list[list[list[float]]] | None) -> list[list[float]] | None:
+    """Mean over heads of a stream's gates.
+
+    Args:
+        gates: [L - 1 gated layers, H, L levels], padded with zeros.
+
+    Returns:
+        For layers 1 to L the shares of the levels it sees, 1 to L of them; the first layer sees its partner alone.
+    """
+    if gates is None:
+        return None
+    means = torch.tensor(gates).mean(dim=1)
+    return [[1.0]] + [row[: layer + 2].tolist() for layer, row in enumerate(means)]
+
+
+def option(field: str) -> str:
+    """A setting's name on the command line."""
+    return f"--{field.replace('_', '-')}"

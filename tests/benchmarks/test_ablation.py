@@ -1,0 +1,195 @@
+"""The ablation end to end on toy data, and the arithmetic of its report."""
+
+import json
+import math
+from dataclasses import replace
+from statistics import stdev
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import ablation, ablation_run
+from benchmarks.ablation_report import PRETRAINING, VQA, differences_to_reference, paired_difference, write_ablation
+from unimo3.errors import ConfigError
+
+TINY = ablation_run.Settings(
+    images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8
+)  # fmt: skip
+VARIANTS = ("in_layer", "cross_layer_token")
+
+
+def arguments(work, out):
+    sizes = [word for name in TINY.__dict__ for word in (ablation_run.option(name), str(getattr(TINY, name)))]
+    return [
+        "--quick",
+        "--seeds",
+        "0",
+        "--jobs",
+        "1",
+        "--variants",
+        *VARIANTS,
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        *sizes,
+    ]
+
+
+def run(argv):
+    with pytest.raises(SystemExit) as end:
+        ablation.main(argv)
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    ablation_run.Data(folder, TINY).make()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(work):
+    """One run done in this process, as if the ablation had been killed after it."""
+    done = ablation_run.TrainingRun(TINY, "in_layer", 0)
+    done.do(work)
+    return done
+
+
+def test_an_ablation_goes_on_after_the_finished_runs_and_writes_its_report(work, finished, tmp_path, capfd):
+    file = finished.file(work)
+    before = file.stat().st_mtime_ns
+    assert run(arguments(work, tmp_path)) == 0
+    assert file.stat().st_mtime_ns == before
+    assert "2 runs, 1 of them done before" in capfd.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "ablation_quick.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == list(VARIANTS)
+    assert {"loss_mlm", "loss_itm", "loss_itc", "accuracy_mlm", "accuracy_itm", "vqa_overall"} <= set(
+        lines[1]["figures"]
+    )
+    shares = lines[1]["gates"]["text"]
+    assert [len(row) for row in shares] == [1, 2]
+    assert sum(shares[1]) == pytest.approx(1, abs=1e-5)
+    report = (tmp_path / "ablation_quick.md").read_text()
+    assert "A quick run" in report
+    assert "best guess without the image" in report
+    assert Image.open(tmp_path / "ablation_quick_gates.png").size[0] > 0
+
+
+def test_a_finished_run_counts_only_with_equal_settings(work, finished):
+    assert finished.result(work) is not None
+    longer = replace(TINY, vqa_steps=3)
+    assert ablation_run.TrainingRun(longer, "in_layer", 0).result(work) is None
+
+
+def test_a_run_gives_the_same_figures_again(work, finished):
+    first = finished.result(work)
+    finished.do(work)
+    assert finished.result(work)["figures"] == first["figures"]
+
+
+def test_variants_share_initial_values_and_sizes(work):
+    data = ablation_run.Data(work, TINY)
+    models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ablation_run.VARIANTS}
+    reference = models["in_layer"].state_dict()
+    for name, model in models.items():
+        values = model.state_dict()
+        assert reference.keys() <= values.keys(), name
+        for key, value in reference.items():
+            torch.testing.assert_close(values[key], value, rtol=0, atol=0)
+    assert any("bridge_norms" in key for key in models["bridge"].state_dict())
+
+
+def test_vqa_starts_from_the_pretrained_towers_and_fusion(work):
+    pretrained = ablation_run.build_pretraining_model(TINY.model("bridge"), ablation_run.Data(work, TINY), 0)
+    with torch.no_grad():
+        for parameter in pretrained.parameters():
+            parameter.add_(0.125)
+    model = ablation_run.build_vqa_model(pretrained, 7, seed=0)
+    for key, value in pretrained.unimo3.state_dict().items():
+        torch.testing.assert_close(model.unimo3.state_dict()[key], value, rtol=0, atol=0)
+    assert model.config.num_answers == 7
+
+
+def test_variants_of_unequal_size_are_refused(capsys):
+    small = ablation_run.Settings(width=8, layers=8)
+    with pytest.raises(ConfigError, match="cross_layer_token has"):
+        ablation.check_sizes(small)
+    assert "in_layer: " in capsys.readouterr().out
+
+
+def test_all_bad_settings_are_named_at_once(tmp_path, capsys):
+    argv = [
+        "--batch",
+        "0",
+        "--vqa-lr",
+        "-1",
+        "--seeds",
+        "1",
+        "1",
+        "--variants",
+        "bridge",
+        "sideways",
+        "--only",
+        "in_layer",
+    ]
+    assert run(argv) == 78
+    message = capsys.readouterr().err
+    for part in (
+        "--batch 0",
+        "--vqa-lr -1",
+        "--seeds [1, 1]",
+        "--variants sideways",
+        "in_layer, which",
+        "--only in_layer",
+    ):
+        assert part in message
+
+
+def test_the_paired_interval_is_students():
+    found = paired_difference([0.01, 0.03, 0.02])
+    assert found.mean == pytest.approx(0.02)
+    assert found.half_width == pytest.approx(4.303 * stdev([0.01, 0.03, 0.02]) / math.sqrt(3))
+    assert not found.excludes_zero
+    assert paired_difference([0.019, 0.021, 0.020]).excludes_zero
+    assert math.isnan(paired_difference([0.5]).half_width)
+    assert not paired_difference([0.5]).excludes_zero
+
+
+def result(variant, seed, shift):
+    figures = dict.fromkeys(PRETRAINING | VQA, 0.5 + seed / 10 + shift)
+    gates = None if variant == "in_layer" else [[1.0], [0.25 + seed / 4, 0.75 - seed / 4]]
+    return {
+        "variant": variant, "seed": seed, "settings": {"batch": 64}, "figures": figures, "parameters": 100,
+        "gates": {"text": gates, "image": gates}, "pretraining": {"step_s": 1.0}, "vqa": {"step_s": 0.5},
+        "machine": {"commit": "abc"},
+    }  # fmt: skip
+
+
+def test_differences_are_taken_within_a_seed():
+    results = [result("in_layer", 1, 0), result("in_layer", 0, 0), result("x", 1, 0.03), result("x", 0, 0.01)]
+    assert differences_to_reference(results, "x", "loss_mlm") == pytest.approx([0.01, 0.03])
+
+
+def test_the_report_says_which_differences_are_clear(tmp_path):
+    results = [result("in_layer", seed, 0) for seed in range(3)]
+    results += [result("x", seed, 0.02 + seed / 1000) for seed in range(3)]
+    blind = {"overall": 0.4, "fine": 0.3, "object": 0.5, "scene": 0.45}
+    write_ablation(tmp_path / "a.md", results, blind, is_quick=False)
+    report = (tmp_path / "a.md").read_text()
+    assert "| in_layer | 0.6000 ± 0.1000 |" in report
+    assert "| MLM loss | x | +0.0210 ± 0.0025 | +0.0200, +0.0210, +0.0220 |" in report
+    assert "Of 9 differences 9 have an interval that excludes zero" in report
+    assert "| best guess without the image | 0.4000 | 0.3000 | 0.5000 | 0.4500 |" in report
+    assert "quick" not in report.split("## Measured on")[0].split("\n", 4)[4]
+    assert (tmp_path / "a_gates.png").exists()
+
+
+def test_without_gates_there_is_no_picture(tmp_path):
+    write_ablation(
+        tmp_path / "a.md", [result("in_layer", 0, 0)], dict.fromkeys(("overall", "fine", "object", "scene"), 0), False
+    )
+    assert not (tmp_path / "a_gates.png").exists()
+    assert "nothing can be said of significance" in (tmp_path / "a.md").read_text()
