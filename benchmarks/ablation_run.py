@@ -46,11 +46,12 @@ from unimo3.training.evaluation import held_out_losses
 from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    REFERENCE: {"interaction": "in_layer"},
+    REFERENCE: {"interaction": "in_layer", "bridge": False},
     "bridge": {"interaction": "in_layer", "bridge": True},
-    "cross_layer_token": {"interaction": "cross_layer", "gate": "token"},
-    "cross_layer_static": {"interaction": "cross_layer", "gate": "static"},
-    "cross_layer_uniform": {"interaction": "cross_layer", "gate": "uniform"},
+    "cross_layer_token": {"interaction": "cross_layer", "gate": "token", "bridge": False},
+    "cross_layer_static": {"interaction": "cross_layer", "gate": "static", "bridge": False},
+    "cross_layer_uniform": {"interaction": "cross_layer", "gate": "uniform", "bridge": False},
+    "cross_layer_bridge": {"interaction": "cross_layer", "gate": "token", "bridge": True},
 }
 VOCABULARY, PATCH_SIZE, CAPTION_TOKENS, QUESTION_TOKENS = 512, 16, 20, 24
 MASKED_SHARE = 0.15
@@ -67,13 +68,13 @@ class Settings:
     """Toy images, training and held-out ones."""
     image_size: int = 64
     """Their height and width in pixels."""
-    layers: int = 4
+    layers: int = 3
     """Layers of each tower and of the fusion encoder."""
     width: int = 128
     """Width of all three."""
     pretraining_steps: int = 220
     """Optimizer steps of MLM, ITM and ITC together."""
-    vqa_steps: int = 400
+    vqa_steps: int = 250
     """Optimizer steps of fine-tuning."""
     batch: int = 64
     """Pairs or questions a step."""

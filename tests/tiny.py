@@ -34,6 +34,8 @@ def tiny_config(**changes) -> Unimo3Config:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "itc_size": 16,
+        # Off unless a test asks for them: the towers have fewer layers than the fusion encoder.
+        "bridge": False,
     }
     return Unimo3Config(**(settings | changes))
 

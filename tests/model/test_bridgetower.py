@@ -165,7 +165,7 @@ def test_settings_that_contradict_the_folder_are_faults(tmp_path):
     config = draw_config(np.random.default_rng(1))
     BridgeTowerModel(config).save_pretrained(tmp_path)
     size = config.vision_config.image_size
-    twice = ModelArgs(TextArgs(init="roberta"), VisionArgs(image_size=size), init=str(tmp_path))
+    twice = ModelArgs(TextArgs(init="roberta"), VisionArgs(image_size=size), init=str(tmp_path), bridge=False)
     assert [fault.split(":")[0] for fault in twice.faults()] == ["model.text.init", "model.bridge"]
     tiny_config().save_pretrained(tmp_path)
     assert "holds a 'unimo3' model; a BridgeTower one is needed" in model_args(tmp_path, size).faults()[0]

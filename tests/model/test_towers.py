@@ -155,6 +155,6 @@ def test_levels_that_do_not_exist_are_faults(changes, named):
     args = ModelArgs(
         TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
         VisionArgs(image_size=16, patch_size=8, width=32, depth=2, num_heads=2),
-        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **changes},
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "bridge": False, **changes},
     )
     assert named in args.faults()[0]

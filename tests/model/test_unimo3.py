@@ -18,7 +18,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 
 RECIPES = Path(__file__).parents[2] / "pretrain" / "recipes"
 # Documented in docs/architecture.md; weights, with the tied MLM decoder counted once.
-NUM_PARAMETERS = {"tiny": 2_856_747, "base": 327_146_300, "large": 865_726_684}
+NUM_PARAMETERS = {"tiny": 3_056_555, "base": 327_164_732, "large": 865_751_260}
 
 
 def inputs():

@@ -120,11 +120,11 @@ class ModelArgs:
     """What a fusion layer reads of the other modality: its partner layer, or every level up to it."""
     unimodal_levels: int = 0
     """Top layers of the other modality's tower that join the levels of `cross_layer`."""
-    bridge: bool = False
+    bridge: bool = True
     """Whether each fusion layer's input is joined by a tower layer's states, as in BridgeTower."""
     gate: Literal["token", "static", "uniform"] = "token"
     """How levels are weighed: by each token and head, by a learned constant a head, or equally."""
-    gate_init: float = 0.5
+    gate_init: float = 0.9
     """Share of the in-layer level at the start, between 0 and 1."""
     dropout: float = 0.1
     """Dropout probability of the fusion layers' hidden states and attention weights."""

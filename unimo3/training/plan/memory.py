@@ -3,8 +3,8 @@
 DeepSpeed's own reading of a ds_config decides what is cut among the ranks; the sizes below follow what its optimizers
 allocate. tests/integration/test_plan.py compares them with a running engine's.
 
-Source: DeepSpeed 0.19, runtime/zero/stage3.py, stage_1_and_2.py, partition_parameters.py and
-partitioned_param_coordinator.py.
+Source: DeepSpeed 0.19, runtime/zero/stage3.py, stage_1_and_2.py, partition_parameters.py,
+partitioned_param_coordinator.py and, for stage 1 in bf16, runtime/bf16_optimizer.py.
 """
 
 import math
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from unimo3.errors import ConfigError
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, parameter_groups
 
@@ -70,6 +72,9 @@ class Sharding:
 
     Args:
         ds_config: with DeepSpeed's keys; the batch sizes may be missing or "auto".
+
+    Raises:
+        ConfigError: gradients are to be accumulated in a type that DeepSpeed does not know.
     """
 
     def __init__(self, ds_config: dict[str, Any]):
@@ -77,9 +82,8 @@ class Sharding:
         self.stage = int(self.zero.stage)
         self.precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
         self.dtype: torch.dtype = _DTYPES[self.precision]
-        accumulation = ds_config.get("data_types", {}).get("grad_accum_dtype")
         self.weight_bytes = self.dtype.itemsize
-        self.gradient_bytes = _DTYPES[accumulation].itemsize if accumulation else self.weight_bytes
+        self.gradient_bytes = _accumulation_bytes(ds_config, self.weight_bytes)
         self.offloads_weights = _offloads(self.zero.offload_param)
         self.offloads_optimizer = _offloads(self.zero.offload_optimizer)
         self.secondary_ranks: int = self.zero.zero_hpz_partition_size
@@ -125,21 +129,20 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
     weights = memory.host if sharding.offloads_weights else memory.device
     optimizer = memory.host if sharding.offloads_optimizer else memory.device
     weights["weights"] = shard * sharding.weight_bytes
-    # float32 weights that lie beside the optimizer are their own master copy.
-    is_own_master = sharding.weight_bytes == _FP32_BYTES and not sharding.offloads_optimizer
-    optimizer["master_weights"] = 0 if is_own_master else shard * _FP32_BYTES
+    # A copy even of float32 weights.
+    optimizer["master_weights"] = shard * _FP32_BYTES
     optimizer["moments"] = 2 * shard * _FP32_BYTES
     optimizer["gradients"] = shard * (sharding.gradient_bytes + (_FP32_BYTES if sharding.offloads_optimizer else 0))
-    persistent = _persistent(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
-    memory.device["persistent_weights"] = persistent * sharding.weight_bytes
+    gatherable = _gatherable(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
+    memory.device["persistent_weights"] = (sizes.total - sum(gatherable)) * sharding.weight_bytes
     if sharding.secondary_ranks > 1:
-        copy = sum(math.ceil(size / sharding.secondary_ranks) for size in sizes.parameters)
-        weights["secondary_weights"] = copy * sharding.weight_bytes
-    # A parameter stays gathered if it is needed again soon. The backward pass mirrors the forward pass, so what lies x
-    # parameters before the turn is needed again after 2 x.
-    soon = zero.max_reuse_distance // 2
-    ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
-    gathered = min(sizes.total - persistent, soon + sizes.largest_module + ahead)
+        copy = sum(math.ceil(size / sharding.secondary_ranks) for size in gatherable)
+        during = memory.host if sharding.offloads_weights else memory.pass_bytes
+        during["secondary_weights"] = copy * sharding.weight_bytes
+    # A parameter stays gathered if it is needed again soon (the backward pass mirrors the forward pass, so what lies x
+    # parameters before the turn is needed again after 2 x), or if the prefetcher, as far as it may look, comes upon it.
+    gathered = max(zero.max_live_parameters, zero.max_reuse_distance // 2) + sizes.largest_module
+    gathered = min(sum(gatherable), gathered)
     memory.pass_bytes["gathered_weights"] = gathered * sharding.weight_bytes
     # The bucket, and its copy that the reduction reads.
     memory.pass_bytes["buckets"] = 2 * zero.reduce_bucket_size * sharding.weight_bytes
@@ -167,8 +170,9 @@ def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> Ra
         first = 0 if accumulates_apart else sharding.weight_bytes
         memory.device["gradients"] = shard * (first + sharding.gradient_bytes)
     else:
-        # Stage 1 accumulates whole gradients.
-        memory.device["gradients"] = (shard * num_ranks + shard) * sharding.gradient_bytes
+        # Stage 1 accumulates whole gradients; without float32 accumulation the optimizer gets a copy of its part.
+        copied = 0 if accumulates_apart else shard
+        memory.device["gradients"] = (shard * num_ranks + copied) * sharding.gradient_bytes
         staging_bytes = sharding.gradient_bytes
     num_buckets = 2 if zero.overlap_comm else 1
     memory.pass_bytes["buckets"] = num_buckets * zero.reduce_bucket_size * staging_bytes
@@ -180,13 +184,26 @@ def _step_bytes(shards: list[int], most: int | float = math.inf) -> int:
     return 2 * _FP32_BYTES * int(min(max(shards), most))
 
 
-def _persistent(parameters: list[int], threshold: int, total: int) -> int:
-    """Parameters too small to be worth gathering again and again stay gathered, as far as the total allows."""
-    kept = 0
+def _gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
+    """Parameters that are gathered for each use; smaller ones always are, as far as the total allows."""
+    kept, found = 0, []
     for size in parameters:
         if size <= threshold and kept + size <= total:
             kept += size
-    return kept
+        else:
+            found.append(size)
+    return found
+
+
+def _accumulation_bytes(ds_config: dict[str, Any], weight_bytes: int) -> int:
+    name = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    try:
+        dtype = DtypeEnum(name).value if name else None
+    except ValueError as error:
+        raise ConfigError(
+            f"training.ds_config: 'data_types.grad_accum_dtype': {name!r}: DeepSpeed knows no such type; use fp32"
+        ) from error
+    return weight_bytes if dtype is None else int(dtype.itemsize)
 
 
 def _offloads(section: Any) -> bool:

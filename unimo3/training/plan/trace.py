@@ -1,13 +1,9 @@
 """What one training step costs: operations and memory, read off the step itself, run without values.
 
 The real model and the real `PretrainingTask` run forward and backward on torch's meta device, where tensors have a
-shape and no content. Operations are counted by torch's FlopCounterMode. Memory is the sum of all tensors alive, which
-is what an allocator would have to hold; parameters and what ZeRO keeps of gradients are left to `memory`.
-
-A GPU runs two operations otherwise than the meta device does, and they are counted as the GPU runs them: attention as
-one kernel that keeps a log-sum-exp a row instead of the weights (torch's memory-efficient kernel), and dropout with a
-mask of one byte. What needs values is answered so that the general case is counted: every text is padded somewhere,
-and negatives are drawn from equal similarities.
+shape and no content. Operations are counted by the formulas of torch's FlopCounterMode (the mode itself holds on to
+tensors, which would count as memory). Memory is the sum of all tensors alive, which is what an allocator would have to
+hold; parameters, and what ZeRO keeps of gradients, are left to `memory`.
 
 Source: torch/utils/flop_counter.py; torch/distributed/_tools/mem_tracker.py for counting live storages.
 """
@@ -15,15 +11,12 @@ Source: torch/utils/flop_counter.py; torch/distributed/_tools/mem_tracker.py for
 # Shapes: B pairs, T text tokens, S pixels a side.
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any_only, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -33,6 +26,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.training.engine import prepare_layers
+from unimo3.training.plan.gpu import GpuFunctions
 
 # Two batches tell what grows with the pairs from what does not.
 _FEW, _MANY = 32, 64
@@ -65,8 +59,8 @@ class StepCost:
 def build_on_meta(config: Unimo3Config, dtype: torch.dtype = torch.float32) -> Unimo3ForPreTraining:
     """The model with shapes and no values."""
     with torch.device("meta"):
-        model = Unimo3ForPreTraining(config)
-    return model.to(dtype)
+        model: nn.Module = Unimo3ForPreTraining(config)
+    return cast(Unimo3ForPreTraining, model.to(dtype))
 
 
 def trace_step(
@@ -109,7 +103,7 @@ class _Run:
 
 
 def _run(task: PretrainingTask, batch: dict[str, Tensor]) -> _Run:
-    with _AsOnGpu(), _Meter([*task.parameters(), *task.buffers()]) as meter:
+    with GpuFunctions(), _Meter([*task.parameters(), *task.buffers()]) as meter:
         loss = task(batch)["loss"]
         forward_flops, kept_bytes = meter.flops, meter.live_bytes
         _backward(loss)
@@ -161,69 +155,24 @@ class _Meter(TorchDispatchMode):
         for tensor in given:
             self._known[tensor.untyped_storage()] = True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # what an operation is made of is no function of the step
+            out = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        return tree_map_only(Tensor, self._note, out)
+        for part in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(part, Tensor) and part.is_meta:
+                self._note(part.untyped_storage())
+        return out
 
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.is_meta and storage not in self._known:
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
             self._known[storage] = True
             size = storage.nbytes()
             self.live_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
             weakref.finalize(storage, self._forget, size)
-        return tensor
 
     def _forget(self, size: int) -> None:
         self.live_bytes -= size
-
-
-class _AsOnGpu(TorchFunctionMode):
-    """Runs on the meta device what a GPU would run, see above."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _fused_attention(*args, **kwargs)
-        if func is torch.nn.functional.dropout:
-            return _fused_dropout(*args, **kwargs)
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return False  # "are all tokens real?"
-        if func is Tensor.cpu and args[0].is_meta:
-            return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        # Values stand in indices alone; met by a tensor without values, they have none either.
-        if func is not Tensor.__getitem__ and tree_any_only(Tensor, lambda t: t.is_meta, (args, kwargs)):
-            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    bias = None
-    if attn_mask is not None:
-        # The kernel adds its mask to the scores.
-        bias = torch.empty(attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2])
-    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, bias, q.requires_grad, dropout_p, is_causal, scale=scale
-    )[0]
-    return out
-
-
-def _fused_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, training)[0] if training and p else x

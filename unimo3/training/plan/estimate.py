@@ -1,0 +1,163 @@
+"""From what a model costs to what a run needs: the ds_config, the micro-batch and the hours.
+
+Of the configurations that hold the recipe's micro-batch, the one that moves least between ranks is chosen: ZeRO-2 sums
+gradients and shares out updated weights; ZeRO-3 gathers weights in every pass besides, with hpZ from the GPUs of one
+node alone; offloading moves state over the host's bus as well.
+
+Source: ZeRO, arXiv 1910.02054, for the volumes; ZeRO++, arXiv 2306.10209, for hpZ.
+"""
+
+from dataclasses import dataclass
+
+from unimo3.errors import ConfigError
+from unimo3.training.engine import BatchPlan
+from unimo3.training.plan.memory import ModelSizes, RankMemory, Sharding, rank_memory
+from unimo3.training.plan.trace import StepCost
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs to be booked.
+
+    Attributes:
+        num_gpus: of all nodes, one rank each.
+        memory_bytes: of one GPU.
+        reserve: share of it left to the CUDA context, NCCL and fragmentation.
+        peak_flops: of one GPU and second.
+        utilization: share of the peak that a step reaches.
+    """
+
+    num_gpus: int
+    memory_bytes: int
+    reserve: float
+    peak_flops: float
+    utilization: float
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one GPU, less the reserve."""
+        return self.memory_bytes * (1 - self.reserve)
+
+    def step_s(self, global_batch: int, flops: float) -> float:
+        """Seconds an optimizer step takes at `flops` a pair, communication not counted."""
+        return global_batch * flops / (self.num_gpus * self.peak_flops * self.utilization)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One ds_config on a machine.
+
+    Attributes:
+        name: of the file.
+        needed_bytes: of GPU memory at the recipe's micro-batch.
+        largest: micro-batch that fits; 0 if none does.
+        largest_dividing: that also divides the global batch over the ranks.
+        fits: whether the recipe's own micro-batch does.
+    """
+
+    name: str
+    sharding: Sharding
+    memory: RankMemory
+    needed_bytes: float
+    largest: int
+    largest_dividing: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The ds_config to take, its micro-batch, and why no other: a line for each by the file's name."""
+
+    fit: Fit
+    micro_batch: int
+    reasons: dict[str, str]
+
+
+def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch: BatchPlan, machine: Machine) -> Fit:
+    """See how much of a micro-batch a ds_config leaves room for.
+
+    Args:
+        cost: with weights of the sharding's type.
+        batch: of the recipe, over the machine's ranks.
+    """
+    memory = rank_memory(sizes, sharding, batch.world_size)
+
+    def needed_bytes(micro_batch: int) -> float:
+        return memory.peak_bytes(micro_batch * cost.peak_bytes + cost.fixed_bytes)
+
+    share = batch.global_batch // batch.world_size
+    fitting = [size for size in range(1, share + 1) if needed_bytes(size) <= machine.usable_bytes]
+    return Fit(
+        name,
+        sharding,
+        memory,
+        needed_bytes(batch.micro_batch),
+        largest=max(fitting, default=0),
+        largest_dividing=max((size for size in fitting if share % size == 0), default=0),
+        fits=batch.micro_batch in fitting and not batch.faults(),
+    )
+
+
+def unsuited(sharding: Sharding, num_gpus: int) -> str:
+    """Why a ds_config is out of question on GPUs whatever their memory; empty if it is not."""
+    if sharding.precision == "fp32":
+        return "for CPUs: GPUs multiply bf16 many times as fast"
+    if sharding.precision == "fp16":
+        return "for GPUs without bf16: its loss scaling skips steps that overflow"
+    group = sharding.secondary_ranks
+    if group > 1 and (num_gpus % group or num_gpus <= group):
+        return f"keeps a copy of the weights on every {group} GPUs: for several nodes of {group}"
+    return ""
+
+
+def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
+    """Take the ds_config that communicates least among those that hold the recipe's micro-batch.
+
+    If none does, the first that holds a smaller one is taken.
+
+    Args:
+        fits: of all configurations to choose from.
+
+    Raises:
+        ConfigError: not even a micro-batch of one pair fits.
+    """
+    ordered = sorted(fits, key=_traffic)
+    holding = [found for found in ordered if found.fits] or [found for found in ordered if found.largest]
+    if not holding:
+        raise ConfigError(_impossible(ordered, machine))
+    taken = holding[0]
+    micro_batch = batch.micro_batch if taken.fits else taken.largest_dividing
+    return Choice(taken, micro_batch, {found.name: _reason(found, taken, batch, machine) for found in ordered})
+
+
+def _traffic(found: Fit) -> tuple[bool, int, bool]:
+    sharding = found.sharding
+    return sharding.offloads, sharding.stage, sharding.secondary_ranks == 1
+
+
+def _reason(found: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
+    if found is taken:
+        return "fits, and moves the least" if found.fits else f"fits with micro-batch {found.largest_dividing}"
+    if found.needed_bytes > machine.usable_bytes:
+        return (
+            f"needs {gigabytes(found.needed_bytes)} at micro-batch {batch.micro_batch}, "
+            f"{gigabytes(machine.usable_bytes)} are usable"
+        )
+    if found.sharding.offloads:
+        return "would fit, but moves state between GPU and host in every step"
+    return "would fit, but gathers the weights in every pass"
+
+
+def _impossible(suited: list[Fit], machine: Machine) -> str:
+    states = ", ".join(f"{found.name} {gigabytes(found.memory.peak_bytes(0))}" for found in suited)
+    return (
+        f"--gpu-memory {gigabytes(machine.memory_bytes)}: not even a micro-batch of one pair fits: of "
+        f"{gigabytes(machine.usable_bytes)} usable a rank needs without any pair: {states}; take more or larger GPUs, "
+        "a ds_config that offloads, set training.activation_checkpointing to true, or lower stage3_max_live_parameters "
+        "and stage3_max_reuse_distance"
+    )
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a text in units of 10^9."""
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,67 @@
+"""Runs a step on the meta device with the operations of a GPU, which keep other tensors than those of a CPU.
+
+- Attention is one kernel that keeps a log-sum-exp a query instead of the weights, [T, V] a head: torch's
+  memory-efficient one.
+- Dropout keeps a mask of one byte an element.
+
+Cross-layer attention runs in its plain operations on a GPU too, and keeps their weights.
+
+What asks for values is answered so that the general case is counted: texts are padded, negatives are drawn from equal
+similarities.
+
+Source: FlashAttention, arXiv 2205.14135; torch's scaled_dot_product_attention.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_attend = torch.ops.aten._scaled_dot_product_efficient_attention
+
+
+class GpuFunctions(TorchFunctionMode):
+    """Inside, tensors on the meta device meet a GPU's operations."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False  # asked of masks: are all tokens real?
+        if func is Tensor.cpu and args[0].is_meta:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Values stand in indices alone; met by a tensor without values, they have none either.
+        if func is not Tensor.__getitem__ and len({tensor.is_meta for tensor in tensors}) == 2:
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    bias = None
+    if attn_mask is not None:
+        # The kernel adds its mask to the scores.
+        bias = torch.empty(attn_mask.shape, dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2])
+    out: Tensor = _attend(q, k, v, bias, q.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return out
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, training)[0] if training and p else x

@@ -1,0 +1,122 @@
+"""A plan as plain figures, for JSON, and as a text for readers."""
+
+from typing import Any
+
+from unimo3.training.engine import BatchPlan
+from unimo3.training.plan.estimate import Choice, Machine, gigabytes
+from unimo3.training.plan.memory import ModelSizes
+from unimo3.training.plan.trace import StepCost
+
+Figures = dict[str, Any]
+
+
+def plan_figures(
+    sizes: ModelSizes,
+    costs: dict[bool, StepCost],
+    activation_checkpointing: bool,
+    choice: Choice,
+    batch: BatchPlan,
+    num_steps: int,
+    machine: Machine,
+) -> Figures:
+    """Everything a plan says, in bytes, operations and seconds.
+
+    Args:
+        costs: of a step in the chosen ds_config's precision, without and with activation checkpointing.
+    """
+    cost, memory = costs[activation_checkpointing], choice.fit.memory
+    activation_bytes = choice.micro_batch * cost.peak_bytes + cost.fixed_bytes
+    step_s = machine.step_s(batch.global_batch, cost.flops)
+    return {
+        "machine": {
+            "gpus": machine.num_gpus,
+            "gpu_memory_bytes": machine.memory_bytes,
+            "usable_bytes": int(machine.usable_bytes),
+            "peak_flops": machine.peak_flops,
+            "utilization": machine.utilization,
+        },
+        "parameters": {**sizes.roles, "total": sizes.total},
+        "flops_per_pair": {"forward": int(cost.forward_flops), "backward": int(cost.backward_flops)},
+        "ds_config": choice.fit.name,
+        "ds_config_reasons": choice.reasons,
+        "activation_checkpointing": activation_checkpointing,
+        "activation_bytes_per_pair": {
+            "with_checkpointing" if on else "without_checkpointing": {
+                "kept": int(costs[on].kept_bytes),
+                "at_most": int(costs[on].peak_bytes),
+            }
+            for on in (False, True)
+        },
+        "micro_batch": {
+            "recipe": batch.micro_batch,
+            "recipe_divides": not batch.faults(),
+            "recipe_fits": choice.fit.fits,
+            "recipe_fits_with_checkpointing": _recipe_fits(choice, costs[True], batch, machine),
+            "largest": choice.fit.largest,
+            "largest_dividing": choice.fit.largest_dividing,
+            "planned": choice.micro_batch,
+        },
+        "rank_bytes": {
+            "gpu": memory.device,
+            "gpu_during_pass": memory.pass_bytes | {"activations": int(activation_bytes)},
+            "gpu_during_optimizer_step": memory.step_bytes,
+            "gpu_at_most": int(memory.peak_bytes(activation_bytes)),
+            "host": memory.host,
+        },
+        "time": {"step_s": step_s, "steps": num_steps, "hours": step_s * num_steps / 3600},
+    }
+
+
+def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Machine) -> bool:
+    needed_bytes = choice.fit.memory.peak_bytes(batch.micro_batch * cost.peak_bytes + cost.fixed_bytes)
+    return needed_bytes <= machine.usable_bytes and not batch.faults()
+
+
+def plan_text(plan: Figures) -> str:
+    """The figures of `plan_figures` for readers."""
+    machine, flops = plan["machine"], plan["flops_per_pair"]
+    usable = gigabytes(machine["usable_bytes"])
+    lines = [
+        f"{machine['gpus']} GPUs of {gigabytes(machine['gpu_memory_bytes'])}, {usable} of each usable",
+        "parameters: " + ", ".join(f"{name} {count:,}" for name, count in plan["parameters"].items()),
+        f"operations a pair: {flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward",
+        "",
+        "ds_config",
+    ]
+    for name, reason in plan["ds_config_reasons"].items():
+        lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}")
+    lines += ["", f"memory of a rank with {plan['ds_config']}, GB", *_memory_lines(plan["rank_bytes"], usable)]
+    lines += ["", "activations a pair, MB                kept  at most at once"]
+    for name, sizes in plan["activation_bytes_per_pair"].items():
+        lines.append(f"    {name.replace('_', ' '):26}{sizes['kept'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
+    lines += ["", _micro_batch_line(plan["micro_batch"]), _time_line(machine, plan["time"])]
+    return "\n".join(lines)
+
+
+def _time_line(machine: Figures, time: Figures) -> str:
+    return (
+        f"time at {machine['utilization']:.0%} of {machine['peak_flops'] / 1e12:,.0f} TFLOP/s: {time['step_s']:.2f} s "
+        f"a step, {time['hours']:,.1f} hours for {time['steps']:,} steps; waiting for ranks and data comes on top"
+    )
+
+
+def _memory_lines(rank: Figures, usable: str) -> list[str]:
+    rows = [(name, size, "GPU") for name, size in rank["gpu"].items()]
+    rows += [(name, size, "GPU, forward and backward pass") for name, size in rank["gpu_during_pass"].items()]
+    rows += [("gradient and temporary", rank["gpu_during_optimizer_step"], "GPU, optimizer step")]
+    rows += [(name, size, "host") for name, size in rank["host"].items()]
+    lines = [f"    {name.replace('_', ' '):26}{size / 1e9:8.2f}  {place}" for name, size, place in rows if size]
+    return [*lines, f"    {'at most at once':26}{rank['gpu_at_most'] / 1e9:8.2f}  GPU, of {usable} usable"]
+
+
+def _micro_batch_line(sizes: Figures) -> str:
+    fits = "fits"
+    if not sizes["recipe_fits"]:
+        fault = "does not fit" if sizes["recipe_divides"] else "does not divide the global batch over the ranks"
+        fits = f"{fault}; set training.micro_batch to {sizes['planned']}"
+        if sizes["recipe_fits_with_checkpointing"]:
+            fits += " or training.activation_checkpointing to true"
+    return (
+        f"micro-batch: the recipe's {sizes['recipe']} {fits}; {sizes['largest']} is the largest that fits, "
+        f"{sizes['largest_dividing']} the largest that also divides the global batch"
+    )
