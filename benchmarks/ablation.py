@@ -1,4 +1,4 @@
-"""Does cross-layer interaction help? Five fusion encoders trained alike on toy data, pretraining and then VQA.
+"""Does cross-layer interaction help? Six fusion encoders trained alike on toy data, pretraining and then VQA.
 
 All variants of a seed get the same batches in the same order and, where they share a parameter, the same initial
 values; their sizes agree to 2 %. Each (variant, seed) is a process of one thread. A finished run is kept in the work
@@ -30,7 +30,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 MOST_SIZE_DIFFERENCE = 0.02
 
 FULL = Settings()
-QUICK = Settings(images=1000, pretraining_steps=30, vqa_steps=40, batch=32)
+QUICK = Settings(images=1000, pretraining_steps=20, vqa_steps=25, batch=32)
 
 
 def check_sizes(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import write_report
+from unimo3.model.args import ModelArgs
 
 Result = dict[str, Any]
 
@@ -94,7 +95,7 @@ def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float
         parts.append(
             f"## Gates\n\n![Shares of the levels]({picture.name})\n\nShare of each level in each layer after "
             "pretraining, mean over held-out tokens, heads and seeds. The last level of a row is the layer's partner; "
-            "it starts at 0.5 and the others split the rest. Layer 1 sees its partner alone. "
+            f"it starts at {ModelArgs().gate_init} and the others split the rest. Layer 1 sees its partner alone. "
             f"{path.stem}.jsonl holds every seed's."
         )
     write_report(path, "Does cross-layer interaction help?", "\n\n".join(parts))
