@@ -59,6 +59,8 @@ class PlanConfig(PretrainConfig):
 
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault; nothing is asked of the shards."""
+        if self.training.micro_batch < 1:
+            return [f"training.micro_batch: {self.training.micro_batch}: at least 1 pair is needed"]
         if not _exists(self.data.tokenizer) or self.model.faults() or self.data.faults():
             return []
         tokenizer = load_tokenizer(self.data.tokenizer)
@@ -176,6 +178,9 @@ def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> 
         raise ConfigError(faults)
     batch = settings.batch_plan(machine.num_gpus)
     paths = [Path(ds_config)] if ds_config else sorted(DS_CONFIGS.glob("*.json"))
+    own = Path(training.ds_config)
+    if own.name not in {path.name for path in paths} and not ds_config:
+        paths.append(own)  # the recipe's, from elsewhere
     shardings = {path.name: Sharding(read_ds_config(str(path), batch, settings.optim.clip_norm)) for path in paths}
     refused = {}
     if ds_config is None:

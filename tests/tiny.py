@@ -2,6 +2,7 @@
 
 import torch
 
+from unimo3.model.attention import LevelGate
 from unimo3.model.config import Unimo3Config
 from unimo3.model.init import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -34,8 +35,6 @@ def tiny_config(**changes) -> Unimo3Config:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "itc_size": 16,
-        # Off unless a test asks for them: the towers have fewer layers than the fusion encoder.
-        "bridge": False,
     }
     return Unimo3Config(**(settings | changes))
 
@@ -45,6 +44,15 @@ def tiny_pretraining_model(seed: int = 0, **changes) -> Unimo3ForPreTraining:
     model = Unimo3ForPreTraining(tiny_config(**changes))
     initialize_weights(model, seed, std=0.1)
     return model
+
+
+def spread_gates(model: torch.nn.Module) -> None:
+    """Give token gates weights, so that shares differ from token to token; they start at zero."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, LevelGate) and module.weight is not None:
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.3)
 
 
 def tiny_batch(num_samples: int, seed: int = 0, num_tokens: int = 10) -> dict:

@@ -8,6 +8,7 @@ from transformers import (
     BridgeTowerForImageAndTextRetrieval,
     BridgeTowerForMaskedLM,
     BridgeTowerModel,
+    RobertaModel,
 )
 
 from tests.tiny import tiny_config
@@ -138,10 +139,11 @@ def test_cross_layer_gates_start_fresh_around_a_bridgetower(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"link_tower_type": "scaled_add"}, "link_tower_type: 'scaled_add': only 'add'"),
-        ({"share_cross_modal_transformer_layers": False}, "share_cross_modal_transformer_layers: False"),
-        ({"layer_norm_eps": 1e-6}, r"text_config.layer_norm_eps: 1e-05: only 1e-06"),
-        ({"vision": {"num_hidden_layers": 1}}, "vision_config.num_hidden_layers: 1: fewer"),
+        ({"link_tower_type": "scaled_add"}, "its link_tower_type is 'scaled_add'; only 'add'"),
+        ({"share_cross_modal_transformer_layers": False}, "share_cross_modal_transformer_layers is False"),
+        ({"hidden_act": "relu"}, "its hidden_act is 'relu'; only 'gelu'"),
+        ({"layer_norm_eps": 1e-6}, "text_config.layer_norm_eps is 1e-05; only 1e-06"),
+        ({"vision": {"num_hidden_layers": 1}}, "vision_config.num_hidden_layers is 1, fewer"),
     ],
 )
 def test_forms_that_are_not_served_are_named(changes, named):
@@ -170,3 +172,8 @@ def test_settings_that_contradict_the_folder_are_faults(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     assert "holds a 'unimo3' model; a BridgeTower one is needed" in model_args(tmp_path, size).faults()[0]
     assert "no config.json there" in model_args(tmp_path / "nowhere", size).faults()[0]
+
+
+def test_another_model_is_refused_by_its_kind():
+    with pytest.raises(ConfigError, match="holds a 'roberta' model; a BridgeTower one is needed"):
+        load_bridgetower(RobertaModel(tiny_config().text_config))

@@ -11,7 +11,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
+from tests.tiny import spread_gates, tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.errors import ConfigError
@@ -62,6 +62,13 @@ def test_each_class_starts_from_pretraining_weights_and_saves_its_own(exported, 
     assert torch.equal(base.text_pooler.weight, model.unimo3.text_pooler.weight)
 
 
+def test_the_vocabulary_can_be_resized(exported):
+    model = Unimo3ForPreTraining.from_pretrained(exported)
+    model.resize_token_embeddings(64)
+    assert model.mlm_head.decoder.weight.shape[0] == 64
+    assert model.unimo3.get_input_embeddings().weight.shape[0] == 64
+
+
 def test_auto_classes_find_the_models(exported):
     assert isinstance(AutoModelForPreTraining.from_pretrained(exported), Unimo3ForPreTraining)
     assert isinstance(AutoModelForVisualQuestionAnswering.from_pretrained(exported), Unimo3ForVisualQuestionAnswering)
@@ -83,6 +90,7 @@ def test_losses_are_those_of_the_logits(exported):
 
 def test_two_images_are_fused_apart_and_told_apart_by_the_shift(exported):
     model = Unimo3ForImagesAndTextClassification.from_pretrained(exported).eval()
+    spread_gates(model)
     ids, first, mask = inputs()
     second = torch.randn_like(first)
     out = model(ids, torch.stack([first, second], dim=1), mask, labels=torch.tensor([0, 1, 1]), output_gates=True)
@@ -94,8 +102,11 @@ def test_two_images_are_fused_apart_and_told_apart_by_the_shift(exported):
     assert model.image_shift.vector.grad.abs().max() > 0
     with torch.no_grad():
         model.image_shift.vector.fill_(0.5)
-    shifted = model(ids, torch.stack([first, second], dim=1), mask)
+    shifted = model(ids, torch.stack([first, second], dim=1), mask, output_gates=True)
     assert not torch.allclose(shifted.logits, out.logits)
+    # The first images' half of the batch does not know of it.
+    torch.testing.assert_close(shifted.text_gates[2][:3], out.text_gates[2][:3], atol=0, rtol=0)
+    assert not torch.equal(shifted.text_gates[2][3:], out.text_gates[2][3:])
     with pytest.raises(ValueError, match="two images a text"):
         model(ids, first, mask)
 

@@ -7,6 +7,7 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBert
 
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.kernels import cross_layer_attention as op
+from unimo3.model import attention
 from unimo3.model.attention import CrossLayerAttention, LevelGate
 from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
 from unimo3.model.init import initialize_weights
@@ -252,6 +253,12 @@ def test_activation_checkpointing_changes_neither_outputs_nor_gradients(changes)
     torch.testing.assert_close(gradients, plain_gradients, atol=0, rtol=0)
 
 
+def test_reentrant_checkpointing_is_refused():
+    model = tiny_pretraining_model()
+    with pytest.raises(ValueError, match="use_reentrant=True: not served"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
 def pooled_and_gradients(changes, checkpointing):
     """Pooled output, gradients, and which layers ran how often."""
     batch, calls = tiny_batch(3), []
@@ -266,12 +273,18 @@ def pooled_and_gradients(changes, checkpointing):
     return pooled, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sorted(calls)
 
 
-def test_eager_attention_equals_sdpa():
+def test_eager_attention_equals_sdpa(monkeypatch):
     batch = tiny_batch(3)
-    outputs = []
+    outputs, calls = [], []
+    eager = attention.eager_attention
+    monkeypatch.setattr(
+        attention, "eager_attention", lambda *args, **kwargs: (calls.append(1), eager(*args, **kwargs))[1]
+    )
     for implementation in ("sdpa", "eager"):
+        assert calls == []
         model = tiny_pretraining_model().unimo3
         model.set_attn_implementation(implementation)
         assert model.text_tower.config._attn_implementation == implementation
         outputs.append(model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).pooler_output)
+    assert len(calls) == 6  # two streams of three layers
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)

@@ -1,10 +1,13 @@
 """Towers equal transformers' RobertaModel and CLIPVisionModel layer by layer, with weights of every form we read."""
 
+import re
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    BridgeTowerConfig,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -125,10 +128,10 @@ def test_files_that_do_not_fit_are_named_before_anything_starts(tmp_path):
         return ModelArgs(text, vision, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).faults()
 
     width, depth = faults("vit.safetensors")
-    assert "has width 64, model.vision says 32; use weights" in width
-    assert "has depth 2, model.vision says 3" in depth
+    assert "has width 64, model.vision has 32; use weights" in width
+    assert "has depth 2, model.vision has 3" in depth
     assert "unknown kind of file; one of .safetensors, .pth" in faults("text.txt")[0]
-    assert "is no safetensors file" in faults("broken.safetensors")[0]
+    assert "is no whole safetensors file" in faults("broken.safetensors")[0]
     assert "cannot be read as plain tensors" in faults("code.pth")[0]
     assert "holds no 'patch_embed.proj.weight'" in faults("other.safetensors")[0]
     assert "neither a file nor a folder with config.json" in faults("nothing")[0]
@@ -158,3 +161,82 @@ def test_levels_that_do_not_exist_are_faults(changes, named):
         **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "bridge": False, **changes},
     )
     assert named in args.faults()[0]
+
+
+FOLDER_FIELDS = {
+    "model.text.init": lambda folder: ModelArgs(text=TextArgs(init=folder)),
+    "model.vision.init": lambda folder: ModelArgs(vision=VisionArgs(init=folder)),
+    "model.init": lambda folder: ModelArgs(init=folder),
+}
+
+
+@pytest.mark.parametrize("field", FOLDER_FIELDS)
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("{", "its config.json is none of transformers'"),
+        ('{"architecture": "vit_base_patch16_224"}', "its config.json is none of transformers'"),
+        ('{"model_type": "no_such_model"}', "its config.json is none of transformers'"),
+        ('{"model_type": "bert"}', "holds a 'bert' model"),
+        (None, "no config.json there|nor a folder with config.json|neither a file nor a folder"),
+    ],
+)
+def test_a_wrong_folder_is_a_fault_of_its_field(tmp_path, field, config, named):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+        save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (fault,) = FOLDER_FIELDS[field](str(tmp_path)).faults()
+    assert fault.startswith(f"{field}: '{tmp_path}': ")
+    assert re.search(named, fault)
+
+
+@pytest.mark.parametrize("field", FOLDER_FIELDS)
+def test_a_truncated_weights_file_is_named(tmp_path, field):
+    kinds = {
+        "model.text.init": RobertaConfig(),
+        "model.vision.init": CLIPVisionConfig(),
+        "model.init": BridgeTowerConfig(),
+    }
+    kinds[field].save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    (fault,) = FOLDER_FIELDS[field](str(tmp_path)).faults()
+    assert fault.startswith(f"{field}: '{tmp_path}': model.safetensors is no whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"num_attention_heads": 4}, "num_heads 4"), ({"hidden_act": "gelu"}, "activation gelu"),
+     ({"intermediate_size": 64}, "inner width 64"), ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06")],
+)  # fmt: skip
+def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
+    config = clip_vision()
+    config.update(changes)
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    (fault,) = vision_faults(str(tmp_path), image_tower(16))
+    assert f"has {named}, model.vision has" in fault
+
+
+@pytest.mark.parametrize(
+    ("vision", "named"),
+    [
+        (
+            VisionArgs(architecture="vit_base_mci_224", image_size=100),
+            "model.vision.image_size: 100: not a",
+        ),
+        (VisionArgs(architecture="vit_base_patch16_siglip_224", image_size=224), "has not one class token"),
+        (VisionArgs(architecture="resnet18"), "timm cannot build such a vision transformer"),
+    ],
+)
+def test_towers_that_cannot_serve_are_faults(vision, named):
+    assert named in ModelArgs(vision=vision).faults()[0]
+
+
+def test_a_tensor_given_twice_is_named(tmp_path):
+    tower = tiny_pretraining_model().unimo3.text_tower
+    state = {name: tensor.contiguous() for name, tensor in tower.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    save_file({"encoder.layer.0.output.dense.bias": torch.zeros(32)}, tmp_path / "old.safetensors")
+    with pytest.raises(CheckpointError, match=r"^model\.text\.init: .*there twice: encoder\.layer\.0\.output"):
+        load_roberta(tower, str(tmp_path))

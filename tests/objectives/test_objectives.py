@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.spawn import run_ranks
-from tests.tiny import VOCABULARY, rows, tiny_batch, tiny_pretraining_model
+from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
+from unimo3.model.fusion import mean_shares
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.exchange import take_rows
@@ -72,6 +73,16 @@ def test_mlm_equals_the_heads_loss_over_whole_logits():
     logits = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"]).prediction_logits
     expected = cross_entropy(logits.reshape(-1, VOCABULARY), batch["mlm_labels"].flatten(), ignore_index=-100)
     torch.testing.assert_close(report["loss_mlm"], expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_gate_maps_are_the_models_own_stream_by_stream():
+    model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
+    spread_gates(model)
+    report = losses(args(itm=0.0, itc=0.0), model, batch)
+    out = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
+    torch.testing.assert_close(report["gates_text"], mean_shares(out.text_gates, batch["attention_mask"]))
+    torch.testing.assert_close(report["gates_image"], mean_shares(out.image_gates, None))
+    assert not torch.allclose(report["gates_text"], report["gates_image"], atol=1e-4)
 
 
 def test_no_masked_token_anywhere_gives_a_zero_loss():

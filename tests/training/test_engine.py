@@ -127,13 +127,27 @@ def test_activation_checkpointing_changes_no_loss_under_zero_3():
         assert (plain_runs, runs) == (3, 6)
 
 
-def fill_sharded_model(folder: str):
+def fill_sharded_models(root: str):
+    from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
+
+    sizes = {"image_size": 24, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
+    towers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return [
+        fill_sharded_model(args)
+        for args in (
+            ModelArgs(TextArgs(), VisionArgs(image_size=24), init=f"{root}/bridgetower"),
+            ModelArgs(TextArgs(init=f"{root}/roberta"), VisionArgs(init=f"{root}/clip", **sizes), **towers),
+            ModelArgs(TextArgs(init=f"{root}/roberta"), VisionArgs(init=f"{root}/vit.safetensors", **sizes), **towers),
+        )
+    ]
+
+
+def fill_sharded_model(args):
     from deepspeed import zero
 
-    from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, set_initial_weights
+    from unimo3.model.args import set_initial_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
 
-    args = ModelArgs(TextArgs(), VisionArgs(image_size=24), init=folder, bridge=True)
     plain = Unimo3ForPreTraining(args.to_config())
     set_initial_weights(plain, args, seed=0)
     ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(2, 1, 2), clip_norm=0.0)
@@ -155,24 +169,54 @@ def fill_sharded_model(folder: str):
         with zero.GatheredParameters([parameter]):
             if not parameter.equal(plain.get_parameter(name)):
                 differing.append(name)
-    return differing, most_whole, max(p.numel() for p in plain.parameters()), model.config.bridge
+    base = plain.unimo3
+    probes = {
+        "text": base.text_tower.encoder.layer[1].output.dense.bias.detach().clone(),
+        "image": base.vision_tower.vit.blocks[1].attn.proj.bias.detach().clone(),
+    }
+    return differing, most_whole, max(p.numel() for p in plain.parameters()), probes
 
 
 @pytest.mark.integration
-def test_a_sharded_model_is_filled_from_a_bridgetower_one_parameter_at_a_time(tmp_path):
+def test_sharded_models_are_filled_from_elsewhere_one_parameter_at_a_time(tmp_path):
     import numpy as np
-    from transformers import BridgeTowerModel
+    import timm
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BridgeTowerModel, CLIPVisionModel, RobertaModel
 
     from tests.model.test_bridgetower import draw_config, spread
+    from tests.model.test_towers import ARCHITECTURE, SIZES, clip_vision
 
-    outside = BridgeTowerModel(draw_config(np.random.default_rng(2), vision={"patch_size": 8, "image_size": 16}))
-    spread(outside, 2)
-    outside.save_pretrained(tmp_path)
-    for differing, most_whole, largest, bridged in run_ranks(2, fill_sharded_model, str(tmp_path)):
-        assert differing == []
-        assert bridged
-        # A linear map is filled with its bias.
-        assert largest <= most_whole < 1.1 * largest
+    bridgetower = BridgeTowerModel(draw_config(np.random.default_rng(2), vision={"patch_size": 8, "image_size": 16}))
+    roberta = RobertaModel(tiny_config().text_config, add_pooling_layer=False)
+    clip_config = clip_vision()
+    clip_config.num_hidden_layers = 2
+    clip = CLIPVisionModel(clip_config)
+    for seed, (name, model) in enumerate({"bridgetower": bridgetower, "roberta": roberta, "clip": clip}.items()):
+        spread(model, seed)
+        model.save_pretrained(tmp_path / name)
+    vit = timm.create_model(ARCHITECTURE, img_size=16, num_classes=0, **(SIZES | {"depth": 2}))
+    spread(vit, 4)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+
+    text_bias = roberta.encoder.layer[1].output.dense.bias
+    clip_bias = next(p for name, p in clip.named_parameters() if name.endswith("layers.1.self_attn.out_proj.bias"))
+    expected = [
+        (
+            bridgetower.text_model.encoder.layer[1].output.dense.bias,
+            bridgetower.vision_model.visual.transformer.resblocks[1].attn.out_proj.bias,
+        ),
+        (text_bias, clip_bias),
+        (text_bias, vit.blocks[1].attn.proj.bias),
+    ]
+    for cases in run_ranks(2, fill_sharded_models, str(tmp_path)):
+        for (differing, most_whole, largest, probes), (text, image) in zip(cases, expected, strict=True):
+            assert differing == []
+            assert torch.equal(probes["text"], text)
+            assert torch.equal(probes["image"], image)
+            # A linear map is filled with its bias.
+            assert largest <= most_whole < 1.1 * largest
 
 
 @pytest.mark.integration
@@ -188,6 +232,8 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
     for compiled in (False, True):
         model = tiny_pretraining_model().train()
         prepare_layers(model, activation_checkpointing=False, compile_towers=compiled)
+        for tower in (model.unimo3.text_tower, model.unimo3.vision_tower):
+            assert (tower._compiled_call_impl is not None) == compiled
         loss = PretrainingTask(model, ObjectivesArgs().build(0))(tiny_batch(4))["loss"]
         loss.backward()
         results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))

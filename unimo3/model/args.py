@@ -55,7 +55,9 @@ class TextArgs:
     def to_config(self) -> RobertaConfig:
         """The tower's configuration."""
         if self.init:
-            return read_roberta_config(self.init)
+            config = read_roberta_config(self.init)
+            config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.dropout
+            return config
         return RobertaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -108,8 +110,8 @@ class ModelArgs:
     text: TextArgs = field(default_factory=TextArgs)
     vision: VisionArgs = field(default_factory=VisionArgs)
     init: str | None = None
-    """Local Hugging Face BridgeTower folder: weights of the whole model, and its sizes instead of those of towers and
-    fusion below (but the image size). Needs `bridge`; gates and other parts BridgeTower lacks start random."""
+    """Local Hugging Face BridgeTower folder: weights of the whole model, and its sizes and tying instead of those given
+    for towers and fusion (but the image size). Needs `bridge`; gates and other parts BridgeTower lacks start random."""
     hidden_size: int = 768
     """Fusion width D."""
     num_hidden_layers: int = 6
@@ -146,6 +148,8 @@ class ModelArgs:
         if self.init:
             config = read_bridgetower_config(self.init, self.vision.image_size)
             config.update(self._free_settings())
+            text = config.text_config
+            text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.text.dropout
             return config
         return Unimo3Config(
             text_config=self.text.to_config(),
@@ -191,7 +195,11 @@ class ModelArgs:
         try:
             with torch.device("meta"):
                 tower = VisionTower(config.vision_config)
-        except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+                side = config.vision_config.image_size
+                tower(torch.empty(1, 3, side, side))
+        except ConfigError as error:
+            return error.faults
+        except Exception as error:  # timm raises of many kinds for sizes that do not go together
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
         found = config.depth_faults(tower.depth)
         return found + (vision_faults(self.vision.init, tower) if self.vision.init else [])

@@ -83,6 +83,9 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            # It sees only tensors among a layer's arguments: the levels' gradients would be lost.
+            raise ValueError("use_reentrant=True: not served; leave it out or set it to False")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules():
             if isinstance(module, VisionTower):
@@ -113,6 +116,10 @@ class Unimo3Model(Unimo3PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The word embedding."""
         return self.text_tower.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embedding."""
+        self.text_tower.set_input_embeddings(value)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids and attention_mask [B, T] -> the text tower's top states [B, n, T, W]."""
@@ -191,6 +198,10 @@ class Unimo3ForPreTraining(Unimo3PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         """The MLM decoder."""
         return self.mlm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the MLM decoder."""
+        self.mlm_head.decoder = value
 
     def forward(
         self,

@@ -39,6 +39,18 @@ class VisionTower(nn.Module):
         # The transformer is called as a whole, not by its other methods: ZeRO-3 gathers the class token and the
         # position table, which are its own, when its forward starts.
         vit.forward = partial(_top_states, vit, num_states)
+        # Of some architectures a patch is what several strides make of it.
+        patch = max(vit.patch_embed.feat_ratio(as_scalar=True), vit.patch_embed.patch_size[0])
+        faults = []
+        if config.image_size % patch:
+            faults.append(f"model.vision.image_size: {config.image_size}: not a multiple of the patch size {patch}")
+        if not vit.has_class_token or vit.num_prefix_tokens != 1:
+            faults.append(
+                f"model.vision.architecture: '{config.architecture}': has not one class token, which pooling and "
+                "contrast read; use a vision transformer with one, such as vit_base_patch16_clip_quickgelu_224"
+            )
+        if faults:
+            raise ConfigError(faults)
         self.vit = vit
         self.width: int = vit.num_features
         self.depth: int = len(vit.blocks)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     BridgeTowerConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
 )
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
-from unimo3.model.pretrained.fill import NO_WEIGHTS, Rename, fill, read_names, read_tensors
+from unimo3.model.pretrained.fill import Rename, fill, read_config, read_names, read_tensors
 from unimo3.model.pretrained.vision import position_fitter
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 
@@ -89,7 +89,7 @@ def _norm_behind(prefix: str) -> Any:
     return lambda found: f"{prefix}fusion.{found[1]}.bridge_norms.{int(found[2]) + 1}."
 
 
-def bridgetower_config(theirs: BridgeTowerConfig, image_size: int | None = None) -> Unimo3Config:
+def bridgetower_config(theirs: PreTrainedConfig, image_size: int | None = None) -> Unimo3Config:
     """The configuration under which this project's model is that BridgeTower.
 
     Args:
@@ -98,6 +98,8 @@ def bridgetower_config(theirs: BridgeTowerConfig, image_size: int | None = None)
     Raises:
         ConfigError: it has a form that this model does not; every such field is named.
     """
+    if not isinstance(theirs, BridgeTowerConfig):
+        raise ConfigError(f"holds a '{theirs.model_type}' model; a BridgeTower one is needed")
     # transformers' annotation is wider than what its constructor leaves.
     text: Any = theirs.text_config
     vision: Any = theirs.vision_config
@@ -105,6 +107,7 @@ def bridgetower_config(theirs: BridgeTowerConfig, image_size: int | None = None)
         ("link_tower_type", theirs.link_tower_type, "add"),
         ("share_link_tower_layers", theirs.share_link_tower_layers, False),
         ("share_cross_modal_transformer_layers", theirs.share_cross_modal_transformer_layers, True),
+        ("hidden_act", theirs.hidden_act, "gelu"),
         ("text_config.hidden_size", text.hidden_size, theirs.hidden_size),
         ("text_config.hidden_act", text.hidden_act, "gelu"),
         ("text_config.layer_norm_eps", text.layer_norm_eps, theirs.layer_norm_eps),
@@ -113,12 +116,13 @@ def bridgetower_config(theirs: BridgeTowerConfig, image_size: int | None = None)
     ]
     depth = vision.num_hidden_layers - bool(vision.remove_last_layer)
     found = [
-        f"bridgetower {field}: {value!r}: only {served!r} is served"
-        for field, value, served in needed
-        if value != served
+        f"its {field} is {value!r}; only {served!r} is served" for field, value, served in needed if value != served
     ]
     if depth < text.num_hidden_layers:
-        found.append(f"bridgetower vision_config.num_hidden_layers: {depth}: fewer than the text tower's")
+        found.append(
+            f"its vision_config.num_hidden_layers is {depth}, fewer than the text tower's {text.num_hidden_layers}; "
+            "use another BridgeTower"
+        )
     if found:
         raise ConfigError(found)
     return Unimo3Config(
@@ -153,15 +157,11 @@ def read_bridgetower_config(folder: str, image_size: int | None = None) -> Unimo
     Raises:
         ConfigError: the folder is missing, holds another model or a form that is not served.
     """
-    where = f"model.init: '{folder}'"
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"{where}: no config.json there; name a local Hugging Face BridgeTower folder")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(f"{where}: {NO_WEIGHTS}")
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, BridgeTowerConfig):
-        raise ConfigError(f"{where}: holds a '{config.model_type}' model; a BridgeTower one is needed")
-    return bridgetower_config(config, image_size)
+    try:
+        return bridgetower_config(read_config("model.init", folder, "BridgeTower"), image_size)
+    except ConfigError as error:
+        prefix = f"model.init: '{folder}': "
+        raise ConfigError([line if line.startswith("model.init") else prefix + line for line in error.faults]) from None
 
 
 def load_bridgetower(path_or_model: str | Path | PreTrainedModel, image_size: int | None = None) -> Unimo3Model:
@@ -176,8 +176,7 @@ def load_bridgetower(path_or_model: str | Path | PreTrainedModel, image_size: in
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
     if isinstance(path_or_model, PreTrainedModel):
-        config: Any = path_or_model.config
-        model = Unimo3Model(bridgetower_config(config, image_size))
+        model = Unimo3Model(bridgetower_config(path_or_model.config, image_size))
         tensors: Any = path_or_model.state_dict().items()
     else:
         model = Unimo3Model(read_bridgetower_config(str(path_or_model), image_size))
@@ -209,7 +208,7 @@ def fill_from_bridgetower(model: Unimo3ForPreTraining, folder: str) -> None:
     fill(
         model,
         read_tensors(Path(folder)),
-        folder,
+        f"model.init: '{folder}'",
         [*_HEADS, *_base_names("unimo3.")],
         f"{_UNUSED}|{_blocks_from(base)}",
         fresh="|".join([r"\.gate\.", r"\.tower_key_values\.", *heads]),

@@ -6,11 +6,10 @@ Source: the safetensors format.
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config
-from unimo3.model.pretrained.fill import fill, read_tensors
+from unimo3.model.pretrained.fill import fill, read_config, read_tensors
 
 
 def read_exported_config(folder: str) -> Unimo3Config:
@@ -21,7 +20,7 @@ def read_exported_config(folder: str) -> Unimo3Config:
     """
     if not folder or not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config("init", folder, "UNIMO-3")
     if not isinstance(config, Unimo3Config):
         raise ConfigError(f"init: '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 one is needed")
     return config
@@ -37,4 +36,4 @@ def load_exported(model: nn.Module, folder: str, fresh: str = r"^$", unused: str
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of another shape.
     """
-    fill(model, read_tensors(Path(folder)), folder, unused=unused, fresh=fresh)
+    fill(model, read_tensors(Path(folder)), f"init: '{folder}'", unused=unused, fresh=fresh)

@@ -10,13 +10,14 @@ Source: transformers' from_pretrained reports the same three kinds of misfit: mi
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
 
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.init import gathered
 
 NO_WEIGHTS = (
@@ -65,7 +66,7 @@ def fill(
     parameters = dict(module.named_parameters(remove_duplicate=False))
     missing = {name for name in first_names.values() if not re.search(fresh, name)}
     pieces: dict[str, set[int]] = {}
-    unexpected, misfits = [], []
+    unexpected, misfits, repeated = [], [], []
     for source_name, tensor in tensors:
         if re.search(unused, source_name):
             continue
@@ -74,6 +75,9 @@ def fill(
         if parameter is None:
             unexpected.append(source_name)
             continue
+        if part in pieces.setdefault(name, set()):
+            repeated.append(source_name)
+            continue
         with gathered([parameter]), torch.no_grad():
             tensor = adapt(name, tensor, parameter.shape)
             block = parameter.chunk(num_parts)[part]
@@ -81,13 +85,18 @@ def fill(
                 block.copy_(tensor)
             else:
                 misfits.append(f"{source_name} {tuple(tensor.shape)} (here {tuple(block.shape)})")
-        pieces.setdefault(name, set()).add(part)
+        pieces[name].add(part)
         if len(pieces[name]) == num_parts:
             missing.discard(first_names[parameter])
     faults = [
         f"{kind}: {', '.join(sorted(names)[:_NUM_NAMES_SHOWN])}"
         + (f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else "")
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misfits))
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misfits),
+            ("there twice", repeated),
+        )
         if names
     ]
     if faults:
@@ -95,6 +104,35 @@ def fill(
             f"{source}: its tensors do not fit {type(module).__name__}; {'; '.join(faults)}. "
             "Use weights of the same architecture and sizes"
         )
+
+
+def read_config(field: str, folder: str, kind: str) -> PreTrainedConfig:
+    """Read the configuration of a local Hugging Face folder, and see that its weights can be opened.
+
+    Args:
+        field: setting that named the folder, for errors.
+        kind: what the folder is to hold, likewise.
+
+    Raises:
+        ConfigError: there is no such folder, or its configuration or its weights cannot be read.
+    """
+    where = f"{field}: '{folder}'"
+    if not folder or not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{where}: no config.json there; name a local Hugging Face {kind} folder")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"{where}: {NO_WEIGHTS}")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: its config.json is none of transformers' ({str(error).splitlines()[0]}); name a local Hugging "
+            f"Face {kind} folder"
+        ) from error
+    try:
+        read_names(Path(folder))
+    except CheckpointError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return config
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -114,14 +152,26 @@ def read_names(folder: Path) -> list[str]:
     """Names of every tensor of a folder's safetensors files."""
     names: list[str] = []
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with open_file(file) as tensors:
             names += tensors.keys()
     return names
 
 
+def open_file(file: Path) -> Any:
+    """Open a safetensors file.
+
+    Raises:
+        CheckpointError: it is none, or is cut off.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file.name} is no whole safetensors file ({error}); copy it again") from error
+
+
 def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of one safetensors file, one at a time."""
-    with safe_open(file, framework="pt") as tensors:
+    with open_file(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
             yield name, tensors.get_tensor(name)
 

@@ -6,10 +6,10 @@ Source: transformers' modeling_roberta.py for the names.
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig, RobertaConfig
+from transformers import RobertaConfig
 
 from unimo3.errors import ConfigError
-from unimo3.model.pretrained.fill import NO_WEIGHTS, Rename, fill, read_tensors
+from unimo3.model.pretrained.fill import Rename, fill, read_config, read_tensors
 
 _UNUSED = r"^(roberta\.)?(pooler\.|embeddings\.(position_ids|token_type_ids)$)|^lm_head\."
 
@@ -20,13 +20,7 @@ def read_roberta_config(folder: str) -> RobertaConfig:
     Raises:
         ConfigError: the folder is missing or holds another model.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(
-            f"model.text.init: '{folder}': no config.json there; name a local Hugging Face RoBERTa folder"
-        )
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(f"model.text.init: '{folder}': {NO_WEIGHTS}")
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config("model.text.init", folder, "RoBERTa")
     if not isinstance(config, RobertaConfig):
         raise ConfigError(f"model.text.init: '{folder}': holds a '{config.model_type}' model; a RoBERTa one is needed")
     return config
@@ -38,4 +32,4 @@ def load_roberta(tower: nn.Module, folder: str) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
-    fill(tower, read_tensors(Path(folder)), folder, [Rename(r"^roberta\.", "")], _UNUSED)
+    fill(tower, read_tensors(Path(folder)), f"model.text.init: '{folder}'", [Rename(r"^roberta\.", "")], _UNUSED)

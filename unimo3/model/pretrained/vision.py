@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 
 from unimo3.errors import CheckpointError, ConfigError
-from unimo3.model.pretrained.fill import NO_WEIGHTS, Rename, fill, read_file, read_tensors
+from unimo3.model.pretrained.fill import Rename, fill, open_file, read_config, read_file, read_tensors
 from unimo3.model.vision import VisionTower
 
 _CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
@@ -42,6 +41,8 @@ _CLIP_NAMES = (
 _TIMM_UNUSED = r"^(head|fc_norm|head_dist)\."
 _TIMM_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model")
+# timm's classes and transformers' names for them.
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
 
 def vision_faults(path: str, tower: VisionTower) -> list[str]:
@@ -49,14 +50,25 @@ def vision_faults(path: str, tower: VisionTower) -> list[str]:
     where = f"model.vision.init: '{path}'"
     try:
         theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))
-    except (ConfigError, CheckpointError) as error:
+    except ConfigError as error:
+        return error.faults
+    except CheckpointError as error:
         return [f"{where}: {error}"]
     vit: Any = tower.vit
-    ours = {"width": vit.embed_dim, "depth": len(vit.blocks), "patch_size": vit.patch_embed.patch_size[0]}
+    block = vit.blocks[0]
+    ours = {
+        "width": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "patch_size": vit.patch_embed.patch_size[0],
+        "num_heads": block.attn.num_heads,
+        "inner width": block.mlp.fc1.out_features,
+        "activation": _ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
+        "layer_norm_eps": block.norm1.eps,
+    }
     return [
-        f"{where}: has {name} {theirs[name]}, model.vision says {size}; use weights of the same architecture"
+        f"{where}: has {name} {theirs[name]}, model.vision has {size}; use weights of the same architecture"
         for name, size in ours.items()
-        if theirs[name] != size
+        if name in theirs and theirs[name] != size
     ]
 
 
@@ -66,11 +78,11 @@ def load_vision(tower: VisionTower, path: str) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape, or the file cannot be read.
     """
-    fit = position_fitter(tower)
+    fit, source = position_fitter(tower), f"model.vision.init: '{path}'"
     if Path(path).is_file():
-        fill(tower.vit, _timm_tensors(Path(path)), path, unused=_TIMM_UNUSED, adapt=fit)
+        fill(tower.vit, _timm_tensors(Path(path)), source, unused=_TIMM_UNUSED, adapt=fit)
     else:
-        fill(tower.vit, read_tensors(Path(path)), path, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
+        fill(tower.vit, read_tensors(Path(path)), source, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
 
 
 def position_fitter(tower: VisionTower) -> Any:
@@ -94,22 +106,28 @@ def position_fitter(tower: VisionTower) -> Any:
 
 def _clip_sizes(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        raise ConfigError(
+        raise CheckpointError(
             "neither a file nor a folder with config.json; name a local Hugging Face CLIP folder or a timm checkpoint "
             f"file ({', '.join(_TIMM_SUFFIXES)})"
         )
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(NO_WEIGHTS)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config("model.vision.init", str(folder), "CLIP")
     vision: Any = getattr(config, "vision_config", config)
     if not isinstance(vision, CLIPVisionConfig):
-        raise ConfigError(f"holds a '{config.model_type}' model; a CLIP one is needed")
-    return {"width": vision.hidden_size, "depth": vision.num_hidden_layers, "patch_size": vision.patch_size}
+        raise CheckpointError(f"holds a '{config.model_type}' model; a CLIP one is needed")
+    return {
+        "width": vision.hidden_size,
+        "depth": vision.num_hidden_layers,
+        "patch_size": vision.patch_size,
+        "num_heads": vision.num_attention_heads,
+        "inner width": vision.intermediate_size,
+        "activation": vision.hidden_act,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }
 
 
 def _timm_sizes(file: Path) -> dict[str, int]:
     if file.suffix == ".safetensors":
-        with _opened(file) as tensors:
+        with open_file(file) as tensors:
             shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     else:
         shapes = {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
@@ -124,13 +142,6 @@ def _timm_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
         return read_file(file)
     return iter(_unpickled(file).items())
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except Exception as error:
-        raise CheckpointError(f"is no safetensors file ({error})") from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

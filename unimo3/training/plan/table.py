@@ -1,6 +1,6 @@
 """The table of sizes in the documentation: parameters by role, and operations a pair.
 
-Source: docs/planning.md, whose table a test compares with this one.
+Source: docs/architecture.md, whose table a test compares with this one.
 """
 
 from dataclasses import dataclass
