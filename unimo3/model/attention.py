@@ -99,7 +99,9 @@ class LevelKeyValue(nn.Module):
     def forward(self, state: Tensor) -> KeyValue:
         """state [B, V, width] -> keys and values [B, H, V, d]."""
         key, value = self.projection(state).chunk(2, dim=-1)
-        return KeyValue(split_heads(key, self.num_heads), split_heads(value, self.num_heads))
+        # Contiguous, once: else the products of every layer that reads the level would copy it again.
+        heads = (split_heads(part, self.num_heads).contiguous() for part in (key, value))
+        return KeyValue(*heads)
 
 
 class LevelGate(nn.Module):
