@@ -77,7 +77,10 @@ while not got:
 time.sleep(0.5)
 os.write(1, f"{got}\\n".encode())
 """
-    process = launch(tmp_path, body, start_new_session=True)
+    # Whoever runs the tests under nohup has the signal ignored, and passes that on.
+    process = launch(
+        tmp_path, body, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )
     for _ in range(3):
         assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, sent)
