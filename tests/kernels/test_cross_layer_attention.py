@@ -5,39 +5,10 @@ import itertools
 import pytest
 import torch
 
+from tests.kernels.formula import draw, written_out
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 
 SHAPES = [(1, 1, 1, 1, 4, 1), (2, 3, 5, 7, 4, 3), (3, 2, 11, 2, 8, 4), (2, 1, 3, 13, 4, 7)]  # B H T V d S
-
-
-def written_out(q, k, v, gate, mask):
-    """The formula with explicit loops over levels; a sample without keys gives zeros."""
-    out = torch.zeros_like(q)
-    for level in range(len(k)):
-        scores = q @ k[level].transpose(-1, -2) / q.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
-        weights = torch.nan_to_num(scores.softmax(-1))
-        share = 1 / len(k) if gate is None else gate[..., level].transpose(1, 2)[..., None]
-        out = out + share * (weights @ v[level])
-    return out
-
-
-def draw(shape, masked, gated, seed=0):
-    batch, heads, tokens, keys, width, levels = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
-
-    q = normal(batch, heads, tokens, width)
-    k = [normal(batch, heads, keys, width) for _ in range(levels)]
-    v = [normal(batch, heads, keys, width) for _ in range(levels)]
-    gate = normal(batch, tokens, heads, levels) if gated else None
-    mask = torch.rand(batch, keys, generator=generator) < 0.6 if masked else None
-    if mask is not None:
-        mask[0] = False
-    return q, k, v, gate, mask
 
 
 @pytest.mark.parametrize(("shape", "masked", "gated"), itertools.product(SHAPES, (False, True), (False, True)))
@@ -86,6 +57,14 @@ def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
     kept = draws.abs() > 1e-12
     assert kept.double().mean().item() == pytest.approx(0.5, abs=0.01)
     torch.testing.assert_close(draws[kept], (2 * whole).expand_as(draws)[kept])
+
+
+def test_types_that_differ_and_unknown_implementations_are_named():
+    q, k, v, gate, mask = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
+    with pytest.raises(ValueError, match=r"k\[1\]: torch.float32 on cpu; q's torch.float64 on cpu is needed"):
+        cross_layer_attention(q, [k[0], k[1].float()], v, gate, mask)
+    with pytest.raises(ValueError, match="impl: 'fast'; one of native, reference is served"):
+        cross_layer_attention(q, k, v, gate, mask, impl="fast")
 
 
 @pytest.mark.parametrize("level", [0, 2])

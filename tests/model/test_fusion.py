@@ -6,7 +6,6 @@ from transformers.models.bridgetower.configuration_bridgetower import BridgeTowe
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBertCrossLayer
 
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
-from unimo3.kernels import cross_layer_attention as op
 from unimo3.model import attention
 from unimo3.model.attention import CrossLayerAttention, LevelGate
 from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
@@ -125,20 +124,26 @@ def test_level_projections_run_once_per_level():
     assert len(calls) == 2 * len(fusion.text.layers)
 
 
-def test_layer_l_sees_levels_up_to_its_own(monkeypatch):
+@pytest.fixture
+def levels_read(monkeypatch):
+    """The number of levels and of shares in each call of the operation, as they are made."""
     seen = []
-    original = op.cross_layer_attention_reference
+    original = attention.cross_layer_attention
 
-    def spy(q, k, *rest):
-        seen.append(len(k))
-        return original(q, k, *rest)
+    def spy(q, k, v, gate, *rest):
+        seen.append((len(k), 1 if gate is None else gate.shape[-1]))
+        return original(q, k, v, gate, *rest)
 
-    monkeypatch.setattr(op, "cross_layer_attention_reference", spy)
+    monkeypatch.setattr(attention, "cross_layer_attention", spy)
+    return seen
+
+
+def test_layer_l_sees_levels_up_to_its_own(levels_read):
     run(encoder(), *draw_streams())
-    assert seen == [1, 1, 2, 2, 3, 3]
-    seen.clear()
+    assert levels_read == [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (3, 3)]
+    levels_read.clear()
     run(encoder(interaction="in_layer"), *draw_streams())
-    assert seen == [1] * 6
+    assert levels_read == [(1, 1)] * 6
 
 
 @pytest.mark.parametrize("gate", ["token", "static"])
@@ -194,18 +199,10 @@ def test_a_new_model_gives_the_in_layer_level_its_initial_share():
         torch.testing.assert_close(shares[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))
 
 
-def test_unimodal_levels_are_the_towers_top_layers_below_level_0(monkeypatch):
-    seen = []
-    original = op.cross_layer_attention_reference
-
-    def spy(q, k, v, gate, *rest):
-        seen.append((len(k), None if gate is None else gate.shape[-1]))
-        return original(q, k, v, gate, *rest)
-
-    monkeypatch.setattr(op, "cross_layer_attention_reference", spy)
+def test_unimodal_levels_are_the_towers_top_layers_below_level_0(levels_read):
     fusion = encoder(unimodal_levels=2)
     run(fusion, *draw_streams())
-    assert seen == [(3, 3), (3, 3), (4, 4), (4, 4), (5, 5), (5, 5)]
+    assert levels_read == [(3, 3), (3, 3), (4, 4), (4, 4), (5, 5), (5, 5)]
 
 
 def test_unimodal_levels_read_the_last_tower_layers_lowest_first():

@@ -1,0 +1,199 @@
+"""The C++ kernel against the formula in float64, its dropout, its determinism, and what happens without a compiler."""
+
+import itertools
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.formula import draw, written_out
+from unimo3.kernels.cross_layer_attention import cross_layer_attention, native
+
+# B H T V d S: one and many of each, blocks of 64 queries filled, cut and passed, keys beyond a cache line.
+SHAPES = [
+    (1, 1, 1, 1, 16, 1),
+    (2, 3, 5, 7, 16, 3),
+    (3, 2, 33, 37, 32, 4),
+    (2, 4, 37, 32, 64, 6),
+    (1, 2, 64, 17, 48, 2),
+    (2, 1, 130, 70, 96, 7),
+    (1, 1, 200, 300, 128, 2),
+]
+
+
+def attend(q, k, v, gate, mask, dropout_p=0.0):
+    return cross_layer_attention(q, k, v, gate, mask, dropout_p, impl="native")
+
+
+def doubled(tensor):
+    return None if tensor is None else tensor.detach().double().requires_grad_()
+
+
+def gradients(out, inputs):
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def assert_close_to_formula(q, k, v, gate, mask, found, kept=None):
+    inputs = [q, *k, *v, *([] if gate is None else [gate])]
+    exact_k, exact_v = [doubled(x) for x in k], [doubled(x) for x in v]
+    exact_q, exact_gate = doubled(q), doubled(gate)
+    exact_inputs = [exact_q, *exact_k, *exact_v, *([] if gate is None else [exact_gate])]
+    exact = written_out(exact_q, exact_k, exact_v, exact_gate, mask, kept)
+    torch.testing.assert_close(found.double(), exact, atol=5e-6, rtol=2e-5)
+    for one, other in zip(gradients(found, inputs), gradients(exact, exact_inputs), strict=True):
+        # Relative to the largest: single values may come from terms that cancel.
+        torch.testing.assert_close(one.double(), other, atol=5e-6 * max(1.0, other.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize(("shape", "masked", "gated"), itertools.product(SHAPES, (False, True), (False, True)))
+def test_output_and_every_gradient_equal_the_formula(shape, masked, gated):
+    q, k, v, gate, mask = draw(shape, masked, gated, dtype=torch.float32)
+    assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask))
+
+
+def test_inputs_may_be_views_of_any_stride():
+    q, k, v, gate, mask = draw((2, 3, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32)
+
+    def strided(x):
+        return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+    def transposed(x):
+        return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+
+    q, k, v = strided(q), [transposed(k[0]), strided(k[1])], [strided(x) for x in v]
+    wide_gate = torch.stack([gate.detach()] * 2, dim=-1)
+    gate = wide_gate[..., 0].requires_grad_()
+    assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask))
+
+
+def test_large_scores_stay_finite():
+    q, k, v, gate, mask = draw((2, 2, 20, 9, 32, 2), masked=False, gated=True, dtype=torch.float32)
+    q = (q * 300).detach().requires_grad_()
+    found = attend(q, k, v, gate, mask)
+    exact = written_out(*(doubled(q), [doubled(x) for x in k], [doubled(x) for x in v], doubled(gate), None))
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-3)
+    assert all(grad.isfinite().all() for grad in gradients(found, [q, *k, *v, gate]))
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_what_is_not_a_number_is_seen(place):
+    q, k, v, gate, mask = draw((1, 1, 4, 5, 16, 2), masked=False, gated=True, dtype=torch.float32)
+    with torch.no_grad():
+        {"q": q, "k": k[0], "v": v[1]}[place][0, 0, 2, 3] = torch.nan
+    assert attend(q, k, v, gate, mask)[0, 0, 2].isnan().any()
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
+    shape = batch, heads, _, keys, _, _ = (2, 3, 70, 21, 32, levels)
+    q, k, v, gate, mask = draw(shape, masked=True, gated=True, dtype=torch.float32)
+    # Values that are the keys' places give the mixed weights themselves, and so what was kept; shares of one sign, as
+    # levels that cancel would hide it.
+    places = torch.eye(keys, 32).expand(batch, heads, keys, 32)
+    shares = gate.detach().softmax(dim=-1)
+    torch.manual_seed(5)
+    dropped = attend(q, k, [places] * levels, shares, None, 0.4)[..., :keys].detach()
+    whole = attend(q, k, [places] * levels, shares, None)[..., :keys].detach()
+    kept = (dropped / whole).double()
+    ones = kept[kept > 0]
+    torch.testing.assert_close(ones, torch.full_like(ones, 1 / 0.6), atol=1e-3, rtol=0)
+    kept = (kept > 0).double() / 0.6
+    torch.manual_seed(5)
+    assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask, 0.4), kept)
+
+
+def test_dropout_keeps_its_share_and_forgets_its_last_draw():
+    q, k, _, _, _ = draw((8, 4, 37, 50, 64, 1), masked=False, gated=False, dtype=torch.float32)
+    places = torch.eye(50, 64).expand(8, 4, 50, 64)
+    torch.manual_seed(0)
+    first, second = (attend(q, k, [places], None, None, 0.1)[..., :50] > 0 for _ in range(2))
+    # Five standard deviations of 59,200 draws.
+    assert first.double().mean().item() == pytest.approx(0.9, abs=0.0062)
+    assert (first == second).double().mean().item() == pytest.approx(0.82, abs=0.008)
+    for axis in range(4):
+        means = first.double().mean(dim=[other for other in range(4) if other != axis])
+        assert (means - 0.9).abs().max() < 5 * (0.09 * len(means) / first.numel()) ** 0.5
+        one, other = (first.narrow(axis, start, first.shape[axis] - 1) for start in (0, 1))
+        assert (one == other).double().mean().item() == pytest.approx(0.82, abs=0.01)
+
+
+def test_bits_do_not_depend_on_threads_or_on_the_run():
+    q, k, v, gate, mask = draw((3, 4, 70, 33, 32, 3), masked=True, gated=True, dtype=torch.float32)
+    inputs = [q, *k, *v, gate]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(1)
+            out = attend(q, k, v, gate, mask, 0.2)
+            found.append([out, *gradients(out, inputs)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_one_hot_gates_give_that_levels_bits():
+    q, k, v, gate, mask = draw((2, 2, 5, 7, 16, 3), masked=True, gated=True, dtype=torch.float32)
+    for level, p in itertools.product((0, 2), (0.0, 0.3)):
+        one_hot = torch.zeros_like(gate)
+        one_hot[..., level] = 1
+        torch.manual_seed(1)
+        found = attend(q, k, v, one_hot, mask, p)
+        torch.manual_seed(1)
+        assert torch.equal(found, attend(q, [k[level]], [v[level]], None, mask, p))
+
+
+def test_activation_checkpointing_gives_the_same_bits():
+    q, k, v, gate, mask = draw((2, 2, 9, 8, 16, 2), masked=True, gated=True, dtype=torch.float32)
+    found = []
+    for run in (attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
+        torch.manual_seed(4)
+        out = run(q, k, v, gate, mask, 0.3)
+        found.append([out, *gradients(out, [q, *k, *v, gate])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.bfloat16, 16), (torch.float32, 24)])
+def test_what_it_does_not_serve_is_named_on_request_and_left_to_the_reference_otherwise(dtype, width):
+    q, k, v, gate, mask = draw((2, 2, 3, 5, width, 2), masked=True, gated=True, dtype=dtype)
+    with pytest.raises(ValueError, match=r"impl: 'native' with q of .* a multiple of 16"):
+        attend(q, k, v, gate, mask)
+    expected = cross_layer_attention(q, k, v, gate, mask, impl="reference")
+    assert torch.equal(cross_layer_attention(q, k, v, gate, mask), expected)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "sh -c 'echo broken compiler >&2; exit 1'"])
+def test_without_a_working_compiler_the_reference_serves_and_says_so(compiler, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        q, k, v, gate, mask = draw((2, 2, 3, 5, 16, 2), masked=True, gated=True, dtype=torch.float32)
+        with caplog.at_level(logging.WARNING):
+            found = [cross_layer_attention(q, k, v, gate, mask) for _ in range(2)]
+    finally:
+        native.library.cache_clear()
+    assert torch.equal(found[0], cross_layer_attention(q, k, v, gate, mask, impl="reference"))
+    assert len(caplog.records) == 1
+    assert "its kernel was not built with" in caplog.text
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_processes_that_build_at_once_all_get_it_and_later_ones_build_nothing(tmp_path):
+    program = "from unimo3.kernels.cross_layer_attention import native; print(native.library()._name)"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    names = {process.communicate(timeout=120)[0].strip() for process in both}
+    (built,) = tmp_path.rglob("*.so")
+    assert names == {str(built)}
+    modified = built.stat().st_mtime_ns
+    again = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    assert again.stdout.strip() == str(built)
+    assert built.stat().st_mtime_ns == modified

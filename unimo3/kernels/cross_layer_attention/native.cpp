@@ -1,0 +1,322 @@
+// Gated attention over several levels, for float32 on CPUs: one sweep forward, one backward, a thread a (sample, head).
+//
+//     P_i  = softmax_v(q . K_i / sqrt(d))                 out = sum_i g_i (r o P_i) V_i
+//     dP_i = r o (dO V_i^T)      dg_i = sum_v P_i dP_i    dS_i = g_i P_i (dP_i - dg_i)
+//     dq   = sum_i dS_i K_i / sqrt(d)                     dK_i = dS_i^T q / sqrt(d)     dV_i = (g_i r o P_i)^T dO
+//
+// r is dropout's mask over 1 - p, drawn once for all levels. Backward makes P again from the saved log-sum-exp. Tables of
+// queries by keys are kept transposed, [keys][queries], for a block of queries: softmax then runs over rows, all lanes
+// being queries, and every product is a tile of the one routine `product`. They stay in a core's cache; nothing of that
+// size goes to memory. Sums run in a fixed order, so results do not depend on the number of threads.
+//
+// Source: FlashAttention-2, arXiv 2307.08691, for the backward pass by log-sum-exp; native.py builds and calls this file.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_VECTORS = 2;
+#else
+constexpr int LANES = 4, TILE_VECTORS = 2;
+#endif
+constexpr int TILE_ROWS = 6;
+constexpr int64_t QUERY_BLOCK = 64;
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+inline Floats load(const float *from) { return *reinterpret_cast<const Floats *>(from); }
+inline void store(float *to, Floats value) { *reinterpret_cast<Floats *>(to) = value; }
+inline Floats all(float value) { return value - Floats{}; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x for x <= 0, by Cephes' polynomial; zero below -87, where e^x leaves float32's normal range; NaN stays NaN.
+inline Floats exponential(Floats x) {
+    const Floats shift = all(12582912.f);  // adding it rounds to a whole number
+    const Floats clamped = x < -87.f ? all(-87.f) : x;
+    const Floats whole = (clamped * 1.44269504f + shift) - shift;
+    const Floats rest = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    Floats power = all(1.98756915e-4f);
+    for (float factor : {1.39819995e-3f, 8.33345191e-3f, 4.16657962e-2f, 1.66666657e-1f, 0.5f})
+        power = power * rest + factor;
+    power = power * rest * rest + rest + 1.f;
+    const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+    Floats scale;
+    std::memcpy(&scale, &exponent, sizeof scale);
+    return x < -87.f ? Floats{} : power * scale;
+}
+
+struct Matrix {  // element (i, j) at start[i * row + j * column]
+    const float *start;
+    int64_t row, column;
+};
+
+template <int ROWS, int VECTORS>
+inline void tile(Matrix a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t depth, bool add) {
+    Floats sum[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) sum[i][j] = add ? load(c + i * c_row + j * LANES) : Floats{};
+    for (int64_t k = 0; k < depth; k++) {
+        Floats right[VECTORS];
+        for (int j = 0; j < VECTORS; j++) right[j] = load(b + k * b_row + j * LANES);
+        for (int i = 0; i < ROWS; i++) {
+            const Floats left = all(a.start[i * a.row + k * a.column]);
+            for (int j = 0; j < VECTORS; j++) sum[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES, sum[i][j]);
+}
+
+template <int VECTORS>
+void stripe(Matrix a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
+    for (; rows > 0; rows -= TILE_ROWS, a.start += TILE_ROWS * a.row, c += TILE_ROWS * c_row) switch (rows) {
+        case 1: return tile<1, VECTORS>(a, b, b_row, c, c_row, depth, add);
+        case 2: return tile<2, VECTORS>(a, b, b_row, c, c_row, depth, add);
+        case 3: return tile<3, VECTORS>(a, b, b_row, c, c_row, depth, add);
+        case 4: return tile<4, VECTORS>(a, b, b_row, c, c_row, depth, add);
+        case 5: return tile<5, VECTORS>(a, b, b_row, c, c_row, depth, add);
+        default: tile<TILE_ROWS, VECTORS>(a, b, b_row, c, c_row, depth, add);
+    }
+}
+
+// c [rows, columns] = a [rows, depth] b [depth, columns], or added to it; columns a multiple of LANES.
+void product(Matrix a, const float *b, int64_t b_row, float *c, int64_t c_row, int64_t rows, int64_t columns,
+             int64_t depth, bool add) {
+    for (int64_t vectors; columns > 0; columns -= vectors * LANES, b += vectors * LANES, c += vectors * LANES) {
+        vectors = std::min<int64_t>(columns / LANES, TILE_VECTORS);
+        switch (vectors) {
+            case 1: stripe<1>(a, b, b_row, c, c_row, rows, depth, add); break;
+            case 2: stripe<2>(a, b, b_row, c, c_row, rows, depth, add); break;
+#if defined(__AVX512F__)
+            case 3: stripe<3>(a, b, b_row, c, c_row, rows, depth, add); break;
+            default: stripe<4>(a, b, b_row, c, c_row, rows, depth, add);
+#endif
+        }
+    }
+}
+
+Words mixed(Words x) {  // Wellons' lowbias32
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+}  // namespace
+
+// Strides count floats; the last dimension of every tensor is dense. native.py has the same fields in the same order.
+struct Shape {
+    int64_t batch, heads, queries, keys, width, levels, threads;
+    uint64_t seed;
+    float dropout;
+};
+struct View {  // [batch, heads, tokens, width]
+    float *start;
+    int64_t batch, head, token;
+
+    float *at(int64_t sample, int64_t which) const { return start + sample * batch + which * head; }
+};
+struct Tensors {
+    View q, out, grad_out, grad_q;
+    const float *gate;         // [batch, queries, heads, levels], or null: all alike
+    float *grad_gate, *lse;    // [batch, queries, heads, levels]; [batch, heads, levels, queries]
+    const uint8_t *readable;   // [batch, keys], or null: all
+    const View *k, *v;         // one a level
+    float *const *grad_k, *const *grad_v;  // dense [batch, heads, keys, width], one a level
+};
+
+namespace {
+
+// What one thread needs for a block of queries of one (sample, head).
+struct Block {
+    const Shape &shape;
+    const Tensors &t;
+    int64_t sample, head, num_keys, first = 0, count = 0, padded = 0;
+    const uint8_t *readable;
+    float scale;
+    std::vector<float> q, q_t, do_t, p, dp, kept, o;
+    float gate[QUERY_BLOCK], lse[QUERY_BLOCK];
+
+    Block(const Shape &shape, const Tensors &t)
+        : shape(shape), t(t), scale(1 / std::sqrt(float(shape.width))), q(QUERY_BLOCK * shape.width),
+          q_t(QUERY_BLOCK * shape.width), do_t(QUERY_BLOCK * shape.width), p(QUERY_BLOCK * shape.keys),
+          dp(QUERY_BLOCK * shape.keys), kept(shape.dropout > 0 ? QUERY_BLOCK * shape.keys : 0),
+          o(QUERY_BLOCK * shape.width) {}
+
+    // Keys behind the last readable one are not looked at.
+    void enter(int64_t pair) {
+        sample = pair / shape.heads, head = pair % shape.heads, num_keys = shape.keys;
+        readable = t.readable ? t.readable + sample * shape.keys : nullptr;
+        while (readable && num_keys > 0 && !readable[num_keys - 1]) num_keys--;
+    }
+
+    void advance(int64_t start) {
+        first = start, count = std::min(QUERY_BLOCK, shape.queries - start);
+        padded = (count + LANES - 1) / LANES * LANES;
+        const float *from = t.q.at(sample, head) + first * t.q.token;
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < shape.width; j++) q[i * shape.width + j] = from[i * t.q.token + j] * scale;
+        transpose(q.data(), shape.width, q_t.data());
+        if (shape.dropout > 0) draw();
+    }
+
+    void transpose(const float *from, int64_t row, float *to) const {
+        for (int64_t j = 0; j < shape.width; j++) {
+            for (int64_t i = 0; i < count; i++) to[j * padded + i] = from[i * row + j];
+            for (int64_t i = count; i < padded; i++) to[j * padded + i] = 0;
+        }
+    }
+
+    // A pair of key and query is kept or not by a hash of its place, the same in both passes.
+    void draw() {
+        const uint32_t least = uint32_t(double(shape.dropout) * 4294967296.0), low = shape.seed, high = shape.seed >> 32;
+        Words lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        const Words row = mixed(lane * 0 + uint32_t(sample * shape.heads + head) + low);
+        for (int64_t v = 0; v < num_keys; v++) {
+            const Words key = mixed((row ^ uint32_t(v)) + high);
+            for (int64_t i = 0; i < padded; i += LANES) {
+                const Words drawn = mixed(key ^ (lane + uint32_t(first + i)));
+                store(&kept[v * padded + i], drawn >= least ? all(1 / (1 - shape.dropout)) : Floats{});
+            }
+        }
+    }
+
+    void load_gate(int64_t level) {
+        const int64_t step = shape.heads * shape.levels;
+        const float *from = t.gate ? t.gate + ((sample * shape.queries + first) * shape.heads + head) * shape.levels : 0;
+        for (int64_t i = 0; i < padded; i++)
+            gate[i] = i >= count ? 0 : from ? from[i * step + level] : 1.f / shape.levels;
+    }
+
+    float *saved_lse(int64_t level) const {
+        return t.lse + ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
+    }
+
+    void scores(const View &keys, std::vector<float> &to, const std::vector<float> &queries) {
+        const Matrix rows{keys.at(sample, head), keys.token, 1};
+        product(rows, queries.data(), padded, to.data(), padded, num_keys, padded, shape.width, false);
+    }
+
+    bool reads(int64_t v) const { return !readable || readable[v]; }
+
+    // Scores in p become gated and dropped probabilities.
+    void soften(int64_t level) {
+        load_gate(level);
+        for (int64_t i = 0; i < padded; i += LANES) {
+            Floats most = all(-INFINITY), sum{};
+            for (int64_t v = 0; v < num_keys; v++)
+                if (reads(v)) most = larger(most, load(&p[v * padded + i]));
+            for (int64_t v = 0; v < num_keys; v++) {
+                const Floats e = reads(v) ? exponential(load(&p[v * padded + i]) - most) : Floats{};
+                store(&p[v * padded + i], e), sum += e;
+            }
+            const Floats share = load(gate + i) / sum;
+            for (int64_t v = 0; v < num_keys; v++) {
+                float *place = &p[v * padded + i];
+                store(place, load(place) * (shape.dropout > 0 ? share * load(&kept[v * padded + i]) : share));
+            }
+            for (int lane = 0; lane < LANES && i + lane < count; lane++)
+                saved_lse(level)[i + lane] = most[lane] + std::log(sum[lane]);
+        }
+    }
+
+    // Scores in p and dO V^T in dp become what dV and dK are products of; the gate's gradient is written.
+    void differentiate(int64_t level) {
+        load_gate(level);
+        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? saved_lse(level)[i] : 0;
+        float *to = t.grad_gate
+            ? t.grad_gate + ((sample * shape.queries + first) * shape.heads + head) * shape.levels + level : nullptr;
+        for (int64_t i = 0; i < padded; i += LANES) {
+            const Floats offset = load(lse + i), share = load(gate + i);
+            Floats mean{};
+            for (int64_t v = 0; v < num_keys; v++) {
+                float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
+                const Floats e = reads(v) ? exponential(load(weight) - offset) : Floats{};
+                if (shape.dropout > 0) store(slope, load(slope) * load(&kept[v * padded + i]));
+                store(weight, e), mean += e * load(slope);
+            }
+            for (int64_t v = 0; v < num_keys; v++) {
+                float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
+                const Floats gated = load(weight) * share;
+                store(slope, gated * (load(slope) - mean));
+                store(weight, shape.dropout > 0 ? gated * load(&kept[v * padded + i]) : gated);
+            }
+            for (int lane = 0; to && lane < LANES && i + lane < count; lane++)
+                to[(i + lane) * shape.heads * shape.levels] = mean[lane];
+        }
+    }
+
+    void forward() {
+        const int64_t width = shape.width;
+        std::fill(o.begin(), o.end(), 0.f);
+        for (int64_t level = 0; num_keys > 0 && level < shape.levels; level++) {
+            scores(t.k[level], p, q_t);
+            soften(level);
+            const View &v = t.v[level];
+            product({p.data(), 1, padded}, v.at(sample, head), v.token, o.data(), width, count, width, num_keys, true);
+        }
+        for (int64_t i = 0; i < count; i++)
+            std::memcpy(t.out.at(sample, head) + (first + i) * t.out.token, &o[i * width], width * sizeof(float));
+    }
+
+    void backward() {
+        const int64_t width = shape.width, dense = (sample * shape.heads + head) * shape.keys * width;
+        const float *grad_out = t.grad_out.at(sample, head) + first * t.grad_out.token;
+        transpose(grad_out, t.grad_out.token, do_t.data());
+        std::fill(o.begin(), o.end(), 0.f);
+        for (int64_t level = 0; level < shape.levels; level++) {
+            float *grad_k = t.grad_k[level] + dense, *grad_v = t.grad_v[level] + dense;
+            if (first == 0)
+                for (float *grad : {grad_k, grad_v})
+                    std::fill(grad + num_keys * width, grad + shape.keys * width, 0.f);
+            if (num_keys == 0) continue;
+            const View &k = t.k[level];
+            scores(k, p, q_t);
+            scores(t.v[level], dp, do_t);
+            differentiate(level);
+            const Matrix p_rows{p.data(), padded, 1}, ds_rows{dp.data(), padded, 1}, ds_columns{dp.data(), 1, padded};
+            product(p_rows, grad_out, t.grad_out.token, grad_v, width, num_keys, width, count, first > 0);
+            product(ds_rows, q.data(), width, grad_k, width, num_keys, width, count, first > 0);
+            product(ds_columns, k.at(sample, head), k.token, o.data(), width, count, width, num_keys, true);
+        }
+        for (int64_t i = 0; i < count; i++) {
+            float *to = t.grad_q.at(sample, head) + (first + i) * t.grad_q.token;
+            for (int64_t j = 0; j < width; j++) to[j] = o[i * width + j] * scale;
+        }
+    }
+};
+
+void sweep(const Shape &shape, const Tensors &tensors, void (Block::*pass)()) {
+#pragma omp parallel num_threads(shape.threads)
+    {
+        Block block(shape, tensors);
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < shape.batch * shape.heads; pair++) {
+            block.enter(pair);
+            for (int64_t first = 0; first < shape.queries; first += QUERY_BLOCK) {
+                block.advance(first);
+                (block.*pass)();
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void cross_layer_attention_forward(const Shape *shape, const Tensors *tensors) {
+    sweep(*shape, *tensors, &Block::forward);
+}
+
+// grad_gate must hold zeros where a sample has no readable key: nothing is written there.
+extern "C" void cross_layer_attention_backward(const Shape *shape, const Tensors *tensors) {
+    sweep(*shape, *tensors, &Block::backward);
+}
