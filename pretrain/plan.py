@@ -27,8 +27,8 @@ from unimo3.training.plan.trace import StepCost, build_on_meta, trace_step
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-# Of one H100 SXM in bf16, without sparsity.
-_H100_TFLOPS = 989.0
+# Of one H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
+_H100_TFLOPS = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         help="share of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--peak-tflops", type=float, default=_H100_TFLOPS,
-        help="of one GPU, 10^12 operations a second (default: %(default)s, an H100 in bf16)",
+        "--peak-tflops", type=float,
+        help="of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, operations and seconds")
     parser.add_argument("--table", nargs="+", type=Path, metavar="RECIPE", help="print the table of sizes of recipes")
@@ -120,13 +120,14 @@ def machine_of(args: argparse.Namespace) -> Machine:
         found.append(f"--reserve {args.reserve}: a share of at least 0 and below 1 is needed")
     if not 0 < args.mfu <= 1:
         found.append(f"--mfu {args.mfu}: a share above 0 and at most 1 is needed")
-    if not args.peak_tflops > 0:
+    if args.peak_tflops is not None and not args.peak_tflops > 0:
         found.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
     if found:
         raise ConfigError(found)
     assert size is not None
     assert unit is not None
-    return Machine(args.gpus, int(float(size[1]) * unit), args.reserve, args.peak_tflops * 1e12, args.mfu)
+    peaks = {precision: (args.peak_tflops or peak) * 1e12 for precision, peak in _H100_TFLOPS.items()}
+    return Machine(args.gpus, int(float(size[1]) * unit), args.reserve, peaks, args.mfu)
 
 
 @exit_with_status
@@ -201,7 +202,7 @@ def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> 
     choice = choose(fits, batch, machine)
     choice.reasons.update(refused)
     own_costs = costs[choice.fit.sharding.dtype]
-    return plan_figures(sizes, own_costs, checkpointing, choice, batch, training.steps, machine)
+    return plan_figures(sizes, own_costs, checkpointing, choice, own.name, batch, training.steps, machine)
 
 
 if __name__ == "__main__":

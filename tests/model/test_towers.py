@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.config import Unimo3VisionConfig
 from unimo3.model.pretrained import load_roberta, load_vision, vision_faults
@@ -236,7 +236,27 @@ def test_towers_that_cannot_serve_are_faults(vision, named):
 def test_a_tensor_given_twice_is_named(tmp_path):
     tower = tiny_pretraining_model().unimo3.text_tower
     state = {name: tensor.contiguous() for name, tensor in tower.state_dict().items()}
+    state["roberta.encoder.layer.0.output.dense.bias"] = torch.zeros(32)
     save_file(state, tmp_path / "model.safetensors")
-    save_file({"encoder.layer.0.output.dense.bias": torch.zeros(32)}, tmp_path / "old.safetensors")
-    with pytest.raises(CheckpointError, match=r"^model\.text\.init: .*there twice: encoder\.layer\.0\.output"):
+    with pytest.raises(CheckpointError, match=r"^model\.text\.init: .*there twice: roberta\.encoder\.layer\.0\.output"):
         load_roberta(tower, str(tmp_path))
+
+
+def test_weights_in_several_files_are_those_that_their_index_names(tmp_path):
+    source, tower = (tiny_pretraining_model(seed=seed).unimo3.text_tower for seed in (1, 2))
+    source.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    save_file({"left.over": torch.zeros(1)}, tmp_path / "model-of-another-time.safetensors")
+    load_roberta(tower, str(tmp_path))
+    for name, parameter in tower.named_parameters():
+        assert torch.equal(parameter, source.get_parameter(name)), name
+    first = sorted(tmp_path.glob("model-0*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(
+        ConfigError, match=rf"model\.text\.init: .*{first.name}, which {index.name} names, is not there"
+    ):
+        TextArgs(init=str(tmp_path)).to_config()
+    index.write_text("[]")
+    with pytest.raises(ConfigError, match=rf"{index.name} is no index of weights .*; copy it again"):
+        TextArgs(init=str(tmp_path)).to_config()

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pretrain import plan
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
+from unimo3.kernels.cross_layer_attention import native
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.training.engine import BatchPlan
@@ -114,7 +115,9 @@ def kept_by_a_real_step(task, num_pairs) -> int:
 
 
 @pytest.mark.parametrize("changes", [{"interaction": "in_layer"}, {}, {"bridge": True, "num_hidden_layers": 2}])
-def test_activations_are_those_a_real_step_keeps(changes):
+def test_activations_are_those_a_real_step_keeps(changes, monkeypatch):
+    # A GPU runs cross-layer attention in plain operations; the kernel for CPUs keeps less.
+    monkeypatch.setattr(native, "serves", lambda q: False)
     task = PretrainingTask(tiny_pretraining_model(**changes), ObjectivesArgs().build(0)).train()
     measured = (kept_by_a_real_step(task, 64) - kept_by_a_real_step(task, 32)) / 32
     # tiny_batch masks 1.5 of 10 tokens.
@@ -195,7 +198,7 @@ def test_what_is_gathered_is_bounded_by_the_ds_config():
 
 
 def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256):
-    machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops=1e12, utilization=0.5)
+    machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops={"bf16": 1e12}, utilization=0.5)
     cost = StepCost(1e9, 2e9, kept_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
     batch = BatchPlan(global_batch, micro_batch, num_gpus)
     names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
@@ -245,8 +248,10 @@ def test_some_ds_configs_are_out_of_question_on_a_gpu():
 
 
 def test_hours_follow_from_operations_and_the_share_of_the_peak():
-    machine = Machine(num_gpus=4, memory_bytes=1, reserve=0.0, peak_flops=1e12, utilization=0.5)
-    assert machine.step_s(global_batch=100, flops=1e9) == pytest.approx(100 * 1e9 / (4 * 0.5e12))
+    peaks = {"bf16": 1e12, "fp32": 1e11}
+    machine = Machine(num_gpus=4, memory_bytes=1, reserve=0.0, peak_flops=peaks, utilization=0.5)
+    for precision, peak in peaks.items():
+        assert machine.step_s(100, 1e9, precision) == pytest.approx(100 * 1e9 / (4 * 0.5 * peak))
 
 
 def run_command(capsys, *arguments):
@@ -263,6 +268,8 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert status == 0
     found = json.loads(output.out)
     assert found["ds_config"] == "zero2_bf16.json"
+    assert found["recipe_ds_config"] == "zero3_fp32.json"
+    assert found["machine"]["peak_flops"] == 989e12
     assert found["parameters"].pop("total") == sum(found["parameters"].values()) > 2_000_000
     sizes = {"recipe": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
     answers = dict.fromkeys(("recipe_divides", "recipe_fits", "recipe_fits_with_checkpointing"), True)
@@ -279,6 +286,7 @@ def test_a_named_ds_config_is_planned_with_and_the_text_says_what_does_not_fit(c
     )  # fmt: skip
     assert status == 0
     assert "* zero3_fp16.json" in output.out
+    assert "TFLOP/s in fp16" in output.out
     assert "the recipe's 2048 does not fit" in output.out
 
 
@@ -287,6 +295,15 @@ def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
     assert (
         "the recipe's 24 does not divide the global batch over the ranks; set training.micro_batch to 32;" in output.out
     )
+
+
+def test_a_plan_in_float32_takes_float32s_peak_and_the_recipes_own_file_is_marked(capsys):
+    own = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
+    _, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, *own)
+    assert "40% of 67 TFLOP/s in fp32" in output.out
+    assert "fits, and moves the least (the recipe's)" in output.out
+    _, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, *own, "--peak-tflops", 5)
+    assert "40% of 5 TFLOP/s in fp32" in output.out
 
 
 def test_all_faults_come_in_one_message(capsys):

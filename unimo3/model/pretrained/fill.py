@@ -7,6 +7,7 @@ the model, sharded by ZeRO-3 or not.
 Source: transformers' from_pretrained reports the same three kinds of misfit: missing, unexpected, of another shape.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.init import gathered
 
 NO_WEIGHTS = (
-    "no .safetensors file there; convert older formats with transformers' from_pretrained(...).save_pretrained(...)"
+    "no model.safetensors there, nor its index; convert older formats with transformers' "
+    "from_pretrained(...).save_pretrained(...)"
 )
 _NUM_NAMES_SHOWN = 5
 
@@ -119,8 +121,6 @@ def read_config(field: str, folder: str, kind: str) -> PreTrainedConfig:
     where = f"{field}: '{folder}'"
     if not folder or not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{where}: no config.json there; name a local Hugging Face {kind} folder")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(f"{where}: {NO_WEIGHTS}")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -136,25 +136,42 @@ def read_config(field: str, folder: str, kind: str) -> PreTrainedConfig:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, one at a time.
+    """Every tensor of a folder's weights, one at a time.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there are none, or not all of them.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
-    for file in files:
+    for file in weight_files(folder):
         yield from read_file(file)
 
 
 def read_names(folder: Path) -> list[str]:
-    """Names of every tensor of a folder's safetensors files."""
+    """Names of every tensor of a folder's weights; raises as `read_tensors`."""
     names: list[str] = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with open_file(file) as tensors:
             names += tensors.keys()
     return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, chosen as transformers does: the one, else those that the index names.
+
+    Raises:
+        CheckpointError: there is none, or one that the index names is not there.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {index.name} is no index of weights ({error!r}); copy it again") from error
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder}: {absent[0]}, which {index.name} names, is not there; copy it too")
+    return [folder / name for name in names]
 
 
 def open_file(file: Path) -> Any:

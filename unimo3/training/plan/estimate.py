@@ -23,14 +23,14 @@ class Machine:
         num_gpus: of all nodes, one rank each.
         memory_bytes: of one GPU.
         reserve: share of it left to the CUDA context, NCCL and fragmentation.
-        peak_flops: of one GPU and second.
+        peak_flops: of one GPU and second, by the precision of a step (bf16, fp16, fp32).
         utilization: share of the peak that a step reaches.
     """
 
     num_gpus: int
     memory_bytes: int
     reserve: float
-    peak_flops: float
+    peak_flops: dict[str, float]
     utilization: float
 
     @property
@@ -38,9 +38,9 @@ class Machine:
         """Of one GPU, less the reserve."""
         return self.memory_bytes * (1 - self.reserve)
 
-    def step_s(self, global_batch: int, flops: float) -> float:
+    def step_s(self, global_batch: int, flops: float, precision: str) -> float:
         """Seconds an optimizer step takes at `flops` a pair, communication not counted."""
-        return global_batch * flops / (self.num_gpus * self.peak_flops * self.utilization)
+        return global_batch * flops / (self.num_gpus * self.peak_flops[precision] * self.utilization)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ def plan_figures(
     costs: dict[bool, StepCost],
     activation_checkpointing: bool,
     choice: Choice,
+    recipe_ds_config: str,
     batch: BatchPlan,
     num_steps: int,
     machine: Machine,
@@ -23,21 +24,25 @@ def plan_figures(
 
     Args:
         costs: of a step in the chosen ds_config's precision, without and with activation checkpointing.
+        recipe_ds_config: name of the file that the recipe itself names.
     """
     cost, memory = costs[activation_checkpointing], choice.fit.memory
     activation_bytes = choice.micro_batch * cost.peak_bytes + cost.fixed_bytes
-    step_s = machine.step_s(batch.global_batch, cost.flops)
+    precision = choice.fit.sharding.precision
+    step_s = machine.step_s(batch.global_batch, cost.flops, precision)
     return {
         "machine": {
             "gpus": machine.num_gpus,
             "gpu_memory_bytes": machine.memory_bytes,
             "usable_bytes": int(machine.usable_bytes),
-            "peak_flops": machine.peak_flops,
+            "precision": precision,
+            "peak_flops": machine.peak_flops[precision],
             "utilization": machine.utilization,
         },
         "parameters": {**sizes.roles, "total": sizes.total},
         "flops_per_pair": {"forward": int(cost.forward_flops), "backward": int(cost.backward_flops)},
         "ds_config": choice.fit.name,
+        "recipe_ds_config": recipe_ds_config,
         "ds_config_reasons": choice.reasons,
         "activation_checkpointing": activation_checkpointing,
         "activation_bytes_per_pair": {
@@ -84,7 +89,8 @@ def plan_text(plan: Figures) -> str:
         "ds_config",
     ]
     for name, reason in plan["ds_config_reasons"].items():
-        lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}")
+        own = " (the recipe's)" if name == plan["recipe_ds_config"] else ""
+        lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}{own}")
     lines += ["", f"memory of a rank with {plan['ds_config']}, GB", *_memory_lines(plan["rank_bytes"], usable)]
     lines += ["", "activations a pair, MB                kept  at most at once"]
     for name, sizes in plan["activation_bytes_per_pair"].items():
@@ -94,9 +100,10 @@ def plan_text(plan: Figures) -> str:
 
 
 def _time_line(machine: Figures, time: Figures) -> str:
+    peak = f"{machine['peak_flops'] / 1e12:,.0f} TFLOP/s in {machine['precision']}"
     return (
-        f"time at {machine['utilization']:.0%} of {machine['peak_flops'] / 1e12:,.0f} TFLOP/s: {time['step_s']:.2f} s "
-        f"a step, {time['hours']:,.1f} hours for {time['steps']:,} steps; waiting for ranks and data comes on top"
+        f"time at {machine['utilization']:.0%} of {peak}: {time['step_s']:.2f} s a step, {time['hours']:,.1f} hours "
+        f"for {time['steps']:,} steps; waiting for ranks and data comes on top"
     )
 
 
