@@ -1,8 +1,9 @@
-"""Does cross-layer interaction help? Six fusion encoders trained alike on toy data, pretraining and then VQA.
+"""Does cross-layer interaction help? Fusion encoders trained alike on toy data, pretraining and then VQA.
 
 All variants of a seed get the same batches in the same order and, where they share a parameter, the same initial
-values; their sizes agree to 2 %. Each (variant, seed) is a process of one thread. A finished run is kept in the work
-folder and not done again, so an ablation that was killed goes on where it stopped.
+values; their sizes agree to 2 %, but for the one whose further levels have keys and values of their own. Each (variant,
+seed) is a process of one thread. A finished run is kept in the work folder and not done again, so an ablation that was
+killed goes on where it stopped.
 
 Source: METER, arXiv 2111.02387 (in_layer); BridgeTower, arXiv 2206.08657 (bridge); arXiv 2305.13697 (cross_layer).
 """
@@ -22,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.ablation_report import MOST_SEEDS, REFERENCE, write_ablation
-from benchmarks.ablation_run import VARIANTS, Data, Settings, TrainingRun, num_parameters, option
+from benchmarks.ablation_run import LARGER_VARIANTS, VARIANTS, Data, Settings, TrainingRun, num_parameters, option
 from benchmarks.report import ROOT
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -37,7 +38,7 @@ def check_sizes(settings: Settings) -> None:
     """Print each variant's parameters.
 
     Raises:
-        ConfigError: one differs from in_layer's by more than 2 %.
+        ConfigError: one differs from in_layer's by more than 2 %, and is not expected to.
     """
     with torch.device("meta"):
         sizes = {name: num_parameters(Unimo3ForPreTraining(settings.model(name).to_config())) for name in VARIANTS}
@@ -45,7 +46,7 @@ def check_sizes(settings: Settings) -> None:
     for name, size in sizes.items():
         excess = size / sizes[REFERENCE] - 1
         print(f"{name}: {size:,} parameters ({excess:+.2%})")
-        if abs(excess) > MOST_SIZE_DIFFERENCE:
+        if abs(excess) > MOST_SIZE_DIFFERENCE and name not in LARGER_VARIANTS:
             faults.append(
                 f"--layers {settings.layers} --width {settings.width}: {name} has {excess:+.1%} parameters beside "
                 f"{REFERENCE}; sizes within {MOST_SIZE_DIFFERENCE:.0%} compare: use fewer layers or more width"

@@ -11,13 +11,12 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.report import write_report
-from unimo3.model.args import ModelArgs
 
 Result = dict[str, Any]
 
@@ -56,10 +55,10 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     return Difference(mean(differences), T_QUANTILES[len(differences) - 2] * error)
 
 
-def differences_to_reference(results: Sequence[Result], variant: str, figure: str) -> list[float]:
-    """A figure of a variant less the reference's, for each seed in ascending order."""
-    ours, reference = _by_seed(results, variant), _by_seed(results, REFERENCE)
-    return [ours[seed]["figures"][figure] - reference[seed]["figures"][figure] for seed in sorted(ours)]
+def paired_differences(results: Sequence[Result], variant: str, reference: str, figure: str) -> list[float]:
+    """A figure of a variant less another's, for each seed in ascending order."""
+    ours, theirs = _by_seed(results, variant), _by_seed(results, reference)
+    return [ours[seed]["figures"][figure] - theirs[seed]["figures"][figure] for seed in sorted(ours)]
 
 
 def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float], is_quick: bool) -> None:
@@ -87,16 +86,16 @@ def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float
         "initial values of shared parameters are equal for each seed. All figures are of held-out data; cells hold "
         f"{spread}.\n\nSeeds: {', '.join(map(str, seeds))}. Settings: {listed}. Runs made at: {commits}.",
         f"## Pretraining\n\n{_table(results, PRETRAINING)}",
-        f"## VQA accuracy after fine-tuning\n\n{_table(results, VQA, _blind_row(blind))}",
-        f"## Paired differences to {REFERENCE}\n\n{_difference_text(results, len(seeds))}",
+        f"## VQA accuracy after fine-tuning\n\n{_table(results, VQA, _blind_row(blind))}\n\n{_winner(results)}",
+        *_difference_parts(results, len(seeds)),
         f"## Size and time\n\n{_cost_table(results)}",
     ]
     if gated:
         parts.append(
             f"## Gates\n\n![Shares of the levels]({picture.name})\n\nShare of each level in each layer after "
             "pretraining, mean over held-out tokens, heads and seeds. The last level of a row is the layer's partner; "
-            f"it starts at {ModelArgs().gate_init} and the others split the rest. Layer 1 sees its partner alone. "
-            f"{path.stem}.jsonl holds every seed's."
+            f"it starts at {_initial_shares(results)} and the others split the rest. t1 and above are tower layers, 0 "
+            f"and above states of the fusion encoder. {path.stem}.jsonl holds every seed's."
         )
     write_report(path, "Does cross-layer interaction help?", "\n\n".join(parts))
 
@@ -109,26 +108,35 @@ def draw_gates(path: Path, results: Sequence[Result]) -> bool:
         return False
     maps = {(name, stream): _mean_gates(results, name, stream) for name in variants for stream in ("text", "image")}
     num_layers = len(next(iter(maps.values())))
-    side = CELL * num_layers
-    width, height = LABEL + 2 * (side + GAP), 2 * GAP + len(variants) * (side + 2 * GAP)
+    num_levels = max(len(shares[-1]) for shares in maps.values())
+    rows_px, columns_px = CELL * num_layers, CELL * num_levels
+    width, height = LABEL + 2 * (columns_px + GAP), 2 * GAP + len(variants) * (rows_px + 2 * GAP)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=15)
     for row, name in enumerate(variants):
-        top = 2 * GAP + row * (side + 2 * GAP)
-        draw.text((8, top + side / 2), name, "black", font, anchor="lm")
+        top = 2 * GAP + row * (rows_px + 2 * GAP)
+        draw.text((8, top + rows_px / 2), name, "black", font, anchor="lm")
         for column, stream in enumerate(("text", "image")):
-            left = LABEL + column * (side + GAP)
+            left = LABEL + column * (columns_px + GAP)
             other = "image" if stream == "text" else "text"
             draw.text((left, top - 6), f"{stream} reads {other}", "black", font, anchor="ls")
-            for layer, shares in enumerate(maps[name, stream]):
+            shares_of_layers = maps[name, stream]
+            for level, label in enumerate(_level_names(len(shares_of_layers[-1]), num_layers)):
+                draw.text((left + (level + 0.5) * CELL, top + rows_px + 4), label, "grey", font, anchor="mt")
+            for layer, shares in enumerate(shares_of_layers):
                 draw.text((left - 6, top + (layer + 0.5) * CELL), f"{layer + 1}", "grey", font, anchor="rm")
-                draw.text((left + (layer + 0.5) * CELL, top + side + 4), f"{layer}", "grey", font, anchor="mt")
                 for level, share in enumerate(shares):
                     _draw_cell(draw, font, (left + level * CELL, top + layer * CELL), share)
     draw.text((8, GAP), "rows: fusion layers, columns: levels", "grey", font, anchor="ls")
     image.save(path)
     return True
+
+
+def _level_names(num_levels: int, num_layers: int) -> list[str]:
+    """t1, t2, ... for a tower's layers, then the fusion encoder's levels from 0."""
+    num_unimodal = num_levels - num_layers
+    return [f"t{level + 1}" for level in range(num_unimodal)] + [str(level) for level in range(num_layers)]
 
 
 def _draw_cell(
@@ -155,16 +163,44 @@ def _table(results: Sequence[Result], figures: dict[str, str], *extra_rows: list
     return _markdown(["", *figures.values()], [*rows, *extra_rows])
 
 
+def _winner(results: Sequence[Result]) -> str:
+    """The variant that decides the defaults: by the one figure of a task, taken before any run was seen."""
+    means = {
+        name: mean(result["figures"]["vqa_overall"] for result in _by_seed(results, name).values())
+        for name in _variants(results)
+    }
+    first, second = sorted(means, key=lambda name: means[name], reverse=True)[:2] if len(means) > 1 else [*means] * 2
+    return f"Highest mean of VQA overall: {first} ({means[first]:.4f}), then {second} ({means[second]:.4f})."
+
+
 def _blind_row(blind: dict[str, float]) -> list[str]:
     return ["best guess without the image", *(f"{blind[figure.removeprefix('vqa_')]:.4f}" for figure in VQA)]
 
 
-def _difference_text(results: Sequence[Result], num_seeds: int) -> str:
+def _initial_shares(results: Sequence[Result]) -> str:
+    """The partner's share before training, of each gated variant."""
+    shares = {result["variant"]: result["model"]["gate_init"] for result in results if result["gates"]["text"]}
+    common = mode(shares.values())
+    return ", ".join([f"{common}", *(f"{share} in {name}" for name, share in shares.items() if share != common)])
+
+
+def _difference_parts(results: Sequence[Result], num_seeds: int) -> list[str]:
+    """Differences of all variants to the reference, then of those that build on the bridges to the bridges alone."""
+    names = _variants(results)
+    compared = {REFERENCE: [name for name in names if name != REFERENCE]}
+    compared["bridge"] = [name for name in names if "bridge" in names and name.startswith("cross_layer_bridge")]
+    return [
+        f"## Paired differences to {reference}\n\n{_difference_text(results, reference, others, num_seeds)}"
+        for reference, others in compared.items()
+        if others
+    ]
+
+
+def _difference_text(results: Sequence[Result], reference: str, others: Sequence[str], num_seeds: int) -> str:
     rows, clear = [], []
-    others = [name for name in _variants(results) if name != REFERENCE]
     for figure, label in (PRETRAINING | {name: f"VQA {label}" for name, label in VQA.items()}).items():
         for name in others:
-            each = differences_to_reference(results, name, figure)
+            each = paired_differences(results, name, reference, figure)
             found = paired_difference(each)
             interval = "" if math.isnan(found.half_width) else f" ± {found.half_width:.4f}"
             rows.append([label, name, f"{found.mean:+.4f}{interval}", ", ".join(f"{value:+.4f}" for value in each)])

@@ -52,7 +52,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross_layer_static": {"interaction": "cross_layer", "gate": "static", "bridge": False},
     "cross_layer_uniform": {"interaction": "cross_layer", "gate": "uniform", "bridge": False},
     "cross_layer_bridge": {"interaction": "cross_layer", "gate": "token", "bridge": True},
+    "cross_layer_bridge_even": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_init": 0.5},
+    "cross_layer_unimodal": {"interaction": "cross_layer", "gate": "token", "bridge": False, "unimodal_levels": 2},
 }
+# Keys and values of tower layers are parameters that no other variant has a use for.
+LARGER_VARIANTS = ("cross_layer_unimodal",)
 VOCABULARY, PATCH_SIZE, CAPTION_TOKENS, QUESTION_TOKENS = 512, 16, 20, 24
 MASKED_SHARE = 0.15
 WINDOW_SHARDS = 8
@@ -72,15 +76,15 @@ class Settings:
     """Layers of each tower and of the fusion encoder."""
     width: int = 128
     """Width of all three."""
-    pretraining_steps: int = 220
+    pretraining_steps: int = 300
     """Optimizer steps of MLM, ITM and ITC together."""
-    vqa_steps: int = 250
+    vqa_steps: int = 400
     """Optimizer steps of fine-tuning."""
     batch: int = 64
     """Pairs or questions a step."""
     pretraining_lr: float = 1e-3
     """Peak learning rate of pretraining."""
-    vqa_lr: float = 2.5e-4
+    vqa_lr: float = 5e-4
     """Peak learning rate of fine-tuning."""
 
     def faults(self) -> list[str]:
@@ -96,7 +100,7 @@ class Settings:
             for name in ("pretraining_lr", "vqa_lr")
             if getattr(self, name) <= 0
         ]
-        return found or self.model("bridge").faults()
+        return found or [fault for variant in VARIANTS for fault in self.model(variant).faults()]
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""
@@ -191,7 +195,8 @@ class TrainingRun:
 
     def identity(self) -> dict[str, Any]:
         """What makes a finished run the same as another."""
-        return {"variant": self.variant, "seed": self.seed, "settings": asdict(self.settings)}
+        model = asdict(self.settings.model(self.variant))
+        return {"variant": self.variant, "seed": self.seed, "settings": asdict(self.settings), "model": model}
 
     def file(self, work: Path) -> Path:
         """Where its result is kept."""
@@ -213,7 +218,13 @@ class TrainingRun:
         pretraining = self._train("pretraining", task, model, data.pairs("train", self.seed), steps, rate)
         batch = self.settings.batch
         held_out = held_out_losses(on_cpu(task), data.pairs("val", self.seed), World(0, 0, 1), batch, READER)
-        gates = {stream: held_out.pop(f"gates_{stream}", None) for stream in ("text", "image")}
+        config = model.config
+        gates = {
+            stream: shares_by_layer(
+                held_out.pop(f"gates_{stream}", None), config.num_hidden_layers, config.unimodal_levels
+            )
+            for stream in ("text", "image")
+        }
 
         answers = data.answers()
         vqa_model = build_vqa_model(model, len(answers), self.seed)
@@ -227,7 +238,7 @@ class TrainingRun:
         figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
         result = self.identity() | {
             "figures": figures,
-            "gates": {stream: shares_by_layer(value) for stream, value in gates.items()},
+            "gates": gates,
             "parameters": num_parameters(model),
             "pretraining": pretraining,
             "vqa": vqa,
@@ -314,19 +325,22 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def shares_by_layer(gates: list[list[list[float]]] | None) -> list[list[float]] | None:
+def shares_by_layer(
+    gates: list[list[list[float]]] | None, num_layers: int, unimodal_levels: int
+) -> list[list[float]] | None:
     """Mean over heads of a stream's gates.
 
     Args:
-        gates: [L - 1 gated layers, H, L levels], padded with zeros.
+        gates: [gated layers, H, most levels], padded with zeros; a layer that sees its partner alone has none.
 
     Returns:
-        For layers 1 to L the shares of the levels it sees, 1 to L of them; the first layer sees its partner alone.
+        For each of the layers the shares of the levels it sees, the partner's last.
     """
     if gates is None:
         return None
-    means = torch.tensor(gates).mean(dim=1)
-    return [[1.0]] + [row[: layer + 2].tolist() for layer, row in enumerate(means)]
+    means = iter(torch.tensor(gates).mean(dim=1))
+    visible = range(unimodal_levels + 1, unimodal_levels + num_layers + 1)
+    return [next(means)[:count].tolist() if count > 1 else [1.0] for count in visible]
 
 
 def option(field: str) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, ablation_run
-from benchmarks.ablation_report import PRETRAINING, VQA, differences_to_reference, paired_difference, write_ablation
+from benchmarks import ablation, ablation_report, ablation_run
+from benchmarks.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from unimo3.errors import ConfigError
 
 TINY = ablation_run.Settings(
@@ -160,17 +160,19 @@ def test_the_paired_interval_is_students():
 
 def result(variant, seed, shift):
     figures = dict.fromkeys(PRETRAINING | VQA, 0.5 + seed / 10 + shift)
-    gates = None if variant == "in_layer" else [[1.0], [0.25 + seed / 4, 0.75 - seed / 4]]
+    gates = None if variant in ("in_layer", "bridge") else [[1.0], [0.25 + seed / 4, 0.75 - seed / 4]]
+    if variant == "with_towers":
+        gates = [[0.25, 0.25, 0.5], [0.25] * 4]
     return {
         "variant": variant, "seed": seed, "settings": {"batch": 64}, "figures": figures, "parameters": 100,
         "gates": {"text": gates, "image": gates}, "pretraining": {"step_s": 1.0}, "vqa": {"step_s": 0.5},
-        "machine": {"commit": "abc"},
+        "model": {"gate_init": 0.5 if variant.endswith("even") else 0.9}, "machine": {"commit": "abc"},
     }  # fmt: skip
 
 
 def test_differences_are_taken_within_a_seed():
     results = [result("in_layer", 1, 0), result("in_layer", 0, 0), result("x", 1, 0.03), result("x", 0, 0.01)]
-    assert differences_to_reference(results, "x", "loss_mlm") == pytest.approx([0.01, 0.03])
+    assert paired_differences(results, "x", "in_layer", "loss_mlm") == pytest.approx([0.01, 0.03])
 
 
 def test_the_report_says_which_differences_are_clear(tmp_path):
@@ -184,12 +186,42 @@ def test_the_report_says_which_differences_are_clear(tmp_path):
     assert "Of 9 differences 9 have an interval that excludes zero" in report
     assert "| best guess without the image | 0.4000 | 0.3000 | 0.5000 | 0.4500 |" in report
     assert "quick" not in report.split("## Measured on")[0].split("\n", 4)[4]
+    assert "Highest mean of VQA overall: x (0.6210), then in_layer (0.6000)." in report
+    assert "it starts at 0.9 and the others" in report
     assert (tmp_path / "a_gates.png").exists()
 
 
+def test_variants_with_bridges_are_compared_with_the_bridges_alone_too(tmp_path):
+    shifts = {"in_layer": 0.0, "bridge": 0.02, "cross_layer_bridge": 0.05, "cross_layer_bridge_even": 0.01}
+    results = [result(name, seed, shift) for name, shift in shifts.items() for seed in range(2)]
+    write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
+    to_bridge = (tmp_path / "a.md").read_text().split("## Paired differences to bridge")[1].split("## Size")[0]
+    assert "| VQA overall | cross_layer_bridge | +0.0300" in to_bridge
+    assert "| VQA overall | cross_layer_bridge_even | -0.0100" in to_bridge
+    assert "in_layer" not in to_bridge
+
+
+def test_tower_layers_have_columns_of_their_own(tmp_path):
+    widths = []
+    for variants in (["in_layer", "x"], ["in_layer", "x", "with_towers"]):
+        results = [result(name, 0, 0) for name in variants]
+        write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
+        widths.append(Image.open(tmp_path / "a_gates.png").size[0])
+    assert widths[1] - widths[0] == 2 * 2 * 56
+    assert ablation_report._level_names(4, 2) == ["t1", "t2", "0", "1"]
+
+
+def test_shares_are_those_of_visible_levels():
+    padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
+    expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
+    for found, row in zip(ablation_run.shares_by_layer(padded, 3, 0), expected, strict=True):
+        assert found == pytest.approx(row)
+    for found, row in zip(ablation_run.shares_by_layer(padded, 2, 1), expected[1:], strict=True):
+        assert found == pytest.approx(row)
+
+
 def test_without_gates_there_is_no_picture(tmp_path):
-    write_ablation(
-        tmp_path / "a.md", [result("in_layer", 0, 0)], dict.fromkeys(("overall", "fine", "object", "scene"), 0), False
-    )
+    results = [result(name, 0, 0) for name in ("in_layer", "bridge")]
+    write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
     assert not (tmp_path / "a_gates.png").exists()
     assert "nothing can be said of significance" in (tmp_path / "a.md").read_text()
