@@ -76,9 +76,9 @@ class Settings:
     """Layers of each tower and of the fusion encoder."""
     width: int = 128
     """Width of all three."""
-    pretraining_steps: int = 300
+    pretraining_steps: int = 250
     """Optimizer steps of MLM, ITM and ITC together."""
-    vqa_steps: int = 400
+    vqa_steps: int = 350
     """Optimizer steps of fine-tuning."""
     batch: int = 64
     """Pairs or questions a step."""
