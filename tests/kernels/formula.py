@@ -4,18 +4,60 @@ import torch
 
 
 def written_out(q, k, v, gate, mask, kept=None):
-    """Level by level; a sample without keys gives zeros. `kept` [B, H, T, V] multiplies every level's weights."""
+    """Level by level; a sample without keys gives zeros. `kept` [B, H, T, V] multiplies every level's weights.
+
+    `mask` is one for all levels, a list of one a level, or None.
+    """
     out = torch.zeros_like(q)
     for level in range(len(k)):
         scores = q @ k[level].transpose(-1, -2) / q.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+        readable = mask[level] if isinstance(mask, list) else mask
+        if readable is not None:
+            scores = scores.masked_fill(~readable[:, None, None, :], -torch.inf)
         weights = torch.nan_to_num(scores.softmax(-1))
         if kept is not None:
-            weights = weights * kept
+            weights = weights * kept[..., : scores.shape[-1]]
         share = 1 / len(k) if gate is None else gate[..., level].transpose(1, 2)[..., None]
         out = out + share * (weights @ v[level])
     return out
+
+
+def doubled(tensor):
+    """A leaf of its own in float64."""
+    return None if tensor is None else tensor.detach().double().requires_grad_()
+
+
+def gradients(out, inputs):
+    """Of a sum of all outputs with weights that differ."""
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def assert_close_to_formula(q, k, v, gate, mask, found, kept=None, tolerance=5e-6):
+    """Hold an output and all its gradients to the formula in float64, relative to the largest where that is above 1."""
+    inputs = [q, *k, *v, *([] if gate is None else [gate])]
+    exact_k, exact_v = [doubled(x) for x in k], [doubled(x) for x in v]
+    exact_q, exact_gate = doubled(q), doubled(gate)
+    exact_inputs = [exact_q, *exact_k, *exact_v, *([] if gate is None else [exact_gate])]
+    exact = written_out(exact_q, exact_k, exact_v, exact_gate, mask, kept)
+    pairs = [(found, exact), *zip(gradients(found, inputs), gradients(exact, exact_inputs), strict=True)]
+    for one, other in pairs:
+        # Single values may come from terms that cancel.
+        largest = other.abs().max().item() if other.numel() else 0.0
+        torch.testing.assert_close(one.double(), other, atol=tolerance * max(1.0, largest), rtol=0)
+
+
+def draw_uneven(lengths, dtype, batch=2, heads=2, tokens=19, width=32, seed=0):
+    """As `draw`, with levels of these lengths and a mask for each; the first level's first sample is unreadable."""
+    drawn = [
+        draw((batch, heads, tokens, keys, width, 1), False, False, seed + i, dtype) for i, keys in enumerate(lengths)
+    ]
+    k, v = [one[1][0] for one in drawn], [one[2][0] for one in drawn]
+    generator = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(batch, keys, generator=generator) < 0.7 for keys in lengths]
+    masks[0][0] = False
+    gate = torch.randn(batch, tokens, heads, len(lengths), generator=generator).to(dtype).requires_grad_()
+    return drawn[0][0], k, v, gate, masks
 
 
 def draw(shape, masked, gated, seed=0, dtype=torch.float64):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.formula import draw, written_out
+from tests.kernels.formula import assert_close_to_formula, draw, draw_uneven, written_out
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 
 SHAPES = [(1, 1, 1, 1, 4, 1), (2, 3, 5, 7, 4, 3), (3, 2, 11, 2, 8, 4), (2, 1, 3, 13, 4, 7)]  # B H T V d S
@@ -35,16 +35,51 @@ def test_a_sample_without_any_key_gives_zeros_and_no_gradient(num_levels):
     assert torch.isfinite(q.grad).all()
 
 
-def test_misfitting_shapes_are_named():
-    q, k, v, gate, mask = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
-    with pytest.raises(ValueError, match=r"gate: shape .*; \(2, 3, 2, 2\) is needed"):
-        cross_layer_attention(q, k, v, gate[..., :1], mask)
-    with pytest.raises(ValueError, match=r"key_padding_mask: shape"):
-        cross_layer_attention(q, k, v, gate, mask[:, :2])
-    with pytest.raises(ValueError, match=r"v\[1\]: shape"):
-        cross_layer_attention(q, k, [v[0], v[1][:, :, :2]], gate, mask)
-    with pytest.raises(ValueError, match="2 and 1 levels"):
-        cross_layer_attention(q, k, v[:1], gate, mask)
+FITTING = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"q": FITTING[0][0]}, r"^q: torch.float64 of shape \(2, 3, 4\); floating point \[B, H, T, d\] is needed"),
+        ({"q": FITTING[0].long()}, r"^q: torch.int64 of shape .*; floating point"),
+        ({"k": []}, r"^k and v: 0 and 2 levels given"),
+        ({"v": FITTING[2][:1]}, r"^k and v: 2 and 1 levels given"),
+        ({"k": [FITTING[1][0], FITTING[1][1][:1]]}, r"^k\[1\]: shape \(1, 2, 5, 4\); .*\(2, 2, 5, 4\) is needed"),
+        ({"v": [FITTING[2][0], FITTING[2][1][:, :, :2]]}, r"^v\[1\]: shape .*k of the same level \(2, 2, 5, 4\)"),
+        ({"k": [FITTING[1][0], FITTING[1][1][0]]}, r"^k\[1\]: shape \(2, 5, 4\); .*\(2, 2, V, 4\) is needed"),
+        ({"k": [FITTING[1][0], FITTING[1][1].float()]}, r"^k\[1\]: torch.float32 on cpu; q's torch.float64 on cpu"),
+        ({"v": [x.to("meta") for x in FITTING[2]]}, r"^v\[0\]: torch.float64 on meta; q's torch.float64 on cpu"),
+        ({"gate": FITTING[3][..., :1]}, r"^gate: shape \(2, 3, 2, 1\); \(2, 3, 2, 2\) is needed"),
+        ({"gate": FITTING[3].int()}, r"^gate: torch.int32 on cpu; floating point on cpu is needed"),
+        ({"key_padding_mask": FITTING[4][:, :2]}, r"^key_padding_mask: shape \(2, 2\); \(2, 5\) is needed for level 0"),
+        ({"key_padding_mask": FITTING[4].int()}, r"^key_padding_mask: torch.int32 on cpu; torch.bool on cpu is needed"),
+        ({"key_padding_mask": [FITTING[4]]}, r"^key_padding_mask: 1 given; one for all levels, or one for each of 2"),
+        ({"dropout_p": 1.0}, r"^dropout_p: 1.0; a probability"),
+        ({"impl": "fast"}, r"^impl: 'fast'; one of triton, native, reference is served"),
+        ({"impl": "triton"}, r"^impl: 'triton' with q of torch.float64 on cpu, head width 4; needs .* 32, 64, 96, 128"),
+        ({"impl": "native"}, r"^impl: 'native' with q of torch.float64 on cpu, head width 4; needs float32 .* of 16"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, named):
+    given = dict(zip(("q", "k", "v", "gate", "key_padding_mask"), FITTING, strict=True))
+    with pytest.raises(ValueError, match=named):
+        cross_layer_attention(**(given | changes))
+
+
+def test_levels_of_different_lengths_equal_the_formula():
+    q, k, v, gate, masks = draw_uneven((5, 40, 17), torch.float64)
+    found = cross_layer_attention(q, k, v, gate, masks)
+    assert_close_to_formula(q, k, v, gate, masks, found, tolerance=1e-12)
+
+
+def test_the_reference_passes_gradcheck():
+    q, k, v, gate, mask = draw((2, 1, 3, 4, 4, 2), masked=True, gated=True)
+
+    def attend(q, gate, *levels):
+        return cross_layer_attention(q, levels[:2], levels[2:], gate, mask, impl="reference")
+
+    assert torch.autograd.gradcheck(attend, (q, gate, *k, *v))
 
 
 def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
@@ -57,14 +92,6 @@ def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
     kept = draws.abs() > 1e-12
     assert kept.double().mean().item() == pytest.approx(0.5, abs=0.01)
     torch.testing.assert_close(draws[kept], (2 * whole).expand_as(draws)[kept])
-
-
-def test_types_that_differ_and_unknown_implementations_are_named():
-    q, k, v, gate, mask = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
-    with pytest.raises(ValueError, match=r"k\[1\]: torch.float32 on cpu; q's torch.float64 on cpu is needed"):
-        cross_layer_attention(q, [k[0], k[1].float()], v, gate, mask)
-    with pytest.raises(ValueError, match="impl: 'fast'; one of native, reference is served"):
-        cross_layer_attention(q, k, v, gate, mask, impl="fast")
 
 
 @pytest.mark.parametrize("level", [0, 2])

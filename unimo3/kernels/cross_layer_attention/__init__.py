@@ -1,7 +1,11 @@
 """Cross-layer attention: the one operation in which a token reads several levels of the other modality."""
 
+# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
+
+import os
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unimo3.kernels.cross_layer_attention import native
@@ -9,51 +13,119 @@ from unimo3.kernels.cross_layer_attention.reference import cross_layer_attention
 
 __all__ = ["cross_layer_attention", "cross_layer_attention_reference"]
 
-IMPLEMENTATIONS = ("native", "reference")
+IMPLEMENTATIONS = ("triton", "native", "reference")
+# What the Triton kernels serve.
+HEAD_WIDTHS = (32, 64, 96, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def cross_layer_attention(
     q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
+    k: Tensor | Sequence[Tensor],
+    v: Tensor | Sequence[Tensor],
     gate: Tensor | None,
-    key_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | Sequence[Tensor] | None = None,
     dropout_p: float = 0.0,
     impl: str | None = None,
 ) -> Tensor:
-    """Attend to every level and mix the results by the gate; see `cross_layer_attention_reference` for shapes.
+    """Attend to every level and mix the results by the gate.
+
+        C_i = softmax(q K_i^T / sqrt(d) + padding) V_i,    out = sum_i g_i C_i
 
     Args:
-        impl: ``native``, the C++ kernel for float32 on CPUs, or ``reference``; by default the first that serves `q`.
+        q: queries [B, H, T, d].
+        k: keys [B, H, S, V, d], or one [B, H, V_i, d] tensor a level, whose lengths may differ.
+        v: values, as `k`.
+        gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
+        key_padding_mask: [B, V], True where a key may be read, the same for all levels; or one [B, V_i] a level. A
+            level of which a sample has no readable key adds zeros.
+        dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
+        impl: ``native``, the C++ kernel for float32 on CPUs; ``reference``, for everything; ``triton``, for CUDA
+            tensors of head width 32, 64, 96 or 128 (CPU tensors under TRITON_INTERPRET=1). None: ``native`` where it
+            serves, else ``reference``: the Triton kernels have been run by triton's interpreter alone, on no GPU.
+
+    Returns:
+        [B, H, T, d] in q's dtype.
 
     Raises:
-        ValueError: the shapes do not fit together, or `impl` does not serve these tensors.
+        ValueError: the tensors do not fit together, or `impl` does not serve them.
     """
+    keys, values = _levels(k), _levels(v)
+    masks = [key_padding_mask] * len(keys) if isinstance(key_padding_mask, Tensor) else key_padding_mask
+    _check(q, keys, values, gate, masks, dropout_p)
+    chosen = _choose(impl, q)
+    if chosen == "triton":
+        # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
+        from unimo3.kernels.cross_layer_attention import op
+
+        return op.attend(q, keys, values, gate, masks, dropout_p)
+    attend = native.attend if chosen == "native" else cross_layer_attention_reference
+    return attend(q, keys, values, gate, masks, dropout_p)
+
+
+def _levels(stacked: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return list(stacked.unbind(2)) if isinstance(stacked, Tensor) and stacked.dim() == 5 else list(stacked)
+
+
+def _choose(impl: str | None, q: Tensor) -> str:
+    if impl not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"impl: '{impl}'; one of {', '.join(IMPLEMENTATIONS)} is served")
+    if impl is None:
+        return "native" if native.serves(q) else "reference"
+    serving = {"triton": _triton_serves, "native": native.serves, "reference": lambda q: True}
+    if not serving[impl](q):
+        needed = {
+            "triton": "float16, bfloat16 or float32 on a GPU (on a CPU under TRITON_INTERPRET=1) and a head width of "
+            f"{', '.join(map(str, HEAD_WIDTHS))}",
+            "native": f"float32 on a CPU, a head width of a multiple of {native.WIDTH_MULTIPLE} and a C++ compiler",
+        }[impl]
+        raise ValueError(f"impl: '{impl}' with q of {q.dtype} on {q.device}, head width {q.shape[-1]}; needs {needed}")
+    return impl
+
+
+def _triton_serves(q: Tensor) -> bool:
+    runs = q.is_cuda or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return runs and q.dtype in DTYPES and q.shape[-1] in HEAD_WIDTHS
+
+
+def _check(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    gate: Tensor | None,
+    masks: Sequence[Tensor] | None,
+    dropout_p: float,
+) -> None:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ValueError(f"q: {q.dtype} of shape {tuple(q.shape)}; floating point [B, H, T, d] is needed")
     if len(k) != len(v) or not k:
         raise ValueError(f"k and v: {len(k)} and {len(v)} levels given; one key and one value tensor a level is needed")
     batch, heads, tokens, width = q.shape
-    for name, levels in (("k", k), ("v", v)):
-        for level, tensor in enumerate(levels):
-            if tensor.shape != (batch, heads, k[0].shape[2], width):
+    for level, (key, value) in enumerate(zip(k, v, strict=True)):
+        keys = key.shape[2] if key.dim() == 4 else "V"
+        for name, tensor in (("k", key), ("v", value)):
+            if tensor.shape != (batch, heads, keys, width):
                 raise ValueError(
-                    f"{name}[{level}]: shape {tuple(tensor.shape)}; with q {tuple(q.shape)} and the other levels "
-                    f"{(batch, heads, k[0].shape[2], width)} is needed"
+                    f"{name}[{level}]: shape {tuple(tensor.shape)}; with q {tuple(q.shape)}"
+                    f"{' and k of the same level' if name == 'v' else ''} ({batch}, {heads}, {keys}, {width}) is needed"
                 )
             if tensor.dtype != q.dtype or tensor.device != q.device:
                 raise ValueError(
                     f"{name}[{level}]: {tensor.dtype} on {tensor.device}; q's {q.dtype} on {q.device} is needed"
                 )
-    if gate is not None and gate.shape != (batch, tokens, heads, len(k)):
-        raise ValueError(f"gate: shape {tuple(gate.shape)}; {(batch, tokens, heads, len(k))} is needed")
-    if key_padding_mask is not None and key_padding_mask.shape != (batch, k[0].shape[2]):
-        raise ValueError(f"key_padding_mask: shape {tuple(key_padding_mask.shape)}; {(batch, k[0].shape[2])} is needed")
-    if impl not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"impl: '{impl}'; one of {', '.join(IMPLEMENTATIONS)} is served")
-    if impl != "reference" and native.serves(q):
-        return native.attend(q, k, v, gate, key_padding_mask, dropout_p)
-    if impl == "native":
-        raise ValueError(
-            f"impl: 'native' with q of {q.dtype} on {q.device}, head width {width}; float32 on a CPU, a multiple of "
-            f"{native.WIDTH_MULTIPLE} and a C++ compiler are needed"
-        )
-    return cross_layer_attention_reference(q, k, v, gate, key_padding_mask, dropout_p)
+    if gate is not None:
+        if gate.shape != (batch, tokens, heads, len(k)):
+            raise ValueError(f"gate: shape {tuple(gate.shape)}; {(batch, tokens, heads, len(k))} is needed")
+        if not gate.is_floating_point() or gate.device != q.device:
+            raise ValueError(f"gate: {gate.dtype} on {gate.device}; floating point on {q.device} is needed")
+    if masks is not None and len(masks) != len(k):
+        raise ValueError(f"key_padding_mask: {len(masks)} given; one for all levels, or one for each of {len(k)}")
+    for level, mask in enumerate(masks or ()):
+        if mask.shape != (batch, k[level].shape[2]):
+            raise ValueError(
+                f"key_padding_mask: shape {tuple(mask.shape)}; {(batch, k[level].shape[2])} is needed for level {level}"
+            )
+        if mask.dtype != torch.bool or mask.device != q.device:
+            raise ValueError(f"key_padding_mask: {mask.dtype} on {mask.device}; torch.bool on {q.device} is needed")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: {dropout_p}; a probability of at least 0 and below 1 is needed")

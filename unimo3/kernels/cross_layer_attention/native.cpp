@@ -114,7 +114,7 @@ Words mixed(Words x) {  // Wellons' lowbias32
 
 // Strides count floats; the last dimension of every tensor is dense. native.py has the same fields in the same order.
 struct Shape {
-    int64_t batch, heads, queries, keys, width, levels, threads;
+    int64_t batch, heads, queries, longest, width, levels, threads;  // longest: keys of the longest level
     uint64_t seed;
     float dropout;
 };
@@ -124,13 +124,17 @@ struct View {  // [batch, heads, tokens, width]
 
     float *at(int64_t sample, int64_t which) const { return start + sample * batch + which * head; }
 };
+struct Level {
+    View k, v;
+    const uint8_t *readable;  // [batch, keys], or null: all
+    float *grad_k, *grad_v;   // dense [batch, heads, keys, width]
+    int64_t keys;
+};
 struct Tensors {
     View q, out, grad_out, grad_q;
-    const float *gate;         // [batch, queries, heads, levels], or null: all alike
-    float *grad_gate, *lse;    // [batch, queries, heads, levels]; [batch, heads, levels, queries]
-    const uint8_t *readable;   // [batch, keys], or null: all
-    const View *k, *v;         // one a level
-    float *const *grad_k, *const *grad_v;  // dense [batch, heads, keys, width], one a level
+    const float *gate;       // [batch, queries, heads, levels], or null: all alike
+    float *grad_gate, *lse;  // [batch, queries, heads, levels]; [batch, heads, levels, queries]
+    const Level *levels;
 };
 
 namespace {
@@ -139,23 +143,25 @@ namespace {
 struct Block {
     const Shape &shape;
     const Tensors &t;
-    int64_t sample, head, num_keys, first = 0, count = 0, padded = 0;
-    const uint8_t *readable;
+    int64_t sample = 0, head = 0, first = 0, count = 0, padded = 0, num_keys = 0;
+    const uint8_t *readable = nullptr;
     float scale;
     std::vector<float> q, q_t, do_t, p, dp, kept, o;
     float gate[QUERY_BLOCK], lse[QUERY_BLOCK];
 
     Block(const Shape &shape, const Tensors &t)
         : shape(shape), t(t), scale(1 / std::sqrt(float(shape.width))), q(QUERY_BLOCK * shape.width),
-          q_t(QUERY_BLOCK * shape.width), do_t(QUERY_BLOCK * shape.width), p(QUERY_BLOCK * shape.keys),
-          dp(QUERY_BLOCK * shape.keys), kept(shape.dropout > 0 ? QUERY_BLOCK * shape.keys : 0),
+          q_t(QUERY_BLOCK * shape.width), do_t(QUERY_BLOCK * shape.width), p(QUERY_BLOCK * shape.longest),
+          dp(QUERY_BLOCK * shape.longest), kept(shape.dropout > 0 ? QUERY_BLOCK * shape.longest : 0),
           o(QUERY_BLOCK * shape.width) {}
 
     // Keys behind the last readable one are not looked at.
-    void enter(int64_t pair) {
-        sample = pair / shape.heads, head = pair % shape.heads, num_keys = shape.keys;
-        readable = t.readable ? t.readable + sample * shape.keys : nullptr;
+    const Level &open(int64_t index) {
+        const Level &level = t.levels[index];
+        num_keys = level.keys;
+        readable = level.readable ? level.readable + sample * level.keys : nullptr;
         while (readable && num_keys > 0 && !readable[num_keys - 1]) num_keys--;
+        return level;
     }
 
     void advance(int64_t start) {
@@ -181,7 +187,7 @@ struct Block {
         Words lane;
         for (int i = 0; i < LANES; i++) lane[i] = i;
         const Words row = mixed(lane * 0 + uint32_t(sample * shape.heads + head) + low);
-        for (int64_t v = 0; v < num_keys; v++) {
+        for (int64_t v = 0; v < shape.longest; v++) {
             const Words key = mixed((row ^ uint32_t(v)) + high);
             for (int64_t i = 0; i < padded; i += LANES) {
                 const Words drawn = mixed(key ^ (lane + uint32_t(first + i)));
@@ -258,35 +264,39 @@ struct Block {
     void forward() {
         const int64_t width = shape.width;
         std::fill(o.begin(), o.end(), 0.f);
-        for (int64_t level = 0; num_keys > 0 && level < shape.levels; level++) {
-            scores(t.k[level], p, q_t);
-            soften(level);
-            const View &v = t.v[level];
-            product({p.data(), 1, padded}, v.at(sample, head), v.token, o.data(), width, count, width, num_keys, true);
+        for (int64_t index = 0; index < shape.levels; index++) {
+            const Level &level = open(index);
+            if (num_keys == 0) continue;
+            scores(level.k, p, q_t);
+            soften(index);
+            const float *values = level.v.at(sample, head);
+            product({p.data(), 1, padded}, values, level.v.token, o.data(), width, count, width, num_keys, true);
         }
         for (int64_t i = 0; i < count; i++)
             std::memcpy(t.out.at(sample, head) + (first + i) * t.out.token, &o[i * width], width * sizeof(float));
     }
 
     void backward() {
-        const int64_t width = shape.width, dense = (sample * shape.heads + head) * shape.keys * width;
+        const int64_t width = shape.width;
         const float *grad_out = t.grad_out.at(sample, head) + first * t.grad_out.token;
         transpose(grad_out, t.grad_out.token, do_t.data());
         std::fill(o.begin(), o.end(), 0.f);
-        for (int64_t level = 0; level < shape.levels; level++) {
-            float *grad_k = t.grad_k[level] + dense, *grad_v = t.grad_v[level] + dense;
+        for (int64_t index = 0; index < shape.levels; index++) {
+            const Level &level = open(index);
+            const int64_t dense = (sample * shape.heads + head) * level.keys * width;
+            float *grad_k = level.grad_k + dense, *grad_v = level.grad_v + dense;
             if (first == 0)
                 for (float *grad : {grad_k, grad_v})
-                    std::fill(grad + num_keys * width, grad + shape.keys * width, 0.f);
+                    std::fill(grad + num_keys * width, grad + level.keys * width, 0.f);
             if (num_keys == 0) continue;
-            const View &k = t.k[level];
-            scores(k, p, q_t);
-            scores(t.v[level], dp, do_t);
-            differentiate(level);
+            scores(level.k, p, q_t);
+            scores(level.v, dp, do_t);
+            differentiate(index);
             const Matrix p_rows{p.data(), padded, 1}, ds_rows{dp.data(), padded, 1}, ds_columns{dp.data(), 1, padded};
+            const float *keys = level.k.at(sample, head);
             product(p_rows, grad_out, t.grad_out.token, grad_v, width, num_keys, width, count, first > 0);
             product(ds_rows, q.data(), width, grad_k, width, num_keys, width, count, first > 0);
-            product(ds_columns, k.at(sample, head), k.token, o.data(), width, count, width, num_keys, true);
+            product(ds_columns, keys, level.k.token, o.data(), width, count, width, num_keys, true);
         }
         for (int64_t i = 0; i < count; i++) {
             float *to = t.grad_q.at(sample, head) + (first + i) * t.grad_q.token;
@@ -301,7 +311,7 @@ void sweep(const Shape &shape, const Tensors &tensors, void (Block::*pass)()) {
         Block block(shape, tensors);
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < shape.batch * shape.heads; pair++) {
-            block.enter(pair);
+            block.sample = pair / shape.heads, block.head = pair % shape.heads;
             for (int64_t first = 0; first < shape.queries; first += QUERY_BLOCK) {
                 block.advance(first);
                 (block.*pass)();

@@ -32,7 +32,9 @@ WIDTH_MULTIPLE = 16
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "width", "levels", "threads")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("batch", "heads", "queries", "longest", "width", "levels", "threads")
+    ]
     _fields_ += [("seed", ctypes.c_uint64), ("dropout", ctypes.c_float)]
 
 
@@ -40,11 +42,15 @@ class _View(ctypes.Structure):
     _fields_ = [("start", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
 
 
+class _Level(ctypes.Structure):
+    _fields_ = [("k", _View), ("v", _View), *((name, ctypes.c_void_p) for name in ("readable", "grad_k", "grad_v"))]
+    _fields_ += [("keys", ctypes.c_int64)]
+
+
 class _Tensors(ctypes.Structure):
     _fields_ = [(name, _View) for name in ("q", "out", "grad_out", "grad_q")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("gate", "grad_gate", "lse", "readable")]
-    _fields_ += [(name, ctypes.POINTER(_View)) for name in ("k", "v")]
-    _fields_ += [(name, ctypes.POINTER(ctypes.c_void_p)) for name in ("grad_k", "grad_v")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("gate", "grad_gate", "lse")]
+    _fields_ += [("levels", ctypes.POINTER(_Level))]
 
 
 def serves(q: Tensor) -> bool:
@@ -63,12 +69,12 @@ def attend(
     k: Sequence[Tensor],
     v: Sequence[Tensor],
     gate: Tensor | None,
-    key_padding_mask: Tensor | None,
+    masks: Sequence[Tensor] | None,
     dropout_p: float,
 ) -> Tensor:
     """What the reference computes, of tensors that the kernel `serves`."""
     gate = None if gate is None else gate.to(q.dtype)
-    attended: Tensor = _Attention.apply(q, gate, key_padding_mask, dropout_p, *k, *v)
+    attended: Tensor = _Attention.apply(q, gate, masks, dropout_p, *k, *v)
     return attended
 
 
@@ -116,10 +122,6 @@ def _view(tensor: Tensor) -> _View:
     return _View(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
-
-
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -132,53 +134,65 @@ def _like_projection(q: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, gate: Tensor | None, mask: Tensor | None, dropout_p: float, *levels: Tensor):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        gate: Tensor | None,
+        masks: Sequence[Tensor] | None,
+        dropout_p: float,
+        *levels: Tensor,
+    ):
         """Attend, and keep one log-sum-exp a query and level for the backward pass."""
         q, levels = _dense_rows(q), tuple(map(_dense_rows, levels))
         gate = None if gate is None else gate.contiguous()
-        mask = None if mask is None else mask.contiguous()
+        masks = () if masks is None else tuple(mask.contiguous() for mask in masks)
         num_levels = len(levels) // 2
         batch, heads, tokens, width = q.shape
         # torch's own generator, so that activation checkpointing and a resumed run draw the same again.
         seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else 0
-        ctx.shape = _Shape(
-            batch, heads, tokens, levels[0].shape[2], width, num_levels, torch.get_num_threads(), seed, dropout_p
-        )
+        longest = max(level.shape[2] for level in levels)
+        threads = torch.get_num_threads()
+        ctx.shape = _Shape(batch, heads, tokens, longest, width, num_levels, threads, seed, dropout_p)
         out = _like_projection(q)
         lse = q.new_empty(batch, heads, num_levels, tokens)
-        tensors = _tensors(q, gate, mask, lse, levels)
-        tensors.out = _view(out)
-        _call("forward", ctx.shape, tensors)
-        ctx.save_for_backward(q, gate, mask, lse, *levels)
+        _call("forward", ctx.shape, _tensors(q, gate, masks, lse, levels, out=_view(out)))
+        ctx.save_for_backward(q, gate, lse, *levels, *masks)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor):
         """Gradients of all inputs, from P made anew."""
-        q, gate, mask, lse, *levels = ctx.saved_tensors
+        q, gate, lse, *rest = ctx.saved_tensors
+        num_levels = ctx.shape.levels
+        levels, masks = rest[: 2 * num_levels], rest[2 * num_levels :]
         grad_out = _dense_rows(grad_out)
         grad_q = _like_projection(q)
         grad_gate = None if gate is None else torch.zeros_like(gate)
-        grads = [level.new_empty(level.shape) for level in levels]
-        tensors = _tensors(q, gate, mask, lse, levels)
-        tensors.grad_out, tensors.grad_q = _view(grad_out), _view(grad_q)
+        # Without queries no key is visited.
+        empty = torch.empty_like if q.numel() else torch.zeros_like
+        grads = [empty(level, memory_format=torch.contiguous_format) for level in levels]
+        tensors = _tensors(q, gate, masks, lse, levels, grad_out=_view(grad_out), grad_q=_view(grad_q))
         tensors.grad_gate = None if grad_gate is None else grad_gate.data_ptr()
-        num_levels = len(levels) // 2
-        tensors.grad_k, tensors.grad_v = _pointers(grads[:num_levels]), _pointers(grads[num_levels:])
+        for place in range(num_levels):
+            tensors.levels[place].grad_k = grads[place].data_ptr()
+            tensors.levels[place].grad_v = grads[num_levels + place].data_ptr()
         _call("backward", ctx.shape, tensors)
         return grad_q, grad_gate, None, None, *grads
 
 
-def _tensors(q: Tensor, gate: Tensor | None, mask: Tensor | None, lse: Tensor, levels: Sequence[Tensor]) -> _Tensors:
-    views = [_view(level) for level in levels]
+def _tensors(
+    q: Tensor, gate: Tensor | None, masks: Sequence[Tensor], lse: Tensor, levels: Sequence[Tensor], **views: _View
+) -> _Tensors:
     num_levels = len(levels) // 2
-    tensors = _Tensors(q=_view(q), lse=lse.data_ptr())
-    tensors.gate = None if gate is None else gate.data_ptr()
-    tensors.readable = None if mask is None else mask.data_ptr()
-    tensors.k = (_View * num_levels)(*views[:num_levels])
-    tensors.v = (_View * num_levels)(*views[num_levels:])
-    return tensors
+    entries = (_Level * num_levels)()
+    for place, entry in enumerate(entries):
+        key, value = levels[place], levels[num_levels + place]
+        entry.k, entry.v, entry.keys = _view(key), _view(value), key.shape[2]
+        entry.readable = masks[place].data_ptr() if masks else None
+    return _Tensors(
+        q=_view(q), gate=None if gate is None else gate.data_ptr(), lse=lse.data_ptr(), levels=entries, **views
+    )
 
 
 def _call(name: str, shape: _Shape, tensors: _Tensors) -> None:

@@ -25,17 +25,17 @@ def cross_layer_attention_reference(
     k: Sequence[Tensor],
     v: Sequence[Tensor],
     gate: Tensor | None,
-    key_padding_mask: Tensor | None = None,
+    masks: Sequence[Tensor] | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attend to every level and mix the results by the gate.
 
     Args:
         q: queries [B, H, T, d].
-        k: one [B, H, V, d] tensor a level.
+        k: one [B, H, V_i, d] tensor a level.
         v: as `k`.
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
-        key_padding_mask: [B, V], True where a key may be read; a sample without any gives zeros.
+        masks: one [B, V_i] a level, True where a key may be read; a sample without any gets zeros of that level.
         dropout_p: probability of dropping an attention weight. A query drops a key at all levels or at none: levels
             are views of one token, and one of them would tell what another was to hide.
 
@@ -44,27 +44,31 @@ def cross_layer_attention_reference(
     """
     q = q * q.shape[-1] ** -0.5
     softmax_dtype = torch.promote_types(q.dtype, torch.float32)
-    unreadable, any_key, kept = None, None, None
-    if key_padding_mask is not None:
-        # A softmax over nothing is NaN: such rows read all keys and are zeroed afterwards.
-        any_key = key_padding_mask.any(dim=-1)
-        unreadable = ~(key_padding_mask | ~any_key[:, None])[:, None, None, :]
+    kept, read, unreadable, any_key = None, None, None, None
     if gate is None:
         gate = q.new_full((*q.shape[:3], len(k)), 1 / len(k)) if len(k) > 1 else None
     else:
         gate = gate.to(q.dtype).transpose(1, 2)
     if dropout_p > 0:
-        kept = dropout(q.new_ones(*q.shape[:3], k[0].shape[2]), dropout_p)
+        kept = dropout(q.new_ones(*q.shape[:3], max(key.shape[2] for key in k)), dropout_p)
     out = None
     for level, (key, value) in enumerate(zip(k, v, strict=True)):
         scores = q @ key.transpose(-1, -2)  # [B, H, T, V]
+        if masks is not None and masks[level] is not read:
+            # A softmax over nothing is NaN: such rows read all keys and are zeroed afterwards.
+            read = masks[level]
+            any_key = read.any(dim=-1)[:, None, None, None]
+            unreadable = ~(read[:, None, None, :] | ~any_key)
         if unreadable is not None:
             scores = scores.masked_fill(unreadable, -math.inf)
         weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
         if gate is not None:
             weights = weights * gate[..., level, None]
         if kept is not None:
-            weights = weights * kept
-        out = weights @ value if out is None else out + weights @ value
+            weights = weights * kept[..., : key.shape[2]]
+        mixed = weights @ value
+        if any_key is not None:
+            mixed = mixed * any_key
+        out = mixed if out is None else out + mixed
     assert out is not None
-    return out if any_key is None else out * any_key[:, None, None, None]
+    return out

@@ -1,0 +1,160 @@
+"""The Triton kernels against the formula in float64, run by triton's interpreter where there is no GPU."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.formula import assert_close_to_formula, draw, draw_uneven, gradients
+from unimo3.kernels.cross_layer_attention import cross_layer_attention, op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's product of bfloat16 is wrong (triton 3.9).
+TYPES = {torch.float32: 5e-6, torch.float16: 4e-3} | ({torch.bfloat16: 3e-2} if DEVICE == "cuda" else {})
+
+
+def attend(q, k, v, gate, mask, dropout_p=0.0):
+    return cross_layer_attention(q, k, v, gate, mask, dropout_p, impl="triton")
+
+
+def on_device(drawn):
+    """The same values as leaves on the device; the gate in float32, as the model's is."""
+    q, k, v, gate, mask = drawn
+
+    def leaf(x):
+        return x.detach().to(DEVICE).requires_grad_()
+
+    mask = [m.to(DEVICE) for m in mask] if isinstance(mask, list) else None if mask is None else mask.to(DEVICE)
+    return leaf(q), [leaf(x) for x in k], [leaf(x) for x in v], None if gate is None else leaf(gate).float(), mask
+
+
+def drawn_shapes(number):
+    """(B, H, T, V, d, S), masked, gated: sizes that are multiples of nothing, S from 1 to 7."""
+    chooser = random.Random(4)
+    for place in range(number):
+        tokens, keys = chooser.choice([1, 5, 17, 33, 50, 71]), chooser.choice([1, 7, 31, 37, 65, 90])
+        width, levels = (32, 64, 96, 128)[place % 4], place % 7 + 1
+        yield (
+            (chooser.choice([1, 2]), chooser.choice([1, 3]), tokens, keys, width, levels),
+            place % 3 != 0,
+            place % 5 != 0,
+        )
+
+
+@pytest.fixture
+def nan_filled(monkeypatch):
+    """Outputs start as NaN, so what a kernel leaves unwritten is seen."""
+    empty = torch.Tensor.new_empty
+
+    def filled(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() and not made.is_meta else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x, x.shape))
+
+
+@pytest.mark.parametrize(("shape", "masked", "gated"), list(drawn_shapes(42)))
+def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, nan_filled):
+    for dtype, tolerance in TYPES.items():
+        q, k, v, gate, mask = on_device(draw(shape, masked, gated, dtype=dtype))
+        assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask), tolerance=tolerance)
+
+
+def test_levels_may_differ_in_length_and_in_what_is_readable(nan_filled):
+    q, k, v, gate, masks = on_device(draw_uneven((5, 40, 17), torch.float32))
+    assert_close_to_formula(q, k, v, gate, masks, attend(q, k, v, gate, masks))
+
+
+def test_inputs_may_be_views_of_any_stride(nan_filled):
+    q, k, v, gate, mask = on_device(draw((2, 3, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32))
+
+    def strided(x):
+        return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+    def transposed(x):
+        return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+
+    q, k, v = strided(q), [transposed(k[0]), strided(k[1])], [strided(x) for x in v]
+    gate = torch.stack([gate.detach()] * 2, dim=-1)[..., 0].requires_grad_()
+    mask = torch.stack([mask] * 2, dim=-1)[..., 0]
+    assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask))
+
+
+def test_a_level_without_a_readable_key_adds_zeros():
+    q, k, v, gate, masks = on_device(draw_uneven((6, 6), torch.float32))
+    masks[1][:] = True
+    alone = attend(q, k[1:], v[1:], gate[..., 1:], masks[1:])
+    torch.testing.assert_close(attend(q, k, v, gate, masks)[0], alone[0])
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
+    shape = batch, heads, _, keys, _, _ = (2, 2, 35, 21, 32, levels)
+    q, k, v, gate, mask = on_device(draw(shape, masked=True, gated=True, dtype=torch.float32))
+    places = torch.eye(keys, 32, device=DEVICE).expand(batch, heads, keys, 32)
+    shares = gate.detach().softmax(dim=-1)
+    torch.manual_seed(5)
+    dropped = attend(q, k, [places] * levels, shares, None, 0.4)[..., :keys].detach()
+    whole = attend(q, k, [places] * levels, shares, None)[..., :keys].detach()
+    kept = (dropped / whole).double()
+    ones = kept[kept > 0]
+    torch.testing.assert_close(ones, torch.full_like(ones, 1 / 0.6), atol=1e-3, rtol=0)
+    # Five standard deviations.
+    assert (kept > 0).double().mean().item() == pytest.approx(0.6, abs=5 * (0.24 / kept.numel()) ** 0.5)
+    torch.manual_seed(5)
+    found = attend(q, k, v, gate, mask, 0.4)
+    assert_close_to_formula(q, k, v, gate, mask, found, (kept > 0).double() / 0.6)
+
+
+def test_two_runs_and_activation_checkpointing_give_the_same_bits():
+    q, k, v, gate, mask = on_device(draw((2, 2, 19, 33, 32, 2), masked=True, gated=True, dtype=torch.float32))
+    found = []
+    for run in (attend, attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
+        torch.manual_seed(4)
+        out = run(q, k, v, gate, mask, 0.3)
+        found.append([out, *gradients(out, [q, *k, *v, gate])])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5, 32, 2), (2, 2, 0, 5, 32, 2), (2, 2, 3, 0, 32, 2)])
+def test_nothing_to_read_or_nobody_to_read_it_gives_zeros(shape):
+    q, k, v, gate, mask = on_device(draw(shape, masked=False, gated=True, dtype=torch.float32))
+    found = attend(q, k, v, gate, mask)
+    assert torch.equal(found, torch.zeros_like(q))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(found.sum(), [q, *k, *v]))
+
+
+@pytest.mark.parametrize(("masked", "gated"), itertools.product((False, True), repeat=2))
+def test_the_operator_is_registered_as_torch_wants_it(masked, gated):
+    q, k, v, gate, mask = on_device(draw((2, 1, 5, 7, 32, 2), masked, gated, dtype=torch.float32))
+    masks = [] if mask is None else [mask] * 2
+    seed = torch.tensor([7], device=DEVICE)
+    torch.library.opcheck(op._forward, (q, k, v, gate, masks, seed, 0.25))
+
+
+def test_compiled_code_calls_it_and_gives_the_same_values():
+    q, k, v, gate, mask = on_device(draw((1, 2, 5, 7, 32, 2), masked=True, gated=True, dtype=torch.float32))
+
+    def block(q, gate):
+        return attend(q * 2, k, v, gate.softmax(-1), mask).square()
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected, found = block(q, gate), compiled(q, gate)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients(found, [q, gate, *k]), gradients(expected, [q, gate, *k]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_under_autocast_it_takes_what_the_projections_give():
+    projection = torch.nn.Linear(64, 64, device=DEVICE)
+    x = torch.randn(2, 9, 64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        heads = projection(x).unflatten(-1, (2, 32)).transpose(1, 2)
+        out = attend(heads, [heads, heads], [heads, heads], None, None)
+    assert out.dtype == torch.float16
+    out.float().sum().backward()
+    assert projection.weight.grad.isfinite().all()
