@@ -22,13 +22,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ablation_report import MOST_SEEDS, REFERENCE, write_ablation
+from benchmarks.ablation_report import MOST_SEEDS, MOST_SIZE_DIFFERENCE, REFERENCE, write_ablation
 from benchmarks.ablation_run import LARGER_VARIANTS, VARIANTS, Data, Settings, TrainingRun, num_parameters, option
 from benchmarks.report import ROOT
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-
-MOST_SIZE_DIFFERENCE = 0.02
 
 FULL = Settings()
 QUICK = Settings(images=1000, pretraining_steps=20, vqa_steps=25, batch=32)

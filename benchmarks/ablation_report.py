@@ -21,6 +21,8 @@ from benchmarks.report import write_report
 Result = dict[str, Any]
 
 REFERENCE = "in_layer"
+# Share of the reference's parameters up to which a variant is of equal size.
+MOST_SIZE_DIFFERENCE = 0.02
 # Two-sided 95 % quantiles for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(T_QUANTILES) + 1
@@ -164,13 +166,16 @@ def _table(results: Sequence[Result], figures: dict[str, str], *extra_rows: list
 
 
 def _winner(results: Sequence[Result]) -> str:
-    """The variant that decides the defaults: by the one figure of a task, taken before any run was seen."""
+    """The variants of equal size with the best task figure, the first of which the project's defaults follow."""
+    size = _by_seed(results, REFERENCE)[_first_seed(results)]["parameters"]
     means = {
-        name: mean(result["figures"]["vqa_overall"] for result in _by_seed(results, name).values())
+        name: mean(result["figures"]["vqa_overall"] for result in runs.values())
         for name in _variants(results)
+        if (runs := _by_seed(results, name))[_first_seed(results)]["parameters"] <= size * (1 + MOST_SIZE_DIFFERENCE)
     }
-    first, second = sorted(means, key=lambda name: means[name], reverse=True)[:2] if len(means) > 1 else [*means] * 2
-    return f"Highest mean of VQA overall: {first} ({means[first]:.4f}), then {second} ({means[second]:.4f})."
+    best = sorted(means, key=lambda name: means[name], reverse=True)[:2]
+    listed = ", then ".join(f"{name} ({means[name]:.4f})" for name in best)
+    return f"Highest mean of VQA overall among variants of equal size: {listed}."
 
 
 def _blind_row(blind: dict[str, float]) -> list[str]:

@@ -5,6 +5,7 @@ Everything is computed from the recipe's own model without values; no GPU and no
 
 import argparse
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
         found.append(f"--reserve {args.reserve}: a share of at least 0 and below 1 is needed")
     if not 0 < args.mfu <= 1:
         found.append(f"--mfu {args.mfu}: a share above 0 and at most 1 is needed")
-    if args.peak_tflops is not None and not args.peak_tflops > 0:
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
         found.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
     if found:
         raise ConfigError(found)
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         print(sizes_table(recipes))
         return
     if args.ds_config is not None:
-        rest += ["--training.ds_config", args.ds_config]
+        rest += ["--training.ds_config", args.ds_config]  # checked with the rest
     faults = []
     try:
         machine = machine_of(args)
@@ -178,11 +179,15 @@ def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> 
     if faults := BatchPlan(training.global_batch, 1, machine.num_gpus).faults():
         raise ConfigError(faults)
     batch = settings.batch_plan(machine.num_gpus)
-    paths = [Path(ds_config)] if ds_config else sorted(DS_CONFIGS.glob("*.json"))
     own = Path(training.ds_config)
-    if own.name not in {path.name for path in paths} and not ds_config:
-        paths.append(own)  # the recipe's, from elsewhere
-    shardings = {path.name: Sharding(read_ds_config(str(path), batch, settings.optim.clip_norm)) for path in paths}
+    candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
+    # The recipe's may be from elsewhere; a path tells it from one of ours with the same name.
+    own_name = next((name for name, path in candidates.items() if path.resolve() == own.resolve()), str(own))
+    # It comes first where two do equally well.
+    candidates = {own_name: own} if ds_config else {own_name: own} | candidates
+    shardings = {
+        name: Sharding(read_ds_config(str(path), batch, settings.optim.clip_norm)) for name, path in candidates.items()
+    }
     refused = {}
     if ds_config is None:
         refused = {name: why for name, found in shardings.items() if (why := unsuited(found, machine.num_gpus))}
@@ -202,7 +207,8 @@ def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> 
     choice = choose(fits, batch, machine)
     choice.reasons.update(refused)
     own_costs = costs[choice.fit.sharding.dtype]
-    return plan_figures(sizes, own_costs, checkpointing, choice, own.name, batch, training.steps, machine)
+    recipes_own = None if ds_config else own_name
+    return plan_figures(sizes, own_costs, checkpointing, choice, recipes_own, batch, training.steps, machine)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_the_report_says_which_differences_are_clear(tmp_path):
     assert "Of 9 differences 9 have an interval that excludes zero" in report
     assert "| best guess without the image | 0.4000 | 0.3000 | 0.5000 | 0.4500 |" in report
     assert "quick" not in report.split("## Measured on")[0].split("\n", 4)[4]
-    assert "Highest mean of VQA overall: x (0.6210), then in_layer (0.6000)." in report
+    assert "Highest mean of VQA overall among variants of equal size: x (0.6210), then in_layer (0.6000)." in report
     assert "it starts at 0.9 and the others" in report
     assert (tmp_path / "a_gates.png").exists()
 
@@ -199,6 +199,12 @@ def test_variants_with_bridges_are_compared_with_the_bridges_alone_too(tmp_path)
     assert "| VQA overall | cross_layer_bridge | +0.0300" in to_bridge
     assert "| VQA overall | cross_layer_bridge_even | -0.0100" in to_bridge
     assert "in_layer" not in to_bridge
+
+
+def test_a_larger_variant_is_not_among_the_winners(tmp_path):
+    results = [result("in_layer", 0, 0), result("larger", 0, 0.2) | {"parameters": 103}, result("x", 0, 0.1)]
+    write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
+    assert "equal size: x (0.6000), then in_layer (0.5000)." in (tmp_path / "a.md").read_text()
 
 
 def test_tower_layers_have_columns_of_their_own(tmp_path):

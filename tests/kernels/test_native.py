@@ -7,7 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.formula import assert_close_to_formula, doubled, draw, draw_uneven, gradients, written_out
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, native
@@ -156,6 +159,45 @@ def test_activation_checkpointing_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_whatever_looks_into_a_step_sees_one_operator(subtests):
+    q, k, v, gate, mask = draw((2, 2, 9, 8, 16, 2), masked=True, gated=True, dtype=torch.float32)
+    expected = attend(q, k, v, gate, mask)
+
+    fixed_k, fixed_v = ([x.detach() for x in levels] for levels in (k, v))
+
+    def run(q, gate):
+        return attend(q, fixed_k, fixed_v, gate, mask)
+
+    with subtests.test("opcheck"):
+        seed = torch.tensor([7])
+        torch.library.opcheck(
+            torch.ops.unimo3.cross_layer_attention_native.default, (q, k, v, gate, [mask] * 2, seed, 0.25)
+        )
+    with subtests.test("fake tensors"), FakeTensorMode():
+        fake = torch.empty(2, 2, 9, 16)
+        assert cross_layer_attention(fake, [fake] * 2, [fake] * 2, torch.empty(2, 9, 2, 2)).shape == (2, 2, 9, 16)
+    with subtests.test("make_fx"):
+        assert torch.equal(make_fx(run)(q, gate)(q, gate), expected)
+    with subtests.test("jit.trace"):
+        assert torch.equal(torch.jit.trace(run, (q, gate))(q, gate), expected)
+    with subtests.test("compile"):
+        compiled = torch.compile(lambda q, gate: cross_layer_attention(q, k, v, gate, mask), backend="aot_eager")
+        torch.testing.assert_close(compiled(q, gate), expected)
+    with subtests.test("vmap takes the reference"):
+        each = torch.vmap(lambda one: cross_layer_attention(one, k, v, gate, mask))(torch.stack([q, 2 * q]))
+        torch.testing.assert_close(each[0], expected)
+    with subtests.test("operations are counted"):
+        counted = []
+        for impl in ("native", "reference"):
+            with FlopCounterMode(display=False) as counter:
+                out = cross_layer_attention(q, k, v, gate, mask, impl=impl)
+                forward = counter.get_total_flops()
+                out.sum().backward()
+            counted.append((forward, counter.get_total_flops() - forward))
+        (forward, backward), plain = counted
+        assert (forward, backward) == (plain[0], plain[1] + forward / 2)  # the scores are made again
+
+
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.bfloat16, 16), (torch.float32, 24)])
 def test_what_it_does_not_serve_is_named_on_request_and_left_to_the_reference_otherwise(dtype, width):
     q, k, v, gate, mask = draw((2, 2, 3, 5, width, 2), masked=True, gated=True, dtype=dtype)
@@ -165,10 +207,28 @@ def test_what_it_does_not_serve_is_named_on_request_and_left_to_the_reference_ot
     assert torch.equal(cross_layer_attention(q, k, v, gate, mask), expected)
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "sh -c 'echo broken compiler >&2; exit 1'"])
-def test_without_a_working_compiler_the_reference_serves_and_says_so(compiler, monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        "no-such-compiler",
+        "false",
+        "sh -c 'echo broken compiler >&2; exit 1'",
+        "g++ 'unclosed",
+        "printf '\\351\\n'",  # says its version in Latin-1, and builds nothing
+        "no home",
+    ],
+)
+def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, monkeypatch, tmp_path, caplog):
+    if compiler == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(native.Path, "home", no_home)
+    else:
+        monkeypatch.setenv("CXX", compiler)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.library.cache_clear()
     try:
         q, k, v, gate, mask = draw((2, 2, 3, 5, 16, 2), masked=True, gated=True, dtype=torch.float32)

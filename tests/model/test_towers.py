@@ -257,6 +257,7 @@ def test_weights_in_several_files_are_those_that_their_index_names(tmp_path):
         ConfigError, match=rf"model\.text\.init: .*{first.name}, which {index.name} names, is not there"
     ):
         TextArgs(init=str(tmp_path)).to_config()
-    index.write_text("[]")
-    with pytest.raises(ConfigError, match=rf"{index.name} is no index of weights .*; copy it again"):
-        TextArgs(init=str(tmp_path)).to_config()
+    for text in ("[]", "no JSON", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": null}}'):
+        index.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{index.name} is no index that names files of weights; copy it again"):
+            TextArgs(init=str(tmp_path)).to_config()

@@ -298,12 +298,30 @@ def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
 
 
 def test_a_plan_in_float32_takes_float32s_peak_and_the_recipes_own_file_is_marked(capsys):
-    own = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
-    _, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, *own)
+    tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", 2)
+    asked_for = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
+    _, output = run_command(capsys, *tiny, *asked_for)
     assert "40% of 67 TFLOP/s in fp32" in output.out
-    assert "fits, and moves the least (the recipe's)" in output.out
-    _, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, *own, "--peak-tflops", 5)
+    assert "(the recipe's)" not in output.out
+    _, output = run_command(capsys, *tiny, *asked_for, "--peak-tflops", 5)
     assert "40% of 5 TFLOP/s in fp32" in output.out
+    _, output = run_command(capsys, *tiny)
+    marked = [line for line in output.out.splitlines() if "(the recipe's)" in line]
+    assert [line.split()[0] for line in marked] == ["zero3_fp32.json"]
+
+
+def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_of_its_own_and_wins_a_tie(capsys, tmp_path):
+    for name in ("mine.json", "zero3_bf16.json"):  # the second as one of ours is called
+        own = tmp_path / name
+        own.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
+        _, output = run_command(
+            capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--training.ds_config", own, "--json"
+        )
+        found = json.loads(output.out)
+        assert found["ds_config"] == found["recipe_ds_config"] == str(own)
+        reasons = found["ds_config_reasons"]
+        assert reasons["zero2_bf16.json"] == f"would fit, and moves as much as {own}"
+        assert reasons["zero3_bf16.json"] == "would fit, but gathers the weights in every pass"
 
 
 def test_all_faults_come_in_one_message(capsys):

@@ -56,9 +56,9 @@ def cross_layer_attention(
     chosen = _choose(impl, q)
     if chosen == "triton":
         # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
-        from unimo3.kernels.cross_layer_attention import op
+        from unimo3.kernels.cross_layer_attention import launch
 
-        return op.attend(q, keys, values, gate, masks, dropout_p)
+        return launch.attend(q, keys, values, gate, masks, dropout_p)
     attend = native.attend if chosen == "native" else cross_layer_attention_reference
     return attend(q, keys, values, gate, masks, dropout_p)
 

@@ -133,7 +133,7 @@ struct Level {
 struct Tensors {
     View q, out, grad_out, grad_q;
     const float *gate;       // [batch, queries, heads, levels], or null: all alike
-    float *grad_gate, *lse;  // [batch, queries, heads, levels]; [batch, heads, levels, queries]
+    float *lse, *offsets;    // [batch, heads, levels, queries]; the latter is the gate's gradient
     const Level *levels;
 };
 
@@ -203,8 +203,9 @@ struct Block {
             gate[i] = i >= count ? 0 : from ? from[i * step + level] : 1.f / shape.levels;
     }
 
-    float *saved_lse(int64_t level) const {
-        return t.lse + ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
+    // Of this block's queries, in lse and offsets.
+    int64_t place_of(int64_t level) const {
+        return ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
     }
 
     void scores(const View &keys, std::vector<float> &to, const std::vector<float> &queries) {
@@ -231,16 +232,14 @@ struct Block {
                 store(place, load(place) * (shape.dropout > 0 ? share * load(&kept[v * padded + i]) : share));
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                saved_lse(level)[i + lane] = most[lane] + std::log(sum[lane]);
+                t.lse[place_of(level) + i + lane] = most[lane] + std::log(sum[lane]);
         }
     }
 
-    // Scores in p and dO V^T in dp become what dV and dK are products of; the gate's gradient is written.
+    // Scores in p and dO V^T in dp become what dV and dK are products of; offsets are written.
     void differentiate(int64_t level) {
         load_gate(level);
-        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? saved_lse(level)[i] : 0;
-        float *to = t.grad_gate
-            ? t.grad_gate + ((sample * shape.queries + first) * shape.heads + head) * shape.levels + level : nullptr;
+        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[place_of(level) + i] : 0;
         for (int64_t i = 0; i < padded; i += LANES) {
             const Floats offset = load(lse + i), share = load(gate + i);
             Floats mean{};
@@ -256,8 +255,8 @@ struct Block {
                 store(slope, gated * (load(slope) - mean));
                 store(weight, shape.dropout > 0 ? gated * load(&kept[v * padded + i]) : gated);
             }
-            for (int lane = 0; to && lane < LANES && i + lane < count; lane++)
-                to[(i + lane) * shape.heads * shape.levels] = mean[lane];
+            for (int lane = 0; lane < LANES && i + lane < count; lane++)
+                t.offsets[place_of(level) + i + lane] = mean[lane];
         }
     }
 
@@ -266,7 +265,10 @@ struct Block {
         std::fill(o.begin(), o.end(), 0.f);
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
-            if (num_keys == 0) continue;
+            if (num_keys == 0) {
+                std::fill_n(t.lse + place_of(index), count, 0.f);
+                continue;
+            }
             scores(level.k, p, q_t);
             soften(index);
             const float *values = level.v.at(sample, head);
@@ -288,7 +290,10 @@ struct Block {
             if (first == 0)
                 for (float *grad : {grad_k, grad_v})
                     std::fill(grad + num_keys * width, grad + level.keys * width, 0.f);
-            if (num_keys == 0) continue;
+            if (num_keys == 0) {
+                std::fill_n(t.offsets + place_of(index), count, 0.f);
+                continue;
+            }
             scores(level.k, p, q_t);
             scores(level.v, dp, do_t);
             differentiate(index);
@@ -326,7 +331,6 @@ extern "C" void cross_layer_attention_forward(const Shape *shape, const Tensors 
     sweep(*shape, *tensors, &Block::forward);
 }
 
-// grad_gate must hold zeros where a sample has no readable key: nothing is written there.
 extern "C" void cross_layer_attention_backward(const Shape *shape, const Tensors *tensors) {
     sweep(*shape, *tensors, &Block::backward);
 }

@@ -1,4 +1,4 @@
-"""The C++ kernel for float32 on CPUs: building it, and its place in autograd.
+"""The C++ kernel for float32 on CPUs, built and called.
 
 The library is compiled once, in one to three seconds, into ``$XDG_CACHE_HOME/unimo3`` (by default ``~/.cache/unimo3``).
 Its name holds a hash of source, compiler and processor, so nodes of several kinds can share a home.
@@ -15,13 +15,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, dense_rows, make_operator
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +31,8 @@ WIDTH_MULTIPLE = 16
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("batch", "heads", "queries", "longest", "width", "levels", "threads")
-    ]
+    _sizes = ("batch", "heads", "queries", "longest", "width", "levels", "threads")
+    _fields_ = [(name, ctypes.c_int64) for name in _sizes]
     _fields_ += [("seed", ctypes.c_uint64), ("dropout", ctypes.c_float)]
 
 
@@ -49,7 +47,7 @@ class _Level(ctypes.Structure):
 
 class _Tensors(ctypes.Structure):
     _fields_ = [(name, _View) for name in ("q", "out", "grad_out", "grad_q")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("gate", "grad_gate", "lse")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("gate", "lse", "offsets")]
     _fields_ += [("levels", ctypes.POINTER(_Level))]
 
 
@@ -60,22 +58,9 @@ def serves(q: Tensor) -> bool:
         and q.dtype == torch.float32
         and q.shape[-1] % WIDTH_MULTIPLE == 0
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # vmap and its like need operations they know
         and library() is not None
     )
-
-
-def attend(
-    q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    gate: Tensor | None,
-    masks: Sequence[Tensor] | None,
-    dropout_p: float,
-) -> Tensor:
-    """What the reference computes, of tensors that the kernel `serves`."""
-    gate = None if gate is None else gate.to(q.dtype)
-    attended: Tensor = _Attention.apply(q, gate, masks, dropout_p, *k, *v)
-    return attended
 
 
 @functools.cache
@@ -87,16 +72,17 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(shlex.split(compiler))))
-    except (OSError, subprocess.CalledProcessError) as error:
+    # No home folder is a RuntimeError, an unreadable CXX a ValueError.
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning("cross-layer attention on the CPU is slow: its kernel was not built with %s: %s", compiler, reason)
         return None
 
 
 def _built(compiler: list[str]) -> Path:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (SOURCE.read_text(), " ".join([*compiler, *FLAGS]), version, _processor())
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    parts = (SOURCE.read_bytes(), " ".join([*compiler, *FLAGS]).encode(), version, _processor().encode())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unimo3"
     target = folder / f"cross_layer_attention-{name}.so"
     if not target.exists():
@@ -105,7 +91,10 @@ def _built(compiler: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as staging:
             built = Path(staging) / target.name
             command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+            # On the disk before it has its name: a file cut off by a crash would end every process that loads it.
+            with built.open("rb") as file:
+                os.fsync(file.fileno())
             built.replace(target)
     return target
 
@@ -118,84 +107,51 @@ def _processor() -> str:
     return "\n".join(sorted(kept)) or os.uname().machine
 
 
+class _Call:
+    """The kernel's arguments, and the tensors that they point into."""
+
+    def __init__(self, inputs: Inputs, lse: Tensor):
+        q, self._levels = dense_rows(inputs.q), [*map(dense_rows, inputs.k), *map(dense_rows, inputs.v)]
+        gate = None if inputs.gate is None else inputs.gate.float().contiguous()
+        masks = [mask.contiguous() for mask in inputs.masks]
+        self._alive = (q, gate, masks)
+        num_levels = len(inputs.k)
+        batch, heads, tokens, width = q.shape
+        seed, threads = 0 if inputs.seed is None else int(inputs.seed), torch.get_num_threads()
+        self._shape = _Shape(batch, heads, tokens, inputs.longest, width, num_levels, threads, seed, inputs.dropout_p)
+        self.levels = (_Level * num_levels)()
+        for place, entry in enumerate(self.levels):
+            key, value = self._levels[place], self._levels[num_levels + place]
+            entry.k, entry.v, entry.keys = _view(key), _view(value), key.shape[2]
+            entry.readable = masks[place].data_ptr() if masks else None
+        self.tensors = _Tensors(
+            q=_view(q), gate=None if gate is None else gate.data_ptr(), lse=lse.data_ptr(), levels=self.levels
+        )
+
+    def run(self, name: str) -> None:
+        """Run ``forward`` or ``backward``."""
+        kernels = library()
+        assert kernels is not None
+        getattr(kernels, f"cross_layer_attention_{name}")(ctypes.byref(self._shape), ctypes.byref(self.tensors))
+
+
 def _view(tensor: Tensor) -> _View:
     return _View(tensor.data_ptr(), *tensor.stride()[:3])
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
+    call = _Call(inputs, outputs.lse)
+    call.tensors.out = _view(outputs.out)
+    call.run("forward")
 
 
-def _like_projection(q: Tensor) -> Tensor:
-    """An empty [B, H, T, d] that lies in memory as [B, T, H d], as linear maps give and take it."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
+    call = _Call(inputs, lse)
+    call.tensors.grad_out, call.tensors.grad_q = _view(grad_out), _view(grads.q)
+    call.tensors.offsets = grads.offsets.data_ptr()
+    for entry, grad_k, grad_v in zip(call.levels, grads.k, grads.v, strict=True):
+        entry.grad_k, entry.grad_v = grad_k.data_ptr(), grad_v.data_ptr()
+    call.run("backward")
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        gate: Tensor | None,
-        masks: Sequence[Tensor] | None,
-        dropout_p: float,
-        *levels: Tensor,
-    ):
-        """Attend, and keep one log-sum-exp a query and level for the backward pass."""
-        q, levels = _dense_rows(q), tuple(map(_dense_rows, levels))
-        gate = None if gate is None else gate.contiguous()
-        masks = () if masks is None else tuple(mask.contiguous() for mask in masks)
-        num_levels = len(levels) // 2
-        batch, heads, tokens, width = q.shape
-        # torch's own generator, so that activation checkpointing and a resumed run draw the same again.
-        seed = int(torch.randint(2**63 - 1, ())) if dropout_p > 0 else 0
-        longest = max(level.shape[2] for level in levels)
-        threads = torch.get_num_threads()
-        ctx.shape = _Shape(batch, heads, tokens, longest, width, num_levels, threads, seed, dropout_p)
-        out = _like_projection(q)
-        lse = q.new_empty(batch, heads, num_levels, tokens)
-        _call("forward", ctx.shape, _tensors(q, gate, masks, lse, levels, out=_view(out)))
-        ctx.save_for_backward(q, gate, lse, *levels, *masks)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor):
-        """Gradients of all inputs, from P made anew."""
-        q, gate, lse, *rest = ctx.saved_tensors
-        num_levels = ctx.shape.levels
-        levels, masks = rest[: 2 * num_levels], rest[2 * num_levels :]
-        grad_out = _dense_rows(grad_out)
-        grad_q = _like_projection(q)
-        grad_gate = None if gate is None else torch.zeros_like(gate)
-        # Without queries no key is visited.
-        empty = torch.empty_like if q.numel() else torch.zeros_like
-        grads = [empty(level, memory_format=torch.contiguous_format) for level in levels]
-        tensors = _tensors(q, gate, masks, lse, levels, grad_out=_view(grad_out), grad_q=_view(grad_q))
-        tensors.grad_gate = None if grad_gate is None else grad_gate.data_ptr()
-        for place in range(num_levels):
-            tensors.levels[place].grad_k = grads[place].data_ptr()
-            tensors.levels[place].grad_v = grads[num_levels + place].data_ptr()
-        _call("backward", ctx.shape, tensors)
-        return grad_q, grad_gate, None, None, *grads
-
-
-def _tensors(
-    q: Tensor, gate: Tensor | None, masks: Sequence[Tensor], lse: Tensor, levels: Sequence[Tensor], **views: _View
-) -> _Tensors:
-    num_levels = len(levels) // 2
-    entries = (_Level * num_levels)()
-    for place, entry in enumerate(entries):
-        key, value = levels[place], levels[num_levels + place]
-        entry.k, entry.v, entry.keys = _view(key), _view(value), key.shape[2]
-        entry.readable = masks[place].data_ptr() if masks else None
-    return _Tensors(
-        q=_view(q), gate=None if gate is None else gate.data_ptr(), lse=lse.data_ptr(), levels=entries, **views
-    )
-
-
-def _call(name: str, shape: _Shape, tensors: _Tensors) -> None:
-    kernels = library()
-    assert kernels is not None
-    getattr(kernels, f"cross_layer_attention_{name}")(ctypes.byref(shape), ctypes.byref(tensors))
+attend = make_operator("cross_layer_attention_native", _fill_outputs, _fill_grads)

@@ -1,126 +1,153 @@
-"""The Triton kernels as one operator of torch: launching, shapes without values, and the gradient.
+"""A kernel of cross-layer attention as an operator of torch: its shapes without values, its gradient, its cost.
 
-As an operator it is opaque to ``torch.compile``, and activation checkpointing, autocast and ZeRO-3 work around it as
-around any other.
+As an operator it is opaque to whatever looks into a step: ``torch.compile``, tracing, fake tensors, activation
+checkpointing, autocast and ZeRO-3 work around it as around any other.
 
-Source: torch.library's custom operators; kernel.py for what runs.
+Source: torch.library's custom operators.
 """
 
 # Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-
-from unimo3.kernels.cross_layer_attention.blocks import Blocks, blocks_for
-from unimo3.kernels.cross_layer_attention.kernel import (
-    cross_layer_attention_bwd_key_kernel,
-    cross_layer_attention_bwd_query_kernel,
-    cross_layer_attention_fwd_kernel,
-)
+from torch.utils.flop_counter import register_flop_formula
 
 
-def attend(
-    q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    gate: Tensor | None,
-    key_padding_masks: Sequence[Tensor] | None,
-    dropout_p: float,
-) -> Tensor:
-    """What the reference computes, of tensors that the kernels serve; a mask [B, V] for each level, or none at all."""
-    # A tensor, drawn where q is: nothing waits for its value, and checkpointing draws the same again.
-    seed = torch.randint(2**31 - 1, (1,), device=q.device) if dropout_p > 0 else None
-    masks = [] if key_padding_masks is None else list(key_padding_masks)
-    out: Tensor = _forward(q, list(k), list(v), gate, masks, seed, dropout_p)[0]
-    return out
+class Inputs(NamedTuple):
+    """What is attended: as in `cross_layer_attention`, with one mask a level or none at all, and dropout's seed [1]."""
+
+    q: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+    gate: Tensor | None
+    masks: list[Tensor]
+    seed: Tensor | None
+    dropout_p: float
+
+    @property
+    def longest(self) -> int:
+        """Keys of the longest level."""
+        return max(key.shape[2] for key in self.k)
 
 
-@torch.library.custom_op("unimo3::cross_layer_attention", mutates_args=())
-def _forward(
-    q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor], seed: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _empty_outputs(q, k)
-    if out.numel():
-        call = _Call(q, k, v, gate, masks, seed, dropout_p)
-        blocks = blocks_for("forward", q)
-        grid = (triton.cdiv(q.shape[2], blocks.queries), q.shape[0] * q.shape[1])
-        cross_layer_attention_fwd_kernel[grid](
-            call.q, call.k, call.v, call.gate, call.masks, out, lse,
-            *call.strides, out.stride(), *call.sizes, **call.constants(blocks),
-        )  # fmt: skip
-    return out, lse
+class Outputs(NamedTuple):
+    """The result [B, H, T, d], and for each query and level a log-sum-exp [B, H, S, T], in the kernel's own base."""
+
+    out: Tensor
+    lse: Tensor
 
 
-@_forward.register_fake
-def _(q: Tensor, k: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q, k)
+class Grads(NamedTuple):
+    """Gradients of q, k and v, and each query's D [B, H, S, T], which is the gate's; k's and v's are dense."""
+
+    q: Tensor
+    offsets: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
 
 
-@torch.library.custom_op("unimo3::cross_layer_attention_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor, q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor],
-    lse: Tensor, seed: Tensor | None, dropout_p: float,
-) -> list[Tensor]:  # fmt: skip
-    grads = _empty_grads(q, k, v, lse)
-    grad_q, offsets, *grad_levels = grads
-    if grad_q.numel():
-        call = _Call(q, k, v, gate, masks, seed, dropout_p)
-        grad_out = _dense_rows(grad_out)
-        pairs, (grad_k, grad_v) = q.shape[0] * q.shape[1], (grad_levels[: len(k)], grad_levels[len(k) :])
-        blocks = blocks_for("backward_query", q)
-        cross_layer_attention_bwd_query_kernel[triton.cdiv(q.shape[2], blocks.queries), pairs](
-            call.q, call.k, call.v, call.gate, call.masks, grad_out, lse, grad_q, offsets,
-            *call.strides, grad_out.stride(), grad_q.stride(), *call.sizes, **call.constants(blocks),
-        )  # fmt: skip
-        blocks = blocks_for("backward_key", q)
-        if call.longest:
-            cross_layer_attention_bwd_key_kernel[triton.cdiv(call.longest, blocks.keys), pairs](
-                call.q, call.k, call.v, call.gate, call.masks, grad_out, lse, offsets, tuple(grad_k), tuple(grad_v),
-                *call.strides, grad_out.stride(), *call.sizes, **call.constants(blocks),
-            )  # fmt: skip
-    else:
-        for grad in grad_levels:
-            grad.zero_()
-    return grads
+Attend = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None, Sequence[Tensor] | None, float], Tensor]
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: list[Tensor], v: list[Tensor], gate: Any, masks: Any, lse: Tensor, *_: Any):
-    return _empty_grads(q, k, v, lse)
+def make_operator(
+    name: str,
+    fill_outputs: Callable[[Inputs, Outputs], None],
+    fill_grads: Callable[[Inputs, Tensor, Tensor, Grads], None],
+) -> Attend:
+    """Register ``unimo3::NAME`` and its backward pass.
+
+    Args:
+        fill_outputs: (inputs, outputs) -> writes all of the outputs.
+        fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads. Neither is called where
+            there is no query.
+
+    Returns:
+        What computes the reference's result.
+    """
+
+    @torch.library.custom_op(f"unimo3::{name}", mutates_args=())
+    def forward(
+        q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor], seed: Tensor | None,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        outputs = _empty_outputs(q, k)
+        if q.numel():
+            fill_outputs(Inputs(q, k, v, gate, masks, seed, dropout_p), outputs)
+        return outputs.out, outputs.lse
+
+    @torch.library.custom_op(f"unimo3::{name}_backward", mutates_args=())
+    def backward(
+        grad_out: Tensor, q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor],
+        lse: Tensor, seed: Tensor | None, dropout_p: float,
+    ) -> list[Tensor]:  # fmt: skip
+        grads = _empty_grads(q, k, v, lse)
+        if q.numel():
+            fill_grads(Inputs(q, k, v, gate, masks, seed, dropout_p), dense_rows(grad_out), lse, grads)
+        else:
+            for grad in (*grads.k, *grads.v):
+                grad.zero_()
+        return _listed(grads)
+
+    def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, gate, masks, seed, ctx.dropout_p = inputs
+        ctx.num_levels, ctx.num_masks = len(k), len(masks)
+        ctx.save_for_backward(q, gate, seed, output[1], *k, *v, *masks)
+        ctx.mark_non_differentiable(output[1])
+
+    def gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
+        q, gate, seed, lse, *rest = ctx.saved_tensors
+        levels = ctx.num_levels
+        k, v, masks = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
+        grad_q, offsets, *grads = backward(grad_out, q, k, v, gate, masks, lse, seed, ctx.dropout_p)
+        grad_gate = None if gate is None else offsets.permute(0, 3, 1, 2).to(gate.dtype)
+        return grad_q, grads[:levels], grads[levels:], grad_gate, [None] * ctx.num_masks, None, None
+
+    forward.register_fake(lambda q, k, *_: tuple(_empty_outputs(q, k)))
+    backward.register_fake(lambda grad_out, q, k, v, gate, masks, lse, *_: _listed(_empty_grads(q, k, v, lse)))
+    forward.register_autograd(gradients, setup_context=save)
+    operators = torch.ops.unimo3
+    register_flop_formula(getattr(operators, name))(lambda q, k, *_, **__: 2 * _flops_of_a_product(q, k))
+    # The scores anew, and five products for the gradients.
+    register_flop_formula(getattr(operators, f"{name}_backward"))(
+        lambda grad_out, q, k, *_, **__: 5 * _flops_of_a_product(q, k)
+    )
+
+    def attend(
+        q: Tensor,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        gate: Tensor | None,
+        masks: Sequence[Tensor] | None,
+        dropout_p: float,
+    ) -> Tensor:
+        # A tensor, drawn where q is: nothing waits for its value, and checkpointing draws the same again.
+        seed = torch.randint(2**31 - 1, (1,), device=q.device) if dropout_p > 0 else None
+        out: Tensor = forward(q, list(k), list(v), gate, list(masks or ()), seed, dropout_p)[0]
+        return out
+
+    return attend
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, gate, masks, seed, ctx.dropout_p = inputs
-    ctx.num_levels, ctx.num_masks = len(k), len(masks)
-    ctx.save_for_backward(q, gate, seed, output[1], *k, *v, *masks)
-    ctx.mark_non_differentiable(output[1])
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only if its last dimension has strides."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
-    q, gate, seed, lse, *rest = ctx.saved_tensors
-    k, v, masks = rest[: ctx.num_levels], rest[ctx.num_levels : 2 * ctx.num_levels], rest[2 * ctx.num_levels :]
-    grad_q, offsets, *grads = _backward(grad_out, q, k, v, gate, masks, lse, seed, ctx.dropout_p)
-    # D [B, H, S, T] is the gradient of the gate [B, T, H, S].
-    grad_gate = None if gate is None else offsets.permute(0, 3, 1, 2).to(gate.dtype)
-    return grad_q, grads[: ctx.num_levels], grads[ctx.num_levels :], grad_gate, [None] * ctx.num_masks, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
-
-
-def _empty_outputs(q: Tensor, k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _empty_outputs(q: Tensor, k: Sequence[Tensor]) -> Outputs:
     batch, heads, tokens, _ = q.shape
-    return _like_projection(q), q.new_empty(batch, heads, len(k), tokens, dtype=torch.float32)
+    return Outputs(_like_projection(q), q.new_empty(batch, heads, len(k), tokens, dtype=torch.float32))
 
 
-def _empty_grads(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lse: Tensor) -> list[Tensor]:
-    levels = [level.new_empty(level.shape) for level in (*k, *v)]
-    return [_like_projection(q), torch.empty_like(lse), *levels]
+def _empty_grads(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lse: Tensor) -> Grads:
+    grad_k, grad_v = ([level.new_empty(level.shape) for level in levels] for levels in (k, v))
+    return Grads(_like_projection(q), torch.empty_like(lse), grad_k, grad_v)
+
+
+def _listed(grads: Grads) -> list[Tensor]:
+    return [grads.q, grads.offsets, *grads.k, *grads.v]
 
 
 def _like_projection(q: Tensor) -> Tensor:
@@ -129,48 +156,7 @@ def _like_projection(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-class _Call:
-    """The arguments that all kernels share."""
-
-    def __init__(
-        self, q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor],
-        seed: Tensor | None, dropout_p: float,
-    ):  # fmt: skip
-        self.q = _dense_rows(q)
-        self.k, self.v = tuple(map(_dense_rows, k)), tuple(map(_dense_rows, v))
-        self.masks = tuple(_dense_rows(mask).view(torch.uint8) for mask in masks) or (self.q,) * len(k)
-        self.gate = self.q if gate is None else gate
-        self.strides = (
-            self.q.stride(),
-            tuple(level.stride() for level in self.k),
-            tuple(level.stride() for level in self.v),
-            self.gate.stride(),
-            tuple(mask.stride(0) for mask in self.masks),
-        )
-        self.longest = max(level.shape[2] for level in k)
-        lengths = tuple(level.shape[2] for level in k)
-        scale = q.shape[-1] ** -0.5
-        self.sizes = (lengths, self.longest, q.shape[1], q.shape[2], scale, self.q if seed is None else seed, dropout_p)
-        self._switches = {
-            "LEVELS": len(k),
-            "WIDTH": q.shape[-1],
-            "BLOCK_D": triton.next_power_of_2(q.shape[-1]),
-            "HAS_GATE": gate is not None,
-            "HAS_MASK": bool(masks),
-            "DROPOUT": dropout_p > 0,
-            # Half types multiply as they are; float32 is not to be cut to TF32.
-            "PRECISION": "ieee",
-        }
-
-    def constants(self, blocks: Blocks) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        return self._switches | {
-            "BLOCK_T": blocks.queries,
-            "BLOCK_V": blocks.keys,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
-        }
+def _flops_of_a_product(q: Any, k: Sequence[Any]) -> int:
+    """Of queries with the keys of all levels, given their shapes."""
+    batch, heads, tokens, width = q
+    return sum(2 * batch * heads * tokens * width * key[2] for key in k)

@@ -25,7 +25,6 @@ NO_WEIGHTS = (
     "no model.safetensors there, nor its index; convert older formats with transformers' "
     "from_pretrained(...).save_pretrained(...)"
 )
-_NUM_NAMES_SHOWN = 5
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -91,8 +90,7 @@ def fill(
         if len(pieces[name]) == num_parts:
             missing.discard(first_names[parameter])
     faults = [
-        f"{kind}: {', '.join(sorted(names)[:_NUM_NAMES_SHOWN])}"
-        + (f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else "")
+        f"{kind}: {', '.join(sorted(names))}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -167,8 +165,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: {index.name} is no index of weights ({error!r}); copy it again") from error
+        whole_index = bool(names) and all(isinstance(name, str) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole_index = False
+    if not whole_index:
+        raise CheckpointError(f"{folder}: {index.name} is no index that names files of weights; copy it again")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {absent[0]}, which {index.name} names, is not there; copy it too")
     return [folder / name for name in names]

@@ -143,9 +143,13 @@ def _reason(found: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
             f"needs {gigabytes(found.needed_bytes)} at micro-batch {batch.micro_batch}, "
             f"{gigabytes(machine.usable_bytes)} are usable"
         )
+    if _traffic(found) == _traffic(taken):
+        return f"would fit, and moves as much as {taken.name}"
     if found.sharding.offloads:
         return "would fit, but moves state between GPU and host in every step"
-    return "would fit, but gathers the weights in every pass"
+    if found.sharding.stage == 3:
+        return "would fit, but gathers the weights in every pass"
+    return f"would fit, but moves no less than {taken.name}"
 
 
 def _impossible(suited: list[Fit], machine: Machine) -> str:

@@ -15,7 +15,7 @@ def plan_figures(
     costs: dict[bool, StepCost],
     activation_checkpointing: bool,
     choice: Choice,
-    recipe_ds_config: str,
+    recipe_ds_config: str | None,
     batch: BatchPlan,
     num_steps: int,
     machine: Machine,
@@ -24,7 +24,7 @@ def plan_figures(
 
     Args:
         costs: of a step in the chosen ds_config's precision, without and with activation checkpointing.
-        recipe_ds_config: name of the file that the recipe itself names.
+        recipe_ds_config: of the candidates the one that the recipe itself names; None where another was asked for.
     """
     cost, memory = costs[activation_checkpointing], choice.fit.memory
     activation_bytes = choice.micro_batch * cost.peak_bytes + cost.fixed_bytes
