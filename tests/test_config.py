@@ -180,3 +180,16 @@ def test_help_and_print_config_list_every_setting():
         for part in key.split("."):
             place = place[part]
     assert "Optimizer steps of the whole run" in text.stdout
+
+
+def test_a_model_built_from_python_has_the_defaults_of_the_recipes():
+    from unimo3.model.args import ModelArgs
+    from unimo3.model.config import Unimo3Config
+
+    ours, theirs = Unimo3Config(), ModelArgs().to_config()
+    for name in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "interaction", "gate", "gate_init", "bridge",
+        "unimodal_levels", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "itc_size",
+        "itc_temperature_init", "tie_word_embeddings",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name

@@ -32,6 +32,8 @@ def tiny_config(**changes) -> Unimo3Config:
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
+        # More fusion layers than a tower has.
+        "bridge": False,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "itc_size": 16,

@@ -91,7 +91,7 @@ class Unimo3Config(PreTrainedConfig):
         gate: str = "token",
         gate_init: float = 0.9,
         unimodal_levels: int = 0,
-        bridge: bool = False,
+        bridge: bool = True,
         hidden_dropout_prob: float = 0.1,
         attention_probs_dropout_prob: float = 0.1,
         layer_norm_eps: float = 1e-12,
