@@ -34,7 +34,7 @@ PRETRAINING = {
     "loss_itc": "ITC loss",
 }
 VQA = {"vqa_overall": "overall", "vqa_fine": "fine", "vqa_object": "object", "vqa_scene": "scene"}
-CELL, GAP, LABEL = 56, 28, 190
+CELL, GAP, LABEL = 56, 28, 220
 
 
 class Difference(NamedTuple):
