@@ -100,7 +100,8 @@ class Settings:
             for name in ("pretraining_lr", "vqa_lr")
             if getattr(self, name) <= 0
         ]
-        return found or [fault for variant in VARIANTS for fault in self.model(variant).faults()]
+        # What all variants have in common is said once.
+        return found or list(dict.fromkeys(fault for variant in VARIANTS for fault in self.model(variant).faults()))
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""

@@ -148,6 +148,11 @@ def test_all_bad_settings_are_named_at_once(tmp_path, capsys):
         assert part in message
 
 
+def test_a_fault_of_all_variants_is_said_once():
+    (fault,) = replace(TINY, image_size=33).faults()
+    assert fault.startswith("model.vision.image_size: 33: not a multiple of the patch size 16")
+
+
 def test_the_paired_interval_is_students():
     found = paired_difference([0.01, 0.03, 0.02])
     assert found.mean == pytest.approx(0.02)

@@ -47,6 +47,39 @@ def assert_close_to_formula(q, k, v, gate, mask, found, kept=None, tolerance=5e-
         torch.testing.assert_close(one.double(), other, atol=tolerance * max(1.0, largest), rtol=0)
 
 
+def strided(x):
+    """The same values, rows apart in memory as a linear map's heads are."""
+    return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+def transposed(x):
+    """The same values with a last dimension that has strides."""
+    return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
+
+
+def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
+    """Find out what was kept from the result itself, then hold output and gradients with it to the formula.
+
+    Values that are the keys' places give the mixed weights themselves, and so what was kept; with shares of one sign,
+    as levels that cancel would hide it.
+    """
+    q, k, v, gate, mask = drawn
+    batch, heads, keys, width = k[0].shape
+    places = [torch.eye(keys, width, device=q.device).expand(batch, heads, keys, width)] * len(k)
+    shares = gate.detach().softmax(dim=-1)
+    torch.manual_seed(seed)
+    dropped = attend(q, k, places, shares, None, dropout_p)[..., :keys].detach()
+    whole = attend(q, k, places, shares, None)[..., :keys].detach()
+    factors = (dropped / whole).double()
+    kept = factors > 0
+    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - dropout_p)), atol=1e-3, rtol=0)
+    deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    torch.manual_seed(seed)
+    found = attend(q, k, v, gate, mask, dropout_p)
+    assert_close_to_formula(q, k, v, gate, mask, found, kept.double() / (1 - dropout_p))
+
+
 def draw_uneven(lengths, dtype, batch=2, heads=2, tokens=19, width=32, seed=0):
     """As `draw`, with levels of these lengths and a mask for each; the first level's first sample is unreadable."""
     drawn = [

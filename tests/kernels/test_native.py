@@ -12,7 +12,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.formula import assert_close_to_formula, doubled, draw, draw_uneven, gradients, written_out
+from tests.kernels.formula import (
+    assert_close_to_formula,
+    assert_dropout_is_the_formulas,
+    doubled,
+    draw,
+    draw_uneven,
+    gradients,
+    strided,
+    transposed,
+    written_out,
+)
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, native
 
 # B H T V d S: one and many of each, blocks of 64 queries filled, cut and passed, keys beyond a cache line.
@@ -39,13 +49,6 @@ def test_output_and_every_gradient_equal_the_formula(shape, masked, gated):
 
 def test_inputs_may_be_views_of_any_stride():
     q, k, v, gate, mask = draw((2, 3, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32)
-
-    def strided(x):
-        return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-
-    def transposed(x):
-        return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
-
     q, k, v = strided(q), [transposed(k[0]), strided(k[1])], [strided(x) for x in v]
     wide_gate = torch.stack([gate.detach()] * 2, dim=-1)
     gate = wide_gate[..., 0].requires_grad_()
@@ -89,21 +92,9 @@ def test_what_is_not_a_number_is_seen(place):
 
 @pytest.mark.parametrize("levels", [1, 4])
 def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
-    shape = batch, heads, _, keys, _, _ = (2, 3, 70, 21, 32, levels)
-    q, k, v, gate, mask = draw(shape, masked=True, gated=True, dtype=torch.float32)
-    # Values that are the keys' places give the mixed weights themselves, and so what was kept; shares of one sign, as
-    # levels that cancel would hide it.
-    places = torch.eye(keys, 32).expand(batch, heads, keys, 32)
-    shares = gate.detach().softmax(dim=-1)
-    torch.manual_seed(5)
-    dropped = attend(q, k, [places] * levels, shares, None, 0.4)[..., :keys].detach()
-    whole = attend(q, k, [places] * levels, shares, None)[..., :keys].detach()
-    kept = (dropped / whole).double()
-    ones = kept[kept > 0]
-    torch.testing.assert_close(ones, torch.full_like(ones, 1 / 0.6), atol=1e-3, rtol=0)
-    kept = (kept > 0).double() / 0.6
-    torch.manual_seed(5)
-    assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask, 0.4), kept)
+    assert_dropout_is_the_formulas(
+        attend, draw((2, 3, 70, 21, 32, levels), masked=True, gated=True, dtype=torch.float32)
+    )
 
 
 def test_dropout_keeps_its_share_and_forgets_its_last_draw():

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.formula import assert_close_to_formula, draw, draw_uneven, gradients
+from tests.kernels.formula import (
+    assert_close_to_formula,
+    assert_dropout_is_the_formulas,
+    draw,
+    draw_uneven,
+    gradients,
+    strided,
+    transposed,
+)
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,13 +78,6 @@ def test_levels_may_differ_in_length_and_in_what_is_readable(nan_filled):
 
 def test_inputs_may_be_views_of_any_stride(nan_filled):
     q, k, v, gate, mask = on_device(draw((2, 3, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32))
-
-    def strided(x):
-        return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-
-    def transposed(x):
-        return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
-
     q, k, v = strided(q), [transposed(k[0]), strided(k[1])], [strided(x) for x in v]
     gate = torch.stack([gate.detach()] * 2, dim=-1)[..., 0].requires_grad_()
     mask = torch.stack([mask] * 2, dim=-1)[..., 0]
@@ -92,21 +93,9 @@ def test_a_level_without_a_readable_key_adds_zeros():
 
 @pytest.mark.parametrize("levels", [1, 3])
 def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
-    shape = batch, heads, _, keys, _, _ = (2, 2, 35, 21, 32, levels)
-    q, k, v, gate, mask = on_device(draw(shape, masked=True, gated=True, dtype=torch.float32))
-    places = torch.eye(keys, 32, device=DEVICE).expand(batch, heads, keys, 32)
-    shares = gate.detach().softmax(dim=-1)
-    torch.manual_seed(5)
-    dropped = attend(q, k, [places] * levels, shares, None, 0.4)[..., :keys].detach()
-    whole = attend(q, k, [places] * levels, shares, None)[..., :keys].detach()
-    kept = (dropped / whole).double()
-    ones = kept[kept > 0]
-    torch.testing.assert_close(ones, torch.full_like(ones, 1 / 0.6), atol=1e-3, rtol=0)
-    # Five standard deviations.
-    assert (kept > 0).double().mean().item() == pytest.approx(0.6, abs=5 * (0.24 / kept.numel()) ** 0.5)
-    torch.manual_seed(5)
-    found = attend(q, k, v, gate, mask, 0.4)
-    assert_close_to_formula(q, k, v, gate, mask, found, (kept > 0).double() / 0.6)
+    assert_dropout_is_the_formulas(
+        attend, on_device(draw((2, 2, 35, 21, 32, levels), masked=True, gated=True, dtype=torch.float32))
+    )
 
 
 def test_two_runs_and_activation_checkpointing_give_the_same_bits():

@@ -69,6 +69,28 @@ def _level_rows(starts, strides, level, sample, head, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _open_level(
+    ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS: tl.constexpr
+):  # fmt: skip
+    """A level's keys and values for this (sample, head), each with its row stride, its mask, and its number of keys."""
+    k, k_row = _level_rows(ks, k_strides, level, sample, head, LEVELS)
+    v, v_row = _level_rows(vs, v_strides, level, sample, head, LEVELS)
+    mask = _of_level(masks, level, LEVELS) + sample * _of_level(mask_strides, level, LEVELS)
+    return k, k_row, v, v_row, mask, _of_level(lengths, level, LEVELS)
+
+
+@triton.jit
+def _shares(gate, strides, sample, t, head, level, num_queries, HAS_GATE: tl.constexpr, LEVELS: tl.constexpr):
+    """How much a level counts for queries t."""
+    if HAS_GATE:
+        place = sample * strides[0] + t * strides[1] + head * strides[2] + level * strides[3]
+        shares = tl.load(gate + place, mask=t < num_queries, other=0.0).to(tl.float32)
+    else:
+        shares = tl.full(t.shape, 1.0 / LEVELS, dtype=tl.float32)
+    return shares
+
+
+@triton.jit
 def cross_layer_attention_fwd_kernel(
     q, ks, vs, gate, masks, out, lse,
     q_strides, k_strides, v_strides, gate_strides, mask_strides, out_strides,
@@ -85,10 +107,9 @@ def cross_layer_attention_fwd_kernel(
     queries = _load_rows(q + sample * q_strides[0] + head * q_strides[1], t, q_strides[2], columns, num_queries, WIDTH)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
-        k, k_row = _level_rows(ks, k_strides, level, sample, head, LEVELS)
-        v, v_row = _level_rows(vs, v_strides, level, sample, head, LEVELS)
-        mask = _of_level(masks, level, LEVELS) + sample * _of_level(mask_strides, level, LEVELS)
-        num_keys = _of_level(lengths, level, LEVELS)
+        k, k_row, v, v_row, mask, num_keys = _open_level(
+            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
+        )
         most = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_T], dtype=tl.float32)
         mixed = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
@@ -110,11 +131,8 @@ def cross_layer_attention_fwd_kernel(
             mixed = tl.dot(weights.to(values.dtype), values, acc=mixed * shrunk[:, None], input_precision=PRECISION)
             most = new_most
         some = total > 0
-        share = 1.0 / LEVELS
-        if HAS_GATE:
-            place = sample * gate_strides[0] + t * gate_strides[1] + head * gate_strides[2] + level * gate_strides[3]
-            share = tl.load(gate + place, mask=in_queries, other=0.0).to(tl.float32)
-        result += mixed * (share / tl.where(some, total, 1.0))[:, None]
+        shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
+        result += mixed * (shares / tl.where(some, total, 1.0))[:, None]
         place = (pair * LEVELS + level) * num_queries + t
         tl.store(lse + place, tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=in_queries)
     start = out + sample * out_strides[0] + head * out_strides[1]
@@ -142,10 +160,9 @@ def cross_layer_attention_bwd_query_kernel(
     slopes = _load_rows(start, t, grad_out_strides[2], columns, num_queries, WIDTH)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
-        k, k_row = _level_rows(ks, k_strides, level, sample, head, LEVELS)
-        v, v_row = _level_rows(vs, v_strides, level, sample, head, LEVELS)
-        mask = _of_level(masks, level, LEVELS) + sample * _of_level(mask_strides, level, LEVELS)
-        num_keys = _of_level(lengths, level, LEVELS)
+        k, k_row, v, v_row, mask, num_keys = _open_level(
+            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
+        )
         saved = tl.load(lse + (pair * LEVELS + level) * num_queries + t, mask=in_queries, other=0.0)
         centre = tl.zeros([BLOCK_T], dtype=tl.float32)
         offset = tl.zeros([BLOCK_T], dtype=tl.float32)
@@ -170,11 +187,8 @@ def cross_layer_attention_bwd_query_kernel(
             seen += tl.sum(weights, 1)
             sloped = tl.dot(centred.to(keys.dtype), keys, acc=sloped, input_precision=PRECISION)
             plain = tl.dot(weights.to(keys.dtype), keys, acc=plain, input_precision=PRECISION)
-        share = 1.0 / LEVELS
-        if HAS_GATE:
-            place = sample * gate_strides[0] + t * gate_strides[1] + head * gate_strides[2] + level * gate_strides[3]
-            share = tl.load(gate + place, mask=in_queries, other=0.0).to(tl.float32)
-        result += (sloped - offset[:, None] * plain) * (share + tl.zeros([BLOCK_T], dtype=tl.float32))[:, None]
+        shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
+        result += (sloped - offset[:, None] * plain) * shares[:, None]
         place = (pair * LEVELS + level) * num_queries + t
         # Of a level without a readable key the weights sum to zero, and so does D.
         tl.store(offsets + place, offset + centre * seen, mask=in_queries)
@@ -200,10 +214,9 @@ def cross_layer_attention_bwd_key_kernel(
     q_start = q + sample * q_strides[0] + head * q_strides[1]
     slope_start = grad_out + sample * grad_out_strides[0] + head * grad_out_strides[1]
     for level in range(LEVELS):
-        k, k_row = _level_rows(ks, k_strides, level, sample, head, LEVELS)
-        v, v_row = _level_rows(vs, v_strides, level, sample, head, LEVELS)
-        mask = _of_level(masks, level, LEVELS) + sample * _of_level(mask_strides, level, LEVELS)
-        num_keys = _of_level(lengths, level, LEVELS)
+        k, k_row, v, v_row, mask, num_keys = _open_level(
+            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
+        )
         keys = _load_rows(k, rows, k_row, columns, num_keys, WIDTH)
         values = _load_rows(v, rows, v_row, columns, num_keys, WIDTH)
         readable = _readable(mask, rows, num_keys, HAS_MASK)
@@ -221,11 +234,8 @@ def cross_layer_attention_bwd_key_kernel(
             weights = tl.exp2(scores - saved[None, :])
             weights = tl.where(readable[:, None] & in_queries[None, :], weights, 0.0)
             slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
-            if HAS_GATE:
-                at = sample * gate_strides[0] + t * gate_strides[1] + head * gate_strides[2] + level * gate_strides[3]
-                gated = weights * tl.load(gate + at, mask=in_queries, other=0.0).to(tl.float32)[None, :]
-            else:
-                gated = weights * (1.0 / LEVELS)
+            shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
+            gated = weights * shares[None, :]
             mixed = gated
             if DROPOUT:
                 kept = _kept(tl.load(seed), pair, t[None, :], rows[:, None], num_queries, longest, dropout_p)

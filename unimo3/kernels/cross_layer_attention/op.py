@@ -110,7 +110,7 @@ def make_operator(
     forward.register_autograd(gradients, setup_context=save)
     operators = torch.ops.unimo3
     register_flop_formula(getattr(operators, name))(lambda q, k, *_, **__: 2 * _flops_of_a_product(q, k))
-    # The scores anew, and five products for the gradients.
+    # The scores anew, and four products for the gradients.
     register_flop_formula(getattr(operators, f"{name}_backward"))(
         lambda grad_out, q, k, *_, **__: 5 * _flops_of_a_product(q, k)
     )
@@ -124,7 +124,7 @@ def make_operator(
         dropout_p: float,
     ) -> Tensor:
         # A tensor, drawn where q is: nothing waits for its value, and checkpointing draws the same again.
-        seed = torch.randint(2**31 - 1, (1,), device=q.device) if dropout_p > 0 else None
+        seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
         out: Tensor = forward(q, list(k), list(v), gate, list(masks or ()), seed, dropout_p)[0]
         return out
 

@@ -1,0 +1,128 @@
+"""``python -m pretrain.plan``: what it prints, which faults it names, and that the documentation's table is its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain import plan
+from unimo3.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "pretrain" / "recipes"
+
+
+def run_command(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        plan.main([str(argument) for argument in arguments])
+    return end.value.code, capsys.readouterr()
+
+
+def test_the_command_plans_without_data_or_gpu(capsys):
+    status, output = run_command(
+        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "40GiB", "--json",
+        "--data.train", "/none", "--training.steps", 36,
+    )  # fmt: skip
+    assert status == 0
+    found = json.loads(output.out)
+    assert found["ds_config"] == "zero2_bf16.json"
+    assert found["recipe_ds_config"] == "zero3_fp32.json"
+    assert found["machine"]["peak_flops"] == 989e12
+    assert found["parameters"].pop("total") == sum(found["parameters"].values()) > 2_000_000
+    sizes = {"recipe": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
+    answers = dict.fromkeys(("recipe_divides", "recipe_fits", "recipe_fits_with_checkpointing"), True)
+    assert found["micro_batch"] == sizes | answers
+    assert found["time"]["hours"] == pytest.approx(found["time"]["step_s"] / 100)
+    assert set(found["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
+
+
+def test_a_named_ds_config_is_planned_with_and_the_text_says_what_does_not_fit(capsys):
+    status, output = run_command(
+        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "300MB",
+        "--ds-config", ROOT / "ds_configs" / "zero3_fp16.json", "--training.global_batch", 4096,
+        "--training.micro_batch", 2048,
+    )  # fmt: skip
+    assert status == 0
+    assert "* zero3_fp16.json" in output.out
+    assert "TFLOP/s in fp16" in output.out
+    assert "the recipe's 2048 does not fit" in output.out
+
+
+def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
+    _, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--training.micro_batch", 24)
+    assert (
+        "the recipe's 24 does not divide the global batch over the ranks; set training.micro_batch to 32;" in output.out
+    )
+
+
+def test_a_plan_in_float32_takes_float32s_peak_and_the_recipes_own_file_is_marked(capsys):
+    tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", 2)
+    asked_for = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
+    _, output = run_command(capsys, *tiny, *asked_for)
+    assert "40% of 67 TFLOP/s in fp32" in output.out
+    assert "(the recipe's)" not in output.out
+    _, output = run_command(capsys, *tiny, *asked_for, "--peak-tflops", 5)
+    assert "40% of 5 TFLOP/s in fp32" in output.out
+    _, output = run_command(capsys, *tiny)
+    marked = [line for line in output.out.splitlines() if "(the recipe's)" in line]
+    assert [line.split()[0] for line in marked] == ["zero3_fp32.json"]
+
+
+def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_of_its_own_and_wins_a_tie(capsys, tmp_path):
+    for name in ("mine.json", "zero3_bf16.json"):  # the second as one of ours is called
+        own = tmp_path / name
+        own.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
+        _, output = run_command(
+            capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--training.ds_config", own, "--json"
+        )
+        found = json.loads(output.out)
+        assert found["ds_config"] == found["recipe_ds_config"] == str(own)
+        reasons = found["ds_config_reasons"]
+        assert reasons["zero2_bf16.json"] == f"would fit, and moves as much as {own}"
+        assert reasons["zero3_bf16.json"] == "would fit, but gathers the weights in every pass"
+
+
+def test_all_faults_come_in_one_message(capsys):
+    status, output = run_command(
+        capsys, "--gpus", 0, "--gpu-memory", "80 apples", "--mfu", 1.5, "--reserve", 1, "--peak-tflops", 0,
+        "--training.steps", "many", "--objectives.mlm.weight", -1,
+    )  # fmt: skip
+    assert status == 78
+    for field in ("--gpus", "--gpu-memory", "--mfu", "--reserve", "--peak-tflops", "training.steps", "mlm.weight"):
+        assert field in output.err
+
+
+def test_a_global_batch_that_does_not_divide_and_a_gpu_too_small_end_with_78(capsys):
+    status, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 3)
+    assert status == 78
+    assert "training.global_batch: 64" in output.err
+    status, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "10MB")
+    assert status == 78
+    assert "not even a micro-batch of one pair fits" in output.err
+
+
+def test_a_tokenizer_that_exists_must_fit_the_model(tmp_path):
+    from unimo3.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["a red circle", "two blue squares"], 300, tmp_path / "tokenizer")
+    arguments = ["--model.text.vocab_size", "200", "--data.tokenizer", str(tmp_path / "tokenizer")]
+    with pytest.raises(ConfigError, match=r"model\.text\.vocab_size: 200"):
+        plan.parse_settings(arguments)
+
+
+def test_settings_of_planning_are_those_of_training():
+    from pretrain.train import PretrainConfig
+    from unimo3 import config
+
+    assert config.flatten_fields(plan.PlanConfig) == config.flatten_fields(PretrainConfig)
+    assert [field.name for field in dataclasses.fields(plan.PlanConfig)] == [
+        field.name for field in dataclasses.fields(PretrainConfig)
+    ]
+
+
+def test_the_documented_sizes_are_those_of_the_recipes(capsys):
+    _, output = run_command(capsys, "--table", *(RECIPES / f"{name}.yaml" for name in ("tiny", "base", "large")))
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    documented = text.split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0]
+    assert documented.strip() == output.out.strip()
