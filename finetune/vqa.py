@@ -25,6 +25,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import all_gather_object, world_size_from_environment
 from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import tokenizer_faults
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
@@ -52,6 +53,7 @@ class VqaConfig:
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     training: TrainingArgs = field(default_factory=TrainingArgs)
+    kernels: KernelArgs = field(default_factory=KernelArgs)
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
 
     def faults(self) -> list[str]:
@@ -117,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     load_exported(model, settings.init, fresh=r"^vqa_head\.", unused=r"^(mlm|itm|itc)_head\.")
-    prepare_layers(model, settings.training.activation_checkpointing, settings.training.compile_towers)
+    training = settings.training
+    prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(VqaTask(model), model, ds_config, settings.optim)
     run.resume(engine)
 

@@ -163,7 +163,7 @@ def parse_settings(argv: list[str]) -> PlanConfig:
 
 def recipe_of(settings: PlanConfig) -> Recipe:
     """What of the settings decides sizes."""
-    return Recipe(settings.model.to_config(), settings.objectives, settings.data.max_text_tokens)
+    return Recipe(settings.model.to_config(), settings.objectives, settings.data.max_text_tokens, settings.kernels)
 
 
 def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> Figures:
@@ -196,7 +196,10 @@ def make_plan(settings: PlanConfig, machine: Machine, ds_config: str | None) -> 
     recipe = recipe_of(settings)
     sizes = model_sizes(build_on_meta(recipe.model))
     costs: dict[torch.dtype, dict[bool, StepCost]] = {
-        dtype: {on: trace_step(recipe.model, recipe.objectives, recipe.num_tokens, dtype, on) for on in (False, True)}
+        dtype: {
+            on: trace_step(recipe.model, recipe.objectives, recipe.num_tokens, dtype, on, recipe.kernels)
+            for on in (False, True)
+        }
         for dtype in {sharding.dtype for sharding in suited.values()}
     }
     checkpointing = training.activation_checkpointing

@@ -14,6 +14,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import ModelArgs, set_initial_weights, settle_tokens, tokenizer_faults
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -37,6 +38,7 @@ class PretrainConfig:
     objectives: ObjectivesArgs = field(default_factory=ObjectivesArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     training: TrainingArgs = field(default_factory=TrainingArgs)
+    kernels: KernelArgs = field(default_factory=KernelArgs)
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
 
     def faults(self) -> list[str]:
@@ -76,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
     set_initial_weights(model, settings.model, settings.run.seed)
     task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
-    prepare_layers(model, settings.training.activation_checkpointing, settings.training.compile_towers)
+    training = settings.training
+    prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)
     run.resume(engine)
 

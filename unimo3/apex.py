@@ -3,10 +3,31 @@
 Source: https://github.com/NVIDIA/apex; the index's ``apex`` is a Pyramid web toolkit.
 """
 
+import functools
+import importlib
 import importlib.util
 import logging
 
+import torch
+
 log = logging.getLogger(__name__)
+
+# Modules that apex's build makes on request only.
+OPTIMIZER_EXTENSION, NORM_EXTENSION = "amp_C", "fused_layer_norm_cuda"
+
+
+@functools.cache
+def missing_apex(extension: str) -> str:
+    """Why apex's kernels of an extension cannot be used here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "NVIDIA's apex runs on GPUs, and there is none here"
+    if importlib.util.find_spec("apex") is None or wrong_apex_installed():
+        return "NVIDIA's apex is not installed"
+    try:
+        importlib.import_module(extension)
+    except ImportError as error:  # also of one that was built for another torch
+        return f"NVIDIA's apex lacks its CUDA extension {extension} ({error}); build it with APEX_CUDA_EXT=1"
+    return ""
 
 
 def wrong_apex_installed() -> bool:

@@ -75,6 +75,9 @@ def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
     torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - dropout_p)), atol=1e-3, rtol=0)
     deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
     assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    # Samples and heads draw for themselves.
+    first, *others = kept.flatten(0, 1)
+    assert all((first != other).any() for other in others)
     torch.manual_seed(seed)
     found = attend(q, k, v, gate, mask, dropout_p)
     assert_close_to_formula(q, k, v, gate, mask, found, kept.double() / (1 - dropout_p))

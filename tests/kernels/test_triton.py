@@ -1,6 +1,7 @@
 """The Triton kernels against the formula in float64, run by triton's interpreter where there is no GPU."""
 
 import itertools
+import logging
 import random
 
 import pytest
@@ -17,6 +18,8 @@ from tests.kernels.formula import (
     transposed,
 )
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
+from unimo3.kernels.cross_layer_attention.blocks import SHORT_LENGTH, blocks_for, entry
+from unimo3.kernels.cross_layer_attention.trial import triton_works
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's product of bfloat16 is wrong (triton 3.9).
@@ -148,3 +151,58 @@ def test_under_autocast_it_takes_what_the_projections_give():
     assert out.dtype == torch.float16
     out.float().sum().backward()
     assert projection.weight.grad.isfinite().all()
+
+
+def test_the_trial_passes_and_leaves_generators_alone(caplog):
+    caplog.set_level(logging.INFO)
+    before = torch.get_rng_state()
+    triton_works.cache_clear()
+    assert triton_works(torch.device(DEVICE), torch.float32, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "passed their trial with torch.float32, width 32" in caplog.text
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is wrong in triton's interpreter alone")
+def test_wrong_results_and_failures_are_found_by_the_trial(caplog):
+    triton_works.cache_clear()
+    assert not triton_works(torch.device("cpu"), torch.bfloat16, 32)
+    assert "of its largest value off" in caplog.text
+    assert not triton_works(torch.device("cpu"), torch.float32, 0)
+    assert "they do not run" in caplog.text
+
+
+def test_a_trial_inside_a_checkpointed_layer_is_not_taken_for_a_part_of_it():
+    q, k, v, gate, mask = on_device(draw((1, 2, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32))
+
+    def layer(*inputs):
+        assert triton_works(inputs[0].device, torch.float32, 32)
+        return attend(*inputs)
+
+    triton_works.cache_clear()
+    out = checkpoint(layer, q, k, v, gate, mask, use_reentrant=False)
+    expected = attend(q, k, v, gate, mask)
+    for found, wanted in zip(gradients(out, [q, *k]), gradients(expected, [q, *k]), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_blocks_timed_on_the_machine_compute_the_same(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    inputs = on_device(draw((1, 1, 9, 11, 32, 2), masked=True, gated=True, dtype=torch.float32))
+    monkeypatch.setenv("UNIMO3_AUTOTUNE", "1")
+    assert_close_to_formula(*inputs, attend(*inputs))
+    # One line a kernel, at the first call alone.
+    lines = [record.message for record in caplog.records if "num_warps" in record.message]
+    assert [line.split(":")[0] for line in lines] == ["forward", "backward_query", "backward_key"]
+    attend(*inputs)
+    assert len([record for record in caplog.records if "num_warps" in record.message]) == 3
+
+
+def test_the_table_of_blocks_knows_lengths_dtypes_and_capabilities():
+    assert entry("forward", torch.float16, 64, SHORT_LENGTH, 90).queries == SHORT_LENGTH
+    assert entry("forward", torch.bfloat16, 64, SHORT_LENGTH + 1, 90).queries == 64
+    assert entry("backward_key", torch.float16, 64, SHORT_LENGTH + 1, 90).keys == 64
+    # Heads of 96 are padded to 128; float32 has entries of its own.
+    assert entry("backward_query", torch.float16, 96, 50, 90) == entry("backward_query", torch.float16, 128, 50, 90)
+    assert entry("forward", torch.float32, 128, 50, 80) != entry("forward", torch.float16, 128, 50, 80)
+    q = torch.empty(1, 1, 50, 64, dtype=torch.float16, device=DEVICE)
+    assert blocks_for("backward_key", q, longest=20).keys == SHORT_LENGTH

@@ -154,6 +154,7 @@ class CrossLayerAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gate = LevelGate(config, num_levels) if num_levels > 1 and config.gate != "uniform" else None
+        self.impl: str | None = None  # of the kernel; None: by the device
 
     def forward(
         self, h: Tensor, levels: Sequence[KeyValue], padding_mask: Tensor | None
@@ -167,6 +168,7 @@ class CrossLayerAttention(nn.Module):
             gate,
             padding_mask,
             self.attention_dropout if self.training else 0.0,
+            self.impl,
         )
         return self.norm(h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))), gate
 

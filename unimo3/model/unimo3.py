@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrai
 from transformers.utils import ModelOutput
 
 from unimo3.errors import ConfigError
+from unimo3.model.attention import CrossLayerAttention
 from unimo3.model.config import Unimo3Config
 from unimo3.model.fusion import FusionEncoder, FusionOutput
 from unimo3.model.heads import ItcHead, ItcOutput, ItmHead, MlmHead
@@ -156,6 +157,12 @@ class Unimo3Model(Unimo3PreTrainedModel):
         text = self.text_pooler(fused.text[:, 0])
         image = self.image_pooler(fused.image[:, 0])
         return torch.cat([text, image], dim=-1).tanh()
+
+    def use_attention_kernel(self, impl: str | None) -> None:
+        """Run all cross-layer attention by one implementation; see `cross_layer_attention` for their names."""
+        for module in self.modules():
+            if isinstance(module, CrossLayerAttention):
+                module.impl = impl
 
     def compile_towers(self) -> None:
         """Compile both towers in place with ``torch.compile``; parameters keep their names."""

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from unimo3.errors import ConfigError
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, build_optimizer
 
@@ -114,8 +115,17 @@ def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrai
     return model
 
 
-def prepare_layers(model: Unimo3PreTrainedModel, activation_checkpointing: bool, compile_towers: bool) -> None:
-    """Choose how layers run, before the engine is built around the model."""
+def prepare_layers(
+    model: Unimo3PreTrainedModel, kernels: KernelArgs, activation_checkpointing: bool, compile_towers: bool
+) -> None:
+    """Choose how layers run, before the engine is built around the model.
+
+    Raises:
+        ConfigError: a kernel asked for does not serve the model or this machine.
+    """
+    width = model.config.hidden_size // model.config.num_attention_heads
+    cast(Unimo3Model, model.unimo3).use_attention_kernel(kernels.attention_impl(width))
+    kernels.choose_layer_norm(model)
     if activation_checkpointing:
         model.activation_checkpointing_enable()
     if compile_towers:
@@ -130,11 +140,18 @@ def build_engine(
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
     """
+    optimizer = build_optimizer(model, optim, offloads_optimizer(ds_config))
     try:
-        engine, _, _, _ = deepspeed.initialize(model=task, optimizer=build_optimizer(model, optim), config=ds_config)
+        engine, _, _, _ = deepspeed.initialize(model=task, optimizer=optimizer, config=ds_config)
     except (deepspeed.runtime.config.DeepSpeedConfigError, ValueError) as error:
         raise ConfigError(f"training.ds_config: DeepSpeed refuses it: {error}") from error
     return engine
+
+
+def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
+    """Whether a ds_config keeps the optimizer's state outside the GPU."""
+    section = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
 
 
 def _zero_faults(section: dict[str, Any]) -> list[str]:

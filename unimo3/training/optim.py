@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
+from unimo3.training.adam import Fused, build_adam
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class OptimArgs:
     """Share of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    fused: Fused = "auto"
+    """Whose fused kernels run the update. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's CPUAdam where the
+    ds_config offloads the optimizer or there is no GPU, else its FusedAdam; both are compiled when first used. torch:
+    torch's own. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
 
     def faults(self) -> list[str]:
         """Say what is wrong with these settings, one line a fault."""
@@ -68,12 +73,14 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["peak_lr"] * share
 
 
-def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`.
+def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs, offloaded: bool = False) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, by the implementation `args` asks for.
 
-    torch's own implementation: it needs no compiler at start-up and takes ZeRO's flat partitions as they are.
+    Args:
+        offloaded: the optimizer's state lies in main memory while the model is on a GPU.
     """
-    return torch.optim.AdamW(parameter_groups(model, args), betas=(args.beta1, args.beta2), eps=args.eps)
+    groups = parameter_groups(model, args)
+    return build_adam(groups, (args.beta1, args.beta2), args.eps, args.fused, offloaded)
 
 
 def parameter_groups(model: Unimo3PreTrainedModel, args: OptimArgs) -> list[dict]:

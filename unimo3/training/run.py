@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 # Settings that may change when a run is taken up again: they alter how it runs, not what it computes. What lies at
 # data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows.
 FREE_SETTINGS = (
-    "run.dir", "checkpoint.", "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config",
+    "run.dir", "checkpoint.", "kernels.", "optim.fused",
+    "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.ledger", "data.max_bad_share",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unimo3.kernels.cross_layer_attention import native
 from unimo3.kernels.cross_layer_attention.reference import cross_layer_attention_reference
+from unimo3.kernels.cross_layer_attention.trial import triton_works
 
 __all__ = ["cross_layer_attention", "cross_layer_attention_reference"]
 
@@ -40,9 +41,9 @@ def cross_layer_attention(
         key_padding_mask: [B, V], True where a key may be read, the same for all levels; or one [B, V_i] a level. A
             level of which a sample has no readable key adds zeros.
         dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
-        impl: ``native``, the C++ kernel for float32 on CPUs; ``reference``, for everything; ``triton``, for CUDA
-            tensors of head width 32, 64, 96 or 128 (CPU tensors under TRITON_INTERPRET=1). None: ``native`` where it
-            serves, else ``reference``: the Triton kernels have been run by triton's interpreter alone, on no GPU.
+        impl: ``triton``, for CUDA tensors of head width 32, 64, 96 or 128 (CPU tensors under TRITON_INTERPRET=1);
+            ``native``, the C++ kernel for float32 on CPUs; ``reference``, for everything. None: by the device, the
+            first of these that serves; ``triton`` after a trial on the GPU at hand.
 
     Returns:
         [B, H, T, d] in q's dtype.
@@ -71,7 +72,13 @@ def _choose(impl: str | None, q: Tensor) -> str:
     if impl not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"impl: '{impl}'; one of {', '.join(IMPLEMENTATIONS)} is served")
     if impl is None:
-        return "native" if native.serves(q) else "reference"
+        if native.serves(q):
+            return "native"
+        return (
+            "triton"
+            if q.is_cuda and _triton_serves(q) and triton_works(q.device, q.dtype, q.shape[-1])
+            else "reference"
+        )
     serving = {"triton": _triton_serves, "native": native.serves, "reference": lambda q: True}
     if not serving[impl](q):
         needed = {
@@ -83,8 +90,14 @@ def _choose(impl: str | None, q: Tensor) -> str:
     return impl
 
 
+def interprets_triton() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_serves(q: Tensor) -> bool:
-    runs = q.is_cuda or (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    # On the meta device there is nothing to run.
+    runs = q.is_cuda or q.is_meta or (q.device.type == "cpu" and interprets_triton())
     return runs and q.dtype in DTYPES and q.shape[-1] in HEAD_WIDTHS
 
 

@@ -26,10 +26,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _kept(seed, pair, t, v, num_queries, num_keys, dropout_p):
+def _kept(seed, pair, t, v, num_keys, dropout_p):
     """Dropout's mask over 1 - p for queries t and keys v of a (sample, head) pair: a function of the place alone."""
-    place = (pair * num_queries + t) * num_keys + v
-    return tl.where(tl.rand(seed, place) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+    # The pair has a counter of its own: 64-bit counters would take twice the registers.
+    drawn, _, _, _ = tl.philox(seed, t * num_keys + v, pair.to(tl.int32), 0, 0)
+    return tl.where(tl.uint_to_uniform_float(drawn) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def cross_layer_attention_fwd_kernel(
             shrunk = tl.exp2(most - base)
             total = total * shrunk + tl.sum(weights, 1)
             if DROPOUT:
-                weights *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], num_queries, longest, dropout_p)
+                weights *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], longest, dropout_p)
             mixed = tl.dot(weights.to(values.dtype), values, acc=mixed * shrunk[:, None], input_precision=PRECISION)
             most = new_most
         some = total > 0
@@ -178,7 +179,7 @@ def cross_layer_attention_bwd_query_kernel(
             weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
             slope = tl.dot(slopes, tl.trans(values), input_precision=PRECISION)
             if DROPOUT:
-                slope *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], num_queries, longest, dropout_p)
+                slope *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], longest, dropout_p)
             if first == 0:
                 weight = tl.sum(weights, 1)
                 centre = tl.sum(weights * slope, 1) / tl.where(weight > 0, weight, 1.0)
@@ -238,7 +239,7 @@ def cross_layer_attention_bwd_key_kernel(
             gated = weights * shares[None, :]
             mixed = gated
             if DROPOUT:
-                kept = _kept(tl.load(seed), pair, t[None, :], rows[:, None], num_queries, longest, dropout_p)
+                kept = _kept(tl.load(seed), pair, t[None, :], rows[:, None], longest, dropout_p)
                 slope *= kept
                 mixed = gated * kept
             grad_value = tl.dot(mixed.to(slopes.dtype), slopes, acc=grad_value, input_precision=PRECISION)

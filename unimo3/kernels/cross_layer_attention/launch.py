@@ -1,21 +1,49 @@
-"""The Triton kernels, launched.
+"""The Triton kernels, launched: with the blocks of the table, or with those that are fastest on the GPU at hand.
 
-Source: kernel.py for what runs, op.py for how torch sees it.
+``UNIMO3_AUTOTUNE=1`` has triton time every candidate at the first call of each kind and keep the result in its cache.
+Lengths up to the same power of two share a result. A run that tunes anew may take other blocks, and so other roundings:
+leave it off where runs are to be equal bit for bit.
+
+Source: kernel.py for what runs, op.py for how torch sees it; triton.autotune.
 """
 
+import functools
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention.blocks import Blocks, blocks_for
+from unimo3.kernels.cross_layer_attention.blocks import KERNELS, blocks_for
 from unimo3.kernels.cross_layer_attention.kernel import (
     cross_layer_attention_bwd_key_kernel,
     cross_layer_attention_bwd_query_kernel,
     cross_layer_attention_fwd_kernel,
 )
 from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, dense_rows, make_operator
+
+log = logging.getLogger(__name__)
+
+# Multiply and add in one instruction, whatever triton's version takes for its default.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+AUTOTUNE = "UNIMO3_AUTOTUNE"
+_FUNCTIONS = dict(
+    zip(
+        KERNELS,
+        (
+            cross_layer_attention_fwd_kernel,
+            cross_layer_attention_bwd_query_kernel,
+            cross_layer_attention_bwd_key_kernel,
+        ),
+        strict=True,
+    )
+)
 
 
 class _Call:
@@ -39,6 +67,7 @@ class _Call:
         )
         lengths, scale = tuple(key.shape[2] for key in keys), q.shape[-1] ** -0.5
         self.sizes = (lengths, inputs.longest, q.shape[1], q.shape[2], scale, seed, inputs.dropout_p)
+        self._inputs = inputs
         self._switches = {
             "LEVELS": levels,
             "WIDTH": q.shape[-1],
@@ -50,34 +79,65 @@ class _Call:
             "PRECISION": "ieee",
         }
 
-    def constants(self, blocks: Blocks) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        return self._switches | {
-            "BLOCK_T": blocks.queries,
-            "BLOCK_V": blocks.keys,
-            "num_warps": blocks.warps,
-            "num_stages": blocks.stages,
-        }
+    def launch(self, name: str, *arguments: Any) -> None:
+        """Run a kernel of `KERNELS`, a program a block of queries, or of keys for ``backward_key``."""
+        queries, longest = self._inputs.q.shape[2], self._inputs.longest
+
+        def grid(constants: dict[str, Any]) -> tuple[int, int]:
+            if name == "backward_key":
+                return triton.cdiv(longest, constants["BLOCK_V"]), self.pairs
+            return triton.cdiv(queries, constants["BLOCK_T"]), self.pairs
+
+        if os.environ.get(AUTOTUNE) == "1":
+            tuner = _tuner(name, triton.next_power_of_2(queries), triton.next_power_of_2(longest))
+            known = len(tuner.cache)
+            tuner[grid](*arguments, *self.sizes, **self._switches)
+            if len(tuner.cache) > known:
+                log.info("%s: T %d, V %d, %s: %s", name, queries, longest, self._switches, tuner.best_config)
+            return
+        blocks = blocks_for(name, self._inputs.q, longest)
+        _FUNCTIONS[name][grid](
+            *arguments, *self.sizes, **self._switches, BLOCK_T=blocks.queries, BLOCK_V=blocks.keys,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+
+@functools.cache
+def _tuner(name: str, queries: int, longest: int) -> Any:
+    """A kernel that times its candidates; one for each kernel and power of two that holds the lengths."""
+    sizes = [size for size in (32, 64, 128) if size <= max(64, queries, longest)]
+    candidates = [
+        triton.Config({"BLOCK_T": block_t, "BLOCK_V": block_v}, num_warps=warps, num_stages=stages)
+        for block_t, block_v, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3))
+    ]
+    # What a kernel is compiled for; triton adds the dtypes.
+    key = ["LEVELS", "WIDTH", "HAS_GATE", "HAS_MASK", "DROPOUT"]
+    timing = {} if torch.cuda.is_available() else {"do_bench": _wall_time}
+    return triton.autotune(candidates, key=key, cache_results=True, **timing)(_FUNCTIONS[name])
+
+
+def _wall_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    """Of one call in triton's interpreter, for each quantile."""
+    start = time.perf_counter()
+    call()
+    return [time.perf_counter() - start] * len(quantiles)
 
 
 def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
-    call, blocks = _Call(inputs), blocks_for("forward", inputs.q)
-    cross_layer_attention_fwd_kernel[triton.cdiv(inputs.q.shape[2], blocks.queries), call.pairs](
-        *call.tensors, *outputs, *call.strides, outputs.out.stride(), *call.sizes, **call.constants(blocks)
-    )
+    call = _Call(inputs)
+    call.launch("forward", *call.tensors, *outputs, *call.strides, outputs.out.stride())
 
 
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
-    call, blocks = _Call(inputs), blocks_for("backward_query", inputs.q)
-    cross_layer_attention_bwd_query_kernel[triton.cdiv(inputs.q.shape[2], blocks.queries), call.pairs](
-        *call.tensors, grad_out, lse, grads.q, grads.offsets,
-        *call.strides, grad_out.stride(), grads.q.stride(), *call.sizes, **call.constants(blocks),
+    call = _Call(inputs)
+    call.launch(
+        "backward_query", *call.tensors, grad_out, lse, grads.q, grads.offsets,
+        *call.strides, grad_out.stride(), grads.q.stride(),
     )  # fmt: skip
     if inputs.longest:
-        blocks = blocks_for("backward_key", inputs.q)
-        cross_layer_attention_bwd_key_kernel[triton.cdiv(inputs.longest, blocks.keys), call.pairs](
-            *call.tensors, grad_out, lse, grads.offsets, tuple(grads.k), tuple(grads.v),
-            *call.strides, grad_out.stride(), *call.sizes, **call.constants(blocks),
+        call.launch(
+            "backward_key", *call.tensors, grad_out, lse, grads.offsets, tuple(grads.k), tuple(grads.v),
+            *call.strides, grad_out.stride(),
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@
   memory-efficient one.
 - Dropout keeps a mask of one byte an element.
 
-Cross-layer attention runs in its plain operations on a GPU too, and keeps their weights.
+Cross-layer attention is an operator of ours, whose kernel for GPUs has shapes of its own.
 
 What asks for values is answered so that the general case is counted: texts are padded, negatives are drawn from equal
 similarities.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.config import Unimo3Config
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.training.plan.memory import model_sizes
@@ -20,6 +21,7 @@ class Recipe:
     model: Unimo3Config
     objectives: ObjectivesArgs
     num_tokens: int
+    kernels: KernelArgs
 
 
 def sizes_table(recipes: dict[str, Recipe]) -> str:
@@ -33,7 +35,7 @@ def sizes_table(recipes: dict[str, Recipe]) -> str:
     ]
     for name, recipe in recipes.items():
         sizes = model_sizes(build_on_meta(recipe.model))
-        cost = trace_step(recipe.model, recipe.objectives, recipe.num_tokens, torch.bfloat16, False)
+        cost = trace_step(recipe.model, recipe.objectives, recipe.num_tokens, torch.bfloat16, False, recipe.kernels)
         counts = " | ".join(f"{count:,}" for count in [*sizes.roles.values(), sizes.total])
         lines.append(f"| `{name}` | {counts} | {cost.forward_flops / 1e9:.4g} | {cost.flops / 1e9:.4g} |")
     return "\n".join(lines)

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from unimo3.data.masking import IGNORED
+from unimo3.kernels.args import KernelArgs
+from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS
 from unimo3.model.config import Unimo3Config
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
@@ -69,15 +71,22 @@ def trace_step(
     num_tokens: int,
     dtype: torch.dtype,
     activation_checkpointing: bool,
+    kernels: KernelArgs | None = None,
 ) -> StepCost:
     """Run a training step without values.
 
     Args:
         num_tokens: T; texts are counted at full length.
         dtype: of the weights in the step.
+        kernels: which the run is to use; by default what a GPU uses.
     """
     model = build_on_meta(config, dtype)
-    prepare_layers(model, activation_checkpointing, compile_towers=False)
+    # apex's layer norm keeps what torch's does.
+    plain = KernelArgs(cross_layer_attention="reference", layer_norm="torch")
+    prepare_layers(model, plain, activation_checkpointing, compile_towers=False)
+    serves = config.hidden_size // config.num_attention_heads in HEAD_WIDTHS
+    if serves and (kernels or KernelArgs()).cross_layer_attention != "reference":
+        model.unimo3.use_attention_kernel("triton")
     task = PretrainingTask(model, objectives.build(seed=0)).train()
     for parameter in model.parameters():
         # ZeRO moves a gradient on as soon as it is complete.

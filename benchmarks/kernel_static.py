@@ -1,0 +1,303 @@
+"""What the Triton kernels are compiled to, with no GPU at hand: registers, spills, shared memory, matrix instructions.
+
+Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0 and 10.0, with what costs most: seven
+levels, gate, padding and dropout. Figures are read from the machine code.
+
+Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Compiled, not interpreted; read when the kernels are defined.
+os.environ["TRITON_INTERPRET"] = "0"
+# As launch.py has it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+import unimo3  # noqa: F401  (it makes torchvision importable)
+from benchmarks.report import ROOT, usable_cores, write_report
+from unimo3.errors import CommandParser, exit_with_status
+from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS, kernel
+from unimo3.kernels.cross_layer_attention.blocks import CAPABILITIES, KERNELS, SHORT_LENGTH, WIDTHS, Blocks, entry
+
+LEVELS = 7
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Shared memory: of a block, where 80 stands for all of 8.x; of a multiprocessor. CUDA keeps 1 KiB a block.
+BLOCK_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SM_BYTES = {80: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+SM_REGISTERS, SM_WARPS, SM_BLOCKS, MIN_WARPS = 65536, 64, 32, 8
+_FUNCTIONS = {
+    "forward": kernel.cross_layer_attention_fwd_kernel,
+    "backward_query": kernel.cross_layer_attention_bwd_query_kernel,
+    "backward_key": kernel.cross_layer_attention_bwd_key_kernel,
+}
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel to compile: for a dtype (as in `TYPES`), head width, compute capability and blocks."""
+
+    kernel: str
+    dtype: str
+    width: int
+    capability: int
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        local_bytes: of a thread: what did not fit its registers.
+        shared_bytes: of a block of threads.
+        matrix_instructions: in the machine code, for tensor cores.
+    """
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+
+    def resident_warps(self, capability: int, warps: int) -> int:
+        """Warps a multiprocessor holds at once; registers are given out by 256 a warp."""
+        warp_registers = -(-self.registers * 32 // 256) * 256
+        blocks = min(
+            SM_REGISTERS // (warp_registers * warps),
+            SM_BYTES[capability] // (self.shared_bytes + 1024),
+            SM_WARPS // warps,
+            SM_BLOCKS,
+        )
+        return blocks * warps
+
+    def fits(self, build: Build) -> bool:
+        """Whether nothing spills, the shared memory is there, and enough warps are resident to hide latencies."""
+        return (
+            self.local_bytes == 0
+            and self.shared_bytes <= BLOCK_BYTES[build.capability]
+            and self.resident_warps(build.capability, build.blocks.warps) >= MIN_WARPS
+        )
+
+
+def table_builds() -> list[Build]:
+    """Every entry of the table, for each head width and dtype it serves."""
+    found = {
+        Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability)): None
+        for capability, dtype, width, name, length in itertools.product(
+            CAPABILITIES, TYPES, HEAD_WIDTHS, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
+        )
+    }
+    return list(found)
+
+
+def compile_build(build: Build) -> Any:
+    """Compile it as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
+    fn = _FUNCTIONS[build.kernel]
+    constants = {
+        "LEVELS": LEVELS, "WIDTH": build.width, "BLOCK_T": build.blocks.queries, "BLOCK_V": build.blocks.keys,
+        "BLOCK_D": triton.next_power_of_2(build.width), "HAS_GATE": True, "HAS_MASK": True, "DROPOUT": True,
+        "PRECISION": "ieee",
+    }  # fmt: skip
+    pointer = f"*{build.dtype}"
+    by_level = {
+        **dict.fromkeys(("ks", "vs", "grad_ks", "grad_vs"), (pointer,) * LEVELS),
+        **dict.fromkeys(("k_strides", "v_strides"), (("i32",) * 4,) * LEVELS),
+        "masks": ("*u8",) * LEVELS,
+        **dict.fromkeys(("mask_strides", "lengths"), ("i32",) * LEVELS),
+    }
+    plain = {
+        **dict.fromkeys(("q", "out", "grad_out", "grad_q"), pointer),
+        **dict.fromkeys(("gate", "lse", "offsets"), "*fp32"),
+        **dict.fromkeys(
+            ("q_strides", "gate_strides", "out_strides", "grad_out_strides", "grad_q_strides"), ("i32",) * 4
+        ),
+        **dict.fromkeys(("scale", "dropout_p"), "fp32"),
+        **dict.fromkeys(("longest", "num_heads", "num_queries"), "i32"),
+        "seed": "*i64",
+    }
+    signature = {name: (by_level | plain).get(name, "constexpr") for name in fn.arg_names}
+    even = [["tt.divisibility", 16]]
+    attributes: dict[tuple[int, ...], list] = {}
+    for place, name in enumerate(fn.arg_names):
+        kind = signature[name]
+        if name in ("ks", "vs", "grad_ks", "grad_vs"):
+            attributes |= {(place, level): even for level in range(LEVELS)}
+        elif name in ("k_strides", "v_strides"):
+            attributes |= {(place, level, axis): even for level in range(LEVELS) for axis in range(3)}
+        elif name.endswith("_strides") and name not in ("gate_strides", "mask_strides"):
+            attributes |= {(place, axis): even for axis in range(3)}
+        elif isinstance(kind, str) and kind.startswith("*"):
+            attributes[place,] = even
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": build.blocks.warps, "num_stages": build.blocks.stages}
+    return triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
+
+
+def measure(build: Build) -> Resources | None:
+    """Compile, and read the machine code; None where the compiler gives up."""
+    try:
+        compiled = compile_build(build)
+    except triton.runtime.errors.PTXASError:
+        return None
+    tools = Path(nvidia.__file__).parent / "bin"
+
+    def read(tool: str, *options: str) -> str:
+        return subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = read("cuobjdump", "--dump-resource-usage")
+        code = read("nvdisasm", "-c")
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
+    count = len(_MATRIX_INSTRUCTION.findall(code))
+    return Resources(found["REG"], found["LOCAL"] + found["STACK"], compiled.metadata.shared, count)
+
+
+def measure_all(builds: list[Build], what: str) -> dict[Build, Resources | None]:
+    """Each build's resources, by as many processes as there are cores."""
+    with ProcessPoolExecutor(usable_cores()) as pool:
+        done = tqdm(pool.map(measure, builds), total=len(builds), desc=what, disable=None)
+        return dict(zip(builds, done, strict=True))
+
+
+def candidates(name: str, dtypes: Sequence[str], width: int, capabilities: Sequence[int]) -> dict[Blocks, list[Build]]:
+    """Blocks that `best` chooses from, each with all builds that it would serve.
+
+    Args:
+        width: one of `WIDTHS`; heads that are padded to it are served.
+    """
+    sizes = (16, 32, 64) if "fp32" in dtypes else (32, 64)
+    served = [head for head in HEAD_WIDTHS if triton.next_power_of_2(head) == width]
+    return {
+        blocks: [
+            Build(name, dtype, head, capability, blocks)
+            for dtype, head, capability in itertools.product(dtypes, served, capabilities)
+        ]
+        for blocks in itertools.starmap(Blocks, itertools.product(sizes, sizes, (4, 8), (2,)))
+        # Larger ones spill in float32.
+        if "fp32" not in dtypes or 512 <= blocks.queries * blocks.keys <= 2048
+    }
+
+
+def best(name: str, measured: dict[Blocks, list[tuple[Build, Resources]]], owned: int | None) -> Blocks | None:
+    """The largest of blocks that fit; then the most warps resident; then the fewest registers.
+
+    Args:
+        measured: by `blocks`, what it takes of each build it would serve; none where one does not fit.
+        owned: size of the block a program owns, if there is one of that size; else any, but none above it.
+    """
+
+    def own(blocks: Blocks) -> int:
+        return blocks.keys if name == "backward_key" else blocks.queries
+
+    def rank(blocks: Blocks) -> tuple[int, int, int]:
+        registers = max(found.registers for _, found in measured[blocks])
+        resident = min(found.resident_warps(build.capability, blocks.warps) for build, found in measured[blocks])
+        return blocks.queries * blocks.keys, resident, -registers
+
+    fitting = [blocks for blocks in measured if measured[blocks]]
+    if owned:
+        fitting = [blocks for blocks in fitting if own(blocks) == owned] or [
+            blocks for blocks in fitting if own(blocks) < owned
+        ]
+    return max(fitting, key=rank, default=None)
+
+
+def search() -> None:
+    """Print the entries that the rule of `best` gives, as they stand in blocks.py."""
+    groups: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
+        *((("fp16", "bf16"), (capability,)) for capability in CAPABILITIES),
+        (("fp32",), CAPABILITIES),
+    ]
+    for (dtypes, capabilities), name, width in itertools.product(groups, KERNELS, WIDTHS):
+        builds = candidates(name, dtypes, width, capabilities)
+        flat = measure_all(list(itertools.chain(*builds.values())), f"{dtypes} {capabilities} {name} {width}")
+        measured: dict[Blocks, list[tuple[Build, Resources]]] = {}
+        for blocks, served in builds.items():
+            fitting = [(build, found) for build in served if (found := flat[build]) and found.fits(build)]
+            measured[blocks] = fitting if len(fitting) == len(served) else []
+        owned = (None,) if dtypes == ("fp32",) else (SHORT_LENGTH, 64)
+        chosen = ", ".join(str(best(name, measured, size)) for size in owned)
+        print(f"{dtypes} {capabilities} {(name, width)}: {chosen}", flush=True)
+
+
+def table(measured: dict[Build, Resources]) -> str:
+    """The result in markdown."""
+    lines = []
+    for capability in CAPABILITIES:
+        lines += [
+            f"## sm_{capability}",
+            "",
+            "| kernel | dtype | head width | queries x keys | warps | registers | spilled bytes | shared bytes | "
+            "matrix instructions | resident warps |",
+            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for build, found in measured.items():
+            if build.capability == capability:
+                blocks, resident = build.blocks, found.resident_warps(capability, build.blocks.warps)
+                lines.append(
+                    f"| {build.kernel} | {build.dtype} | {build.width} | {blocks.queries} x {blocks.keys} | "
+                    f"{blocks.warps} | {found.registers} | {found.local_bytes} | {found.shared_bytes:,} | "
+                    f"{found.matrix_instructions} | {resident} |"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
+{LEVELS} levels, gate, padding and dropout. Registers and spilled bytes are of a thread, shared bytes of a block of
+threads. Resident warps are what registers and shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x
+the shared memory is that of 8.6 and 8.9, {BLOCK_BYTES[80]:,} bytes a block. Float32 is multiplied without tensor cores,
+so as not to be cut to TF32.
+"""
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Compile the table and write what came of it."""
+    parser = CommandParser(prog="python benchmarks/kernel_static.py", description=__doc__)
+    parser.add_argument("--search", action="store_true", help="find the table's entries anew, in about 20 minutes")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
+        help="report to write (default: %(default)s)",
+    )  # fmt: skip
+    args: argparse.Namespace = parser.parse_args(argv)
+    if args.search:
+        search()
+        return
+    measured = measure_all(table_builds(), "compiling")
+    if args.json:
+        rows = (asdict(build) | (asdict(found) if found else {}) for build, found in measured.items())
+        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    good = {build: found for build, found in measured.items() if found}
+    if failed := [build for build in measured if build not in good or not good[build].fits(build)]:
+        raise SystemExit("\n".join(f"does not fit: {build}: {measured[build]}" for build in failed))
+    write_report(args.out, "The Triton kernels' machine code", INTRODUCTION + "\n" + table(good))
+
+
+if __name__ == "__main__":
+    main()

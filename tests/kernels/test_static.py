@@ -1,0 +1,75 @@
+"""What the Triton kernels are compiled to, for GPUs this machine need not have."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The most a block of threads may have, of the smallest chip of its kind (8.6 and 8.9 among 8.x).
+SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
+
+
+def run(*command):
+    """In a process of its own: in this one, triton interprets."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Every entry of the table of blocks, compiled: two minutes on two cores where triton's cache has none of it."""
+    path = tmp_path_factory.mktemp("static") / "rows.jsonl"
+    run("benchmarks/kernel_static.py", "--json", path)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.integration
+def test_the_whole_table_is_compiled_without_spills_and_within_shared_memory(rows):
+    kinds = itertools.product(
+        ("forward", "backward_query", "backward_key"), ("fp16", "bf16", "fp32"), (32, 64, 96, 128), SHARED_BYTES
+    )
+    assert {(row["kernel"], row["dtype"], row["width"], row["capability"]) for row in rows} == set(kinds)
+    spilling = [row for row in rows if row["local_bytes"]]
+    assert spilling == []
+    too_large = [row for row in rows if row["shared_bytes"] > SHARED_BYTES[row["capability"]]]
+    assert too_large == []
+
+
+@pytest.mark.integration
+def test_half_types_run_on_tensor_cores(rows):
+    without = [row for row in rows if row["dtype"] != "fp32" and not row["matrix_instructions"]]
+    assert without == []
+    # Float32 must not be cut to TF32 by them.
+    assert [row for row in rows if row["dtype"] == "fp32" and row["matrix_instructions"]] == []
+
+
+SPILLING = """
+from benchmarks.kernel_static import Blocks, Build, measure
+build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
+found = measure(build)
+print(found.local_bytes, found.fits(build))
+"""
+
+
+@pytest.mark.integration
+def test_a_spill_is_seen():
+    local_bytes, fits = run("-c", SPILLING).stdout.split()
+    assert int(local_bytes) > 0
+    assert fits == "False"
+
+
+OCCUPANCY = """
+from benchmarks.kernel_static import Blocks, Resources, best
+def found(registers, shared_bytes=1024):
+    return Resources(registers, 0, shared_bytes, 1)
+print(found(128).resident_warps(90, 4), found(168).resident_warps(90, 4), found(255).resident_warps(90, 8),
+      found(32, 70_000).resident_warps(90, 4), found(32, 70_000).resident_warps(80, 4), found(24).resident_warps(90, 1))
+"""
+
+
+def test_resident_warps_are_bounded_by_registers_shared_memory_and_blocks():
+    # 65536 registers, by 256 a warp; 228 KiB (100 KiB on 8.6) less 1 KiB a block; 32 blocks.
+    assert run("-c", OCCUPANCY).stdout.split() == ["16", "12", "8", "12", "4", "32"]

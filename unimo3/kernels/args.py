@@ -1,0 +1,59 @@
+"""Which kernels a run uses, and their choice for the machine at hand."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from unimo3.apex import NORM_EXTENSION, missing_apex
+from unimo3.errors import ConfigError
+from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS, interprets_triton
+from unimo3.kernels.layer_norm import use_apex_layer_norm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KernelArgs:
+    """Fused kernels in place of PyTorch's own operations."""
+
+    cross_layer_attention: Literal["auto", "triton", "reference"] = "auto"
+    """triton: the fused kernels; reference: plain operations. auto: triton on a GPU, after a trial of it, and on CPUs
+    the C++ kernel; the reference where these do not serve."""
+    layer_norm: Literal["auto", "apex", "torch"] = "auto"
+    """apex: NVIDIA apex's FusedLayerNorm, in towers and fusion; torch: torch's own. auto: apex where it is installed
+    with its CUDA extensions and there is a GPU."""
+
+    def attention_impl(self, width: int) -> str | None:
+        """The `impl` of `cross_layer_attention` for heads of this width.
+
+        Raises:
+            ConfigError: the one asked for does not serve them, or not on this machine.
+        """
+        if self.cross_layer_attention == "auto":
+            return None
+        if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
+            raise ConfigError("kernels.cross_layer_attention: 'triton': runs on GPUs, and there is none here; use auto")
+        if self.cross_layer_attention == "triton" and width not in HEAD_WIDTHS:
+            raise ConfigError(
+                f"kernels.cross_layer_attention: 'triton': serves head widths {', '.join(map(str, HEAD_WIDTHS))}, and "
+                f"model.hidden_size / model.num_attention_heads is {width}; use auto, or other heads"
+            )
+        return self.cross_layer_attention
+
+    def choose_layer_norm(self, model: nn.Module) -> None:
+        """Give a model the layer norm that these settings name, and say so in the log.
+
+        Raises:
+            ConfigError: the one asked for cannot be had here.
+        """
+        missing = missing_apex(NORM_EXTENSION)
+        if self.layer_norm == "apex" and missing:
+            raise ConfigError(f"kernels.layer_norm: 'apex': {missing}; use auto or torch")
+        if self.layer_norm == "torch" or missing:
+            log.info("layer norm: torch's (kernels.layer_norm: %s)", self.layer_norm)
+        else:
+            count = use_apex_layer_norm(model)
+            log.info("layer norm: apex's, %d of them (kernels.layer_norm: %s)", count, self.layer_norm)

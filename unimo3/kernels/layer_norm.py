@@ -1,0 +1,42 @@
+"""Layer norm by NVIDIA apex's fused kernel, in place of torch's.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimensions, sums in float32
+
+Source: apex.normalization.fused_layer_norm; arXiv 1607.06450.
+"""
+
+from timm import layers
+from torch import Tensor, nn
+
+
+class ApexLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that runs apex's kernel; parameters and their names are the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., *normalized_shape] -> the same shape."""
+        if not input.is_cuda:
+            return super().forward(input)
+        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+        out: Tensor = fused_layer_norm_affine(input, self.weight, self.bias, self.normalized_shape, self.eps)
+        return out
+
+
+def use_apex_layer_norm(model: nn.Module) -> int:
+    """Let every layer norm of a model run apex's kernel, and return how many there are.
+
+    Args:
+        model: of torch's layers or timm's; a norm without weight or bias, which the kernel does not serve, stays as it
+            is.
+    """
+    # These classes alone: a further subclass may norm another dimension.
+    served = (nn.LayerNorm, layers.LayerNorm)
+    found = [
+        module
+        for module in model.modules()
+        if type(module) in served and module.weight is not None and module.bias is not None
+    ]
+    for module in found:
+        # The class alone changes: hooks, parameters and what ZeRO-3 knows of them stay.
+        module.__class__ = ApexLayerNorm
+    return len(found)
