@@ -265,7 +265,7 @@ class TrainingRun:
         optimizer = build_optimizer(model, optim)
         order = SampleOrder(samples.units_per_shard, self.seed, WINDOW_SHARDS)
         batch = self.settings.batch
-        batches = iter(TrainingLoader(samples, order, batch, batch, 0, 1, READER))
+        batches = iter(TrainingLoader([samples], order, batch, batch, 0, 1, READER))
         losses: list[float] = []
         seconds: list[float] = []
         started = shown = time.perf_counter()

@@ -55,6 +55,14 @@ class Case:
         return 4 * self.batch * self.heads * self.queries * self.keys * self.width * self.levels
 
     @property
+    def num_bytes(self) -> int:
+        """Of q, k, v, the result and their gradients, each moved once: the least that forward and backward can."""
+        own = self.queries * self.width
+        levels = 2 * self.keys * self.width * self.levels
+        # Forward reads q, k and v and writes the result; backward reads these and its gradient and writes three.
+        return self.batch * self.heads * self.dtype.itemsize * (5 * own + 3 * levels)
+
+    @property
     def label(self) -> str:
         """For a row of the table."""
         return (
@@ -167,6 +175,8 @@ class Timing:
 
 def measure(case: Case, names: tuple[str, ...], rounds: int, device: torch.device) -> dict[str, Timing]:
     """Time all contestants in turns, so that whatever else the machine does hits them alike."""
+    # A contestant is compiled for at most so many sizes, and runs plainly afterwards.
+    torch._dynamo.reset()
     inputs, grad = draw(case, device)
     leaves = [inputs["q"], inputs["gate"], *inputs["k"], *inputs["v"]]
     contestants = {name: build(name) for name in names}
@@ -176,10 +186,13 @@ def measure(case: Case, names: tuple[str, ...], rounds: int, device: torch.devic
         for name, attend in contestants.items():
             before = _start_memory(device)
             out, forward_s = _timed(lambda attend=attend: attend(**inputs), device)
-            _, backward_s = _timed(lambda out=out: torch.autograd.grad(out, leaves, grad), device)
+            grads, backward_s = _timed(lambda out=out: torch.autograd.grad(out, leaves, grad), device)
             if number >= NUM_WARM_UP:
                 seconds[name].append((forward_s, backward_s))
-                peaks[name] = None if before is None else torch.cuda.max_memory_allocated() - before
+                # What all must return is not counted.
+                due = sum(tensor.numel() * tensor.element_size() for tensor in (out, *grads))
+                peaks[name] = None if before is None else torch.cuda.max_memory_allocated() - before - due
+            del out, grads
     return {
         name: Timing(
             median(one for one, _ in taken), median(two for _, two in taken), median(map(sum, taken)), peaks[name]
@@ -222,8 +235,8 @@ def roof(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 def table(found: dict[Case, dict[str, Timing]]) -> str:
     """A row a case and contestant, and how many times the best other's speed ours has."""
     lines = [
-        "| case | | forward, ms | backward, ms | both, ms | TFLOP/s | extra memory, MiB | ours is |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| case | | forward, ms | backward, ms | both, ms | TFLOP/s | GB/s | extra memory, MiB | ours is |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case, timings in found.items():
         for name, timing in timings.items():
@@ -231,15 +244,20 @@ def table(found: dict[Case, dict[str, Timing]]) -> str:
             memory = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.1f}"
             rate = f"{3.5 * case.flops / timing.both_s / 1e12:.3f}"
             ratio = "" if name == OURS else f"{timing.both_s / timings[OURS].both_s:.2f} times as fast"
-            lines.append(f"| {case.label} | {name} | {' | '.join(times)} | {rate} | {memory} | {ratio} |")
+            moved = f"{case.num_bytes / timing.both_s / 1e9:.1f}"
+            lines.append(f"| {case.label} | {name} | {' | '.join(times)} | {rate} | {moved} | {memory} | {ratio} |")
     return "\n".join(lines)
 
 
 METHOD = """\
+S levels, T queries, V keys a level. separate: S calls of scaled_dot_product_attention and a gate-weighted sum; stacked:
+one call with the levels as further batch entries; stacked_compiled: torch.compile of that.
+
 Forward, backward to all inputs, and both, in medians of {rounds} rounds in which all take their turn. No dropout; the
 gate is float32; where texts are read, half to all of their tokens are real. Operations are counted as 3.5 times the two
-products forward, whatever a contestant computes again. A product of two large matrices reached {flops:.2f} TFLOP/s
-here, a copy {bandwidth:.1f} GB/s. Extra memory is the most above the inputs, on GPUs alone."""
+products forward, whatever a contestant computes again; bytes are those of inputs, result and gradients, each moved
+once. A product of two large matrices reached {flops:.2f} TFLOP/s here, a copy {bandwidth:.1f} GB/s. Extra memory is the
+most above inputs, result and gradients, on GPUs alone."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

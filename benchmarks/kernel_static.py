@@ -1,7 +1,8 @@
 """What the Triton kernels are compiled to, with no GPU at hand: registers, spills, shared memory, matrix instructions.
 
-Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0 and 10.0, with what costs most: seven
-levels, gate, padding and dropout. Figures are read from the machine code.
+Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0 and 10.0 with seven levels, gate,
+padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
+others too. Figures are read from the machine code.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS, kernel
 from unimo3.kernels.cross_layer_attention.blocks import CAPABILITIES, KERNELS, SHORT_LENGTH, WIDTHS, Blocks, entry
 
 LEVELS = 7
+# Of the recipes: their heads, and the levels that their layers see besides.
+RECIPE_WIDTH, RECIPE_LEVELS = 64, (1, 2, 6)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Shared memory: of a block, where 80 stands for all of 8.x; of a multiprocessor. CUDA keeps 1 KiB a block.
 BLOCK_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -55,13 +58,16 @@ _MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 
 @dataclass(frozen=True)
 class Build:
-    """A kernel to compile: for a dtype (as in `TYPES`), head width, compute capability and blocks."""
+    """A kernel to compile: for a dtype (as in `TYPES`), head width, compute capability, blocks and arguments."""
 
     kernel: str
     dtype: str
     width: int
     capability: int
     blocks: Blocks
+    levels: int = LEVELS
+    masked: bool = True
+    dropout: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,28 +109,44 @@ class Resources:
 def table_builds() -> list[Build]:
     """Every entry of the table, for each head width and dtype it serves."""
     found = {
-        Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability)): None
+        build: None
         for capability, dtype, width, name, length in itertools.product(
             CAPABILITIES, TYPES, HEAD_WIDTHS, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
         )
+        for build in variants(
+            Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability))
+        )
     }
     return list(found)
+
+
+def variants(build: Build) -> list[Build]:
+    """A build, and with other levels and arguments what of it the recipes run."""
+    if build.width != RECIPE_WIDTH or build.dtype != "bf16":
+        return [build]
+    others = itertools.product((*RECIPE_LEVELS, LEVELS), (False, True), (False, True))
+    return [build] + [
+        replace(build, levels=levels, masked=masked, dropout=dropout)
+        for levels, masked, dropout in others
+        if (levels, masked, dropout) != (build.levels, build.masked, build.dropout)
+    ]
 
 
 def compile_build(build: Build) -> Any:
     """Compile it as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
     fn = _FUNCTIONS[build.kernel]
     constants = {
-        "LEVELS": LEVELS, "WIDTH": build.width, "BLOCK_T": build.blocks.queries, "BLOCK_V": build.blocks.keys,
-        "BLOCK_D": triton.next_power_of_2(build.width), "HAS_GATE": True, "HAS_MASK": True, "DROPOUT": True,
-        "PRECISION": "ieee",
+        "LEVELS": build.levels, "WIDTH": build.width, "BLOCK_T": build.blocks.queries, "BLOCK_V": build.blocks.keys,
+        "BLOCK_D": triton.next_power_of_2(build.width), "HAS_GATE": True, "HAS_MASK": build.masked,
+        "DROPOUT": build.dropout, "PRECISION": "ieee",
     }  # fmt: skip
-    pointer = f"*{build.dtype}"
+    pointer, levels = f"*{build.dtype}", build.levels
     by_level = {
-        **dict.fromkeys(("ks", "vs", "grad_ks", "grad_vs"), (pointer,) * LEVELS),
-        **dict.fromkeys(("k_strides", "v_strides"), (("i32",) * 4,) * LEVELS),
-        "masks": ("*u8",) * LEVELS,
-        **dict.fromkeys(("mask_strides", "lengths"), ("i32",) * LEVELS),
+        **dict.fromkeys(("ks", "vs", "grad_ks", "grad_vs"), (pointer,) * levels),
+        **dict.fromkeys(("k_strides", "v_strides"), (("i32",) * 4,) * levels),
+        # As launch.py gives them: queries stand for masks and seeds that are not there.
+        "masks": ("*u8" if build.masked else pointer,) * levels,
+        **dict.fromkeys(("mask_strides", "lengths"), ("i32",) * levels),
     }
     plain = {
         **dict.fromkeys(("q", "out", "grad_out", "grad_q"), pointer),
@@ -134,7 +156,7 @@ def compile_build(build: Build) -> Any:
         ),
         **dict.fromkeys(("scale", "dropout_p"), "fp32"),
         **dict.fromkeys(("longest", "num_heads", "num_queries"), "i32"),
-        "seed": "*i64",
+        "seed": "*i64" if build.dropout else pointer,
     }
     signature = {name: (by_level | plain).get(name, "constexpr") for name in fn.arg_names}
     even = [["tt.divisibility", 16]]
@@ -142,9 +164,9 @@ def compile_build(build: Build) -> Any:
     for place, name in enumerate(fn.arg_names):
         kind = signature[name]
         if name in ("ks", "vs", "grad_ks", "grad_vs"):
-            attributes |= {(place, level): even for level in range(LEVELS)}
+            attributes |= {(place, level): even for level in range(levels)}
         elif name in ("k_strides", "v_strides"):
-            attributes |= {(place, level, axis): even for level in range(LEVELS) for axis in range(3)}
+            attributes |= {(place, level, axis): even for level in range(levels) for axis in range(3)}
         elif name.endswith("_strides") and name not in ("gate_strides", "mask_strides"):
             attributes |= {(place, axis): even for axis in range(3)}
         elif isinstance(kind, str) and kind.startswith("*"):
@@ -178,7 +200,7 @@ def measure(build: Build) -> Resources | None:
 def measure_all(builds: list[Build], what: str) -> dict[Build, Resources | None]:
     """Each build's resources, by as many processes as there are cores."""
     with ProcessPoolExecutor(usable_cores()) as pool:
-        done = tqdm(pool.map(measure, builds), total=len(builds), desc=what, disable=None)
+        done = tqdm(pool.map(measure, builds), total=len(builds), desc=what, mininterval=5)
         return dict(zip(builds, done, strict=True))
 
 
@@ -192,8 +214,9 @@ def candidates(name: str, dtypes: Sequence[str], width: int, capabilities: Seque
     served = [head for head in HEAD_WIDTHS if triton.next_power_of_2(head) == width]
     return {
         blocks: [
-            Build(name, dtype, head, capability, blocks)
+            build
             for dtype, head, capability in itertools.product(dtypes, served, capabilities)
+            for build in variants(Build(name, dtype, head, capability, blocks))
         ]
         for blocks in itertools.starmap(Blocks, itertools.product(sizes, sizes, (4, 8), (2,)))
         # Larger ones spill in float32.
@@ -255,7 +278,7 @@ def table(measured: dict[Build, Resources]) -> str:
             "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for build, found in measured.items():
-            if build.capability == capability:
+            if build.capability == capability and build == replace(build, levels=LEVELS, masked=True, dropout=True):
                 blocks, resident = build.blocks, found.resident_warps(capability, build.blocks.warps)
                 lines.append(
                     f"| {build.kernel} | {build.dtype} | {build.width} | {blocks.queries} x {blocks.keys} | "
@@ -267,10 +290,13 @@ def table(measured: dict[Build, Resources]) -> str:
 
 
 INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
-{LEVELS} levels, gate, padding and dropout. Registers and spilled bytes are of a thread, shared bytes of a block of
-threads. Resident warps are what registers and shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x
-the shared memory is that of 8.6 and 8.9, {BLOCK_BYTES[80]:,} bytes a block. Float32 is multiplied without tensor cores,
-so as not to be cut to TF32.
+{LEVELS} levels, gate, padding and dropout; head width {RECIPE_WIDTH} in bf16 was compiled for {RECIPE_LEVELS} levels,
+without padding and without dropout as well, and none of these spills either. Where a kernel has two rows, the first is
+for up to {SHORT_LENGTH} queries (keys for backward_key), the second for more; a single row serves both.
+
+Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and
+shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x the shared memory is that of 8.6 and 8.9,
+{BLOCK_BYTES[80]:,} bytes a block. Float32 is multiplied without tensor cores, so as not to be cut to TF32.
 """
 
 
@@ -278,7 +304,7 @@ so as not to be cut to TF32.
 def main(argv: list[str] | None = None) -> None:
     """Compile the table and write what came of it."""
     parser = CommandParser(prog="python benchmarks/kernel_static.py", description=__doc__)
-    parser.add_argument("--search", action="store_true", help="find the table's entries anew, in about 20 minutes")
+    parser.add_argument("--search", action="store_true", help="find the table's entries anew, in about half an hour")
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
@@ -297,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     if failed := [build for build in measured if build not in good or not good[build].fits(build)]:
         raise SystemExit("\n".join(f"does not fit: {build}: {measured[build]}" for build in failed))
     write_report(args.out, "The Triton kernels' machine code", INTRODUCTION + "\n" + table(good))
+    print(f"{len(good)} kernels, none of which spills: {args.out}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
 from unimo3.data.args import DataArgs
 from unimo3.data.blind import accuracy_by_group
-from unimo3.data.index import ShardIndex, index_faults
-from unimo3.data.loader import TrainingLoader, evaluation_batches
-from unimo3.data.order import SampleOrder
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import evaluation_batches
 from unimo3.data.samples import VqaSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
@@ -59,12 +58,14 @@ class VqaConfig:
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
         found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
-        found += index_faults("data.train", self.data.train, "questions")
-        found += index_faults("data.val", self.data.val, "questions")
-        try:
-            AnswerVocabulary.load(self.answers_path)
-        except DataError as error:
-            found.append(f"answers: {error}")
+        found += self.data.shard_faults("questions")
+        if not self.answers and len(self.data.sources) > 1:
+            found.append("answers: '': several sources are mixed; name the answer vocabulary, an answers.json")
+        else:
+            try:
+                AnswerVocabulary.load(self.answers_path)
+            except DataError as error:
+                found.append(f"answers: {error}")
         try:
             model = read_exported_config(self.init)
         except ConfigError as error:
@@ -94,7 +95,7 @@ class VqaConfig:
     @property
     def answers_path(self) -> Path:
         """File of the answer vocabulary."""
-        return Path(self.answers) if self.answers else Path(self.data.train).parent / "answers.json"
+        return Path(self.answers) if self.answers else Path(next(iter(self.data.sources))).parent / "answers.json"
 
 
 @exit_with_status
@@ -105,15 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     answers = AnswerVocabulary.load(settings.answers_path)
     model_config: Unimo3Config = read_exported_config(settings.init)
     model_config.num_answers = len(answers)
-    train_index, val_index = ShardIndex(Path(settings.data.train)), None
-    if settings.data.val:
-        val_index = ShardIndex(Path(settings.data.val))
+    indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop = start_process(settings.run.seed)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
-    run = Run(settings, batch.global_batch, train_index.fingerprint)
-    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), answers)
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
@@ -122,29 +119,31 @@ def main(argv: list[str] | None = None) -> None:
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(VqaTask(model), model, ds_config, settings.optim)
+    run = Run(settings, batch.global_batch, settings.data.fingerprint(indexes))
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), answers)
     run.resume(engine)
 
-    def samples_of(index: ShardIndex, augment: Augment) -> VqaSamples:
-        transform = ImageTransform(image_size, augment)
+    def samples_of(index: ShardIndex, augment: Augment, crop_scale: float) -> VqaSamples:
+        transform = ImageTransform(image_size, augment, crop_scale)
         return VqaSamples(index, tokenizer, settings.data.max_text_tokens, transform, answers, settings.run.seed)
 
-    samples = samples_of(train_index, settings.data.augment)
-    order = SampleOrder(samples.units_per_shard, settings.run.seed, settings.data.window_shards)
+    loader = settings.data.training_loader(
+        [samples_of(index, settings.data.augment, settings.data.crop_scale) for index in indexes],
+        batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step,
+    )  # fmt: skip
     reader = settings.data.reader
-    loader = TrainingLoader(
-        samples, order, batch.global_batch, batch.micro_batch, world.rank, world.size, reader, run.step
-    )
 
     def evaluate(step: int) -> dict[str, float]:
-        batches = evaluation_batches(samples_of(val_index, "none"), world.rank, world.size, batch.micro_batch, reader)
+        held_out = samples_of(val_index, "none", 1.0)
+        batches = evaluation_batches(held_out, world.rank, world.size, batch.micro_batch, reader)
         scored = [entry for part in all_gather_object(list(predict(engine, batches, answers))) for entry in part]
         accuracies = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
         if world.rank == 0:
             write_results(run.folder, scored, accuracies)
         return {f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}
 
-    held_out = Evaluation(val_index.fingerprint, evaluate) if val_index is not None else None
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, held_out)
+    evaluation = Evaluation(val_index.fingerprint, evaluate) if val_index is not None else None
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)
     run.close()
 
 

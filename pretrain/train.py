@@ -1,14 +1,11 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.args import DataArgs
-from unimo3.data.index import ShardIndex, index_faults
-from unimo3.data.loader import TrainingLoader
-from unimo3.data.order import SampleOrder
+from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
@@ -44,8 +41,7 @@ class PretrainConfig:
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
         found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
-        found += index_faults("data.train", self.data.train, "captions")
-        found += index_faults("data.val", self.data.val, "captions")
+        found += self.data.shard_faults("captions")
         if self.model.faults():
             return found  # its own group has said so
         try:
@@ -66,13 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
     settle_tokens(model_config, tokenizer)
-    index = ShardIndex(Path(settings.data.train))
+    indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop = start_process(settings.run.seed)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
-    run = Run(settings, batch.global_batch, index.fingerprint)
-    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
 
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
@@ -81,26 +75,27 @@ def main(argv: list[str] | None = None) -> None:
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)
+    run = Run(settings, batch.global_batch, settings.data.fingerprint(indexes))
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
     run.resume(engine)
 
-    def samples_of(folder_index: ShardIndex, augment: Augment) -> PretrainSamples:
-        transform = ImageTransform(image_size, augment)
+    def samples_of(index: ShardIndex, augment: Augment, crop_scale: float) -> PretrainSamples:
+        transform = ImageTransform(image_size, augment, crop_scale)
         probability = settings.objectives.mlm.probability
         return PretrainSamples(
-            folder_index, tokenizer, settings.data.max_text_tokens, transform, probability, settings.run.seed
+            index, tokenizer, settings.data.max_text_tokens, transform, probability, settings.run.seed
         )
 
-    samples = samples_of(index, settings.data.augment)
-    order = SampleOrder(samples.units_per_shard, settings.run.seed, settings.data.window_shards)
-    reader = settings.data.reader
-    loader = TrainingLoader(
-        samples, order, batch.global_batch, batch.micro_batch, world.rank, world.size, reader, run.step
+    sources = [samples_of(index, settings.data.augment, settings.data.crop_scale) for index in indexes]
+    loader = settings.data.training_loader(
+        sources, batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step
     )
+    reader = settings.data.reader
     evaluation = None
-    if settings.data.val:
-        held_out = samples_of(ShardIndex(Path(settings.data.val)), "none")
+    if val_index is not None:
+        held_out = samples_of(val_index, "none", 1.0)
         evaluation = Evaluation(
-            held_out.index.fingerprint,
+            val_index.fingerprint,
             lambda step: held_out_losses(engine, held_out, world, batch.micro_batch, reader),
         )
     train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)

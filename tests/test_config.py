@@ -160,7 +160,7 @@ def test_a_saved_configuration_reads_back(good, tmp_path):
     settings = parse(*good)
     config.save(settings, tmp_path / "config.yaml")
     assert parse("--config", str(tmp_path / "config.yaml")) == settings
-    assert config.read_flat(tmp_path / "config.yaml") == config.flatten(settings)
+    assert config.read_flat(tmp_path / "config.yaml", type(settings)) == config.flatten(settings)
 
 
 @pytest.mark.integration

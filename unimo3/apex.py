@@ -24,8 +24,10 @@ def missing_apex(extension: str) -> str:
     if importlib.util.find_spec("apex") is None or wrong_apex_installed():
         return "NVIDIA's apex is not installed"
     try:
+        # torch's libraries first: the extension links to them.
         importlib.import_module(extension)
-    except ImportError as error:  # also of one that was built for another torch
+        importlib.import_module("apex.optimizers" if extension == OPTIMIZER_EXTENSION else "apex.normalization")
+    except Exception as error:  # also of one that was built for another torch
         return f"NVIDIA's apex lacks its CUDA extension {extension} ({error}); build it with APEX_CUDA_EXT=1"
     return ""
 

@@ -45,10 +45,10 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
             parser.parse_args(argv)
         except ArgumentError as error:
             raise ConfigError(f"{_type_hint(error)}; mend it before --print_config") from error
-    given = _given_values(argv)
+    known = set(flatten_fields(config_class))
+    given = _given_values(argv, known)
     faults = []
     good: Flat = {}
-    known = set(flatten_fields(config_class))
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -104,9 +104,13 @@ def save(config: Any, path: Path) -> None:
     staging.replace(path)
 
 
-def read_flat(path: Path) -> Flat:
-    """A file that `save` wrote, as ``{"group.key": value}``."""
-    return _read_file(path)
+def read_flat(path: Path, config_class: type | None = None) -> Flat:
+    """A file that `save` wrote, as ``{"group.key": value}``.
+
+    Args:
+        config_class: of which; None: any, and settings that are mappings are taken apart too.
+    """
+    return _read_file(path, set(flatten_fields(config_class)) if config_class else set())
 
 
 def fingerprint(flat: Flat) -> str:
@@ -121,7 +125,7 @@ def _parser(config_class: type, program: str, description: str) -> ArgumentParse
     return parser
 
 
-def _given_values(argv: list[str]) -> Flat:
+def _given_values(argv: list[str], known: set[str]) -> Flat:
     """The keys and values that files and arguments set, in order of precedence."""
     given: Flat = {}
     rest = list(argv)
@@ -138,13 +142,13 @@ def _given_values(argv: list[str]) -> Flat:
                 raise ConfigError(f"--{key}: a value is needed after it")
             value = rest.pop(0)
         if key == "config":
-            given |= _read_file(Path(value))
+            given |= _read_file(Path(value), known)
         else:
             given[key.replace("-", "_")] = value
     return given
 
 
-def _read_file(path: Path) -> Flat:
+def _read_file(path: Path, known: set[str]) -> Flat:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -153,14 +157,15 @@ def _read_file(path: Path) -> Flat:
         raise ConfigError(f"--config {path}: is not YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: must hold groups of settings, as the recipes do")
-    return _flatten_dict(content)
+    return _flatten_dict(content, known)
 
 
-def _flatten_dict(content: dict, prefix: str = "") -> Flat:
+def _flatten_dict(content: dict, known: set[str], prefix: str = "") -> Flat:
     flat: Flat = {}
     for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flatten_dict(value, f"{prefix}{key}.")
+        # The value of a setting may be a mapping itself.
+        if isinstance(value, dict) and f"{prefix}{key}" not in known:
+            flat |= _flatten_dict(value, known, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pretrain import prepare_shards
+from unimo3.data.index import table_of, write_index
 
 
 def draw_jpeg(number: int, width: int = 40, height: int = 30) -> bytes:
@@ -60,6 +61,11 @@ def convert(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         prepare_shards.main(list(arguments))
     return int(end.value.code or 0)
+
+
+def index_again(folder: Path, dataset: str = "coco", split: str = "train") -> None:
+    """Index a folder's tars as they are now."""
+    write_index(folder, dataset, split, [table_of(path) for path in sorted(folder.glob("*.tar"))])
 
 
 @pytest.fixture(scope="session")

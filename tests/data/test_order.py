@@ -1,10 +1,21 @@
 """The sample order: permutations, any position at once, the same batches at any number of ranks."""
 
+import itertools
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimo3.data.order import SampleOrder, SequentialOrder, evaluation_positions, micro_batch_positions
+from unimo3.data.order import (
+    MIX_WINDOW,
+    MixedOrder,
+    SampleOrder,
+    SequentialOrder,
+    evaluation_positions,
+    micro_batch_positions,
+    training_order,
+)
 
 UNEVEN = st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(sum)
 
@@ -66,3 +77,100 @@ def test_sequential_order_follows_the_shards():
 def test_an_order_without_units_is_refused():
     with pytest.raises(ValueError, match="holds no units"):
         SampleOrder([0, 0], 0, 1)
+
+
+WEIGHTS = st.lists(st.floats(0.01, 50).map(lambda weight: round(weight, 3)), min_size=1, max_size=5)
+
+
+@given(weights=WEIGHTS, seed=st.integers(0, 1000), window=st.integers(0, 10**9))
+@settings(max_examples=60, deadline=None)
+def test_every_window_of_a_mixture_gives_each_source_its_due_to_within_one(weights, seed, window):
+    order = mixture([7] * len(weights), weights, seed)
+    given_before, given_after = order._given(window), order._given(window + 1)
+    for share, before, after in zip(order._shares, given_before, given_after, strict=True):
+        assert abs((after - before) - MIX_WINDOW * share) < 1
+        assert abs(before - window * MIX_WINDOW * share) < 1
+    start, end = sum(given_before), sum(given_after)
+    sources = Counter(order[position].source for position in (start, (start + end) // 2, end - 1))
+    assert set(sources) <= set(range(len(weights)))
+
+
+def mixture(sizes, weights, seed=0):
+    return MixedOrder([SampleOrder([size], seed + place, 1) for place, size in enumerate(sizes)], weights, seed)
+
+
+def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
+    sizes, weights = [37, 1000, 5], [1, 2.5, 0.02]
+    order, alone = mixture(sizes, weights), [SampleOrder([size], place, 1) for place, size in enumerate(sizes)]
+    taken = Counter()
+    for position in range(5 * MIX_WINDOW):
+        unit = order[position]
+        expected = alone[unit.source][taken[unit.source]]
+        assert unit == expected._replace(source=unit.source)
+        taken[unit.source] += 1
+    total = sum(weights)
+    for source, weight in enumerate(weights):
+        assert abs(taken[source] - 5 * MIX_WINDOW * weight / total) < 2
+    # Neither source comes in a block of its own.
+    sources = [order[position].source for position in range(MIX_WINDOW)]
+    assert max(len(list(group)) for _, group in itertools.groupby(sources)) < 40
+
+
+def test_a_mixture_is_reached_anywhere_at_once_and_differs_by_seed():
+    order = mixture([50, 70], [1, 3])
+    assert mixture([50, 70], [1, 3])[10**13 + 7] == order[10**13 + 7]
+    assert [order[p] for p in range(200)] != [mixture([50, 70], [1, 3], seed=9)[p] for p in range(200)]
+    # Only ratios count.
+    assert [order[p] for p in range(200)] == [mixture([50, 70], [2, 6])[p] for p in range(200)]
+
+
+@pytest.mark.parametrize("weights", [[1, 0], [1, -2], [1, float("nan")], [1], []])
+def test_weights_that_cannot_be_are_refused(weights):
+    with pytest.raises(ValueError, match="weights: "):
+        mixture([5, 5], weights) if len(weights) == 2 else MixedOrder([SampleOrder([5], 0, 1)] * 2, weights, 0)
+
+
+def test_one_source_is_not_mixed_and_several_are_shuffled_each_for_itself():
+    assert isinstance(training_order([[3, 4]], [2.0], 5, 2), SampleOrder)
+    order = training_order([[300], [300]], [1, 1], 5, 2)
+    units = {source: [] for source in (0, 1)}
+    for position in range(400):
+        units[order[position].source].append(order[position].unit)
+    assert units[0][:150] != units[1][:150]
+
+
+def webdataset_shuffle(order_of_shards, samples_per_shard, buffer):
+    from webdataset.filters import _shuffle
+
+    stream = ((shard, sample) for shard in order_of_shards for sample in range(samples_per_shard))
+    return list(_shuffle(stream, bufsize=buffer, initial=buffer, seed=0))
+
+
+def neighbours_of_one_shard(units) -> float:
+    return sum(one[0] == other[0] for one, other in itertools.pairwise(units)) / len(units)
+
+
+@pytest.mark.parametrize(("window", "buffer_shards", "least"), [(8, 8, 0.45), (16, 8, 0.95)])
+def test_shuffle_quality_beside_webdatasets(window, buffer_shards, least):
+    """Two measures: how far a sample is moved, and how seldom neighbours are of one shard.
+
+    At the same buffer webdataset's moves samples twice as far: some stay in it for long. Ours holds numbers instead of
+    samples, so the default window is twice a large buffer of webdataset's, and as good by both.
+    """
+    num_shards, size = 96, 250
+    order = SampleOrder([size] * num_shards, seed=0, window_shards=window)
+    ours = [order[position][1:3] for position in range(order.num_units)]
+    shards = list(dict.fromkeys(shard for shard, _ in ours))
+    starts = {shard: number * size for number, shard in enumerate(shards)}
+    theirs = webdataset_shuffle(shards, size, buffer_shards * size)
+
+    def displacement(units):
+        moved = (abs(position - starts[shard] - unit) for position, (shard, unit) in enumerate(units))
+        return sum(moved) / len(units)
+
+    # A permutation of a window moves a sample by a third of it on average, and its shards are mixed evenly.
+    assert displacement(ours) == pytest.approx(window * size / 3, rel=0.05)
+    assert neighbours_of_one_shard(ours) == pytest.approx(1 / window, rel=0.06)
+    assert displacement(ours) > least * displacement(theirs)
+    assert neighbours_of_one_shard(theirs) > least * neighbours_of_one_shard(ours)
+    assert max(len(list(group)) for _, group in itertools.groupby(shard for shard, _ in ours)) <= 7

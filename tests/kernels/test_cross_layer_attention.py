@@ -101,9 +101,9 @@ def test_one_hot_gates_give_that_levels_bits(level):
     one_hot[..., level] = 1
     for p in (0.0, 0.3):
         torch.manual_seed(1)
-        found = cross_layer_attention(q, k, v, one_hot, mask, p)
+        found = cross_layer_attention(q, k, v, one_hot, mask, dropout_p=p)
         torch.manual_seed(1)
-        assert torch.equal(found, cross_layer_attention(q, [k[level]], [v[level]], None, mask, p))
+        assert torch.equal(found, cross_layer_attention(q, [k[level]], [v[level]], None, mask, dropout_p=p))
 
 
 def test_half_types_follow_float32():

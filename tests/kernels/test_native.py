@@ -38,7 +38,7 @@ SHAPES = [
 
 
 def attend(q, k, v, gate, mask, dropout_p=0.0):
-    return cross_layer_attention(q, k, v, gate, mask, dropout_p, impl="native")
+    return cross_layer_attention(q, k, v, gate, mask, "native", dropout_p)
 
 
 @pytest.mark.parametrize(("shape", "masked", "gated"), itertools.product(SHAPES, (False, True), (False, True)))

@@ -19,7 +19,7 @@ from tests.kernels.formula import (
 )
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 from unimo3.kernels.cross_layer_attention.blocks import SHORT_LENGTH, blocks_for, entry
-from unimo3.kernels.cross_layer_attention.trial import triton_works
+from unimo3.kernels.cross_layer_attention.trial import tried, triton_works
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's product of bfloat16 is wrong (triton 3.9).
@@ -27,7 +27,7 @@ TYPES = {torch.float32: 5e-6, torch.float16: 4e-3} | ({torch.bfloat16: 3e-2} if 
 
 
 def attend(q, k, v, gate, mask, dropout_p=0.0):
-    return cross_layer_attention(q, k, v, gate, mask, dropout_p, impl="triton")
+    return cross_layer_attention(q, k, v, gate, mask, "triton", dropout_p)
 
 
 def on_device(drawn):
@@ -42,15 +42,19 @@ def on_device(drawn):
 
 
 def drawn_shapes(number):
-    """(B, H, T, V, d, S), masked, gated: sizes that are multiples of nothing, S from 1 to 7."""
+    """(B, H, T, V, d, S), masked, gated, strided: sizes that are multiples of nothing, S from 1 to 7.
+
+    Of three samples one has no readable key, one some and one all.
+    """
     chooser = random.Random(4)
     for place in range(number):
         tokens, keys = chooser.choice([1, 5, 17, 33, 50, 71]), chooser.choice([1, 7, 31, 37, 65, 90])
         width, levels = (32, 64, 96, 128)[place % 4], place % 7 + 1
         yield (
-            (chooser.choice([1, 2]), chooser.choice([1, 3]), tokens, keys, width, levels),
+            (3 if place % 3 else chooser.choice([1, 2]), chooser.choice([1, 3]), tokens, keys, width, levels),
             place % 3 != 0,
             place % 5 != 0,
+            place % 4 == 1,
         )
 
 
@@ -67,10 +71,14 @@ def nan_filled(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x, x.shape))
 
 
-@pytest.mark.parametrize(("shape", "masked", "gated"), list(drawn_shapes(42)))
-def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, nan_filled):
+@pytest.mark.parametrize(("shape", "masked", "gated", "has_strides"), list(drawn_shapes(42)))
+def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, has_strides, nan_filled):
     for dtype, tolerance in TYPES.items():
         q, k, v, gate, mask = on_device(draw(shape, masked, gated, dtype=dtype))
+        if mask is not None:
+            mask[-1] = True
+        if has_strides:
+            q, k, v = strided(q), [transposed(x) for x in k], [strided(x) for x in v]
         assert_close_to_formula(q, k, v, gate, mask, attend(q, k, v, gate, mask), tolerance=tolerance)
 
 
@@ -156,7 +164,7 @@ def test_under_autocast_it_takes_what_the_projections_give():
 def test_the_trial_passes_and_leaves_generators_alone(caplog):
     caplog.set_level(logging.INFO)
     before = torch.get_rng_state()
-    triton_works.cache_clear()
+    tried.cache_clear()
     assert triton_works(torch.device(DEVICE), torch.float32, 32)
     assert torch.equal(torch.get_rng_state(), before)
     assert "passed their trial with torch.float32, width 32" in caplog.text
@@ -164,7 +172,7 @@ def test_the_trial_passes_and_leaves_generators_alone(caplog):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is wrong in triton's interpreter alone")
 def test_wrong_results_and_failures_are_found_by_the_trial(caplog):
-    triton_works.cache_clear()
+    tried.cache_clear()
     assert not triton_works(torch.device("cpu"), torch.bfloat16, 32)
     assert "of its largest value off" in caplog.text
     assert not triton_works(torch.device("cpu"), torch.float32, 0)
@@ -178,11 +186,20 @@ def test_a_trial_inside_a_checkpointed_layer_is_not_taken_for_a_part_of_it():
         assert triton_works(inputs[0].device, torch.float32, 32)
         return attend(*inputs)
 
-    triton_works.cache_clear()
+    tried.cache_clear()
     out = checkpoint(layer, q, k, v, gate, mask, use_reentrant=False)
     expected = attend(q, k, v, gate, mask)
     for found, wanted in zip(gradients(out, [q, *k]), gradients(expected, [q, *k]), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_the_trial_is_a_constant_to_torch_compile():
+    def double_if_it_works(x):
+        return 2 * x if triton_works(x.device, x.dtype, 32) else x
+
+    tried.cache_clear()
+    x = torch.ones(3, device=DEVICE)
+    assert torch.equal(torch.compile(double_if_it_works, backend="eager", fullgraph=True)(x), 2 * x)
 
 
 def test_blocks_timed_on_the_machine_compute_the_same(monkeypatch, caplog):

@@ -4,7 +4,9 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -24,10 +26,9 @@ def weights(device=DEVICE):
 
 
 def optimizer_of(parameters, fused, offloaded=False):
-    groups = [
-        {"params": parameters[:2], "lr": 1e-2, "weight_decay": 0.1},
-        {"params": parameters[2:], "lr": 3e-3, "weight_decay": 0.0},
-    ]
+    # One parameter a group, as ZeRO has them: DeepSpeed's FusedAdam keeps the count with a group's last one alone.
+    settings = [{"lr": 1e-2, "weight_decay": 0.1}] * 2 + [{"lr": 3e-3, "weight_decay": 0.0}] * 2
+    groups = [{"params": [one], **own} for one, own in zip(parameters, settings, strict=True)]
     return build_adam(groups, BETAS, EPS, fused, offloaded)
 
 
@@ -132,8 +133,40 @@ def test_where_deepspeeds_cannot_be_built_auto_takes_torchs(tmp_path):
         [sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=True
     )
     assert "torch.optim.adamw" in done.stdout
-    assert "optim.fused: 'deepspeed': its DeepSpeedCPUAdam could not be built" in done.stdout
-    assert "the optimizer is torch's, which is slower for offloaded states" in done.stderr
+    assert "optim.fused: 'deepspeed': DeepSpeedCPUAdam could not be built" in done.stdout
+    assert f"CXX is '{tmp_path / 'none'}'" in done.stdout
+    assert "torch's AdamW is used" in done.stderr
+
+
+KILLED = """
+import sys
+sys.path.insert(0, ".")
+import torch
+from unimo3.training.adam import build_adam
+build_adam([{"params": [torch.zeros(3, requires_grad=True)]}], (0.9, 0.98), 1e-8, "deepspeed")
+"""
+
+
+@pytest.mark.integration
+def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    killed = subprocess.Popen([sys.executable, "-c", KILLED], env=environment, stderr=subprocess.DEVNULL)
+    lock = tmp_path / "cpu_adam" / "lock"
+    deadline = time.monotonic() + 60
+    while not lock.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # The process first: it would take note of a compiler that fails.
+    for each in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
+        each.kill()
+        each.wait()
+    assert lock.exists()
+    # It is not waited for: what follows fails at once, for want of a compiler.
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], env=environment | {"CXX": "/nowhere/c++"}, capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert "could not be built" in done.stderr
 
 
 class CountsByGroup(torch.optim.Optimizer):

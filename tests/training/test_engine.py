@@ -281,3 +281,44 @@ def test_the_batch_plan():
     assert BatchPlan(100, 8, 4).faults()[0].startswith("training.global_batch: 100: does not divide")
     assert "use 96 or 128" in BatchPlan(100, 8, 4).faults()[0]
     assert len(BatchPlan(0, -1, 4).faults()) == 2
+
+
+def losses_with_each_attention_kernel():
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+    from unimo3.distributed import world
+    from unimo3.model.init import initialize_weights
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+    from unimo3.objectives.args import ObjectivesArgs
+    from unimo3.objectives.base import PretrainingTask
+
+    rank, size = world()
+    share = 4 // size
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(4, share, size), clip_norm=0.0)
+    found = []
+    for kernel, checkpointing in (("reference", False), ("triton", False), ("triton", True)):
+        # Heads 32 wide, which the kernels serve.
+        model = build_model(
+            ds_config, lambda: Unimo3ForPreTraining(tiny_config(num_attention_heads=1, num_hidden_layers=2))
+        )
+        initialize_weights(model, 0, std=0.1)
+        kernels = KernelArgs(cross_layer_attention=kernel)
+        prepare_layers(model, kernels, checkpointing, compile_towers=False)
+        engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
+        losses = []
+        for seed in range(2):
+            report = engine(rows(tiny_batch(4, seed), rank * share, (rank + 1) * share))
+            engine.backward(report["loss"])
+            engine.step()
+            losses.append((float(report["loss"]), gradient_norm(engine)))
+        found.append(losses)
+    return found
+
+
+@pytest.mark.integration
+def test_the_triton_kernels_train_under_zero_3_as_the_reference_does():
+    for reference, triton, checkpointed in run_ranks(2, losses_with_each_attention_kernel):
+        for plain, fused in zip(reference, triton, strict=True):
+            assert fused == pytest.approx(plain, rel=1e-4)
+        assert checkpointed == triton

@@ -29,7 +29,7 @@ def test_the_first_starts_settings_stay(settings):
     later = replace(settings, checkpoint=replace(settings.checkpoint, keep_last=7))
     assert changed_settings(later) == []
     start(later)
-    assert config.read_flat(settings.run.folder / "config.yaml") == config.flatten(settings)
+    assert config.read_flat(settings.run.folder / "config.yaml", type(settings)) == config.flatten(settings)
 
 
 def test_a_changed_setting_is_named_with_both_values(settings):

@@ -1,29 +1,45 @@
 """Settings of the data."""
 
+import hashlib
+import json
+import math
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
-from unimo3.data.loader import ReaderArgs
+from unimo3.data.cache import ShardCache
+from unimo3.data.index import ShardIndex, index_faults
+from unimo3.data.loader import ReaderArgs, TrainingLoader
+from unimo3.data.order import training_order
+from unimo3.data.samples import Samples
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.errors import ConfigError
+from unimo3.data.transforms import Augment
+from unimo3.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class DataArgs:
     """Shards, tokenizer, and how samples are read."""
 
-    train: str = ""
-    """Folder of training shards with their index.json."""
+    train: dict[str, float] | str = ""
+    """Folder of training shards with their index.json, or its https: address; or several with their weights in the
+    mixture, such as {shards/coco/train: 1, shards/vg/train: 2}."""
     val: str | None = None
-    """Folder of held-out shards, for evaluation. Null: none."""
+    """Folder of held-out shards, for evaluation, or its https: address. Null: none."""
     tokenizer: str = ""
     """Tokenizer folder: RoBERTa's, or one that prepare_shards trained."""
     max_text_tokens: int = 50
     """Tokens a text is cut or padded to, <s> and </s> included."""
-    augment: Literal["none", "randaugment"] = "none"
-    """Augmentation of training images."""
-    window_shards: int = 8
-    """Shards whose samples are shuffled together."""
+    augment: Augment = "none"
+    """Augmentation of training images: none, or RandAugment without mirroring."""
+    crop_scale: float = 1.0
+    """Least share of a training image's area that a random crop keeps; 1 crops nothing, since texts speak of all."""
+    window_shards: int = 16
+    """Shards of a source whose samples are shuffled together."""
+    cache_dir: str = ""
+    """Folder on a node's own disk for copies of shards; needed for https: addresses, of use for slow mounted stores.
+    Empty: shards are read where they are."""
+    cache_gb: float = 100.0
+    """Most that the copies may take, in 10^9 bytes; the least recently used go first."""
     num_workers: int = 4
     """Reader processes of each rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -39,8 +55,77 @@ class DataArgs:
         """How samples are read ahead."""
         return ReaderArgs(self.num_workers, self.prefetch)
 
+    @property
+    def sources(self) -> dict[str, float]:
+        """Training shards and their weights in the mixture."""
+        return self.train if isinstance(self.train, dict) else {self.train: 1.0}
+
+    def open_train(self) -> list[ShardIndex]:
+        """The sources' indexes.
+
+        Raises:
+            DataError: one cannot be used.
+        """
+        return [self._open(source) for source in self.sources]
+
+    def open_val(self) -> ShardIndex | None:
+        """The index of the held-out shards, if there are any.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        return None if self.val is None else self._open(self.val)
+
+    def fingerprint(self, indexes: list[ShardIndex]) -> str:
+        """What decides the stream besides the seed: the sources' shards and weights."""
+        if len(indexes) == 1:
+            return indexes[0].fingerprint
+        weights = [str(weight) for weight in self.sources.values()]
+        mixture = list(zip((index.fingerprint for index in indexes), weights, strict=True))
+        return hashlib.sha256(json.dumps(mixture).encode()).hexdigest()
+
+    def training_loader(
+        self,
+        sources: list[Samples],
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int,
+    ) -> TrainingLoader:
+        """The run's stream from `start_step` on, one rank's part of it; see `TrainingLoader`.
+
+        Args:
+            sources: one for each of `open_train`.
+            seed: of the run.
+        """
+        units = [samples.units_per_shard for samples in sources]
+        order = training_order(units, list(self.sources.values()), seed, self.window_shards)
+        return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
+
+    def shard_faults(self, kind: str) -> list[str]:
+        """Say why the shards cannot serve a program whose samples need `kind`, one line a fault."""
+        found = []
+        for name, sources in (("data.train", list(self.sources)), ("data.val", [self.val])):
+            for source in sources:
+                if source == "":
+                    found.append(f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards")
+                elif source is not None:
+                    try:
+                        index = self._open(source)
+                    except DataError as error:
+                        found.append(f"{name}: '{source}': {error}")
+                    else:
+                        found += index_faults(name, index, kind)
+        return found
+
+    def _open(self, source: str) -> ShardIndex:
+        cache = ShardCache(source, Path(self.cache_dir), int(self.cache_gb * 1e9)) if self.cache_dir else None
+        return ShardIndex(source, cache)
+
     def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault; a program says what its shards must hold."""
+        """Say what is wrong with these settings, one line a fault; `shard_faults` looks into the shards."""
         found = []
         try:
             load_tokenizer(self.tokenizer)
@@ -55,4 +140,13 @@ class DataArgs:
                 found.append(f"data.{name}: {getattr(self, name)}: at least {least} is needed")
         if not 0 <= self.max_bad_share < 1:
             found.append(f"data.max_bad_share: {self.max_bad_share}: at least 0 and below 1 is needed")
+        if not 0 < self.crop_scale <= 1:
+            found.append(f"data.crop_scale: {self.crop_scale}: above 0 and at most 1 is needed")
+        if not 0 < self.cache_gb < math.inf:
+            found.append(f"data.cache_gb: {self.cache_gb}: a number above 0 is needed")
+        if not self.sources:
+            found.append("data.train: {}: names no source")
+        for source, weight in self.sources.items():
+            if not 0 < weight < math.inf:
+                found.append(f"data.train: '{source}' has weight {weight}: a number above 0 is needed")
         return found

@@ -1,151 +1,167 @@
 """The index of a folder of WebDataset shards: what is where, so that any sample is one seek away.
 
     FOLDER/000000.tar ...      samples ``key.jpg`` + ``key.json`` (or any members that share a key)
-    FOLDER/index.json          version, dataset, split, each shard's name, bytes, sha256 and number of samples, and the
-                               sha256 of index.npz
-    FOLDER/index.npz           for each shard, every member's offset and size, and every sample's number of items
+    FOLDER/index.json          version, dataset, split; each shard's name, bytes, sha256, samples and items, and where
+                               in index.members its table lies, with the table's sha256; sha256 of index.members
+    FOLDER/index.members       for each shard, every member's offset and size, and every sample's number of items
 
-An item is a caption or a question of a sample's ``json``.
+An item is a caption, a question or a hypothesis of a sample's ``json``. Tables are read when a shard is first used and
+a few are kept, so memory does not grow with the number of samples. The folder may be a mounted store or an ``https:``
+address, whose shards go through a local cache.
 
 Source: https://github.com/webdataset/webdataset for the shards' layout; the tar format of POSIX.1-1988.
 """
 
 import hashlib
-import io
 import json
 import os
-import tarfile
-import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from unimo3.data.cache import ShardCache, check_source, is_remote
+from unimo3.data.members import Members, header_fault, scan, sha256_of
 from unimo3.errors import DataError
 
-VERSION = 1
-_MAX_OPEN_SHARDS = 16
+VERSION = 2
+INDEX, MEMBERS = "index.json", "index.members"
+# A table is a few ten kB; an open shard that a cache has removed keeps its place on the disk.
+_MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
+_AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file."""
+    """One tar file, and its table of members in ``index.members``."""
 
     name: str
     num_bytes: int
     sha256: str
     num_samples: int
+    num_items: int
+    table_offset: int
+    table_bytes: int
+    table_sha256: str
 
 
 @dataclass(frozen=True)
-class _Members:
-    """A shard's members: one row a sample, one column an extension (-1 where a sample lacks it)."""
+class ShardTable:
+    """What an index says of one tar.
 
-    keys: np.ndarray
-    extensions: list[str]
-    offsets: np.ndarray
-    sizes: np.ndarray
-    num_items: np.ndarray
+    Attributes:
+        table: its `Members` as bytes.
+    """
+
+    name: str
+    num_bytes: int
+    sha256: str
+    num_samples: int
+    num_items: int
+    table: bytes
 
 
-def build_index(folder: Path, dataset: str, split: str) -> None:
-    """Scan a folder's tars, ours or anybody's, and write ``index.json`` and ``index.npz`` beside them.
+def table_of(path: Path) -> ShardTable:
+    """Read a tar once for its members and once for its checksum.
 
     Raises:
-        DataError: there are no tars, one cannot be read, or one holds no samples.
+        DataError: it cannot be read.
     """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(f"{folder}: no .tar files there; an index needs at least one shard")
+    members = scan(path)
+    num_items = int(members.num_items.sum())
+    content = members.to_bytes()
+    return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.keys), num_items, content)
+
+
+def write_index(folder: Path, dataset: str, split: str, tables: Iterable[ShardTable]) -> int:
+    """Write ``index.members`` and then ``index.json``: a folder with an index.json is whole.
+
+    Args:
+        tables: one a shard, taken one by one.
+
+    Returns:
+        Number of samples.
+
+    Raises:
+        DataError: there is no sample in any of the shards.
+    """
     shards: list[dict[str, Any]] = []
-    arrays: dict[str, np.ndarray] = {}
-    for number, path in enumerate(paths):
-        members = _scan(path)
-        shards.append(
-            {
-                "name": path.name,
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-                "num_samples": len(members.keys),
-            }
-        )
-        arrays |= {
-            f"{number}_keys": members.keys,
-            f"{number}_extensions": np.asarray(members.extensions),
-            f"{number}_offsets": members.offsets,
-            f"{number}_sizes": members.sizes,
-            f"{number}_num_items": members.num_items,
-        }
-    staging = folder / "index.npz.tmp"
-    _save_arrays(arrays, staging)
+    staging = folder / f"{MEMBERS}.tmp"
+    digest = hashlib.sha256()
+    with staging.open("wb") as file:
+        for table in tables:
+            shards.append(
+                {
+                    "name": table.name,
+                    "bytes": table.num_bytes,
+                    "sha256": table.sha256,
+                    "num_samples": table.num_samples,
+                    "num_items": table.num_items,
+                    "table": [file.tell(), len(table.table), hashlib.sha256(table.table).hexdigest()],
+                }
+            )
+            file.write(table.table)
+            digest.update(table.table)
+    num_samples = sum(shard["num_samples"] for shard in shards)
+    if not num_samples:
+        staging.unlink()
+        raise DataError(f"{folder}: its {len(shards)} tars hold no samples; an index needs at least one")
     content = {
         "version": VERSION,
         "dataset": dataset,
         "split": split,
-        "num_samples": sum(shard["num_samples"] for shard in shards),
-        "num_items": int(sum(arrays[f"{number}_num_items"].sum() for number in range(len(shards)))),
-        "members_sha256": _sha256(staging),
+        "num_samples": num_samples,
+        "num_items": sum(shard["num_items"] for shard in shards),
+        "members_sha256": digest.hexdigest(),
         "shards": shards,
     }
-    staging.replace(folder / "index.npz")
-    # Last: a folder with an index.json is whole.
-    staging = folder / "index.json.tmp"
+    # In this order: an old index.json with new members is told by its checksums.
+    staging.replace(folder / MEMBERS)
+    staging = folder / f"{INDEX}.tmp"
     staging.write_text(json.dumps(content, indent=1) + "\n")
-    staging.replace(folder / "index.json")
+    staging.replace(folder / INDEX)
+    return num_samples
 
 
 class ShardIndex:
     """An index, loaded; reads samples by offset, from any process.
 
     Args:
-        folder: with ``index.json``.
+        source: a folder with ``index.json``, or its ``https:`` address.
+        cache: where copies of the shards go; needed for an address, of use for a slow mounted store.
+        check_files: whether to look at each file of a folder for being there and of its size.
 
     Raises:
-        DataError: the index or a shard is missing, a shard has another size than was indexed, or the two files of the
-            index do not belong together.
+        DataError: the index or a shard is missing, or a shard has another size than was indexed.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / "index.json"
-        content = _read_json(path)
+    def __init__(self, source: Path | str, cache: ShardCache | None = None, check_files: bool = True):
+        self.source = str(source)
+        check_source(self.source)
+        if is_remote(self.source) and cache is None:
+            raise DataError(f"{self.source}: an address needs a cache; set data.cache_dir and data.cache_gb")
+        self._cache = cache
+        content = self._read_index()
         try:
             self.dataset: str = content["dataset"]
             self.split: str = content["split"]
+            self._members_sha256: str = content["members_sha256"]
             self.shards = [
-                Shard(entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"])
-                for entry in content["shards"]
-            ]
-            members_sha256: str = content["members_sha256"]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{path}: field {error} is missing or of another form; prepare the shards again") from error
-        for shard in self.shards:
-            path = folder / shard.name
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard.num_bytes:
-                state = "is missing" if found is None else f"has {found} bytes, its index says {shard.num_bytes}"
-                raise DataError(f"{path}: {state}; prepare the shards again with python -m pretrain.prepare_shards")
-        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
-        members_path = folder / "index.npz"
-        if not members_path.is_file() or _sha256(members_path) != members_sha256:
-            raise DataError(
-                f"{members_path}: is missing or not the one index.json was written with; copy the folder again, or "
-                "prepare the shards again"
-            )
-        with np.load(members_path) as arrays:
-            self._members = [
-                _Members(
-                    arrays[f"{number}_keys"],
-                    arrays[f"{number}_extensions"].tolist(),
-                    arrays[f"{number}_offsets"],
-                    arrays[f"{number}_sizes"],
-                    arrays[f"{number}_num_items"],
+                Shard(
+                    entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"], entry["num_items"],
+                    *entry["table"],
                 )
-                for number in range(len(self.shards))
-            ]
+                for entry in content["shards"]
+            ]  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {_AGAIN}") from error
+        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        if check_files and not is_remote(self.source):
+            self._check_files()
+        self._tables: OrderedDict[int, Members] = OrderedDict()
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._table_file: int | None = None
         self._owner = os.getpid()
 
     @property
@@ -156,129 +172,153 @@ class ShardIndex:
     @property
     def items_per_shard(self) -> list[int]:
         """Number of items of each shard."""
-        return [int(members.num_items.sum()) for members in self._members]
+        return [shard.num_items for shard in self.shards]
 
     def key(self, shard: int, sample: int) -> str:
         """A sample's key."""
-        return str(self._members[shard].keys[sample])
+        return self._members(shard).key(sample)
 
     def item(self, shard: int, item: int) -> tuple[int, int]:
         """The sample an item of a shard belongs to, and the item's number in that sample."""
-        ends = np.cumsum(self._members[shard].num_items)
-        sample = int(np.searchsorted(ends, item, side="right"))
-        return sample, int(item - (0 if sample == 0 else ends[sample - 1]))
+        return self._members(shard).item(item)
 
     def holds(self, kind: str) -> bool:
-        """Whether the first sample's ``json`` has entries under `kind`: ``captions`` or ``questions``."""
+        """Whether the first sample has entries under `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
+        first = next(number for number, shard in enumerate(self.shards) if shard.num_samples)
+        members = self.read(first, 0)
         try:
-            content = json.loads(self.read(0, 0).get("json", b"{}"))
+            content = json.loads(members.get("json", b"{}"))
         except ValueError:
-            return False
+            content = {}
+        if kind == "captions" and ("txt" in members or (isinstance(content, dict) and content.get("caption"))):
+            return True
         return isinstance(content, dict) and bool(content.get(kind))
 
     def read(self, shard: int, sample: int) -> dict[str, bytes]:
-        """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``."""
-        members = self._members[shard]
-        descriptor = self._descriptor(shard)
-        found = {}
-        for column, extension in enumerate(members.extensions):
-            offset, size = int(members.offsets[sample, column]), int(members.sizes[sample, column])
-            if offset >= 0:
-                # pread leaves no file position behind, so forked workers can share a descriptor.
-                found[extension] = os.pread(descriptor, size, offset)
-        return found
+        """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.
 
-    def _descriptor(self, shard: int) -> int:
+        Raises:
+            DataError: the shard cannot be read.
+        """
+        members = self._members(shard)
+        try:
+            descriptor = self._descriptor(shard)
+            return {
+                # pread leaves no file position behind, so forked workers can share a descriptor.
+                extension: os.pread(descriptor, int(members.sizes[sample, column]), int(offset))
+                for column, extension in enumerate(members.extensions)
+                if (offset := members.offsets[sample, column]) >= 0
+            }
+        except OSError as error:
+            raise DataError(
+                f"{self._file(self.shards[shard].name)}: cannot be read ({error.strerror}); check the file and its "
+                "file system"
+            ) from error
+
+    def _file(self, name: str) -> str:
+        return f"{self.source.rstrip('/')}/{name}"
+
+    def _read_index(self) -> dict[str, Any]:
+        path = self._file(INDEX)
+        try:
+            if self._cache is not None and is_remote(self.source):
+                text = self._cache.read(INDEX, limit=2**30)
+            else:
+                text = Path(path).read_bytes()
+            content: dict[str, Any] = json.loads(text)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); make shards with python -m pretrain.prepare_shards"
+            ) from error
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{path}: is not JSON ({error}); {_AGAIN}") from error
+        found = content.get("version") if isinstance(content, dict) else None
+        if found != VERSION:
+            raise DataError(f"{path}: version {found!r}, this program reads {VERSION}; {_AGAIN}")
+        return content
+
+    def _check_files(self) -> None:
+        sizes = {shard.name: shard.num_bytes for shard in self.shards}
+        sizes[MEMBERS] = self._members_bytes
+        for name, num_bytes in sizes.items():
+            path = Path(self._file(name))
+            found = path.stat().st_size if path.is_file() else None
+            if found != num_bytes:
+                state = "is missing" if found is None else f"has {found} bytes, its index says {num_bytes}"
+                raise DataError(f"{path}: {state}; copy the folder again, or {_AGAIN}")
+
+    def _forget_parents(self) -> None:
+        """A forked worker opens its own files, and does not close its parent's."""
         if os.getpid() != self._owner:
-            self._open.clear()  # a forked worker opens its own, and does not close its parent's
+            self._open.clear()
+            self._table_file = None
             self._owner = os.getpid()
-        if shard not in self._open:
+
+    def _members(self, number: int) -> Members:
+        if number in self._tables:
+            self._tables.move_to_end(number)
+            return self._tables[number]
+        self._forget_parents()
+        shard = self.shards[number]
+        if self._table_file is None:
+            self._table_file = self._open_members()
+        content = os.pread(self._table_file, shard.table_bytes, shard.table_offset)
+        if hashlib.sha256(content).hexdigest() != shard.table_sha256:
+            raise DataError(
+                f"{self._file(MEMBERS)}: is not the one {INDEX} was written with (table of {shard.name}); copy the "
+                f"folder again, or {_AGAIN}"
+            )
+        if len(self._tables) == _MAX_TABLES:
+            self._tables.popitem(last=False)
+        self._tables[number] = Members.from_bytes(content)
+        return self._tables[number]
+
+    @property
+    def _members_bytes(self) -> int:
+        return sum(shard.table_bytes for shard in self.shards)
+
+    def _open_members(self) -> int:
+        if self._cache is not None and is_remote(self.source):
+            return self._cache.open(MEMBERS, self._members_bytes, self._members_sha256)
+        return os.open(self._file(MEMBERS), os.O_RDONLY)
+
+    def _descriptor(self, number: int) -> int:
+        self._forget_parents()
+        if number not in self._open:
             if len(self._open) == _MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.folder / self.shards[shard].name, os.O_RDONLY)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+            shard = self.shards[number]
+            if self._cache is not None:
+                descriptor = self._cache.open(shard.name, shard.num_bytes, shard.sha256)
+            else:
+                descriptor = os.open(self._file(shard.name), os.O_RDONLY)
+            if fault := self._fault_of(descriptor, number):
+                os.close(descriptor)
+                raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {fault}; {_AGAIN}")
+            self._open[number] = descriptor
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _fault_of(self, descriptor: int, number: int) -> str:
+        """Look whether the shard's last member begins where its table says."""
+        members = self._members(number)
+        if not len(members.keys):
+            return ""
+        row, column = divmod(int(members.offsets.argmax()), len(members.extensions))
+        offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
+        name = f"{members.key(row)}.{members.extensions[column]}"
+        fault = header_fault(os.pread(descriptor, 512, offset - 512), size)
+        return f"{name} of {size} bytes should begin at byte {offset}, but {fault}" if fault else ""
 
 
-def index_faults(name: str, folder: str | None, kind: str) -> list[str]:
-    """Say why a folder's shards cannot serve as setting `name`, which needs samples with `kind`, one line a fault."""
-    if folder is None:
-        return []
-    if not folder:
-        return [f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards"]
+def index_faults(name: str, index: ShardIndex, kind: str) -> list[str]:
+    """Say why shards cannot serve as setting `name`, which needs samples with `kind`, one line a fault."""
     try:
-        index = ShardIndex(Path(folder))
+        holds = index.holds(kind)
     except DataError as error:
-        return [f"{name}: '{folder}': {error}"]
-    if not index.holds(kind):
-        return [f"{name}: '{folder}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
-    return []
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content: dict = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); make shards with python -m pretrain.prepare_shards"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is not JSON ({error}); prepare the shards again") from error
-    found = content.get("version") if isinstance(content, dict) else None
-    if found != VERSION:
-        raise DataError(f"{path}: version {found!r}, this program reads {VERSION}; index it again")
-    return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """As ``np.savez``, which would write the time of day into the file: equal shards give an equal index."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.lib.format.write_array(content, array, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
-
-
-def _scan(path: Path) -> _Members:
-    samples: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
-    num_items: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = folder + slash + stem
-                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
-                if extension == "json":
-                    file = tar.extractfile(member)
-                    num_items[key] = _count_items(file.read()) if file else 0
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
-    if not samples:
-        raise DataError(f"{path}: holds no samples; remove it or make it again")
-    extensions = sorted({extension for members in samples.values() for extension in members})
-    offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
-    sizes = np.zeros_like(offsets)
-    for row, members in enumerate(samples.values()):
-        for extension, (offset, size) in members.items():
-            column = extensions.index(extension)
-            offsets[row, column], sizes[row, column] = offset, size
-    items = np.asarray([num_items.get(key, 0) for key in samples], dtype=np.int64)
-    return _Members(np.asarray(list(samples)), extensions, offsets, sizes, items)
-
-
-def _count_items(content: bytes) -> int:
-    try:
-        described = json.loads(content)
-    except ValueError:
-        return 0
-    if not isinstance(described, dict):
-        return 0
-    return len(described.get("captions") or described.get("questions") or [])
+        return [f"{name}: {error}"]
+    if holds:
+        return []
+    return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]

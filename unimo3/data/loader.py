@@ -7,18 +7,26 @@ error.
 Source: torch.utils.data.DataLoader for the processes.
 """
 
+# Shapes: B rows of a batch.
+
 import atexit
 import itertools
 import logging
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from unimo3.data.order import SampleOrder, SequentialOrder, Unit, evaluation_positions, micro_batch_positions
+from unimo3.data.order import (
+    MixedOrder,
+    SampleOrder,
+    SequentialOrder,
+    evaluation_positions,
+    micro_batch_positions,
+)
 from unimo3.data.samples import BadSampleError, Inputs, Samples
 from unimo3.errors import DataError
 from unimo3.launch import STOP_SIGNALS
@@ -44,7 +52,7 @@ class TrainingLoader:
     """One rank's micro-batches, one list an optimizer step, without end.
 
     Args:
-        samples: what to read.
+        sources: what to read; a unit of the order says of which.
         order: in which order, by position.
         global_batch: units an optimizer step over all ranks.
         micro_batch: units a micro-step of this rank.
@@ -53,8 +61,8 @@ class TrainingLoader:
 
     def __init__(
         self,
-        samples: Samples,
-        order: SampleOrder,
+        sources: Sequence[Samples],
+        order: SampleOrder | MixedOrder,
         global_batch: int,
         micro_batch: int,
         rank: int,
@@ -68,7 +76,7 @@ class TrainingLoader:
             for step in itertools.count(start_step)
             for micro_step in range(self._num_accumulation)
         )
-        self._batches = _read_ahead(_Positions(samples, order, replaces=True), positions, reader)
+        self._batches = _read_ahead(_Positions(sources, order, replaces=True), positions, reader)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -88,7 +96,7 @@ def evaluation_batches(
     order = SequentialOrder(samples.units_per_shard)
     plan = evaluation_positions(order.num_units, rank, world_size, batch)
     filled = [[max(position, 0) for position in positions] for positions in plan]
-    batches = _read_ahead(_Positions(samples, order, replaces=False), filled, reader)
+    batches = _read_ahead(_Positions([samples], order, replaces=False), filled, reader)
     for loaded, positions in zip(batches, plan, strict=True):
         yield loaded, torch.tensor([position != NO_POSITION for position in positions])
 
@@ -108,13 +116,41 @@ def _read_ahead(inputs: "_Positions", positions: Iterable[list[int]], reader: Re
     )
     iterator = iter(loader)
     if reader.num_workers:
-        # Workers ignore SIGTERM, which multiprocessing would otherwise end them with: they are told to stop instead.
-        atexit.register(iterator._shutdown_workers)  # type: ignore[attr-defined]
-    for batch in iterator:
+        atexit.register(_end_readers, iterator)
+    for batch in _explain_deaths(iterator, reader):
         if UNUSABLE in batch:
             raise DataError(batch[UNUSABLE])
         for key, reason in batch.pop("replaced"):
             log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
+        yield batch
+
+
+def _end_readers(iterator: Any) -> None:
+    """Tell reader processes to stop, and kill those that do not.
+
+    They ignore SIGTERM, with which multiprocessing would end them; one that waits for a server would hold up the exit.
+    """
+    iterator._shutdown_workers()
+    for reader in iterator._workers:
+        if reader.is_alive():
+            reader.kill()
+
+
+def _explain_deaths(batches: Iterator[Batch], reader: ReaderArgs) -> Iterator[Batch]:
+    """Say what to do where a reader process was killed, which torch reports by its number and signal alone."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a reader process ended before its time: {error}; the system's log says why, most often memory ran "
+                f"out: lower data.num_workers ({reader.num_workers}) or data.prefetch ({reader.prefetch}), and start "
+                "the same command again"
+            ) from error
         yield batch
 
 
@@ -125,28 +161,35 @@ class _Positions(Dataset[Inputs]):
         replaces: whether the next good sample of its shard stands in for a bad one.
     """
 
-    def __init__(self, samples: Samples, order: SampleOrder | SequentialOrder, replaces: bool):
-        self._samples = samples
+    def __init__(self, sources: Sequence[Samples], order: SampleOrder | MixedOrder | SequentialOrder, replaces: bool):
+        self._sources = sources
+        self._units_per_shard = [samples.units_per_shard for samples in sources]
         self._order = order
         self._replaces = replaces
 
     def __getitem__(self, position: int) -> Inputs:
+        try:
+            return self._read(position)
+        except DataError as error:
+            return {UNUSABLE: str(error)}
+
+    def _read(self, position: int) -> Inputs:
         unit = self._order[position]
-        units_in_shard = self._samples.units_per_shard[unit.shard]
-        shard = self._samples.index.folder / self._samples.index.shards[unit.shard].name
+        samples, units_in_shard = self._sources[unit.source], self._units_per_shard[unit.source][unit.shard]
+        shard = f"{samples.index.source}/{samples.index.shards[unit.shard].name}"
         replaced = []
         for step in range(units_in_shard):
-            candidate = Unit(unit.epoch, unit.shard, (unit.unit + step) % units_in_shard)
+            candidate = unit._replace(unit=(unit.unit + step) % units_in_shard)
             try:
-                inputs = self._samples.build(candidate)
+                inputs = samples.build(candidate)
             except BadSampleError as error:
+                key = samples.key(candidate)
                 if not self._replaces:
-                    key = self._samples.key(candidate)
                     return {UNUSABLE: f"{shard}: sample {key} {error}; held-out samples must all be scored: mend the "
                             "source and prepare the shards again"}  # fmt: skip
-                replaced.append((self._samples.key(candidate), str(error)))
+                replaced.append((f"{shard}/{key}", str(error)))
                 continue
-            key = self._samples.key(candidate)
+            key = samples.key(candidate)
             return {**inputs, "positions": torch.tensor(position), "keys": key, "replaced": replaced}
         return {UNUSABLE: f"{shard}: has no usable sample ({replaced[0][1]}); prepare the shards again"}
 

@@ -4,23 +4,31 @@ Epoch e permutes the shards, groups them in windows, and permutes the units insi
 other without a gap. Position p is a number of units since the beginning, so resuming is a seek. Global batch t is
 positions [t G, (t + 1) G); nothing is dropped at an epoch's end.
 
+Several sources are mixed by weight: each keeps such a stream of its own, and windows of the mixture hold from each as
+many units as its weight says, in a permuted order.
+
 Source: shard and shuffle-buffer shuffling as in WebDataset, made a function of the position.
 """
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+# Units of a window of a mixture.
+MIX_WINDOW = 1024
+
 
 class Unit(NamedTuple):
-    """One unit of the stream: its epoch, its shard, and its number in that shard."""
+    """One unit of the stream: its source's epoch, its shard, its number in that shard, and its source."""
 
     epoch: int
     shard: int
     unit: int
+    source: int = 0
 
 
 class SampleOrder:
@@ -67,6 +75,76 @@ class SampleOrder:
         members = shards[window * self._window_shards : (window + 1) * self._window_shards]
         rng = np.random.default_rng((self._seed, epoch, 1, window))
         return rng.permutation(int(self._sizes[members].sum()))
+
+
+class MixedOrder:
+    """Several orders as one stream, by weight.
+
+    After w windows a source with share s of the weight has given floor(w M s) units, M being `MIX_WINDOW`: never more
+    than one unit from its due, and known for any w without a walk.
+
+    Args:
+        orders: of the sources.
+        weights: of each, above 0; only their ratios matter.
+        seed: of the run.
+    """
+
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], seed: int):
+        if len(orders) != len(weights) or not orders:
+            raise ValueError(f"weights: {len(weights)} for {len(orders)} orders; one each is needed")
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+            raise ValueError(f"weights: {list(weights)}; finite numbers above 0 are needed")
+        self._orders = orders
+        # As they are written, and exact: a product with the number of a late window is no longer so in floats.
+        exact = [Fraction(str(weight)) for weight in weights]
+        self._shares = [weight / sum(exact) for weight in exact]
+        self._seed = seed
+        self._sources_of_window = lru_cache(maxsize=2)(self._permute_sources)
+
+    def __getitem__(self, position: int) -> Unit:
+        """The unit at a position, counted from 0 without end."""
+        if position < 0:
+            raise IndexError(f"position {position}: 0 or more is needed")
+        # Windows are at most as long as M and on average just that, so it is this one or one of the next few.
+        window = position // MIX_WINDOW
+        while sum(self._given(window + 1)) <= position:
+            window += 1
+        given = self._given(window)
+        sources, places = self._sources_of_window(window)
+        local = position - sum(given)
+        source = int(sources[local])
+        return self._orders[source][given[source] + int(places[local])]._replace(source=source)
+
+    def _given(self, window: int) -> list[int]:
+        """Units of each source before a window."""
+        return [math.floor(window * MIX_WINDOW * share) for share in self._shares]
+
+    def _permute_sources(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of a window its source, and which of that source's units in the window it is."""
+        counts = np.subtract(self._given(window + 1), self._given(window))
+        sources = np.random.default_rng((self._seed, window, 2)).permutation(np.repeat(np.arange(len(counts)), counts))
+        places = np.zeros_like(sources)
+        for source, count in enumerate(counts):
+            places[sources == source] = np.arange(count)
+        return sources, places
+
+
+def training_order(
+    units_per_shard: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window_shards: int
+) -> SampleOrder | MixedOrder:
+    """The stream of a run: of one source, or of several by weight, each shuffled for itself.
+
+    Args:
+        units_per_shard: of each source.
+        seed: of the run.
+    """
+    seeds = [seed, *(_derive(seed, source) for source in range(1, len(units_per_shard)))]
+    orders = [SampleOrder(units, own, window_shards) for units, own in zip(units_per_shard, seeds, strict=True)]
+    return orders[0] if len(orders) == 1 else MixedOrder(orders, weights, seed)
+
+
+def _derive(seed: int, source: int) -> int:
+    return int(np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)[0])
 
 
 class SequentialOrder:

@@ -104,7 +104,7 @@ class PretrainSamples:
     def build(self, unit: Unit) -> Inputs:
         """Pixels, plain and masked text, labels."""
         members, content = _read(self.index, unit.shard, unit.unit)
-        captions = [caption for caption in content.get("captions", []) if caption.strip()]
+        captions = _captions(members, content)
         if not captions:
             raise BadSampleError("has no caption")
         # One order of captions for each round of epochs, so that every caption comes before one comes again.
@@ -118,7 +118,7 @@ class PretrainSamples:
             "attention_mask": torch.from_numpy(mask),
             "mlm_input_ids": torch.from_numpy(masked),
             "mlm_labels": torch.from_numpy(labels),
-            "image_id": torch.tensor(_number(content.get("image_id", self.key(unit)))),
+            "image_id": torch.tensor(_number(content.get("image_id", self.key(unit)), unit.source)),
         }
 
 
@@ -158,9 +158,13 @@ class VqaSamples:
         """Pixels, question, targets, and what scoring needs."""
         sample, item = self.index.item(unit.shard, unit.unit)
         members, content = _read(self.index, unit.shard, sample)
-        question = content["questions"][item]
-        if not question["question"].strip():
-            raise BadSampleError(f"question {question['question_id']} is empty")
+        try:
+            question = content["questions"][item]
+            empty = not question["question"].strip()
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise BadSampleError(f"question {item} of its json lacks a field ({error!r})") from error
+        if empty:
+            raise BadSampleError(f"question {question.get('question_id', item)} is empty")
         ids, mask = self._encode(question["question"])
         humans = question.get("answers", [])
         return {
@@ -174,12 +178,14 @@ class VqaSamples:
 
 def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes], dict[str, Any]]:
     members = index.read(shard, sample)
-    if "json" not in members:
-        raise BadSampleError("has no json member")
+    if "json" not in members and "txt" not in members:
+        raise BadSampleError("has no json member and no txt member")
     try:
-        content = json.loads(members["json"])
+        content = json.loads(members.get("json", b"{}"))
     except ValueError as error:
         raise BadSampleError(f"its json cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
     return members, content
 
 
@@ -188,20 +194,27 @@ def _pixels(members: dict[str, bytes], transform: ImageTransform, rng: np.random
         if extension in members:
             try:
                 return transform(members[extension], rng)
-            except (OSError, ValueError, SyntaxError) as error:
+            except Exception as error:  # decoders meet damage with errors of any kind
                 raise BadSampleError(f"its image cannot be decoded ({error})") from error
     raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
 
 
 def _rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
-    return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, unit.shard, unit.unit))
+    place = (unit.shard, unit.unit, unit.source) if unit.source else (unit.shard, unit.unit)
+    return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *place))
 
 
-def _number(image_id: int | str) -> int:
-    """An image id as a 63-bit number."""
-    if isinstance(image_id, int):
+def _captions(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
+    """A sample's texts: ``captions`` as ours have them, or a single ``caption`` or ``txt`` member of other makers."""
+    texts = content.get("captions") or content.get("caption") or members.get("txt", b"").decode("utf-8", "replace")
+    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
+
+
+def _number(image_id: int | str, source: int) -> int:
+    """An image id as a 63-bit number; sources count their images each for itself."""
+    if isinstance(image_id, int) and not source:
         return image_id
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256(f"{source} {image_id}".encode()).digest()[:8]) >> 1
 
 
 def _token_id(value: Any) -> int:

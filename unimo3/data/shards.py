@@ -1,113 +1,272 @@
-"""Samples -> WebDataset shards with their index, whole or not at all.
+"""Samples -> WebDataset shards with their index, whole or not at all, by one process or many.
+
+A shard is a number of consecutive records of its split, whatever becomes of their images, so shards can be written in
+any order and by anybody and are the same bytes. In the staging folder each finished shard has a ``.table`` and then a
+``.done`` beside it, by which a conversion that was killed knows what is left to do; at the end the index is made of
+them and the folder gets its name.
 
 Source: webdataset's TarWriter; members carry fixed owner, mode and time, so equal input gives equal bytes.
 """
 
+import hashlib
 import io
 import json
+import os
 import shutil
-import warnings
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import webdataset
 from PIL import Image
 
-from unimo3.data.convert import Sample
-from unimo3.data.index import build_index
-from unimo3.errors import DataError
+from unimo3.data.formats.record import Sample
+from unimo3.data.images import decode
+from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write_index
+from unimo3.data.members import sha256_of
+
+_DONE, _TABLE = ".done", ".table"
 
 
-def read_image(path: Path) -> bytes:
-    """A file's bytes, after decoding it once.
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are stored.
+
+    Attributes:
+        max_side: pixels; larger images are scaled to it by their longer side and encoded again as JPEG. 0: as they are.
+        quality: of the JPEG, 1 to 95.
+    """
+
+    max_side: int = 0
+    quality: int = 95
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Records of one shard.
+
+    Attributes:
+        number: of the shard in its split.
+    """
+
+    split: str
+    number: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the tar."""
+        return f"{self.number:06d}.tar"
+
+    def digest(self, options: ImageOptions) -> str:
+        """What decides the shard's content, but for the images' own bytes."""
+        parts = [[sample.key, [str(path) for path in sample.images], sample.content] for sample in self.samples]
+        text = json.dumps([parts, asdict(options)], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A record without a usable image."""
+
+    split: str
+    key: str
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """What came of a job."""
+
+    split: str
+    number: int
+    num_records: int
+    rejects: tuple[Reject, ...]
+    reused: bool
+
+
+def cut(samples: Iterator[tuple[str, Sample]], samples_per_shard: int) -> Iterator[ShardJob]:
+    """Records -> jobs, as soon as each has its number of records; the rests come last."""
+    waiting: dict[str, list[Sample]] = {}
+    numbers: dict[str, int] = {}
+    for split, sample in samples:
+        waiting.setdefault(split, []).append(sample)
+        if len(waiting[split]) == samples_per_shard:
+            number = numbers.setdefault(split, 0)
+            numbers[split] += 1
+            yield ShardJob(split, number, tuple(waiting[split]))
+            waiting[split] = []
+    for split, rest in waiting.items():
+        if rest:
+            yield ShardJob(split, numbers.get(split, 0), tuple(rest))
+
+
+def write_shard(
+    job: ShardJob, folder: Path, options: ImageOptions, between: Callable[[], None] = lambda: None
+) -> ShardDone:
+    """Write one shard into ``folder/SPLIT``, unless it is there already, whole and of the same records.
+
+    Args:
+        between: called after every image.
+    """
+    target = folder / job.split / job.name
+    done, digest = target.with_suffix(_DONE), job.digest(options)
+    if (earlier := _read_done(done)) and earlier["digest"] == digest and not earlier["rejects"]:
+        return ShardDone(job.split, job.number, len(job.samples), (), reused=True)
+    done.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    rejects = []
+    # Named after the process: one that a kill has orphaned may still be at it.
+    staging = target.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
+    with staging.open("wb") as file:
+        tar = webdataset.TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
+        for sample in job.samples:
+            try:
+                images = [read_image(path, options) for path in sample.images]
+            except UnusableImageError as error:
+                rejects.append(Reject(job.split, sample.key, str(error.path), error.reason))
+            else:
+                tar.write({"__key__": sample.key, **_members(sample, images)})
+            between()
+        tar.close()
+    staging.replace(target)
+    _leave(target, digest, rejects)
+    return ShardDone(job.split, job.number, len(job.samples), tuple(rejects), reused=False)
+
+
+class UnusableImageError(Exception):
+    """A file is missing or no image that can be decoded.
+
+    Args:
+        path: of the file.
+        reason: why, without the path.
+    """
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
+    """A file's extension and bytes, after decoding it once; scaled and encoded again where `options` say so.
 
     Raises:
-        DataError: it is missing or no image that can be decoded.
+        UnusableImageError: it is missing or no image that can be decoded.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); --images must name the images' folder") from error
+        raise UnusableImageError(path, f"cannot be read ({error.strerror})") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            Image.open(io.BytesIO(content)).load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: is no image that can be decoded ({error}); download it again") from error
-    return content
+        image = decode(content)
+    except Exception as error:  # decoders meet damage with errors of any kind
+        raise UnusableImageError(path, f"cannot be decoded ({error})") from error
+    extension = {".jpeg": "jpg", "": "jpg"}.get(path.suffix.lower(), path.suffix.lower().lstrip("."))
+    longer = max(image.size)
+    if not options.max_side or longer <= options.max_side:
+        return extension, content
+    size = tuple(max(1, round(side * options.max_side / longer)) for side in image.size)
+    encoded = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=options.quality)  # type: ignore[arg-type]
+    return "jpg", encoded.getvalue()
 
 
-class ShardWriter:
-    """Writes one split's shards into a folder that the caller renames when all is done.
+def index_tar(path: Path) -> ShardDone:
+    """Make the table of a tar that is there already, ours or anybody's, unless one is left of an earlier attempt.
 
-    Args:
-        folder: new, for ``000000.tar`` and so on.
-        samples_per_shard: samples of every shard but the last.
+    Raises:
+        DataError: it cannot be read.
     """
-
-    def __init__(self, folder: Path, samples_per_shard: int):
-        self.folder = folder
-        self.num_samples = 0
-        self._samples_per_shard = samples_per_shard
-        self._keys: set[str] = set()
-        self._tar: webdataset.TarWriter | None = None
-        folder.mkdir(parents=True)
-
-    def write(self, sample: Sample) -> None:
-        """Append a sample.
-
-        Raises:
-            DataError: its key has been written before, or its image is missing or cannot be decoded.
-        """
-        if sample.key in self._keys:
-            raise DataError(
-                f"{sample.image}: image id {sample.content['image_id']} stands in the source twice; remove one record"
-            )
-        self._keys.add(sample.key)
-        image = read_image(sample.image)
-        if self.num_samples % self._samples_per_shard == 0:
-            self.close()
-            path = self.folder / f"{self.num_samples // self._samples_per_shard:06d}.tar"
-            self._tar = webdataset.TarWriter(str(path), user="unimo3", group="unimo3", mtime=0.0, encoder=False)
-        assert self._tar is not None
-        content = json.dumps(sample.content, ensure_ascii=False, sort_keys=True).encode()
-        extension = {".jpeg": "jpg"}.get(sample.image.suffix.lower(), sample.image.suffix.lower().lstrip("."))
-        self._tar.write({"__key__": sample.key, extension: image, "json": content})
-        self.num_samples += 1
-
-    def finish(self, dataset: str, split: str) -> None:
-        """Write the index of the closed shards."""
-        build_index(self.folder, dataset, split)
-
-    def close(self) -> None:
-        """Close the last shard."""
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
+    state = path.stat()
+    digest = f"{state.st_size} {state.st_mtime_ns}"
+    earlier = _read_done(path.with_suffix(_DONE))
+    reused = earlier is not None and earlier["digest"] == digest
+    if not reused:
+        _leave(path, digest, [])
+    found = _read_done(path.with_suffix(_DONE))
+    assert found is not None
+    return ShardDone(path.parent.name, 0, found["table"]["num_samples"], (), reused)
 
 
-def write_splits(
-    dataset: str, samples: Iterable[tuple[str, Sample]], folder: Path, samples_per_shard: int
-) -> dict[str, int]:
-    """Write every split that `samples` holds to ``folder/SPLIT``; return samples per split."""
-    writers: dict[str, ShardWriter] = {}
+def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
+    """Make a folder's index of what its finished shards have left beside them; `remove_traces` comes after.
+
+    Returns:
+        Number of samples.
+
+    Raises:
+        DataError: the shards hold none.
+    """
+    stems = [folder / name.removesuffix(".tar") for name in names]
+    return write_index(folder, dataset, split, (_table_left_by(stem) for stem in stems))
+
+
+def remove_traces(folder: Path, names: Sequence[str]) -> None:
+    """Remove what finished shards have left beside them."""
+    for name in names:
+        for suffix in (_DONE, _TABLE):
+            (folder / name).with_suffix(suffix).unlink(missing_ok=True)
+
+
+def remove_strangers(folder: Path, names: Sequence[str]) -> None:
+    """Remove what an earlier attempt with other arguments has left beside a split's shards."""
+    stems = {name.removesuffix(".tar") for name in names}
+    for path in folder.iterdir():
+        if path.name not in (INDEX, MEMBERS) and not (path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)):
+            path.unlink()
+
+
+def fault_of(folder: Path, shard: Shard) -> str | None:
+    """Read a whole shard and say how it differs from its index, if it does."""
+    path = folder / shard.name
     try:
-        for split, sample in samples:
-            if split not in writers:
-                writers[split] = ShardWriter(folder / split, samples_per_shard)
-            writers[split].write(sample)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    if not writers:
-        raise DataError(f"{dataset}: the source holds no samples")
-    for split, writer in writers.items():
-        writer.finish(dataset, split)
-    return {split: writer.num_samples for split, writer in writers.items()}
+        found = sha256_of(path)
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None if found == shard.sha256 else f"{path}: is not the shard that was indexed (SHA-256 {found[:12]})"
 
 
 def clear(folder: Path) -> None:
     """Remove a folder of shards, its index first, so that a kill half way leaves nothing that passes for whole."""
-    for index in folder.rglob("index.json"):
+    for index in folder.rglob(INDEX):
         index.unlink()
     shutil.rmtree(folder)
+
+
+def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:
+    content = json.dumps(sample.content, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
+    # Several images of a sample are told apart by a number before their extension.
+    names = [extension if len(images) == 1 else f"{number}.{extension}" for number, (extension, _) in enumerate(images)]
+    return {name: data for name, (_, data) in zip(names, images, strict=True)} | {"json": content}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    staging = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    staging.write_bytes(content)
+    staging.replace(path)
+
+
+def _leave(tar: Path, digest: str, rejects: list[Reject]) -> None:
+    """Write what `finish` needs of a shard; the ``.done`` last."""
+    table = table_of(tar)
+    _replace(tar.with_suffix(_TABLE), table.table)
+    facts = {name: value for name, value in asdict(table).items() if name != "table"}
+    content = {"digest": digest, "table": facts, "rejects": [asdict(reject) for reject in rejects]}
+    _replace(tar.with_suffix(_DONE), json.dumps(content).encode())
+
+
+def _read_done(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def _table_left_by(stem: Path) -> ShardTable:
+    done = _read_done(Path(f"{stem}{_DONE}"))
+    assert done is not None
+    return ShardTable(**done["table"], table=Path(f"{stem}{_TABLE}").read_bytes())

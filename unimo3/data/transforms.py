@@ -3,17 +3,19 @@
 Source: CLIP's mean and standard deviation, arXiv 2103.00020; METER resizes to a square; RandAugment, arXiv 1909.13719.
 """
 
-import io
 import random
-import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
+
+from unimo3.data.images import decode
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,13 +45,18 @@ class ImageTransform:
         image_size: pixels of the square.
         augment: ``randaugment`` draws two colour or shape changes an image; it never mirrors, since captions speak of
             left and right.
+        crop_scale: least share of an image's area that a random crop keeps, between 3:4 and 4:3 in shape; 1: no crop.
     """
 
-    def __init__(self, image_size: int, augment: Augment = "none"):
+    def __init__(self, image_size: int, augment: Augment = "none", crop_scale: float = 1.0):
         self._size = (image_size, image_size)
         self._scale = np.float32(1 / 255) / np.asarray(STD, np.float32)
         self._shift = np.asarray(MEAN, np.float32) / np.asarray(STD, np.float32)
+        self._resize: Callable[[Image.Image], Image.Image] = self._whole
+        if crop_scale < 1:
+            self._resize = RandomResizedCropAndInterpolation(image_size, (crop_scale, 1.0), interpolation="bicubic")
         self._augment = rand_augment_transform("rand-m9-n2-mstd0.5", {}) if augment == "randaugment" else None
+        self._draws = crop_scale < 1 or self._augment is not None
 
     def __call__(self, content: bytes, rng: np.random.Generator) -> Tensor:
         """Image file -> [3, S, S] float32.
@@ -57,26 +64,23 @@ class ImageTransform:
         Raises:
             OSError, ValueError, SyntaxError: it cannot be decoded, or is larger than Pillow's bomb limit.
         """
-        image = decode(content).resize(self._size, Image.Resampling.BICUBIC)
-        if self._augment is not None:
+        image = decode(content)
+        if self._draws:
             # timm draws from the global generators: seed them by the sample, and put them back.
             state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
             random.seed(int(rng.integers(2**63)))
             np.random.seed(int(rng.integers(2**32)))  # noqa: NPY002
             try:
-                image = self._augment(image)
+                image = self._resize(image)
+                if self._augment is not None:
+                    image = self._augment(image)
             finally:
                 random.setstate(state)
                 np.random.set_state(numpy_state)  # noqa: NPY002
+        else:
+            image = self._resize(image)
         pixels = np.asarray(image, dtype=np.float32) * self._scale - self._shift
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
-
-def decode(content: bytes) -> Image.Image:
-    """Decode an image file to RGB; one beyond Pillow's pixel limit is an error, not a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(str(error)) from error
+    def _whole(self, image: Image.Image) -> Image.Image:
+        return image.resize(self._size, Image.Resampling.BICUBIC)

@@ -32,16 +32,23 @@ class KernelArgs:
         Raises:
             ConfigError: the one asked for does not serve them, or not on this machine.
         """
-        if self.cross_layer_attention == "auto":
-            return None
+        self.serves_on_gpu(width)
         if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
             raise ConfigError("kernels.cross_layer_attention: 'triton': runs on GPUs, and there is none here; use auto")
+        return None if self.cross_layer_attention == "auto" else self.cross_layer_attention
+
+    def serves_on_gpu(self, width: int) -> bool:
+        """Whether a GPU runs the fused kernels for heads of this width.
+
+        Raises:
+            ConfigError: they are asked for and do not serve it.
+        """
         if self.cross_layer_attention == "triton" and width not in HEAD_WIDTHS:
             raise ConfigError(
                 f"kernels.cross_layer_attention: 'triton': serves head widths {', '.join(map(str, HEAD_WIDTHS))}, and "
                 f"model.hidden_size / model.num_attention_heads is {width}; use auto, or other heads"
             )
-        return self.cross_layer_attention
+        return self.cross_layer_attention != "reference" and width in HEAD_WIDTHS
 
     def choose_layer_norm(self, model: nn.Module) -> None:
         """Give a model the layer norm that these settings name, and say so in the log.

@@ -14,7 +14,8 @@ class ApexLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., *normalized_shape] -> the same shape."""
-        if not input.is_cuda:
+        # apex's launch fails where there is nothing to norm.
+        if not input.is_cuda or not input.numel():
             return super().forward(input)
         from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 

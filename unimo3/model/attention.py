@@ -167,8 +167,8 @@ class CrossLayerAttention(nn.Module):
             [level.value for level in levels],
             gate,
             padding_mask,
-            self.attention_dropout if self.training else 0.0,
             self.impl,
+            self.attention_dropout if self.training else 0.0,
         )
         return self.norm(h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))), gate
 

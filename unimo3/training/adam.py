@@ -7,10 +7,16 @@ Source: apex.optimizers.FusedAdam; deepspeed.ops.adam's FusedAdam and DeepSpeedC
 """
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from torch.optim import Optimizer
+from torch.utils.cpp_extension import _get_build_directory
 
 from unimo3.apex import OPTIMIZER_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
@@ -38,25 +44,32 @@ def build_adam(
     """
     wanted = fused
     if fused == "auto":
-        no_apex = missing_apex(OPTIMIZER_EXTENSION)
-        wanted = "deepspeed" if offloaded else "torch" if no_apex else "apex"
+        wanted = "deepspeed" if offloaded else "torch" if missing_apex(OPTIMIZER_EXTENSION) else "apex"
     options: dict[str, Any] = {"betas": betas, "eps": eps}
     optimizer: Optimizer
-    try:
-        if wanted == "apex":
-            optimizer = _apex(groups, options, offloaded)
-        elif wanted == "deepspeed":
+    if wanted == "apex":
+        optimizer = _apex(groups, options, offloaded)
+    elif wanted == "deepspeed":
+        try:
             optimizer = _deepspeed(groups, options, offloaded)
-        else:
-            optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    except ConfigError as error:
-        if fused != "auto":
-            raise
-        log.warning("%s; the optimizer is torch's, which is slower for offloaded states", error)
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        except _NotBuiltError as error:
+            if fused != "auto":
+                raise ConfigError(f"optim.fused: 'deepspeed': {error}; mend that, or use torch") from error
+            log.warning("%s; torch's AdamW is used, and its update of the offloaded states may be slower", error)
+            optimizer = _torch(groups, options)
+    else:
+        optimizer = _torch(groups, options)
     _read_others(optimizer)
     log.info("optimizer: %s.%s (optim.fused: %s)", type(optimizer).__module__, type(optimizer).__name__, fused)
     return optimizer
+
+
+class _NotBuiltError(Exception):
+    """DeepSpeed's kernel cannot be had here; the message says why."""
+
+
+def _torch(groups: list[dict], options: dict[str, Any]) -> Optimizer:
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def _apex(groups: list[dict], options: dict[str, Any], offloaded: bool) -> Optimizer:
@@ -64,7 +77,7 @@ def _apex(groups: list[dict], options: dict[str, Any], offloaded: bool) -> Optim
     if offloaded:
         reason = "its FusedAdam runs on GPUs alone, and the ds_config offloads the optimizer to main memory"
     if reason:
-        raise ConfigError(f"optim.fused: 'apex': {reason}; use auto")
+        raise ConfigError(f"optim.fused: 'apex': {reason}; use auto or torch")
     from apex.optimizers import FusedAdam
 
     optimizer: Optimizer = FusedAdam(groups, adam_w_mode=True, set_grad_none=True, **options)
@@ -76,18 +89,33 @@ def _deepspeed(groups: list[dict], options: dict[str, Any], offloaded: bool) -> 
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     on_cpu = offloaded or not torch.cuda.is_available()
-    kind = DeepSpeedCPUAdam if on_cpu else FusedAdam
-    log.info("DeepSpeed's %s is compiled when it is first used here; this can take two minutes", kind.__name__)
+    kind, name = (DeepSpeedCPUAdam, "cpu_adam") if on_cpu else (FusedAdam, "fused_adam")
     mode = {"adamw_mode": True} if on_cpu else {"adam_w_mode": True}
     try:
-        optimizer: Optimizer = kind(groups, **mode, **options)
+        with _one_builder(name):
+            optimizer: Optimizer = kind(groups, **mode, **options)
     except Exception as error:  # whatever a missing compiler, header or CUDA toolkit comes out as
         needed = "a C++ compiler and ninja" if on_cpu else "nvcc of the CUDA version torch was built with"
-        raise ConfigError(
-            f"optim.fused: 'deepspeed': its {kind.__name__} could not be built ({_first_line(error)}); it needs "
-            f"{needed}; install that, or use torch"
+        compiler = f", CXX is {os.environ['CXX']!r}" if "CXX" in os.environ else ""
+        raise _NotBuiltError(
+            f"{kind.__name__} could not be built ({_root_of(error)}{compiler}); it needs {needed}"
         ) from error
     return optimizer
+
+
+@contextmanager
+def _one_builder(name: str) -> Iterator[None]:
+    """Let one process at a time compile an extension of DeepSpeed's, and clear away what a killed one has left.
+
+    torch marks a build under way by a file, for which every other process waits without end; a process that was killed
+    leaves it. Under a lock that a kill frees, such a file can only be a leftover.
+    """
+    folder = Path(_get_build_directory(name, verbose=False))
+    with FileLock(f"{folder}.unimo3.lock", fallback_to_soft=False):
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{name}.so").exists():
+            log.info("compiling DeepSpeed's %s into %s, once; this can take two minutes", name, folder)
+        yield
 
 
 def count_steps_by_parameter(optimizer: Optimizer) -> None:
@@ -98,10 +126,12 @@ def count_steps_by_parameter(optimizer: Optimizer) -> None:
 
     def before(optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
+            counts = [0]
             for parameter in group["params"]:
-                group["step"] = optimizer.state[parameter].pop("step", 0)
+                counts.append(optimizer.state[parameter].pop("step", 0))
                 if not optimizer.state[parameter]:
                     del optimizer.state[parameter]
+            group["step"] = max(counts)
 
     def after(optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
@@ -117,17 +147,26 @@ def _read_others(optimizer: Optimizer) -> None:
     """Let a state that another implementation has saved be loaded."""
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
 
+    def own_form(step: Any, parameter: torch.Tensor) -> Any:
+        if counts_in_tensors:
+            # Of the fused update, which reads it where the parameter is.
+            return torch.as_tensor(float(step), dtype=torch.float32, device=parameter.device)
+        return int(step)
+
     def mend(optimizer: Optimizer) -> None:
         own = {name: value for name, value in optimizer.defaults.items() if name not in _SHARED}
         for group in optimizer.param_groups:
             group.update(own)
-        for state in optimizer.state.values():
-            # torch's own has made tensors of numbers already.
-            if "step" in state and not counts_in_tensors:
-                state["step"] = int(state["step"])
+        for parameter, state in optimizer.state.items():
+            if "step" in state:
+                state["step"] = own_form(state["step"], parameter)
 
     optimizer.register_load_state_dict_post_hook(mend)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _root_of(error: BaseException) -> str:
+    """What was at the root of an error: a library's own words hide it."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -95,12 +95,17 @@ def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, A
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
-    return _read(path) | {
-        "train_batch_size": batch.global_batch,
-        "train_micro_batch_size_per_gpu": batch.micro_batch,
-        "gradient_accumulation_steps": batch.num_accumulation,
-        "gradient_clipping": clip_norm,
-    }
+    # Which AdamW runs is optim.fused's to say; DeepSpeed would refuse torch's under offload.
+    return (
+        {"zero_force_ds_cpu_optimizer": False}
+        | _read(path)
+        | {
+            "train_batch_size": batch.global_batch,
+            "train_micro_batch_size_per_gpu": batch.micro_batch,
+            "gradient_accumulation_steps": batch.num_accumulation,
+            "gradient_clipping": clip_norm,
+        }
+    )
 
 
 def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrainedModel]) -> Unimo3PreTrainedModel:

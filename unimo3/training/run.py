@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 FREE_SETTINGS = (
     "run.dir", "checkpoint.", "kernels.", "optim.fused",
     "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config",
-    "data.train", "data.val", "data.num_workers", "data.prefetch", "data.ledger", "data.max_bad_share",
+    "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
+    "data.max_bad_share",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def changed_settings(settings: Any) -> list[str]:
         settings: a program's whole configuration; its ``run`` group names the folder.
     """
     path: Path = settings.run.folder / "config.yaml"
-    return _differences(config.read_flat(path), settings) if path.exists() else []
+    return _differences(config.read_flat(path, type(settings)), settings) if path.exists() else []
 
 
 def _differences(before: dict[str, Any], settings: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 # Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
 
+import functools
+import logging
 import os
 from collections.abc import Sequence
 
@@ -18,6 +20,9 @@ IMPLEMENTATIONS = ("triton", "native", "reference")
 # What the Triton kernels serve.
 HEAD_WIDTHS = (32, 64, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WHAT = {"triton": "Triton kernels", "native": "the C++ kernel", "reference": "plain operations (reference)"}
+
+log = logging.getLogger(__name__)
 
 
 def cross_layer_attention(
@@ -26,8 +31,8 @@ def cross_layer_attention(
     v: Tensor | Sequence[Tensor],
     gate: Tensor | None,
     key_padding_mask: Tensor | Sequence[Tensor] | None = None,
-    dropout_p: float = 0.0,
     impl: str | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attend to every level and mix the results by the gate.
 
@@ -40,10 +45,10 @@ def cross_layer_attention(
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
         key_padding_mask: [B, V], True where a key may be read, the same for all levels; or one [B, V_i] a level. A
             level of which a sample has no readable key adds zeros.
-        dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
         impl: ``triton``, for CUDA tensors of head width 32, 64, 96 or 128 (CPU tensors under TRITON_INTERPRET=1);
             ``native``, the C++ kernel for float32 on CPUs; ``reference``, for everything. None: by the device, the
             first of these that serves; ``triton`` after a trial on the GPU at hand.
+        dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
 
     Returns:
         [B, H, T, d] in q's dtype.
@@ -51,10 +56,12 @@ def cross_layer_attention(
     Raises:
         ValueError: the tensors do not fit together, or `impl` does not serve them.
     """
-    keys, values = _levels(k), _levels(v)
+    keys, values = _levels("k", k), _levels("v", v)
     masks = [key_padding_mask] * len(keys) if isinstance(key_padding_mask, Tensor) else key_padding_mask
     _check(q, keys, values, gate, masks, dropout_p)
     chosen = _choose(impl, q)
+    if not torch.compiler.is_compiling():
+        _say(chosen, q.device.type, q.dtype)
     if chosen == "triton":
         # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
         from unimo3.kernels.cross_layer_attention import launch
@@ -64,8 +71,19 @@ def cross_layer_attention(
     return attend(q, keys, values, gate, masks, dropout_p)
 
 
-def _levels(stacked: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return list(stacked.unbind(2)) if isinstance(stacked, Tensor) and stacked.dim() == 5 else list(stacked)
+@functools.cache
+def _say(chosen: str, device: str, dtype: torch.dtype) -> None:
+    """Once for each kind."""
+    log.info("cross-layer attention: %s, for %s on %s", _WHAT[chosen], dtype, device)
+
+
+def _levels(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor) and given.dim() == 5:
+        return list(given.unbind(2))
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        form = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ValueError(f"{name}: {form}; [B, H, S, V, d], or a list of one [B, H, V, d] a level, is needed")
+    return list(given)
 
 
 def _choose(impl: str | None, q: Tensor) -> str:
@@ -109,6 +127,10 @@ def _check(
     masks: Sequence[Tensor] | None,
     dropout_p: float,
 ) -> None:
+    for name, tensors in (("q", [q]), ("k", k), ("v", v), ("gate", [gate]), ("key_padding_mask", masks or ())):
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) and not (name == "gate" and tensor is None):
+                raise ValueError(f"{name}: holds a {type(tensor).__name__}; tensors are needed")
     if q.dim() != 4 or not q.is_floating_point():
         raise ValueError(f"q: {q.dtype} of shape {tuple(q.shape)}; floating point [B, H, T, d] is needed")
     if len(k) != len(v) or not k:

@@ -2,10 +2,11 @@
 
 How the entries were found: none has been timed on a GPU. ``benchmarks/kernel_static.py --search`` compiles every
 candidate (blocks of 32 and 64 for half types, of 16 to 64 for float32; 4 and 8 warps; two stages) for all it would
-serve, with seven levels, gate, padding and dropout. It drops those that spill registers, exceed a block's shared memory
-or leave fewer than 8 warps to a multiprocessor. Of the rest it takes the largest block; among equals the one with most
-warps resident, then the one with fewest registers. Blocks of 128 are not among them: texts of 50 tokens and images of
-197 to 442 would fill them badly.
+serve, with seven levels, gate, padding and dropout, and for heads of 64, the recipes' width, with fewer levels and
+without padding or dropout too. It drops those that spill registers, exceed a block's shared memory or leave fewer than
+8 warps to a multiprocessor. Of the rest it takes the largest block; among equals the one with most warps resident, then
+the one with fewest registers. Blocks of 128 are not among them: texts of 50 tokens and images of 197 to 442 would fill
+them badly.
 
 ``UNIMO3_AUTOTUNE=1`` times candidates on the GPU at hand instead, see launch.py.
 
@@ -39,7 +40,7 @@ WIDTHS = (32, 64, 128)
 HALF: dict[int, dict[tuple[str, int], tuple[Blocks, Blocks]]] = {
     80: {
         ("forward", 32): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 64): (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        ("forward", 64): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
         ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
         ("backward_query", 32): (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
         ("backward_query", 64): (Blocks(32, 64, 8, 2), Blocks(64, 32, 4, 2)),
@@ -53,7 +54,7 @@ HALF: dict[int, dict[tuple[str, int], tuple[Blocks, Blocks]]] = {
         ("forward", 64): (Blocks(32, 64, 8, 2), Blocks(64, 64, 4, 2)),
         ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
         ("backward_query", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 64): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
+        ("backward_query", 64): (Blocks(32, 64, 4, 2), Blocks(64, 32, 8, 2)),
         ("backward_query", 128): (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         ("backward_key", 32): (Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2)),
         ("backward_key", 64): (Blocks(64, 32, 8, 2), Blocks(32, 64, 4, 2)),
@@ -61,10 +62,10 @@ HALF: dict[int, dict[tuple[str, int], tuple[Blocks, Blocks]]] = {
     },
     100: {
         ("forward", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 64): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        ("forward", 64): (Blocks(32, 32, 4, 2), Blocks(64, 64, 8, 2)),
         ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
         ("backward_query", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 64): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
+        ("backward_query", 64): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
         ("backward_query", 128): (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
         ("backward_key", 32): (Blocks(32, 32, 4, 2), Blocks(64, 64, 8, 2)),
         ("backward_key", 64): (Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 2)),
@@ -74,12 +75,12 @@ HALF: dict[int, dict[tuple[str, int], tuple[Blocks, Blocks]]] = {
 # Without tensor cores, one entry for all lengths and capabilities.
 FLOAT32: dict[tuple[str, int], Blocks] = {
     ("forward", 32): Blocks(32, 64, 8, 2),
-    ("forward", 64): Blocks(32, 64, 8, 2),
-    ("forward", 128): Blocks(16, 64, 8, 2),
+    ("forward", 64): Blocks(64, 32, 8, 2),
+    ("forward", 128): Blocks(32, 16, 8, 2),
     ("backward_query", 32): Blocks(64, 32, 8, 2),
     ("backward_query", 64): Blocks(32, 32, 8, 2),
     ("backward_query", 128): Blocks(16, 32, 8, 2),
-    ("backward_key", 32): Blocks(32, 64, 8, 2),
+    ("backward_key", 32): Blocks(64, 32, 8, 2),
     ("backward_key", 64): Blocks(32, 32, 8, 2),
     ("backward_key", 128): Blocks(16, 64, 8, 2),
 }

@@ -100,9 +100,9 @@ def cross_layer_attention_fwd_kernel(
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T queries of one (sample, head), all levels. lse is [B, H, S, T], dense."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     sample, head = pair // num_heads, pair % num_heads
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_D)
     in_queries = t < num_queries
     queries = _load_rows(q + sample * q_strides[0] + head * q_strides[1], t, q_strides[2], columns, num_queries, WIDTH)
@@ -151,9 +151,9 @@ def cross_layer_attention_bwd_query_kernel(
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: grad_q and D of BLOCK_T queries. offsets, which is D and the gate's gradient, is [B, H, S, T]."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     sample, head = pair // num_heads, pair % num_heads
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_D)
     in_queries = t < num_queries
     queries = _load_rows(q + sample * q_strides[0] + head * q_strides[1], t, q_strides[2], columns, num_queries, WIDTH)
@@ -208,9 +208,9 @@ def cross_layer_attention_bwd_key_kernel(
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: grad_k and grad_v of BLOCK_V keys, for all levels in turn; both are dense [B, H, V, d] a level."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     sample, head = pair // num_heads, pair % num_heads
-    rows = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = tl.arange(0, BLOCK_D)
     q_start = q + sample * q_strides[0] + head * q_strides[1]
     slope_start = grad_out + sample * grad_out_strides[0] + head * grad_out_strides[1]

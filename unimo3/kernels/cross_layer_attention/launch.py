@@ -1,8 +1,7 @@
 """The Triton kernels, launched: with the blocks of the table, or with those that are fastest on the GPU at hand.
 
 ``UNIMO3_AUTOTUNE=1`` has triton time every candidate at the first call of each kind and keep the result in its cache.
-Lengths up to the same power of two share a result. A run that tunes anew may take other blocks, and so other roundings:
-leave it off where runs are to be equal bit for bit.
+A run that tunes anew may take other blocks, and so other roundings: leave it off where runs are to be equal to the bit.
 
 Source: kernel.py for what runs, op.py for how torch sees it; triton.autotune.
 """
@@ -13,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,36 +84,60 @@ class _Call:
         queries, longest = self._inputs.q.shape[2], self._inputs.longest
 
         def grid(constants: dict[str, Any]) -> tuple[int, int]:
+            # (sample, head) pairs first: the second axis ends at 65,535.
             if name == "backward_key":
-                return triton.cdiv(longest, constants["BLOCK_V"]), self.pairs
-            return triton.cdiv(queries, constants["BLOCK_T"]), self.pairs
+                return self.pairs, triton.cdiv(longest, constants["BLOCK_V"])
+            return self.pairs, triton.cdiv(queries, constants["BLOCK_T"])
 
-        if os.environ.get(AUTOTUNE) == "1":
-            tuner = _tuner(name, triton.next_power_of_2(queries), triton.next_power_of_2(longest))
-            known = len(tuner.cache)
-            tuner[grid](*arguments, *self.sizes, **self._switches)
-            if len(tuner.cache) > known:
-                log.info("%s: T %d, V %d, %s: %s", name, queries, longest, self._switches, tuner.best_config)
-            return
-        blocks = blocks_for(name, self._inputs.q, longest)
-        _FUNCTIONS[name][grid](
-            *arguments, *self.sizes, **self._switches, BLOCK_T=blocks.queries, BLOCK_V=blocks.keys,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
+        with on_device(self._inputs.q.device):
+            if os.environ.get(AUTOTUNE) == "1":
+                tuner = _tuner(name)
+                known = len(tuner.cache)
+                tuner[grid](*arguments, *self.sizes, **self._switches)
+                if len(tuner.cache) > known:
+                    log.info("%s: T %d, V %d, %s: %s", name, queries, longest, self._switches, tuner.best_config)
+                return
+            blocks = blocks_for(name, self._inputs.q, longest)
+            _FUNCTIONS[name][grid](
+                *arguments, *self.sizes, **self._switches, BLOCK_T=blocks.queries, BLOCK_V=blocks.keys,
+                num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make a GPU the current one, on which triton launches; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
-def _tuner(name: str, queries: int, longest: int) -> Any:
-    """A kernel that times its candidates; one for each kernel and power of two that holds the lengths."""
-    sizes = [size for size in (32, 64, 128) if size <= max(64, queries, longest)]
+def _tuner(name: str) -> Any:
+    """A kernel that times its candidates for each kind of call."""
+    sizes = (32, 64, 128)
     candidates = [
         triton.Config({"BLOCK_T": block_t, "BLOCK_V": block_v}, num_warps=warps, num_stages=stages)
         for block_t, block_v, warps, stages in itertools.product(sizes, sizes, (4, 8), (2, 3))
     ]
-    # What a kernel is compiled for; triton adds the dtypes.
-    key = ["LEVELS", "WIDTH", "HAS_GATE", "HAS_MASK", "DROPOUT"]
+    # What a kernel is compiled for, and the lengths; triton adds the dtypes.
+    key = ["num_queries", "longest", "LEVELS", "WIDTH", "HAS_GATE", "HAS_MASK", "DROPOUT"]
     timing = {} if torch.cuda.is_available() else {"do_bench": _wall_time}
-    return triton.autotune(candidates, key=key, cache_results=True, **timing)(_FUNCTIONS[name])
+    return triton.autotune(
+        candidates, key=key, cache_results=True, prune_configs_by={"early_config_prune": _worth_timing}, **timing
+    )(_FUNCTIONS[name])
+
+
+def _worth_timing(candidates: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+    """Candidates without blocks far longer than the lengths; in float32 without those that take minutes to compile."""
+    most = 64 if arguments["q"].element_size() > 2 else 128
+
+    def fits(block: int, length: int) -> bool:
+        return block <= min(most, max(32, triton.next_power_of_2(length)))
+
+    return [
+        candidate
+        for candidate in candidates
+        if fits(candidate.kwargs["BLOCK_T"], arguments["num_queries"])
+        and fits(candidate.kwargs["BLOCK_V"], arguments["longest"])
+    ]
 
 
 def _wall_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:

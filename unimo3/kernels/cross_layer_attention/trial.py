@@ -1,7 +1,8 @@
 """A trial of the Triton kernels on the GPU at hand, before anything is trusted to them.
 
 A GPU, driver or triton they were never run with may refuse them or get them wrong. Each process asks once for a dtype
-and head width, in a second or a few, and falls back to the reference with a warning.
+and head width, in some seconds, and falls back to the reference with a warning. What a trial cannot catch is an access
+to memory that is not theirs, after which a process can use its GPU no more.
 
 Source: none; the C++ kernel's build falls back likewise.
 """
@@ -24,13 +25,19 @@ _TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float32: 1e-4}
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def triton_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernels give the reference's result and gradients on a device; a warning says why not.
+    """Whether the kernels give the reference's results and gradients on a device; a warning says why not.
 
     Args:
         width: of a head, d.
     """
+    return tried(device, dtype, width)
+
+
+# A function of its own: what torch.compile is to take for a constant must be a plain one.
+@functools.cache
+def tried(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """`triton_works`, once for each kind."""
     # A thread has modes, hooks and autocast of its own: what the caller has set, such as activation checkpointing's
     # hooks, must not see these tensors.
     with ThreadPoolExecutor(1) as thread:
@@ -39,14 +46,12 @@ def triton_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 def _succeeds(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     try:
-        error, name = _largest_error(device, dtype, width)
+        problem = _problem(device, dtype, width)
     except Exception as reason:  # a compiler's, a driver's, or triton's own, of any type
         problem = f"they do not run: {type(reason).__name__}: {reason}"
-    else:
-        if error <= _TOLERANCE[dtype]:
-            log.info("cross-layer attention: Triton kernels, which passed their trial with %s, width %d", dtype, width)
-            return True
-        problem = f"the {name} is {error:.2g} of its largest value off"
+    if not problem:
+        log.info("cross-layer attention: the Triton kernels passed their trial with %s, width %d", dtype, width)
+        return True
     log.warning(
         "cross-layer attention runs in plain operations, slower and with more memory: the Triton kernels failed their "
         "trial on %s with %s and head width %d; %s",
@@ -55,35 +60,72 @@ def _succeeds(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return False
 
 
-def _largest_error(device: torch.device, dtype: torch.dtype, width: int) -> tuple[float, str]:
+def _problem(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """What is wrong; empty if nothing is."""
+    from unimo3.kernels.cross_layer_attention import launch
+
+    # A thread begins on the first GPU, whichever is its process's own.
+    with launch.on_device(device):
+        # More than a block, and less: the table has blocks for either.
+        for queries, lengths in ((70, (131, 17)), (9, (20,))):
+            error, name = _largest_error(device, dtype, width, queries, lengths)
+            if not error <= _TOLERANCE[dtype]:
+                return f"the {name} is {error:.2g} of its largest value off (T {queries}, V {lengths})"
+            if not _is_finite_with_dropout(device, dtype, width, queries, lengths):
+                return f"with dropout a value is not finite (T {queries}, V {lengths})"
+    return ""
+
+
+class _Drawn:
+    """Inputs and a gradient of the result, from a generator of their own: the run's draws stay as they are."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, width: int, queries: int, lengths: tuple[int, ...]):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+
+        batch, heads = 2, 2
+        self.q = draw(batch, heads, queries, width)
+        self.k, self.v = ([draw(batch, heads, keys, width) for keys in lengths] for _ in range(2))
+        shares = draw(batch, queries, heads, len(lengths)).detach().float().softmax(-1)
+        self.gate = shares.requires_grad_()
+        self.masks = [
+            torch.arange(keys, device=device) < torch.tensor([[keys], [keys // 2]], device=device) for keys in lengths
+        ]
+        self.grad_out = draw(batch, heads, queries, width).detach()
+        self.leaves = [self.q, *self.k, *self.v, self.gate]
+        each = ["gradient of k"] * len(lengths) + ["gradient of v"] * len(lengths)
+        self.names = ["result", "gradient of q", *each, "gradient of the gate"]
+
+
+def _largest_error(
+    device: torch.device, dtype: torch.dtype, width: int, queries: int, lengths: tuple[int, ...]
+) -> tuple[float, str]:
     """The largest difference from the reference in float64, as a share of the largest value, and whose it is."""
     from unimo3.kernels.cross_layer_attention import launch
 
-    # Its own generator: the run's draws stay as they are.
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-
-    batch, heads, queries, lengths = 2, 2, 70, (131, 17)
-    q = draw(batch, heads, queries, width)
-    k, v = ([draw(batch, heads, keys, width) for keys in lengths] for _ in range(2))
-    gate = draw(batch, queries, heads, len(lengths)).detach().float().softmax(-1).requires_grad_()
-    masks = [torch.arange(keys, device=device) < torch.tensor([[keys], [keys // 2]], device=device) for keys in lengths]
-    grad_out = draw(batch, heads, queries, width).detach()
-    leaves = [q, *k, *v, gate]
-    names = ["result", "gradient of q", *["gradient of k"] * 2, *["gradient of v"] * 2, "gradient of the gate"]
-
-    out = launch.attend(q, k, v, gate, masks, 0.0)
-    found = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
-    exact = cross_layer_attention_reference(
-        q.double(), [key.double() for key in k], [value.double() for value in v], gate, masks, 0.0
-    )
-    wanted = [exact.detach().double(), *torch.autograd.grad(exact, leaves, grad_out.double())]
+    given = _Drawn(device, dtype, width, queries, lengths)
+    out = launch.attend(given.q, given.k, given.v, given.gate, given.masks, 0.0)
+    found = [out.detach(), *torch.autograd.grad(out, given.leaves, given.grad_out)]
+    k, v = ([level.double() for level in levels] for levels in (given.k, given.v))
+    exact = cross_layer_attention_reference(given.q.double(), k, v, given.gate, given.masks, 0.0)
+    wanted = [exact.detach(), *torch.autograd.grad(exact, given.leaves, given.grad_out.double())]
     errors = [
-        float((ours.double() - theirs).abs().max() / theirs.abs().max())
+        float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
         for ours, theirs in zip(found, wanted, strict=True)
     ]
     # A comparison that is no number is the worst.
     worst = max(range(len(errors)), key=lambda place: (errors[place] != errors[place], errors[place]))
-    return errors[worst], names[worst]
+    return errors[worst], given.names[worst]
+
+
+def _is_finite_with_dropout(
+    device: torch.device, dtype: torch.dtype, width: int, queries: int, lengths: tuple[int, ...]
+) -> bool:
+    from unimo3.kernels.cross_layer_attention import launch
+
+    given = _Drawn(device, dtype, width, queries, lengths)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        out = launch.attend(given.q, given.k, given.v, given.gate, given.masks, 0.1)
+    return all(bool(x.isfinite().all()) for x in (out, *torch.autograd.grad(out, given.leaves, given.grad_out)))

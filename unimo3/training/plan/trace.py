@@ -22,7 +22,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from unimo3.data.masking import IGNORED
 from unimo3.kernels.args import KernelArgs
-from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS
 from unimo3.model.config import Unimo3Config
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
@@ -84,8 +83,7 @@ def trace_step(
     # apex's layer norm keeps what torch's does.
     plain = KernelArgs(cross_layer_attention="reference", layer_norm="torch")
     prepare_layers(model, plain, activation_checkpointing, compile_towers=False)
-    serves = config.hidden_size // config.num_attention_heads in HEAD_WIDTHS
-    if serves and (kernels or KernelArgs()).cross_layer_attention != "reference":
+    if (kernels or KernelArgs()).serves_on_gpu(config.hidden_size // config.num_attention_heads):
         model.unimo3.use_attention_kernel("triton")
     task = PretrainingTask(model, objectives.build(seed=0)).train()
     for parameter in model.parameters():

@@ -1,0 +1,384 @@
+"""Reading training samples: this project's loader against webdataset's usual pipeline and a bare loop.
+
+    ours        TrainingLoader: members by offset in the run's order, decoded, augmented, tokenised, masked, collated
+    webdataset  shards shuffled, a shuffle buffer of 1000, the same decoding, augmentation, tokens and masks, collated
+    bare        a loop over images in memory that decodes and augments and does nothing else: the limit
+
+Then what resuming costs, and how memory grows with the size of the index.
+
+Source: webdataset's documentation for the usual pipeline.
+"""
+
+import argparse
+import gc
+import io
+import json
+import multiprocessing
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from tqdm import tqdm
+
+import unimo3  # noqa: F401  (it makes torchvision importable)
+from benchmarks.report import ROOT, usable_cores, write_report
+from unimo3.data.formats.record import Sample
+from unimo3.data.index import INDEX, MEMBERS, ShardIndex, ShardTable, table_of, write_index
+from unimo3.data.loader import ReaderArgs, TrainingLoader
+from unimo3.data.masking import Masking
+from unimo3.data.order import SampleOrder
+from unimo3.data.samples import PretrainSamples, TextEncoder
+from unimo3.data.shards import ImageOptions, ShardJob, write_shard
+from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.errors import CommandParser, ConfigError, exit_with_status
+
+OURS, WEBDATASET, BARE = "ours", "webdataset", "bare loop"
+IMAGE_SIZE, TOKENS, MASKED, BATCH, PREFETCH, BUFFER, WINDOW = 288, 50, 0.15, 32, 4, 1000, 16
+SAMPLES_PER_SHARD = 256
+# Different pictures; samples beyond repeat them.
+NUM_PICTURES = 64
+
+
+def picture(number: int) -> bytes:
+    """A JPEG of 640 x 480 pixels with shapes of several sizes and some noise, 70 to 80 kB."""
+    rng = np.random.default_rng(number)
+
+    def field(height: int, width: int) -> np.ndarray:
+        drawn = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        return np.asarray(drawn.resize((640, 480), Image.Resampling.BICUBIC), dtype=float)
+
+    mixed = 0.8 * field(12, 16) + 0.2 * field(90, 120) + rng.normal(0, 3, (480, 640, 1))
+    file = io.BytesIO()
+    Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
+    return file.getvalue()
+
+
+def make_shards(folder: Path, num_shards: int) -> None:
+    """Write shards of such pictures with two captions each, their index, and a tokenizer."""
+    words = [f"word{number}" for number in range(500)]
+    chooser = random.Random(0)
+    for number in range(NUM_PICTURES):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    captions = [" ".join(chooser.choices(words, k=12)) for _ in range(2 * num_shards * SAMPLES_PER_SHARD)]
+    train_tokenizer(captions, 1000, folder / "tokenizer")
+    for shard in range(num_shards):
+        first = shard * SAMPLES_PER_SHARD
+        samples = tuple(
+            Sample(
+                f"{place:09d}",
+                (folder / f"{place % NUM_PICTURES}.jpg",),
+                {"image_id": place, "captions": captions[2 * place : 2 * place + 2]},
+            )
+            for place in range(first, first + SAMPLES_PER_SHARD)
+        )
+        write_shard(ShardJob("train", shard, samples), folder, ImageOptions())
+    tars = sorted((folder / "train").glob("*.tar"))
+    write_index(folder / "train", "pictures", "train", [table_of(path) for path in tars])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the shards lie, and how images are augmented."""
+
+    folder: Path
+    augment: Any
+
+    def samples(self) -> PretrainSamples:
+        """Of this project."""
+        index = ShardIndex(self.folder / "train")
+        tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
+        return PretrainSamples(index, tokenizer, TOKENS, ImageTransform(IMAGE_SIZE, self.augment), MASKED, seed=0)
+
+
+def ours(setting: Setting, workers: int, start_step: int = 0) -> Iterator[Any]:
+    """This project's batches."""
+    samples = setting.samples()
+    order = SampleOrder(samples.units_per_shard, 0, WINDOW)
+    reader = ReaderArgs(workers, PREFETCH)
+    for micro_batches in TrainingLoader([samples], order, BATCH, BATCH, 0, 1, reader, start_step):
+        yield from micro_batches
+
+
+def usual(setting: Setting, workers: int, decodes: bool = True) -> Iterator[Any]:
+    """webdataset's batches; without decoding, single samples."""
+    tokenizer = load_tokenizer(str(setting.folder / "tokenizer"))
+    encode, transform = TextEncoder(tokenizer, TOKENS), ImageTransform(IMAGE_SIZE, setting.augment)
+    assert isinstance(tokenizer.mask_token_id, int)
+    mask = Masking(MASKED, tokenizer.mask_token_id, frozenset(tokenizer.all_special_ids), len(tokenizer))
+
+    def build(sample: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng(random.getrandbits(63))
+        content = json.loads(sample["json"])
+        ids, attention = encode(content["captions"][int(rng.integers(len(content["captions"])))])
+        masked, labels = mask(ids, rng)
+        return {
+            "pixel_values": transform(sample["jpg"], rng),
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(attention),
+            "mlm_input_ids": torch.from_numpy(masked),
+            "mlm_labels": torch.from_numpy(labels),
+            "image_id": torch.tensor(content["image_id"]),
+        }
+
+    urls = [str(path) for path in sorted((setting.folder / "train").glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(BUFFER)
+    if not decodes:
+        yield from dataset
+        return
+    # Batched in the readers, as its documentation advises: fewer, larger transfers.
+    batched = dataset.repeat().map(build).batched(BATCH, collation_fn=torch.utils.data.default_collate)
+    yield from webdataset.WebLoader(batched, batch_size=None, num_workers=workers, prefetch_factor=PREFETCH)
+
+
+class Stream:
+    """A loader's batches, timed."""
+
+    def __init__(self, batches: Iterator[Any], workers: int):
+        self._batches = batches
+        self._ahead = workers * PREFETCH + 1
+
+    def rate(self, seconds: float) -> float:
+        """Samples a second over this time, after what was read ahead while others had their turn."""
+        for _ in range(self._ahead):
+            next(self._batches)
+        count, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            next(self._batches)
+            count += BATCH
+        return count / passed
+
+
+def _loop(orders: Connection, images: list[bytes], augment: Any) -> None:
+    transform, rng = ImageTransform(IMAGE_SIZE, augment), np.random.default_rng(0)
+    torch.set_num_threads(1)
+    while (seconds := orders.recv()) is not None:
+        count, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            transform(images[count % len(images)], rng)
+            count += 1
+        orders.send(count / passed)
+
+
+class BareLoop:
+    """Processes that decode and augment images they have in memory."""
+
+    def __init__(self, setting: Setting, workers: int):
+        images = [(setting.folder / f"{number}.jpg").read_bytes() for number in range(NUM_PICTURES)]
+        context = multiprocessing.get_context("fork")
+        self._ends = []
+        for _ in range(workers):
+            here, there = context.Pipe()
+            context.Process(target=_loop, args=(there, images, setting.augment), daemon=True).start()
+            self._ends.append(here)
+
+    def rate(self, seconds: float) -> float:
+        """Samples a second of all of them."""
+        for end in self._ends:
+            end.send(seconds)
+        return sum(end.recv() for end in self._ends)
+
+
+def measure_rates(setting: Setting, workers: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Samples a second of each contestant in every round, in turns."""
+    contestants: dict[str, Stream | BareLoop] = {
+        OURS: Stream(ours(setting, workers), workers),
+        WEBDATASET: Stream(usual(setting, workers), workers),
+        BARE: BareLoop(setting, workers),
+    }
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in tqdm(range(rounds + 1), desc=f"{workers} readers", unit="round"):
+        for name, contestant in contestants.items():
+            rate = contestant.rate(seconds)
+            if number:  # the first warms up
+                found[name].append(rate)
+    del contestants
+    gc.collect()
+    return found
+
+
+def measure_resume(setting: Setting, workers: int) -> dict[str, tuple[float, float]]:
+    """Seconds to the first batch at a share of an epoch: ours, and what webdataset needs to read its way there."""
+    num_samples = sum(ShardIndex(setting.folder / "train").samples_per_shard)
+    found = {}
+    for share in (0.0, 0.5, 0.99):
+        position = int(share * num_samples)
+
+        def first_batch(position: int = position) -> None:
+            batches = ours(setting, workers, position // BATCH)
+            next(batches)
+            batches.close()  # type: ignore[attr-defined]
+
+        def replay(position: int = position) -> None:
+            for number, _ in enumerate(usual(setting, workers, decodes=False)):
+                if number >= position:
+                    break
+
+        found[f"{share:.0%}"] = (_median_time(first_batch), _median_time(replay))
+    return found
+
+
+def _median_time(work: Callable[[], None]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def synthesise_index(folder: Path, real: Path, num_samples: int) -> None:
+    """An index of `num_samples`, all of whose shards are links to a real one."""
+    tar = next(iter(sorted(real.glob("*.tar"))))
+    table = table_of(tar)
+    number = -(-num_samples // table.num_samples)
+    folder.mkdir(parents=True)
+
+    def tables() -> Iterator[ShardTable]:
+        for place in range(number):
+            name = f"{place:06d}.tar"
+            (folder / name).symlink_to(tar)
+            yield ShardTable(name, table.num_bytes, table.sha256, table.num_samples, table.num_items, table.table)
+
+    write_index(folder, "synthetic", "train", tables())
+
+
+def probe(folder: Path) -> None:
+    """Read 512 samples all over an index as a reader process does, and print its memory in bytes and its seconds."""
+    start = time.perf_counter()
+    index = ShardIndex(folder)
+    order = SampleOrder(index.samples_per_shard, 0, WINDOW)
+    ready = time.perf_counter() - start
+    for place in np.linspace(0, order.num_units - 1, 512).astype(int).tolist():
+        unit = order[place]
+        index.read(unit.shard, unit.unit)
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
+    print(json.dumps([used, ready]))
+
+
+def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[int, tuple[float, float, int]]:
+    """Memory and seconds to open of a reader, and bytes of the index on disk, by samples."""
+    found = {}
+    for size in tqdm(sizes, desc="index", unit="size"):
+        folder = scratch / f"index_{size}"
+        synthesise_index(folder, setting.folder / "train", size)
+        command = [sys.executable, __file__, "--probe", str(folder)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used, ready = json.loads(output)
+        found[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, MEMBERS)))
+    return found
+
+
+def report(
+    rates: dict[int, dict[str, list[float]]],
+    resume: dict[str, tuple[float, float]],
+    memory: dict[int, tuple[float, float, int]],
+    setting: Setting,
+    num_samples: int,
+) -> str:
+    """The result in markdown."""
+    lines = ["| readers | | samples/s | ours is | by round |", "| ---: | --- | ---: | ---: | --- |"]
+    for workers, found in rates.items():
+        for name, values in found.items():
+            ratios = [one / other for one, other in zip(found[OURS], values, strict=True)]
+            spread = "" if name == OURS else f"{min(ratios):.2f} to {max(ratios):.2f}"
+            ratio = "" if name == OURS else f"{median(ratios):.2f} times as fast"
+            lines.append(f"| {workers} | {name} | {median(values):.0f} | {ratio} | {spread} |")
+    lines += [
+        "",
+        f"JPEGs of 640 x 480 pixels and 70 to 80 kB to {IMAGE_SIZE} pixels, augmentation `{setting.augment}`, batches",
+        f"of {BATCH}, {PREFETCH} of them ahead, {num_samples} samples in shards of {SAMPLES_PER_SHARD}. Medians; all",
+        "take their turn in every round. Each reader is one process, of the bare loop too; batches arrive in another.",
+        "",
+        "## Resuming",
+        "",
+        "| at | ours, s to the first batch | webdataset, s to read its way there, nothing decoded |",
+        "| ---: | ---: | ---: |",
+    ]
+    lines += [f"| {share} of an epoch | {own:.2f} | {theirs:.2f} |" for share, (own, theirs) in resume.items()]
+    lines += [
+        "",
+        "Ours opens the index, loads the tokenizer and starts two readers. webdataset's grows with the epoch; these",
+        "few samples are in the page cache.",
+        "",
+        "## Size of the index",
+        "",
+        "| samples | reader's memory, MB | s to open | on disk, MB |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {size:,} | {used / 1e6:.0f} | {ready:.2f} | {disk / 1e6:.1f} |"
+        for size, (used, ready, disk) in memory.items()
+    ]
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: something cannot be used.
+    """
+    parser = CommandParser(prog="python benchmarks/loader.py", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of each contestant (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a contestant's turn (default: %(default)s)")
+    parser.add_argument("--shards", type=int, default=16, help="of 256 samples each (default: %(default)s)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="readers (default: 1 2)")
+    parser.add_argument("--augment", default="none", choices=("none", "randaugment"))
+    parser.add_argument(
+        "--index-samples",
+        type=int,
+        nargs="+",
+        default=[10**4, 10**5, 10**6, 10**7],
+        help="sizes of the synthetic index",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loader.md")
+    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    faults = [
+        f"--{name} {getattr(args, name)}: a number above 0 is needed"
+        for name in ("rounds", "seconds", "shards")
+        if getattr(args, name) <= 0
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return args
+
+
+@exit_with_status
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write the result and print it."""
+    args = parse(arguments)
+    if args.probe:
+        probe(args.probe)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(Path(scratch) / "shards", args.augment)
+        setting.folder.mkdir()
+        make_shards(setting.folder, args.shards)
+        rates = {workers: measure_rates(setting, workers, args.rounds, args.seconds) for workers in args.workers}
+        resume = measure_resume(setting, min(2, usable_cores()))
+        memory = measure_memory(setting, args.index_samples, Path(scratch))
+        text = report(rates, resume, memory, setting, args.shards * SAMPLES_PER_SHARD)
+    write_report(args.out, "Reading training samples", text)
+    print(f"\n{text}\n\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""NLVR2: two images a statement, in the folders of the release."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_lines
+
+TRAIN = [
+    {"identifier": "train-10171-0-0", "sentence": "One case. ", "label": "True", "directory": 55, "writer": 138},
+    {"identifier": "train-10171-0-1", "sentence": "Zwei Füchse.", "label": "False", "directory": 55},
+    {"identifier": "train-0.5-2/3-0", "sentence": "One case.", "label": "True"},
+]
+DEV = [{"identifier": "dev-850-0-0", "sentence": "A dog.", "label": "False", "validation": {"1": "False"}}]
+TEST = [{"identifier": "test1-0-1-0", "sentence": "A cat.", "label": "True"}]
+
+
+def write_source(root: Path, ending: str = "json", end: str = "\n", bom: bool = False) -> Path:
+    for name, records in (("train", TRAIN), ("dev", DEV), ("test1", TEST)):
+        write_lines(root / f"{name}.{ending}", records, end, bom)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("ending", "end", "bom"), [("json", "\n", False), ("jsonl", "\r\n", True)], ids=["release", "windows"]
+)
+def test_each_statement_is_a_sample_of_two_images(tmp_path, ending, end, bom):
+    read = convert("nlvr2", write_source(tmp_path, ending, end, bom))
+    assert [(split, sample.key, sample.content) for split, sample in read.samples] == [
+        ("train", "train-10171-0-0", {"image_id": "train-10171-0", "statement": "One case.", "label": True}),
+        ("train", "train-10171-0-1", {"image_id": "train-10171-0", "statement": "Zwei Füchse.", "label": False}),
+        ("train", "train-0_5-2_3-0", {"image_id": "train-0.5-2/3", "statement": "One case.", "label": True}),
+        ("val", "dev-850-0-0", {"image_id": "dev-850-0", "statement": "A dog.", "label": False}),
+        ("test", "test1-0-1-0", {"image_id": "test1-0-1", "statement": "A cat.", "label": True}),
+    ]
+    assert not read.omitted
+
+
+def test_images_lie_where_the_release_has_them(tmp_path):
+    images = tmp_path / "images"
+    files = [sample.images for _, sample in convert("nlvr2", write_source(tmp_path), images).samples]
+    pairs = (
+        "images/train/55/train-10171-0",
+        "images/train/55/train-10171-0",
+        "images/train/train-0.5-2/3",
+        "dev/dev-850-0",
+        "test1/test1-0-1",
+    )
+    assert files == [(images / f"{pair}-img0.png", images / f"{pair}-img1.png") for pair in pairs]
+
+
+LABEL = "one of True, False expected"
+FAULTS = [
+    (set_at(1, value=["train"]), ": line 2: is ['train']; an object with the field 'identifier' expected"),
+    (lose(1, "identifier"), ": line 2: field 'identifier' is missing; str expected"),
+    (set_at(1, "identifier", value=""), ": line 2: field 'identifier' is empty; remove the record"),
+    (
+        set_at(1, "identifier", value="train"),
+        ": line 2: field 'identifier' is 'train'; split-set-pair-sentence expected",
+    ),
+    (lose(0, "sentence"), ": line 1: field 'sentence' is missing; str expected"),
+    (set_at(0, "sentence", value=" "), ": line 1: field 'sentence' is empty; remove the record or give it a text"),
+    (lose(2, "label"), ": line 3: field 'label' is missing; str expected"),
+    (set_at(2, "label", value="true"), f": line 3: field 'label' is 'true'; {LABEL}"),
+    (set_at(2, "label", value=True), ": line 3: field 'label' is True; str expected"),
+    (set_at(0, "directory", value="../55"), ": line 1: field 'directory' is '../55'; int expected"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
+def test_a_faulty_field_is_named(tmp_path, change, expected):
+    path = write_lines(write_source(tmp_path) / "train.json", change(TRAIN))
+    assert re.match(re.escape(f"{path}{expected}"), fault_of("nlvr2", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (write_source(tmp_path) / name).unlink()
+    assert fault_of("nlvr2", tmp_path).startswith(f"{tmp_path / name}: cannot be read")
+
+
+def test_all_that_the_toy_writes_is_read(drawn):
+    source = drawn / "nlvr2"
+    read = convert("nlvr2", source)
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
+        wanted = [json.loads(line) for line in (source / f"{name}.json").read_text().splitlines()]
+        assert wanted
+        found = read.split(split)
+        assert [(s.key, s.content["statement"], str(s.content["label"])) for s in found] == [
+            (record["identifier"], record["sentence"], record["label"]) for record in wanted
+        ]
+        for sample in found:
+            assert [Image.open(file).size for file in sample.images] == [(32, 32), (32, 32)]

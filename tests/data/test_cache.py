@@ -1,0 +1,551 @@
+"""Local copies of shards: from a real https server, by real processes, whole or refused, within their limit."""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from collections import Counter, defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from unimo3.data import cache as cache_module
+from unimo3.data.cache import ShardCache, check_source, is_remote
+from unimo3.errors import DataError
+
+SIZE = 3 * 2**20 + 17  # of a shard: more than three chunks
+GB = 10**9
+FORK = multiprocessing.get_context("fork")
+
+
+class Store:
+    """An https server: its files, what it answers instead (by path, each once), and how often each was asked for."""
+
+    def __init__(self, certificate: Path | None = None):
+        self.files: dict[str, bytes] = {}
+        self.instead: dict[str, list] = defaultdict(list)
+        self.requests: Counter[str] = Counter()
+        store = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                store.requests[self.path] += 1
+                turns = store.instead[self.path]
+                turn = turns.pop(0) if turns else None
+                if callable(turn):
+                    turn()
+                content = store.files.get(self.path)
+                if isinstance(turn, str):
+                    self.send_response(302)
+                    self.send_header("Location", turn)
+                    self.end_headers()
+                elif isinstance(turn, int) or content is None:
+                    self.send_error(turn if isinstance(turn, int) else 404)
+                else:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    content = turn if isinstance(turn, bytes) else content
+                    self.wfile.write(content[: len(content) // 2])
+                    if turn == ("stall",):
+                        time.sleep(20)  # the test ends its reader before
+                    if turn != ("cut",):
+                        self.wfile.write(content[len(content) // 2 :])
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_):
+                pass  # readers are killed here
+
+        self.server = Server(("localhost", 0), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"{'https' if certificate else 'http'}://localhost:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def add(self, name: str, num_bytes: int = SIZE, folder: str = "/shards") -> tuple[str, int, str]:
+        """Serve a shard; return the arguments that fetch it."""
+        content = np.random.default_rng(len(self.files)).bytes(num_bytes)
+        self.files[f"{folder}/{name}"] = content
+        return name, num_bytes, hashlib.sha256(content).hexdigest()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory) -> Path:
+    """A self-signed certificate for localhost and its key, in one file."""
+    path = tmp_path_factory.mktemp("certificate") / "localhost.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-addext", "subjectAltName=DNS:localhost", "-keyout", f"{path}.key", "-out", path],
+        check=True,
+        capture_output=True,
+    )
+    path.write_text(path.read_text() + Path(f"{path}.key").read_text())
+    return path
+
+
+@pytest.fixture
+def store(certificate, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("no_proxy", "localhost")
+    monkeypatch.setattr(cache_module, "_PAUSES_S", (0.01, 0.01, 0.01, 0.01))
+    store = Store(certificate)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def open_cache(store, tmp_path):
+    """Make a cache over the store, or over another source, in one folder."""
+
+    def make(source: str = "", limit_bytes: int = GB) -> ShardCache:
+        return ShardCache(source or f"{store.url}/shards", tmp_path / "cache", limit_bytes)
+
+    return make
+
+
+def held(cache: ShardCache) -> list[str]:
+    """Copies and parts in the cache's folder."""
+    if not cache.folder.is_dir():
+        return []
+    return sorted(path.name for path in cache.folder.iterdir() if path.suffix != ".lock")
+
+
+def make_old(path: Path, age_s: float) -> None:
+    then = time.time() - age_s
+    os.utime(path, (then, then))
+
+
+def start(target, *args) -> multiprocessing.Process:
+    process = FORK.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def end_well(processes) -> None:
+    for process in processes:
+        process.join(10)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def wait_until(condition, timeout_s: float = 5) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def fetch_all(cache: ShardCache, shards, contents) -> None:
+    """What a reader process does with each shard."""
+    for shard, content in zip(shards, contents, strict=True):
+        descriptor = cache.open(*shard)
+        assert os.pread(descriptor, len(content) + 1, 0) == content
+        os.close(descriptor)
+
+
+def test_a_shard_is_fetched_once_and_then_used_from_its_place(store, open_cache, caplog):
+    shard = store.add("000000.tar")
+    with caplog.at_level(logging.INFO, "unimo3.data.cache"):
+        path = open_cache().path(*shard)
+    assert path.read_bytes() == store.files["/shards/000000.tar"]
+    assert open_cache().path(*shard) == open_cache(f"{store.url}/shards/").path(*shard) == path
+    assert store.requests == {"/shards/000000.tar": 1}
+    assert held(open_cache()) == [path.name]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"fetched {store.url}/shards/000000.tar: 3.1 MB in ")
+
+
+def test_names_are_quoted_in_the_url(store, open_cache):
+    shard = store.add("a%20b%3F%25.tar")
+    assert open_cache().path("a b?%.tar", *shard[1:]).is_file()
+
+
+def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
+    shards = [store.add(f"{number:06d}.tar") for number in range(4)]
+    contents = list(store.files.values())
+    end_well([start(fetch_all, open_cache(), shards, contents) for _ in range(5)])
+    assert store.requests == dict.fromkeys(store.files, 1)
+    assert held(open_cache()) == sorted(f"{sha256}.shard" for _, _, sha256 in shards)
+
+
+def test_different_shards_come_side_by_side(store, open_cache):
+    meeting = threading.Barrier(2, timeout=4)
+    shards = [store.add(f"{number}.tar") for number in range(2)]
+    for path in store.files:
+        store.instead[path] = [meeting.wait]  # neither is answered before both are asked for
+    end_well([start(fetch_all, open_cache(), [s], [store.files[f"/shards/{s[0]}"]]) for s in shards])
+    assert not meeting.broken
+
+
+def test_the_least_recently_used_copy_is_removed_first(store, open_cache):
+    cache = open_cache(limit_bytes=3 * SIZE)
+    a, b, c, d, e = (store.add(name) for name in "abcde")
+    for age_s, shard in ((30, a), (20, b), (10, c)):
+        make_old(cache.path(*shard), age_s)
+    cache.path(*a)
+    for new, left in ((d, (a, c, d)), (e, (a, d, e))):
+        cache.path(*new)
+        assert held(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in left)
+    assert store.requests["/shards/a"] == 1
+    cache.path(*b)
+    assert store.requests["/shards/b"] == 2
+
+
+def test_only_as_many_copies_are_removed_as_a_new_one_needs(store, open_cache):
+    cache = open_cache(limit_bytes=1000)
+    old, older = store.add("old", 400), store.add("older", 500)
+    make_old(cache.path(*older), 20)
+    make_old(cache.path(*old), 10)
+    cache.path(*store.add("exact", 100))
+    assert len(held(cache)) == 3
+    cache.path(*store.add("more", 101))
+    assert f"{older[2]}.shard" not in held(cache)
+    assert len(held(cache)) == 3
+
+
+def test_sources_share_a_limit_but_no_copies_of_different_content(store, open_cache):
+    one, other = open_cache(limit_bytes=2 * SIZE), open_cache(f"{store.url}/others", limit_bytes=2 * SIZE)
+    first, second, third = store.add("0.tar"), store.add("0.tar", folder="/others"), store.add("1.tar")
+    make_old(one.path(*first), 20)
+    assert other.path(*second).read_bytes() == store.files["/others/0.tar"]
+    assert one.path(*first).read_bytes() == store.files["/shards/0.tar"]
+    make_old(other.path(*second), 20)
+    one.path(*third)
+    assert held(one) == sorted(f"{sha256}.shard" for _, _, sha256 in (first, third))
+
+
+def test_a_shard_prepared_again_with_the_same_name_and_size_is_fetched_again(store, open_cache):
+    open_cache().path(*store.add("0.tar"))
+    again = store.add("0.tar")
+    assert open_cache().path(*again).read_bytes() == store.files["/shards/0.tar"]
+    assert store.requests["/shards/0.tar"] == 2
+
+
+def test_files_that_are_none_of_the_cache_are_left_alone(store, open_cache):
+    cache = open_cache(limit_bytes=SIZE)
+    cache.folder.mkdir()
+    for name in ("thesis.shard", "notes.txt", f"{'0' * 63}.shard", "0.1.part"):
+        (cache.folder / name).write_bytes(b"mine")
+        make_old(cache.folder / name, 1000)
+    for name in "ab":
+        cache.path(*store.add(name))
+    assert len(held(cache)) == 5
+
+
+def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cache):
+    cache = open_cache(limit_bytes=2 * SIZE)
+    shards = [store.add(f"{number}.tar") for number in range(8)]
+    contents = list(store.files.values())
+    processes = [start(fetch_all, cache, shards[k::4] * 2, contents[k::4] * 2) for k in range(4)]
+    most, most_parts = 0, 0
+    wait_until(cache.folder.is_dir)
+    while any(process.is_alive() for process in processes):
+        with FileLock(cache.folder / "room.lock"):  # else a listing may show what never was there at once
+            names = [name.split(".") for name in held(cache)]
+        parts = [int(announced) for _, announced, *rest in names if rest]
+        most = max(most, sum(parts) + SIZE * (len(names) - len(parts)))
+        most_parts = max(most_parts, len(parts))
+        time.sleep(0.002)
+    end_well(processes)
+    assert 0 < most <= cache.limit_bytes
+    assert most_parts >= 1
+    assert len(held(cache)) == 2
+
+
+def test_a_fetch_waits_for_room_that_another_one_has_taken(store, open_cache):
+    cache = open_cache(limit_bytes=SIZE)
+    a, b = store.add("a"), store.add("b")
+    answer = threading.Event()
+    store.instead["/shards/a"] = [lambda: answer.wait(4)]
+    first = start(fetch_all, cache, [a], [store.files["/shards/a"]])
+    wait_until(lambda: store.requests["/shards/a"])
+    second = start(fetch_all, cache, [b], [store.files["/shards/b"]])
+    time.sleep(0.3)
+    assert store.requests["/shards/b"] == 0
+    assert held(cache) == [f"{a[2]}.{SIZE}.part"]
+    answer.set()
+    end_well([first, second])
+    assert held(cache) == [f"{b[2]}.shard"]
+
+
+def test_an_open_copy_stays_readable_when_it_is_removed(store, open_cache):
+    cache = open_cache(limit_bytes=SIZE)
+    a, b = store.add("a"), store.add("b")
+    descriptor = cache.open(*a)
+    cache.path(*b)
+    assert held(cache) == [f"{b[2]}.shard"]
+    assert os.pread(descriptor, SIZE + 1, 0) == store.files["/shards/a"]
+    os.close(descriptor)
+
+
+def test_open_asks_again_when_the_copy_was_removed_meanwhile(store, open_cache, monkeypatch):
+    cache = open_cache()
+    shard = store.add("a")
+    path_of, removed = cache.path, []
+
+    def path_then_removed(*args):
+        path = path_of(*args)
+        if not removed:
+            removed.append(path.unlink())
+        return path
+
+    monkeypatch.setattr(cache, "path", path_then_removed)
+    descriptor = cache.open(*shard)
+    assert os.fstat(descriptor).st_size == SIZE
+    os.close(descriptor)
+    assert store.requests["/shards/a"] == 2
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+
+
+def test_a_flipped_byte_is_met_with_one_more_try_and_then_refused(store, open_cache):
+    shard = store.add("0.tar")
+    bad = flipped(store.files["/shards/0.tar"])
+    store.instead["/shards/0.tar"] = [bad]
+    good = open_cache().path(*shard)
+    assert good.read_bytes() == store.files["/shards/0.tar"]
+    good.unlink()
+    store.files["/shards/0.tar"] = bad
+    with pytest.raises(DataError, match=r"0\.tar: the source's file is not the one that was indexed: .*index it"):
+        open_cache().path(*shard)
+    assert store.requests["/shards/0.tar"] == 4
+    assert held(open_cache()) == []
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content * 2])
+def test_a_file_of_another_size_is_refused(store, open_cache, change):
+    shard = store.add("0.tar")
+    store.files["/shards/0.tar"] = change(store.files["/shards/0.tar"])
+    with pytest.raises(DataError, match="not the one that was indexed"):
+        open_cache().path(*shard)
+    assert store.requests["/shards/0.tar"] == 2
+    assert held(open_cache()) == []
+
+
+def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, open_cache, caplog):
+    shard = store.add("0.tar")
+    store.instead["/shards/0.tar"] = [("cut",)] * 2
+    assert open_cache().path(*shard).read_bytes() == store.files["/shards/0.tar"]
+    assert sum("bytes early; trying again in 0.01 s" in record.getMessage() for record in caplog.records) == 2
+    other = store.add("1.tar")
+    store.instead["/shards/1.tar"] = [("cut",)] * 5
+    with pytest.raises(DataError, match=r"1\.tar: the connection ended \d+ bytes early, at the last of 5 tries"):
+        open_cache().path(*other)
+    assert store.requests == {"/shards/0.tar": 3, "/shards/1.tar": 5}
+    assert held(open_cache()) == [f"{shard[2]}.shard"]
+
+
+def test_a_truncated_copy_in_place_is_replaced(store, open_cache):
+    shard = store.add("0.tar")
+    path = open_cache().path(*shard)
+    os.truncate(path, SIZE - 1)
+    assert open_cache().path(*shard).read_bytes() == store.files["/shards/0.tar"]
+    assert held(open_cache()) == [path.name]
+
+
+@pytest.mark.parametrize(("status", "mend"), [(401, "sends no login"), (403, "sends no login"), (404, "mend the sour")])
+def test_what_another_try_cannot_mend_is_refused_at_once(store, open_cache, status, mend):
+    shard = store.add("0.tar")
+    store.instead["/shards/0.tar"] = [status]
+    with pytest.raises(DataError, match=rf"{store.url}/shards/0\.tar: the server answers {status}.*{mend}"):
+        open_cache().path(*shard)
+    assert store.requests["/shards/0.tar"] == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_busy_server_is_asked_again_up_to_four_times(store, open_cache, status, caplog):
+    shard = store.add("0.tar")
+    store.instead["/shards/0.tar"] = [status] * 4
+    assert open_cache().path(*shard).is_file()
+    assert sum(f"answers {status}" in record.getMessage() for record in caplog.records) == 4
+    store.instead["/shards/index.json"] = [status] * 5
+    with pytest.raises(DataError, match=f"index.json: the server answers {status} .*last of 5 tries"):
+        open_cache().read("index.json", 100)
+    assert store.requests["/shards/index.json"] == 5
+
+
+def test_a_server_that_is_gone_is_an_error_that_says_so(store, open_cache):
+    store.close()
+    with pytest.raises(DataError, match=r"Connection refused.*see whether its server or mount works"):
+        open_cache().read("index.json", 100)
+
+
+def test_an_untrusted_certificate_is_refused_at_once(store, open_cache, monkeypatch, caplog):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(DataError, match=r"certificate is not trusted .*SSL_CERT_FILE"):
+        open_cache().read("index.json", 100)
+    assert not caplog.records
+
+
+def test_a_redirect_is_followed_to_https_only(store, open_cache):
+    plain = Store()
+    shard = store.add("0.tar", folder="/moved")
+    plain.files = store.files
+    store.instead["/shards/0.tar"] = [f"{plain.url}/moved/0.tar?key=secret", "/moved/0.tar", "ftp://localhost/0.tar"]
+    with pytest.raises(DataError, match=rf"redirects to {plain.url}/moved/0\.tar\.\.\.; only https") as refused:
+        open_cache().path(*shard)
+    assert "secret" not in str(refused.value)
+    assert not plain.requests
+    open_cache().path(*shard).unlink()
+    with pytest.raises(DataError, match="only https"):
+        open_cache().path(*shard)
+    plain.close()
+
+
+def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open_cache):
+    cache = open_cache(limit_bytes=2 * SIZE)
+    shard, other = store.add("0.tar"), store.add("1.tar")
+    store.instead["/shards/0.tar"] = [("stall",), ("stall",)]
+    part = cache.folder / f"{shard[2]}.{SIZE}.part"
+    for wanted in (other, shard):
+        process = start(cache.path, *shard)
+        wait_until(lambda: part.is_file() and part.stat().st_size)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert part.is_file()
+        assert cache.path(*wanted).read_bytes() == store.files[f"/shards/{wanted[0]}"]
+        assert not part.exists()
+    assert held(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in (shard, other))
+
+
+def test_a_part_that_is_still_written_is_not_taken_for_a_leftover(store, open_cache):
+    cache = open_cache()
+    shard, other = store.add("0.tar"), store.add("1.tar")
+    answer = threading.Event()
+    store.instead["/shards/0.tar"] = [lambda: answer.wait(4)]
+    process = start(fetch_all, cache, [shard], [store.files["/shards/0.tar"]])
+    wait_until(lambda: store.requests["/shards/0.tar"])
+    cache.path(*other)
+    assert f"{shard[2]}.{SIZE}.part" in held(cache)
+    answer.set()
+    end_well([process])
+    assert store.requests["/shards/0.tar"] == 1
+
+
+def test_a_mounted_folder_is_a_source_too(store, open_cache, tmp_path):
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    shard = store.add("0.tar")
+    (mounted / "0.tar").write_bytes(store.files["/shards/0.tar"])
+    (mounted / "index.json").write_text("{}")
+    cache = open_cache(str(mounted))
+    assert cache.read("index.json", 2) == b"{}"
+    path = cache.path(*shard)
+    assert path.parent == cache.folder
+    (mounted / "0.tar").unlink()
+    assert cache.path(*shard).read_bytes() == store.files["/shards/0.tar"]
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{mounted}/0\.tar: cannot be read \(No such file.*mount its folder"):
+        cache.path(*shard)
+    (mounted / "0.tar").write_bytes(flipped(store.files["/shards/0.tar"]))
+    with pytest.raises(DataError, match="not the one that was indexed"):
+        cache.path(*shard)
+    assert held(cache) == []
+
+
+def test_small_files_are_read_up_to_a_limit_and_not_kept(store, open_cache):
+    store.files["/shards/index.json"] = b"x" * 100
+    store.instead["/shards/index.json"] = [("cut",)]
+    assert open_cache().read("index.json", 100) == b"x" * 100
+    assert open_cache().read("index.json", 100) == b"x" * 100
+    assert store.requests["/shards/index.json"] == 3
+    with pytest.raises(DataError, match=r"index\.json: has more than 99 bytes"):
+        open_cache().read("index.json", 99)
+    assert held(open_cache()) == []
+
+
+def test_a_file_that_changes_between_two_tries_is_the_later_one(store, open_cache):
+    store.files["/shards/index.json"] = b"old" * 100
+    store.instead["/shards/index.json"] = [("cut",), lambda: store.files.update({"/shards/index.json": b"new"})]
+    assert open_cache().read("index.json", 1000) == b"new"
+
+
+def test_no_more_is_waited_for_once_the_limit_is_passed(store, open_cache):
+    store.files["/shards/index.json"] = bytes(4 * 2**20)
+    store.instead["/shards/index.json"] = [("stall",)]
+    started = time.monotonic()
+    with pytest.raises(DataError, match="has more than 1000 bytes"):
+        open_cache().read("index.json", 1000)
+    assert time.monotonic() - started < 5
+
+
+def test_a_limit_below_one_shard_names_the_setting_and_what_is_needed(store, open_cache):
+    shard = store.add("0.tar")
+    with pytest.raises(DataError, match=rf"data\.cache_gb: 0\.002: .*0\.tar alone has {SIZE} bytes; .*least 0\.004"):
+        open_cache(limit_bytes=2 * 10**6).path(*shard)
+    assert not store.requests
+    assert open_cache(limit_bytes=SIZE).path(*shard).is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_named(store, open_cache, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=rf"{tmp_path}/cache: the cache cannot be written \(.*\); free space"):
+        open_cache().path(*store.add("0.tar"))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("pipe:curl https://host/shards", "pipe: runs a shell"),
+        ("PIPE:cat x", "pipe: runs a shell"),
+        ("http://host/shards", "http: lets anybody on the way read and change"),
+        ("s3://bucket/shards", "s3: is not read"),
+        ("gs://bucket/shards", "gs: is not read"),
+        ("file:///data/shards", "file: is not read"),
+        ("https://", "is no URL of a folder"),
+        ("https://me:secret@host/shards", "is no URL of a folder"),
+        ("https://host/shards?key=secret", "is no URL of a folder"),
+        ("https://host/sh\nards", "is no URL of a folder"),
+    ],
+)
+def test_sources_other_than_https_and_folders_are_refused(source, said, tmp_path):
+    for attempt in (check_source, lambda source: ShardCache(source, tmp_path, GB)):
+        with pytest.raises(DataError, match=said) as refused:
+            attempt(source)
+        assert "secret" not in str(refused.value)
+
+
+def test_https_urls_are_remote_and_paths_are_not():
+    for source in ("https://host/shards", "HTTPS://host:8443/a%20b/", "https://127.0.0.1", "https://[::1]:80/x"):
+        check_source(source)
+        assert is_remote(source)
+    for source in ("shards/coco", "/data/a:b", "./odd:name", "../x"):
+        check_source(source)
+        assert not is_remote(source)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "..", ".", "", "a\0b", "..\\x", "\ud800"])
+def test_names_that_could_lie_outside_the_source_are_refused(store, open_cache, tmp_path, name):
+    for cache in (open_cache(), open_cache(str(tmp_path))):
+        with pytest.raises(DataError, match="could lie outside it"):
+            cache.path(name, 1, "0" * 64)
+        with pytest.raises(DataError, match="could lie outside it"):
+            cache.read(name, 100)
+    assert not store.requests
+
+
+@pytest.mark.parametrize("sha256", ["", "../" * 21 + "x", "F" * 64, "0" * 63])
+def test_a_checksum_of_another_form_is_refused(store, open_cache, sha256):
+    with pytest.raises(DataError, match="for its sha256; index it again"):
+        open_cache().path("0.tar", 1, sha256)
+    assert not store.requests

@@ -1,0 +1,20 @@
+"""Public data sets' own files -> samples, one file a format.
+
+To add a format, write a file with ``convert(source, images, omitted)``, as `record.Converter` says, and enter it here.
+"""
+
+from unimo3.data.formats import cc3m, coco, flickr30k, nlvr2, sbu, snli_ve, vg, vqav2
+from unimo3.data.formats.record import Converter, Sample
+
+__all__ = ["CONVERTERS", "Converter", "Sample"]
+
+CONVERTERS: dict[str, Converter] = {
+    "cc3m": cc3m.convert,
+    "coco": coco.convert,
+    "flickr30k": flickr30k.convert,
+    "nlvr2": nlvr2.convert,
+    "sbu": sbu.convert,
+    "snli_ve": snli_ve.convert,
+    "vg": vg.convert,
+    "vqav2": vqav2.convert,
+}

@@ -1,0 +1,134 @@
+"""What a converter gives, and the readers of a source's records that all converters share.
+
+Every fault is a `DataError` that names the file, the record, the field, its value and the mend.
+
+Source: RFC 8259 (JSON) and https://jsonlines.org for the two kinds of file.
+"""
+
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from unimo3.errors import DataError
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images that are looked at together, and what is said or asked of them.
+
+    Attributes:
+        key: unique in its split, without dots or slashes.
+        images: their files; one, or two for NLVR2.
+        content: what goes into the sample's ``json``; has ``image_id`` and the format's texts.
+    """
+
+    key: str
+    images: tuple[Path, ...]
+    content: dict[str, Any]
+
+
+class Converter(Protocol):
+    """Reads one format."""
+
+    def __call__(self, source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
+        """Yield (split, sample) in the order of the source.
+
+        Args:
+            source: folder of the annotation files.
+            images: folder of the image files, which are named and not opened.
+            omitted: gets, by reason, the number of records that the format allows to be unusable and that are left out.
+
+        Raises:
+            DataError: a file or a record is not what the format says.
+        """
+
+
+def read_json(path: Path, kind: type[Kind]) -> Kind:
+    """A whole JSON file whose outermost value is a `kind`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(content, kind):
+        raise DataError(
+            f"{path}: is {reprlib.repr(content)}; {kind.__name__} expected as the outermost value, as in the public "
+            "release"
+        )
+    return content
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    r"""Each line's place in the file, for messages, and its text. Only ``\n`` and ``\r\n`` end a line."""
+    try:
+        # Bytes, because text files also break at a lone \r, and decoding in blocks would blame the wrong line.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}: line {number}"
+                try:
+                    content = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where}: is not UTF-8 ({error}); download the file again") from error
+                yield where, content.rstrip("\r\n")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record's place in a file of JSON lines, for messages, and the record; blank lines are passed over."""
+    for where, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: is not JSON ({error}); download the file again") from error
+        yield where, record
+
+
+def first_file(*paths: Path) -> Path:
+    """The first of `paths` that exists, else the very first, for its reader to miss."""
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def field(record: Any, name: str, where: str | Path, kind: type[Kind]) -> Kind:
+    """A record's field, if it is a `kind`; true and false are no numbers."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is {reprlib.repr(record)}; an object with the field '{name}' expected")
+    value = record.get(name)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        state = "is missing" if value is None else f"is {reprlib.repr(value)}"
+        raise DataError(f"{where}: field '{name}' {state}; {kind.__name__} expected, as in the public release")
+    return value
+
+
+def text(record: Any, name: str, where: str) -> str:
+    """A record's text, stripped, which must not be empty."""
+    found = field(record, name, where, str).strip()
+    if not found:
+        raise DataError(f"{where}: field '{name}' is empty; remove the record or give it a text")
+    return found
+
+
+def choice(record: Any, name: str, where: str, options: Sequence[str]) -> str:
+    """A record's text, which must be one of `options`."""
+    found = field(record, name, where, str)
+    if found not in options:
+        raise DataError(f"{where}: field '{name}' is {found!r}; one of {', '.join(options)} expected")
+    return found
+
+
+def distinct(captions: Iterable[str]) -> list[str]:
+    """The captions, stripped, without empty and repeated ones, in the order of their first appearance."""
+    return list(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}); --src must name the data set's folder")

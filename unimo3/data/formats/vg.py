@@ -1,0 +1,62 @@
+"""Visual Genome's region descriptions.
+
+    SOURCE/region_descriptions.json
+    IMAGES/VG_100K/, IMAGES/VG_100K_2/
+
+Source: https://homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from unimo3.data.formats.record import Sample, distinct, field, read_json
+from unimo3.errors import DataError
+
+_FOLDERS = ("VG_100K", "VG_100K_2")
+_BOX = ("x", "y", "width", "height")
+
+
+def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
+    """One training sample an image: its distinct phrases are ``captions``, their first boxes ``regions``.
+
+    A region is [x, y, width, height] in pixels. Empty phrases and images that have no other are left out.
+    """
+    omitted = Counter() if omitted is None else omitted
+    path = source / "region_descriptions.json"
+    folder_of = _listing(images)
+    for number, record in enumerate(read_json(path, list)):
+        where = f"{path}: [{number}]"
+        identity = None
+        phrases: list[str] = []
+        boxes: dict[str, list[int]] = {}
+        for i, region in enumerate(field(record, "regions", where, list)):
+            place = f"{where}.regions[{i}]"
+            found = field(region, "image_id", place, int)
+            if identity not in (None, found):
+                raise DataError(
+                    f"{place}: field 'image_id' is {found}, {identity} before it; one image a record expected"
+                )
+            identity = found
+            phrase = field(region, "phrase", place, str).strip()
+            box = [field(region, side, place, int) for side in _BOX]
+            if not phrase:
+                omitted["empty phrase"] += 1
+                continue
+            phrases.append(phrase)
+            boxes.setdefault(phrase, box)
+        if identity is None or not phrases:
+            omitted["image without a phrase"] += 1
+            continue
+        captions = distinct(phrases)
+        name = f"{identity}.jpg"
+        content = {"image_id": identity, "captions": captions, "regions": [boxes[caption] for caption in captions]}
+        yield "train", Sample(f"{identity:012d}", (folder_of.get(name, images / _FOLDERS[0]) / name,), content)
+
+
+def _listing(images: Path) -> dict[str, Path]:
+    # Two listings: the release says nowhere in which of the folders an image is.
+    folders = [images / name for name in _FOLDERS if (images / name).is_dir()]
+    if not folders:
+        raise DataError(f"{images}: holds neither VG_100K/ nor VG_100K_2/; --images must name the folder of both")
+    return {file.name: folder for folder in folders for file in folder.iterdir()}

@@ -1,0 +1,146 @@
+"""What lies where in a tar of samples, and that table as bytes.
+
+Source: the tar format of POSIX.1-1988; https://github.com/webdataset/webdataset for keys and extensions.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unimo3.errors import DataError
+
+_BLOCK_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Members:
+    """A shard's members: one row a sample, one column an extension (-1 where a sample lacks it).
+
+    Attributes:
+        keys: [samples] UTF-8 bytes.
+        offsets: [samples, extensions] of the members' content.
+        num_items: [samples] captions or questions of each sample's ``json``.
+    """
+
+    keys: np.ndarray
+    extensions: list[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    num_items: np.ndarray
+    _ends: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", np.cumsum(self.num_items))
+
+    def key(self, sample: int) -> str:
+        """A sample's key."""
+        return bytes(self.keys[sample]).decode()
+
+    def item(self, item: int) -> tuple[int, int]:
+        """The sample an item belongs to, and the item's number in that sample."""
+        sample = int(np.searchsorted(self._ends, item, side="right"))
+        return sample, int(item - (0 if sample == 0 else self._ends[sample - 1]))
+
+    def to_bytes(self) -> bytes:
+        """As `from_bytes` reads it; equal members give equal bytes."""
+        # As np.savez, which would write the time of day as well.
+        archive = io.BytesIO()
+        arrays = {name: getattr(self, name) for name in ("keys", "offsets", "sizes", "num_items")}
+        with zipfile.ZipFile(archive, "w") as file:
+            for name, array in (arrays | {"extensions": np.asarray(self.extensions, dtype=np.str_)}).items():
+                content = io.BytesIO()
+                np.lib.format.write_array(content, array, allow_pickle=False)
+                file.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+        return archive.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Members":
+        """The members that `to_bytes` wrote."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return cls(
+                arrays["keys"],
+                arrays["extensions"].tolist(),
+                arrays["offsets"],
+                arrays["sizes"],
+                arrays["num_items"],
+            )
+
+
+def scan(path: Path) -> Members:
+    """Read the headers of a tar; one without a sample has no rows.
+
+    Raises:
+        DataError: it is no tar that can be read from its beginning to its end.
+    """
+    samples: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+    num_items: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + member.size
+                if not member.isfile():
+                    continue
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = folder + slash + stem
+                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                if extension == "json":
+                    file = tar.extractfile(member)
+                    num_items[key] = _count_items(file.read()) if file else 0
+        with path.open("rb") as whole:
+            # A tar ends in blocks of zeros. Python's reader takes any end between two members for the end.
+            whole.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
+            if whole.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+                raise DataError(f"{path}: is cut off after {len(samples)} samples; copy it again")
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
+    extensions = sorted({extension for members in samples.values() for extension in members})
+    offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
+    sizes = np.zeros_like(offsets)
+    for row, members in enumerate(samples.values()):
+        for extension, (offset, size) in members.items():
+            column = extensions.index(extension)
+            offsets[row, column], sizes[row, column] = offset, size
+    items = np.asarray([num_items.get(key, 0) for key in samples], dtype=np.int64)
+    return Members(np.asarray([key.encode() for key in samples], dtype=np.bytes_), extensions, offsets, sizes, items)
+
+
+def header_fault(header: bytes, size: int) -> str:
+    """Why the 512 bytes before a member's content are not its tar header; empty if they are.
+
+    Args:
+        size: of the member, as indexed.
+    """
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError:
+        return "no member begins there"
+    return "" if found == size else f"a member of {found} bytes begins there"
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count_items(content: bytes) -> int:
+    try:
+        described: Any = json.loads(content)
+    except ValueError:
+        return 0
+    if not isinstance(described, dict):
+        return 0
+    for name in ("captions", "questions", "hypotheses"):
+        if isinstance(described.get(name), list):
+            return len(described[name])
+    return 0
