@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,18 +33,19 @@ from unimo3.data.shards import (
     fault_of,
     finish,
     index_tar,
+    members_fault,
     remove_strangers,
     remove_traces,
     write_shard,
 )
 from unimo3.data.tokenizer import train_tokenizer
-from unimo3.errors import CommandParser, ConfigError, DataError, exit_with_status
+from unimo3.errors import CommandParser, ConfigError, DataError, Unimo3Error, exit_with_status
 
 log = logging.getLogger(__name__)
 
 REJECTS = "rejects.jsonl"
-# Records after which the share of rejects says something.
-_ENOUGH = 1000
+# Rejects, beyond twice the share, after which a conversion need not be finished to know.
+_HOPELESS = 100
 _REPORT_EVERY_S = 30.0
 
 
@@ -109,6 +111,8 @@ def check(args: argparse.Namespace) -> None:
         faults.append(f"--quality {args.quality}: 1 to 95 is needed")
     if not 0 <= args.max_reject_share < 1:
         faults.append(f"--max-reject-share {args.max_reject_share}: at least 0 and below 1 is needed")
+    if args.min_answer_count < 1:
+        faults.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")
     if args.tokenizer_vocab and args.format != "coco":
         faults.append(f"--tokenizer-vocab {args.tokenizer_vocab}: only coco has captions to train on")
     if args.tokenizer_vocab and args.tokenizer_vocab < 300:
@@ -218,7 +222,8 @@ def convert(args: argparse.Namespace, comm: Any) -> None:
 
     def take(result: ShardDone) -> None:
         progress.add(result)
-        if progress.done >= _ENOUGH:
+        # Early only where no order in which shards come could mend it.
+        if len(progress.rejects) > _HOPELESS + 2 * args.max_reject_share * progress.done:
             check_rejects(args, progress, staging)
 
     def work(job: ShardJob, between: Any) -> ShardDone:
@@ -229,13 +234,14 @@ def convert(args: argparse.Namespace, comm: Any) -> None:
         return
     lock = FileLock(f"{staging}.lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        failure: Iterator[ShardJob] = _fails(ConfigError(f"--out {args.out}: another process is writing there"))
-        spread(comm, failure, work, take)
-        return
-    with lock, _kept_if_filled(staging):
+        held = lock.acquire()
         staging.mkdir(parents=True, exist_ok=True)
+    except (Timeout, OSError) as error:
+        # The others wait for jobs: they are told through the same channel.
+        reason = "another process is writing there" if isinstance(error, Timeout) else f"cannot be made ({error})"
+        spread(comm, _fails(ConfigError(f"--out {args.out}: {reason}")), work, take)
+        return
+    with held, _kept_if_filled(staging):
         spread(comm, source.jobs(), work, take)
         progress.show()
         check_rejects(args, progress, staging)
@@ -298,7 +304,7 @@ def check_rejects(args: argparse.Namespace, progress: Progress, staging: Path) -
 def write_rejects(progress: Progress, folder: Path) -> None:
     """One JSON object a rejected record, in the source's order of keys."""
     lines = sorted(json.dumps(reject, ensure_ascii=False) for reject in progress.rejects)
-    (folder / REJECTS).write_text("".join(f"{line}\n" for line in lines))
+    (folder / REJECTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
 
 
 def index(args: argparse.Namespace, comm: Any) -> None:
@@ -311,12 +317,26 @@ def index(args: argparse.Namespace, comm: Any) -> None:
             raise DataError(f"--src {args.src}: no .tar files there; an index needs at least one shard")
         yield from paths
 
-    spread(comm, jobs(), lambda path, between: index_tar(path), progress.add)
-    if comm is None or comm.rank == 0:
+    def work(path: Path, between: Any) -> ShardDone:
+        return index_tar(path)
+
+    if comm is not None and comm.rank > 0:
+        spread(comm, iter(()), work, progress.add)
+        return
+    lock = FileLock(folder / "index.lock", timeout=0)
+    try:
+        held = lock.acquire()
+    except (Timeout, OSError) as error:
+        reason = "another process is indexing it" if isinstance(error, Timeout) else f"cannot be written to ({error})"
+        spread(comm, _fails(ConfigError(f"--src {args.src}: {reason}")), work, progress.add)
+        return
+    with held:
+        spread(comm, jobs(), work, progress.add)
         names = [path.name for path in paths]
         count = finish(folder, folder.parent.name, folder.name, names)
         remove_traces(folder, names)
-        print(f"{args.src}: {count} samples in {len(paths)} shards")
+        (folder / "index.lock").unlink(missing_ok=True)
+    print(f"{args.src}: {count} samples in {len(paths)} shards")
 
 
 def verify(args: argparse.Namespace, comm: Any) -> None:
@@ -335,6 +355,8 @@ def verify(args: argparse.Namespace, comm: Any) -> None:
         if not splits:
             raise DataError(f"{folder}: has no {INDEX}; prepare the shards first")
         for split in splits:
+            if (fault := members_fault(split)) is not None:
+                take(fault)
             for shard in ShardIndex(split, check_files=False).shards:
                 num_shards += 1
                 yield split, shard
@@ -360,16 +382,30 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     comm = communicator()
     leads = comm is None or comm.rank == 0
+    faults: list[str] = []
     try:
         check(args)
-    except ConfigError:
-        # All ranks find the same; one says so.
+    except ConfigError as error:
+        faults = error.faults
+    # A node may lack what another has: what one finds ends all.
+    if comm is not None:
+        faults = list(dict.fromkeys(fault for found in comm.allgather(faults) for fault in found))
+    if faults:
         if leads:
-            raise
+            raise ConfigError(faults)
         return
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(asctime)s %(message)s")
     task = verify if args.verify else index if args.format == "index" else convert
-    task(args, comm)
+    try:
+        task(args, comm)
+    except Unimo3Error:
+        raise
+    except BaseException:
+        if comm is not None:
+            # The other ranks would wait for this one without end.
+            traceback.print_exc()
+            comm.Abort(1)
+        raise
 
 
 if __name__ == "__main__":

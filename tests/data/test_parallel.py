@@ -30,8 +30,9 @@ def command(*arguments, ranks=1):
 
 def run(*arguments, ranks=1, environment=None):
     return subprocess.run(
-        command(*arguments, ranks=ranks), cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True
-    )
+        command(*arguments, ranks=ranks), cwd=ROOT, env=os.environ | (environment or {}), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -111,7 +112,8 @@ def test_too_many_rejects_end_it_and_a_mended_source_goes_on(tmp_path, capfd):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, ranks):
     root = write_source(tmp_path / "source", num_images=600)
-    arguments = ("coco", "--src", root, "--out", tmp_path / "out", "--shard-size", 4)
+    spoil(root)  # a shard with rejects is kept as well
+    arguments = ("coco", "--src", root, "--out", tmp_path / "out", "--shard-size", 4, *TOLERANT)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command(*arguments, ranks=ranks), cwd=ROOT, stdout=log, stderr=log)
         staging = tmp_path / "out.partial"
@@ -128,7 +130,8 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, ranks):
     done = run(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert f"600 records ({4 * finished} were there already)" in done.stderr
-    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "fresh"), "--shard-size", "4") == 0
+    assert convert(*map(str, arguments[:4]), str(tmp_path / "fresh"), *map(str, arguments[5:])) == 0
+    assert len((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()) == 2
     assert digests(tmp_path / "out") == digests(tmp_path / "fresh")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "log", "out", "source"]
 
@@ -186,6 +189,25 @@ def test_larger_images_are_scaled_by_their_longer_side_and_others_stay(tmp_path)
     assert index.read(0, 1)["jpg"] == draw_jpeg(1)
 
 
+def test_images_are_stored_by_what_they_are_not_by_their_names(tmp_path):
+    root = write_source(tmp_path / "source", num_images=6)
+    first, second, *_ = sorted((root / "train2014").iterdir())
+    for path, kind in ((first, "PNG"), (second, "GIF")):
+        Image.new("RGB", (20, 10), "red").save(path, kind)
+    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out")) == 0
+    index = ShardIndex(tmp_path / "out" / "train")
+    assert index.read(0, 0)["png"] == first.read_bytes()
+    assert Image.open(io.BytesIO(index.read(0, 1)["jpg"])).format == "JPEG"
+
+
+@pytest.mark.integration
+def test_a_place_that_cannot_be_written_is_an_error_on_all_ranks_and_no_hang(spoiled, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("coco", "--src", spoiled[0], "--out", tmp_path / "file" / "out", ranks=2)
+    assert done.returncode == 78
+    assert done.stderr.count("cannot be made") == 1
+
+
 def test_verify_reads_every_byte_again(alone, tmp_path, capfd):
     copy = tmp_path / "copy"
     shutil.copytree(alone, copy)
@@ -196,8 +218,11 @@ def test_verify_reads_every_byte_again(alone, tmp_path, capfd):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     (copy / "val" / "000000.tar").unlink()
+    members = copy / "test" / "index.members"
+    members.write_bytes(members.read_bytes()[::-1])
     assert convert("coco", "--out", str(copy), "--verify") == 78
     error = capfd.readouterr().err
-    assert "2 of " in error
+    assert "3 of " in error
+    assert "index.members: is not the one index.json was written with" in error
     assert "000001.tar: is not the shard that was indexed" in error
     assert "000000.tar: cannot be read (No such file or directory)" in error

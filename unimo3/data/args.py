@@ -106,7 +106,9 @@ class DataArgs:
 
     def shard_faults(self, kind: str) -> list[str]:
         """Say why the shards cannot serve a program whose samples need `kind`, one line a fault."""
-        found = []
+        found: list[str] = []
+        if not 0 < self.cache_gb < math.inf:
+            return found  # `faults` has said so
         for name, sources in (("data.train", list(self.sources)), ("data.val", [self.val])):
             for source in sources:
                 if source == "":

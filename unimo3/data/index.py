@@ -200,8 +200,8 @@ class ShardIndex:
         Raises:
             DataError: the shard cannot be read.
         """
-        members = self._members(shard)
         try:
+            members = self._members(shard)
             descriptor = self._descriptor(shard)
             return {
                 # pread leaves no file position behind, so forked workers can share a descriptor.
@@ -210,9 +210,9 @@ class ShardIndex:
                 if (offset := members.offsets[sample, column]) >= 0
             }
         except OSError as error:
+            where = error.filename or self._file(self.shards[shard].name)
             raise DataError(
-                f"{self._file(self.shards[shard].name)}: cannot be read ({error.strerror}); check the file and its "
-                "file system"
+                f"{where}: cannot be read ({error.strerror}); check the file and its file system"
             ) from error
 
     def _file(self, name: str) -> str:

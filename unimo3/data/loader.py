@@ -10,6 +10,7 @@ Source: torch.utils.data.DataLoader for the processes.
 # Shapes: B rows of a batch.
 
 import atexit
+import functools
 import itertools
 import logging
 import signal
@@ -115,14 +116,21 @@ def _read_ahead(inputs: "_Positions", positions: Iterable[list[int]], reader: Re
         generator=torch.Generator(),
     )
     iterator = iter(loader)
+    end = functools.partial(_end_readers, iterator)
     if reader.num_workers:
-        atexit.register(_end_readers, iterator)
-    for batch in _explain_deaths(iterator, reader):
-        if UNUSABLE in batch:
-            raise DataError(batch[UNUSABLE])
-        for key, reason in batch.pop("replaced"):
-            log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
-        yield batch
+        atexit.register(end)
+    try:
+        for batch in _explain_deaths(iterator, reader):
+            if UNUSABLE in batch:
+                raise DataError(batch[UNUSABLE])
+            for key, reason in batch.pop("replaced"):
+                log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
+            yield batch
+    finally:
+        if reader.num_workers:
+            # Nothing of an evaluation is kept until the process ends.
+            atexit.unregister(end)
+            end()
 
 
 def _end_readers(iterator: Any) -> None:

@@ -42,7 +42,7 @@ class Members:
 
     def key(self, sample: int) -> str:
         """A sample's key."""
-        return bytes(self.keys[sample]).decode()
+        return bytes(self.keys[sample]).decode("utf-8", "replace")
 
     def item(self, item: int) -> tuple[int, int]:
         """The sample an item belongs to, and the item's number in that sample."""
@@ -91,7 +91,7 @@ def scan(path: Path) -> Members:
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
-                key = folder + slash + stem
+                key, extension = folder + slash + stem, extension.lower()
                 samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
                 if extension == "json":
                     file = tar.extractfile(member)
@@ -111,7 +111,13 @@ def scan(path: Path) -> Members:
             column = extensions.index(extension)
             offsets[row, column], sizes[row, column] = offset, size
     items = np.asarray([num_items.get(key, 0) for key in samples], dtype=np.int64)
-    return Members(np.asarray([key.encode() for key in samples], dtype=np.bytes_), extensions, offsets, sizes, items)
+    return Members(
+        np.asarray([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_),
+        extensions,
+        offsets,
+        sizes,
+        items,
+    )
 
 
 def header_fault(header: bytes, size: int) -> str:

@@ -105,7 +105,7 @@ class MixedOrder:
         """The unit at a position, counted from 0 without end."""
         if position < 0:
             raise IndexError(f"position {position}: 0 or more is needed")
-        # Windows are at most as long as M and on average just that, so it is this one or one of the next few.
+        # Windows are M long on average, and none begins later than its number times M.
         window = position // MIX_WINDOW
         while sum(self._given(window + 1)) <= position:
             window += 1

@@ -5,11 +5,15 @@ A process that no MPI launcher started does all of them itself and does not load
 Source: mpi4py; the launchers' own environment variables.
 """
 
+import logging
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from unimo3.errors import ConfigError
+from unimo3.errors import ConfigError, DataError, Unimo3Error
+
+log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -37,7 +41,17 @@ def communicator() -> Any:
         return None
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD if MPI.COMM_WORLD.size > 1 else None
+    if MPI.COMM_WORLD.size > 1:
+        return MPI.COMM_WORLD
+    started = max(
+        int(os.environ.get(name, "1")) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    )
+    if started > 1:
+        raise ConfigError(
+            f"MPI: {started} processes were started and each sees itself alone; the launcher and mpi4py's MPI are of "
+            "different makes: use the mpirun of this environment, or an srun --mpi= that fits"
+        )
+    return None
 
 
 def spread(comm: Any, jobs: Iterator[Job], work: Work[Job, Result], take: Callable[[Result], None]) -> None:
@@ -120,4 +134,15 @@ def _follow(comm: Any, work: Work[Job, Result]) -> None:
         try:
             result = work(job, lambda: None)
         except Exception as raised:
-            error = raised
+            error = _portable(raised)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it arrives unchanged in another process, else its words."""
+    try:
+        arrived = pickle.loads(pickle.dumps(error))
+        if type(arrived) is type(error) and str(arrived) == str(error):
+            return error
+    except Exception as why:
+        log.debug("%s does not travel: %s", type(error).__name__, why)
+    return DataError(str(error)) if isinstance(error, Unimo3Error) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -118,7 +118,7 @@ class PretrainSamples:
             "attention_mask": torch.from_numpy(mask),
             "mlm_input_ids": torch.from_numpy(masked),
             "mlm_labels": torch.from_numpy(labels),
-            "image_id": torch.tensor(_number(content.get("image_id", self.key(unit)), unit.source)),
+            "image_id": torch.tensor(_number(content.get("image_id") or self.key(unit), unit.source)),
         }
 
 
@@ -210,9 +210,9 @@ def _captions(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
     return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
 
 
-def _number(image_id: int | str, source: int) -> int:
+def _number(image_id: Any, source: int) -> int:
     """An image id as a 63-bit number; sources count their images each for itself."""
-    if isinstance(image_id, int) and not source:
+    if isinstance(image_id, int) and abs(image_id) < 2**63 and not source:
         return image_id
     return int.from_bytes(hashlib.sha256(f"{source} {image_id}".encode()).digest()[:8]) >> 1
 

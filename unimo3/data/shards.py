@@ -28,6 +28,8 @@ from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write
 from unimo3.data.members import sha256_of
 
 _DONE, _TABLE = ".done", ".table"
+# What the loader reads; other kinds are encoded again.
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ImageOptions:
     """How images are stored.
 
     Attributes:
-        max_side: pixels; larger images are scaled to it by their longer side and encoded again as JPEG. 0: as they are.
+        max_side: pixels; larger images are scaled to it by their longer side and encoded again as JPEG. 0: JPEG, PNG
+            and WebP as they are, other kinds as JPEG.
         quality: of the JPEG, 1 to 95.
     """
 
@@ -114,8 +117,8 @@ def write_shard(
     """
     target = folder / job.split / job.name
     done, digest = target.with_suffix(_DONE), job.digest(options)
-    if (earlier := _read_done(done)) and earlier["digest"] == digest and not earlier["rejects"]:
-        return ShardDone(job.split, job.number, len(job.samples), (), reused=True)
+    if (earlier := _still_good(job, target, digest, options)) is not None:
+        return ShardDone(job.split, job.number, len(job.samples), earlier, reused=True)
     done.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     rejects = []
@@ -135,6 +138,26 @@ def write_shard(
     staging.replace(target)
     _leave(target, digest, rejects)
     return ShardDone(job.split, job.number, len(job.samples), tuple(rejects), reused=False)
+
+
+def _still_good(job: ShardJob, target: Path, digest: str, options: ImageOptions) -> tuple[Reject, ...] | None:
+    """The rejects of a shard that an earlier attempt has finished; None if it has to be written again."""
+    earlier = _read_done(target.with_suffix(_DONE))
+    if earlier is None or earlier["digest"] != digest:
+        return None
+    # After a crash of the machine the tar may be shorter than what was noted of it.
+    if not target.is_file() or target.stat().st_size != earlier["table"]["num_bytes"]:
+        return None
+    rejects = tuple(Reject(**reject) for reject in earlier["rejects"])
+    of_key = {sample.key: sample for sample in job.samples}
+    for reject in rejects:
+        try:
+            for path in of_key[reject.key].images:
+                read_image(path, options)
+        except UnusableImageError:
+            continue
+        return None  # it has been mended
+    return rejects
 
 
 class UnusableImageError(Exception):
@@ -158,19 +181,24 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise UnusableImageError(path, f"cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UnusableImageError(path, f"cannot be read ({reason})") from error
     try:
         image = decode(content)
     except Exception as error:  # decoders meet damage with errors of any kind
         raise UnusableImageError(path, f"cannot be decoded ({error})") from error
-    extension = {".jpeg": "jpg", "": "jpg"}.get(path.suffix.lower(), path.suffix.lower().lstrip("."))
+    # By its content: names have other endings, or none.
+    extension = _EXTENSIONS.get(str(Image.open(io.BytesIO(content)).format))
     longer = max(image.size)
-    if not options.max_side or longer <= options.max_side:
+    is_large = bool(options.max_side) and longer > options.max_side
+    if extension and not is_large:
         return extension, content
-    size = tuple(max(1, round(side * options.max_side / longer)) for side in image.size)
+    if is_large:
+        width, height = (max(1, round(side * options.max_side / longer)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(encoded, "JPEG", quality=options.quality)  # type: ignore[arg-type]
+    image.save(encoded, "JPEG", quality=options.quality)
     return "jpg", encoded.getvalue()
 
 
@@ -217,6 +245,17 @@ def remove_strangers(folder: Path, names: Sequence[str]) -> None:
     for path in folder.iterdir():
         if path.name not in (INDEX, MEMBERS) and not (path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)):
             path.unlink()
+
+
+def members_fault(folder: Path) -> str | None:
+    """Say how a folder's ``index.members`` differs from its index, if it does."""
+    content = json.loads((folder / INDEX).read_bytes())
+    path = folder / MEMBERS
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None if found == content.get("members_sha256") else f"{path}: is not the one {INDEX} was written with"
 
 
 def fault_of(folder: Path, shard: Shard) -> str | None:
