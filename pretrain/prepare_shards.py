@@ -330,12 +330,14 @@ def index(args: argparse.Namespace, comm: Any) -> None:
         reason = "another process is indexing it" if isinstance(error, Timeout) else f"cannot be written to ({error})"
         spread(comm, _fails(ConfigError(f"--src {args.src}: {reason}")), work, progress.add)
         return
+    names = [path.name for path in paths]
     with held:
-        spread(comm, jobs(), work, progress.add)
-        names = [path.name for path in paths]
-        count = finish(folder, folder.parent.name, folder.name, names)
-        remove_traces(folder, names)
-        (folder / "index.lock").unlink(missing_ok=True)
+        try:
+            spread(comm, jobs(), work, progress.add)
+            count = finish(folder, folder.parent.name, folder.name, names)
+            remove_traces(folder, names)
+        finally:
+            (folder / "index.lock").unlink(missing_ok=True)
     print(f"{args.src}: {count} samples in {len(paths)} shards")
 
 
