@@ -42,7 +42,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.vqa import VqaTask
-from unimo3.training.evaluation import held_out_losses
+from unimo3.training.evaluation import held_out_losses, to_device
 from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -272,9 +272,10 @@ class TrainingRun:
         task.train()
         for step in range(num_steps):
             (loaded,) = next(batches)
+            inputs = to_device(loaded, torch.device("cpu"))
             before = time.perf_counter()
             set_rates(optimizer, rate_share(step, num_steps, optim.warmup_share))
-            loss = task(loaded)["loss"]
+            loss = task(inputs)["loss"]
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)

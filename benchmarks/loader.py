@@ -127,12 +127,12 @@ def usual(setting: Setting, workers: int, decodes: bool = True) -> Iterator[Any]
         ids, attention = encode(content["captions"][int(rng.integers(len(content["captions"])))])
         masked, labels = mask(ids, rng)
         return {
-            "pixel_values": transform(sample["jpg"], rng),
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(attention),
-            "mlm_input_ids": torch.from_numpy(masked),
-            "mlm_labels": torch.from_numpy(labels),
-            "image_id": torch.tensor(content["image_id"]),
+            "images": torch.tensor(transform(sample["jpg"], rng)),
+            "input_ids": ids,
+            "attention_mask": attention,
+            "mlm_input_ids": masked,
+            "mlm_labels": labels,
+            "image_id": content["image_id"],
         }
 
     urls = [str(path) for path in sorted((setting.folder / "train").glob("*.tar"))]
@@ -150,7 +150,7 @@ class Stream:
 
     def __init__(self, batches: Iterator[Any], workers: int):
         self._batches = batches
-        self._ahead = workers * PREFETCH + 1
+        self._ahead = workers * (PREFETCH + 1)
 
     def rate(self, seconds: float) -> float:
         """Samples a second over this time, after what was read ahead while others had their turn."""

@@ -35,7 +35,7 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
         for step, micro_batches in zip(range(start, stop), loader, strict=False):
             for micro_step, batch in enumerate(micro_batches):
                 rows = [
-                    [key, digest(batch["mlm_input_ids"][row]), digest(batch["pixel_values"][row])]
+                    [key, digest(batch["mlm_input_ids"][row]), digest(batch["images"][row])]
                     for row, key in enumerate(batch["keys"])
                 ]
                 file.write(json.dumps({"step": step, "place": [micro_step, rank], "rows": rows}) + "\n")

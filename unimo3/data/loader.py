@@ -13,18 +13,22 @@ import atexit
 import functools
 import itertools
 import logging
+import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unimo3.data.order import (
     MixedOrder,
     SampleOrder,
     SequentialOrder,
+    Unit,
     evaluation_positions,
     micro_batch_positions,
 )
@@ -77,7 +81,7 @@ class TrainingLoader:
             for step in itertools.count(start_step)
             for micro_step in range(self._num_accumulation)
         )
-        self._batches = _read_ahead(_Positions(sources, order, replaces=True), positions, reader)
+        self._batches = _read_ahead(_Batches(sources, order, replaces=True), positions, reader)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -97,18 +101,18 @@ def evaluation_batches(
     order = SequentialOrder(samples.units_per_shard)
     plan = evaluation_positions(order.num_units, rank, world_size, batch)
     filled = [[max(position, 0) for position in positions] for positions in plan]
-    batches = _read_ahead(_Positions([samples], order, replaces=False), filled, reader)
+    batches = _read_ahead(_Batches([samples], order, replaces=False), filled, reader)
     for loaded, positions in zip(batches, plan, strict=True):
         yield loaded, torch.tensor([position != NO_POSITION for position in positions])
 
 
-def _read_ahead(inputs: "_Positions", positions: Iterable[list[int]], reader: ReaderArgs) -> Iterator[Batch]:
+def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: ReaderArgs) -> Iterator[Batch]:
     loader = DataLoader(
         inputs,
         batch_sampler=positions,
         num_workers=reader.num_workers,
         prefetch_factor=reader.prefetch if reader.num_workers else None,
-        collate_fn=_collate,
+        collate_fn=_as_read,
         worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         # One of its own: starting to read draws a number, and a resumed run starts to read more often than a straight
@@ -123,9 +127,14 @@ def _read_ahead(inputs: "_Positions", positions: Iterable[list[int]], reader: Re
         for batch in _explain_deaths(iterator, reader):
             if UNUSABLE in batch:
                 raise DataError(batch[UNUSABLE])
-            for key, reason in batch.pop("replaced"):
+            replaced = batch.pop("replaced")
+            for key, reason in replaced:
                 log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
-            yield batch
+            batch["num_replaced"] = len(replaced)
+            yield {
+                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for name, value in batch.items()
+            }
     finally:
         if reader.num_workers:
             # Nothing of an evaluation is kept until the process ends.
@@ -162,8 +171,11 @@ def _explain_deaths(batches: Iterator[Batch], reader: ReaderArgs) -> Iterator[Ba
         yield batch
 
 
-class _Positions(Dataset[Inputs]):
-    """Positions of an order -> inputs, or a message under `UNUSABLE`.
+class _Batches(Dataset[Batch]):
+    """Positions of an order -> a batch, or a message under `UNUSABLE`.
+
+    Its ``images`` are a tensor in shared memory, written there as they are decoded. The rest is small and stays numpy
+    arrays, which travel in the queue's message: each tensor would take a connection between the processes.
 
     Args:
         replaces: whether the next good sample of its shard stands in for a bad one.
@@ -175,44 +187,79 @@ class _Positions(Dataset[Inputs]):
         self._order = order
         self._replaces = replaces
 
-    def __getitem__(self, position: int) -> Inputs:
+    def __getitems__(self, positions: list[int]) -> Batch:
+        # All texts, then all images: between two images, which leave nothing of it in the processor's caches, a text
+        # takes three times as long.
+        units = [self._order[position] for position in positions]
+        texts = [self._text(unit) for unit in units]
+        rows: list[Inputs] = []
+        replaced: list[tuple[str, str]] = []
+        images = torch.empty(0)
         try:
-            return self._read(position)
+            for unit, text in zip(units, texts, strict=True):
+                row, bad = self._row(unit, text)
+                image = row.pop("images")
+                if not rows:
+                    images = _shared(len(positions), image)
+                images.numpy()[len(rows)] = image
+                rows.append(row)
+                replaced += bad
         except DataError as error:
             return {UNUSABLE: str(error)}
+        return {"images": images, **_stacked(rows), "positions": np.asarray(positions), "replaced": replaced}
 
-    def _read(self, position: int) -> Inputs:
-        unit = self._order[position]
+    def _text(self, unit: Unit) -> Inputs | None:
+        """Inputs whose image is still to be decoded; none of a unit that cannot be used, which `_row` meets again."""
+        try:
+            return self._sources[unit.source].build(unit)
+        except (BadSampleError, DataError):
+            return None
+
+    def _row(self, unit: Unit, text: Inputs | None) -> tuple[Inputs, list[tuple[str, str]]]:
+        """A unit's inputs, and which samples they stand in for, with reasons.
+
+        Raises:
+            DataError: there are none.
+        """
         samples, units_in_shard = self._sources[unit.source], self._units_per_shard[unit.source][unit.shard]
         shard = f"{samples.index.source}/{samples.index.shards[unit.shard].name}"
         replaced = []
         for step in range(units_in_shard):
             candidate = unit._replace(unit=(unit.unit + step) % units_in_shard)
-            try:
-                inputs = samples.build(candidate)
-            except BadSampleError as error:
-                key = samples.key(candidate)
-                if not self._replaces:
-                    return {UNUSABLE: f"{shard}: sample {key} {error}; held-out samples must all be scored: mend the "
-                            "source and prepare the shards again"}  # fmt: skip
-                replaced.append((f"{shard}/{key}", str(error)))
-                continue
             key = samples.key(candidate)
-            return {**inputs, "positions": torch.tensor(position), "keys": key, "replaced": replaced}
-        return {UNUSABLE: f"{shard}: has no usable sample ({replaced[0][1]}); prepare the shards again"}
+            try:
+                inputs = text if text is not None and not step else samples.build(candidate)
+                return {**inputs, "images": inputs["images"](), "keys": key}, replaced
+            except BadSampleError as error:
+                if not self._replaces:
+                    raise DataError(
+                        f"{shard}: sample {key} {error}; held-out samples must all be scored: mend the source and "
+                        "prepare the shards again"
+                    ) from error
+                replaced.append((f"{shard}/{key}", str(error)))
+        raise DataError(f"{shard}: has no usable sample ({replaced[0][1]}); prepare the shards again")
 
 
-def _collate(rows: list[Inputs]) -> Batch:
-    """Tensors are stacked, other values listed."""
-    unusable = [row for row in rows if UNUSABLE in row]
-    if unusable:
-        return unusable[0]
+def _shared(num_rows: int, row: np.ndarray) -> Tensor:
+    """Room for `num_rows` like this one; in a reader process, where the training process sees it too."""
+    shape = (num_rows, *row.shape)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # As torch's own collation does it: a tensor that is not in shared memory is copied there when it is handed over.
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
+
+
+def _stacked(rows: list[Inputs]) -> Batch:
+    """Arrays are stacked, other values listed."""
     batch: Batch = {}
     for name, value in rows[0].items():
         values = [row[name] for row in rows]
-        batch[name] = torch.stack(values) if isinstance(value, torch.Tensor) else values
-    batch["replaced"] = [entry for row in batch["replaced"] for entry in row]
-    batch["num_replaced"] = len(batch["replaced"])
+        batch[name] = np.stack(values) if isinstance(value, np.ndarray) else values
+    return batch
+
+
+def _as_read(batch: Batch) -> Batch:
+    """In place of torch's collation, which `_Batches` does itself."""
     return batch
 
 

@@ -28,9 +28,13 @@ class Masking:
     vocab_size: int
 
     @functools.cached_property
+    def _special(self) -> np.ndarray:
+        return np.isin(np.arange(self.vocab_size), list(self.special_ids))
+
+    @functools.cached_property
     def _ordinary(self) -> np.ndarray:
         """Ids that random tokens are drawn from; made once, it takes a millisecond with RoBERTa's vocabulary."""
-        return np.setdiff1d(np.arange(self.vocab_size), list(self.special_ids))
+        return np.flatnonzero(~self._special)
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Mask one text.
@@ -41,16 +45,18 @@ class Masking:
         Returns:
             The masked ids [T], and labels [T] that are -100 wherever nothing is to be predicted.
         """
-        candidates = np.flatnonzero(~np.isin(ids, list(self.special_ids)))
+        candidates = np.flatnonzero(~self._special[ids])
         masked, labels = ids.copy(), np.full_like(ids, IGNORED)
         if not len(candidates):
             return masked, labels
-        chosen = candidates[rng.random(len(candidates)) < self.probability]
-        if not len(chosen):
-            chosen = rng.choice(candidates, size=1)
+        chance, kind = rng.random((2, len(candidates)))
+        is_chosen = chance < self.probability
+        if not is_chosen.any():
+            is_chosen[chance.argmin()] = True
+        chosen, kind = candidates[is_chosen], kind[is_chosen]
         labels[chosen] = ids[chosen]
-        kind = rng.random(len(chosen))
         masked[chosen[kind < 0.8]] = self.mask_id
         replaced = chosen[(kind >= 0.8) & (kind < 0.9)]
-        masked[replaced] = rng.choice(self._ordinary, size=len(replaced))
+        if len(replaced):
+            masked[replaced] = rng.choice(self._ordinary, size=len(replaced))
         return masked, labels

@@ -8,10 +8,11 @@ Source: METER, arXiv 2111.02387, for the inputs.
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from unimo3.data.answers import AnswerVocabulary
@@ -44,7 +45,9 @@ class Samples(Protocol):
         ...
 
     def build(self, unit: Unit) -> Inputs:
-        """Inputs of one unit: tensors to be stacked, and plain values to be listed.
+        """Inputs of one unit: numpy arrays to be stacked, and plain values to be listed.
+
+        Its ``images`` are still to be decoded: a call gives them, or raises `BadSampleError` as well.
 
         Raises:
             BadSampleError: the sample cannot be used.
@@ -56,13 +59,18 @@ class TextEncoder:
     """Text -> ids and mask of a fixed length; a longer text keeps its beginning and its </s>."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
+        # A copy with its lengths set once: the tokenizer's own call sets and looks them up anew for every text, which
+        # takes longer than the text.
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.enable_truncation(max_tokens)
+        self._tokenizer.enable_padding(
+            length=max_tokens, pad_id=token_id(tokenizer.pad_token_id), pad_token=str(tokenizer.pad_token)
+        )
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and attention mask, [T] int64 each."""
-        encoded = self._tokenizer(text, truncation=True, max_length=self._max_tokens, padding="max_length")
-        return np.asarray(encoded["input_ids"]), np.asarray(encoded["attention_mask"])
+        encoded = self._tokenizer.encode(text)
+        return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
 
 class PretrainSamples:
@@ -86,7 +94,7 @@ class PretrainSamples:
         self._transform = transform
         self._mask = Masking(
             mlm_probability,
-            _token_id(tokenizer.mask_token_id),
+            token_id(tokenizer.mask_token_id),
             frozenset(tokenizer.all_special_ids),
             len(tokenizer),
         )
@@ -102,23 +110,23 @@ class PretrainSamples:
         return self.index.key(unit.shard, unit.unit)
 
     def build(self, unit: Unit) -> Inputs:
-        """Pixels, plain and masked text, labels."""
+        """The image by a call, plain and masked text, labels."""
         members, content = _read(self.index, unit.shard, unit.unit)
         captions = _captions(members, content)
         if not captions:
             raise BadSampleError("has no caption")
-        # One order of captions for each round of epochs, so that every caption comes before one comes again.
-        turn, place = divmod(unit.epoch, len(captions))
-        caption = captions[_rng(self._seed, "caption", turn, unit).permutation(len(captions))[place]]
+        # Every caption comes before one comes again; which is first is drawn.
+        first = _hash(self._seed, unit.source, unit.shard, unit.unit)
+        caption = captions[(first + unit.epoch) % len(captions)]
         ids, mask = self._encode(caption)
         masked, labels = self._mask(ids, _rng(self._seed, "mask", unit.epoch, unit))
         return {
-            "pixel_values": _pixels(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "mlm_input_ids": torch.from_numpy(masked),
-            "mlm_labels": torch.from_numpy(labels),
-            "image_id": torch.tensor(_number(content.get("image_id") or self.key(unit), unit.source)),
+            "images": _image(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mlm_input_ids": masked,
+            "mlm_labels": labels,
+            "image_id": np.asarray(_number(content.get("image_id") or self.key(unit), unit.source)),
         }
 
 
@@ -155,7 +163,7 @@ class VqaSamples:
         return f"{self.index.key(unit.shard, sample)}#{item}"
 
     def build(self, unit: Unit) -> Inputs:
-        """Pixels, question, targets, and what scoring needs."""
+        """The image by a call, question, targets, and what scoring needs."""
         sample, item = self.index.item(unit.shard, unit.unit)
         members, content = _read(self.index, unit.shard, sample)
         try:
@@ -168,10 +176,10 @@ class VqaSamples:
         ids, mask = self._encode(question["question"])
         humans = question.get("answers", [])
         return {
-            "pixel_values": _pixels(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "targets": torch.from_numpy(self._answers.soft_targets(humans)),
+            "images": _image(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "targets": self._answers.soft_targets(humans),
             "question": question,
         }
 
@@ -189,14 +197,20 @@ def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes],
     return members, content
 
 
-def _pixels(members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator) -> torch.Tensor:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            try:
-                return transform(members[extension], rng)
-            except Exception as error:  # decoders meet damage with errors of any kind
-                raise BadSampleError(f"its image cannot be decoded ({error})") from error
-    raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
+def _image(
+    members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator
+) -> Callable[[], np.ndarray]:
+    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+    if extension is None:
+        raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
+
+    def decode() -> np.ndarray:
+        try:
+            return transform(members[extension], rng)
+        except Exception as error:  # decoders meet damage with errors of any kind
+            raise BadSampleError(f"its image cannot be decoded ({error})") from error
+
+    return decode
 
 
 def _rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
@@ -214,9 +228,15 @@ def _number(image_id: Any, source: int) -> int:
     """An image id as a 63-bit number; sources count their images each for itself."""
     if isinstance(image_id, int) and abs(image_id) < 2**63 and not source:
         return image_id
-    return int.from_bytes(hashlib.sha256(f"{source} {image_id}".encode()).digest()[:8]) >> 1
+    return _hash(source, image_id)
 
 
-def _token_id(value: Any) -> int:
+def _hash(*values: Any) -> int:
+    """A number of 63 bits, the same in every process."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, values)).encode()).digest()[:8]) >> 1
+
+
+def token_id(value: Any) -> int:
+    """A special token's id, which `load_tokenizer` has made sure of."""
     assert isinstance(value, int)
     return value

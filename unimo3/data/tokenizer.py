@@ -64,6 +64,11 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read "
             f"({type(error).__name__}: {error})"
         ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': {type(tokenizer).__name__} is not one of the tokenizers library; a folder "
+            "with tokenizer.json, or RoBERTa's vocab.json and merges.txt, is needed"
+        )
     needed = ("cls_token", "sep_token", "pad_token", "mask_token")
     lacking = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
     if lacking:

@@ -7,6 +7,7 @@ import torch
 
 from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
+from unimo3.data.transforms import normalise
 from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.metrics import Figures
@@ -42,8 +43,9 @@ def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, rea
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch's tensors."""
-    return {
+    """Move a batch's tensors, and make of its ``images`` the ``pixel_values`` of the model."""
+    moved = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+    return {**moved, "pixel_values": normalise(moved.pop("images"))}
