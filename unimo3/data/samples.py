@@ -197,9 +197,7 @@ def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes],
     return members, content
 
 
-def _image(
-    members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator
-) -> Callable[[], np.ndarray]:
+def _image(members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator) -> Callable[[], np.ndarray]:
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if extension is None:
         raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
