@@ -19,6 +19,7 @@ from unimo3.data.args import DataArgs
 from unimo3.data.blind import accuracy_by_group
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import evaluation_batches
+from unimo3.data.remote import is_remote
 from unimo3.data.samples import VqaSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
@@ -59,8 +60,8 @@ class VqaConfig:
         """Say which settings do not fit together, one line a fault."""
         found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
         found += self.data.shard_faults("questions")
-        if not self.answers and len(self.data.sources) > 1:
-            found.append("answers: '': several sources are mixed; name the answer vocabulary, an answers.json")
+        if not self.answers and (len(self.data.sources) > 1 or is_remote(next(iter(self.data.sources)))):
+            found.append("answers: '': beside one local folder it would be found; name the vocabulary, an answers.json")
         else:
             try:
                 AnswerVocabulary.load(self.answers_path)

@@ -114,6 +114,10 @@ def test_kills_and_other_numbers_of_ranks_and_readers_change_nothing(sources, tm
     assert sorted(stopped.steps) == list(range(STEPS))
     for step in range(STEPS):
         assert stopped.steps[step] == straight.steps[step], step
+    # Samples of two sources may have the same keys.
+    assert {key.rsplit("/", 1)[0] for step in straight.steps.values() for key, *_ in step} == {
+        str(first / "train"), str(second / "train")
+    }  # fmt: skip
     # More than an epoch of the first source and several of the second: the captions, masks and crops are others.
     rows = [tuple(row) for step in straight.steps.values() for row in step]
     assert len({row[0] for row in rows}) < len(set(rows)) == len(rows)

@@ -118,13 +118,15 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, ranks):
         process = subprocess.Popen(command(*arguments, ranks=ranks), cwd=ROOT, stdout=log, stderr=log)
         staging = tmp_path / "out.partial"
         deadline = time.monotonic() + 60
-        while len(list(staging.glob("train/*.done"))) < 3 and time.monotonic() < deadline and process.poll() is None:
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(list(staging.glob("train/*.unimo3-done"))) >= 3:
+                break
             time.sleep(0.002)
         # mpirun's ranks are groups of their own.
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()
             each.wait()
-    finished = len(list(staging.glob("*/*.done")))
+    finished = len(list(staging.glob("*/*.unimo3-done")))
     assert 3 <= finished < 151
     assert not (tmp_path / "out").exists()
     done = run(*arguments, ranks=ranks)

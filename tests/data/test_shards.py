@@ -1,6 +1,7 @@
 """Converters: nothing lost, nothing invented, nothing half-written, and every bad input named."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.vqa import VqaConfig
 from tests.data.conftest import convert, draw_jpeg, write_source
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
@@ -111,6 +113,18 @@ def test_foreign_tars_can_be_indexed(tmp_path):
     assert index.key(0, 1) == "x/two"
 
 
+def test_indexing_leaves_the_files_of_others_alone(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("one.txt")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"one"))
+    for name in ("0.done", "0.table", "0.json"):
+        (tmp_path / name).write_text("of a downloader")
+    assert convert("index", "--src", str(tmp_path)) == 0
+    assert all((tmp_path / name).read_text() == "of a downloader" for name in ("0.done", "0.table", "0.json"))
+    assert len(list(tmp_path.iterdir())) == 6
+
+
 def test_a_changed_or_missing_shard_is_named(source, tmp_path):
     out = tmp_path / "coco"
     convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4")
@@ -154,6 +168,19 @@ def test_overwrite_replaces_a_finished_folder(source, tmp_path):
     assert convert("coco", "--src", str(source), "--out", str(out)) == 78
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "100", "--overwrite") == 0
     assert ShardIndex(out / "train").samples_per_shard == [np.sum([i % 6 < 4 for i in range(23)])]
+
+
+def test_overwrite_goes_on_where_a_kill_left_half_of_what_it_replaced(source, tmp_path):
+    out, replaced = tmp_path / "out", tmp_path / "out.replaced"
+    assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
+    whole = {path.name: path.read_bytes() for path in (out / "train").iterdir()}
+    # Killed while the old folder was removed, and before the new one got its name.
+    shutil.copytree(out, replaced)
+    (replaced / "train" / "index.json").unlink()
+    out.rename(tmp_path / "out.partial")
+    assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4", "--overwrite") == 0
+    assert {path.name: path.read_bytes() for path in (out / "train").iterdir()} == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_overwrite_refuses_a_folder_that_holds_anything_else(source, tmp_path, capfd):
@@ -214,3 +241,9 @@ def test_shards_of_another_kind_are_refused(coco, vqav2):
     assert "its samples have no captions (vqav2, val)" in fault
     (fault,) = data.shard_faults("questions")
     assert "its samples have no questions (coco, train)" in fault
+
+
+@pytest.mark.parametrize("train", [{"a/train": 1, "b/train": 1}, {"https://example.org/vqav2/train": 1}])
+def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
+    settings = VqaConfig(init="exported", data=DataArgs(train=train, cache_dir="copies"))
+    assert [fault for fault in settings.faults() if fault.startswith("answers: ''")]

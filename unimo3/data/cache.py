@@ -9,78 +9,29 @@ Copies are named by their content: no source can be taken for another one, and s
 taken for the old ones. The kernel frees a killed process's locks, so a part whose lock is free is a leftover. What
 another process has open stays readable after it was removed, and keeps its place on the disk until it is closed.
 
-Source: RFC 9110, section 15, for the statuses worth another try; https://py-filelock.readthedocs.io for the locks.
+Source: https://py-filelock.readthedocs.io for the locks.
 """
 
-import hashlib
-import http.client
 import io
 import logging
 import math
 import os
 import re
-import ssl
 import time
-import urllib.request
-from collections.abc import Generator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from unimo3.data.remote import check_source, is_remote, receive
 from unimo3.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_LABEL = r"[A-Za-z0-9_-]{1,63}"
-# A host, a port, and a path of visible ASCII: no user, query or fragment.
-_ADDRESS = re.compile(rf"(?i:https)://({_LABEL}(\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(:\d{{1,5}})?(/[!\"$->@-~]*)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COPY_OR_PART = re.compile(r"([0-9a-f]{64})\.(?:shard|(\d+)\.part)")
-_TIMEOUT_S = 30.0
-_PAUSES_S = (1.0, 3.0, 10.0, 30.0)
 _WAIT_FOR_ROOM_S = 0.1
-_CHUNK_BYTES = 2**20
-
-_REASONS = {
-    "pipe": "runs a shell, so whoever names a source could run anything",
-    "http": "lets anybody on the way read and change what is sent",
-}
-_LOGIN = "this program sends no login: let the folder be read without one, or mount it"
-_MENDS = {401: _LOGIN, 403: _LOGIN, 404: "mend the source's address, or copy its folder there whole"}
-
-
-class _PassingError(Exception):
-    """What another try may not meet."""
-
-
-def is_remote(source: str) -> bool:
-    """Whether a source is an ``https:`` URL."""
-    return _scheme(source) == "https"
-
-
-def check_source(source: str) -> None:
-    """Accept a path or an ``https:`` URL of a folder; nothing is looked up.
-
-    Raises:
-        DataError: the source has another scheme, or its URL has more than a host, a port and a path.
-    """
-    scheme = _scheme(source)
-    if scheme not in ("", "https"):
-        reason = _REASONS.get(scheme, "is not read by this program")
-        raise DataError(
-            f"{_without_secrets(source)}: {scheme}: {reason}; name an https: URL, or a folder where the storage is "
-            "mounted (./ before a path with a colon)"
-        )
-    if scheme and not _ADDRESS.fullmatch(source):
-        raise DataError(
-            f"{_without_secrets(source)}: is no URL of a folder; name it as https://HOST/FOLDER, without user, query "
-            "or fragment and with percent signs for unusual characters"
-        )
 
 
 class ShardCache:
@@ -155,7 +106,7 @@ class ShardCache:
         """
         where = self._where(name)
         content = io.BytesIO()
-        if self._receive(where, content, limit)[0] > limit:
+        if receive(where, content, limit)[0] > limit:
             raise DataError(f"{where}: has more than {limit} bytes; see whether the source is the right one")
         return content.getvalue()
 
@@ -175,10 +126,10 @@ class ShardCache:
             time.sleep(_WAIT_FOR_ROOM_S)  # until a fetch elsewhere ends, or its process
         try:
             with part.open("wb") as file:
-                found = self._receive(where, file, num_bytes)
+                found = receive(where, file, num_bytes)
                 if found != (num_bytes, sha256):
                     log.warning("%s: came with another size or checksum than was indexed; fetching it again", where)
-                    found = self._receive(where, file, num_bytes)
+                    found = receive(where, file, num_bytes)
             if found != (num_bytes, sha256):
                 size = f"more than {num_bytes}" if found[0] > num_bytes else str(found[0])
                 raise DataError(
@@ -222,85 +173,6 @@ class ShardCache:
             part.touch()
             return True
 
-    def _receive(self, where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
-        """Write a source's file to `file`, from the start at each try; return its size and sha256.
-
-        Past `limit` bytes the rest is left, and the size returned is above `limit`.
-        """
-        for pause_s in (*_PAUSES_S, None):
-            file.seek(0)
-            file.truncate()
-            size, digest = 0, hashlib.sha256()
-            try:
-                with closing(_read_url(where) if is_remote(where) else _read_file(Path(where))) as chunks:
-                    for chunk in chunks:
-                        size += len(chunk)
-                        if size > limit:
-                            break
-                        file.write(chunk)
-                        digest.update(chunk)
-                return size, digest.hexdigest()
-            except _PassingError as error:
-                if pause_s is None:
-                    raise DataError(
-                        f"{where}: {error}, at the last of {1 + len(_PAUSES_S)} tries; see whether its server or "
-                        "mount works, then start again"
-                    ) from error
-                log.warning("%s: %s; trying again in %g s", where, error, pause_s)
-                time.sleep(pause_s)
-        raise AssertionError("the last try returns or raises")
-
-
-class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not is_remote(newurl):
-            raise DataError(
-                f"{req.full_url}: the server redirects to {_without_secrets(newurl)}; only https: is followed, so name "
-                "the folder's final https: URL"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _read_url(url: str) -> Generator[bytes, None, None]:
-    # Made anew each time, so that it trusts what SSL_CERT_FILE names now.
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()), _HttpsRedirects
-    )
-    # What the caller does with a chunk raises outside of this try.
-    try:
-        with opener.open(url, timeout=_TIMEOUT_S) as response:
-            while chunk := response.read(_CHUNK_BYTES):
-                yield chunk
-            if response.length:  # what Content-Length announced and read() does not miss
-                raise _PassingError(f"the connection ended {response.length} bytes early")
-    except HTTPError as error:
-        error.close()
-        answer = f"the server answers {error.code} {error.reason}"
-        if error.code in (408, 429) or error.code >= 500:
-            raise _PassingError(answer) from error
-        raise DataError(f"{url}: {answer}; {_MENDS.get(error.code, _MENDS[404])}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise DataError(
-                f"{url}: the server's certificate is not trusted ({reason.verify_message}); let SSL_CERT_FILE name a "
-                "file with the authority's certificate"
-            ) from error
-        raise _PassingError(f"no answer, or half of one ({reason or type(reason).__name__})") from error
-
-
-def _read_file(path: Path) -> Generator[bytes, None, None]:
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); mount its folder with all of its files, readable"
-        ) from error
-    except OSError as error:  # of a network file system, which may come back
-        raise _PassingError(f"cannot be read ({error.strerror})") from error
-
 
 def _use(copy: Path, num_bytes: int) -> bool:
     """Whether a whole copy is there; it then counts as the most recently used."""
@@ -324,12 +196,3 @@ def _is_free(path: Path) -> bool:
             return True
     except Timeout:
         return False
-
-
-def _scheme(source: str) -> str:
-    match = _SCHEME.match(source)
-    return match[1].lower() if match else ""
-
-
-def _without_secrets(source: str) -> str:
-    return re.sub(r"(?<=//)[^/]*@|[?#].*", "...", source)

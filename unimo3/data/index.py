@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimo3.data.cache import ShardCache, check_source, is_remote
+from unimo3.data.cache import ShardCache
 from unimo3.data.members import Members, header_fault, scan, sha256_of
+from unimo3.data.remote import check_source, is_remote
 from unimo3.errors import DataError
 
 VERSION = 2

@@ -223,13 +223,14 @@ class _Batches(Dataset[Batch]):
         """
         samples, units_in_shard = self._sources[unit.source], self._units_per_shard[unit.source][unit.shard]
         shard = f"{samples.index.source}/{samples.index.shards[unit.shard].name}"
-        replaced = []
+        replaced: list[tuple[str, str]] = []
         for step in range(units_in_shard):
             candidate = unit._replace(unit=(unit.unit + step) % units_in_shard)
             key = samples.key(candidate)
             try:
                 inputs = text if text is not None and not step else samples.build(candidate)
-                return {**inputs, "images": inputs["images"](), "keys": key}, replaced
+                name = key if len(self._sources) == 1 else f"{samples.index.source}/{key}"
+                return {**inputs, "images": inputs["images"](), "keys": name}, replaced
             except BadSampleError as error:
                 if not self._replaces:
                     raise DataError(
@@ -258,7 +259,7 @@ def _stacked(rows: list[Inputs]) -> Batch:
     return batch
 
 
-def _as_read(batch: Batch) -> Batch:
+def _as_read(batch: Any) -> Any:
     """In place of torch's collation, which `_Batches` does itself."""
     return batch
 

@@ -74,6 +74,12 @@ def spread(comm: Any, jobs: Iterator[Job], work: Work[Job, Result], take: Callab
         _follow(comm, work)
 
 
+def failing(error: Exception) -> Iterator[Any]:
+    """Jobs for `spread` that fail before the first: the other ranks are told through the same channel."""
+    raise error
+    yield
+
+
 def _lead(comm: Any, jobs: Iterator[Job], work: Work[Job, Result], take: Callable[[Result], None]) -> None:
     from mpi4py import MPI
 

@@ -134,7 +134,7 @@ class VqaSamples:
     """Questions about images, with soft targets over an answer vocabulary.
 
     Args:
-        answers: the vocabulary; targets are left out where a question has no answers.
+        answers: the vocabulary; the targets of a question without answers are all zero.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
 """Samples -> WebDataset shards with their index, whole or not at all, by one process or many.
 
 A shard is a number of consecutive records of its split, whatever becomes of their images, so shards can be written in
-any order and by anybody and are the same bytes. In the staging folder each finished shard has a ``.table`` and then a
-``.done`` beside it, by which a conversion that was killed knows what is left to do; at the end the index is made of
-them and the folder gets its name.
+any order and by anybody and are the same bytes. Each finished shard has its table and then a note that it is done
+beside it, by which a conversion that was killed knows what is left to do; at the end the index is made of them.
 
 Source: webdataset's TarWriter; members carry fixed owner, mode and time, so equal input gives equal bytes.
 """
@@ -12,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +24,10 @@ from unimo3.data.formats.record import Sample
 from unimo3.data.images import decode
 from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write_index
 from unimo3.data.members import sha256_of
+from unimo3.errors import DataError
 
-_DONE, _TABLE = ".done", ".table"
+# Names nobody else uses: they also stand beside the tars of others while these are indexed.
+_DONE, _TABLE = ".unimo3-done", ".unimo3-table"
 # What the loader reads; other kinds are encoded again.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
 
@@ -211,12 +211,8 @@ def index_tar(path: Path) -> ShardDone:
     state = path.stat()
     digest = f"{state.st_size} {state.st_mtime_ns}"
     earlier = _read_done(path.with_suffix(_DONE))
-    reused = earlier is not None and earlier["digest"] == digest
-    if not reused:
-        _leave(path, digest, [])
-    found = _read_done(path.with_suffix(_DONE))
-    assert found is not None
-    return ShardDone(path.parent.name, 0, found["table"]["num_samples"], (), reused)
+    found = earlier if earlier is not None and earlier["digest"] == digest else _leave(path, digest, [])
+    return ShardDone(path.parent.name, 0, found["table"]["num_samples"], (), reused=found is earlier)
 
 
 def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
@@ -268,13 +264,6 @@ def fault_of(folder: Path, shard: Shard) -> str | None:
     return None if found == shard.sha256 else f"{path}: is not the shard that was indexed (SHA-256 {found[:12]})"
 
 
-def clear(folder: Path) -> None:
-    """Remove a folder of shards, its index first, so that a kill half way leaves nothing that passes for whole."""
-    for index in folder.rglob(INDEX):
-        index.unlink()
-    shutil.rmtree(folder)
-
-
 def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:
     content = json.dumps(sample.content, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
     # Several images of a sample are told apart by a number before their extension.
@@ -288,13 +277,14 @@ def _replace(path: Path, content: bytes) -> None:
     staging.replace(path)
 
 
-def _leave(tar: Path, digest: str, rejects: list[Reject]) -> None:
-    """Write what `finish` needs of a shard; the ``.done`` last."""
+def _leave(tar: Path, digest: str, rejects: list[Reject]) -> dict[str, Any]:
+    """Write what `finish` needs of a shard, the note that it is done last; return that note."""
     table = table_of(tar)
     _replace(tar.with_suffix(_TABLE), table.table)
     facts = {name: value for name, value in asdict(table).items() if name != "table"}
     content = {"digest": digest, "table": facts, "rejects": [asdict(reject) for reject in rejects]}
     _replace(tar.with_suffix(_DONE), json.dumps(content).encode())
+    return content
 
 
 def _read_done(path: Path) -> dict[str, Any] | None:
@@ -306,6 +296,9 @@ def _read_done(path: Path) -> dict[str, Any] | None:
 
 
 def _table_left_by(stem: Path) -> ShardTable:
-    done = _read_done(Path(f"{stem}{_DONE}"))
-    assert done is not None
-    return ShardTable(**done["table"], table=Path(f"{stem}{_TABLE}").read_bytes())
+    done, table = _read_done(Path(f"{stem}{_DONE}")), Path(f"{stem}{_TABLE}")
+    if done is None or not table.is_file():
+        raise DataError(
+            f"{stem}.tar: what was noted of it has been removed ({_DONE}, {_TABLE}); start the same command again"
+        )
+    return ShardTable(**done["table"], table=table.read_bytes())

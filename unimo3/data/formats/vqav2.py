@@ -1,7 +1,8 @@
 """VQAv2, questions about COCO's images, and the vocabulary of its answers.
 
     SOURCE/v2_OpenEnded_mscoco_{train,val}2014_questions.json, SOURCE/v2_mscoco_{train,val}2014_annotations.json
-    IMAGES/train2014/, IMAGES/val2014/
+    SOURCE/v2_OpenEnded_mscoco_{test,test-dev}2015_questions.json, each only if wanted
+    IMAGES/train2014/, IMAGES/val2014/, IMAGES/test2015/ for both tests
 
 Source: https://visualqa.org/download.html.
 """
@@ -15,35 +16,37 @@ from unimo3.data.answers import normalize_answer
 from unimo3.data.formats.record import Sample, field, read_json, text
 from unimo3.errors import DataError
 
-_YEARS = {"train": "train2014", "val": "val2014"}
+# Our split, its questions, its images, whether its answers are published. Only the evaluation server knows the others.
+_SPLITS = (
+    ("train", "train2014", "train2014", True),
+    ("val", "val2014", "val2014", True),
+    ("test", "test2015", "test2015", False),
+    ("test-dev", "test-dev2015", "test2015", False),
+)
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``questions`` and their answers; nothing is left out."""
-    for split, year in _YEARS.items():
-        path = source / f"v2_OpenEnded_mscoco_{year}_questions.json"
+    """One sample an image, with all its ``questions``, those of train and val with their answers; nothing is left out.
+
+    A test split whose questions are not there is passed over: training needs none.
+    """
+    for split, part, folder, has_answers in _SPLITS:
+        path = source / f"v2_OpenEnded_mscoco_{part}_questions.json"
+        if not has_answers and not path.exists():
+            continue
         questions = field(read_json(path, dict), "questions", path, list)
-        notes = _read_annotations(source / f"v2_mscoco_{year}_annotations.json")
+        notes = _Annotations(source / f"v2_mscoco_{part}_annotations.json", path) if has_answers else None
         of_image: dict[int, list[dict[str, Any]]] = {}
         for number, question in enumerate(questions):
             where = f"{path}: questions[{number}]"
             identity = field(question, "question_id", where, int)
-            if identity not in notes:
-                raise DataError(
-                    f"{where}: question_id {identity} has no annotation in v2_mscoco_{year}_annotations.json; use one "
-                    "release"
-                )
-            note_where, note = notes[identity]
             image = field(question, "image_id", where, int)
-            if field(note, "image_id", note_where, int) != image:
-                raise DataError(
-                    f"{note_where}: field 'image_id' is {note['image_id']}, {path.name} has {image} for question_id "
-                    f"{identity}; use one release"
-                )
-            asked = {"question_id": identity, "question": text(question, "question", where)}
-            of_image.setdefault(image, []).append(asked | _answers(note, note_where))
+            entry: dict[str, Any] = {"question_id": identity, "question": text(question, "question", where)}
+            if notes is not None:
+                entry |= notes.answers(identity, image, where)
+            of_image.setdefault(image, []).append(entry)
         for image, entries in of_image.items():
-            file = images / year / f"COCO_{year}_{image:012d}.jpg"
+            file = images / folder / f"COCO_{folder}_{image:012d}.jpg"
             yield split, Sample(f"{image:012d}", (file,), {"image_id": image, "questions": entries})
 
 
@@ -54,16 +57,47 @@ def answer_vocabulary(counts: Counter[str], min_count: int) -> list[str]:
 
 
 def normalized_choices(sample: Sample) -> list[str]:
-    """The normalised majority answers of a sample's questions."""
-    return [normalize_answer(question["multiple_choice_answer"]) for question in sample.content["questions"]]
+    """The normalised majority answers of a sample's questions, of those that have answers."""
+    return [
+        normalize_answer(question["multiple_choice_answer"])
+        for question in sample.content["questions"]
+        if "multiple_choice_answer" in question
+    ]
 
 
-def _read_annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
-    notes = {}
-    for number, note in enumerate(field(read_json(path, dict), "annotations", path, list)):
-        where = f"{path}: annotations[{number}]"
-        notes[field(note, "question_id", where, int)] = (where, note)
-    return notes
+class _Annotations:
+    """The annotations of a split, by question.
+
+    Args:
+        path: of the annotations.
+        questions: file they belong to, for messages.
+    """
+
+    def __init__(self, path: Path, questions: Path):
+        self._path, self._questions = path, questions
+        self._notes: dict[int, tuple[str, dict[str, Any]]] = {}
+        for number, note in enumerate(field(read_json(path, dict), "annotations", path, list)):
+            where = f"{path}: annotations[{number}]"
+            self._notes[field(note, "question_id", where, int)] = (where, note)
+
+    def answers(self, question: int, image: int, where: str) -> dict[str, Any]:
+        """What people answered to a question about an image.
+
+        Args:
+            where: place of the question, for messages.
+
+        Raises:
+            DataError: the question has no annotation, or one that does not fit it or lacks a field.
+        """
+        if question not in self._notes:
+            raise DataError(f"{where}: question_id {question} has no annotation in {self._path.name}; use one release")
+        note_where, note = self._notes[question]
+        if field(note, "image_id", note_where, int) != image:
+            raise DataError(
+                f"{note_where}: field 'image_id' is {note['image_id']}, {self._questions.name} has {image} for "
+                f"question_id {question}; use one release"
+            )
+        return _answers(note, note_where)
 
 
 def _answers(note: dict[str, Any], where: str) -> dict[str, Any]:

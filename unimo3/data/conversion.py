@@ -1,0 +1,217 @@
+"""A public data set -> shards with their index, one folder a split, by all ranks of a job.
+
+    OUT.partial/    what is being written; an interrupted conversion goes on from what is there
+    OUT.replaced/   what stood under the name before, for the moment until it is removed
+
+Source: none.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.formats import CONVERTERS
+from unimo3.data.formats.record import Sample
+from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
+from unimo3.data.progress import Progress
+from unimo3.data.ranks import failing, spread
+from unimo3.data.shards import (
+    ImageOptions,
+    ShardDone,
+    ShardJob,
+    cut,
+    finish,
+    remove_strangers,
+    remove_traces,
+    write_shard,
+)
+from unimo3.data.tokenizer import train_tokenizer
+from unimo3.errors import ConfigError, DataError
+
+REJECTS = "rejects.jsonl"
+# Rejects, beyond twice the share, after which a conversion need not be finished to know.
+_HOPELESS = 100
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert, and how.
+
+    Attributes:
+        format: one of `CONVERTERS`.
+        source: folder of the annotation files.
+        images: folder of the images.
+        out: folder of the shards; replaced if it exists.
+        shard_size: records a shard.
+        max_reject_share: of records without a usable image, past which it fails.
+        tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
+        min_answer_count: how often an answer is given at least to be one of the vocabulary.
+    """
+
+    format: str
+    source: Path
+    images: Path
+    out: Path
+    shard_size: int
+    options: ImageOptions
+    max_reject_share: float
+    tokenizer_vocab: int
+    min_answer_count: int
+
+
+class Source:
+    """The records of a data set, and what is learned of them on the way."""
+
+    def __init__(self, wanted: Conversion):
+        self._wanted = wanted
+        self.captions: list[str] = []
+        self.choices: Counter[str] = Counter()
+        self.omitted: Counter[str] = Counter()
+        self.shards: Counter[str] = Counter()
+
+    def jobs(self) -> Iterator[ShardJob]:
+        """All shards to be written.
+
+        Raises:
+            DataError: a record is at fault, or there is none.
+        """
+        for job in cut(self._records(), self._wanted.shard_size):
+            self.shards[job.split] += 1
+            yield job
+        if not self.shards:
+            raise DataError(f"--src {self._wanted.source}: holds no records of {self._wanted.format}")
+
+    def _records(self) -> Iterator[tuple[str, Sample]]:
+        wanted, seen = self._wanted, set()
+        for split, sample in CONVERTERS[wanted.format](wanted.source, wanted.images, self.omitted):
+            if (split, sample.key) in seen:
+                raise DataError(
+                    f"{sample.images[0]}: '{sample.key}' stands twice in the source's split {split}; remove one record"
+                )
+            seen.add((split, sample.key))
+            if "questions" in sample.content:
+                self.choices.update(normalized_choices(sample))
+            elif split == "train" and wanted.tokenizer_vocab:
+                self.captions.extend(sample.content["captions"])
+            yield split, sample
+
+    def write_vocabularies(self, folder: Path) -> None:
+        """Write the tokenizer and the answers, where they are asked for."""
+        wanted = self._wanted
+        if wanted.tokenizer_vocab:
+            size = train_tokenizer(self.captions, wanted.tokenizer_vocab, folder / "tokenizer")
+            print(f"tokenizer: {size} entries from {len(self.captions)} captions")
+        if self.choices:
+            answers = answer_vocabulary(self.choices, wanted.min_answer_count)
+            if not answers:
+                (most, count), *_ = self.choices.most_common(1)
+                raise DataError(
+                    f"--min-answer-count {wanted.min_answer_count}: no answer is given that often (the most frequent, "
+                    f"{most!r}, {count} times); lower it"
+                )
+            AnswerVocabulary(answers).save(folder / "answers.json")
+            print(f"answers.json: {len(answers)} answers of {len(self.choices)}")
+
+
+def convert(wanted: Conversion, comm: Any) -> None:
+    """Convert into a staging folder, then rename it; every rank calls it.
+
+    Raises:
+        ConfigError: another process is writing there.
+        DataError: the source is at fault, or too many of its images are.
+    """
+    staging = wanted.out.with_name(wanted.out.name + ".partial")
+    source, progress = Source(wanted), Progress("records")
+
+    def take(result: ShardDone) -> None:
+        progress.add(result)
+        # Early only where no order in which shards come could mend it.
+        if len(progress.rejects) > _HOPELESS + 2 * wanted.max_reject_share * progress.done:
+            _check_rejects(wanted, progress, staging)
+
+    def work(job: ShardJob, between: Any) -> ShardDone:
+        return write_shard(job, staging, wanted.options, between)
+
+    if comm is not None and comm.rank > 0:
+        spread(comm, iter(()), work, take)
+        return
+    lock = FileLock(f"{staging}.lock", timeout=0)
+    try:
+        held = lock.acquire()
+        staging.mkdir(parents=True, exist_ok=True)
+    except (Timeout, OSError) as error:
+        # The others wait for jobs: they are told through the same channel.
+        reason = "another process is writing there" if isinstance(error, Timeout) else f"cannot be made ({error})"
+        spread(comm, failing(ConfigError(f"--out {wanted.out}: {reason}")), work, take)
+        return
+    with held, _kept_if_filled(staging):
+        spread(comm, source.jobs(), work, take)
+        progress.show()
+        _check_rejects(wanted, progress, staging)
+        for path in staging.iterdir():
+            if path.name not in source.shards:  # of an earlier attempt with other arguments
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if progress.rejects:
+            _write_rejects(progress, staging)
+        source.write_vocabularies(staging)
+        counts = {}
+        names = {split: [f"{number:06d}.tar" for number in range(count)] for split, count in source.shards.items()}
+        for split in names:
+            remove_strangers(staging / split, names[split])
+            counts[split] = finish(staging / split, wanted.format, split, names[split])
+        # Moved away whole: at no moment does half of an earlier conversion stand under its name.
+        replaced = wanted.out.with_name(wanted.out.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if wanted.out.exists():
+            wanted.out.rename(replaced)
+        staging.rename(wanted.out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for split in names:
+            remove_traces(wanted.out / split, names[split])
+    for split, count in counts.items():
+        print(f"{wanted.out / split}: {count} samples in {source.shards[split]} shards")
+    for reason, count in source.omitted.items():
+        print(f"left out: {count} records: {reason}")
+    if progress.rejects:
+        print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
+
+
+@contextmanager
+def _kept_if_filled(staging: Path) -> Iterator[None]:
+    """Leave a folder behind only if there is something in it to go on from."""
+    try:
+        yield
+    finally:
+        if staging.exists() and not any(path.is_file() for path in staging.rglob("*")):
+            shutil.rmtree(staging)
+        Path(f"{staging}.lock").unlink(missing_ok=True)
+
+
+def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> None:
+    """End the conversion where too many records have no usable image.
+
+    Raises:
+        DataError: it is so; their list is written.
+    """
+    if len(progress.rejects) > wanted.max_reject_share * progress.done:
+        _write_rejects(progress, staging)
+        first = progress.rejects[0]
+        raise DataError(
+            f"--max-reject-share {wanted.max_reject_share}: {len(progress.rejects)} of {progress.done} records have no "
+            f"usable image (such as {first['image']}: {first['reason']}); {staging / REJECTS} lists them; check "
+            "--images, mend them, or raise the share, and start the same command again: finished shards are kept"
+        )
+
+
+def _write_rejects(progress: Progress, folder: Path) -> None:
+    """One JSON object a rejected record, in the source's order of keys."""
+    lines = sorted(json.dumps(reject, ensure_ascii=False) for reject in progress.rejects)
+    (folder / REJECTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")

@@ -1,0 +1,94 @@
+"""Shards that are there already: an index beside them, and a look whether they are still as indexed.
+
+Source: none.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from unimo3.data.index import INDEX, Shard, ShardIndex
+from unimo3.data.progress import Progress
+from unimo3.data.ranks import failing, spread
+from unimo3.data.shards import ShardDone, fault_of, finish, index_tar, members_fault, remove_traces
+from unimo3.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+
+def index(source: Path, comm: Any) -> None:
+    """Index the tars of a folder where they lie; every rank calls it.
+
+    Raises:
+        ConfigError: another process is indexing them.
+        DataError: a tar cannot be read, or they hold no samples.
+    """
+    folder, progress = source.resolve(), Progress("samples")
+    paths = sorted(folder.glob("*.tar"))
+
+    def jobs() -> Iterator[Path]:
+        if not paths:
+            raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
+        yield from paths
+
+    def work(path: Path, between: Any) -> ShardDone:
+        return index_tar(path)
+
+    if comm is not None and comm.rank > 0:
+        spread(comm, iter(()), work, progress.add)
+        return
+    lock = FileLock(folder / "index.lock", timeout=0)
+    try:
+        held = lock.acquire()
+    except (Timeout, OSError) as error:
+        reason = "another process is indexing it" if isinstance(error, Timeout) else f"cannot be written to ({error})"
+        spread(comm, failing(ConfigError(f"--src {source}: {reason}")), work, progress.add)
+        return
+    names = [path.name for path in paths]
+    with held:
+        try:
+            spread(comm, jobs(), work, progress.add)
+            count = finish(folder, folder.parent.name, folder.name, names)
+            remove_traces(folder, names)
+        finally:
+            (folder / "index.lock").unlink(missing_ok=True)
+    print(f"{source}: {count} samples in {len(paths)} shards")
+
+
+def verify(folder: Path, comm: Any) -> None:
+    """Read all shards again; every rank calls it.
+
+    Raises:
+        DataError: on rank 0, one differs from its index.
+    """
+    faults: list[str] = []
+    num_shards = 0
+
+    def jobs() -> Iterator[tuple[Path, Shard]]:
+        nonlocal num_shards
+        splits = sorted(path.parent for path in [*folder.glob(INDEX), *folder.glob(f"*/{INDEX}")])
+        if not splits:
+            raise DataError(f"{folder}: has no {INDEX}; prepare the shards first")
+        for split in splits:
+            if (fault := members_fault(split)) is not None:
+                take(fault)
+            for shard in ShardIndex(split, check_files=False).shards:
+                num_shards += 1
+                yield split, shard
+
+    def take(fault: str | None) -> None:
+        if fault:
+            log.warning("%s", fault)
+            faults.append(fault)
+
+    spread(comm, jobs(), lambda job, between: fault_of(*job), take)
+    if faults:
+        listed = "\n".join(f"  - {fault}" for fault in sorted(faults))
+        raise DataError(
+            f"{len(faults)} of {num_shards} shards are not as indexed; copy or prepare them again:\n{listed}"
+        )
+    if comm is None or comm.rank == 0:
+        print(f"{folder}: {num_shards} shards are as indexed")

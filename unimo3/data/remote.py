@@ -1,0 +1,167 @@
+"""Files of a source, which is an ``https:`` URL or a mounted folder: what is accepted, and reading with retries.
+
+Only ``https:`` is spoken, without a login, and redirects stay within it. What may pass (a busy server, a connection
+that ended early, a network file system that is away) is tried again, from the start of the file; what another try
+cannot mend is refused at once.
+
+Source: RFC 9110, section 15, for the statuses worth another try.
+"""
+
+import hashlib
+import http.client
+import logging
+import re
+import ssl
+import time
+import urllib.request
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+
+from unimo3.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"
+# A host, a port, and a path of visible ASCII: no user, query or fragment.
+_ADDRESS = re.compile(rf"(?i:https)://({_LABEL}(\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(:\d{{1,5}})?(/[!\"$->@-~]*)?")
+_TIMEOUT_S = 30.0
+_PAUSES_S = (1.0, 3.0, 10.0, 30.0)
+_CHUNK_BYTES = 2**20
+
+_REASONS = {
+    "pipe": "runs a shell, so whoever names a source could run anything",
+    "http": "lets anybody on the way read and change what is sent",
+}
+_LOGIN = "this program sends no login: let the folder be read without one, or mount it"
+_MENDS = {401: _LOGIN, 403: _LOGIN, 404: "mend the source's address, or copy its folder there whole"}
+
+
+class _PassingError(Exception):
+    """What another try may not meet."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is an ``https:`` URL."""
+    return _scheme(source) == "https"
+
+
+def check_source(source: str) -> None:
+    """Accept a path or an ``https:`` URL of a folder; nothing is looked up.
+
+    Raises:
+        DataError: the source has another scheme, or its URL has more than a host, a port and a path.
+    """
+    scheme = _scheme(source)
+    if scheme not in ("", "https"):
+        reason = _REASONS.get(scheme, "is not read by this program")
+        raise DataError(
+            f"{_without_secrets(source)}: {scheme}: {reason}; name an https: URL, or a folder where the storage is "
+            "mounted (./ before a path with a colon)"
+        )
+    if scheme and not _ADDRESS.fullmatch(source):
+        raise DataError(
+            f"{_without_secrets(source)}: is no URL of a folder; name it as https://HOST/FOLDER, without user, query "
+            "or fragment and with percent signs for unusual characters"
+        )
+
+
+def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
+    """Write a source's file to `file`, from the start at each try.
+
+    Args:
+        where: an ``https:`` URL or a path.
+        file: is emptied first.
+        limit: most bytes wanted; past them the rest is left.
+
+    Returns:
+        The size in bytes, above `limit` where something was left, and the sha256 of what was written.
+
+    Raises:
+        DataError: it cannot be read, at once or after the last try.
+    """
+    for pause_s in (*_PAUSES_S, None):
+        file.seek(0)
+        file.truncate()
+        size, digest = 0, hashlib.sha256()
+        try:
+            with closing(_read_url(where) if is_remote(where) else _read_file(Path(where))) as chunks:
+                for chunk in chunks:
+                    size += len(chunk)
+                    if size > limit:
+                        break
+                    file.write(chunk)
+                    digest.update(chunk)
+            return size, digest.hexdigest()
+        except _PassingError as error:
+            if pause_s is None:
+                raise DataError(
+                    f"{where}: {error}, at the last of {1 + len(_PAUSES_S)} tries; see whether its server or "
+                    "mount works, then start again"
+                ) from error
+            log.warning("%s: %s; trying again in %g s", where, error, pause_s)
+            time.sleep(pause_s)
+    raise AssertionError("the last try returns or raises")
+
+
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not is_remote(newurl):
+            raise DataError(
+                f"{req.full_url}: the server redirects to {_without_secrets(newurl)}; only https: is followed, so name "
+                "the folder's final https: URL"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _read_url(url: str) -> Generator[bytes, None, None]:
+    # Made anew each time, so that it trusts what SSL_CERT_FILE names now.
+    opener = urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=ssl.create_default_context()), _HttpsRedirects
+    )
+    # What the caller does with a chunk raises outside of this try.
+    try:
+        with opener.open(url, timeout=_TIMEOUT_S) as response:
+            while chunk := response.read(_CHUNK_BYTES):
+                yield chunk
+            if response.length:  # what Content-Length announced and read() does not miss
+                raise _PassingError(f"the connection ended {response.length} bytes early")
+    except HTTPError as error:
+        error.close()
+        answer = f"the server answers {error.code} {error.reason}"
+        if error.code in (408, 429) or error.code >= 500:
+            raise _PassingError(answer) from error
+        raise DataError(f"{url}: {answer}; {_MENDS.get(error.code, _MENDS[404])}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise DataError(
+                f"{url}: the server's certificate is not trusted ({reason.verify_message}); let SSL_CERT_FILE name a "
+                "file with the authority's certificate"
+            ) from error
+        raise _PassingError(f"no answer, or half of one ({reason or type(reason).__name__})") from error
+
+
+def _read_file(path: Path) -> Generator[bytes, None, None]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); mount its folder with all of its files, readable"
+        ) from error
+    except OSError as error:  # of a network file system, which may come back
+        raise _PassingError(f"cannot be read ({error.strerror})") from error
+
+
+def _scheme(source: str) -> str:
+    match = _SCHEME.match(source)
+    return match[1].lower() if match else ""
+
+
+def _without_secrets(source: str) -> str:
+    return re.sub(r"(?<=//)[^/]*@|[?#].*", "...", source)
