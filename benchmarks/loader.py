@@ -350,11 +350,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loader.md")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    faults = [
-        f"--{name} {getattr(args, name)}: a number above 0 is needed"
-        for name in ("rounds", "seconds", "shards")
-        if getattr(args, name) <= 0
-    ]
+    least = {name: getattr(args, name) for name in ("rounds", "seconds", "shards")}
+    least |= {"workers": min(args.workers), "index-samples": min(args.index_samples)}
+    faults = [f"--{name} {value}: a number above 0 is needed" for name, value in least.items() if value <= 0]
     if faults:
         raise ConfigError(faults)
     return args

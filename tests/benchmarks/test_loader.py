@@ -1,0 +1,85 @@
+"""The loader benchmark: a run at the smallest sizes fills every row of its report; what cannot be run is named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import loader
+from benchmarks.report import ROOT
+
+SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000".split()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> str:
+    """Of one run, in a process of its own: it forks readers and sets the number of threads."""
+    out = tmp_path_factory.mktemp("loader") / "loader.md"
+    command = [sys.executable, "benchmarks/loader.py", *SMALLEST, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return out.read_text()
+
+
+def rows_under(heading: str, report: str) -> list[list[str]]:
+    """The rows of a heading's table, cell by cell, without its head."""
+    part = report.partition(f"# {heading}\n")[2].partition("\n## ")[0]
+    table = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in table[2:]]
+
+
+@pytest.mark.integration
+def test_each_contestant_has_a_rate_and_ours_is_compared_with_it(report):
+    rows = rows_under("Reading training samples", report)
+    assert [row[:2] for row in rows] == [["1", loader.OURS], ["1", loader.WEBDATASET], ["1", loader.BARE]]
+    ours, *others = [float(row[2]) for row in rows]
+    assert min(ours, *others) > 0
+    assert rows[0][3:] == ["", ""]
+    for (_, _, _, told, spread), other in zip(rows[1:], others, strict=True):
+        ratio = float(told.removesuffix(" times as fast"))
+        # Rates are rounded to whole numbers, ratios to two decimals.
+        assert (ours - 0.5) / (other + 0.5) - 0.006 < ratio < (ours + 0.5) / (other - 0.5) + 0.006
+        assert spread == f"{ratio:.2f} to {ratio:.2f}"  # of one round
+
+
+@pytest.mark.integration
+def test_each_position_in_an_epoch_has_its_time_to_resume(report):
+    rows = rows_under("Resuming", report)
+    assert [row[0] for row in rows] == ["0% of an epoch", "50% of an epoch", "99% of an epoch"]
+    assert all(float(ours_s) > 0 and float(replay_s) >= 0 for _, ours_s, replay_s in rows)
+    assert float(rows[-1][2]) > 0
+
+
+@pytest.mark.integration
+def test_each_size_of_the_index_has_its_memory_time_and_bytes(report):
+    [(size, memory_mb, open_s, disk_mb)] = rows_under("Size of the index", report)
+    assert size == "1,000"
+    assert float(memory_mb) > 10  # as much as Python alone
+    assert float(open_s) >= 0
+    assert float(disk_mb) > 0
+
+
+@pytest.mark.integration
+def test_the_report_says_how_and_where_it_was_made(report):
+    assert f"python benchmarks/loader.py {' '.join(SMALLEST)} --out loader.md" in report
+    assert dict(rows_under("Measured on", report))["processor"]
+
+
+def status_of(arguments: str, folder: Path) -> int:
+    with pytest.raises(SystemExit) as end:
+        loader.main([*SMALLEST, *arguments.split(), "--out", str(folder / "loader.md")])
+    return end.value.code
+
+
+def test_bad_arguments_are_named_together(tmp_path, capsys):
+    assert status_of("--rounds 0 --seconds -1 --shards 0 --workers 2 0 --index-samples 0 1000", tmp_path) == 78
+    told = capsys.readouterr().err
+    for fault in ("--rounds 0", "--seconds -1.0", "--shards 0", "--workers 0", "--index-samples 0"):
+        assert f"{fault}: a number above 0 is needed" in told
+
+
+def test_an_unknown_augmentation_is_named(tmp_path, capsys):
+    assert status_of("--augment mixup", tmp_path) == 78
+    assert "argument --augment: invalid choice: 'mixup'" in capsys.readouterr().err
