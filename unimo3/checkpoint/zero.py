@@ -1,36 +1,29 @@
-"""Reads a ZeRO checkpoint's tensors one at a time, without running anything from it.
+"""Reads a ZeRO checkpoint's tensors one at a time, or pieces of them, without running anything from it.
 
-DeepSpeed writes the trained parameters as flat float32 partitions, one file a rank (``*_optim_states.pt``), and their
-shapes, the frozen parameters and the buffers in ``*_model_states.pt`` (one a rank in stage 3, else one).
+DeepSpeed writes the trained parameters as flat float32 partitions and the optimizer's moments likewise, one file a rank
+(``*_optim_states.pt``), and their shapes, the frozen parameters and the buffers in ``*_model_states.pt`` (one a rank in
+stage 3, else one).
 
 Stage 3: a parameter of n elements takes ceil(n / ranks) elements of every rank's partition, in the order of the
 shapes; the last rank's end is padding. Stages 1 and 2: each parameter group is one run of elements, cut among the
 ranks wherever the cut falls.
 
-Files are mapped into memory and unpickled by torch's restricted loader with DeepSpeed's own plain classes allowed;
-anything else in them is refused.
-
 Source: DeepSpeed 0.19, runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py and utils/zero_to_fp32.py.
 """
 
-import importlib
 import math
-import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unimo3.checkpoint.stored import StoredTensor, load_structure
 from unimo3.errors import CheckpointError
 
-_ALLOWED_GLOBALS = {
-    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
-    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
-    "deepspeed.utils.tensor_fragment": ("fragment_address",),
-}
+# Name of the float32 weights among a parameter's values; the others are the optimizer's, such as ``exp_avg``.
+WEIGHTS = "fp32"
 
 
 class ZeroCheckpoint:
@@ -39,6 +32,9 @@ class ZeroCheckpoint:
     Attributes:
         world_size: ranks that wrote it.
         stage: of ZeRO, 1 to 3.
+        moments: names of the optimizer's values of each element, such as ``exp_avg``.
+        optimizer: of rank 0, as DeepSpeed wrote it.
+        model: of rank 0, likewise.
 
     Args:
         folder: with every rank's files.
@@ -51,29 +47,58 @@ class ZeroCheckpoint:
         self.folder = folder
         partitions, self._models = _open(folder)
         self.world_size = len(partitions)
+        self.optimizer, self.model = partitions[0], self._models[0]
         try:
-            self.stage = int(partitions[0]["zero_stage"])
+            self.stage = int(self.optimizer["zero_stage"])
             key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-            self._flat: list[list[Tensor]] = [partition[key] for partition in partitions]
-            groups: list[dict[str, torch.Size]] = self._models[0]["param_shapes"]
-            self._buffers: list[str] = list(self._models[0]["buffer_names"])
+            # By kind of value and rank: the partition's pieces, a sub-group or a group each.
+            self._pieces: dict[str, list[list[StoredTensor]]] = {WEIGHTS: [partition[key] for partition in partitions]}
+            groups: list[dict[str, torch.Size]] = self.model["param_shapes"]
+            self._buffers: list[str] = list(self.model["buffer_names"])
+            states = [self.base_state(partition)["state"] for partition in partitions]
         except KeyError as error:
             raise CheckpointError(
                 f"{folder}: has no {error} in its files; was it written by DeepSpeed's ZeRO?"
             ) from error
-        counts = partitions[0].get("partition_count", self.world_size)
+        counts = self.optimizer.get("partition_count", self.world_size)
         if (max(counts) if isinstance(counts, list) else counts) != self.world_size:
             raise CheckpointError(
                 f"{folder}: was written by {counts} ranks, files of {self.world_size} are here; copy it whole"
             )
-        self._frozen: dict[str, torch.Size] = self._models[0].get("frozen_param_shapes") or {}
+        first: dict[str, Any] = next(iter(states[0].values()), {})
+        self.moments = [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
+        for name in self.moments:
+            self._pieces[name] = [[state[number][name] for number in sorted(state)] for state in states]
+        self._frozen: dict[str, torch.Size] = self.model.get("frozen_param_shapes") or {}
+        self.groups = [list(group) for group in groups]
         self._trained = {name: shape for group in groups for name, shape in group.items()}
-        self._places = self._stage3_places(groups) if self.stage == 3 else self._stage2_places(groups, partitions[0])
+        self._places = self._stage3_places(groups) if self.stage == 3 else self._stage2_places(groups, self.optimizer)
+
+    def base_state(self, partition: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The wrapped optimizer's own ``state`` and ``param_groups``."""
+        held = partition if partition is not None else self.optimizer
+        state: dict[str, Any] = held["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        return state
 
     @property
     def tied(self) -> dict[str, str]:
         """Other names of parameters that stand in the checkpoint once."""
-        return dict(self._models[0].get("shared_params") or {})
+        return dict(self.model.get("shared_params") or {})
+
+    @property
+    def trained(self) -> dict[str, torch.Size]:
+        """Shapes of the trained parameters."""
+        return self._trained
+
+    @property
+    def frozen(self) -> dict[str, torch.Size]:
+        """Shapes of the frozen parameters."""
+        return self._frozen
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the buffers."""
+        return self._buffers
 
     def names(self) -> list[str]:
         """Trained parameters, then frozen ones, then buffers."""
@@ -83,25 +108,43 @@ class ZeroCheckpoint:
         """Shape of a tensor."""
         if name in self._trained:
             return self._trained[name]
-        return self._frozen[name] if name in self._frozen else self._models[0]["module"][name].shape
+        return self._frozen[name] if name in self._frozen else self.model["module"][name].shape
 
     def tensor(self, name: str) -> Tensor:
         """Assemble one tensor: float32 for trained parameters, else as stored."""
-        if name in self._trained:
-            shape = self._trained[name]
-            group, start = self._places[name]
-            if self.stage == 3:
-                size = math.ceil(shape.numel() / self.world_size)
-                parts = [part for rank in self._flat for part in _run_of(rank, start, size)]
-            else:
-                parts = list(_run_of([rank[group] for rank in self._flat], start, shape.numel()))
-            return torch.cat([part.detach() for part in parts])[: shape.numel()].view(shape)
+        if name in self._trained or name in self._frozen:
+            shape = self.shape(name)
+            return self.fragment(name, 0, shape.numel()).view(shape)
+        stored: StoredTensor = self.model["module"][name]
+        return stored.read()
+
+    def fragment(self, name: str, first: int, count: int, kind: str = WEIGHTS) -> Tensor:
+        """Elements [first, first + count) of a parameter.
+
+        Args:
+            kind: its weights, or one of `moments` of a trained parameter.
+
+        Returns:
+            [count], float32 for trained parameters, else as stored.
+        """
         if name in self._frozen:
             # Stage 3 cuts frozen parameters too; the other stages keep them whole.
-            fragments = [model["frozen_param_fragments"][name].detach().view(-1) for model in self._models]
-            return torch.cat(fragments)[: self._frozen[name].numel()].view(self._frozen[name])
-        buffer: Tensor = self._models[0]["module"][name]
-        return buffer
+            pieces = [model["frozen_param_fragments"][name] for model in self._models]
+            return _run_of(pieces, first, count, pieces[0].dtype)
+        group, start = self._places[name]
+        ranks = self._pieces[kind]
+        if self.stage != 3:
+            return _run_of([rank[group] for rank in ranks], start + first, count, torch.float32)
+        # A rank's part of the parameter is one run of its partition.
+        part = math.ceil(self._trained[name].numel() / self.world_size)
+        found = torch.empty(count, dtype=torch.float32)
+        done = 0
+        while done < count:
+            rank, offset = divmod(first + done, part)
+            size = min(part - offset, count - done)
+            _fill(found[done : done + size], ranks[rank], start + offset)
+            done += size
+        return found
 
     def _stage3_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
         places = {}
@@ -110,7 +153,7 @@ class ZeroCheckpoint:
             for name, shape in group.items():
                 places[name] = (number, start)
                 start += math.ceil(shape.numel() / self.world_size)
-        held = {sum(flat.numel() for flat in rank) for rank in self._flat}
+        held = {sum(piece.numel() for piece in rank) for ranks in self._pieces.values() for rank in ranks}
         if held != {start}:
             raise CheckpointError(
                 f"{self.folder}: its shapes need {start} elements of every rank, the ranks hold {sorted(held)} "
@@ -130,22 +173,31 @@ class ZeroCheckpoint:
                 start += shape.numel()
                 end = start
                 start += paddings[number][index] if paddings else 0
-            held = sum(rank[number].numel() for rank in self._flat)
+            held = min(sum(rank[number].numel() for rank in ranks) for ranks in self._pieces.values())
             if end > held:
                 raise CheckpointError(f"{self.folder}: group {number} needs {end} elements, its ranks hold {held}")
         return places
 
 
-def _run_of(pieces: list[Tensor], start: int, size: int) -> Iterator[Tensor]:
-    """Elements [start, start + size) of the concatenated pieces."""
+def _run_of(pieces: list[StoredTensor], first: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Elements [first, first + count) of the concatenated pieces."""
+    found = torch.empty(count, dtype=dtype)
+    _fill(found, pieces, first)
+    return found
+
+
+def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:
+    """Fill `target` with the elements from `first` on of the concatenated pieces."""
+    done = 0
     for piece in pieces:
-        if size and start < piece.numel():
-            taken = piece[start : start + size]
-            yield taken
-            size -= taken.numel()
-            start = 0
-        else:
-            start = max(0, start - piece.numel())
+        if first >= piece.numel():
+            first -= piece.numel()
+            continue
+        size = min(piece.numel() - first, target.numel() - done)
+        piece.read_into(target[done : done + size], first)
+        done, first = done + size, 0
+        if done == target.numel():
+            return
 
 
 def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -158,7 +210,10 @@ def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             "a rank and one model file (stage 3: one a rank) are needed"
         )
     try:
-        return [_load(path)["optimizer_state_dict"] for path in optims], [_load(path) for path in models]
+        return (
+            [load_structure(path)["optimizer_state_dict"] for path in optims],
+            [load_structure(path) for path in models],
+        )
     except KeyError as error:
         raise CheckpointError(f"{optims[0]}: has no {error}; was it written by DeepSpeed's ZeRO?") from error
 
@@ -166,23 +221,3 @@ def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def _ranked(folder: Path, pattern: str) -> list[Path]:
     """Files of a pattern in the order of their ranks."""
     return sorted(folder.glob(pattern), key=lambda path: int(re.findall(r"zero_pp_rank_(\d+)_", path.name)[0]))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_allowed_classes()):
-            loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: holds more than tensors and plain data, refused: {reason}") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); verify the checkpoint") from error
-    return loaded
-
-
-def _allowed_classes() -> list[Any]:
-    allowed = []
-    for module, names in _ALLOWED_GLOBALS.items():
-        loaded = importlib.import_module(module)
-        allowed += [getattr(loaded, name) for name in names if hasattr(loaded, name)]
-    return allowed
