@@ -1,11 +1,13 @@
 """What ranks do for the checkpoint tests: train small ZeRO engines, save, load, and tell their full weights."""
 
+import random
 import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,12 +62,12 @@ class OddTask(nn.Module):
         return self.model(ids)
 
 
-def start_engine(stage: int, bf16: bool, seed: int = 0) -> Any:
+def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4) -> Any:
     """An engine over `OddTask` with two parameter groups and no persistent parameters."""
     size = world()[1]
     config = {
-        "train_batch_size": 4 * size,
-        "train_micro_batch_size_per_gpu": 4,
+        "train_batch_size": rows * size,
+        "train_micro_batch_size_per_gpu": rows,
         "bf16": {"enabled": bf16},
         "zero_optimization": {
             "stage": stage,
@@ -246,3 +248,103 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     store.save(engine, root / "full", state_at(9))
     told["newest after the same step again"] = store.newest_good(root / "full")
     return told
+
+
+# Runs that change their number of ranks: stage and precision.
+ELASTIC_RUNS = {"zero3": (3, True), "zero3 fp32": (3, False), "zero2": (2, True)}
+ELASTIC_ROWS = 12  # of a step over all ranks; divides by 1, 2, 3 and 4
+
+
+def elastic_leg(root: Path, step: int) -> dict[str, Any]:
+    """Take up each of `ELASTIC_RUNS` at `step` (0: begin it), train two steps and save; from the beginning, train
+    on to step 10 as well.
+
+    Returns:
+        For each run, every value right after loading and right before saving, and the losses of all steps.
+    """
+    told: dict[str, Any] = {}
+    for name, (stage, bf16) in ELASTIC_RUNS.items():
+        engine = start_engine(stage, bf16, seed=step, rows=ELASTIC_ROWS // world()[1])  # other weights each time
+        engine.module.model.dropout.p = 0.0
+        found: dict[str, Any] = {}
+        if step:
+            newest = store.newest_good(root / name)
+            assert newest is not None
+            found["state"] = store.load(engine, newest)
+            found["loaded"], found["drawn at first"] = every_value(engine), draw()
+        else:
+            # Nothing is as it would be anyway.
+            for number, group in enumerate(engine.optimizer.optimizer.param_groups):
+                group["weight_decay"] += 0.01 * (number + 1)
+                group["lr"] *= 0.5
+        found["losses"] = train_together(engine, range(step, step + 2))
+        found["saved"] = every_value(engine)
+        store.save(engine, root / name, state_at(step + 2))
+        found["drawn"] = draw()
+        if step == 0:
+            found["losses"] += train_together(engine, range(2, 10))
+        told[name] = found
+    return told
+
+
+def draw() -> list[float]:
+    """The next of torch's, Python's and NumPy's generators, which stay as they are."""
+    state, python, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    drawn = [torch.rand(1).item(), random.random(), float(np.random.rand())]  # noqa: NPY002
+    torch.set_rng_state(state)
+    random.setstate(python)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    return drawn
+
+
+def train_together(engine: Any, steps: range) -> list[float]:
+    """Mean losses over all ranks; a step's rows are the same at any number of ranks."""
+    rank, size = world()
+    losses = []
+    for step in steps:
+        ids = torch.randint(11, (ELASTIC_ROWS,), generator=torch.Generator().manual_seed(step))
+        loss = engine(ids[rank * ELASTIC_ROWS // size : (rank + 1) * ELASTIC_ROWS // size])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().float().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / size)
+    return losses
+
+
+def every_value(engine: Any) -> dict[str, Any]:
+    """Weights in both precisions, moments, steps, groups, counters: all that training goes on from."""
+    optimizer = engine.optimizer
+    values: dict[str, Any] = {f"fp32 {name}": value for name, value in full_weights(engine).items()}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            values[f"{key} {name}"] = full_moment(optimizer, parameter, key)
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                values[f"half {name}"] = parameter.detach().clone()
+        else:
+            values[f"half {name}"] = parameter.detach().clone()
+    values["steps"] = {float(state["step"]) for state in optimizer.optimizer.state.values()}
+    values["groups"] = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.optimizer.param_groups
+    ]
+    values["scale"] = (optimizer.loss_scaler.cur_scale, optimizer.dynamic_loss_scale, optimizer.overflow)
+    values["counters"] = (engine.global_steps, engine.global_samples, engine.skipped_steps)
+    return values
+
+
+def full_moment(optimizer: Any, parameter: Any, key: str) -> Tensor:
+    """A parameter's moment over all ranks."""
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.utils.safe_get_full_optimizer_state(parameter, key).clone()
+    # DeepSpeed's own call finds a ZeRO-2 moment after a step, and not after a load.
+    whole, mapping = torch.zeros(parameter.numel()), parameter._hp_mapping
+    if mapping is not None:
+        flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+        held = optimizer.optimizer.state[flat][key].narrow(0, there.start, there.numel)
+        whole.narrow(0, here.start, here.numel).copy_(held)
+    torch.distributed.all_reduce(whole)
+    return whole.view_as(parameter)

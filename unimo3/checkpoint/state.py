@@ -69,8 +69,11 @@ def save_rng(path: Path) -> None:
     save_file(tensors, path, metadata={"generators": json.dumps(described)})
 
 
-def load_rng(path: Path) -> None:
+def load_rng(path: Path, stranger: int | None = None) -> None:
     """Restore what `save_rng` wrote.
+
+    Args:
+        stranger: a rank that had no generators then: its own are seeded with this rank's and its number.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -91,3 +94,8 @@ def load_rng(path: Path) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+    if stranger is not None:
+        seeds = np.random.SeedSequence([*words_array.tolist()[:8], random.getrandbits(32), stranger]).generate_state(3)
+        random.seed(int(seeds[0]))
+        np.random.seed(int(seeds[1]))  # noqa: NPY002
+        torch.manual_seed(int(seeds[2]))  # the GPUs' too

@@ -85,21 +85,17 @@ def describe_engine(engine: Any) -> str:
 
 
 def load(engine: Any, folder: Path) -> TrainState:
-    """Restore engine and generators from a verified checkpoint; every rank calls it.
+    """Restore engine and generators from a verified checkpoint of any number of ranks; every rank calls it.
 
     DeepSpeed wants an engine that has not saved before.
 
     Raises:
-        CheckpointError: on every rank; it was written by another number of ranks, or a rank cannot read its part.
+        CheckpointError: on every rank; it was written under another ds_config or by another model, or a rank cannot
+            read its part.
     """
     rank, size = world()
     mend = "move this checkpoint away to resume from the one before it"
     state: TrainState = _together(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), mend)[0]
-    if state.world_size != size:
-        raise CheckpointError(
-            f"{folder}: was written by {state.world_size} ranks, this run has {size}; start it with {state.world_size} "
-            "ranks (resuming at another number is not served yet)"
-        )
     if state.engine != describe_engine(engine):
         raise CheckpointError(
             f"{folder}: was written under {state.engine}, training.ds_config now says {describe_engine(engine)}; use a "
@@ -107,10 +103,17 @@ def load(engine: Any, folder: Path) -> TrainState:
         )
 
     def restore() -> None:
-        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if loaded is None:
-            raise CheckpointError("DeepSpeed found nothing it could load")
-        load_rng(folder / f"rng_rank_{rank}.safetensors")
+        if state.world_size == size:
+            loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            if loaded is None:
+                raise CheckpointError("DeepSpeed found nothing it could load")
+            load_rng(folder / f"rng_rank_{rank}.safetensors")
+            return
+        from unimo3.checkpoint.elastic import load_elastic  # imports deepspeed
+
+        load_elastic(engine, folder)
+        kept = rank % state.world_size
+        load_rng(folder / f"rng_rank_{kept}.safetensors", stranger=rank if kept != rank else None)
 
     _together(f"loading {folder}", restore, mend)
     return state

@@ -26,10 +26,11 @@ from unimo3.training.metrics import MetricsWriter, drop_after
 log = logging.getLogger(__name__)
 
 # Settings that may change when a run is taken up again: they alter how it runs, not what it computes. What lies at
-# data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows.
+# data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows. With
+# another number of ranks another training.micro_batch keeps what a micro-step sees; a change of that is named.
 FREE_SETTINGS = (
     "run.dir", "checkpoint.", "kernels.", "optim.fused",
-    "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config",
+    "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
     "data.max_bad_share",
 )  # fmt: skip
@@ -134,7 +135,7 @@ class Run:
 
         Raises:
             CheckpointError: there are checkpoints but no good one; or the newest good one was made from other data,
-                with other settings or with another number of ranks.
+                with other settings.
         """
         newest = store.newest_good(self.folder)
         if newest is None and broadcast_object(store.list_checkpoints(self.folder)):
@@ -154,7 +155,7 @@ class Run:
                 raise ConfigError(faults)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             if self._rank == 0:
-                log.info("resumed from %s at step %d", newest, self.step)
+                log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         self.metrics = MetricsWriter(self.folder, self.step, enabled=self._rank == 0)
         if self._keeps_ledger:
             folder = self.folder / "ledger"
@@ -162,6 +163,18 @@ class Run:
             path = folder / f"rank_{self._rank:05d}.jsonl"
             drop_after(path, self.step)
             self._ledger = path.open("a", buffering=1)
+
+    def _change_of_ranks(self, state: TrainState) -> str:
+        """What another number of ranks changes, as the end of a log line."""
+        before = state.extra["settings"]["training.micro_batch"] * state.world_size
+        now = self._settings.training.micro_batch * self._world_size
+        if before != now:
+            log.warning(
+                "a micro-step now sees %d pairs over all ranks, before %d; contrastive and matching losses compare "
+                "within it: training.micro_batch %g with %d ranks keeps it",
+                now, before, before / self._world_size, self._world_size,
+            )  # fmt: skip
+        return "" if state.world_size == self._world_size else f", from {state.world_size} ranks to {self._world_size}"
 
     def save(self, engine: Any) -> Path:
         """Save and commit a checkpoint of the current step; collective."""

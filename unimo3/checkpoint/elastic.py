@@ -1,0 +1,173 @@
+"""A ZeRO checkpoint of any number of ranks -> the running engine of another number.
+
+Each rank reads the elements that are its own under the new partitioning, parameter by parameter, straight from the
+files of the ranks that hold them now: float32 weights, moments, frozen parameters, buffers. Then the half-precision
+copies are made of the float32 ones, as an optimizer step does. Nothing is gathered and no file is written; beside the
+engine itself memory is bounded by the largest parameter.
+
+Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for where an optimizer keeps what.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from unimo3.checkpoint.stored import StoredTensor
+from unimo3.checkpoint.zero import WEIGHTS, ZeroCheckpoint
+from unimo3.distributed import world
+from unimo3.errors import CheckpointError
+
+# How an optimizer computes its step, not what: the engine's own choice stays.
+_IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+
+
+def load_elastic(engine: Any, folder: Path) -> None:
+    """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model or stage, or the engine keeps its values on NVMe.
+    """
+    source = ZeroCheckpoint(folder)
+    optimizer = engine.optimizer
+    _check(source, engine)
+    # As DeepSpeed does around its own load: all parameters are in parts, and afterwards the persistent ones whole.
+    if source.stage == 3:
+        optimizer.checkpoint_event_prologue()
+        _fill_stage3(source, optimizer, {parameter: name for name, parameter in engine.module.named_parameters()})
+    else:
+        _fill_stage2(source, optimizer, dict(engine.module.named_parameters()))
+    _fill_frozen(source, engine.module)
+    _fill_buffers(source, engine.module)
+    _restore_groups(source, optimizer.optimizer.param_groups)
+    for name in ("loss_scaler", "dynamic_loss_scale", "overflow"):
+        if name in source.optimizer:
+            setattr(optimizer, name, source.optimizer[name])
+    for name in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, name, source.model[name])
+    if source.stage == 3:
+        optimizer.checkpoint_event_epilogue()
+
+
+def _check(source: ZeroCheckpoint, engine: Any) -> None:
+    optimizer = engine.optimizer
+    kind = DeepSpeedZeroOptimizer_Stage3 if source.stage == 3 else DeepSpeedZeroOptimizer
+    if not isinstance(optimizer, kind):
+        raise CheckpointError(
+            f"{source.folder}: resuming at another number of ranks is served for ZeRO-2 and ZeRO-3, not for "
+            f"DeepSpeed's {type(optimizer).__name__}; start with {source.world_size} ranks"
+        )
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+        raise CheckpointError(
+            f"{source.folder}: resuming at another number of ranks is not served with values on NVMe; start with "
+            f"{source.world_size} ranks, or offload to the CPU's memory"
+        )
+    own = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    kept = {**source.trained, **source.frozen}
+    # Under ZeRO-2 DeepSpeed notes no frozen parameters that lie whole among the module's values.
+    wrong = [
+        f"{name} is {tuple(kept[name]) if name in kept else 'missing'} there, {tuple(own[name])} here"
+        if name in own else f"{name} is no part of this model"
+        for name in sorted(own.keys() | kept.keys())
+        if own.get(name) != kept.get(name)
+    ]  # fmt: skip
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source.folder}: was written by another model: {'; '.join(wrong[:3])}{more}")
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _fill_stage3(source: ZeroCheckpoint, optimizer: Any, names: dict[nn.Parameter, str]) -> None:
+    for number, group in enumerate(optimizer.fp16_groups):
+        flat: Tensor = optimizer.fp32_partitioned_groups_flat[number]
+        state = _state_of(source, optimizer.optimizer, flat, optimizer.sub_group_to_group_id[number])
+        for kind in (WEIGHTS, *source.moments):
+            target = flat.data if kind == WEIGHTS else state[kind]
+            target.zero_()  # ends of parts are padding
+            offset = 0
+            for parameter in group:
+                first, count = _own_part(parameter)
+                target[offset : offset + count].copy_(source.fragment(names[parameter], first, count, kind))
+                offset += parameter.partition_numel()
+        if flat.numel():
+            optimizer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+        parts = optimizer.fp16_partitioned_groups[number]
+        unflattened = optimizer.unflatten(optimizer.fp16_partitioned_groups_flat[number], parts)
+        for part, values in zip(parts, unflattened, strict=True):
+            part.data = values.data
+
+
+def _own_part(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of a ZeRO-3 parameter that this rank holds."""
+    part = parameter.partition_numel()
+    first = min(parameter.ds_numel, part * world()[0])
+    return first, min(part, parameter.ds_numel - first)
+
+
+def _fill_stage2(source: ZeroCheckpoint, optimizer: Any, parameters: dict[str, nn.Parameter]) -> None:
+    flats = optimizer.single_partition_of_fp32_groups
+    states = [_state_of(source, optimizer.optimizer, flat, group) for group, flat in enumerate(flats)]
+    for name in source.trained:
+        parameter: Any = parameters[name]
+        # The float32 weights are read whole: half-precision copies are whole on every rank.
+        whole = source.tensor(name)
+        parameter.data.copy_(whole)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue  # none of it is this rank's
+        group, place, own = mapping.param_group_index, mapping.hp_fragment_address, mapping.lp_fragment_address
+        part = slice(place.start, place.start + place.numel)
+        flats[group].data[part].copy_(whole.view(-1)[own.start : own.start + own.numel])
+        for kind in source.moments:
+            states[group][kind][part].copy_(source.fragment(name, own.start, own.numel, kind))
+
+
+def _state_of(source: ZeroCheckpoint, optimizer: torch.optim.Optimizer, flat: Tensor, group: int) -> dict[str, Any]:
+    """The optimizer's state of a flat partition, with what the checkpoint has for all of a group, such as ``step``."""
+    state: dict[str, Any] = optimizer.state[flat]
+    saved = source.base_state()
+    number = saved["param_groups"][group]["params"][0]
+    for name, value in saved["state"].get(number, {}).items():
+        if name in source.moments:
+            state.setdefault(name, torch.zeros_like(flat))
+            continue
+        value = value.read() if isinstance(value, StoredTensor) else value
+        if isinstance(state.get(name), Tensor):
+            state[name].copy_(torch.as_tensor(value))
+        else:
+            state[name] = value
+    return state
+
+
+def _fill_frozen(source: ZeroCheckpoint, module: nn.Module) -> None:
+    parameters: dict[str, Any] = dict(module.named_parameters())
+    for name in source.frozen:
+        parameter = parameters[name]
+        if hasattr(parameter, "ds_id"):
+            first, count = _own_part(parameter)
+            parameter.ds_tensor.data.view(-1)[:count].copy_(source.fragment(name, first, count))
+        else:
+            parameter.data.copy_(source.tensor(name))
+
+
+def _fill_buffers(source: ZeroCheckpoint, module: nn.Module) -> None:
+    buffers = dict(module.named_buffers())
+    for name in source.buffers:
+        if name not in buffers:
+            raise CheckpointError(f"{source.folder}: has a buffer {name}, which is no part of this model")
+        buffers[name].copy_(source.tensor(name))
+
+
+def _restore_groups(source: ZeroCheckpoint, groups: list[dict[str, Any]]) -> None:
+    saved = source.base_state()["param_groups"]
+    if len(saved) != len(groups):
+        raise CheckpointError(f"{source.folder}: has {len(saved)} parameter groups, this run has {len(groups)}")
+    for group, before in zip(groups, saved, strict=True):
+        group.update({name: value for name, value in before.items() if name not in _IMPLEMENTATION})
