@@ -61,7 +61,9 @@ class VqaConfig:
         found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
         found += self.data.shard_faults("questions")
         if not self.answers and (len(self.data.sources) > 1 or is_remote(next(iter(self.data.sources)))):
-            found.append("answers: '': beside one local folder it would be found; name the vocabulary, an answers.json")
+            found.append(
+                "answers: '': name the answer vocabulary, an answers.json, where data.train is no single folder"
+            )
         else:
             try:
                 AnswerVocabulary.load(self.answers_path)

@@ -9,9 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from unimo3.data.conversion import REJECTS, Conversion, convert
+from unimo3.data.conversion import MARK, Conversion, convert, folders_beside, is_output
 from unimo3.data.formats import CONVERTERS
-from unimo3.data.index import INDEX
 from unimo3.data.indexing import index, verify
 from unimo3.data.ranks import communicator
 from unimo3.data.shards import ImageOptions
@@ -36,7 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=95, help="of that JPEG, 1 to 95 (default: %(default)s)")
     parser.add_argument(
         "--max-reject-share", type=float, default=0.001, metavar="SHARE",
-        help="of records without a usable image, past which the command ends with status 78 (default: %(default)s)",
+        help="of a split's records without a usable image, past which it ends with status 78 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer-vocab", type=int, default=0, metavar="N",
@@ -46,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--min-answer-count", type=int, default=9, metavar="N",
         help="vqav2: answers given at least N times form OUT/answers.json (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, or an index whose tars have changed")
     parser.add_argument(
         "--verify", action="store_true",
         help="convert nothing: read every shard of OUT again and compare it with its index",
@@ -72,6 +71,12 @@ def check(args: argparse.Namespace) -> None:
             faults.append(f"--out {args.out}: exists; choose a new folder or give --overwrite")
         elif not is_output(args.out):
             faults.append(f"--out {args.out}: holds other things than shards; --overwrite removes only what this wrote")
+    if args.out is not None and not args.verify:
+        faults += [
+            f"--out {args.out}: {path} is in the way: it is not a folder this program began; move it or choose another"
+            for path in folders_beside(args.out)
+            if path.exists() and not (path / MARK).exists() and not (path.is_dir() and not any(path.iterdir()))
+        ]
     if args.shard_size < 1:
         faults.append(f"--shard-size {args.shard_size}: at least 1 is needed")
     if args.max_side < 0:
@@ -93,23 +98,17 @@ def check(args: argparse.Namespace) -> None:
 _WHY = {"src": "name the folder of the annotation files, or of the tars", "out": "name the folder of the shards"}
 
 
-def is_output(folder: Path) -> bool:
-    """Whether a folder is what an earlier run wrote: splits with their index, and what goes beside, nothing else."""
-    beside = ("tokenizer", "answers.json", REJECTS)
-    return folder.is_dir() and all(path.name in beside or (path / INDEX).is_file() for path in folder.iterdir())
-
-
 def run(args: argparse.Namespace, comm: Any) -> None:
     """Do what the command line says; every rank calls it."""
     if args.verify:
         verify(args.src if args.format == "index" else args.out, comm)
     elif args.format == "index":
-        index(args.src, comm)
+        index(args.src, args.overwrite, comm)
     else:
         options = ImageOptions(args.max_side, args.quality)
         convert(
             Conversion(
-                args.format, args.src, args.images or args.src, args.out, args.shard_size, options,
+                args.format, args.src, args.images or args.src, args.out, args.overwrite, args.shard_size, options,
                 args.max_reject_share, args.tokenizer_vocab, args.min_answer_count,
             ),
             comm,

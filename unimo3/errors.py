@@ -10,14 +10,18 @@ import argparse
 import atexit
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_DONE = 0
 EXIT_DIVERGED = 70
 EXIT_REQUEUE = 75
 EXIT_CONFIG = 78
+
+
+_READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly)")
 
 
 class Unimo3Error(ValueError):
@@ -42,6 +46,12 @@ class ConfigError(Unimo3Error):
 
 class DataError(Unimo3Error):
     """A data file is missing, unreadable or not what its format says."""
+
+
+class UnreachableError(DataError):
+    """A server or a mount gave no answer; it may at the next start."""
+
+    exit_status = 1
 
 
 class CheckpointError(Unimo3Error):
@@ -79,6 +89,10 @@ def end_process(status: int) -> NoReturn:
 class CommandParser(argparse.ArgumentParser):
     """Command lines whose mistakes end like any other bad setting: status 78 under `exit_with_status`."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        # A misspelt option is not to pass as short for another.
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str) -> NoReturn:
         """Say how the command is used, then what is wrong."""
         self.print_usage(sys.stderr)
@@ -92,6 +106,16 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     def wrapped(*args, **kwargs) -> None:
         try:
             status = main(*args, **kwargs)
+        except RuntimeError as error:
+            # torch raises it wherever the main thread is when a reader process dies.
+            if not (died := _READER_DIED.search(str(error))):
+                raise
+            print(
+                f"ReaderDied: a reader process ended before its time ({died[0]}); the system's log says why, most "
+                "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            end_process(1)
         except (Unimo3Error, Interrupted) as error:
             # What all ranks of a host find alike is said once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -6,9 +6,11 @@ import re
 import shutil
 import tarfile
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.data.conftest import convert, draw_jpeg, index_again
@@ -20,6 +22,7 @@ from unimo3.data.samples import BadSampleError, PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.errors import DataError
+from unimo3.training.evaluation import to_device
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -239,3 +242,61 @@ def test_a_random_crop_is_of_the_size_asked_for_and_the_samples_own(coco, tokeni
         return float(pixels[..., 0].max()) - float(pixels[..., 0].min())
 
     assert all(spread(crop) < 0.95 * spread(whole) for crop in drawn)
+
+
+def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):
+    inputs = build(tmp_path, tokenizer, {"json": b'{"captions": ["a dog \\ud83d"]}', "jpg": draw_jpeg(0)})
+    assert inputs["attention_mask"].sum() >= 3
+
+
+def test_a_json_of_endless_depth_is_a_bad_sample(tmp_path, tokenizer):
+    with pytest.raises(BadSampleError, match="its json cannot be read"):
+        build(tmp_path, tokenizer, {"json": b"[" * 100_000, "jpg": draw_jpeg(0)})
+
+
+def batches_of(folder, tokenizer, number, order_shards=4):
+    samples = samples_of(folder, tokenizer)
+    order = SampleOrder(samples.units_per_shard, 0, order_shards)
+    loader = TrainingLoader([samples], order, 4, 4, 0, 1, ReaderArgs(0, 1))
+    return [micro_batches[0] for micro_batches, _ in zip(loader, range(number), strict=False)]
+
+
+def test_a_bad_sample_alone_in_its_shard_is_replaced_from_the_next_one(tmp_path, tokenizer):
+    good = {str(number): {"jpg": draw_jpeg(number), "json": described("a")} for number in range(7)}
+    write_tar(tmp_path / "000000.tar", good)
+    write_tar(tmp_path / "000001.tar", {"bad": {"jpg": b"", "json": described("a")}})
+    index_again(tmp_path)
+    batches = batches_of(tmp_path, tokenizer, 2)
+    assert sum(batch["num_replaced"] for batch in batches) == 1
+    assert Counter(key for batch in batches for key in batch["keys"]) == Counter(
+        {"0": 2} | {str(n): 1 for n in range(1, 7)}
+    )
+
+
+def test_each_row_that_was_replaced_counts_once(tmp_path, tokenizer):
+    samples = {f"{number:02d}": {"jpg": draw_jpeg(number), "json": described("a")} for number in range(16)}
+    for number in range(3, 9):
+        samples[f"{number:02d}"]["jpg"] = b"no image"
+    write_tar(tmp_path / "000000.tar", samples)
+    index_again(tmp_path)
+    batches = batches_of(tmp_path, tokenizer, 4)
+    assert sum(batch["num_replaced"] for batch in batches) == 6
+    assert {key for batch in batches for key in batch["keys"]} == set(samples) - {f"{n:02d}" for n in range(3, 9)}
+
+
+def test_a_sixteen_bit_image_is_turned_as_its_exif_says():
+    grey = Image.fromarray((np.arange(6, dtype=np.uint16) * 10_000).reshape(2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    grey.save(file, "PNG", exif=exif)
+    upright = np.asarray(decode(file.getvalue()))[..., 0]
+    assert upright.tolist() == [[117, 0], [156, 39], [195, 78]]
+
+
+def test_a_batch_on_the_device_has_pixel_values_in_place_of_images():
+    images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
+    moved = to_device({"images": images, "keys": ["a", "b"]}, torch.device("cpu"))
+    assert sorted(moved) == ["keys", "pixel_values"]
+    assert moved["pixel_values"].shape == (2, 3, 4, 4)
+    assert moved["pixel_values"].dtype == torch.float32

@@ -94,7 +94,7 @@ def test_too_many_rejects_end_it_and_a_mended_source_goes_on(tmp_path, capfd):
     arguments = ("coco", "--src", str(root), "--out", str(out), "--shard-size", "4")
     assert convert(*arguments) == 78
     error = capfd.readouterr().err
-    assert "--max-reject-share 0.001: 2 of 40 records have no usable image (such as" in error
+    assert "--max-reject-share 0.001: 2 of 28 records of train have no usable image (such as" in error
     assert "start the same command again: finished shards are kept" in error
     assert not out.exists()
     assert len((tmp_path / "out.partial" / "rejects.jsonl").read_text().splitlines()) == 2
@@ -224,7 +224,33 @@ def test_verify_reads_every_byte_again(alone, tmp_path, capfd):
     members.write_bytes(members.read_bytes()[::-1])
     assert convert("coco", "--out", str(copy), "--verify") == 78
     error = capfd.readouterr().err
-    assert "3 of " in error
+    assert "3 faults, " in error
     assert "index.members: is not the one index.json was written with" in error
     assert "000001.tar: is not the shard that was indexed" in error
     assert "000000.tar: cannot be read (No such file or directory)" in error
+
+
+def lose_an_index(folder):
+    (folder / "val" / "index.json").unlink()
+    return "val: holds tars and no index.json"
+
+
+def break_an_index(folder):
+    (folder / "val" / "index.json").write_text("[")
+    return "index.json: is not JSON"
+
+
+def add_a_tar(folder):
+    shutil.copy(folder / "train" / "000000.tar", folder / "val" / "000077.tar")
+    return "000077.tar: is not in index.json"
+
+
+@pytest.mark.parametrize("damage", [lose_an_index, break_an_index, add_a_tar])
+def test_verify_names_what_an_incomplete_copy_lacks(alone, tmp_path, capfd, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(alone, copy)
+    expected = damage(copy)
+    assert convert("coco", "--out", str(copy), "--verify") == 78
+    error = capfd.readouterr().err
+    assert expected in error
+    assert "DataError: 1 faults, " in error

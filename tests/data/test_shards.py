@@ -248,3 +248,54 @@ def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
     # Without room for copies nothing is fetched.
     settings = VqaConfig(init="exported", data=DataArgs(train=train, cache_gb=0.0))
     assert [fault for fault in settings.faults() if fault.startswith("answers: ''")]
+
+
+def test_folders_of_others_beside_the_new_one_are_left_alone(source, tmp_path, capfd):
+    out = tmp_path / "new"
+    for name in ("new.partial", "new.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    assert convert("coco", "--src", str(source), "--out", str(out)) == 78
+    error = capfd.readouterr().err
+    for name in ("new.partial", "new.replaced"):
+        assert f"{tmp_path / name} is in the way" in error
+        assert (tmp_path / name / "thesis.txt").read_text() == "mine"
+
+
+def test_where_bad_images_lie_in_the_source_decides_nothing(tmp_path):
+    root = write_source(tmp_path / "source", num_images=300)
+    images = json.loads((root / "dataset_coco.json").read_text())["images"]
+    of_train = [image for image in images if image["split"] in ("train", "restval")]
+    for image in of_train[:120]:
+        (root / image["filepath"] / image["filename"]).unlink()
+    share = str(121 / len(of_train))
+    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-share", share) == 0
+
+
+def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_path, capfd):
+    folder = tmp_path / "train"
+    shutil.copytree(coco / "train", folder)
+    assert convert("index", "--src", str(folder)) == 0
+    shard = folder / "000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1
+    shard.write_bytes(content)
+    assert convert("index", "--src", str(folder)) == 78
+    assert "1 tars are not those that were indexed before (000001.tar)" in capfd.readouterr().err
+    assert convert("index", "--src", str(folder), "--overwrite") == 0
+
+
+def test_what_webdataset_takes_for_no_sample_is_none(tmp_path):
+    names = ["._a.jpg", "__info__.json", "README", "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(str(number).encode()))
+    assert convert("index", "--src", str(tmp_path)) == 0
+    index = ShardIndex(tmp_path)
+    assert [index.key(0, sample) for sample in range(3)] == ["a", "b", "a"]
+    assert [index.read(0, sample) for sample in range(3)] == [
+        {"jpg": b"3", "txt": b"4"}, {"jpg": b"5", "txt": b"6"}, {"jpg": b"7", "txt": b"8"}
+    ]  # fmt: skip
+    assert index.samples_per_shard == [3]

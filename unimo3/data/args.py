@@ -13,7 +13,7 @@ from unimo3.data.order import training_order
 from unimo3.data.samples import Samples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment
-from unimo3.errors import ConfigError, DataError
+from unimo3.errors import ConfigError, DataError, UnreachableError
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,17 @@ class DataArgs:
             return found  # `faults` has said so
         for name, sources in (("data.train", list(self.sources)), ("data.val", [self.val])):
             for source in sources:
-                if source == "":
+                if source is not None and source.startswith("{"):
+                    found.append(
+                        f"{name}: '{source}': a mixture is {{FOLDER: WEIGHT, ...}}, with a space after each colon"
+                    )
+                elif source == "":
                     found.append(f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards")
                 elif source is not None:
                     try:
                         index = self._open(source)
+                    except UnreachableError:
+                        raise  # no setting is at fault
                     except DataError as error:
                         found.append(f"{name}: '{source}': {error}")
                     else:

@@ -21,6 +21,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.formats.record import Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
+from unimo3.data.index import INDEX
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -37,8 +38,8 @@ from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 
 REJECTS = "rejects.jsonl"
-# Rejects, beyond twice the share, after which a conversion need not be finished to know.
-_HOPELESS = 100
+# What tells this program's folders from others, which are never removed.
+MARK = ".unimo3-shards"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Conversion:
         format: one of `CONVERTERS`.
         source: folder of the annotation files.
         images: folder of the images.
-        out: folder of the shards; replaced if it exists.
+        out: folder of the shards.
+        overwrite: whether an earlier conversion's `out` is replaced.
         shard_size: records a shard.
-        max_reject_share: of records without a usable image, past which it fails.
+        max_reject_share: of a split's records without a usable image, past which it fails.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
         min_answer_count: how often an answer is given at least to be one of the vocabulary.
     """
@@ -60,6 +62,7 @@ class Conversion:
     source: Path
     images: Path
     out: Path
+    overwrite: bool
     shard_size: int
     options: ImageOptions
     max_reject_share: float
@@ -128,36 +131,31 @@ def convert(wanted: Conversion, comm: Any) -> None:
         ConfigError: another process is writing there.
         DataError: the source is at fault, or too many of its images are.
     """
-    staging = wanted.out.with_name(wanted.out.name + ".partial")
+    staging, _ = folders_beside(wanted.out)
     source, progress = Source(wanted), Progress("records")
-
-    def take(result: ShardDone) -> None:
-        progress.add(result)
-        # Early only where no order in which shards come could mend it.
-        if len(progress.rejects) > _HOPELESS + 2 * wanted.max_reject_share * progress.done:
-            _check_rejects(wanted, progress, staging)
 
     def work(job: ShardJob, between: Any) -> ShardDone:
         return write_shard(job, staging, wanted.options, between)
 
     if comm is not None and comm.rank > 0:
-        spread(comm, iter(()), work, take)
+        spread(comm, iter(()), work, progress.add)
         return
     lock = FileLock(f"{staging}.lock", timeout=0)
     try:
         held = lock.acquire()
         staging.mkdir(parents=True, exist_ok=True)
+        (staging / MARK).touch()
     except (Timeout, OSError) as error:
         # The others wait for jobs: they are told through the same channel.
         reason = "another process is writing there" if isinstance(error, Timeout) else f"cannot be made ({error})"
-        spread(comm, failing(ConfigError(f"--out {wanted.out}: {reason}")), work, take)
+        spread(comm, failing(ConfigError(f"--out {wanted.out}: {reason}")), work, progress.add)
         return
     with held, _kept_if_filled(staging):
-        spread(comm, source.jobs(), work, take)
+        spread(comm, source.jobs(), work, progress.add)
         progress.show()
         _check_rejects(wanted, progress, staging)
         for path in staging.iterdir():
-            if path.name not in source.shards:  # of an earlier attempt with other arguments
+            if path.name not in (*source.shards, MARK):  # of an earlier attempt with other arguments
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if progress.rejects:
             _write_rejects(progress, staging)
@@ -167,15 +165,20 @@ def convert(wanted: Conversion, comm: Any) -> None:
         for split in names:
             remove_strangers(staging / split, names[split])
             counts[split] = finish(staging / split, wanted.format, split, names[split])
+            remove_traces(staging / split, names[split])
+        if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
+            raise DataError(
+                f"--out {wanted.out}: has been made by another program meanwhile; move it away and start the same "
+                f"command again, or rename {staging}, which is whole"
+            )
         # Moved away whole: at no moment does half of an earlier conversion stand under its name.
-        replaced = wanted.out.with_name(wanted.out.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
+        replaced = folders_beside(wanted.out)[1]
+        _remove(replaced)
         if wanted.out.exists():
+            (wanted.out / MARK).touch()
             wanted.out.rename(replaced)
         staging.rename(wanted.out)
-        shutil.rmtree(replaced, ignore_errors=True)
-        for split in names:
-            remove_traces(wanted.out / split, names[split])
+        _remove(replaced)
     for split, count in counts.items():
         print(f"{wanted.out / split}: {count} samples in {source.shards[split]} shards")
     for reason, count in source.omitted.items():
@@ -184,31 +187,53 @@ def convert(wanted: Conversion, comm: Any) -> None:
         print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
 
 
+def folders_beside(out: Path) -> tuple[Path, Path]:
+    """Where a conversion is written until it is whole, and where what it replaces is until it is removed."""
+    return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a folder is what an earlier run wrote: splits with their index, and what goes beside, nothing else."""
+    beside = ("tokenizer", "answers.json", REJECTS, MARK)
+    return folder.is_dir() and all(path.name in beside or (path / INDEX).is_file() for path in folder.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, its mark last: after a kill half way it is still known as one."""
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.name != MARK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(folder)
+
+
 @contextmanager
 def _kept_if_filled(staging: Path) -> Iterator[None]:
     """Leave a folder behind only if there is something in it to go on from."""
     try:
         yield
     finally:
-        if staging.exists() and not any(path.is_file() for path in staging.rglob("*")):
+        if staging.exists() and not any(path.is_file() and path.name != MARK for path in staging.rglob("*")):
             shutil.rmtree(staging)
         Path(f"{staging}.lock").unlink(missing_ok=True)
 
 
 def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> None:
-    """End the conversion where too many records have no usable image.
+    """End the conversion where too many records of a split have no usable image.
 
     Raises:
         DataError: it is so; their list is written.
     """
-    if len(progress.rejects) > wanted.max_reject_share * progress.done:
-        _write_rejects(progress, staging)
-        first = progress.rejects[0]
-        raise DataError(
-            f"--max-reject-share {wanted.max_reject_share}: {len(progress.rejects)} of {progress.done} records have no "
-            f"usable image (such as {first['image']}: {first['reason']}); {staging / REJECTS} lists them; check "
-            "--images, mend them, or raise the share, and start the same command again: finished shards are kept"
-        )
+    for split, num_records in progress.done_of.items():
+        rejects = [reject for reject in progress.rejects if reject["split"] == split]
+        if len(rejects) > wanted.max_reject_share * num_records:
+            _write_rejects(progress, staging)
+            raise DataError(
+                f"--max-reject-share {wanted.max_reject_share}: {len(rejects)} of {num_records} records of {split} "
+                f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
+                f"{staging / REJECTS} lists them; check --images, mend them, or raise the share, and start the same "
+                "command again: finished shards are kept"
+            )
 
 
 def _write_rejects(progress: Progress, folder: Path) -> None:

@@ -24,12 +24,16 @@ def decode(content: bytes) -> Image.Image:
         warnings.filterwarnings("ignore", message="Palette images with Transparency")
         try:
             image: Image.Image = Image.open(io.BytesIO(content))
-            if image.mode.startswith("I"):
-                # 16 bits a pixel; Pillow's own conversion would cut at 255 and leave white.
-                grey = (np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255)
-                image = Image.fromarray(grey.astype(np.uint8))
             # Of a file without EXIF it is a copy; most have none.
             upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+            if upright.mode.startswith("I"):
+                # 16 bits a pixel; Pillow's own conversion would cut at 255 and leave white.
+                grey = np.asarray(upright, dtype=np.float32) / 257
+                if grey.min() < 0 or grey.max() > 255:
+                    raise ValueError("its pixels have more than 16 bits")
+                upright = Image.fromarray(grey.round().astype(np.uint8))
+            elif upright.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
             return upright.convert("RGB")
         except UnidentifiedImageError as error:
             # Its own words hold the address of an object.

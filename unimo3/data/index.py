@@ -147,7 +147,7 @@ class ShardIndex:
         try:
             self.dataset: str = content["dataset"]
             self.split: str = content["split"]
-            self._members_sha256: str = content["members_sha256"]
+            self.members_sha256: str = content["members_sha256"]
             self.shards = [
                 Shard(
                     entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"], entry["num_items"],
@@ -228,8 +228,10 @@ class ShardIndex:
                 text = Path(path).read_bytes()
             content: dict[str, Any] = json.loads(text)
         except OSError as error:
+            inside = sorted(folder.parent.name for folder in Path(self.source).glob(f"*/{INDEX}"))
+            hint = f"name one of its splits, {', '.join(inside)}, or" if inside else "name a folder of shards, or"
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}); make shards with python -m pretrain.prepare_shards"
+                f"{path}: cannot be read ({error.strerror}); {hint} make shards with python -m pretrain.prepare_shards"
             ) from error
         except DataError:
             raise
@@ -282,7 +284,7 @@ class ShardIndex:
 
     def _open_members(self) -> int:
         if self._cache is not None and is_remote(self.source):
-            return self._cache.open(MEMBERS, self._members_bytes, self._members_sha256)
+            return self._cache.open(MEMBERS, self._members_bytes, self.members_sha256)
         return os.open(self._file(MEMBERS), os.O_RDONLY)
 
     def _descriptor(self, number: int) -> int:

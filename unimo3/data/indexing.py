@@ -13,18 +13,27 @@ from filelock import FileLock, Timeout
 from unimo3.data.index import INDEX, Shard, ShardIndex
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
-from unimo3.data.shards import ShardDone, fault_of, finish, index_tar, members_fault, remove_traces
+from unimo3.data.shards import (
+    ShardDone,
+    fault_of,
+    finish,
+    index_tar,
+    left_behind,
+    members_fault,
+    remove_traces,
+)
 from unimo3.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 
-def index(source: Path, comm: Any) -> None:
+def index(source: Path, overwrite: bool, comm: Any) -> None:
     """Index the tars of a folder where they lie; every rank calls it.
 
     Raises:
         ConfigError: another process is indexing them.
-        DataError: a tar cannot be read, or they hold no samples.
+        DataError: a tar cannot be read, or is not the one that was indexed before and `overwrite` is not given; or
+            they hold no samples.
     """
     folder, progress = source.resolve(), Progress("samples")
     paths = sorted(folder.glob("*.tar"))
@@ -51,11 +60,27 @@ def index(source: Path, comm: Any) -> None:
     with held:
         try:
             spread(comm, jobs(), work, progress.add)
+            if not overwrite and (folder / INDEX).is_file():
+                _check_unchanged(folder)
             count = finish(folder, folder.parent.name, folder.name, names)
             remove_traces(folder, names)
         finally:
             (folder / "index.lock").unlink(missing_ok=True)
     print(f"{source}: {count} samples in {len(paths)} shards")
+
+
+def _check_unchanged(folder: Path) -> None:
+    """A copy that was damaged is not to become right by being indexed again."""
+    try:
+        before = {shard.name: shard.sha256 for shard in ShardIndex(folder, check_files=False).shards}
+    except DataError:
+        return  # an index of an older version, or a broken one
+    changed = [name for name, sha256 in left_behind(folder).items() if before.get(name, sha256) != sha256]
+    if changed:
+        raise DataError(
+            f"{folder}: {len(changed)} tars are not those that were indexed before ({', '.join(changed[:3])}); copy "
+            "them again, or give --overwrite if they were changed on purpose"
+        )
 
 
 def verify(folder: Path, comm: Any) -> None:
@@ -69,13 +94,23 @@ def verify(folder: Path, comm: Any) -> None:
 
     def jobs() -> Iterator[tuple[Path, Shard]]:
         nonlocal num_shards
-        splits = sorted(path.parent for path in [*folder.glob(INDEX), *folder.glob(f"*/{INDEX}")])
-        if not splits:
+        found = [*folder.glob(INDEX), *folder.glob(f"*/{INDEX}"), *folder.glob("*.tar"), *folder.glob("*/*.tar")]
+        splits = sorted({path.parent for path in found})
+        if not any((split / INDEX).is_file() for split in splits):
             raise DataError(f"{folder}: has no {INDEX}; prepare the shards first")
         for split in splits:
-            if (fault := members_fault(split)) is not None:
-                take(fault)
-            for shard in ShardIndex(split, check_files=False).shards:
+            if not (split / INDEX).is_file():
+                take(f"{split}: holds tars and no {INDEX}")
+                continue
+            try:
+                index = ShardIndex(split, check_files=False)
+            except DataError as error:
+                take(str(error))
+                continue
+            take(members_fault(split, index.members_sha256))
+            for name in sorted({path.name for path in split.glob("*.tar")} - {shard.name for shard in index.shards}):
+                take(f"{split / name}: is not in {INDEX}")
+            for shard in index.shards:
                 num_shards += 1
                 yield split, shard
 
@@ -88,7 +123,7 @@ def verify(folder: Path, comm: Any) -> None:
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in sorted(faults))
         raise DataError(
-            f"{len(faults)} of {num_shards} shards are not as indexed; copy or prepare them again:\n{listed}"
+            f"{len(faults)} faults, {num_shards} shards read; copy or prepare again what is named:\n{listed}"
         )
     if comm is None or comm.rank == 0:
         print(f"{folder}: {num_shards} shards are as indexed")

@@ -1,8 +1,8 @@
 """Batches from the sample order, read ahead by worker processes.
 
 The loader's whole state is one optimizer step: it seeks there. In training a sample that cannot be used is replaced by
-the next good one of its shard, named in the log and counted. In evaluation, where every unit is scored once, it is an
-error.
+the next good one of its shard, or of the shards after it, named in the log and counted once. In evaluation, where every
+unit is scored once, it is an error.
 
 Source: torch.utils.data.DataLoader for the processes.
 """
@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 NO_POSITION = -1
+# Texts of a batch that are encoded, and whose image files are held, before their images are decoded.
+_TEXTS_AHEAD = 16
+# Samples beyond its own shard that are tried in place of a bad one.
+_MAX_FURTHER = 1024
 # Key of a message for the reading process: an error raised in a worker would arrive with the worker's traceback in it.
 UNUSABLE = "unusable"
 
@@ -75,11 +79,12 @@ class TrainingLoader:
         reader: ReaderArgs,
         start_step: int = 0,
     ):
-        self._num_accumulation = global_batch // (micro_batch * world_size)
+        num_accumulation = self._num_accumulation = global_batch // (micro_batch * world_size)
+        # Without `self` in it: the readers' iterator holds this, and must not hold the loader that ends them.
         positions = (
             list(micro_batch_positions(step, micro_step, rank, global_batch, micro_batch, world_size))
             for step in itertools.count(start_step)
-            for micro_step in range(self._num_accumulation)
+            for micro_step in range(num_accumulation)
         )
         self._batches = _read_ahead(_Batches(sources, order, replaces=True), positions, reader)
 
@@ -124,13 +129,14 @@ def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: Read
     if reader.num_workers:
         atexit.register(end)
     try:
-        for batch in _explain_deaths(iterator, reader):
+        for batch in iterator:
             if UNUSABLE in batch:
                 raise DataError(batch[UNUSABLE])
             replaced = batch.pop("replaced")
-            for key, reason in replaced:
-                log.warning("sample %s %s; replaced by the next one of its shard", key, reason)
-            batch["num_replaced"] = len(replaced)
+            for row in replaced:
+                for key, reason in row:
+                    log.warning("sample %s %s; replaced by the next good one", key, reason)
+            batch["num_replaced"] = sum(map(bool, replaced))
             yield {
                 name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                 for name, value in batch.items()
@@ -153,24 +159,6 @@ def _end_readers(iterator: Any) -> None:
             reader.kill()
 
 
-def _explain_deaths(batches: Iterator[Batch], reader: ReaderArgs) -> Iterator[Batch]:
-    """Say what to do where a reader process was killed, which torch reports by its number and signal alone."""
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a reader process ended before its time: {error}; the system's log says why, most often memory ran "
-                f"out: lower data.num_workers ({reader.num_workers}) or data.prefetch ({reader.prefetch}), and start "
-                "the same command again"
-            ) from error
-        yield batch
-
-
 class _Batches(Dataset[Batch]):
     """Positions of an order -> a batch, or a message under `UNUSABLE`.
 
@@ -188,22 +176,22 @@ class _Batches(Dataset[Batch]):
         self._replaces = replaces
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        # All texts, then all images: between two images, which leave nothing of it in the processor's caches, a text
-        # takes three times as long.
-        units = [self._order[position] for position in positions]
-        texts = [self._text(unit) for unit in units]
         rows: list[Inputs] = []
-        replaced: list[tuple[str, str]] = []
+        replaced: list[list[tuple[str, str]]] = []
         images = torch.empty(0)
         try:
-            for unit, text in zip(units, texts, strict=True):
-                row, bad = self._row(unit, text)
-                image = row.pop("images")
-                if not rows:
-                    images = _shared(len(positions), image)
-                images.numpy()[len(rows)] = image
-                rows.append(row)
-                replaced += bad
+            # Some texts, then their images: between two images, which leave nothing of it in the processor's caches, a
+            # text takes three times as long.
+            for start in range(0, len(positions), _TEXTS_AHEAD):
+                units = [self._order[position] for position in positions[start : start + _TEXTS_AHEAD]]
+                for unit, text in [(unit, self._text(unit)) for unit in units]:
+                    row, bad = self._row(unit, text)
+                    image = row.pop("images")
+                    if not rows:
+                        images = _shared(len(positions), image)
+                    images.numpy()[len(rows)] = image
+                    rows.append(row)
+                    replaced.append(bad)
         except DataError as error:
             return {UNUSABLE: str(error)}
         return {"images": images, **_stacked(rows), "positions": np.asarray(positions), "replaced": replaced}
@@ -221,11 +209,10 @@ class _Batches(Dataset[Batch]):
         Raises:
             DataError: there are none.
         """
-        samples, units_in_shard = self._sources[unit.source], self._units_per_shard[unit.source][unit.shard]
-        shard = f"{samples.index.source}/{samples.index.shards[unit.shard].name}"
+        samples = self._sources[unit.source]
         replaced: list[tuple[str, str]] = []
-        for step in range(units_in_shard):
-            candidate = unit._replace(unit=(unit.unit + step) % units_in_shard)
+        for step, candidate in enumerate(_candidates(unit, self._units_per_shard[unit.source])):
+            shard = f"{samples.index.source}/{samples.index.shards[candidate.shard].name}"
             key = samples.key(candidate)
             try:
                 inputs = text if text is not None and not step else samples.build(candidate)
@@ -238,7 +225,23 @@ class _Batches(Dataset[Batch]):
                         "prepare the shards again"
                     ) from error
                 replaced.append((f"{shard}/{key}", str(error)))
-        raise DataError(f"{shard}: has no usable sample ({replaced[0][1]}); prepare the shards again")
+        raise DataError(
+            f"{replaced[0][0]} {replaced[0][1]}, and so with the next {len(replaced) - 1}: no good one to replace it; "
+            "prepare the shards again"
+        )
+
+
+def _candidates(unit: Unit, units_per_shard: list[int]) -> Iterator[Unit]:
+    """A unit and what may stand in for it: the others of its shard, then some of the shards after it."""
+    for step in range(units_per_shard[unit.shard]):
+        yield unit._replace(unit=(unit.unit + step) % units_per_shard[unit.shard])
+    further = (
+        unit._replace(shard=shard, unit=number)
+        for step in range(1, len(units_per_shard))
+        for shard in [(unit.shard + step) % len(units_per_shard)]
+        for number in range(units_per_shard[shard])
+    )
+    yield from itertools.islice(further, _MAX_FURTHER)
 
 
 def _shared(num_rows: int, row: np.ndarray) -> Tensor:

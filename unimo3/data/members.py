@@ -8,7 +8,6 @@ import io
 import json
 import tarfile
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,10 @@ def scan(path: Path) -> Members:
     Raises:
         DataError: it is no tar that can be read from its beginning to its end.
     """
-    samples: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
-    num_items: dict[str, int] = {}
+    samples: list[dict[str, tuple[int, int]]] = []
+    keys: list[str] = []
+    num_items: list[int] = []
+    latest: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             end = 0
@@ -91,11 +92,19 @@ def scan(path: Path) -> Members:
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
+                # Of no sample, as webdataset has it: names that begin with a dot or two underscores, or have no ending.
+                if not stem or not extension or stem.startswith("__"):
+                    continue
                 key, extension = folder + slash + stem, extension.lower()
-                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                if key not in latest or extension in samples[latest[key]]:
+                    latest[key] = len(samples)  # a key that comes again is another sample
+                    samples.append({})
+                    keys.append(key)
+                    num_items.append(0)
+                samples[latest[key]][extension] = (member.offset_data, member.size)
                 if extension == "json":
                     file = tar.extractfile(member)
-                    num_items[key] = _count_items(file.read()) if file else 0
+                    num_items[latest[key]] = _count_items(file.read()) if file else 0
         with path.open("rb") as whole:
             # A tar ends in blocks of zeros. Python's reader takes any end between two members for the end.
             whole.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
@@ -103,20 +112,19 @@ def scan(path: Path) -> Members:
                 raise DataError(f"{path}: is cut off after {len(samples)} samples; copy it again")
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
-    extensions = sorted({extension for members in samples.values() for extension in members})
+    extensions = sorted({extension for members in samples for extension in members})
     offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
     sizes = np.zeros_like(offsets)
-    for row, members in enumerate(samples.values()):
+    for row, members in enumerate(samples):
         for extension, (offset, size) in members.items():
             column = extensions.index(extension)
             offsets[row, column], sizes[row, column] = offset, size
-    items = np.asarray([num_items.get(key, 0) for key in samples], dtype=np.int64)
     return Members(
-        np.asarray([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_),
+        np.asarray([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_),
         extensions,
         offsets,
         sizes,
-        items,
+        np.asarray(num_items, dtype=np.int64),
     )
 
 
@@ -142,7 +150,7 @@ def sha256_of(path: Path) -> str:
 def _count_items(content: bytes) -> int:
     try:
         described: Any = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0
     if not isinstance(described, dict):
         return 0

@@ -5,6 +5,7 @@ Source: none.
 
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,7 @@ class Progress:
         self.done = 0
         self.num_shards = 0
         self.rejects: list[dict[str, Any]] = []
+        self.done_of: Counter[str] = Counter()
         self._unit = unit
         self._reused = 0
         self._started = self._shown = time.monotonic()
@@ -29,6 +31,7 @@ class Progress:
     def add(self, result: ShardDone) -> None:
         """Count a shard."""
         self.done += result.num_records
+        self.done_of[result.split] += result.num_records
         self.num_shards += 1
         self._reused += result.num_records if result.reused else 0
         self.rejects += [asdict(reject) for reject in result.rejects]

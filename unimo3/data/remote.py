@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 
-from unimo3.errors import DataError
+from unimo3.errors import DataError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
             return size, digest.hexdigest()
         except _PassingError as error:
             if pause_s is None:
-                raise DataError(
+                raise UnreachableError(
                     f"{where}: {error}, at the last of {1 + len(_PAUSES_S)} tries; see whether its server or "
                     "mount works, then start again"
                 ) from error

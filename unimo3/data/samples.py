@@ -69,7 +69,8 @@ class TextEncoder:
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and attention mask, [T] int64 each."""
-        encoded = self._tokenizer.encode(text)
+        # JSON may hold half of a surrogate pair, which is no text.
+        encoded = self._tokenizer.encode(text.encode("utf-8", "replace").decode())
         return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
 
@@ -175,6 +176,8 @@ class VqaSamples:
             raise BadSampleError(f"question {question.get('question_id', item)} is empty")
         ids, mask = self._encode(question["question"])
         humans = question.get("answers", [])
+        if not isinstance(humans, list) or not all(isinstance(answer, str) for answer in humans):
+            raise BadSampleError(f"question {question.get('question_id', item)} has answers that are no list of texts")
         return {
             "images": _image(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
             "input_ids": ids,
@@ -190,7 +193,7 @@ def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes],
         raise BadSampleError("has no json member and no txt member")
     try:
         content = json.loads(members.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"its json cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
@@ -205,6 +208,8 @@ def _image(members: dict[str, bytes], transform: ImageTransform, rng: np.random.
     def decode() -> np.ndarray:
         try:
             return transform(members[extension], rng)
+        except MemoryError:
+            raise  # the machine's fault, not the sample's
         except Exception as error:  # decoders meet damage with errors of any kind
             raise BadSampleError(f"its image cannot be decoded ({error})") from error
 

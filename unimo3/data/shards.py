@@ -7,6 +7,7 @@ beside it, by which a conversion that was killed knows what is left to do; at th
 Source: webdataset's TarWriter; members carry fixed owner, mode and time, so equal input gives equal bytes.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -30,6 +31,10 @@ from unimo3.errors import DataError
 _DONE, _TABLE = ".unimo3-done", ".unimo3-table"
 # What the loader reads; other kinds are encoded again.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
+
+
+# Of an error in reading, what says something of the file; others, such as EIO, may be gone at the next try.
+_OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -178,14 +183,19 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
 
     Raises:
         UnusableImageError: it is missing or no image that can be decoded.
+        DataError: it cannot be read now, for a reason of the machine's.
     """
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
+            raise DataError(f"{path}: cannot be read ({reason}); see to it and start the same command again") from error
         raise UnusableImageError(path, f"cannot be read ({reason})") from error
     try:
         image = decode(content)
+    except MemoryError:
+        raise  # the machine's fault, not the image's
     except Exception as error:  # decoders meet damage with errors of any kind
         raise UnusableImageError(path, f"cannot be decoded ({error})") from error
     # By its content: names have other endings, or none.
@@ -228,6 +238,12 @@ def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
     return write_index(folder, dataset, split, (_table_left_by(stem) for stem in stems))
 
 
+def left_behind(folder: Path) -> dict[str, str]:
+    """SHA-256 of each tar that has been finished and not yet indexed."""
+    notes = [note for path in sorted(folder.glob(f"*{_DONE}")) if (note := _read_done(path)) is not None]
+    return {note["table"]["name"]: note["table"]["sha256"] for note in notes}
+
+
 def remove_traces(folder: Path, names: Sequence[str]) -> None:
     """Remove what finished shards have left beside them."""
     for name in names:
@@ -243,15 +259,14 @@ def remove_strangers(folder: Path, names: Sequence[str]) -> None:
             path.unlink()
 
 
-def members_fault(folder: Path) -> str | None:
-    """Say how a folder's ``index.members`` differs from its index, if it does."""
-    content = json.loads((folder / INDEX).read_bytes())
+def members_fault(folder: Path, expected: str) -> str | None:
+    """Say how a folder's ``index.members`` differs from its index, which gives its SHA-256, if it does."""
     path = folder / MEMBERS
     try:
         found = sha256_of(path)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None if found == content.get("members_sha256") else f"{path}: is not the one {INDEX} was written with"
+    return None if found == expected else f"{path}: is not the one {INDEX} was written with"
 
 
 def fault_of(folder: Path, shard: Shard) -> str | None:

@@ -42,8 +42,8 @@ def image_processor(image_size: int) -> CLIPImageProcessorPil:
 
 def normalise(images: Tensor) -> Tensor:
     """[..., S, S, 3] uint8 -> the model's [..., 3, S, S] float32, as the exported processor makes them."""
-    std = torch.tensor(STD, device=images.device)
-    scale, shift = 1 / 255 / std, torch.tensor(MEAN, device=images.device) / std
+    mean, std = torch.tensor([MEAN, STD], dtype=torch.float32, device=images.device)
+    scale, shift = 1 / 255 / std, mean / std
     return (images.float() * scale - shift).movedim(-1, -3).contiguous()
 
 

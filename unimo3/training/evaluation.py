@@ -48,4 +48,5 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
-    return {**moved, "pixel_values": normalise(moved.pop("images"))}
+    moved["pixel_values"] = normalise(moved.pop("images"))
+    return moved

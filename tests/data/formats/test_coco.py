@@ -71,8 +71,8 @@ FAULTS = [
     (lose("images", 1, "filepath"), ": images[1]: field 'filepath' is missing; str expected"),
     (lose("images", 3, "filename"), ": images[3]: field 'filename' is missing; str expected"),
     (lose("images", 3, "sentences"), ": images[3]: field 'sentences' is missing; list expected"),
-    (set_at("images", 3, "sentences", value=[]), ": images[3].sentences: is empty; every image needs at least one"),
-    (set_at("images", 0, "sentences", 2, "raw", value=" "), ": images[0].sentences[2]: field 'raw' is empty; remove"),
+    (set_at("images", 3, "sentences", value=[]), ": images[3].sentences: have no text; every image needs at least one"),
+    (set_at("images", 0, "sentences", 2, "raw", value=7), ": images[0].sentences[2]: field 'raw' is 7; str expected"),
     (lose("images", 0, "sentences", 1, "raw"), ": images[0].sentences[1]: field 'raw' is missing; str expected"),
 ]
 

@@ -56,7 +56,7 @@ FAULTS = [
         set_at("images", 2, "split", value="dev"),
         ": images[2]: field 'split' is 'dev'; one of train, restval, val, test",
     ),
-    (set_at("images", 2, "sentences", value=[]), ": images[2].sentences: is empty; every image needs at least one"),
+    (set_at("images", 2, "sentences", value=[]), ": images[2].sentences: have no text; every image needs at least one"),
 ]
 
 

@@ -15,8 +15,8 @@ from unimo3.data.formats.record import Sample, field
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``captions``; nothing is left out."""
-    for where, image, split, captions in read_captions(source / "dataset_coco.json"):
+    """One sample an image, with all its ``captions``; empty captions are left out."""
+    for where, image, split, captions in read_captions(source / "dataset_coco.json", omitted):
         identity = field(image, "cocoid", where, int)
         file = images / field(image, "filepath", where, str) / field(image, "filename", where, str)
         yield split, Sample(f"{identity:012d}", (file,), {"image_id": identity, "captions": captions})

@@ -19,9 +19,9 @@ _KEY_DIGITS = 12
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``captions``; nothing is left out."""
+    """One sample an image, with all its ``captions``; empty captions are left out."""
     folder = photo_folder(images)
-    for where, image, split, captions in read_captions(source / "dataset_flickr30k.json"):
+    for where, image, split, captions in read_captions(source / "dataset_flickr30k.json", omitted):
         photo = photo_number(image, "filename", where)
         content = {"image_id": int(photo), "captions": captions}
         yield split, Sample(f"{int(photo):012d}", (folder / f"{photo}.jpg",), content)

@@ -131,4 +131,6 @@ def distinct(captions: Iterable[str]) -> list[str]:
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read ({error.strerror}); --src must name the data set's folder")
+    return DataError(
+        f"{path}: cannot be read ({error.strerror}); --src must name the data set's folder, with this file"
+    )
