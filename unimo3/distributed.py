@@ -76,12 +76,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order."""
+def all_gather_object(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's `value`, in rank order; `group` is another one of all ranks than the default."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

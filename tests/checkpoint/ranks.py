@@ -3,6 +3,7 @@
 import random
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from tests.tiny import tiny_batch, tiny_config
 from unimo3.checkpoint import store
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.saving import Saver, save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
@@ -135,9 +138,9 @@ def save_runs(root: Path) -> dict[str, Any]:
         engine = start_engine(stage, bf16)
         torch.manual_seed(7 + world()[0])
         train(engine, range(2))
-        store.save(engine, root / name, state_at(2))
+        save(engine, root / name, state_at(2))
         train(engine, range(2, 4))
-        store.save(engine, root / name, state_at(4))
+        save(engine, root / name, state_at(4))
         told[name] = {"weights": full_weights(engine), "moments": moments(engine), "losses": train(engine, range(4, 6))}
     told["unimo"] = save_unimo(root / "unimo")
     return told
@@ -152,7 +155,7 @@ def save_unimo(run: Path) -> Tensor:
     engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(0)), model, ds_config, OptimArgs(lr=1e-3))
     engine.backward(engine(tiny_batch(4, seed=rank))["loss"])
     engine.step()
-    store.save(engine, run, state_at(1))
+    save(engine, run, state_at(1))
     if rank == 0:
         tiny_config().save_pretrained(run / "model")
     return unimo_output(model)
@@ -204,7 +207,7 @@ def fail_to_save(root: Path) -> dict[str, Any]:
 
     def attempt(fault: str, run: Path) -> None:
         try:
-            store.save(engine, run, state_at(9))
+            save(engine, run, state_at(9))
             told[fault] = None
         except CheckpointError as error:
             told[fault] = str(error)
@@ -245,7 +248,7 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     attempt("none", root / "full")
     told["newest after"] = store.newest_good(root / "full")
     train(engine, range(1))
-    store.save(engine, root / "full", state_at(9))
+    save(engine, root / "full", state_at(9))
     told["newest after the same step again"] = store.newest_good(root / "full")
     return told
 
@@ -279,7 +282,7 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
                 group["lr"] *= 0.5
         found["losses"] = train_together(engine, range(step, step + 2))
         found["saved"] = every_value(engine)
-        store.save(engine, root / name, state_at(step + 2))
+        save(engine, root / name, state_at(step + 2))
         found["drawn"] = draw()
         if step == 0:
             found["losses"] += train_together(engine, range(2, 10))
@@ -348,3 +351,53 @@ def full_moment(optimizer: Any, parameter: Any, key: str) -> Tensor:
         whole.narrow(0, here.start, here.numel).copy_(held)
     torch.distributed.all_reduce(whole)
     return whole.view_as(parameter)
+
+
+def save_in_background(root: Path) -> dict[str, Any]:
+    """Save behind the training; tell what was held at the save, what is committed when, and what failures do."""
+    rank, _ = world()
+    told: dict[str, Any] = {}
+    engine = start_engine(3, bf16=True)
+    saver = Saver(engine, root / "good", CheckpointArgs(background=True, keep_last=2))
+    train(engine, range(2))
+    saver.save(state_at(2))
+    told["saved"], told["drawn"] = every_value(engine), draw()
+    train(engine, range(2, 4))  # what is being written must not follow
+    saver.save(state_at(4))  # waits for the first
+    told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+    saver.settle()
+    barrier()
+    told["settled"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for on_error in ("stop", "warn"):
+        saver = Saver(engine, root / "good", CheckpointArgs(background=True, on_save_error=on_error))
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        saver.save(state_at(6))
+        while not saver.has_failed:
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        try:
+            saver.settle()
+            told[on_error] = None
+        except CheckpointError as error:
+            told[on_error] = str(error)
+    told["left"] = [path.name for path in store.list_checkpoints(root / "good")]
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        saver.save(state_at(8), is_last=True)
+    except CheckpointError as error:
+        told["last"] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saver.save(state_at(8), is_last=True)
+    told["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
+    return told
+
+
+def load_good(root: Path) -> dict[str, Any]:
+    """Every value of the checkpoint of step 2."""
+    engine = start_engine(3, bf16=True, seed=5)
+    store.load(engine, store.folder_of(root / "good") / "step_00000002")
+    return every_value(engine)

@@ -1,6 +1,7 @@
 """Settings of when to save and what to keep."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,13 @@ class CheckpointArgs:
     """Newest checkpoints to keep, at least 1."""
     keep_every: int = 0
     """Steps; checkpoints at multiples of it are kept for ever. 0: none."""
+
+    background: bool = False
+    """Whether files are written behind the training, from a copy in host memory: a step is held for the copy alone, and
+    each rank needs as much more memory as its files have."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """Whether a save that failed ends the run with status 78, or is logged and tried again at the next one. The last
+    save of a run must hold in any case."""
 
     def faults(self) -> list[str]:
         """Say what is wrong with these settings, one line a fault."""

@@ -55,8 +55,12 @@ class TrainState:
             raise CheckpointError(f"{path}: is not a run's state ({error}); use an earlier checkpoint") from error
 
 
-def save_rng(path: Path) -> None:
-    """Write the states of Python's, NumPy's, torch's and this GPU's generators, without pickle."""
+Generators = tuple[dict[str, torch.Tensor], dict[str, str]]
+"""States of the generators as `save_rng` writes them: tensors and metadata."""
+
+
+def captured_rng() -> Generators:
+    """The states of Python's, NumPy's, torch's and this GPU's generators."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (libraries draw from it)
     tensors = {"torch": torch.get_rng_state()}
@@ -66,7 +70,13 @@ def save_rng(path: Path) -> None:
         "python": [version, list(words), gauss],
         "numpy": [name, base64.b64encode(np.asarray(keys).tobytes()).decode(), position, has_gauss, cached],
     }
-    save_file(tensors, path, metadata={"generators": json.dumps(described)})
+    return tensors, {"generators": json.dumps(described)}
+
+
+def save_rng(path: Path, generators: Generators) -> None:
+    """Write generators' states, without pickle."""
+    tensors, metadata = generators
+    save_file(tensors, path, metadata=metadata)
 
 
 def load_rng(path: Path, stranger: int | None = None) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.saving import Saver
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
@@ -89,12 +89,14 @@ def train(
 
     Raises:
         Interrupted: a stop signal came on any rank; a checkpoint has been saved.
+        CheckpointError: a save failed, at this step or behind the steps before.
         DataError: too many samples could not be used.
         DivergedError: a loss or a gradient is not finite; nothing has been saved.
     """
     rank, num_ranks = world()
     last_step = min(training.steps, training.stop_after or training.steps)
     steps: Iterator[list[Batch]] = iter(batches)
+    saver = Saver(engine, run.folder, checkpoint)
     progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
     if evaluation is not None and _evaluation_is_missing(run, evaluation, last_step, training.eval_every):
         _evaluate(run, evaluation)
@@ -114,16 +116,17 @@ def train(
         run.step += 1
         run.record_keys(micro_batches)
 
-        # One small all-reduce a step: mean figures, bad samples, and whether any rank was asked to stop. What the gates
-        # did is shown as this rank saw it.
+        # One small all-reduce a step: mean figures, bad samples, whether any rank was asked to stop, whether any saw a
+        # save fail. What the gates did is shown as this rank saw it.
         names = sorted(name for name, value in sums.items() if value.numel() == 1)
         maps = {name: value / len(micro_batches) for name, value in sums.items() if value.numel() > 1}
         vector = torch.stack([sums[name].reshape(()) / len(micro_batches) for name in names])
         num_bad = sum(int(batch["num_replaced"]) for batch in micro_batches)
-        extra = torch.tensor([float(num_bad), float(stop.received)], device=vector.device)
+        extra = torch.tensor([num_bad, stop.received, saver.has_failed], dtype=torch.float32, device=vector.device)
         reduced = sum_over_ranks(torch.cat([vector, extra])).tolist()
-        means = {name: value / num_ranks for name, value in zip(names, reduced[:-2], strict=True)}
-        run.count_bad_samples(int(reduced[-2]))
+        means = {name: value / num_ranks for name, value in zip(names, reduced[:-3], strict=True)}
+        num_bad, was_asked, save_failed = (int(value) for value in reduced[-3:])
+        run.count_bad_samples(num_bad)
         norm = gradient_norm(engine)
         # With fp16's loss scaling a gradient that overflows is expected: DeepSpeed skips that step.
         if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or engine.fp16_enabled()):
@@ -150,12 +153,12 @@ def train(
         run.metrics.write(figures | ({name: value.tolist() for name, value in maps.items()} if is_shown else {}))
         _show(progress, figures, training, is_shown)
 
-        interrupted = reduced[-1] > 0
+        if save_failed:
+            saver.settle()
+        interrupted = bool(was_asked)
         ended = run.step == last_step
         if ended or interrupted or run.step % checkpoint.every_steps == 0:
-            saved = run.save(engine)
-            if rank == 0:
-                store.prune(run.folder, checkpoint.keep_last, checkpoint.keep_every, known_good=saved)
+            saver.save(run.state(), is_last=ended or interrupted)
             started = time.perf_counter()
         if interrupted and not ended:
             progress.close()

@@ -176,10 +176,10 @@ class Run:
             )  # fmt: skip
         return "" if state.world_size == self._world_size else f", from {state.world_size} ranks to {self._world_size}"
 
-    def save(self, engine: Any) -> Path:
-        """Save and commit a checkpoint of the current step; collective."""
+    def state(self) -> TrainState:
+        """Where the run stands, as a checkpoint of the current step keeps it."""
         settings = config.flatten(self._settings)
-        state = TrainState(
+        return TrainState(
             step=self.step,
             samples_consumed=self.step * self._global_batch,
             config_hash=config.fingerprint(settings),
@@ -188,7 +188,6 @@ class Run:
             global_batch=self._global_batch,
             extra={"settings": settings, "bad_samples": self.num_bad_samples},
         )
-        return store.save(engine, self.folder, state)
 
     def count_bad_samples(self, number: int) -> None:
         """Count what all ranks replaced at this step.

@@ -1,0 +1,55 @@
+"""Saves behind the training, and what a failed save does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.ranks import load_good, save_in_background
+from tests.spawn import run_ranks
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("background")
+
+
+@pytest.fixture(scope="module")
+def told(root: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, save_in_background, root)
+
+
+@pytest.mark.integration
+def test_a_second_save_waits_for_the_first(told):
+    for rank in told:
+        assert rank["after the second"] == ["step_00000002"]
+        assert rank["settled"] == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.integration
+def test_what_is_written_is_the_state_at_the_save(told, root):
+    """Not what training made of it meanwhile."""
+    before, after = told[0]["saved"], run_ranks(2, load_good, root)[0]
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+        else:
+            assert after[name] == value
+
+
+@pytest.mark.integration
+def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(told):
+    for rank in told:
+        assert "rank 1: " in rank["stop"]
+        assert "earlier checkpoints are untouched" in rank["stop"]
+        assert rank["left"] == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.integration
+def test_with_warn_training_goes_on_but_the_last_save_must_hold(told):
+    for rank in told:
+        assert rank["warn"] is None
+        assert "rank 1: " in rank["last"]
+        assert rank["in the end"] == ["step_00000002", "step_00000004", "step_00000008"]
