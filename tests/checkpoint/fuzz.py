@@ -1,0 +1,145 @@
+"""Saves of models of any make, loaded by any number of ranks: one example a line, from and to a test.
+
+    python -m tests.checkpoint.fuzz FOLDER
+
+reads examples as JSON lines and answers each with the list of what differs after loading, or what failed.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from tests.checkpoint.ranks import full_moment, state_at
+from tests.forked import in_ranks
+from unimo3.checkpoint import store
+from unimo3.checkpoint.saving import save
+
+DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}
+
+
+class Leaf(nn.Module):
+    """One parameter."""
+
+    def __init__(self, shape: list[int], trained: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(shape), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight.float() * x).square().sum()
+
+
+class AnyModel(nn.Module):
+    """Leaves of given shapes, some frozen, some tied to others; buffers of given types."""
+
+    def __init__(self, example: dict[str, Any], seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.leaves = nn.ModuleList(Leaf(leaf["shape"], leaf["trained"]) for leaf in example["leaves"])
+        for number, leaf in enumerate(example["leaves"]):
+            if leaf["tied_to"] is not None:
+                self.leaves[number].weight = self.leaves[leaf["tied_to"]].weight
+        for number, (shape, dtype) in enumerate(example["buffers"]):
+            values = torch.randint(2, shape) if dtype in ("int64", "bool") else torch.rand(shape)
+            self.register_buffer(f"buffer_{number}", values.to(DTYPES[dtype]) + (seed if dtype == "int64" else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((leaf(x) for leaf in self.leaves), torch.zeros(()))
+
+
+def start(example: dict[str, Any], size: int, seed: int) -> Any:
+    """An engine over it, with the example's stage, precision and parameter groups."""
+    config = {
+        "train_batch_size": size, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": example["bf16"]},
+        "zero_optimization": {
+            "stage": example["stage"], "stage3_param_persistence_threshold": example["persistent"],
+            "sub_group_size": example["sub_group"], "reduce_bucket_size": 64,
+        },
+        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+    }  # fmt: skip
+    if example["stage"] == 3:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = AnyModel(example, seed)
+    else:
+        model = AnyModel(example, seed)
+    groups: dict[int, list[nn.Parameter]] = {}
+    for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        groups.setdefault(number % example["groups"], []).append(parameter)
+    described = [
+        {"params": held, "weight_decay": 0.1 * place, "lr": 0.01 * (1 + place + seed)} for place, held in groups.items()
+    ]
+    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(described), config=config)[0]
+
+
+def values_of(engine: Any) -> dict[str, Any]:
+    """All that training goes on from, gathered."""
+    values: dict[str, Any] = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                values[f"half {name}"] = parameter.detach().clone()
+        else:
+            values[f"half {name}"] = parameter.detach().clone()
+        if parameter.requires_grad:
+            values[f"fp32 {name}"] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                values[f"{key} {name}"] = full_moment(engine.optimizer, parameter, key)
+    groups = engine.optimizer.optimizer.param_groups
+    values["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    values["steps"] = {float(state["step"]) for state in engine.optimizer.optimizer.state.values()}
+    return values
+
+
+def differences(folder: Path, example: dict[str, Any]) -> list[str]:
+    """Save with the first number of ranks, load with the second; what is not as it was."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    before, after = example["ranks"]
+
+    def write(rank: int) -> list[str]:
+        engine = start(example, before, seed=0)
+        for step in range(2):
+            loss = engine(torch.tensor(1.0 + step))
+            engine.backward(loss)
+            engine.step()
+        values = values_of(engine)
+        save(engine, folder / "run", state_at(2))
+        if rank == 0:
+            torch.save(values, folder / "values.pt")
+        return []
+
+    def read(rank: int) -> list[str]:
+        engine = start(example, after, seed=1)
+        newest = store.newest_good(folder / "run")
+        if newest is None:
+            return ["no good checkpoint"]
+        store.load(engine, newest)
+        found, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
+        if rank:
+            return []
+        return [
+            name for name in sorted(found.keys() | expected.keys()) if not _same(found.get(name), expected.get(name))
+        ]
+
+    for work, size in ((write, before), (read, after)):
+        told = in_ranks(folder, work, size)
+        wrong = [line for part in told for line in (part if isinstance(part, list) else [part])]
+        if wrong:
+            return wrong
+    return []
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    return bool(one == other)
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print("answer " + json.dumps(differences(Path(sys.argv[1]) / "trial", json.loads(line))), flush=True)

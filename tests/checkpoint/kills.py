@@ -1,0 +1,134 @@
+"""Kills in the middle of a save.
+
+    python -m tests.checkpoint.kills FOLDER PROTOCOL POINTS
+
+prints one JSON object a line: first the losses of a run that was never killed, then the outcome of each trial.
+A trial takes up a copy of a run at step 2, trains to step 4 and saves; at the n-th file event of that save one rank
+kills itself with SIGKILL and the other follows, as under a launcher. Then the run is started again and trained to 6.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoint.ranks import start_engine, state_at, train
+from tests.forked import in_ranks
+from unimo3.checkpoint import store
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.saving import Saver
+
+# What changes files, or opens one.
+_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+
+
+class FileEvents:
+    """Counts this process's file events in a folder while it is on, and kills it at one of them."""
+
+    def __init__(self, folder: Path):
+        self._folder = str(folder)
+        self.count = 0
+        self.kill_at: int | None = None
+        self.is_on = False
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.is_on and event in _EVENTS and str(arguments[0]).startswith(self._folder):
+            if self.count == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+
+
+def own_save(engine: Any, run: Path, step: int, background: bool) -> None:
+    """Through this project's protocol."""
+    saver = Saver(engine, run, CheckpointArgs(background=background))
+    saver.save(state_at(step))
+    if background:
+        train(engine, range(step, step + 1))  # goes on meanwhile; a run that is killed has lost it
+    saver.settle()
+
+
+def own_load(engine: Any, run: Path) -> int:
+    """The newest good checkpoint; its step."""
+    newest = store.newest_good(run)
+    return 0 if newest is None else store.load(engine, newest).step
+
+
+def plain_save(engine: Any, run: Path, step: int, background: bool) -> None:
+    """DeepSpeed's own."""
+    engine.save_checkpoint(str(run), tag=f"step{step}", client_state={"step": step, "rng": torch.get_rng_state()})
+
+
+def plain_load(engine: Any, run: Path) -> int:
+    """What DeepSpeed's ``latest`` names."""
+    path, client = engine.load_checkpoint(str(run))
+    if path is None:
+        return 0
+    torch.set_rng_state(client["rng"])
+    return int(client["step"])
+
+
+PROTOCOLS = {"own": (own_save, own_load), "plain": (plain_save, plain_load)}
+
+
+def main(folder: Path, protocol: str, num_points: int) -> None:
+    """Run the trials, half of them with saves in the background."""
+    save, load = PROTOCOLS[protocol]
+
+    def begin(rank: int) -> list[float]:
+        engine = start_engine(3, bf16=True)
+        torch.manual_seed(7 + rank)
+        losses = train(engine, range(2))
+        save(engine, folder / "run", 2, False)
+        return losses + train(engine, range(2, 6))
+
+    straight = in_ranks(folder, begin)
+    print(json.dumps({"straight": straight}), flush=True)
+
+    def trial(run: Path, background: bool, victim: int, point: int | None) -> list[Any]:
+        def work(rank: int) -> Any:
+            engine = start_engine(3, bf16=True, seed=99)
+            assert load(engine, run) == 2
+            train(engine, range(2, 4))
+            events = FileEvents(run)
+            events.kill_at = point if rank == victim else None
+            events.is_on = True
+            save(engine, run, 4, background)
+            events.is_on = False
+            return events.count
+
+        return in_ranks(folder, work)
+
+    def resume(run: Path) -> list[Any]:
+        def work(rank: int) -> Any:
+            engine = start_engine(3, bf16=True, seed=98)
+            step = load(engine, run)
+            return [step, train(engine, range(step, 6))]
+
+        return in_ranks(folder, work)
+
+    kinds = [(background, victim) for background in (False, True) for victim in range(2)]
+    kinds = kinds if protocol == "own" else kinds[:2]
+    for background, victim in kinds:
+        run = folder / f"counted_{background}_{victim}"
+        shutil.copytree(folder / "run", run)
+        count = trial(run, background, victim, None)[victim]
+        assert isinstance(count, int), count
+        each = num_points // len(kinds) + (victim == 0)
+        for number in range(each):
+            point = number * (count - 1) // max(1, each - 1)
+            run = folder / f"{background}_{victim}_{point}"
+            shutil.copytree(folder / "run", run)
+            killed = trial(run, background, victim, point)
+            outcome = {"background": background, "victim": victim, "point": point, "of": count, "killed": killed}
+            print(json.dumps(outcome | {"resumed": resume(run)}), flush=True)
+            shutil.rmtree(run)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

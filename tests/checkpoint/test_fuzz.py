@@ -1,0 +1,71 @@
+"""Models of any make, saved by any number of ranks and loaded by any other: every value is as it was."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.report import ROOT
+
+SHAPES = st.sampled_from([[1], [3], [5, 7], [2, 3, 4], [13], [64]])
+# DeepSpeed 0.19.8 itself starts with no scalar and no empty parameter; under ZeRO-3 buffers may be either.
+
+
+@st.composite
+def examples(draw: Any) -> dict[str, Any]:
+    stage = draw(st.sampled_from([2, 3, 3]))
+    shapes = draw(st.lists(SHAPES, min_size=1, max_size=6))
+    leaves: list[dict[str, Any]] = []
+    for number, shape in enumerate(shapes):
+        tied_to = draw(st.one_of(st.none(), st.integers(0, number - 1))) if number else None
+        while tied_to is not None and leaves[tied_to]["tied_to"] is not None:
+            tied_to = leaves[tied_to]["tied_to"]
+        trained = number == 0 or draw(st.booleans())
+        leaves.append({"shape": shape, "trained": trained, "tied_to": tied_to})
+    buffers = st.tuples(
+        SHAPES if stage == 2 else st.one_of(SHAPES, st.sampled_from([[], [0]])),
+        st.sampled_from(["float32", "int64", "bool", "bfloat16"]),
+    )
+    return {
+        "leaves": leaves,
+        "buffers": draw(st.lists(buffers, max_size=3)),
+        "groups": draw(st.integers(1, 3)),
+        "stage": stage,
+        "bf16": draw(st.booleans()),
+        "persistent": draw(st.sampled_from([0, 0, 10])),
+        "sub_group": draw(st.sampled_from([5, 40, 10**9])),
+        "ranks": draw(st.tuples(st.integers(1, 4), st.integers(1, 4))),
+    }
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.checkpoint.fuzz", str(tmp_path_factory.mktemp("fuzz"))]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.integration
+@settings(
+    max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+)
+@given(example=examples())
+def test_what_is_loaded_is_what_was_saved(trials, example):
+    assert trials.stdin is not None
+    assert trials.stdout is not None
+    trials.stdin.write(json.dumps(example) + "\n")
+    trials.stdin.flush()
+    for line in trials.stdout:
+        if line.startswith("answer "):
+            assert json.loads(line.removeprefix("answer ")) == []
+            return
+    raise AssertionError("the trials' process ended")
