@@ -14,6 +14,7 @@ import torch
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.init import config_of, model_files_of, weights_of
 from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
 from unimo3.data.args import DataArgs
 from unimo3.data.blind import accuracy_by_group
@@ -30,7 +31,7 @@ from unimo3.model.args import tokenizer_faults
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.init import initialize_weights
-from unimo3.model.pretrained import load_exported, read_exported_config
+from unimo3.model.pretrained import load_exported
 from unimo3.model.processor import Unimo3Processor
 from unimo3.objectives.vqa import VqaTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
@@ -47,7 +48,8 @@ class VqaConfig:
 
     run: RunArgs = field(default_factory=RunArgs)
     init: str = ""
-    """Exported folder to start from: its weights and configuration (name it as data.tokenizer too)."""
+    """What to start from: an exported folder, or a run or one of its checkpoints, which is exported into this run's
+    folder first. data.tokenizer: the same exported folder, or RUN/model."""
     answers: str = ""
     """Answer vocabulary; the answers.json beside the training shards if empty."""
     data: DataArgs = field(default_factory=DataArgs)
@@ -70,7 +72,7 @@ class VqaConfig:
             except DataError as error:
                 found.append(f"answers: {error}")
         try:
-            model = read_exported_config(self.init)
+            model = config_of(self.init)
         except ConfigError as error:
             return found + error.faults
         try:
@@ -79,7 +81,7 @@ class VqaConfig:
             return found  # the data's own check has said so
         found += tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
         try:
-            trained = load_tokenizer(self.init)
+            trained = load_tokenizer(model_files_of(self.init))
         except ConfigError:
             return [
                 *found, f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote"
@@ -87,7 +89,7 @@ class VqaConfig:
         if trained.get_vocab() != tokenizer.get_vocab():
             found.append(
                 f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
-                f"use {self.init}"
+                f"use {model_files_of(self.init)}"
             )
         return found
 
@@ -107,10 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = config.parse(VqaConfig, argv, "python -m finetune.vqa", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     answers = AnswerVocabulary.load(settings.answers_path)
-    model_config: Unimo3Config = read_exported_config(settings.init)
+    model_config: Unimo3Config = config_of(settings.init)
     model_config.num_answers = len(answers)
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop = start_process(settings.run.seed)
+    weights = weights_of(settings.init, settings.run.folder)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForVisualQuestionAnswering(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
-    load_exported(model, settings.init, fresh=r"^vqa_head\.", unused=r"^(mlm|itm|itc)_head\.")
+    load_exported(model, weights, fresh=r"^vqa_head\.", unused=r"^(mlm|itm|itc)_head\.")
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(VqaTask(model), model, ds_config, settings.optim)

@@ -1,21 +1,43 @@
-"""A run's sharded checkpoint -> inference weights for ``from_pretrained``."""
+"""A run's sharded checkpoint, or a DeepSpeed ZeRO folder of another program -> inference weights in safetensors.
+
+Of a run the folder is what ``from_pretrained`` loads. Of a checkpoint without one (the folder that holds the
+``*_optim_states.pt`` files, or its parent with ``latest``) it has weights, index and report only.
+"""
 
 import argparse
+import atexit
+import gc
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.export import DTYPES, TensorReport, export_run
+from unimo3.checkpoint.casting import TensorReport
+from unimo3.checkpoint.export import DTYPES, export_run
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_ZERO_FILES = "*_optim_states.pt"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to export.
+
+    Attributes:
+        run: gives configuration and tokenizer; None if the checkpoint came without one.
+        checkpoint: its folder.
+    """
+
+    run: Path | None
+    checkpoint: Path
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
     parser = CommandParser(prog="python -m pretrain.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint that DeepSpeed's ZeRO wrote")
     parser.add_argument("--out", type=Path, required=True, help="new folder for weights, configuration and tokenizer")
     parser.add_argument("--tag", help="checkpoint, such as step_00001000 (default: the newest good one)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of the weights (default: fp16)")
@@ -24,6 +46,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="values that do not fit the type (default: error, which names the tensors)",
     )  # fmt: skip
     parser.add_argument("--max-shard-size", default="1GB", help="largest weights file (default: %(default)s)")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="read the files back and compare them with the report (default: yes)",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, help="tensors in work at a time (default: one a core, at most 8)")
     return parser.parse_args(argv)
 
 
@@ -38,53 +65,80 @@ def main(argv: list[str] | None = None) -> None:
         faults.append(f"--out {args.out}: exists and is no empty folder; choose a new one")
     if size is None or size[2] not in _UNITS or int(size[1]) == 0:
         faults.append(f"--max-shard-size {args.max_shard_size}: a size such as 500MB or 1GB is needed")
+    if args.jobs is not None and args.jobs < 1:
+        faults.append(f"--jobs {args.jobs}: at least 1 is needed")
     if faults:
         raise ConfigError(faults)
     assert size is not None
-    checkpoint = choose_checkpoint(args.run, args.tag)
-    max_file_bytes = int(size[1]) * _UNITS[size[2]]
-    reports = export_run(args.run, checkpoint, args.out, args.dtype, args.on_overflow, max_file_bytes)
-    print(summary(args.out, checkpoint, args.dtype, reports))
+    choice = choose_checkpoint(args.run, args.tag)
+    reports = export_run(
+        choice.run, choice.checkpoint, args.out, args.dtype, args.on_overflow, int(size[1]) * _UNITS[size[2]],
+        num_jobs=args.jobs, verify=args.verify,
+    )  # fmt: skip
+    print(summary(args.out, choice, args.dtype, reports))
 
 
-def choose_checkpoint(run: Path, tag: str | None) -> Path:
-    """The checkpoint to export, verified.
+def choose_checkpoint(run: Path, tag: str | None) -> Choice:
+    """The checkpoint to export, verified if it has a manifest.
 
     Raises:
         CheckpointError: there is none, or the named one is missing or damaged.
     """
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such folder; name the folder of a run")
+    if not store.folder_of(run).is_dir() and (any(run.glob(_ZERO_FILES)) or (run / "latest").is_file()):
+        return Choice(None, _zero_folder(run, tag))
     if tag is None:
         newest = store.newest_good(run)
         if newest is None:
             raise CheckpointError(
                 f"{run}: has no good checkpoint in {store.folder_of(run)}; let it train to its first save"
             )
-        return newest
+        return Choice(run, newest)
     folder = store.folder_of(run) / tag
     if folder not in store.list_checkpoints(run):
         known = ", ".join(path.name for path in store.list_checkpoints(run)) or "none"
         raise CheckpointError(f"--tag {tag}: no such checkpoint in {store.folder_of(run)}; there are: {known}")
-    problems = store.verify(folder)
-    if problems:
-        raise CheckpointError(
-            f"{folder}: is damaged ({'; '.join(problems)}); leave out --tag to take the newest good one"
-        )
+    _refuse_damaged(folder, "leave out --tag to take the newest good one")
+    return Choice(run, folder)
+
+
+def _zero_folder(folder: Path, tag: str | None) -> Path:
+    """A ZeRO checkpoint's folder: this one, or the one below it that `tag` or the file ``latest`` names."""
+    if not any(folder.glob(_ZERO_FILES)):
+        origin = "--tag" if tag is not None else f"{folder / 'latest'}"
+        tag = tag if tag is not None else (folder / "latest").read_text(errors="replace").strip()
+        if tag in ("", ".", "..") or "/" in tag or "\0" in tag:
+            raise CheckpointError(f"{origin}: {tag!r} is no name of a folder in {folder}")
+        folder = folder / tag
+        if not any(folder.glob(_ZERO_FILES)):
+            raise CheckpointError(f"{origin}: {folder} holds no {_ZERO_FILES} files of DeepSpeed's ZeRO")
+    elif tag is not None:
+        raise CheckpointError(f"--tag {tag}: {folder} is one checkpoint itself; leave out --tag")
+    if (folder / store.STATE).is_file():
+        _refuse_damaged(folder, "take another checkpoint")
     return folder
 
 
-def summary(out: Path, checkpoint: Path, dtype: str, reports: list[TensorReport]) -> str:
+def _refuse_damaged(folder: Path, mend: str) -> None:
+    problems = store.verify(folder)
+    if problems:
+        raise CheckpointError(f"{folder}: is damaged ({'; '.join(problems)}); {mend}")
+
+
+def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) -> str:
     """A few lines on what was written."""
     files = sorted(out.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     largest = max(reports, key=lambda report: report.largest)
     lines = [
-        f"{out}: {len(reports)} tensors of {checkpoint} as {dtype}, {size / 1e6:.1f} MB in {len(files)} "
+        f"{out}: {len(reports)} tensors of {choice.checkpoint} as {dtype}, {size / 1e6:.1f} MB in {len(files)} "
         f"file{'s' if len(files) > 1 else ''}",
         f"largest magnitude {largest.largest:.4g} in {largest.name}; "
         f"{sum(report.num_flushed for report in reports)} values became zero; see export_report.json",
     ]
+    if choice.run is None:
+        lines.append("no run's folder was given: weights, index and report only, no configuration and no tokenizer")
     for report in reports:
         if report.num_over_range:
             fate = "kept in float32" if report.dtype == "float32" else "clamped"
@@ -93,4 +147,6 @@ def summary(out: Path, checkpoint: Path, dtype: str, reports: list[TensorReport]
 
 
 if __name__ == "__main__":
+    # Else the collector goes once more through all that torch holds when the process ends: a third of a second.
+    atexit.register(gc.freeze)
     main()

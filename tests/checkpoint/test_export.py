@@ -1,6 +1,10 @@
 import json
 import os
+import pickle
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.checkpoint_export import measure, write_checkpoint
 from pretrain import export as program
 from tests.checkpoint.ranks import unimo_output
+from unimo3.checkpoint import export, weights
 from unimo3.checkpoint.export import DTYPES, export_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
@@ -41,6 +47,19 @@ def plant(folder: Path, **values: float) -> None:
         for place, value in enumerate(values.values()):
             first[place] = value
     torch.save(saved, folder / OPTIM)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def strip_to_plain(checkpoint: Path, folder: Path, tag: str = "global_step4") -> Path:
+    """What DeepSpeed alone would have left: its own files below `folder`, and ``latest``."""
+    (folder / tag).mkdir(parents=True)
+    for path in checkpoint.glob("*_states.pt"):
+        shutil.copyfile(path, folder / tag / path.name)
+    (folder / "latest").write_text(tag)
+    return folder / tag
 
 
 def report_of(out: Path, name: str) -> dict[str, Any]:
@@ -102,11 +121,52 @@ def test_large_weights_are_split_into_files_with_an_index(saved, tmp_path):
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("piece_elements", [1, 5, 12])
+def test_pieces_smaller_than_a_tensor_give_the_same_bytes(saved, tmp_path, monkeypatch, piece_elements):
+    folders = [tmp_path / "whole", tmp_path / "pieces"]
+    for folder in folders:
+        folder.mkdir()
+        export_weights(newest(saved.root / "bf16"), folder, "fp16", "error", MB, num_jobs=1)
+        monkeypatch.setattr(weights, "_PIECE_ELEMENTS", piece_elements)
+    assert contents(folders[0]) == contents(folders[1])
+
+
+@pytest.mark.parametrize("on_overflow", ["clamp", "keep-fp32"])
+def test_the_number_of_jobs_does_not_change_a_byte(run_copy, tmp_path, on_overflow):
+    folder = newest(run_copy("bf16"))
+    plant(folder, large=1e5, tiny=1e-9)
+    for num_jobs in (1, 2, 5):
+        (tmp_path / f"{num_jobs}").mkdir()
+        export_weights(folder, tmp_path / f"{num_jobs}", "fp16", on_overflow, 150, num_jobs=num_jobs)
+    assert len(list((tmp_path / "1").glob("model-*.safetensors"))) > 1
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def test_files_are_byte_for_byte_those_of_the_safetensors_library(run_copy, tmp_path):
+    folder = newest(run_copy("bf16"))
+    plant(folder, large=1e5)
+    # int64, float32 and float16 in one file.
+    export_weights(folder, tmp_path, "fp16", "keep-fp32", MB)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "again", metadata={"format": "pt"})
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_size_counts_the_tensors_that_are_kept_in_float32(run_copy, tmp_path):
+    folder = newest(run_copy("bf16"))
+    plant(folder, large=1e5)
+    # embed.weight takes 308 bytes in float32, the 35 values of inner.weight 70 in float16.
+    export_weights(folder, tmp_path, "fp16", "keep-fp32", 320)
+    files = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert files["embed.weight"] != files["inner.weight"]
+
+
 def test_values_out_of_range_are_refused_by_name(run_copy, tmp_path):
     folder = newest(run_copy("bf16"))
     plant(folder, large=1e5, negative=-2e5, fits=65504.0)
+    (tmp_path / "refused").mkdir()
     with pytest.raises(CheckpointError, match=r"embed\.weight: 2 of 77 values, up to 200000, exceed 65504"):
-        export_weights(folder, tmp_path, "fp16", "error", MB)
+        export_weights(folder, tmp_path / "refused", "fp16", "error", 100)
+    assert list((tmp_path / "refused").iterdir()) == []
     export_weights(folder, tmp_path, "bf16", "error", MB)
 
 
@@ -138,6 +198,18 @@ def test_a_tensor_out_of_range_can_be_kept_in_float32(run_copy, tmp_path):
     assert json.loads((kept / "config.json").read_text())["dtype"] == "float32"
 
 
+def test_a_half_precision_value_just_out_of_range_is_seen(run_copy, tmp_path):
+    # In bfloat16 the limit 65504 itself would round to 65536, and 65536 would pass for fitting.
+    folder = newest(run_copy("bf16"))
+    saved = torch.load(folder / MODEL, weights_only=False)
+    saved["frozen_param_fragments"]["model.frozen.weight"][0] = 65536
+    torch.save(saved, folder / MODEL)
+    with pytest.raises(CheckpointError, match=r"frozen\.weight: 1 of 35 values, up to 65536, exceed 65504"):
+        export_weights(folder, tmp_path, "fp16", "error", MB)
+    export_weights(folder, tmp_path, "fp16", "clamp", MB)
+    assert load_file(tmp_path / "model.safetensors")["frozen.weight"].view(-1)[0] == 65504
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("on_overflow", ["error", "clamp", "keep-fp32"])
 def test_values_that_are_not_finite_are_always_refused(run_copy, tmp_path, value, on_overflow):
@@ -152,6 +224,70 @@ def test_nothing_is_left_of_a_refused_export(run_copy, tmp_path):
     (run / "model" / "config.json").unlink()
     assert run_program(run, "--out", tmp_path / "out") == 78
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16"]
+
+
+def test_all_tensors_at_fault_are_named(run_copy, tmp_path):
+    folder = newest(run_copy("bf16"))
+    saved = torch.load(folder / OPTIM, weights_only=False)
+    with torch.no_grad():
+        for group in saved["optimizer_state_dict"]["fp32_flat_groups"]:
+            group[-3:] = 1e6
+            group[0] = float("nan")
+    torch.save(saved, folder / OPTIM)
+    with pytest.raises(CheckpointError, match="4 tensors cannot be exported as fp16") as error:
+        export_weights(folder, tmp_path, "fp16", "error", MB)
+    assert "scale: 1 of 1 values are not finite" in str(error.value)
+    assert "embed.weight: 1 of 77 values are not finite" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [(-1, "1 tensors read back otherwise than they were written"), (8, "was not written as it should be")],
+)
+def test_a_byte_flipped_between_writing_and_rename_is_found(saved, tmp_path, monkeypatch, capsys, place, message):
+    def flip_and_verify(folder: Path, *arguments: Any) -> None:
+        content = bytearray((folder / "model.safetensors").read_bytes())
+        content[place] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+        weights.verify_weights(folder, *arguments)
+
+    monkeypatch.setattr(export, "verify_weights", flip_and_verify)
+    assert run_program(saved.root / "bf16", "--out", tmp_path / "out") == 78
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    # Not asked to verify, the program calls nothing that could flip it.
+    assert run_program(saved.root / "bf16", "--out", tmp_path / "out", "--no-verify") == 0
+
+
+@pytest.mark.parametrize("damage", ["missing file", "swapped index", "another type"])
+def test_verification_compares_files_index_and_types(saved, tmp_path, damage):
+    reports = export_weights(newest(saved.root / "fp32"), tmp_path, "fp32", "error", 350)
+    weights.verify_weights(tmp_path, reports, 2)
+    first, second, _ = sorted(tmp_path.glob("*.safetensors"))
+    if damage == "missing file":
+        first.unlink()
+        message = r"missing or too many: \['embed.weight'\]"
+    elif damage == "swapped index":
+        index = tmp_path / weights.INDEX
+        index.write_text(index.read_text().replace(first.name, second.name))
+        message = "does not tell where the tensors are"
+    else:
+        # The same bytes under another name of their type.
+        first.write_bytes(first.read_bytes().replace(b'"F32"', b'"I32"'))
+        message = r"embed.weight in .* is torch.int32 \[11, 7\]"
+    with pytest.raises(CheckpointError, match=message):
+        weights.verify_weights(tmp_path, reports, 2)
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); "
+        "from pretrain.export import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, str(saved.root / "bf16"), "--out", str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 78
+    assert "the export failed and left nothing" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy, tmp_path, capsys):
@@ -191,6 +327,8 @@ def test_the_newest_good_checkpoint_is_taken_unless_one_is_named(run_copy, tmp_p
         (["RUN/model", "--out", "OUT"], "has no good checkpoint"),
         (["RUN", "--out", "RUN"], "exists and is no empty folder"),
         (["RUN", "--out", "OUT", "--max-shard-size", "1 parsec"], "--max-shard-size 1 parsec: a size such as"),
+        (["RUN", "--out", "OUT", "--jobs", "0"], "--jobs 0: at least 1 is needed"),
+        (["RUN", "--out", "OUT", "--tag", "../checkpoints/step_00000004"], "no such checkpoint"),
         (["RUN", "--out", "OUT", "--tag", "step_3"], "there are: step_00000002, step_00000004"),
     ],
 )
@@ -202,6 +340,82 @@ def test_wrong_arguments_end_with_status_78(saved, tmp_path, capsys, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", ["parent", "parent and tag", "folder"])
+def test_a_folder_that_deepspeed_alone_wrote_gives_weights_index_and_report(saved, tmp_path, capsys, given):
+    checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
+    place = {"parent": [tmp_path / "plain"], "folder": [checkpoint]}.get(
+        given, [tmp_path / "plain", "--tag", checkpoint.name]
+    )
+    if given == "parent and tag":
+        (tmp_path / "plain" / "latest").unlink()
+        (tmp_path / "plain" / "latest").write_text("elsewhere")
+    out = tmp_path / "out"
+    assert run_program(*place, "--out", out, "--max-shard-size", "100") == 0
+    assert "weights, index and report only" in capsys.readouterr().out
+    assert {path.name.split("-")[0] for path in out.iterdir()} == {
+        "model", "model.safetensors.index.json", "export_report.json"
+    }  # fmt: skip
+    exported: dict[str, Tensor] = {}
+    for path in out.glob("*.safetensors"):
+        exported |= load_file(path)
+    # Names are another program's own, whatever they begin with.
+    expected = saved.told[0]["bf16"]["weights"]
+    assert exported.keys() == expected.keys()
+    for name, weight in expected.items():
+        wanted = weight.half() if weight.is_floating_point() else weight
+        torch.testing.assert_close(exported[name], wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_checkpoint_of_a_run_given_alone_is_verified_and_keeps_the_users_names(run_copy, tmp_path, capsys, damaged):
+    folder = newest(run_copy("bf16"))
+    if damaged:
+        content = bytearray((folder / OPTIM).read_bytes())
+        content[-1] ^= 1
+        (folder / OPTIM).write_bytes(content)
+    assert run_program(folder, "--out", tmp_path / "out") == (78 if damaged else 0)
+    if damaged:
+        assert "has another content than was written" in capsys.readouterr().err
+    else:
+        assert "embed.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("latest", ["../other/global_step4", "ABSOLUTE", "..", ".", "", "global_step4/../../other"])
+def test_a_latest_that_leaves_the_folder_is_refused(saved, tmp_path, capsys, latest):
+    other = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "other")
+    strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
+    latest = latest.replace("ABSOLUTE", str(other))
+    (tmp_path / "plain" / "latest").write_text(latest)
+    assert run_program(tmp_path / "plain", "--out", tmp_path / "out") == 78
+    assert f"{latest!r} is no name of a folder in" in capsys.readouterr().err
+    (tmp_path / "plain" / "latest").write_text("global_step4")
+    assert run_program(tmp_path / "plain", "--tag", latest, "--out", tmp_path / "out") == 78
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../../../other.pt", "/etc/passwd"])
+def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys, name):
+    run = run_copy("bf16")
+    (tmp_path / "other.pt").write_bytes(b"else")
+    manifest = newest(run) / "MANIFEST.json"
+    listed = json.loads(manifest.read_text())
+    listed["files"].append(listed["files"][0] | {"name": name})
+    manifest.write_text(json.dumps(listed))
+    assert run_program(run, "--tag", newest(run).name, "--out", tmp_path / "out") == 78
+    assert f"{name!r} in MANIFEST.json leads out of the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["missing tag", "tag of a checkpoint itself"])
+def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, given):
+    checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
+    place, message = {
+        "missing tag": (tmp_path / "plain", "holds no *_optim_states.pt files"),
+        "tag of a checkpoint itself": (checkpoint, "is one checkpoint itself"),
+    }[given]
+    assert run_program(place, "--tag", "global_step9", "--out", tmp_path / "out") == 78
+    assert message in capsys.readouterr().err
+
+
 class Stranger:
     def __init__(self, marker: Path):
         self.marker = marker
@@ -210,14 +424,74 @@ class Stranger:
         return Path.touch, (self.marker,)
 
 
+class Shell(Stranger):
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("form", ["in torch's archive", "a bare pickle"])
+@pytest.mark.parametrize("kind", [Stranger, Shell])
 @pytest.mark.parametrize("name", [OPTIM, MODEL])
-def test_code_in_a_checkpoint_is_refused_and_not_run(run_copy, tmp_path, name):
-    folder = newest(run_copy("bf16"))
-    saved = torch.load(folder / name, weights_only=False)
-    torch.save(saved | {"client": Stranger(tmp_path / "ran")}, folder / name)
-    with pytest.raises(CheckpointError, match="holds more than tensors and plain data"):
-        ZeroCheckpoint(folder)
+def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, name, kind, form):
+    folder = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
+    crafted = torch.load(folder / name, weights_only=False) | {"client": kind(tmp_path / "ran")}
+    if form == "a bare pickle":
+        (folder / name).write_bytes(pickle.dumps({"client": kind(tmp_path / "ran")}, protocol=2))
+    else:
+        torch.save(crafted, folder / name)
+    # It is a working attack on a reader that does not guard itself.
+    if form == "a bare pickle":
+        pickle.loads((folder / name).read_bytes())
+    else:
+        torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    assert run_program(tmp_path / "plain", "--out", tmp_path / "out") == 78
+    assert f"{name}: holds more than tensors and plain data, refused" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_exported_folder_opens_where_pickle_is_forbidden(saved, tmp_path):
+    assert run_program(saved.root / "unimo", "--out", tmp_path / "out", "--max-shard-size", "50KB") == 0
+    code = """
+import collections, pickle, sys
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+
+def forbid(event, arguments):
+    if event == "pickle.find_class":
+        raise RuntimeError("a pickle was opened")
+
+sys.addaudithook(forbid)
+try:
+    pickle.loads(pickle.dumps(collections.Counter()))
+except RuntimeError:
+    Unimo3ForPreTraining.from_pretrained(sys.argv[1])
+    print("opened")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert "opened" in done.stdout, done.stderr[-2000:]
+
+
+def test_memory_does_not_grow_with_the_model_and_stays_under_600_mb(tmp_path):
+    peaks = {}
+    for count in (10**6, 10**8):
+        write_checkpoint(tmp_path / f"{count}", count, moments=False)
+        command = [sys.executable, "-m", "pretrain.export", str(tmp_path / f"{count}"), "--jobs", "2"]
+        measured = measure([*command, "--out", str(tmp_path / f"out_{count}")], tmp_path / "output.txt")
+        peaks[count] = measured.peak_bytes / 1e6
+    # The larger model's embedding alone is 206 MB in float32, its one file 200 MB.
+    assert peaks[10**8] < peaks[10**6] + 60
+    assert peaks[10**8] < 600
+
+
+def test_export_imports_no_deepspeed_and_no_transformers():
+    code = (
+        "import sys, pretrain.export; print({'deepspeed', 'transformers', 'timm', 'torchvision'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_a_checkpoint_with_a_rank_missing_is_refused(run_copy):

@@ -153,3 +153,16 @@ def test_vqa_without_weights_is_refused_with_the_mend(program, vqav2, tmp_path):
     assert status == 78
     assert "ConfigError: 2 settings to mend" in program.output
     assert "name a folder that python -m pretrain.export wrote" in program.output
+
+
+def test_vqa_starts_from_a_run_as_from_its_export(program, straight, vqa_run, vqav2, recipe, runs):
+    status = program.run(
+        2, "finetune.vqa", "--init", straight, "--run.dir", runs, "--run.name", "vqa_of_a_run",
+        "--data.train", vqav2 / "train", "--data.tokenizer", straight / "model",
+        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
+        "--training.stop_after", "1", "--training.global_batch", "8", "--training.micro_batch", "4",
+        "--training.ds_config", recipe.parent / "fp32.json",
+    )  # fmt: skip
+    assert status == 0, program.output[-4000:]
+    assert read_metrics(runs / "vqa_of_a_run")[0]["loss"] == read_metrics(vqa_run)[0]["loss"]
+    assert (runs / "vqa_of_a_run" / "init" / "model.safetensors").is_file()

@@ -5,9 +5,10 @@ Reading by offset keeps nothing resident: memory is what the caller holds, howev
 Source: torch.serialization; with ``map_location="meta"`` it leaves each storage's offset in the file.
 """
 
-import importlib
 import os
 import pickle
+import sys
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,23 @@ from torch import Tensor
 
 from unimo3.errors import CheckpointError
 
-# DeepSpeed's own plain classes; anything else that is no plain data is refused.
-_ALLOWED_GLOBALS = {
-    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
-    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
-    "deepspeed.utils.tensor_fragment": ("fragment_address",),
-}
 _MAX_OPEN_FILES = 128
+
+
+class _Number(int):
+    """Stands for one of DeepSpeed's enumerations where DeepSpeed is not imported."""
+
+
+class _Record:
+    """Stands likewise for one of its classes that only hold values."""
+
+
+# DeepSpeed's own plain classes; anything else that is no plain data is refused.
+_ALLOWED_GLOBALS: dict[str, dict[str, type]] = {
+    "deepspeed.runtime.fp16.loss_scaler": {"LossScaler": _Record, "DynamicLossScaler": _Record},
+    "deepspeed.runtime.zero.config": {"ZeroStageEnum": _Number},
+    "deepspeed.utils.tensor_fragment": {"fragment_address": _Record},
+}
 
 
 @dataclass(frozen=True)
@@ -93,28 +104,47 @@ def _replace_tensors(value: Any, path: Path) -> Any:
     return value
 
 
-_open_files: OrderedDict[Path, int] = OrderedDict()
+class _OpenFile:
+    """Open as long as anyone holds it, so that a thread may read what another has just dropped from the list."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_open_files: OrderedDict[Path, _OpenFile] = OrderedDict()
+_open_files_lock = threading.Lock()
 
 
 def _read(path: Path, start: int, target: Tensor) -> None:
     """Fill a tensor from a file's bytes; a few files stay open, since a checkpoint's are read by turns."""
-    if path not in _open_files:
-        if len(_open_files) == _MAX_OPEN_FILES:
-            os.close(_open_files.popitem(last=False)[1])
-        _open_files[path] = os.open(path, os.O_RDONLY)
-    _open_files.move_to_end(path)
+    with _open_files_lock:
+        if path not in _open_files:
+            if len(_open_files) == _MAX_OPEN_FILES:
+                _open_files.popitem(last=False)
+            _open_files[path] = _OpenFile(path)
+        _open_files.move_to_end(path)
+        file = _open_files[path]
     memory = memoryview(target.view(-1).view(torch.uint8).numpy().data)
     done = 0
     while done < len(memory):
-        count = os.preadv(_open_files[path], [memory[done:]], start + done)
+        count = os.preadv(file.descriptor, [memory[done:]], start + done)
         if not count:
             raise CheckpointError(f"{path}: ends {len(memory) - done} bytes early; verify the checkpoint")
         done += count
 
 
 def _allowed_classes() -> list[Any]:
-    allowed = []
-    for module, names in _ALLOWED_GLOBALS.items():
-        loaded = importlib.import_module(module)
-        allowed += [getattr(loaded, name) for name in names if hasattr(loaded, name)]
-    return allowed
+    """Pairs of a class and the name it goes by in the file.
+
+    A class of DeepSpeed is taken where its module is imported already, as in an engine that resumes. Importing it just
+    to read weights would cost a second and would run more code than is needed.
+    """
+    return [
+        (getattr(sys.modules.get(module), name, stand_in), f"{module}.{name}")
+        for module, names in _ALLOWED_GLOBALS.items()
+        for name, stand_in in names.items()
+    ]

@@ -110,6 +110,16 @@ class ZeroCheckpoint:
             return self._trained[name]
         return self._frozen[name] if name in self._frozen else self.model["module"][name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor, as `tensor` and `fragment` give it."""
+        if name in self._trained:
+            return torch.float32
+        if name in self._frozen:
+            fragment: StoredTensor = self.model["frozen_param_fragments"][name]
+            return fragment.dtype
+        buffer: StoredTensor = self.model["module"][name]
+        return buffer.dtype
+
     def tensor(self, name: str) -> Tensor:
         """Assemble one tensor: float32 for trained parameters, else as stored."""
         if name in self._trained or name in self._frozen:
@@ -127,24 +137,29 @@ class ZeroCheckpoint:
         Returns:
             [count], float32 for trained parameters, else as stored.
         """
+        target = torch.empty(count, dtype=self.dtype(name) if name in self._frozen else torch.float32)
+        self.read_fragment(target, name, first, kind)
+        return target
+
+    def read_fragment(self, target: Tensor, name: str, first: int, kind: str = WEIGHTS) -> None:
+        """Fill a tensor of the type that `fragment` gives with a parameter's elements from `first` on."""
         if name in self._frozen:
             # Stage 3 cuts frozen parameters too; the other stages keep them whole.
-            pieces = [model["frozen_param_fragments"][name] for model in self._models]
-            return _run_of(pieces, first, count, pieces[0].dtype)
+            _fill(target, [model["frozen_param_fragments"][name] for model in self._models], first)
+            return
         group, start = self._places[name]
         ranks = self._pieces[kind]
         if self.stage != 3:
-            return _run_of([rank[group] for rank in ranks], start + first, count, torch.float32)
+            _fill(target, [rank[group] for rank in ranks], start + first)
+            return
         # A rank's part of the parameter is one run of its partition.
         part = math.ceil(self._trained[name].numel() / self.world_size)
-        found = torch.empty(count, dtype=torch.float32)
         done = 0
-        while done < count:
+        while done < target.numel():
             rank, offset = divmod(first + done, part)
-            size = min(part - offset, count - done)
-            _fill(found[done : done + size], ranks[rank], start + offset)
+            size = min(part - offset, target.numel() - done)
+            _fill(target[done : done + size], ranks[rank], start + offset)
             done += size
-        return found
 
     def _stage3_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
         places = {}
@@ -177,13 +192,6 @@ class ZeroCheckpoint:
             if end > held:
                 raise CheckpointError(f"{self.folder}: group {number} needs {end} elements, its ranks hold {held}")
         return places
-
-
-def _run_of(pieces: list[StoredTensor], first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Elements [first, first + count) of the concatenated pieces."""
-    found = torch.empty(count, dtype=dtype)
-    _fill(found, pieces, first)
-    return found
 
 
 def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:

@@ -12,15 +12,15 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.pretrained.fill import fill, read_config, read_tensors
 
 
-def read_exported_config(folder: str) -> Unimo3Config:
-    """Read an exported folder's configuration.
+def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
+    """Read an exported folder's configuration, or that of a run's ``model``, which has no weights beside it.
 
     Raises:
         ConfigError: there is none, or it is another model's.
     """
     if not folder or not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
-    config = read_config("init", folder, "UNIMO-3")
+    config = read_config("init", folder, "UNIMO-3", has_weights)
     if not isinstance(config, Unimo3Config):
         raise ConfigError(f"init: '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 one is needed")
     return config

@@ -106,12 +106,13 @@ def fill(
         )
 
 
-def read_config(field: str, folder: str, kind: str) -> PreTrainedConfig:
+def read_config(field: str, folder: str, kind: str, has_weights: bool = True) -> PreTrainedConfig:
     """Read the configuration of a local Hugging Face folder, and see that its weights can be opened.
 
     Args:
         field: setting that named the folder, for errors.
         kind: what the folder is to hold, likewise.
+        has_weights: whether they lie there too.
 
     Raises:
         ConfigError: there is no such folder, or its configuration or its weights cannot be read.
@@ -126,10 +127,11 @@ def read_config(field: str, folder: str, kind: str) -> PreTrainedConfig:
             f"{where}: its config.json is none of transformers' ({str(error).splitlines()[0]}); name a local Hugging "
             f"Face {kind} folder"
         ) from error
-    try:
-        read_names(Path(folder))
-    except CheckpointError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    if has_weights:
+        try:
+            read_names(Path(folder))
+        except CheckpointError as error:
+            raise ConfigError(f"{where}: {error}") from error
     return config
 
 

@@ -1,0 +1,62 @@
+import hashlib
+
+import pytest
+import torch
+
+from unimo3.checkpoint.casting import Casting, Workspace
+
+TYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("written", TYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_casting_in_pieces_counts_what_casting_at_once_shows(stored, written, seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = 101
+    # From zeros over what becomes zero in half precision up to large values, of either sign.
+    scale = 10 ** (torch.rand(count, dtype=torch.float64, generator=generator) * 13 - 10)
+    values = torch.randn(count, dtype=torch.float64, generator=generator) * scale
+    values[:3] = torch.tensor([0.0, -0.0, -1e-9])
+    values = values.to(stored)
+    limit = torch.finfo(written).max
+    casting, space = Casting("name", values.shape, written, written, clamp=True), Workspace(7)
+    found = torch.cat([casting.cast(piece, space).clone() for piece in values.split(7)])
+    wide = values.double()
+    expected = wide.clamp(-limit, limit).to(stored if stored == torch.float64 else torch.float32).to(written)
+    assert found.dtype == written
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    report = casting.report()
+    assert report.num_over_range == int((wide.abs() > limit).sum())
+    assert report.num_flushed == int((wide != 0).sum()) - int((expected != 0).sum())
+    assert report.largest == wide.abs().max().item()
+    assert report.sha256 == hashlib.sha256(expected.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert casting.fault() == ""
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 5, 9])
+def test_one_value_that_is_not_finite_in_any_piece_is_a_fault(clamp, bad, place):
+    values = torch.full((10,), 1e5)
+    values[place] = bad
+    casting, space = Casting("name", values.shape, torch.float16, torch.float16, clamp), Workspace(4)
+    for piece in values.split(4):
+        casting.cast(piece, space)
+    assert casting.fault().startswith("name: 1 of 10 values are not finite")
+
+
+def test_a_tensor_kept_in_float32_is_no_fault_unless_that_cannot_hold_it_either():
+    for value, fault in ((1e5, ""), (1e300, "name: 1 of 1 values, up to 1e+300, exceed 65504")):
+        casting = Casting("name", torch.Size([1]), torch.float16, torch.float32, clamp=False)
+        casting.cast(torch.tensor([value], dtype=torch.float64), Workspace(1))
+        assert casting.fault().startswith(fault)
+        assert bool(casting.fault()) == bool(fault)
+        assert casting.report().num_over_range == 1
+
+
+def test_other_than_floating_point_numbers_are_left_as_they_are():
+    values = torch.tensor([2**40, -1])
+    casting = Casting("name", values.shape, torch.float16, torch.int64, clamp=True)
+    assert casting.cast(values, Workspace(2)) is values
+    assert (casting.report().dtype, casting.report().largest) == ("int64", 0.0)

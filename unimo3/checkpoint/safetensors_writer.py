@@ -1,0 +1,166 @@
+"""A safetensors file whose tensors are written in pieces, in any order and from several threads.
+
+    8 bytes    length of the header, little endian
+    header     JSON: {"__metadata__": {"format": "pt"}, "name": {"dtype", "shape", "data_offsets"}, ...}, then spaces
+    tensors    one after the other: wider types first, each type in the order of names, so that all are aligned
+
+The library's own ``save_file`` needs all tensors at once; the bytes are the same.
+
+Source: https://github.com/huggingface/safetensors, README (format) and safetensors/src/tensor.rs (order of tensors).
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unimo3.errors import CheckpointError
+
+# In the order in which the library lays tensors out: the last ones first.
+_TYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_TYPES = {name: dtype for dtype, name in _TYPE_NAMES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_TYPE_NAMES)}
+_MAX_HEADER_BYTES = 100_000_000
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor's type and place in a file.
+
+    Attributes:
+        start: byte of the file.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes it takes."""
+        return num_bytes_of(self.dtype, self.shape)
+
+
+def num_bytes_of(dtype: torch.dtype, shape: torch.Size) -> int:
+    """Bytes of a tensor."""
+    return shape.numel() * dtype.itemsize
+
+
+class SafetensorsWriter:
+    """One file, open for writing, whose header is written at once.
+
+    Args:
+        path: a new file.
+        tensors: types and shapes by name.
+
+    Raises:
+        CheckpointError: the format has no such type.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[torch.dtype, torch.Size]]):
+        for name, (dtype, _) in tensors.items():
+            if dtype not in _TYPE_NAMES:
+                raise CheckpointError(f"{name}: is of type {dtype}, which safetensors files cannot hold")
+        header, self._places = _layout(tensors)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        _write_all(self._descriptor, memoryview(header), 0)
+
+    def write(self, name: str, first: int, piece: Tensor) -> None:
+        """Write elements [first, first + n) of a tensor.
+
+        Args:
+            piece: n elements of the tensor's type, contiguous, on the CPU.
+        """
+        place = self._places[name]
+        assert piece.dtype == place.dtype
+        assert first + piece.numel() <= place.shape.numel()
+        _write_all(self._descriptor, bytes_of(piece), place.start + first * place.dtype.itemsize)
+
+    def flush(self) -> None:
+        """Force to disk what was written."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's own memory."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """Where a file's tensors are.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or its tensors do not fill it one after the other.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            described: dict[str, Any] = json.loads(file.read(length))
+        described.pop("__metadata__", None)
+        places = {}
+        end = 0
+        for name, entry in sorted(described.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+            first, last = entry["data_offsets"]
+            place = TensorPlace(_TYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + first)
+            if first != end or last - first != place.num_bytes:
+                raise ValueError(f"{name} at bytes {first} to {last}, not {end} to {end + place.num_bytes}")
+            places[name], end = place, last
+        if 8 + length + end != size:
+            raise ValueError(f"tensors up to byte {8 + length + end} in a file of {size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file ({type(error).__name__}: {error})") from error
+    return places
+
+
+def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, TensorPlace]]:
+    """The length and header that a file begins with, and where its tensors go."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _sorted_as_laid_out(tensors):
+        dtype, shape = tensors[name]
+        first, end = end, end + num_bytes_of(dtype, shape)
+        entries[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    places = {
+        name: TensorPlace(dtype, shape, 8 + len(header) + entries[name]["data_offsets"][0])
+        for name, (dtype, shape) in tensors.items()
+    }
+    return len(header).to_bytes(8, "little") + header, places
+
+
+def _sorted_as_laid_out(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> Iterable[str]:
+    return sorted(tensors, key=lambda name: (-_RANKS[tensors[name][0]], name.encode()))
+
+
+def _write_all(descriptor: int, memory: memoryview, start: int) -> None:
+    done = 0
+    while done < len(memory):
+        done += os.pwrite(descriptor, memory[done:], start + done)

@@ -1,0 +1,258 @@
+"""A ZeRO checkpoint's weights -> safetensors files, in bounded memory and in parallel.
+
+Types, files and places of all tensors are settled first. Then threads take a tensor each, read it in pieces, cast,
+check and hash them, and write them where they belong. Memory is bounded by a few pieces a thread, and the bytes do not
+depend on the number of threads. Threads, not processes: torch alone takes 220 MB of each process, and reading, casting,
+hashing and writing all run outside Python's lock.
+
+Source: the safetensors format and transformers' index of sharded files.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from unimo3.checkpoint.casting import Casting, OnOverflow, TensorReport, Workspace, largest_of
+from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, TensorPlace, num_bytes_of, read_header
+from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+_PIECE_ELEMENTS = 2**21
+# More threads than that wait for the disk, and each takes memory.
+_MAX_DEFAULT_JOBS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How weights are written.
+
+    Attributes:
+        dtype: of floating-point tensors.
+        on_overflow: what to do with values beyond the type's largest (float16: 65504): refuse, clamp, or keep that
+            tensor in float32.
+        max_file_bytes: size a file is kept below, unless one tensor is larger.
+        num_jobs: tensors in work at a time.
+    """
+
+    dtype: torch.dtype
+    on_overflow: OnOverflow
+    max_file_bytes: int
+    num_jobs: int
+
+
+def default_jobs() -> int:
+    """As many threads as this process may use cores, up to a few."""
+    return min(len(os.sched_getaffinity(0)), _MAX_DEFAULT_JOBS)
+
+
+def write_weights(
+    source: ZeroCheckpoint, names: dict[str, str], out: Path, options: Options
+) -> tuple[list[TensorReport], list[str]]:
+    """Write a checkpoint's tensors into safetensors files, and an index where there are several.
+
+    Args:
+        names: of tensors in the checkpoint, and what users call them.
+
+    Returns:
+        The tensors' reports, and why some of them cannot be written: if that is not empty, the files are of no use.
+    """
+    with _one_torch_thread():
+        types = _written_types(source, list(names), options)
+        files = _assign_files(source, types, options.max_file_bytes)
+        castings = _write_files(source, names, types, files, out, options)
+    if len(files) > 1:
+        weight_map = {names[name]: file for file, held in files.items() for name in held}
+        total = sum(num_bytes_of(types[name], source.shape(name)) for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    faults = [fault for casting in castings if (fault := casting.fault())]
+    return [casting.report() for casting in castings], faults
+
+
+def verify_weights(folder: Path, reports: Sequence[TensorReport], num_jobs: int) -> None:
+    """Read weights back: the files' headers, the index, and every tensor's bytes.
+
+    Raises:
+        CheckpointError: they are not as reported.
+    """
+    found: dict[str, tuple[Path, TensorPlace]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            # The library has rules of its own for a header; it reads no tensor here.
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path.name}: was not written as it should be ({error})") from error
+        found |= {name: (path, place) for name, place in read_header(path).items()}
+    wanted = {report.name for report in reports}
+    if wanted != found.keys():
+        raise CheckpointError(f"{folder}: tensors missing or too many: {sorted(wanted ^ found.keys())[:5]}")
+    if (folder / INDEX).exists():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        if weight_map != {name: path.name for name, (path, _) in found.items()}:
+            raise CheckpointError(f"{folder / INDEX}: does not tell where the tensors are")
+
+    def problem(report: TensorReport) -> str:
+        path, place = found[report.name]
+        if (str(place.dtype), list(place.shape)) != (f"torch.{report.dtype}", report.shape):
+            return f"{report.name} in {path.name} is {place.dtype} {list(place.shape)}"
+        return "" if _sha256_at(path, place) == report.sha256 else f"{report.name} in {path.name} has other bytes"
+
+    problems = [line for line in _in_parallel(problem, reports, num_jobs, "verify") if line]
+    if problems:
+        raise CheckpointError(
+            f"{folder}: {len(problems)} tensors read back otherwise than they were written: {'; '.join(problems[:5])}; "
+            "check the disk, then export again"
+        )
+
+
+def _written_types(source: ZeroCheckpoint, names: list[str], options: Options) -> dict[str, torch.dtype]:
+    """The type each tensor gets; it depends on the values if those out of range keep their tensor in float32."""
+    limit, spaces = torch.finfo(options.dtype).max, _Workspaces()
+    scan = options.on_overflow == "keep-fp32" and options.dtype != torch.float32
+
+    def written(name: str) -> torch.dtype:
+        own = source.dtype(name)
+        if not own.is_floating_point:
+            return own
+        # A value that is not finite exceeds no limit here and is found when it is cast.
+        over = scan and any(largest_of(piece) > limit for _, piece in _pieces(source, name, spaces.own()))
+        return torch.float32 if over else options.dtype
+
+    num_jobs = options.num_jobs if scan else 1
+    return dict(zip(names, _in_parallel(written, names, num_jobs, "ranges" if scan else ""), strict=True))
+
+
+def _assign_files(source: ZeroCheckpoint, types: dict[str, torch.dtype], max_file_bytes: int) -> dict[str, list[str]]:
+    """Names of the files that transformers looks for, and the tensors in each, in the checkpoint's order."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, dtype in types.items():
+        size = num_bytes_of(dtype, source.shape(name))
+        if not groups or size > room:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _write_files(
+    source: ZeroCheckpoint,
+    names: dict[str, str],
+    types: dict[str, torch.dtype],
+    files: dict[str, list[str]],
+    out: Path,
+    options: Options,
+) -> list[Casting]:
+    """Write all files and force them to disk; what casting each tensor showed."""
+    last = {held[-1] for held in files.values()}
+    castings = []
+    spaces = _Workspaces()
+    writers: dict[str, SafetensorsWriter] = {}
+
+    def write(name: str) -> Casting:
+        public, clamp = names[name], options.on_overflow == "clamp"
+        casting = Casting(public, source.shape(name), options.dtype, types[name], clamp)
+        space = spaces.own()
+        for first, piece in _pieces(source, name, space):
+            writers[name].write(public, first, casting.cast(piece, space))
+        return casting
+
+    with ExitStack() as stack:
+        for file, held in files.items():
+            writer = SafetensorsWriter(out / file, {names[name]: (types[name], source.shape(name)) for name in held})
+            stack.callback(writer.close)
+            writers |= dict.fromkeys(held, writer)
+        # Left before the files are closed, so that no thread still writes to one when a flush fails.
+        done = stack.enter_context(closing(_in_parallel(write, list(names), options.num_jobs, "export")))
+        for name, casting in zip(names, done, strict=True):
+            castings.append(casting)
+            if name in last:
+                # This thread has nothing else to do, and the others go on with the next file.
+                writers[name].flush()
+    return castings
+
+
+def _pieces(source: ZeroCheckpoint, name: str, space: Workspace) -> Iterator[tuple[int, Tensor]]:
+    """A tensor's elements in order, each piece with the place of its first one; none of an empty tensor."""
+    count = source.shape(name).numel()
+    # Buffers are small, and need not lie in one run in the file.
+    whole = source.tensor(name).reshape(-1) if name in source.buffers else None
+    for first in range(0, count, _PIECE_ELEMENTS):
+        size = min(_PIECE_ELEMENTS, count - first)
+        if whole is not None:
+            yield first, whole[first : first + size]
+            continue
+        piece = space.take("stored", source.dtype(name), size)
+        source.read_fragment(piece, name, first)
+        yield first, piece
+
+
+class _Workspaces(threading.local):
+    """A workspace for each thread."""
+
+    def own(self) -> Workspace:
+        """This thread's."""
+        if not hasattr(self, "_own"):
+            self._own = Workspace(_PIECE_ELEMENTS)
+        return self._own
+
+
+def _sha256_at(path: Path, place: TensorPlace) -> str:
+    digest = hashlib.sha256()
+    memory = memoryview(bytearray(min(place.num_bytes, 2 * _PIECE_ELEMENTS)))
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(place.start)
+        while done < place.num_bytes:
+            count = file.readinto(memory[: place.num_bytes - done])
+            if not count:
+                break  # the digest will tell
+            digest.update(memory[:count])
+            done += count
+    return digest.hexdigest()
+
+
+def _in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], num_jobs: int, doing: str
+) -> Generator[Result]:
+    """Results in the order of the items; the first exception ends all."""
+    hidden = None if sys.stderr.isatty() and doing else True
+    with ThreadPoolExecutor(num_jobs) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in tqdm(futures, desc=doing, unit="tensor", disable=hidden):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let each of our threads compute on one core, instead of starting torch's own threads beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
