@@ -208,13 +208,13 @@ def compare(folder: Path, work: Path, rounds: int, contestants: Sequence[str] = 
         Median time and largest peak of each.
     """
     runs: dict[str, list[Measured]] = {contestant: [] for contestant in contestants}
-    for path in sorted((folder / TAG).iterdir()):
-        _read_once(path)
     for _ in range(rounds):
         for contestant in contestants:
             out = work / "exported"
-            # What the run before left to be written must not slow this one down.
+            # What the run before left to be written must not slow this one down; and the system drops pages between.
             os.sync()
+            for path in sorted((folder / TAG).iterdir()):
+                _read_once(path)
             runs[contestant].append(measure(command_of(contestant, folder, out), work / "output.txt"))
             shutil.rmtree(out)
     return {

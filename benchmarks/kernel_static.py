@@ -106,12 +106,12 @@ class Resources:
         )
 
 
-def table_builds() -> list[Build]:
-    """Every entry of the table, for each head width and dtype it serves."""
+def table_builds(widths: Sequence[int]) -> list[Build]:
+    """Every entry of the table, for each dtype and each of these head widths it serves."""
     found = {
         build: None
         for capability, dtype, width, name, length in itertools.product(
-            CAPABILITIES, TYPES, HEAD_WIDTHS, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
+            CAPABILITIES, TYPES, widths, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
         )
         for build in variants(
             Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability))
@@ -305,6 +305,9 @@ def main(argv: list[str] | None = None) -> None:
     """Compile the table and write what came of it."""
     parser = CommandParser(prog="python benchmarks/kernel_static.py", description=__doc__)
     parser.add_argument("--search", action="store_true", help="find the table's entries anew, in about half an hour")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
@@ -314,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.search:
         search()
         return
-    measured = measure_all(table_builds(), "compiling")
+    measured = measure_all(table_builds(args.widths), "compiling")
     if args.json:
         rows = (asdict(build) | (asdict(found) if found else {}) for build, found in measured.items())
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Of heads: the recipes' and the largest.
+WIDTHS = (64, 128)
 # The most a block of threads may have, of the smallest chip of its kind (8.6 and 8.9 among 8.x).
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 
@@ -20,16 +22,19 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Every entry of the table of blocks, compiled: two minutes on two cores where triton's cache has none of it."""
+    """Half of the table's entries, compiled: a minute on two cores where triton's cache has none of it.
+
+    All are compiled by the benchmark itself, which refuses to write its report if one spills.
+    """
     path = tmp_path_factory.mktemp("static") / "rows.jsonl"
-    run("benchmarks/kernel_static.py", "--json", path)
+    run("benchmarks/kernel_static.py", "--widths", *WIDTHS, "--json", path)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.integration
-def test_the_whole_table_is_compiled_without_spills_and_within_shared_memory(rows):
+def test_the_table_is_compiled_without_spills_and_within_shared_memory(rows):
     kinds = itertools.product(
-        ("forward", "backward_query", "backward_key"), ("fp16", "bf16", "fp32"), (32, 64, 96, 128), SHARED_BYTES
+        ("forward", "backward_query", "backward_key"), ("fp16", "bf16", "fp32"), WIDTHS, SHARED_BYTES
     )
     assert {(row["kernel"], row["dtype"], row["width"], row["capability"]) for row in rows} == set(kinds)
     spilling = [row for row in rows if row["local_bytes"]]
