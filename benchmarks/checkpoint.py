@@ -92,6 +92,9 @@ def save_role(folder: Path, num_parameters: int, rounds: int) -> dict[str, Any]:
 def load_role(folder: Path, num_parameters: int, universal: bool) -> dict[str, Any]:
     """On 1 rank: seconds and additional memory of a load into an engine that is up."""
     engine = start_engine(num_parameters, universal)
+    for state in engine.optimizer.optimizer.state.values():
+        state["exp_avg"].fill_(1)  # pages that nobody has touched yet are the engine's all the same
+        state["exp_avg_sq"].fill_(1)
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start = time.perf_counter()

@@ -4,7 +4,6 @@ The same kills with DeepSpeed's own save and load, as the control, leave runs th
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,7 @@ import pytest
 
 from benchmarks.report import ROOT
 
-# Thirty by hand (UNIMO3_KILL_POINTS=30); a restart each takes seconds.
-POINTS = int(os.environ.get("UNIMO3_KILL_POINTS", "12"))
+POINTS = 30
 
 
 def outcomes(folder: Path, protocol: str, num_points: int) -> tuple[list[list[float]], list[dict[str, Any]]]:
