@@ -191,8 +191,8 @@ def report(
             for name, (load, first, peak) in rows.items()
         ),
         "", "Both end with the same sums of weights and moments. Memory is the load's peak beyond the engine's own, or",
-        f"the conversion's whole peak if that is larger. {8 * num_parameters / 1e6:.0f} MB of it are the moments: before",
-        "its first step the engine has none.", "",
+        f"the conversion's whole peak if that is larger. {8 * num_parameters / 1e6:.0f} MB of it are the moments:",
+        "before its first step the engine has none.", "",
         "## How long a save holds a step", "",
         f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.", "",
         "| | step held, s | of the plain save's |", "| --- | ---: | ---: |",

@@ -65,7 +65,7 @@ class OddTask(nn.Module):
         return self.model(ids)
 
 
-def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4) -> Any:
+def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4, universal: bool = False) -> Any:
     """An engine over `OddTask` with two parameter groups and no persistent parameters."""
     size = world()[1]
     config = {
@@ -80,6 +80,7 @@ def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4) -> Any:
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "checkpoint": {"load_universal": universal},
     }
     if stage == 3:
         with deepspeed.zero.Init(config_dict_or_path=config):
@@ -400,4 +401,11 @@ def load_good(root: Path) -> dict[str, Any]:
     """Every value of the checkpoint of step 2."""
     engine = start_engine(3, bf16=True, seed=5)
     store.load(engine, store.folder_of(root / "good") / "step_00000002")
+    return every_value(engine)
+
+
+def load_universal(folder: Path) -> dict[str, Any]:
+    """Every value after DeepSpeed has loaded what its ds_to_universal made."""
+    engine = start_engine(3, bf16=True, seed=9, rows=ELASTIC_ROWS // world()[1], universal=True)
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
     return every_value(engine)

@@ -1,14 +1,18 @@
 """Runs that change their number of ranks: 2 -> 1 -> 3 -> 4 -> 2, every value compared at every change."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.checkpoint.ranks import ELASTIC_RUNS, elastic_leg
+from benchmarks.report import ROOT
+from tests.checkpoint.ranks import ELASTIC_RUNS, elastic_leg, load_universal
 from tests.spawn import run_ranks
+from unimo3.checkpoint import store
 
 SIZES = (2, 1, 3, 4, 2)
 # Sums over ranks are taken in another order, in bf16 of rounded terms.
@@ -16,9 +20,13 @@ TOLERANCE = {"zero3": 5e-3, "zero3 fp32": 1e-6, "zero2": 5e-3}
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elastic")
+
+
+@pytest.fixture(scope="module")
+def legs(root: Path) -> list[list[dict[str, Any]]]:
     """What each rank of each leg told."""
-    root: Path = tmp_path_factory.mktemp("elastic")
     return [run_ranks(size, elastic_leg, root, 2 * number) for number, size in enumerate(SIZES)]
 
 
@@ -69,3 +77,22 @@ def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
 @pytest.mark.integration
 def test_the_state_still_names_the_ranks_that_wrote_it(legs):
     assert [leg[0]["zero3"]["state"].world_size for leg in legs[1:]] == list(SIZES[:-1])
+
+
+@pytest.mark.integration
+def test_deepspeeds_own_conversion_loses_what_ours_keeps(legs, root, tmp_path):
+    flags = [
+        "--input_folder",
+        store.folder_of(root / "zero3") / "step_00000002",
+        "--output_folder",
+        tmp_path / "universal",
+    ]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, flags), "--inject_missing_state"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    before, after = legs[0][0]["zero3"]["saved"], run_ranks(1, load_universal, tmp_path / "universal")[0]
+    wrong = {
+        name for name, value in before.items()
+        if not (value.equal(after[name]) if isinstance(value, torch.Tensor) else value == after[name])
+    }  # fmt: skip
+    assert wrong >= {"fp32 model.frozen.weight", "groups"}
+    assert wrong & {"fp32 model.count", "fp32 model.shift"}
