@@ -72,7 +72,7 @@ class VqaConfig:
             except DataError as error:
                 found.append(f"answers: {error}")
         try:
-            model = config_of(self.init)
+            model = config_of(self.init, self.run.folder)
         except ConfigError as error:
             return found + error.faults
         try:
@@ -81,7 +81,7 @@ class VqaConfig:
             return found  # the data's own check has said so
         found += tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
         try:
-            trained = load_tokenizer(model_files_of(self.init))
+            trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:
             return [
                 *found, f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote"
@@ -89,7 +89,7 @@ class VqaConfig:
         if trained.get_vocab() != tokenizer.get_vocab():
             found.append(
                 f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
-                f"use {model_files_of(self.init)}"
+                f"use {model_files_of(self.init, self.run.folder)}"
             )
         return found
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = config.parse(VqaConfig, argv, "python -m finetune.vqa", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     answers = AnswerVocabulary.load(settings.answers_path)
-    model_config: Unimo3Config = config_of(settings.init)
+    model_config: Unimo3Config = config_of(settings.init, settings.run.folder)
     model_config.num_answers = len(answers)
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop = start_process(settings.run.seed)

@@ -115,7 +115,7 @@ def _zero_folder(folder: Path, tag: str | None) -> Path:
             raise CheckpointError(f"{origin}: {folder} holds no {_ZERO_FILES} files of DeepSpeed's ZeRO")
     elif tag is not None:
         raise CheckpointError(f"--tag {tag}: {folder} is one checkpoint itself; leave out --tag")
-    if (folder / store.STATE).is_file():
+    if (folder / store.STATE).is_file() or (folder / store.MANIFEST).is_file():
         _refuse_damaged(folder, "take another checkpoint")
     return folder
 

@@ -384,6 +384,18 @@ def save_in_background(root: Path) -> dict[str, Any]:
             told[on_error] = None
         except CheckpointError as error:
             told[on_error] = str(error)
+    # A failure before does not keep the last save from being tried, and is told after it.
+    other = Saver(engine, root / "last", CheckpointArgs(background=True))
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    other.save(state_at(6))
+    while not other.has_failed:
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        other.save(state_at(7), is_last=True)
+    except CheckpointError:
+        told["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
     told["left"] = [path.name for path in store.list_checkpoints(root / "good")]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))

@@ -52,4 +52,5 @@ def test_with_warn_training_goes_on_but_the_last_save_must_hold(told):
     for rank in told:
         assert rank["warn"] is None
         assert "rank 1: " in rank["last"]
+        assert rank["last after a failure"] == ["step_00000007"]
         assert rank["in the end"] == ["step_00000002", "step_00000004", "step_00000008"]

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from unimo3.checkpoint.stored import StoredTensor
+from unimo3.checkpoint.stored import StoredTensor, close_files
 from unimo3.checkpoint.zero import WEIGHTS, ZeroCheckpoint
 from unimo3.distributed import world
 from unimo3.errors import CheckpointError
@@ -28,15 +28,16 @@ _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differ
 def load_elastic(engine: Any, folder: Path) -> None:
     """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
 
+    Persistent parameters are whole again only after the optimizer's ``checkpoint_event_epilogue``, which is collective.
+
     Raises:
         CheckpointError: the checkpoint is of another model or stage, or the engine keeps its values on NVMe.
     """
     source = ZeroCheckpoint(folder)
     optimizer = engine.optimizer
     _check(source, engine)
-    # As DeepSpeed does around its own load: all parameters are in parts, and afterwards the persistent ones whole.
     if source.stage == 3:
-        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_prologue()  # all parameters are in parts, as for DeepSpeed's own load
         _fill_stage3(source, optimizer, {parameter: name for name, parameter in engine.module.named_parameters()})
     else:
         _fill_stage2(source, optimizer, dict(engine.module.named_parameters()))
@@ -48,8 +49,7 @@ def load_elastic(engine: Any, folder: Path) -> None:
             setattr(optimizer, name, source.optimizer[name])
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, source.model[name])
-    if source.stage == 3:
-        optimizer.checkpoint_event_epilogue()
+    close_files()  # what is pruned later is to leave the disk
 
 
 def _check(source: ZeroCheckpoint, engine: Any) -> None:
@@ -64,6 +64,11 @@ def _check(source: ZeroCheckpoint, engine: Any) -> None:
         raise CheckpointError(
             f"{source.folder}: resuming at another number of ranks is not served with values on NVMe; start with "
             f"{source.world_size} ranks, or offload to the CPU's memory"
+        )
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise CheckpointError(
+            f"{source.folder}: resuming at another number of ranks is not served with round_robin_gradients, under "
+            f"which DeepSpeed places parameters otherwise; start with {source.world_size} ranks, or set it to false"
         )
     own = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
     kept = {**source.trained, **source.frozen}

@@ -21,6 +21,7 @@ import torch
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable
+from unimo3.checkpoint.stored import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_weights, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
@@ -136,6 +137,8 @@ def export_weights(
         for path in (*out.glob("*.safetensors"), out / INDEX, out / REPORT):
             path.unlink(missing_ok=True)
         raise
+    finally:
+        close_files()
     return reports
 
 

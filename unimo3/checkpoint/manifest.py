@@ -53,7 +53,7 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
     """
     try:
         entries = _read(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
         return [f"{MANIFEST} does not list {STATE}"]

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 _MEND = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
 # Of the slowest rank's writing.
 _TIMEOUT = timedelta(hours=12)
+# For a save under way when the run ends by an error; a node that is gone must not hold the others for ever.
+_EXIT_WAIT_S = 600.0
 
 
 class Saver:
@@ -73,7 +75,7 @@ class Saver:
             if dist.is_initialized() and dist.get_world_size() > 1:
                 self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             # A run that ends by an error does not throw away the checkpoint it was writing.
-            atexit.register(self._wait)
+            atexit.register(self._wait_at_exit)
 
     @property
     def has_failed(self) -> bool:
@@ -90,7 +92,13 @@ class Saver:
             CheckpointError: on every rank; this save or the one before failed, and it was the last one or
                 ``checkpoint.on_save_error`` says stop.
         """
-        self.settle()
+        before: CheckpointError | None = None
+        try:
+            self.settle()
+        except CheckpointError as error:
+            if not is_last:
+                raise
+            before = error  # there may be room again: the last save is tried all the same
         try:
             finish = _prepare(self._engine, self._run, state, self._memory if self._args.background else None)
         except CheckpointError as error:
@@ -112,6 +120,8 @@ class Saver:
             return
         work()
         self.settle(must_hold=is_last)
+        if before is not None:
+            raise before
 
     def settle(self, must_hold: bool = False) -> None:
         """Wait for the save under way and tell of one that failed; every rank calls it.
@@ -130,6 +140,12 @@ class Saver:
             raise failure
         if world()[0] == 0:
             log.error("%s; training goes on (checkpoint.on_save_error: warn)", failure)
+
+    def _wait_at_exit(self) -> None:
+        if self._thread is not None:
+            self._thread.join(_EXIT_WAIT_S)
+            if self._thread.is_alive() or self._failure is not None:
+                log.error("the save under way has failed or been given up (%s)", self._failure or "no end in sight")
 
     def _wait(self) -> None:
         if self._thread is not None:

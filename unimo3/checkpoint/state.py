@@ -51,7 +51,7 @@ class TrainState:
         """
         try:
             return cls(**json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: is not a run's state ({error}); use an earlier checkpoint") from error
 
 

@@ -20,7 +20,18 @@ from unimo3.checkpoint.state import TrainState, load_rng
 from unimo3.distributed import all_gather_object, broadcast_object, world
 from unimo3.errors import CheckpointError
 
-__all__ = ["STATE", "folder_of", "list_checkpoints", "load", "newest_good", "prune", "tag_of", "verify"]
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "folder_of",
+    "has_folders",
+    "list_checkpoints",
+    "load",
+    "newest_good",
+    "prune",
+    "tag_of",
+    "verify",
+]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +51,11 @@ def step_of(folder: Path) -> int:
 def folder_of(run: Path) -> Path:
     """Where a run keeps its checkpoints."""
     return run / "checkpoints"
+
+
+def has_folders(run: Path) -> bool:
+    """Whether anything is named as a checkpoint, good or not."""
+    return bool(_candidates(run))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -84,7 +100,17 @@ def load(engine: Any, folder: Path) -> TrainState:
         kept = rank % state.world_size
         load_rng(folder / f"rng_rank_{kept}.safetensors", stranger=rank if kept != rank else None)
 
-    together(f"loading {folder}", restore, mend)
+    # It gathers persistent parameters: to be called by all or by none, so only after all have loaded their part.
+    optimizer, epilogue = engine.optimizer, "checkpoint_event_epilogue"
+    if hasattr(optimizer, epilogue):
+        setattr(optimizer, epilogue, lambda: None)
+    try:
+        together(f"loading {folder}", restore, mend)
+    finally:
+        if epilogue in vars(optimizer):
+            delattr(optimizer, epilogue)
+    if hasattr(optimizer, epilogue):
+        getattr(optimizer, epilogue)()
     return state
 
 

@@ -65,7 +65,16 @@ class StoredTensor:
         return flat.as_strided(self.shape, self.stride) if self.numel() else flat.view(self.shape)
 
     def read_into(self, target: Tensor, first: int) -> None:
-        """Fill a contiguous CPU tensor of the same type with the elements from `first` on, of a tensor in one run."""
+        """Fill a contiguous CPU tensor of the same type with the elements from `first` on, of a tensor in one run.
+
+        Raises:
+            CheckpointError: the file has another type.
+        """
+        if target.dtype != self.dtype:
+            raise CheckpointError(
+                f"{self.path}: holds {self.dtype} where {target.dtype} is expected; master weights and moments of "
+                "another type than float32 are not served"
+            )
         _read(self.path, self.start + (self.skipped + first) * self.dtype.itemsize, target)
 
     def _elements(self, first: int, count: int) -> Tensor:
@@ -83,12 +92,16 @@ def load_structure(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(_allowed_classes()):
             loaded: dict[str, Any] = torch.load(path, map_location="meta", weights_only=True)
-        return _replace_tensors(loaded, path)
+        if not isinstance(loaded, dict):
+            raise TypeError(f"a {type(loaded).__name__} where a dict is expected")
+        return {key: _replace_tensors(value, path) for key, value in loaded.items()}
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: holds more than tensors and plain data, refused: {reason}") from error
-    except (OSError, RuntimeError, EOFError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); verify the checkpoint") from error
+    except Exception as error:  # damage and malice end in errors of any kind
+        raise CheckpointError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); verify the checkpoint"
+        ) from error
 
 
 def _replace_tensors(value: Any, path: Path) -> Any:
@@ -117,6 +130,12 @@ class _OpenFile:
 
 _open_files: OrderedDict[Path, _OpenFile] = OrderedDict()
 _open_files_lock = threading.Lock()
+
+
+def close_files() -> None:
+    """Close what reading has left open: a file that is removed then leaves the disk."""
+    with _open_files_lock:
+        _open_files.clear()
 
 
 def _read(path: Path, start: int, target: Tensor) -> None:

@@ -8,6 +8,7 @@ Source: DeepSpeed 0.19, runtime/engine.py (save_checkpoint) and runtime/checkpoi
 
 import copy
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,15 @@ def write_engine_files(engine: Any, staging: Path) -> list[Path]:
         OSError: a file could not be written by this rank; the same or RuntimeError from torch.
     """
     written = _save(engine, staging, DeferringCheckpointEngine())
-    # With the optimizer on NVMe, DeepSpeed copies this rank's part of it.
+    if not engine.zero_nvme_offload_optimizer():
+        return written
+    # As DeepSpeed's save does between two of its barriers, where a full disk would leave the others waiting.
     offloaded = staging / "offloaded_tensors" / f"rank{world()[0]:02d}"
+    shutil.copytree(
+        engine.optimizer.optimizer_swapper.swap_folder,
+        offloaded,
+        ignore=lambda _, names: [n for n in names if "gradient" in n],
+    )
     return written + [path for path in offloaded.rglob("*") if path.is_file()]
 
 
@@ -142,10 +150,11 @@ def _save(engine: Any, staging: Path, deferring: DeferringCheckpointEngine) -> l
     engine.checkpoint_engine = deferring
     # Rank 0 would copy conversion scripts beside the checkpoints: not part of one, and a failure before a barrier.
     engine._copy_recovery_script = lambda save_path: None
+    engine.zero_nvme_offload_optimizer = lambda: False  # its files are copied afterwards
     try:
         engine.save_checkpoint(str(staging.parent), tag=staging.name, save_latest=False)
     finally:
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
         engine.checkpoint_engine = stock
     if deferring.failure is not None:
         raise deferring.failure

@@ -69,9 +69,13 @@ class ZeroCheckpoint:
         self.moments = [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
         for name in self.moments:
             self._pieces[name] = [[state[number][name] for number in sorted(state)] for state in states]
-        self._frozen: dict[str, torch.Size] = self.model.get("frozen_param_shapes") or {}
+        self._frozen: dict[str, torch.Size] = dict(self.model.get("frozen_param_shapes") or {})
         self.groups = [list(group) for group in groups]
         self._trained = {name: shape for group in groups for name, shape in group.items()}
+        if self.stage < 3:
+            # Stage 1 lists no frozen parameters; they lie whole among the module's values.
+            known = {*self._trained, *self._frozen, *self._buffers, *self.tied}
+            self._frozen |= {name: value.shape for name, value in self.model["module"].items() if name not in known}
         self._places = self._stage3_places(groups) if self.stage == 3 else self._stage2_places(groups, self.optimizer)
 
     def base_state(self, partition: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -115,8 +119,7 @@ class ZeroCheckpoint:
         if name in self._trained:
             return torch.float32
         if name in self._frozen:
-            fragment: StoredTensor = self.model["frozen_param_fragments"][name]
-            return fragment.dtype
+            return self._frozen_pieces(name)[0].dtype
         buffer: StoredTensor = self.model["module"][name]
         return buffer.dtype
 
@@ -145,7 +148,7 @@ class ZeroCheckpoint:
         """Fill a tensor of the type that `fragment` gives with a parameter's elements from `first` on."""
         if name in self._frozen:
             # Stage 3 cuts frozen parameters too; the other stages keep them whole.
-            _fill(target, [model["frozen_param_fragments"][name] for model in self._models], first)
+            _fill(target, self._frozen_pieces(name), first)
             return
         group, start = self._places[name]
         ranks = self._pieces[kind]
@@ -160,6 +163,11 @@ class ZeroCheckpoint:
             size = min(part - offset, target.numel() - done)
             _fill(target[done : done + size], ranks[rank], start + offset)
             done += size
+
+    def _frozen_pieces(self, name: str) -> list[StoredTensor]:
+        if name in (self.model.get("frozen_param_fragments") or {}):
+            return [model["frozen_param_fragments"][name] for model in self._models]
+        return [self.model["module"][name]]
 
     def _stage3_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
         places = {}

@@ -84,6 +84,11 @@ def ds_config_faults(path: str) -> list[str]:
         if not isinstance(config.get(section, {}), dict):
             return [*found, f"{where}: '{section}': {config[section]!r}: an object is needed; see zero3_bf16.json"]
     found += [f"{where}: {fault}" for fault in _zero_faults(config.get("zero_optimization", {}))]
+    if isinstance(config.get("checkpoint"), dict) and config["checkpoint"].get("use_node_local_storage"):
+        found.append(
+            f"{where}: 'checkpoint.use_node_local_storage' is true: parts of a checkpoint on each node's own disk "
+            "can be neither verified nor resumed on other ranks; remove it, and put run.dir on shared storage"
+        )
     if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         found.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
     return found

@@ -138,7 +138,7 @@ class Run:
                 with other settings.
         """
         newest = store.newest_good(self.folder)
-        if newest is None and broadcast_object(store.list_checkpoints(self.folder)):
+        if newest is None and broadcast_object(store.has_folders(self.folder)):
             raise CheckpointError(
                 f"{store.folder_of(self.folder)}: none of the checkpoints is good, the log says why; copy a good one "
                 "back, or move them all away to train from the beginning"

@@ -1,0 +1,36 @@
+"""What a new run starts from."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from unimo3.checkpoint.init import model_files_of, weights_of
+from unimo3.errors import CheckpointError
+
+
+def test_an_exported_folder_is_taken_as_it_is(tmp_path):
+    assert weights_of(str(tmp_path / "exported"), tmp_path / "own") == str(tmp_path / "exported")
+    assert model_files_of(str(tmp_path / "exported"), tmp_path / "own") == str(tmp_path / "exported")
+
+
+def test_a_run_and_its_checkpoints_are_exported_once_for_each_source(run_copy, tmp_path):
+    run, own = run_copy("fp32"), tmp_path / "own"
+    assert model_files_of(str(run), own) == str(run / "model")
+    newest = load_file(f"{weights_of(str(run), own)}/model.safetensors")
+    earlier_source = run / "checkpoints" / "step_00000002"
+    earlier = load_file(f"{weights_of(str(earlier_source), own)}/model.safetensors")
+    assert not newest["embed.weight"].equal(earlier["embed.weight"])
+    # Retention may remove the source: a later start goes on from what was made of it.
+    shutil.rmtree(earlier_source)
+    assert weights_of(str(earlier_source), own) == model_files_of(str(earlier_source), own) == str(own / "init")
+    # Half an export is none.
+    (own / "init" / "source.txt").unlink()
+    assert load_file(f"{weights_of(str(run), own)}/model.safetensors")["embed.weight"].equal(newest["embed.weight"])
+
+
+def test_a_damaged_checkpoint_is_named(run_copy, tmp_path):
+    folder = run_copy("fp32") / "checkpoints" / "step_00000002"
+    next(folder.glob("*optim_states.pt")).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"init: '.*step_00000002': is damaged"):
+        weights_of(str(folder), tmp_path / "own")
