@@ -8,13 +8,11 @@ its files to disk nor reads them back; ours does both, and is measured without r
 Source: DeepSpeed 0.19, runtime/engine.py (_get_zero_model_states, _save_zero_checkpoint) for the files.
 """
 
-import argparse
 import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -74,22 +72,19 @@ def shapes_of(num_parameters: int) -> list[dict[str, Any]]:
     return [matrices, vectors]
 
 
-def write_checkpoint(folder: Path, num_parameters: int, *, moments: bool = True, seed: int = 0) -> int:
+def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: bool = True, seed: int = 0) -> None:
     """Write `folder`/latest and the files of `NUM_RANKS` ranks below it, without ever holding a partition.
 
     Args:
+        groups: of parameters, their shapes by name.
         moments: fill the optimizer's moments too. False: they stay holes in the files, which read as zeros and take no
             room on the disk; export does not read them.
-
-    Returns:
-        Number of parameters.
     """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from torch.serialization import skip_data
 
-    groups = shapes_of(num_parameters)
     lengths = [sum(math.ceil(shape.numel() / NUM_RANKS) for shape in group.values()) for group in groups]
     names = [name for group in groups for name in group]
     checkpoint = folder / TAG
@@ -111,7 +106,8 @@ def write_checkpoint(folder: Path, num_parameters: int, *, moments: bool = True,
         optimizer = {
             "state": state,
             "param_groups": [
-                settings | {"weight_decay": decay, "params": [number]} for number, decay in enumerate((0.01, 0.0))
+                settings | {"weight_decay": decay, "params": [number]}
+                for number, decay in zip(range(len(groups)), (0.01, 0.0), strict=False)
             ],
         }
         partition = {
@@ -128,10 +124,9 @@ def write_checkpoint(folder: Path, num_parameters: int, *, moments: bool = True,
             torch.save({"optimizer_state_dict": partition, "ds_config": ds_config, "ds_version": "0.19.8"}, path)
         _fill(path, moments, seed + rank)
         module = OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in names)
-        module["positions"] = torch.arange(512)
         model = {
             "module": module,
-            "buffer_names": ["positions"],
+            "buffer_names": [],
             "optimizer": None,
             "param_shapes": groups,
             "frozen_param_shapes": None,
@@ -149,7 +144,6 @@ def write_checkpoint(folder: Path, num_parameters: int, *, moments: bool = True,
             "ds_version": "0.19.8",
         }
         torch.save(model, checkpoint / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-    return sum(shape.numel() for group in groups for shape in group.values())
 
 
 def measure(command: Sequence[str], output: Path) -> Measured:
@@ -263,23 +257,6 @@ def table(results: dict[int, dict[str, Measured]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Make checkpoints, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, nargs="+", default=[0.3e9, 1e9])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--moments", action="store_true", help="fill the optimizer's moments, which nobody reads here")
-    args = parser.parse_args()
-    results = {}
-    for count in args.parameters:
-        with tempfile.TemporaryDirectory() as work:
-            folder = Path(work) / "checkpoint"
-            made = write_checkpoint(folder, int(count), moments=args.moments)
-            check_equal(folder, Path(work))
-            results[made] = compare(folder, Path(work), args.rounds)
-    print(table(results))
-
-
 def _fill(path: Path, moments: bool, seed: int) -> None:
     """Put normal values where the file has holes: weights, and squares of small ones as moments."""
     import torch
@@ -315,7 +292,3 @@ def _read_once(path: Path) -> None:
     with path.open("rb") as file:
         while file.read(2**24):
             pass
-
-
-if __name__ == "__main__":
-    main()

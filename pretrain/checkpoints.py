@@ -33,14 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if not args.run.is_dir():
         raise CheckpointError(f"{args.run}: no such folder; name the folder of a run")
-    checkpoints = store.list_checkpoints(args.run)
-    if not checkpoints:
+    checkpoints, aside = store.list_checkpoints(args.run), store.set_aside(args.run)
+    if not checkpoints and not aside:
         raise CheckpointError(f"{args.run}: has no committed checkpoint in {store.folder_of(args.run)}")
     if args.command == "ls":
         for folder in checkpoints:
             print(describe(folder))
+        for folder in aside:
+            print(f"{folder.name}  kept aside as damaged; verify says why")
     elif args.command == "verify":
-        verify(checkpoints)
+        verify(checkpoints, aside)
     else:
         keep_last, keep_every = retention(args)
         removed = store.prune(args.run, keep_last, keep_every)
@@ -59,12 +61,14 @@ def describe(folder: Path) -> str:
     return f"{folder.name}  {state.world_size} ranks  {state.samples_consumed} samples  {size / 1e6:.1f} MB"
 
 
-def verify(checkpoints: list[Path]) -> None:
+def verify(checkpoints: list[Path], aside: list[Path]) -> None:
     """Print each one's condition.
 
     Raises:
-        CheckpointError: one is damaged.
+        CheckpointError: one is damaged that is not kept aside.
     """
+    for folder in aside:
+        print(f"{folder.name}  kept aside: {'; '.join(store.verify(folder)) or 'good now; rename it to use it'}")
     damaged = []
     for folder in checkpoints:
         problems = store.verify(folder)

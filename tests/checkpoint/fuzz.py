@@ -85,7 +85,7 @@ def values_of(engine: Any) -> dict[str, Any]:
                 values[f"half {name}"] = parameter.detach().clone()
         else:
             values[f"half {name}"] = parameter.detach().clone()
-        if parameter.requires_grad:
+        if parameter.requires_grad and (parameter.numel() or hasattr(parameter, "ds_id")):
             values[f"fp32 {name}"] = deepspeed.utils.safe_get_full_fp32_param(parameter).clone()
             for key in ("exp_avg", "exp_avg_sq"):
                 values[f"{key} {name}"] = full_moment(engine.optimizer, parameter, key)

@@ -3,12 +3,14 @@
     python -m tests.checkpoint.kills FOLDER PROTOCOL POINTS
 
 prints one JSON object a line: first the losses of a run that was never killed, then the outcome of each trial.
-A trial takes up a copy of a run at step 2, trains to step 4 and saves; at the n-th file event of that save one rank
-kills itself with SIGKILL and the other follows, as under a launcher. Then the run is started again and trained to 6.
+A trial takes up a copy of a run at step 2, trains to step 4 and saves. At the n-th file event of that save one rank
+kills itself with SIGKILL, or the kernel ends it at the n-th byte of a file (SIGXFSZ, which torch's writer can answer no
+more than SIGKILL); the other follows, as under a launcher. Then the run is started again and trained to 6.
 """
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -25,6 +27,8 @@ from unimo3.checkpoint.saving import Saver
 
 # What changes files, or opens one.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
+# Shares of a rank's largest file after which a kill comes: within its header, its tensors and its directory.
+_SHARES = (0.02, 0.5, 0.98)
 
 
 class FileEvents:
@@ -42,6 +46,13 @@ class FileEvents:
             if self.count == self.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.count += 1
+
+
+def end_at_byte(number: int) -> None:
+    """Have the kernel end this process when it writes beyond that many bytes of any file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
 
 
 def own_save(engine: Any, run: Path, step: int, background: bool) -> None:
@@ -90,7 +101,7 @@ def main(folder: Path, protocol: str, num_points: int) -> None:
     straight = in_ranks(folder, begin)
     print(json.dumps({"straight": straight}), flush=True)
 
-    def trial(run: Path, background: bool, victim: int, point: int | None) -> list[Any]:
+    def trial(run: Path, background: bool, victim: int, point: int | None, byte: int | None = None) -> list[Any]:
         def work(rank: int) -> Any:
             engine = start_engine(3, bf16=True, seed=99)
             assert load(engine, run) == 2
@@ -98,6 +109,8 @@ def main(folder: Path, protocol: str, num_points: int) -> None:
             events = FileEvents(run)
             events.kill_at = point if rank == victim else None
             events.is_on = True
+            if rank == victim and byte is not None:
+                end_at_byte(byte)
             save(engine, run, 4, background)
             events.is_on = False
             return events.count
@@ -113,19 +126,22 @@ def main(folder: Path, protocol: str, num_points: int) -> None:
         return in_ranks(folder, work)
 
     kinds = [(background, victim) for background in (False, True) for victim in range(2)]
-    kinds = kinds if protocol == "own" else kinds[:2]
+    kinds = kinds if protocol == "own" else kinds[1:2]
     for background, victim in kinds:
         run = folder / f"counted_{background}_{victim}"
         shutil.copytree(folder / "run", run)
         count = trial(run, background, victim, None)[victim]
         assert isinstance(count, int), count
-        each = num_points // len(kinds) + (victim == 0)
-        for number in range(each):
-            point = number * (count - 1) // max(1, each - 1)
-            run = folder / f"{background}_{victim}_{point}"
+        largest = max(path.stat().st_size for path in run.rglob(f"*zero_pp_rank_{victim}_*"))
+        each = max(2, num_points // len(kinds) - len(_SHARES) + (victim == 0))
+        points = [(number * (count - 1) // (each - 1), None) for number in range(each)]
+        for point, byte in points + [(None, int(share * largest)) for share in _SHARES]:
+            run = folder / f"{background}_{victim}_{point}_{byte}"
             shutil.copytree(folder / "run", run)
-            killed = trial(run, background, victim, point)
-            outcome = {"background": background, "victim": victim, "point": point, "of": count, "killed": killed}
+            killed = trial(run, background, victim, point, byte)
+            outcome = {
+                "background": background, "victim": victim, "point": point, "of": count, "byte": byte, "killed": killed
+            }  # fmt: skip
             print(json.dumps(outcome | {"resumed": resume(run)}), flush=True)
             shutil.rmtree(run)
 

@@ -28,7 +28,7 @@ from unimo3.training.optim import OptimArgs
 
 Weights = dict[str, Tensor]
 # Runs by name: ZeRO stage, and whether in bf16 (else float32).
-RUNS = {"bf16": (3, True), "fp32": (3, False), "zero2": (2, True)}
+RUNS = {"bf16": (3, True), "fp32": (3, False), "zero2": (2, True), "zero1": (1, False)}
 
 
 class OddModel(nn.Module):
@@ -65,8 +65,8 @@ class OddTask(nn.Module):
         return self.model(ids)
 
 
-def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4, universal: bool = False) -> Any:
-    """An engine over `OddTask` with two parameter groups and no persistent parameters."""
+def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4, universal: bool = False, **zero: Any) -> Any:
+    """An engine over `OddTask` with two parameter groups and, unless `zero` says so, no persistent parameters."""
     size = world()[1]
     config = {
         "train_batch_size": rows * size,
@@ -77,6 +77,7 @@ def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4, universal
             "stage3_param_persistence_threshold": 0,
             "reduce_bucket_size": 64,
             "sub_group_size": 40,
+            **zero,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -188,11 +189,19 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     return {"state": state, "weights": weights, "moments": held, "losses": train(engine, range(4, 6))}
 
 
-def load_runs(root: Path, damaged: list[Path], faults: Path) -> dict[str, Any]:
-    """`load_run` for each of `RUNS`; which checkpoint is chosen in each damaged run; and `fail_to_save`."""
+def load_runs(root: Path, damaged: list[Path], faults: Path, without_rank_1: Path) -> dict[str, Any]:
+    """`load_run` for each of `RUNS`; which checkpoint is chosen in each damaged run; and `fail_to_save`.
+
+    Args:
+        without_rank_1: a checkpoint that rank 1 cannot load.
+    """
     told: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
     told["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
     told["faults"] = fail_to_save(faults)
+    try:
+        store.load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
+    except CheckpointError as error:
+        told["one rank"] = str(error)
     return told
 
 
@@ -274,6 +283,12 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
         if step:
             newest = store.newest_good(root / name)
             assert newest is not None
+            if step == 2 and stage == 2:
+                other = start_engine(stage, bf16, rows=ELASTIC_ROWS // world()[1], round_robin_gradients=True)
+                try:
+                    store.load(other, newest)
+                except CheckpointError as error:
+                    found["round robin"] = str(error)
             found["state"] = store.load(engine, newest)
             found["loaded"], found["drawn at first"] = every_value(engine), draw()
         else:
@@ -368,7 +383,20 @@ def save_in_background(root: Path) -> dict[str, Any]:
     told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
     saver.settle()
     barrier()
+    own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
+    told["kept bytes"], told["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
     told["settled"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+
+    if rank == 0:
+        store.prune, prune = (lambda *_, **__: 1 / 0), store.prune
+    saver.save(state_at(5))
+    try:
+        saver.settle()
+    except CheckpointError as error:
+        told["on rank 0 alone"] = str(error)
+    if rank == 0:
+        store.prune = prune
+    shutil.rmtree(root / "good" / "checkpoints" / "step_00000005", ignore_errors=True)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for on_error in ("stop", "warn"):

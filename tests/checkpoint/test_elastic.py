@@ -75,6 +75,13 @@ def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
 
 
 @pytest.mark.integration
+def test_an_order_of_parameters_that_is_deepspeeds_own_is_refused(legs):
+    told = legs[1][0]["zero2"]["round robin"]
+    assert "not served with round_robin_gradients" in told
+    assert told.endswith("start with 2 ranks, or set it to false)")
+
+
+@pytest.mark.integration
 def test_the_state_still_names_the_ranks_that_wrote_it(legs):
     assert [leg[0]["zero3"]["state"].world_size for leg in legs[1:]] == list(SIZES[:-1])
 

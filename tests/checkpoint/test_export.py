@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import pickle
@@ -15,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.checkpoint_export import measure, write_checkpoint
+from benchmarks.checkpoint_export import measure, shapes_of, write_checkpoint
 from pretrain import export as program
 from tests.checkpoint.ranks import unimo_output
-from unimo3.checkpoint import export, weights
+from unimo3.checkpoint import weights
 from unimo3.checkpoint.export import DTYPES, export_weights
+from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -49,6 +51,15 @@ def plant(folder: Path, **values: float) -> None:
     torch.save(saved, folder / OPTIM)
 
 
+def flip(path: Path, place: int) -> None:
+    """Change a bit of a byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -74,7 +85,9 @@ def run_program(*arguments: object) -> int:
     return ended.value.code
 
 
-@pytest.mark.parametrize(("run", "dtype"), [("bf16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"), ("zero2", "fp16")])
+@pytest.mark.parametrize(
+    ("run", "dtype"), [("bf16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"), ("zero2", "fp16"), ("zero1", "fp32")]
+)
 def test_exported_tensors_equal_the_gathered_ones(saved, tmp_path, run, dtype):
     reports = export_weights(newest(saved.root / run), tmp_path, dtype, "error", MB)
     expected = expected_weights(saved.told[0][run], DTYPES[dtype])
@@ -240,31 +253,42 @@ def test_all_tensors_at_fault_are_named(run_copy, tmp_path):
     assert "embed.weight: 1 of 77 values are not finite" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [(-1, "1 tensors read back otherwise than they were written"), (8, "was not written as it should be")],
-)
-def test_a_byte_flipped_between_writing_and_rename_is_found(saved, tmp_path, monkeypatch, capsys, place, message):
-    def flip_and_verify(folder: Path, *arguments: Any) -> None:
-        content = bytearray((folder / "model.safetensors").read_bytes())
-        content[place] ^= 1
-        (folder / "model.safetensors").write_bytes(content)
-        weights.verify_weights(folder, *arguments)
+def test_a_byte_that_changes_once_it_is_written_is_found(saved, tmp_path, monkeypatch, capsys):
+    def flip_and_read_back(writer: SafetensorsWriter, name: str) -> tuple[str, str]:
+        if name == "embed.weight":
+            flip(writer.path, read_header(writer.path)[name].start + 70)
+        return read_back(writer, name)
 
-    monkeypatch.setattr(export, "verify_weights", flip_and_verify)
+    read_back = SafetensorsWriter.read_back
+    monkeypatch.setattr(SafetensorsWriter, "read_back", flip_and_read_back)
     assert run_program(saved.root / "bf16", "--out", tmp_path / "out") == 78
-    assert message in capsys.readouterr().err
+    assert "embed.weight in model.safetensors was read back otherwise than it was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     # Not asked to verify, the program calls nothing that could flip it.
     assert run_program(saved.root / "bf16", "--out", tmp_path / "out", "--no-verify") == 0
 
 
-@pytest.mark.parametrize("damage", ["missing file", "swapped index", "another type"])
-def test_verification_compares_files_index_and_types(saved, tmp_path, damage):
+def test_the_report_tells_sha256_of_the_files_bytes_verified_or_not(saved, tmp_path):
+    for verify in (True, False):
+        folder = tmp_path / f"{verify}"
+        folder.mkdir()
+        reports = export_weights(newest(saved.root / "bf16"), folder, "fp16", "error", MB, verify=verify)
+        content = (folder / "model.safetensors").read_bytes()
+        for name, place in read_header(folder / "model.safetensors").items():
+            expected = hashlib.sha256(content[place.start : place.start + place.num_bytes]).hexdigest()
+            assert next(report.sha256 for report in reports if report.name == name) == expected
+    assert contents(tmp_path / "True") == contents(tmp_path / "False")
+
+
+@pytest.mark.parametrize("damage", ["header", "missing file", "swapped index", "another type"])
+def test_verification_opens_files_and_index_and_compares_types(saved, tmp_path, damage):
     reports = export_weights(newest(saved.root / "fp32"), tmp_path, "fp32", "error", 350)
-    weights.verify_weights(tmp_path, reports, 2)
+    weights.verify_layout(tmp_path, reports)
     first, second, _ = sorted(tmp_path.glob("*.safetensors"))
-    if damage == "missing file":
+    if damage == "header":
+        flip(first, 8)
+        message = "was not written as it should be"
+    elif damage == "missing file":
         first.unlink()
         message = r"missing or too many: \['embed.weight'\]"
     elif damage == "swapped index":
@@ -276,7 +300,7 @@ def test_verification_compares_files_index_and_types(saved, tmp_path, damage):
         first.write_bytes(first.read_bytes().replace(b'"F32"', b'"I32"'))
         message = r"embed.weight in .* is torch.int32 \[11, 7\]"
     with pytest.raises(CheckpointError, match=message):
-        weights.verify_weights(tmp_path, reports, 2)
+        weights.verify_layout(tmp_path, reports)
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
@@ -477,7 +501,7 @@ except RuntimeError:
 def test_memory_does_not_grow_with_the_model_and_stays_under_600_mb(tmp_path):
     peaks = {}
     for count in (10**6, 10**8):
-        write_checkpoint(tmp_path / f"{count}", count, moments=False)
+        write_checkpoint(tmp_path / f"{count}", shapes_of(count), moments=False)
         command = [sys.executable, "-m", "pretrain.export", str(tmp_path / f"{count}"), "--jobs", "2"]
         measured = measure([*command, "--out", str(tmp_path / f"out_{count}")], tmp_path / "output.txt")
         peaks[count] = measured.peak_bytes / 1e6

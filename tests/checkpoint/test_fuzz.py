@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from benchmarks.report import ROOT
 
 SHAPES = st.sampled_from([[1], [3], [5, 7], [2, 3, 4], [13], [64]])
-# DeepSpeed 0.19.8 itself starts with no scalar and no empty parameter; under ZeRO-3 buffers may be either.
+# DeepSpeed 0.19.8 itself trains no scalar parameter (it views them as bytes); an empty one under ZeRO-2 alone, in a
+# group with others. Under ZeRO-3 buffers may be either.
+EMPTY = st.sampled_from([[0], [2, 0]])
 
 
 @st.composite
 def examples(draw: Any) -> dict[str, Any]:
     stage = draw(st.sampled_from([2, 3, 3]))
-    shapes = draw(st.lists(SHAPES, min_size=1, max_size=6))
+    groups = draw(st.integers(1, 3))
+    further = st.one_of(SHAPES, SHAPES, EMPTY) if stage == 2 and groups == 1 else SHAPES
+    shapes = [draw(SHAPES), *draw(st.lists(further, max_size=5))]
     leaves: list[dict[str, Any]] = []
     for number, shape in enumerate(shapes):
         tied_to = draw(st.one_of(st.none(), st.integers(0, number - 1))) if number else None
@@ -34,7 +38,7 @@ def examples(draw: Any) -> dict[str, Any]:
     return {
         "leaves": leaves,
         "buffers": draw(st.lists(buffers, max_size=3)),
-        "groups": draw(st.integers(1, 3)),
+        "groups": groups,
         "stage": stage,
         "bf16": draw(st.booleans()),
         "persistent": draw(st.sampled_from([0, 0, 10])),

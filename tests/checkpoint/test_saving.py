@@ -48,6 +48,18 @@ def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(told):
 
 
 @pytest.mark.integration
+def test_a_failure_that_one_rank_alone_knows_of_is_told_on_every_rank(told):
+    for rank in told:
+        assert "saving step_00000005 failed (division by zero)" in rank["on rank 0 alone"]
+
+
+@pytest.mark.integration
+def test_the_copy_takes_no_more_memory_than_the_files(told):
+    for rank in told:
+        assert 0 < rank["kept bytes"] <= rank["files bytes"]
+
+
+@pytest.mark.integration
 def test_with_warn_training_goes_on_but_the_last_save_must_hold(told):
     for rank in told:
         assert rank["warn"] is None

@@ -66,6 +66,12 @@ def lead_out_of_the_folder(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(listed))
 
 
+def name_what_cannot_be_a_file(folder: Path) -> None:
+    listed = json.loads((folder / MANIFEST).read_text())
+    listed["files"] += [{**listed["files"][0], "name": "half\ud800\0"}]
+    (folder / MANIFEST).write_text(json.dumps(listed))
+
+
 class Crafted:
     """Writes a file when it is unpickled without restriction."""
 
@@ -95,6 +101,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     delete_manifest: f"{MANIFEST} cannot be read",
     add_a_stranger: "is not listed",
     lead_out_of_the_folder: "leads out of the folder",
+    name_what_cannot_be_a_file: f"{MANIFEST} cannot be read (ValueError: 'half\\ud800\\x00' is no name",
     plant_a_pickle: "holds more than tensors and plain data, refused",
 }
 
@@ -118,7 +125,10 @@ def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[d
     faults = root / "faults"
     for name in ("full", "vanished"):
         shutil.copytree(saved.root / "bf16", faults / name)
-    return run_ranks(2, load_runs, saved.root, [*damaged, nothing_good, stale_latest, root / "no_run"], faults)
+    without = shutil.copytree(saved.root / "bf16" / "checkpoints" / "step_00000004", root / "without" / "step_00000004")
+    (without / "rng_rank_1.safetensors").unlink()
+    runs = [*damaged, nothing_good, stale_latest, root / "no_run"]
+    return run_ranks(2, load_runs, saved.root, runs, faults, without)
 
 
 def committed_checkpoint(run: Path, step: int) -> Path:
@@ -151,7 +161,7 @@ def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
     for before, after in zip(saved.told, loaded, strict=True):
         assert after[run]["state"] == TrainState(
             4, 32, "config", "index", 2, 8, {"note": "kept"},
-            engine={"bf16": "ZeRO-3 bf16", "fp32": "ZeRO-3 fp32", "zero2": "ZeRO-2 bf16"}[run],
+            engine={"bf16": "ZeRO-3 bf16", "fp32": "ZeRO-3 fp32", "zero2": "ZeRO-2 bf16", "zero1": "ZeRO-1 fp32"}[run],
         )  # fmt: skip
         assert after[run]["weights"].keys() == before[run]["weights"].keys()
         for name, weight in before[run]["weights"].items():
@@ -217,6 +227,35 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
     assert "step_00000004 is damaged" in caplog.text
     assert f"{MODEL} is missing" in caplog.text
     assert newest.is_dir()
+
+
+def test_what_a_run_passes_over_is_kept_aside_where_nothing_counts_or_replaces_it(run_copy, tmp_path, capsys):
+    run = run_copy("fp32")
+    checkpoints = run / "checkpoints"
+    for name in ("step_00000004.damaged", "step_00000004.damaged2"):
+        delete_a_file(checkpoints / "step_00000004")
+        good = store.newest_good(run)
+        assert good is not None
+        store.set_newer_aside(good)
+        assert names(store.list_checkpoints(run)) == ["step_00000002"]
+        assert (checkpoints / name).is_dir()
+        shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000004")
+    shutil.rmtree(checkpoints / "step_00000004")
+    assert run_program("ls", str(run)) == 0
+    assert "step_00000004.damaged2  kept aside as damaged" in capsys.readouterr().out
+    assert run_program("verify", str(run)) == 0
+    assert f"step_00000004.damaged  kept aside: {MODEL} is missing" in capsys.readouterr().out
+    # Somebody takes the good one away: what was kept aside still tells that this is no new run.
+    shutil.rmtree(checkpoints / "step_00000002")
+    assert store.has_folders(run)
+
+
+def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
+    """Gathering persistent parameters is collective: a rank that went on would wait for ever."""
+    assert loaded[0]["one rank"] == loaded[1]["one rank"]
+    assert "rank 1: " in loaded[0]["one rank"]
+    assert "rank 0" not in loaded[0]["one rank"]
+    assert "rng_rank_1.safetensors" in loaded[0]["one rank"]
 
 
 def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(loaded):

@@ -1,6 +1,7 @@
 """Whole commands in processes of their own, on shards of a small source; started as few times as possible."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,15 +40,24 @@ class Program:
         self.folder = folder
         self.output = ""
 
-    def run(self, num_ranks, module, *arguments, stop_when=None, timeout_s=240):
-        """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status."""
+    def run(self, num_ranks, module, *arguments, stop_when=None, timeout_s=240, max_file_bytes=None):
+        """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status.
+
+        Args:
+            max_file_bytes: where writing a file fails, as on a disk that is full.
+        """
+
+        def limit_files():
+            if max_file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
         launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "10"] if num_ranks else []
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         log = self.folder / "output.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *launch, module, *map(str, arguments)],
-                cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+                cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit_files,
             )  # fmt: skip
             ends = time.monotonic() + timeout_s
             signalled = False

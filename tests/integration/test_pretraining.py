@@ -90,6 +90,27 @@ def test_two_ranks_train_as_one_does(program, recipe, runs):
         assert other["loss"] == pytest.approx(one["loss"], rel=BF16_TOLERANCE)
 
 
+def test_a_save_behind_the_training_that_fails_ends_the_run_or_is_tried_again(program, recipe, runs):
+    command = (
+        2, "pretrain.train", "--config", recipe, "--training.steps", "8", "--checkpoint.background", "true",
+        "--checkpoint.every_steps", "2",
+    )  # fmt: skip
+    room = 150_000  # more than anything but the optimizer's files takes
+    assert program.run(*command, "--run.name", "full", max_file_bytes=room) == 78
+    assert "CheckpointError: writing" in program.output
+    assert "step_00000002.tmp failed (rank 0: " in program.output
+    assert 2 <= len(read_metrics(runs / "full")) < 8
+    # With warn the run goes on, but not past its end.
+    warn = ("--run.name", "warned", "--checkpoint.on_save_error", "warn")
+    assert program.run(*command, *warn, max_file_bytes=room) == 78
+    assert program.output.count("training goes on (checkpoint.on_save_error: warn)") >= 2
+    assert len(read_metrics(runs / "warned")) == 8
+    assert store.list_checkpoints(runs / "warned") == []
+    # There is room again.
+    program.check(*command, *warn)
+    assert store.list_checkpoints(runs / "warned")[-1].name == "step_00000008"
+
+
 def test_a_finished_run_is_left_as_it_is(program, recipe, straight):
     before = (straight / "metrics.jsonl").read_text()
     program.check(2, "pretrain.train", "--config", recipe, "--run.name", "straight")

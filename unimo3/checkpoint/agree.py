@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from unimo3.distributed import all_gather_object
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, Unimo3Error
 
 
 def together(doing: str, action: Callable[[], Any], mend: str, group: Any = None) -> list[Any]:
@@ -15,19 +15,25 @@ def together(doing: str, action: Callable[[], Any], mend: str, group: Any = None
 
     Args:
         doing: what it is, for the message.
+        mend: what to do, unless the errors themselves say it.
         group: to agree through; the default group if none.
 
     Raises:
         CheckpointError: on every rank, if it failed on any.
     """
-    result, failure = None, None
+    result: Any = None
+    failure: tuple[str, bool] | None = None
     try:
         result = action()
+    except Unimo3Error as error:
+        failure = (str(error), True)
     except Exception as error:  # whatever it was, the other ranks must hear of it
-        failure = f"{type(error).__name__}: {error}"
+        failure = (f"{type(error).__name__}: {error}", False)
     outcomes = all_gather_object((result, failure), group)
-    failures = [f"rank {rank}: {failed}" for rank, (_, failed) in enumerate(outcomes) if failed]
+    failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
     if failures:
-        more = f"; and {len(failures) - 4} more ranks" if len(failures) > 4 else ""
-        raise CheckpointError(f"{doing} failed ({'; '.join(failures[:4])}{more}); {mend}")
+        told = [f"rank {rank}: {message}" for rank, (message, _) in failures.items()]
+        more = f"; and {len(told) - 4} more ranks" if len(told) > 4 else ""
+        end = "" if all(says_mend for _, says_mend in failures.values()) else f"; {mend}"
+        raise CheckpointError(f"{doing} failed ({'; '.join(told[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]

@@ -6,12 +6,13 @@ Source: IEEE 754 for the ranges of half precision; largest value of float16 6550
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from unimo3.checkpoint.block_sums import BlockSums
 from unimo3.checkpoint.safetensors_writer import bytes_of
 
 OnOverflow = Literal["error", "clamp", "keep-fp32"]
@@ -73,14 +74,23 @@ class Casting:
         wanted: type that floating-point values should have; values beyond its largest are over range.
         written: type they get, another one if the tensor is kept in float32.
         clamp: values over range become the largest there is.
+        is_read_back: whether SHA-256 is taken of the bytes as they are read back, instead of here.
     """
 
-    def __init__(self, name: str, shape: torch.Size, wanted: torch.dtype, written: torch.dtype, clamp: bool):
+    def __init__(
+        self,
+        name: str,
+        shape: torch.Size,
+        wanted: torch.dtype,
+        written: torch.dtype,
+        clamp: bool,
+        is_read_back: bool = False,
+    ):
         self._name, self._shape, self._written, self._clamp = name, shape, written, clamp
         self._limit = torch.finfo(wanted).max
         self._largest = 0.0
         self._num_not_finite = self._num_over = self._num_flushed = 0
-        self._digest = hashlib.sha256()
+        self._digest: Any = BlockSums() if is_read_back else hashlib.sha256()
 
     def cast(self, piece: Tensor, space: Workspace) -> Tensor:
         """The next piece as it is written; other than floating-point numbers are left as they are.
@@ -95,7 +105,13 @@ class Casting:
         self._digest.update(bytes_of(converted))
         return converted
 
-    def report(self) -> TensorReport:
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all pieces as written; their `BlockSums` if they are to be read back."""
+        digest: str = self._digest.hexdigest()
+        return digest
+
+    def report(self, sha256: str) -> TensorReport:
         """What became of all pieces."""
         return TensorReport(
             self._name,
@@ -104,7 +120,7 @@ class Casting:
             self._largest,
             self._num_over,
             self._num_flushed,
-            self._digest.hexdigest(),
+            sha256,
         )
 
     def fault(self) -> str:

@@ -22,7 +22,7 @@ import torch
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable
 from unimo3.checkpoint.stored import close_files
-from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_weights, write_weights
+from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 
@@ -113,7 +113,7 @@ def export_weights(
     """
     source = ZeroCheckpoint(checkpoint)
     names = {name: _public(source, name) for name in source.names()}
-    options = Options(DTYPES[dtype], on_overflow, max_file_bytes, num_jobs or default_jobs())
+    options = Options(DTYPES[dtype], on_overflow, max_file_bytes, num_jobs or default_jobs(), is_read_back=verify)
     try:
         reports, faults = write_weights(source, names, out, options)
         if faults:
@@ -123,6 +123,8 @@ def export_weights(
                 + "\n  ".join(faults[:_NUM_FAULTS_SHOWN])
                 + more
             )
+        if verify:
+            verify_layout(out, reports)
         described = {
             "checkpoint": checkpoint.name,
             "dtype": dtype,
@@ -131,8 +133,6 @@ def export_weights(
             "tensors": [asdict(report) for report in reports],
         }
         (out / REPORT).write_text(json.dumps(described, indent=1) + "\n")
-        if verify:
-            verify_weights(out, reports, options.num_jobs)
     except BaseException:
         for path in (*out.glob("*.safetensors"), out / INDEX, out / REPORT):
             path.unlink(missing_ok=True)

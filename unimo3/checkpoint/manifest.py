@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,8 @@ from unimo3.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+# One core hashes about as fast as one disk reads; several ranks may share a node.
+_MAX_THREADS = 4
 
 
 def flush_and_hash(folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -57,8 +60,12 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
         return [f"{MANIFEST} does not list {STATE}"]
-    largest_first = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))
-    problems = [_problem(folder, entry) for entry in largest_first[part::num_parts]]
+    share = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
+    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        problems = list(pool.map(lambda entry: _problem(folder, entry), share))
+    problems += [
+        _content_problem(folder / entry["name"]) for entry, problem in zip(share, problems, strict=True) if not problem
+    ]
     if part == 0:
         # DeepSpeed and export take such files by pattern, so one that nobody vouches for must not lie among them.
         names = {entry["name"] for entry in entries}
@@ -99,6 +106,9 @@ def flush_folder(folder: Path) -> None:
 
 def _read(folder: Path) -> list[dict[str, Any]]:
     entries = json.loads((folder / MANIFEST).read_text())["files"]
+    for entry in entries:
+        if "\0" in entry["name"] or not entry["name"].isprintable():
+            raise ValueError(f"{entry['name']!r} is no name of a file here")
     return [
         {"name": str(entry["name"]), "bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for entry in entries
     ]
@@ -118,14 +128,21 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
             return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
         if sha256_of(path) != entry["sha256"]:
             return f"{name} has another content than was written"
-        if path.suffix == ".pt":
-            # Whoever can write here can write the manifest too. DeepSpeed unpickles these files without restriction, so
-            # they are looked through first, restricted.
-            from unimo3.checkpoint.stored import load_structure  # imports torch, which listing need not
+    except (OSError, ValueError) as error:  # ValueError: of a name no file can have
+        return f"{name!r} cannot be read ({error})"
+    return ""
 
-            load_structure(path)
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+
+def _content_problem(path: Path) -> str:
+    """Why a file that is as listed must not be loaded; empty if nothing speaks against it."""
+    if path.suffix != ".pt":
+        return ""
+    # Whoever can write here can write the manifest too. DeepSpeed unpickles these files without restriction, so they
+    # are looked through first, restricted.
+    from unimo3.checkpoint.stored import load_structure  # imports torch, which listing need not
+
+    try:
+        load_structure(path)
     except CheckpointError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return str(error)
     return ""

@@ -9,8 +9,8 @@ The library's own ``save_file`` needs all tensors at once; the bytes are the sam
 Source: https://github.com/huggingface/safetensors, README (format) and safetensors/src/tensor.rs (order of tensors).
 """
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unimo3.checkpoint.block_sums import BlockSums
+from unimo3.checkpoint.uncached import CHUNK_BYTES, UncachedFile
 from unimo3.errors import CheckpointError
 
 # In the order in which the library lays tensors out: the last ones first.
@@ -69,8 +71,11 @@ def num_bytes_of(dtype: torch.dtype, shape: torch.Size) -> int:
 class SafetensorsWriter:
     """One file, open for writing, whose header is written at once.
 
+    Attributes:
+        path: the file.
+
     Args:
-        path: a new file.
+        path: a new one.
         tensors: types and shapes by name.
 
     Raises:
@@ -81,9 +86,11 @@ class SafetensorsWriter:
         for name, (dtype, _) in tensors.items():
             if dtype not in _TYPE_NAMES:
                 raise CheckpointError(f"{name}: is of type {dtype}, which safetensors files cannot hold")
+        self.path = path
         header, self._places = _layout(tensors)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        _write_all(self._descriptor, memoryview(header), 0)
+        end = max((place.start + place.num_bytes for place in self._places.values()), default=len(header))
+        self._file = UncachedFile(path, end)
+        self._file.write(memoryview(header), 0)
 
     def write(self, name: str, first: int, piece: Tensor) -> None:
         """Write elements [first, first + n) of a tensor.
@@ -94,15 +101,25 @@ class SafetensorsWriter:
         place = self._places[name]
         assert piece.dtype == place.dtype
         assert first + piece.numel() <= place.shape.numel()
-        _write_all(self._descriptor, bytes_of(piece), place.start + first * place.dtype.itemsize)
+        self._file.write(bytes_of(piece), place.start + first * place.dtype.itemsize)
+
+    def read_back(self, name: str) -> tuple[str, str]:
+        """SHA-256 and `BlockSums` of a tensor's bytes as they are in the file now."""
+        place, digest, sums = self._places[name], hashlib.sha256(), BlockSums()
+        end = place.start + place.num_bytes
+        for start in range(place.start, end, CHUNK_BYTES):
+            piece = self._file.read(start, min(CHUNK_BYTES, end - start))
+            digest.update(piece)
+            sums.update(piece)
+        return digest.hexdigest(), sums.hexdigest()
 
     def flush(self) -> None:
         """Force to disk what was written."""
-        os.fsync(self._descriptor)
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        self._file.close()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -158,9 +175,3 @@ def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, 
 
 def _sorted_as_laid_out(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> Iterable[str]:
     return sorted(tensors, key=lambda name: (-_RANKS[tensors[name][0]], name.encode()))
-
-
-def _write_all(descriptor: int, memory: memoryview, start: int) -> None:
-    done = 0
-    while done < len(memory):
-        done += os.pwrite(descriptor, memory[done:], start + done)

@@ -36,7 +36,7 @@ from unimo3.checkpoint.manifest import (
 )
 from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
 from unimo3.checkpoint.writing import HostMemory, capture_engine_files, write_captured, write_engine_files
-from unimo3.distributed import world
+from unimo3.distributed import all_gather_object, world
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Saver:
         self._group: Any = None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._has_told = world()[0] != 0
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
                 raise CheckpointError(
@@ -76,6 +77,11 @@ class Saver:
                 self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
             # A run that ends by an error does not throw away the checkpoint it was writing.
             atexit.register(self._wait_at_exit)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory that copies for saves in the background take on this rank."""
+        return self._memory.num_bytes
 
     @property
     def has_failed(self) -> bool:
@@ -112,8 +118,13 @@ class Saver:
             except CheckpointError as error:
                 self._failure = error
             except Exception as error:  # such as of the group, when another rank's process has ended
-                self._failure = CheckpointError(f"saving in the background failed ({error}); {_MEND}")
+                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {_MEND}")
 
+        if self._args.background and not self._has_told:
+            log.info(
+                "copies for saves in the background keep %.0f MB of this host's memory a rank", self.kept_bytes / 1e6
+            )
+            self._has_told = True
         if self._args.background and not is_last:
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -133,9 +144,12 @@ class Saver:
             CheckpointError: on every rank; a save has failed.
         """
         self._wait()
-        failure, self._failure = self._failure, None
-        if failure is None:
+        own, self._failure = self._failure, None
+        # A rank whose own part went well may be the only one that knows nothing of another's failure.
+        failures = [failure for failure in all_gather_object(str(own) if own else None) if failure]
+        if not failures:
             return
+        failure = own or CheckpointError(failures[0])
         if must_hold or self._args.on_save_error == "stop":
             raise failure
         if world()[0] == 0:

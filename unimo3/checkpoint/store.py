@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole or not at all, verified before use.
 
     RUN/checkpoints/step_00001000/   DeepSpeed's files of every rank, rng_rank_*.safetensors, state.json, MANIFEST.json
+    RUN/checkpoints/step_00001000.damaged  one that a resuming run found damaged, for people to look at
     RUN/checkpoints/latest           name of the newest one, for people and for DeepSpeed's own tools
 
 A folder without a valid manifest is no checkpoint. Saves are in saving.py.
@@ -29,6 +30,8 @@ __all__ = [
     "load",
     "newest_good",
     "prune",
+    "set_aside",
+    "set_newer_aside",
     "tag_of",
     "verify",
 ]
@@ -36,6 +39,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _TAG = re.compile(r"^step_\d{8,}$")
+_SET_ASIDE = re.compile(r"^step_\d{8,}\.damaged\d*$")
 
 
 def tag_of(step: int) -> str:
@@ -45,7 +49,7 @@ def tag_of(step: int) -> str:
 
 def step_of(folder: Path) -> int:
     """Optimizer steps that a checkpoint's name tells."""
-    return int(folder.name.removeprefix("step_"))
+    return int(folder.name.removeprefix("step_").split(".")[0])
 
 
 def folder_of(run: Path) -> Path:
@@ -55,7 +59,12 @@ def folder_of(run: Path) -> Path:
 
 def has_folders(run: Path) -> bool:
     """Whether anything is named as a checkpoint, good or not."""
-    return bool(_candidates(run))
+    return bool(_candidates(run) or set_aside(run))
+
+
+def set_aside(run: Path) -> list[Path]:
+    """Damaged checkpoints that `set_newer_aside` has renamed, oldest first."""
+    return _folders(run, _SET_ASIDE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -117,7 +126,7 @@ def load(engine: Any, folder: Path) -> TrainState:
 def newest_good(run: Path) -> Path | None:
     """The newest checkpoint whose every file is as its manifest says; all ranks verify a share and agree.
 
-    A damaged one is named in the log with the reason, left where it is, and the next older is tried.
+    A damaged one is named in the log with the reason, and the next older is tried.
     """
     rank, size = world()
     # Rank 0's listing holds for all: on a shared file system others may still see an older one.
@@ -128,6 +137,26 @@ def newest_good(run: Path) -> Path | None:
         if rank == 0:
             log.warning("%s is damaged and passed over: %s", folder, "; ".join(dict.fromkeys(problems)))
     return None
+
+
+def set_newer_aside(good: Path) -> None:
+    """Rename what is newer than the newest good checkpoint, so that it is neither counted nor replaced; on one rank.
+
+    Nothing is renamed where nothing is good: what looks damaged may be a mount that fails.
+    """
+    for folder in _candidates(good.parent.parent):
+        if step_of(folder) <= step_of(good):
+            continue
+        aside = folder.with_name(f"{folder.name}.damaged")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}.damaged{number}")
+        try:
+            folder.rename(aside)
+            log.warning("%s is kept aside as %s; remove it when nobody needs it", folder, aside.name)
+        except OSError as error:
+            log.warning("%s cannot be kept aside (%s)", folder, error)
 
 
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
@@ -153,10 +182,14 @@ def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = 
 
 def _candidates(run: Path) -> list[Path]:
     """Folders that are named as checkpoints, oldest first."""
+    return _folders(run, _TAG)
+
+
+def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
     folder = folder_of(run)
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _TAG.match(path.name) and path.is_dir()), key=step_of)
+    return sorted((path for path in folder.iterdir() if pattern.match(path.name) and path.is_dir()), key=step_of)
 
 
 def _remove(folder: Path) -> None:

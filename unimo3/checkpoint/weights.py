@@ -8,7 +8,6 @@ hashing and writing all run outside Python's lock.
 Source: the safetensors format and transformers' index of sharded files.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from unimo3.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _PIECE_ELEMENTS = 2**21
-# More threads than that wait for the disk, and each takes memory.
+# Each takes memory.
 _MAX_DEFAULT_JOBS = 8
 
 Item = TypeVar("Item")
@@ -49,17 +48,19 @@ class Options:
             tensor in float32.
         max_file_bytes: size a file is kept below, unless one tensor is larger.
         num_jobs: tensors in work at a time.
+        is_read_back: whether each tensor is read back and compared once it is written.
     """
 
     dtype: torch.dtype
     on_overflow: OnOverflow
     max_file_bytes: int
     num_jobs: int
+    is_read_back: bool
 
 
 def default_jobs() -> int:
-    """As many threads as this process may use cores, up to a few."""
-    return min(len(os.sched_getaffinity(0)), _MAX_DEFAULT_JOBS)
+    """Two threads for each core this process may use, up to a few: one computes while the other waits for the disk."""
+    return min(2 * len(os.sched_getaffinity(0)), _MAX_DEFAULT_JOBS)
 
 
 def write_weights(
@@ -72,30 +73,32 @@ def write_weights(
 
     Returns:
         The tensors' reports, and why some of them cannot be written: if that is not empty, the files are of no use.
+
+    Raises:
+        CheckpointError: a tensor was read back otherwise than it was written.
     """
     with _one_torch_thread():
         types = _written_types(source, list(names), options)
         files = _assign_files(source, types, options.max_file_bytes)
-        castings = _write_files(source, names, types, files, out, options)
+        written = _write_files(source, names, types, files, out, options)
     if len(files) > 1:
         weight_map = {names[name]: file for file, held in files.items() for name in held}
         total = sum(num_bytes_of(types[name], source.shape(name)) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    faults = [fault for casting in castings if (fault := casting.fault())]
-    return [casting.report() for casting in castings], faults
+    return [report for report, _ in written], [fault for _, fault in written if fault]
 
 
-def verify_weights(folder: Path, reports: Sequence[TensorReport], num_jobs: int) -> None:
-    """Read weights back: the files' headers, the index, and every tensor's bytes.
+def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
+    """Open weights as their readers do: the files' headers and the index, and no tensor.
 
     Raises:
-        CheckpointError: they are not as reported.
+        CheckpointError: tensors are not where or what they should be.
     """
     found: dict[str, tuple[Path, TensorPlace]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            # The library has rules of its own for a header; it reads no tensor here.
+            # The library has rules of its own for a header.
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
@@ -104,23 +107,14 @@ def verify_weights(folder: Path, reports: Sequence[TensorReport], num_jobs: int)
     wanted = {report.name for report in reports}
     if wanted != found.keys():
         raise CheckpointError(f"{folder}: tensors missing or too many: {sorted(wanted ^ found.keys())[:5]}")
+    for report in reports:
+        path, place = found[report.name]
+        if (str(place.dtype), list(place.shape)) != (f"torch.{report.dtype}", report.shape):
+            raise CheckpointError(f"{report.name} in {path.name} is {place.dtype} {list(place.shape)}")
     if (folder / INDEX).exists():
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         if weight_map != {name: path.name for name, (path, _) in found.items()}:
             raise CheckpointError(f"{folder / INDEX}: does not tell where the tensors are")
-
-    def problem(report: TensorReport) -> str:
-        path, place = found[report.name]
-        if (str(place.dtype), list(place.shape)) != (f"torch.{report.dtype}", report.shape):
-            return f"{report.name} in {path.name} is {place.dtype} {list(place.shape)}"
-        return "" if _sha256_at(path, place) == report.sha256 else f"{report.name} in {path.name} has other bytes"
-
-    problems = [line for line in _in_parallel(problem, reports, num_jobs, "verify") if line]
-    if problems:
-        raise CheckpointError(
-            f"{folder}: {len(problems)} tensors read back otherwise than they were written: {'; '.join(problems[:5])}; "
-            "check the disk, then export again"
-        )
 
 
 def _written_types(source: ZeroCheckpoint, names: list[str], options: Options) -> dict[str, torch.dtype]:
@@ -163,20 +157,28 @@ def _write_files(
     files: dict[str, list[str]],
     out: Path,
     options: Options,
-) -> list[Casting]:
-    """Write all files and force them to disk; what casting each tensor showed."""
+) -> list[tuple[TensorReport, str]]:
+    """Write all files and force them to disk; each tensor's report, and its fault if it has one."""
     last = {held[-1] for held in files.values()}
-    castings = []
+    written = []
     spaces = _Workspaces()
     writers: dict[str, SafetensorsWriter] = {}
 
-    def write(name: str) -> Casting:
+    def write(name: str) -> tuple[TensorReport, str]:
         public, clamp = names[name], options.on_overflow == "clamp"
-        casting = Casting(public, source.shape(name), options.dtype, types[name], clamp)
+        casting = Casting(public, source.shape(name), options.dtype, types[name], clamp, options.is_read_back)
         space = spaces.own()
         for first, piece in _pieces(source, name, space):
             writers[name].write(public, first, casting.cast(piece, space))
-        return casting
+        sha256 = casting.digest
+        if options.is_read_back:
+            sha256, digest = writers[name].read_back(public)
+            if digest != casting.digest:
+                raise CheckpointError(
+                    f"{public} in {writers[name].path.name} was read back otherwise than it was written; check the "
+                    "disk, then export again"
+                )
+        return casting.report(sha256), casting.fault()
 
     with ExitStack() as stack:
         for file, held in files.items():
@@ -185,12 +187,12 @@ def _write_files(
             writers |= dict.fromkeys(held, writer)
         # Left before the files are closed, so that no thread still writes to one when a flush fails.
         done = stack.enter_context(closing(_in_parallel(write, list(names), options.num_jobs, "export")))
-        for name, casting in zip(names, done, strict=True):
-            castings.append(casting)
+        for name, told in zip(names, done, strict=True):
+            written.append(told)
             if name in last:
                 # This thread has nothing else to do, and the others go on with the next file.
                 writers[name].flush()
-    return castings
+    return written
 
 
 def _pieces(source: ZeroCheckpoint, name: str, space: Workspace) -> Iterator[tuple[int, Tensor]]:
@@ -216,21 +218,6 @@ class _Workspaces(threading.local):
         if not hasattr(self, "_own"):
             self._own = Workspace(_PIECE_ELEMENTS)
         return self._own
-
-
-def _sha256_at(path: Path, place: TensorPlace) -> str:
-    digest = hashlib.sha256()
-    memory = memoryview(bytearray(min(place.num_bytes, 2 * _PIECE_ELEMENTS)))
-    done = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(place.start)
-        while done < place.num_bytes:
-            count = file.readinto(memory[: place.num_bytes - done])
-            if not count:
-                break  # the digest will tell
-            digest.update(memory[:count])
-            done += count
-    return digest.hexdigest()
 
 
 def _in_parallel(

@@ -66,6 +66,11 @@ class HostMemory:
         self.files: list[tuple[Path, Any]] = []
         self._tensors: dict[tuple[str, int], Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors kept."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def begin(self) -> None:
         """Forget the files of the save before."""
         self.files = []

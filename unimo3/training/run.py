@@ -155,6 +155,7 @@ class Run:
                 raise ConfigError(faults)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             if self._rank == 0:
+                store.set_newer_aside(newest)
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         self.metrics = MetricsWriter(self.folder, self.step, enabled=self._rank == 0)
         if self._keeps_ledger:

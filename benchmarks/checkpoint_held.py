@@ -1,0 +1,81 @@
+"""Seconds for which a training step waits for a save, in the background and plain, on 2 ranks.
+
+    python -m benchmarks.checkpoint_held FOLDER PARAMETERS ROUNDS TOLD      (one rank of it)
+
+Source: none.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.checkpoint_engine import WIDTH, in_ranks, memory_bytes, start_engine
+
+NUM_RANKS = 2
+
+
+def measure_held(num_parameters: int, rounds: int, work: Path) -> dict[str, Any]:
+    """Seconds each kind of save holds a step, by round, the first of a run among them."""
+    return in_ranks(NUM_RANKS, "benchmarks.checkpoint_held", work, num_parameters, rounds)
+
+
+def held_table(num_parameters: int, saves: dict[str, Any]) -> str:
+    """The result in markdown."""
+    plain, background = (median(saves["held"][kind][1:]) for kind in ("plain", "background"))
+    earliest = saves["held"]["background"][0]
+    lines = [
+        f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.", "",
+        "| | step held, s | of the plain save's |", "| --- | ---: | ---: |",
+        f"| plain | {plain:.2f} | 1 |",
+        f"| background, the first of a run | {earliest:.2f} | {earliest / plain:.2f} |",
+        f"| background, later | {background:.2f} | {background / plain:.2f} |", "",
+        f"A background save is committed {median(saves['whole'][1:]):.2f} s after it began. Its copy takes",
+        f"{saves['kept_bytes'] / 1e6:.0f} MB of a rank's memory; all saves together left rank 0 with"
+        f" {saves['more_bytes'] / 1e6:.0f} MB more.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, Any]:
+    """Be one rank: save by turns in both ways, once more than `rounds`."""
+    import torch
+
+    from unimo3.checkpoint.args import CheckpointArgs
+    from unimo3.checkpoint.saving import Saver
+    from unimo3.checkpoint.state import TrainState
+    from unimo3.distributed import barrier, world
+
+    engine = start_engine(num_parameters)
+    # One optimizer step, so that there are moments.
+    engine.backward(engine(torch.ones(1, WIDTH, dtype=torch.bfloat16)).float().square().mean())
+    engine.step()
+    savers = {
+        kind: Saver(engine, folder / kind, CheckpointArgs(background=kind == "background", keep_last=1))
+        for kind in ("plain", "background")
+    }
+    held: dict[str, list[float]] = {kind: [] for kind in savers}
+    whole: list[float] = []
+    before = memory_bytes("VmRSS")
+    for number in range(rounds + 1):
+        for kind, saver in savers.items():
+            barrier()
+            os.sync()
+            start = time.perf_counter()
+            saver.save(TrainState(number + 1, 0, "", "", world()[1], 2))
+            held[kind].append(time.perf_counter() - start)
+            saver.settle()
+            if kind == "background":
+                whole.append(time.perf_counter() - start)
+    files = sum(path.stat().st_size for path in (folder / "plain").rglob("*.pt")) / world()[1]
+    more, kept = memory_bytes("VmRSS") - before, savers["background"].kept_bytes
+    return {"held": held, "whole": whole, "more_bytes": more, "kept_bytes": kept, "files_bytes": files}
+
+
+if __name__ == "__main__":
+    found = save_by_turns(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[4]).write_text(json.dumps(found))
