@@ -5,7 +5,7 @@ RUN/accuracy.json.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,15 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     reader = settings.data.reader
 
-    def evaluate(step: int) -> dict[str, float]:
+    def evaluate(step: int, must_end: Callable[[], bool]) -> dict[str, float] | None:
         held_out = samples_of(val_index, "none", 1.0)
         batches = evaluation_batches(held_out, world.rank, world.size, batch.micro_batch, reader)
-        scored = [entry for part in all_gather_object(list(predict(engine, batches, answers))) for entry in part]
+        own: list[dict[str, Any]] = []
+        for loaded, counts in batches:
+            if must_end():
+                return None
+            own += predict(engine, loaded, counts, answers)
+        scored = [entry for part in all_gather_object(own) for entry in part]
         accuracies = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
         if world.rank == 0:
             write_results(run.folder, scored, accuracies)
@@ -154,20 +159,24 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def predict(engine: Any, batches: Iterator, answers: AnswerVocabulary) -> Iterator[dict[str, Any]]:
-    """This rank's predictions, each with its official accuracy and its granularity or answer type."""
+def predict(
+    engine: Any, loaded: dict[str, Any], counts: torch.Tensor, answers: AnswerVocabulary
+) -> list[dict[str, Any]]:
+    """Predictions for the rows of a batch that count, each with its official accuracy and its granularity or type."""
     engine.eval()
-    for loaded, counts in batches:
-        best = engine(to_device(loaded, engine.device))["logits"].argmax(dim=-1).tolist()
-        for question, number, is_counted in zip(loaded["question"], best, counts.tolist(), strict=True):
-            if is_counted:
-                answer = answers.answers[number]
-                yield {
-                    "question_id": question["question_id"],
-                    "answer": answer,
-                    "group": question.get("granularity") or question.get("answer_type", ""),
-                    "accuracy": vqa_accuracy(answer, question["answers"]) if question.get("answers") else 0.0,
-                }
+    best = engine(to_device(loaded, engine.device))["logits"].argmax(dim=-1).tolist()
+    return [
+        {
+            "question_id": question["question_id"],
+            "answer": answers.answers[number],
+            "group": question.get("granularity") or question.get("answer_type", ""),
+            "accuracy": (
+                vqa_accuracy(answers.answers[number], question["answers"]) if question.get("answers") else 0.0
+            ),
+        }
+        for question, number, is_counted in zip(loaded["question"], best, counts.tolist(), strict=True)
+        if is_counted
+    ]
 
 
 def write_results(folder: Path, scored: list[dict[str, Any]], accuracies: dict[str, float]) -> None:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if not args.run.is_dir():
         raise CheckpointError(f"{args.run}: no such folder; name the folder of a run")
-    checkpoints, aside = store.list_checkpoints(args.run), store.set_aside(args.run)
+    checkpoints, aside = store.list_folders(args.run), store.set_aside(args.run)
     if not checkpoints and not aside:
         raise CheckpointError(f"{args.run}: has no committed checkpoint in {store.folder_of(args.run)}")
     if args.command == "ls":
@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         verify(checkpoints, aside)
     else:
         keep_last, keep_every = retention(args)
-        removed = store.prune(args.run, keep_last, keep_every)
+        try:
+            removed = store.prune(args.run, keep_last, keep_every)
+        except OSError as error:
+            raise CheckpointError(f"{args.run}: checkpoints cannot be removed ({error}); prune again") from error
         for folder in removed:
             print(f"removed {folder}")
         print(f"{len(removed)} removed, {len(checkpoints) - len(removed)} kept")
@@ -54,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def describe(folder: Path) -> str:
     """One line on a checkpoint."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not (folder / store.MANIFEST).is_file():
+        return f"{folder.name}  DAMAGED: has no {store.MANIFEST}"
     try:
         state = TrainState.read(folder / store.STATE)
     except CheckpointError as error:

@@ -3,7 +3,7 @@
 Every message names the field or file, the value found and what to do. A program's ``main`` runs under
 `exit_with_status`, so a Slurm script can tell from the status alone whether to requeue.
 
-Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_TEMPFAIL 75, EX_CONFIG 78).
+Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75, EX_CONFIG 78).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 EXIT_DONE = 0
 EXIT_DIVERGED = 70
+EXIT_STALLED = 71
 EXIT_REQUEUE = 75
 EXIT_CONFIG = 78
 

@@ -254,6 +254,17 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     attempt("vanished file", root / "half")
     engine.optimizer.state_dict = stock
 
+    def run_out() -> None:
+        raise MemoryError("no memory for a copy")
+
+    if rank == 1:
+        engine.optimizer.state_dict = run_out
+    attempt("memory runs out on rank 1", root / "full")
+    if rank == 1:
+        engine.optimizer.state_dict = stock
+    told["left of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
+    barrier()
+
     told["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
     attempt("none", root / "full")
     told["newest after"] = store.newest_good(root / "full")

@@ -234,9 +234,10 @@ def test_what_a_run_passes_over_is_kept_aside_where_nothing_counts_or_replaces_i
     checkpoints = run / "checkpoints"
     for name in ("step_00000004.damaged", "step_00000004.damaged2"):
         delete_a_file(checkpoints / "step_00000004")
-        good = store.newest_good(run)
-        assert good is not None
-        store.set_newer_aside(good)
+        good, damaged = store.choose(run)
+        assert good == checkpoints / "step_00000002"
+        # One that is good after all stays.
+        store.set_damaged_aside([*damaged, good])
         assert names(store.list_checkpoints(run)) == ["step_00000002"]
         assert (checkpoints / name).is_dir()
         shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000004")
@@ -267,6 +268,11 @@ def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(l
         assert "rank 1" in faults["full disk on rank 1"]
         assert "rank 0" not in faults["full disk on rank 1"]
         assert "writing" in faults["vanished folder"]
+        assert "memory runs out on rank 1" in faults
+        assert "rank 1: MemoryError: no memory for a copy" in faults["memory runs out on rank 1"]
+        assert "rank 0" not in faults["memory runs out on rank 1"]
+        assert "File too large" in faults["full disk on rank 1"]
+        assert faults["left of failed saves"] == []
         assert "flushing" in faults["vanished file"]
         assert f"{MODEL}" in faults["vanished file"]
         assert names(faults["newest"]) == ["step_00000004", "step_00000004"]
@@ -302,6 +308,23 @@ def test_prune_never_removes_the_last_good_checkpoint(tmp_path):
     assert newest.name == "step_00000020"
 
 
+def test_prune_keeps_the_newest_good_one_also_where_a_multiple_that_stays_is_good(tmp_path):
+    folders = [committed_checkpoint(tmp_path, step) for step in (1000, 1200, 1400, 1600, 1700)]
+    (folders[-1] / store.STATE).write_text("{}")
+    assert names(store.prune(tmp_path, keep_last=1, keep_every=1000)) == ["step_00001200", "step_00001400"]
+    newest = store.newest_good(tmp_path)
+    assert newest is not None
+    assert newest.name == "step_00001600"
+
+
+def test_prune_removes_nothing_where_nothing_is_good(tmp_path, caplog):
+    for step in (10, 20, 30):
+        (committed_checkpoint(tmp_path, step) / store.STATE).write_text("{}")
+    assert store.prune(tmp_path, keep_last=1, keep_every=0) == []
+    assert len(store.list_checkpoints(tmp_path)) == 3
+    assert "none of the checkpoints is good; none is removed" in caplog.text
+
+
 def test_uncommitted_folders_are_no_checkpoints(tmp_path):
     committed_checkpoint(tmp_path, 10)
     (tmp_path / "checkpoints" / "step_00000020").mkdir()
@@ -327,6 +350,12 @@ def test_program_lists_verifies_and_prunes(run_copy, capsys):
     assert run_program("ls", str(run)) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step_00000002", "step_00000004"]
     assert run_program("verify", str(run)) == 0
+    (run / "checkpoints" / "step_00000005").mkdir()  # its manifest is gone, with all else
+    assert run_program("ls", str(run)) == 0
+    assert "step_00000005  DAMAGED: has no MANIFEST.json" in capsys.readouterr().out
+    assert run_program("verify", str(run)) == 78
+    assert "step_00000005  DAMAGED: MANIFEST.json cannot be read" in capsys.readouterr().out
+    (run / "checkpoints" / "step_00000005").rmdir()
     delete_a_file(run / "checkpoints" / "step_00000002")
     assert run_program("verify", str(run)) == 78
     assert f"step_00000002  DAMAGED: {MODEL} is missing" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 
 import numpy as np
@@ -53,6 +54,22 @@ def test_shares_are_shown_as_a_heat_map(tmp_path):
     pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
     assert pixels.shape == (2 * 16, 3 * 16)
     assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]), abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_full_disk_delays_figures_and_does_not_end_the_run(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, 0, enabled=True)
+    writer.write({"step": 1, "loss": 2.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
+    try:
+        writer.write({"step": 2, "loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "figures of step 2 cannot be written yet (" in caplog.text
+    writer.write({"step": 3, "loss": 2.0})
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_other_ranks_write_nothing(tmp_path):

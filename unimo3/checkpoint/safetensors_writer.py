@@ -90,7 +90,11 @@ class SafetensorsWriter:
         header, self._places = _layout(tensors)
         end = max((place.start + place.num_bytes for place in self._places.values()), default=len(header))
         self._file = UncachedFile(path, end)
-        self._file.write(memoryview(header), 0)
+        try:
+            self._file.write(memoryview(header), 0)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, name: str, first: int, piece: Tensor) -> None:
         """Write elements [first, first + n) of a tensor.

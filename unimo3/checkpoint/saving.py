@@ -15,6 +15,7 @@ import atexit
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.agree import together
+from unimo3.checkpoint.apart import apart, gather_persistent
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.manifest import (
     STATE,
@@ -66,6 +68,8 @@ class Saver:
         self._group: Any = None
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
+        self._committed_step: int | None = None
+        self._finished: list[tuple[int, float]] = []
         self._has_told = world()[0] != 0
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
@@ -82,6 +86,11 @@ class Saver:
     def kept_bytes(self) -> int:
         """Host memory that copies for saves in the background take on this rank."""
         return self._memory.num_bytes
+
+    def take_finished(self) -> list[tuple[int, float]]:
+        """Step of each save committed since the last call, and the seconds from its beginning to its commit."""
+        finished, self._finished = self._finished, []
+        return finished
 
     @property
     def has_failed(self) -> bool:
@@ -105,6 +114,7 @@ class Saver:
             if not is_last:
                 raise
             before = error  # there may be room again: the last save is tried all the same
+        started = time.perf_counter()
         try:
             finish = _prepare(self._engine, self._run, state, self._memory if self._args.background else None)
         except CheckpointError as error:
@@ -114,7 +124,10 @@ class Saver:
 
         def work() -> None:
             try:
-                self._committed(finish(self._group))
+                folder = finish(self._group)
+                self._committed_step = state.step
+                self._finished.append((state.step, time.perf_counter() - started))
+                self._prune(folder)
             except CheckpointError as error:
                 self._failure = error
             except Exception as error:  # such as of the group, when another rank's process has ended
@@ -133,6 +146,16 @@ class Saver:
         self.settle(must_hold=is_last)
         if before is not None:
             raise before
+
+    def ensure(self, state: TrainState) -> None:
+        """Have a state saved when this returns, now or by a save that is done or under way; every rank calls it.
+
+        Raises:
+            CheckpointError: on every rank; a save has failed.
+        """
+        self._wait()
+        if not all(all_gather_object(self._committed_step == state.step and self._failure is None)):
+            self.save(state, is_last=True)
 
     def settle(self, must_hold: bool = False) -> None:
         """Wait for the save under way and tell of one that failed; every rank calls it.
@@ -166,7 +189,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _committed(self, folder: Path) -> None:
+    def _prune(self, folder: Path) -> None:
         if world()[0] != 0:
             return
         try:
@@ -191,10 +214,10 @@ def _prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | Non
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
     state = replace(state, engine=store.describe_engine(engine))
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
-    together(f"preparing {staging}", lambda: _clear_staging(checkpoints) if rank == 0 else None, _MEND)
+    together(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, _MEND)
     generators = captured_rng()
     if memory is None:
-        held: list[Path] = together(f"writing {staging}", lambda: write_engine_files(engine, staging), _MEND)[rank]
+        held: list[Path] = _apart(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
 
         def write() -> list[Path]:
             return held
@@ -204,7 +227,7 @@ def _prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | Non
         def capture() -> None:
             capture_engine_files(engine, staging, kept)
 
-        together(f"copying for {staging}", capture, _MEND)
+        _apart(engine, staging, f"copying for {staging}", capture)
 
         def write() -> list[Path]:
             return write_captured(kept)
@@ -220,19 +243,44 @@ def _prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | Non
         return written
 
     def finish(group: Any) -> Path:
-        written = together(f"writing {staging}", write_all, _MEND, group)
-        parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), _MEND, group)
-        together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, _MEND, group)
+        try:
+            written = together(f"writing {staging}", write_all, _MEND, group)
+            parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), _MEND, group)
+            together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, _MEND, group)
+        except CheckpointError:
+            _discard(staging)
+            raise
         return final
 
     return finish
 
 
-def _clear_staging(checkpoints: Path) -> None:
-    """Remove what killed saves and removals left."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for path in checkpoints.glob("step_*.tmp"):
-        shutil.rmtree(path)
+def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+    """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
+    try:
+        with apart(engine.optimizer):
+            return together(doing, action, _MEND)[world()[0]]
+    except CheckpointError:
+        _discard(staging)
+        raise
+    finally:
+        gather_persistent(engine.optimizer)
+
+
+def _discard(staging: Path) -> None:
+    """Remove what a save has left that failed on all ranks: a full disk would stay full."""
+    if world()[0] == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clear_staging(staging: Path) -> None:
+    """Make an empty folder for a save, and remove what killed saves and removals left."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    for path in staging.parent.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)  # somebody may be at it, or read from it
+    staging.mkdir()
 
 
 def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> None:
@@ -245,10 +293,18 @@ def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> No
     replaced = final.with_name(f"{final.name}.old.tmp")
     if final.exists():
         final.rename(replaced)  # the same step saved again, after resuming from an earlier one
-    staging.rename(final)
-    latest = final.parent / "latest"
-    write_and_flush(latest.with_suffix(".tmp"), final.name)
-    latest.with_suffix(".tmp").replace(latest)
-    flush_folder(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    try:
+        staging.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    # From here on it is committed, whatever else fails.
+    try:
+        latest = final.parent / "latest"
+        write_and_flush(latest.with_suffix(".tmp"), final.name)
+        latest.with_suffix(".tmp").replace(latest)
+        flush_folder(final.parent)
+    except OSError as error:
+        log.warning("%s is committed, but latest could not be written (%s)", final, error)
+    shutil.rmtree(replaced, ignore_errors=True)

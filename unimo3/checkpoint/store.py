@@ -18,26 +18,29 @@ from typing import Any
 from unimo3.checkpoint.agree import together
 from unimo3.checkpoint.manifest import MANIFEST, STATE, verify
 from unimo3.checkpoint.state import TrainState, load_rng
-from unimo3.distributed import all_gather_object, broadcast_object, world
+from unimo3.distributed import world
 from unimo3.errors import CheckpointError
 
 __all__ = [
     "MANIFEST",
     "STATE",
+    "choose",
     "folder_of",
     "has_folders",
     "list_checkpoints",
+    "list_folders",
     "load",
     "newest_good",
     "prune",
     "set_aside",
-    "set_newer_aside",
+    "set_damaged_aside",
     "tag_of",
     "verify",
 ]
 
 log = logging.getLogger(__name__)
 
+_LOOK = "see that every node can read the run's folder"
 _TAG = re.compile(r"^step_\d{8,}$")
 _SET_ASIDE = re.compile(r"^step_\d{8,}\.damaged\d*$")
 
@@ -63,8 +66,13 @@ def has_folders(run: Path) -> bool:
 
 
 def set_aside(run: Path) -> list[Path]:
-    """Damaged checkpoints that `set_newer_aside` has renamed, oldest first."""
+    """Damaged checkpoints that `set_damaged_aside` has renamed, oldest first."""
     return _folders(run, _SET_ASIDE)
+
+
+def list_folders(run: Path) -> list[Path]:
+    """All that is named as a checkpoint, oldest first, with or without a manifest."""
+    return _candidates(run)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -109,72 +117,92 @@ def load(engine: Any, folder: Path) -> TrainState:
         kept = rank % state.world_size
         load_rng(folder / f"rng_rank_{kept}.safetensors", stranger=rank if kept != rank else None)
 
-    # It gathers persistent parameters: to be called by all or by none, so only after all have loaded their part.
-    optimizer, epilogue = engine.optimizer, "checkpoint_event_epilogue"
-    if hasattr(optimizer, epilogue):
-        setattr(optimizer, epilogue, lambda: None)
+    from unimo3.checkpoint.apart import apart, gather_persistent  # imports deepspeed
+
     try:
-        together(f"loading {folder}", restore, mend)
+        with apart(engine.optimizer):
+            together(f"loading {folder}", restore, mend)
     finally:
-        if epilogue in vars(optimizer):
-            delattr(optimizer, epilogue)
-    if hasattr(optimizer, epilogue):
-        getattr(optimizer, epilogue)()
+        gather_persistent(engine.optimizer)
     return state
 
 
 def newest_good(run: Path) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; all ranks verify a share and agree.
+    """The newest checkpoint whose every file is as its manifest says; see `choose`."""
+    return choose(run)[0]
+
+
+def choose(run: Path) -> tuple[Path | None, list[Path]]:
+    """The newest good checkpoint and the damaged ones that are newer; all ranks verify a share and agree.
 
     A damaged one is named in the log with the reason, and the next older is tried.
+
+    Raises:
+        CheckpointError: on every rank; a rank cannot look at all.
     """
-    rank, size = world()
+    damaged: list[Path] = []
     # Rank 0's listing holds for all: on a shared file system others may still see an older one.
-    for folder in reversed(broadcast_object(_candidates(run))):
-        problems = [problem for part in all_gather_object(verify(folder, rank, size)) for problem in part]
-        if not problems:
-            return folder
-        if rank == 0:
-            log.warning("%s is damaged and passed over: %s", folder, "; ".join(dict.fromkeys(problems)))
-    return None
+    listed = together(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
+    for folder in reversed(listed):
+        if not (problems := _problems(folder)):
+            return folder, damaged
+        damaged.append(folder)
+        if world()[0] == 0:
+            log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+    return None, damaged
 
 
-def set_newer_aside(good: Path) -> None:
-    """Rename what is newer than the newest good checkpoint, so that it is neither counted nor replaced; on one rank.
+def _problems(folder: Path) -> list[str]:
+    """What all ranks' shares of a verification find; every rank calls it."""
+    rank, size = world()
+    shares = together(f"verifying {folder}", lambda: verify(folder, rank, size), _LOOK)
+    return list(dict.fromkeys(problem for share in shares for problem in share))
 
-    Nothing is renamed where nothing is good: what looks damaged may be a mount that fails.
+
+def set_damaged_aside(damaged: list[Path]) -> None:
+    """Rename checkpoints that `choose` found damaged, if they still are: they are then neither counted nor replaced.
+
+    For a run that has loaded a good one. Where nothing is good it may be the mount that fails.
     """
-    for folder in _candidates(good.parent.parent):
-        if step_of(folder) <= step_of(good):
-            continue
-        aside = folder.with_name(f"{folder.name}.damaged")
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = folder.with_name(f"{folder.name}.damaged{number}")
-        try:
-            folder.rename(aside)
-            log.warning("%s is kept aside as %s; remove it when nobody needs it", folder, aside.name)
-        except OSError as error:
-            log.warning("%s cannot be kept aside (%s)", folder, error)
+    for folder in damaged:
+        # A read that failed once is no damage.
+        if _problems(folder) and world()[0] == 0:
+            _set_aside(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged{number}")
+    try:
+        folder.rename(aside)
+        log.warning("%s is kept aside as %s; remove it when nobody needs it", folder, aside.name)
+    except OSError as error:
+        log.warning("%s cannot be kept aside (%s)", folder, error)
 
 
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
-    """Remove old checkpoints and return them; the newest good one always stays.
+    """Remove old checkpoints and return them; the newest good one always stays, and all do if none is good.
 
     Args:
         keep_last: newest ones to keep, at least 1.
         keep_every: steps; multiples of it stay. 0: none.
-        known_good: a checkpoint that needs no verification here, such as one just saved.
+        known_good: the newest one, if it needs no verification here, such as one just saved.
     """
     checkpoints = list_checkpoints(run)
     old = checkpoints[: -max(1, keep_last)]
     removable = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
-    kept = [folder for folder in checkpoints if folder not in removable]
-    if removable and not any(folder == known_good or not verify(folder) for folder in reversed(kept)):
-        last_good = next((folder for folder in reversed(removable) if not verify(folder)), None)
-        log.warning("%s: none of the checkpoints to keep is good; %s stays", run, last_good or "nothing good")
-        removable = [folder for folder in removable if folder != last_good]
+    if not removable:
+        return []
+    good = known_good or next((folder for folder in reversed(checkpoints) if not verify(folder)), None)
+    if good is None:
+        log.warning("%s: none of the checkpoints is good; none is removed", run)
+        return []
+    if good in removable:
+        log.warning("%s: %s stays, the newest that is good", run, good.name)
+        removable.remove(good)
     for folder in removable:
         _remove(folder)
     return removable
@@ -195,7 +223,6 @@ def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
 def _remove(folder: Path) -> None:
     # Renamed first, so that a kill half way leaves nothing that passes for a checkpoint.
     doomed = folder.with_name(f"{folder.name}.old.tmp")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again, where somebody still reads from it

@@ -38,7 +38,6 @@ class UncachedFile:
             if error.errno != errno.EINVAL:  # which a file system without it answers
                 os.close(self._cached)
                 raise
-        self._buffers = _Buffers()
 
     def write(self, memory: memoryview, start: int) -> None:
         """Write bytes from place `start` of the file on."""
@@ -63,7 +62,7 @@ class UncachedFile:
             Memory that holds them until this thread reads or writes again.
         """
         first, end = start // BLOCK_BYTES * BLOCK_BYTES, _up(start + count)
-        buffer = self._buffers.own()[: end - first]
+        buffer = _buffers.own()[: end - first]
         done = self._read_blocks(buffer, first)
         return buffer[start - first : min(done, start - first + count)]
 
@@ -81,7 +80,7 @@ class UncachedFile:
         """Whether it could be done past the cache."""
         if self._direct is None:
             return False
-        buffer = self._buffers.own()[: len(memory)]
+        buffer = _buffers.own()[: len(memory)]
         buffer[:] = memory
         try:
             _write_all(self._direct, buffer, start)
@@ -109,6 +108,9 @@ class _Buffers(threading.local):
             # Room for a chunk that begins inside one block and ends inside another.
             self._memory = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * BLOCK_BYTES))
         return self._memory
+
+
+_buffers = _Buffers()
 
 
 def _up(place: int) -> int:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -159,40 +159,73 @@ def _write_files(
     options: Options,
 ) -> list[tuple[TensorReport, str]]:
     """Write all files and force them to disk; each tensor's report, and its fault if it has one."""
-    last = {held[-1] for held in files.values()}
-    written = []
+    file_of = {name: file for file, held in files.items() for name in held}
     spaces = _Workspaces()
-    writers: dict[str, SafetensorsWriter] = {}
+    with closing(_OpenWriters(source, names, types, files, out)) as writers:
 
-    def write(name: str) -> tuple[TensorReport, str]:
-        public, clamp = names[name], options.on_overflow == "clamp"
-        casting = Casting(public, source.shape(name), options.dtype, types[name], clamp, options.is_read_back)
-        space = spaces.own()
-        for first, piece in _pieces(source, name, space):
-            writers[name].write(public, first, casting.cast(piece, space))
-        sha256 = casting.digest
-        if options.is_read_back:
-            sha256, digest = writers[name].read_back(public)
-            if digest != casting.digest:
-                raise CheckpointError(
-                    f"{public} in {writers[name].path.name} was read back otherwise than it was written; check the "
-                    "disk, then export again"
-                )
-        return casting.report(sha256), casting.fault()
+        def write(name: str) -> tuple[TensorReport, str]:
+            writer = writers.of(file_of[name])
+            public, clamp = names[name], options.on_overflow == "clamp"
+            casting = Casting(public, source.shape(name), options.dtype, types[name], clamp, options.is_read_back)
+            space = spaces.own()
+            for first, piece in _pieces(source, name, space):
+                writer.write(public, first, casting.cast(piece, space))
+            sha256 = casting.digest
+            if options.is_read_back:
+                sha256, digest = writer.read_back(public)
+                if digest != casting.digest:
+                    raise CheckpointError(
+                        f"{public} in {writer.path.name} was read back otherwise than it was written; check the disk, "
+                        "then export again"
+                    )
+            writers.release(file_of[name])
+            return casting.report(sha256), casting.fault()
 
-    with ExitStack() as stack:
-        for file, held in files.items():
-            writer = SafetensorsWriter(out / file, {names[name]: (types[name], source.shape(name)) for name in held})
-            stack.callback(writer.close)
-            writers |= dict.fromkeys(held, writer)
         # Left before the files are closed, so that no thread still writes to one when a flush fails.
-        done = stack.enter_context(closing(_in_parallel(write, list(names), options.num_jobs, "export")))
-        for name, told in zip(names, done, strict=True):
-            written.append(told)
-            if name in last:
-                # This thread has nothing else to do, and the others go on with the next file.
-                writers[name].flush()
-    return written
+        with closing(_in_parallel(write, list(names), options.num_jobs, "export")) as done:
+            return list(done)
+
+
+class _OpenWriters:
+    """The files in work: each is opened for the first of its tensors, and closed when all are written."""
+
+    def __init__(
+        self,
+        source: ZeroCheckpoint,
+        names: dict[str, str],
+        types: dict[str, torch.dtype],
+        files: dict[str, list[str]],
+        out: Path,
+    ):
+        self._source, self._names, self._types, self._files, self._out = source, names, types, files, out
+        self._open: dict[str, SafetensorsWriter] = {}
+        self._num_left = {file: len(held) for file, held in files.items()}
+        self._lock = threading.Lock()
+
+    def of(self, file: str) -> SafetensorsWriter:
+        """A file's writer."""
+        with self._lock:
+            if file not in self._open:
+                tensors = {
+                    self._names[name]: (self._types[name], self._source.shape(name)) for name in self._files[file]
+                }
+                self._open[file] = SafetensorsWriter(self._out / file, tensors)
+            return self._open[file]
+
+    def release(self, file: str) -> None:
+        """Say that one of a file's tensors is written; after the last one it is forced to disk and closed."""
+        with self._lock:
+            self._num_left[file] -= 1
+            if self._num_left[file]:
+                return
+        self._open[file].flush()
+        with self._lock:
+            self._open.pop(file).close()
+
+    def close(self) -> None:
+        """Close what is open, after an error."""
+        for writer in self._open.values():
+            writer.close()
 
 
 def _pieces(source: ZeroCheckpoint, name: str, space: Workspace) -> Iterator[tuple[int, Tensor]]:

@@ -1,7 +1,4 @@
-"""DeepSpeed's save, made to end on every rank: what fails on one is raised after all have met again.
-
-DeepSpeed's save has barriers of its own. A rank that raised before one would leave the others waiting there for ever,
-so failures to write are kept until the save is over.
+"""What DeepSpeed's save would write: written by each rank by itself, or kept in memory to be written later.
 
 Source: DeepSpeed 0.19, runtime/engine.py (save_checkpoint) and runtime/checkpoint_engine.
 """
@@ -19,12 +16,11 @@ from torch import Tensor
 from unimo3.distributed import world
 
 
-class DeferringCheckpointEngine(TorchCheckpointEngine):
+class FileWriter(TorchCheckpointEngine):
     """DeepSpeed's writer of files.
 
     Attributes:
         written: this rank's files.
-        failure: the first error a write met.
 
     Args:
         memory: keeps what would be written instead, if given.
@@ -33,27 +29,24 @@ class DeferringCheckpointEngine(TorchCheckpointEngine):
     def __init__(self, memory: "HostMemory | None" = None) -> None:
         super().__init__()
         self._memory = memory
-        self.zipfile_serialization = True  # the form that torch can map into memory; export relies on it
         self.written: list[Path] = []
-        self.failure: Exception | None = None
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Create a folder, or note why it could not be."""
-        try:
-            super().makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.failure = self.failure or error
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, or note why it could not be."""
+        """Write one file.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._memory is not None:
+            self._memory.keep(Path(path), state_dict)
+            return
+        # Given a path torch writes by itself, more slowly, and when the disk is full tells of a wrong position.
         try:
-            if self._memory is not None:
-                self._memory.keep(Path(path), state_dict)
-                return
-            super().save(state_dict, path)
-            self.written.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            self.failure = self.failure or error
+            with Path(path).open("wb") as file:
+                torch.save(state_dict, file)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        self.written.append(Path(path))
 
 
 class HostMemory:
@@ -109,35 +102,33 @@ class HostMemory:
 
 
 def capture_engine_files(engine: Any, staging: Path, memory: HostMemory) -> None:
-    """Keep in `memory` what DeepSpeed would write into the folder `staging`; every rank calls it."""
+    """Keep in `memory` what DeepSpeed would write into the folder `staging`, within `apart`."""
     memory.begin()
-    _save(engine, staging, DeferringCheckpointEngine(memory))
+    _save(engine, staging, FileWriter(memory))
 
 
 def write_captured(memory: HostMemory) -> list[Path]:
     """Write what was kept and return the files.
 
     Raises:
-        OSError: a file could not be written; the same or RuntimeError from torch.
+        OSError: a file could not be written.
     """
-    writer = DeferringCheckpointEngine()
+    writer = FileWriter()
     for path, content in memory.files:
         writer.save(content, str(path))
-    if writer.failure is not None:
-        raise writer.failure
     return writer.written
 
 
 def write_engine_files(engine: Any, staging: Path) -> list[Path]:
-    """Have DeepSpeed write its files into the folder `staging`; every rank calls it.
+    """Have DeepSpeed write its files into the folder `staging`, within `apart`.
 
     Returns:
         The files this rank wrote.
 
     Raises:
-        OSError: a file could not be written by this rank; the same or RuntimeError from torch.
+        OSError: a file could not be written by this rank.
     """
-    written = _save(engine, staging, DeferringCheckpointEngine())
+    written = _save(engine, staging, FileWriter())
     if not engine.zero_nvme_offload_optimizer():
         return written
     # As DeepSpeed's save does between two of its barriers, where a full disk would leave the others waiting.
@@ -150,10 +141,10 @@ def write_engine_files(engine: Any, staging: Path) -> list[Path]:
     return written + [path for path in offloaded.rglob("*") if path.is_file()]
 
 
-def _save(engine: Any, staging: Path, deferring: DeferringCheckpointEngine) -> list[Path]:
+def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:
     stock = engine.checkpoint_engine
-    engine.checkpoint_engine = deferring
-    # Rank 0 would copy conversion scripts beside the checkpoints: not part of one, and a failure before a barrier.
+    engine.checkpoint_engine = writer
+    # Rank 0 would copy conversion scripts beside the checkpoints: not part of one.
     engine._copy_recovery_script = lambda save_path: None
     engine.zero_nvme_offload_optimizer = lambda: False  # its files are copied afterwards
     try:
@@ -161,6 +152,4 @@ def _save(engine: Any, staging: Path, deferring: DeferringCheckpointEngine) -> l
     finally:
         del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
         engine.checkpoint_engine = stock
-    if deferring.failure is not None:
-        raise deferring.failure
-    return deferring.written
+    return writer.written

@@ -60,6 +60,11 @@ class ZeroCheckpoint:
             raise CheckpointError(
                 f"{folder}: has no {error} in its files; was it written by DeepSpeed's ZeRO?"
             ) from error
+        if self.stage == 3 and len(self._models) != self.world_size:
+            raise CheckpointError(
+                f"{folder}: ZeRO-3 writes a model file a rank, {len(self._models)} of {self.world_size} are here; copy "
+                "it whole"
+            )
         counts = self.optimizer.get("partition_count", self.world_size)
         if (max(counts) if isinstance(counts, list) else counts) != self.world_size:
             raise CheckpointError(
@@ -214,6 +219,11 @@ def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:
         done, first = done + size, 0
         if done == target.numel():
             return
+    if done < target.numel():
+        raise CheckpointError(
+            f"{pieces[0].path.parent}: {target.numel() - done} elements of a parameter are in no rank's file; copy the "
+            "checkpoint whole"
+        )
 
 
 def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

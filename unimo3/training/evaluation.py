@@ -14,15 +14,20 @@ from unimo3.training.metrics import Figures
 
 
 class Evaluation(NamedTuple):
-    """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them."""
+    """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them.
+
+    They ask before each batch whether the run must end, on every rank as often; if so there are none.
+    """
 
     fingerprint: str
-    figures: Callable[[int], Figures]
+    figures: Callable[[int, Callable[[], bool]], Figures | None]
 
 
 @torch.no_grad()
-def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs) -> Figures:
-    """Mean of the task's figures over whole batches of `samples`; every rank calls it.
+def held_out_losses(
+    engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, must_end: Callable[[], bool]
+) -> Figures | None:
+    """Mean of the task's figures over whole batches of `samples`; every rank calls it. None if the run must end.
 
     The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if
     not even the first is, it counts as it is, filled up with repeated rows.
@@ -31,6 +36,8 @@ def held_out_losses(engine: Any, samples: Samples, world: World, batch: int, rea
     totals: dict[str, torch.Tensor] = {}
     num_batches = 0
     for loaded, counts in evaluation_batches(samples, world.rank, world.size, batch, reader):
+        if must_end():
+            return None
         if not bool(sum_over_ranks(counts.all().long().reshape(1))[0] == world.size) and num_batches:
             break
         report = engine(to_device(loaded, engine.device))

@@ -18,12 +18,13 @@ from unimo3.checkpoint.saving import Saver
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
-from unimo3.training.engine import ds_config_faults, gradient_norm
+from unimo3.training.engine import ds_config_faults, gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs, rate_share, set_rates
-from unimo3.training.preempt import StopRequest
+from unimo3.training.preempt import CutShort, StopRequest, Wish
 from unimo3.training.run import Run
+from unimo3.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ class TrainingArgs:
     """Whether both towers are compiled with torch.compile at the first step; needs a compiler on every node."""
     eval_every: int = 0
     """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
+    stall_after_s: float = 900.0
+    """Seconds without progress after which a rank writes its stacks and the process ends with status 71, to be started
+    again; four times as long while starting or saving. More than the longest step. 0: never."""
+    max_skipped: int = 10
+    """Optimizer steps in a row that are skipped for a loss or gradient that is not finite; one more ends the run with
+    status 70. Under fp16 a gradient alone does not count: its loss scaling expects that."""
     log_every: int = 50
     """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
@@ -63,9 +70,11 @@ class TrainingArgs:
         ]
         found += [
             f"training.{name}: {getattr(self, name)}: 0 or a number of steps is needed"
-            for name in ("stop_after", "eval_every")
+            for name in ("stop_after", "eval_every", "max_skipped")
             if getattr(self, name) < 0
         ]
+        if not 0 <= self.stall_after_s < math.inf:
+            found.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
         return found + ds_config_faults(self.ds_config)
 
 
@@ -88,26 +97,56 @@ def train(
         evaluation: figures on held-out data, at the end and every `training.eval_every` steps.
 
     Raises:
-        Interrupted: a stop signal came on any rank; a checkpoint has been saved.
+        Interrupted: a stop signal or the file ``requeue`` came on any rank; a checkpoint has been saved.
         CheckpointError: a save failed, at this step or behind the steps before.
         DataError: too many samples could not be used.
-        DivergedError: a loss or a gradient is not finite; nothing has been saved.
+        DivergedError: losses or gradients stay not finite; nothing of it has been saved.
     """
     rank, num_ranks = world()
     last_step = min(training.steps, training.stop_after or training.steps)
     steps: Iterator[list[Batch]] = iter(batches)
     saver = Saver(engine, run.folder, checkpoint)
+    first_step, num_in_a_row, is_cut_short = run.step, 0, False
     progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
+    stop.watch(run.folder)
+    watch = Watch(run.folder, training.stall_after_s, stop.look)
+
+    def evaluate() -> None:
+        nonlocal is_cut_short
+        assert evaluation is not None
+
+        def must_end() -> bool:
+            watch.beat("evaluate", run.step)
+            return stop.agree(engine.device) != Wish.GO_ON
+
+        figures = evaluation.figures(run.step, must_end)
+        is_cut_short = figures is None  # the next start makes up for it
+        if figures is not None:
+            _record_evaluation(run, evaluation, figures)
+        engine.train()
+
     if evaluation is not None and _evaluation_is_missing(run, evaluation, last_step, training.eval_every):
-        _evaluate(run, evaluation)
+        evaluate()
     started = time.perf_counter()
     engine.train()
-    while run.step < last_step:
-        micro_batches = next(steps)
+    while True:
+        watch.beat("data", run.step)
+        micro_batches = None
+        try:
+            if run.step < last_step:
+                with stop.cutting_in():
+                    micro_batches = next(steps)
+        except CutShort:
+            pass
+        watch.beat("wait", run.step)
+        wish = stop.agree(engine.device, must_stop=micro_batches is None and run.step < last_step)
+        if wish != Wish.GO_ON or micro_batches is None:
+            break
         share = rate_share(run.step, training.steps, optim.warmup_share)
         set_rates(engine.optimizer, share)
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
+            watch.beat("compute" if run.step > first_step else "start", run.step)
             report = engine(to_device(batch, engine.device))
             engine.backward(report["loss"])
             engine.step()
@@ -116,36 +155,37 @@ def train(
         run.step += 1
         run.record_keys(micro_batches)
 
-        # One small all-reduce a step: mean figures, bad samples, whether any rank was asked to stop, whether any saw a
-        # save fail. What the gates did is shown as this rank saw it.
+        # One small all-reduce a step: mean figures, bad samples, whether any rank saw a save fail. What the gates did
+        # is shown as this rank saw it.
         names = sorted(name for name, value in sums.items() if value.numel() == 1)
         maps = {name: value / len(micro_batches) for name, value in sums.items() if value.numel() > 1}
         vector = torch.stack([sums[name].reshape(()) / len(micro_batches) for name in names])
         num_bad = sum(int(batch["num_replaced"]) for batch in micro_batches)
-        extra = torch.tensor([num_bad, stop.received, saver.has_failed], dtype=torch.float32, device=vector.device)
+        extra = torch.tensor([num_bad, saver.has_failed], dtype=torch.float32, device=vector.device)
         reduced = sum_over_ranks(torch.cat([vector, extra])).tolist()
-        means = {name: value / num_ranks for name, value in zip(names, reduced[:-3], strict=True)}
-        num_bad, was_asked, save_failed = (int(value) for value in reduced[-3:])
+        means = {name: value / num_ranks for name, value in zip(names, reduced[:-2], strict=True)}
+        num_bad, save_failed = (int(value) for value in reduced[-2:])
         run.count_bad_samples(num_bad)
         norm = gradient_norm(engine)
-        # With fp16's loss scaling a gradient that overflows is expected: DeepSpeed skips that step.
-        if not math.isfinite(means["loss"]) or not (math.isfinite(norm) or engine.fp16_enabled()):
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in {**means, "grad_norm": norm}.items())
-            raise DivergedError(
-                f"step {run.step}: the loss or its gradient is not finite ({listed}); start anew under another "
-                "run.name with a lower optim.lr"
-            )
+        is_finite = math.isfinite(means["loss"]) and (
+            engine.fp16_enabled() or (math.isfinite(norm) and not step_was_skipped(engine))
+        )
+        num_in_a_row = 0 if is_finite else num_in_a_row + 1
+        run.num_skipped += step_was_skipped(engine)
+        if not is_finite:
+            _bear_with_non_finite(run, {**means, "grad_norm": norm}, num_in_a_row, training.max_skipped)
 
         now = time.perf_counter()
         figures = {
             "step": run.step,
             "samples": run.step * training.global_batch,
-            **means,
+            **{name: value if math.isfinite(value) else None for name, value in means.items()},
             "lr": optim.lr * share,
             "grad_norm": norm if math.isfinite(norm) else None,
             "pairs_per_s": training.global_batch / (now - started),
             "step_s": now - started,
             "bad_samples": run.num_bad_samples,
+            "skipped_steps": run.num_skipped,
             "memory_bytes": peak_memory_bytes(),
         }
         started = now
@@ -153,26 +193,46 @@ def train(
         run.metrics.write(figures | ({name: value.tolist() for name, value in maps.items()} if is_shown else {}))
         _show(progress, figures, training, is_shown)
 
+        run.record_saves(saver.take_finished())
         if save_failed:
             saver.settle()
-        interrupted = bool(was_asked)
-        ended = run.step == last_step
-        if ended or interrupted or run.step % checkpoint.every_steps == 0:
-            saver.save(run.state(), is_last=ended or interrupted)
+        if run.step == last_step or run.step % checkpoint.every_steps == 0:
+            watch.beat("save", run.step)
+            saver.save(run.state(), is_last=run.step == last_step)
             started = time.perf_counter()
-        if interrupted and not ended:
-            progress.close()
-            raise Interrupted(
-                f"asked to stop ({stop.name or 'by another rank'}); step {run.step} of {training.steps} is saved in "
-                f"{run.folder}; start the same command to continue"
-            )
         if evaluation is not None and _evaluation_is_due(run.step, last_step, training.eval_every):
-            _evaluate(run, evaluation)
-            engine.train()
+            evaluate()
             started = time.perf_counter()
     progress.close()
-    if rank == 0:
+    watch.beat("save", run.step)
+    if run.step > first_step:
+        saver.ensure(run.state())
+        run.record_saves(saver.take_finished())
+    watch.close()
+    where = f"step {run.step} of {training.steps} is saved in {run.folder}"
+    if wish == Wish.REQUEUE and (run.step < last_step or is_cut_short):
+        stop.done()
+        raise Interrupted(
+            f"asked to stop ({stop.name or 'by another rank'}); {where}; start the same command to continue"
+        )
+    if rank == 0 and wish == Wish.STOP and run.step < last_step:
+        log.info("stopped by %s; %s; remove the file to go on", stop.name, where)
+    elif rank == 0:
         log.info("done: step %d of %d; checkpoints and figures are in %s", run.step, training.steps, run.folder)
+
+
+def _bear_with_non_finite(run: Run, figures: Figures, num_in_a_row: int, max_skipped: int) -> None:
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    if num_in_a_row > max_skipped:
+        raise DivergedError(
+            f"step {run.step}: the loss or its gradient is not finite ({listed}), {num_in_a_row} steps in a row; start "
+            "anew under another run.name with a lower optim.lr"
+        )
+    if world()[0] == 0:
+        log.warning(
+            "step %d is skipped: the loss or its gradient is not finite (%s), %d in a row of at most %d",
+            run.step, listed, num_in_a_row, max_skipped,
+        )  # fmt: skip
 
 
 def _evaluation_is_due(step: int, last_step: int, every: int) -> bool:
@@ -191,8 +251,7 @@ def _evaluation_is_missing(run: Run, evaluation: Evaluation, last_step: int, eve
     return missing
 
 
-def _evaluate(run: Run, evaluation: Evaluation) -> None:
-    figures = evaluation.figures(run.step)
+def _record_evaluation(run: Run, evaluation: Evaluation, figures: Figures) -> None:
     run.metrics.write({"step": run.step, "data": evaluation.fingerprint, **figures}, group="eval")
     if world()[0] == 0:
         shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
@@ -201,7 +260,7 @@ def _evaluate(run: Run, evaluation: Evaluation) -> None:
 
 def _show(progress: tqdm, figures: Figures, training: TrainingArgs, is_shown: bool) -> None:
     """A progress bar on a terminal, else a line now and then, on rank 0."""
-    losses = {name: value for name, value in figures.items() if name.startswith("loss")}
+    losses = {name: math.nan if value is None else value for name, value in figures.items() if name.startswith("loss")}
     progress.update(1)
     progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
     step = figures["step"]

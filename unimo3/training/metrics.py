@@ -5,7 +5,9 @@ stands there once.
 """
 
 import json
+import logging
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 Figures = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 _HEAT_MAP_PIXELS = 16  # a side of one value's square
 
@@ -29,7 +33,8 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, resumed_step: int, enabled: bool):
         self._file = None
-        self._board = None
+        self._board: SummaryWriter | None = None
+        self._is_cut_off = False
         if enabled:
             path = folder / "metrics.jsonl"
             drop_after(path, resumed_step)
@@ -44,20 +49,37 @@ class MetricsWriter:
                 [0, 1], [layers, heads, levels], which it is shown as heat maps of layers by levels.
             group: heads the names in TensorBoard.
         """
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
-        self._file.write(json.dumps(figures if group == "train" else {"group": group, **figures}) + "\n")
+        record = json.dumps(figures if group == "train" else {"group": group, **figures}) + "\n"
+        try:
+            # After a line that was cut off, on one of its own.
+            self._file.write("\n" + record if self._is_cut_off else record)
+            self._is_cut_off = False
+        except OSError as error:
+            self._is_cut_off = True
+            log.warning("figures of step %s cannot be written yet (%s)", figures["step"], error)
+        try:
+            if self._board is not None:
+                self._add_events(self._board, figures, group)
+        except OSError as error:  # its thread has ended with the error, and will not begin again
+            self._board = None
+            log.warning("no more events for TensorBoard from step %s on (%s)", figures["step"], error)
+
+    def _add_events(self, board: SummaryWriter, figures: Figures, group: str) -> None:
         for name, value in figures.items():
             if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{group}/{name}", value, figures["step"])
+                board.add_scalar(f"{group}/{name}", value, figures["step"])
             elif isinstance(value, list):
-                self._board.add_image(f"{group}/{name}", heat_map(value), figures["step"], dataformats="HW")
+                board.add_image(f"{group}/{name}", heat_map(value), figures["step"], dataformats="HW")
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             self._file.close()
-            self._board.close()
+        with suppress(OSError):  # told before
+            if self._board is not None:
+                self._board.close()
 
 
 def heat_map(shares: list) -> np.ndarray:

@@ -1,19 +1,59 @@
-"""Notice of a request to stop: noted by a signal handler, acted on at the next step boundary.
+"""Notice of a request to stop, by a signal or a file, acted on by all ranks together between steps.
+
+    RUN/requeue    save and end with status 75; rank 0 removes the file, and one that is older than the process is none.
+                   A rank that got a signal makes it, for those that wait for data and heard nothing
+    RUN/stop       save and end with status 0; it stays, so that no later start goes on
+
+A signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks would wait there for
+ever for the one that has none.
 
 Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the grace time).
 """
 
+import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 
+import torch
+
+from unimo3.distributed import world
 from unimo3.launch import STOP_SIGNALS
+from unimo3.objectives.exchange import sum_over_ranks
+
+REQUEUE_FILE, STOP_FILE = "requeue", "stop"
+
+
+class Wish(IntEnum):
+    """What was asked for; the largest of all ranks' counts."""
+
+    GO_ON = 0
+    REQUEUE = 1
+    STOP = 2
+
+
+class CutShort(BaseException):
+    """Raised while waiting for data when a request comes; no `Exception`, so that nothing takes it for bad data."""
 
 
 class StopRequest:
-    """Remembers the first stop signal this process got since `install`."""
+    """Remembers the first request this process got since `install`.
+
+    Attributes:
+        name: of what asked: a signal, or a file in the run's folder.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._wish = Wish.GO_ON
+        self._folder: Path | None = None
+        self._started = 0.0
+        self._is_passed_on = False
+        self._cuts_in = False
 
     def install(self) -> "StopRequest":
         """Take over the stop signals; a second SIGINT ends the process as usual."""
@@ -21,12 +61,72 @@ class StopRequest:
             signal.signal(number, self._note)
         return self
 
+    def watch(self, folder: Path) -> None:
+        """Have `look` look for files in a run's folder."""
+        self._folder, self._started = folder, time.time()
+        if world()[0] == 0:
+            (folder / REQUEUE_FILE).unlink(missing_ok=True)
+        self.look()
+
     @property
     def received(self) -> bool:
-        """Whether a signal came."""
-        return self.name is not None
+        """Whether this process was asked."""
+        return self._wish != Wish.GO_ON
+
+    def look(self) -> None:
+        """Look for the files, and pass a signal on; any thread may call it now and then."""
+        if self._folder is None or self._wish == Wish.STOP:
+            return
+        if self._wish == Wish.REQUEUE and not self._is_passed_on:
+            self._is_passed_on = True
+            with suppress(OSError):  # most often all ranks got the signal
+                (self._folder / REQUEUE_FILE).touch()
+        for name, wish in ((STOP_FILE, Wish.STOP), (REQUEUE_FILE, Wish.REQUEUE)):
+            if wish > self._wish and self._is_there(self._folder / name):
+                self._is_passed_on = True
+                self._wish, self.name = wish, f"the file {self._folder / name}"
+                if signal.getsignal(signal.SIGUSR1) == self._note:
+                    os.kill(os.getpid(), signal.SIGUSR1)  # the main thread may be waiting for data
+                return
+
+    def _is_there(self, path: Path) -> bool:
+        try:
+            made = path.stat().st_mtime
+        except OSError:
+            return False
+        return path.name == STOP_FILE or made >= self._started
+
+    def agree(self, device: torch.device, must_stop: bool = False) -> Wish:
+        """What all ranks do now; every rank calls it.
+
+        Args:
+            must_stop: whether this rank cannot go on, having been cut short.
+        """
+        own = max(self._wish, Wish.REQUEUE) if must_stop else self._wish
+        counts = torch.tensor([own == Wish.REQUEUE, own == Wish.STOP], dtype=torch.int32, device=device)
+        requeue, stop = sum_over_ranks(counts).tolist()
+        return Wish.STOP if stop else Wish.REQUEUE if requeue else Wish.GO_ON
+
+    def done(self) -> None:
+        """Remove the file that asked for a requeue: it has been heard."""
+        if self._folder is not None and world()[0] == 0:
+            (self._folder / REQUEUE_FILE).unlink(missing_ok=True)
+
+    @contextmanager
+    def cutting_in(self) -> Iterator[None]:
+        """While in it, a request raises `CutShort`."""
+        self._cuts_in = True
+        try:
+            if self.received:
+                raise CutShort
+            yield
+        finally:
+            self._cuts_in = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        if self._wish == Wish.GO_ON:
+            self._wish, self.name = Wish.REQUEUE, signal.Signals(number).name
+        if self._cuts_in:
+            raise CutShort

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 FREE_SETTINGS = (
     "run.dir", "checkpoint.", "kernels.", "optim.fused",
     "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
+    "training.stall_after_s", "training.max_skipped",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
     "data.max_bad_share",
 )  # fmt: skip
@@ -106,6 +107,7 @@ class Run:
         self.folder: Path = settings.run.folder
         self.step = 0
         self.num_bad_samples = 0
+        self.num_skipped = 0
         self.metrics: MetricsWriter
         self._settings = settings
         self._global_batch = global_batch
@@ -137,8 +139,8 @@ class Run:
             CheckpointError: there are checkpoints but no good one; or the newest good one was made from other data,
                 with other settings.
         """
-        newest = store.newest_good(self.folder)
-        if newest is None and broadcast_object(store.has_folders(self.folder)):
+        newest, damaged = store.choose(self.folder)
+        if newest is None and broadcast_object(self._rank == 0 and store.has_folders(self.folder)):
             raise CheckpointError(
                 f"{store.folder_of(self.folder)}: none of the checkpoints is good, the log says why; copy a good one "
                 "back, or move them all away to train from the beginning"
@@ -154,8 +156,9 @@ class Run:
             if faults:
                 raise ConfigError(faults)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
+            self.num_skipped = state.extra.get("skipped_steps", 0)
+            store.set_damaged_aside(damaged)
             if self._rank == 0:
-                store.set_newer_aside(newest)
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         self.metrics = MetricsWriter(self.folder, self.step, enabled=self._rank == 0)
         if self._keeps_ledger:
@@ -187,7 +190,11 @@ class Run:
             index_fingerprint=self._fingerprint,
             world_size=self._world_size,
             global_batch=self._global_batch,
-            extra={"settings": settings, "bad_samples": self.num_bad_samples},
+            extra={
+                "settings": settings,
+                "bad_samples": self.num_bad_samples,
+                "skipped_steps": self.num_skipped,
+            },
         )
 
     def count_bad_samples(self, number: int) -> None:
@@ -210,6 +217,11 @@ class Run:
         if self._ledger is not None:
             keys = [key for batch in micro_batches for key in batch["keys"]]
             self._ledger.write(json.dumps({"step": self.step, "keys": keys}) + "\n")
+
+    def record_saves(self, saves: Iterable[tuple[int, float]]) -> None:
+        """Write how long committed saves took; what a grace period has to allow for."""
+        for step, seconds in saves:
+            self.metrics.write({"step": step, "save_s": seconds}, group="save")
 
     def close(self) -> None:
         """Close the figures' files."""

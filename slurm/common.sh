@@ -1,0 +1,137 @@
+# shellcheck shell=bash
+# What all job scripts share: where things are, one srun task a rank, and what follows from a program's exit status.
+# Sourced on the first node of a job, in the folder of the project.
+set -euo pipefail
+
+# A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
+trap : TERM CONT USR1 USR2
+
+say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
+
+setup() {
+    if [[ ! -f slurm/common.sh ]]; then
+        say "$PWD is not the project's folder; submit from there, or set UNIMO3_ROOT to it"
+        exit 78
+    fi
+    ROOT=$PWD
+    CONTAINER=()
+    local site=${UNIMO3_SITE:-slurm/site.env}
+    # shellcheck source=slurm/site.env.example
+    [[ ! -f $site ]] || source "$site"
+    PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$ROOT/.venv/bin/python}")
+    RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}}
+    NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
+    NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
+
+    # Compiled kernels and other caches: on each node's own disk, not on the shared one that all ranks would hammer.
+    export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
+    export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
+    export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions
+    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+
+    # The address that Slurm itself uses for the node: its name need not be known to the others.
+    MASTER_ADDR=$(scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    MASTER_PORT=$(free_port)
+    export MASTER_ADDR MASTER_PORT
+    say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
+}
+
+# A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
+# ports they try first; one that something else holds is passed over.
+free_port() {
+    local port try
+    for try in {0..49}; do
+        port=$((10000 + (SLURM_JOB_ID + try * 997) % 20000))
+        if ! (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; then
+            echo "$port"
+            return
+        fi
+    done
+    say "no free port found from 10000 to 30000"
+    return 1
+}
+
+# Runs a module of the project once, on this node.
+tool() { "${PYTHON[@]}" -m "$@"; }
+
+# Runs a command once a rank, with the variables that torch's programs look for.
+ranks() {
+    # The inner shell sees the task's own variables; this one must not expand them.
+    # shellcheck disable=SC2016
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$NUM_RANKS" --ntasks-per-node="$RANKS_PER_NODE" \
+        --overcommit --cpu-bind=quiet,none --kill-on-bad-exit=1 --wait=60 --input=none \
+        bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+            LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$@"' rank "$@"
+}
+
+# Trains: MODULE ARGUMENTS...
+train() {
+    local program=$1 status=0
+    setup
+    RUN=$(tool slurm.runs "$@") || settle $?
+    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$SLURM_JOB_NODELIST"
+    preflight "$@"
+    ranks "${PYTHON[@]}" -m "$@" || status=$?
+    say "$program ended with status $status"
+    settle_by tool slurm.outcome end --run "$RUN" --status "$status"
+}
+
+preflight() {
+    [[ ${PREFLIGHT:-yes} == yes ]] || return 0
+    local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
+    rm -rf "$mark" && mkdir -p "$mark"
+    RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES ranks "${PYTHON[@]}" -m slurm.preflight node --run "$RUN" \
+        --mark "$mark" --gpus "${GPUS_PER_NODE:-0}" --local-disk "${LOCAL_DISK:-/tmp}" || status=$?
+    if ((status == 0 && NUM_RANKS > 1)); then
+        ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
+    fi
+    settle_by tool slurm.outcome preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$SLURM_JOB_NODELIST"
+}
+
+# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job goes on.
+settle_by() {
+    local answer action reason
+    if ! answer=$("$@"); then
+        say "cannot tell what to do: ${*:1:4} failed; the job is held"
+        answer="hold the job's own tools failed, see its output"
+    fi
+    read -r action reason <<<"$answer"
+    [[ $action != go ]] || return 0
+    say "$action: $reason"
+    act "$action" "$reason"
+}
+
+# Before a run's folder is known: 78 holds the job, anything else ends it.
+settle() {
+    local action=fail
+    [[ $1 != 78 ]] || action=hold
+    act "$action" "status $1: see the job's output for the settings to mend"
+}
+
+act() {
+    local action=$1 reason=$2 state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)
+    case $action in
+    done | link) exit 0 ;;
+    requeue)
+        if [[ $state == CANCELLED ]]; then
+            say "the job was cancelled: not requeued"
+            exit 1
+        fi
+        scontrol requeue "$SLURM_JOB_ID"
+        ;;
+    exclude) # reason: NODES and why
+        scontrol requeue "$SLURM_JOB_ID"
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${reason%% *}"
+        ;;
+    hold)
+        scontrol update JobId="$SLURM_JOB_ID" Comment="$reason" || true
+        [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
+        scontrol requeuehold State=SpecialExit "$SLURM_JOB_ID"
+        ;;
+    *) exit 1 ;;
+    esac
+    # Slurm ends this script now; if it exited by itself the job would be taken for finished.
+    sleep 120
+    exit 1
+}

@@ -1,0 +1,83 @@
+"""Which run's folder a training command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
+
+Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch.
+
+Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for how arguments are given.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_DEFAULTS = {"run.dir": "runs", "run.name": "run"}
+_TAG = re.compile(r"^step_(\d{8,})$")
+_CONFIG_STATUS = 78
+
+
+class ArgumentError(ValueError):
+    """The arguments or the recipe do not name a run."""
+
+
+def run_folder(arguments: list[str]) -> Path:
+    """The folder of the run that ``--config FILE --run.name NAME ...`` name; later arguments win.
+
+    Raises:
+        ArgumentError: a recipe cannot be read, or the name is none.
+    """
+    given: dict[str, Any] = dict(_DEFAULTS)
+    rest = list(arguments)
+    while rest:
+        key, equals, value = rest.pop(0).removeprefix("--").partition("=")
+        if not equals:
+            if not rest:
+                raise ArgumentError(f"--{key}: a value is needed after it")
+            value = rest.pop(0)
+        if key == "config":
+            given |= _of_recipe(Path(value))
+        elif key in _DEFAULTS:
+            given[key] = value
+    name, folder = str(given["run.name"]), str(given["run.dir"])
+    if not (folder + name).isprintable() or Path(name).name != name or not name or not folder:
+        raise ArgumentError(
+            f"run.dir {folder!r}, run.name {name!r}: printable names are needed, the second without '/'"
+        )
+    return Path(folder) / name
+
+
+def newest_step(run: Path) -> int | None:
+    """Step of the newest committed checkpoint, whether it is good or not."""
+    folder = run / "checkpoints"
+    names = [path.name for path in folder.iterdir() if (path / "MANIFEST.json").is_file()] if folder.is_dir() else []
+    return max((int(found[1]) for name in names if (found := _TAG.match(name))), default=None)
+
+
+def checkpoint_bytes(run: Path) -> int:
+    """Size of the newest committed checkpoint; 0 if there is none."""
+    step = newest_step(run)
+    if step is None:
+        return 0
+    listed = json.loads((run / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json").read_text())["files"]
+    return sum(int(entry["bytes"]) for entry in listed)
+
+
+def _of_recipe(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ArgumentError(f"--config {path}: cannot be read ({error})") from error
+    group = content.get("run") if isinstance(content, dict) else None
+    if not isinstance(group, dict):
+        return {}
+    return {key: group[key.removeprefix("run.")] for key in _DEFAULTS if key.removeprefix("run.") in group}
+
+
+if __name__ == "__main__":
+    try:
+        print(run_folder(sys.argv[2:]))
+    except ArgumentError as problem:
+        print(f"ConfigError: {problem}", file=sys.stderr)
+        sys.exit(_CONFIG_STATUS)

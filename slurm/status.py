@@ -1,0 +1,227 @@
+"""One screen a run: ``python -m slurm.status [RUN...] [--json] [--watch]``; without RUN, every run below runs/.
+
+Everything is read from files in the run's folder and from Slurm; nothing is asked of the run itself.
+
+Source: squeue(1) for the job's state.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from slurm import bad_nodes, history
+from slurm.runs import newest_step
+from unimo3.errors import CommandParser, ConfigError, exit_with_status
+
+_RECENT_STEPS = 20
+_SILENT_S = 60.0
+_NUM_RESTARTS_SHOWN = 5
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; see ``--help``."""
+    parser = CommandParser(prog="python -m slurm.status", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs (default: those in runs/)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a run, a line each")
+    parser.add_argument("--watch", action="store_true", help="print again every few seconds, until Ctrl-C")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Print the state of runs."""
+    args = parse_arguments(argv)
+    runs = args.runs or sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
+    faults = [f"{run}: no such folder; name the folder of a run" for run in runs if not run.is_dir()]
+    if not runs:
+        faults.append("no RUN is given, and runs/ holds none; name the folder of a run")
+    if args.every <= 0:
+        faults.append(f"--every {args.every}: a number of seconds above 0 is needed")
+    if faults:
+        raise ConfigError(faults)
+    while True:
+        states = [state_of(run) for run in runs]
+        text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
+        if args.watch and sys.stdout.isatty():
+            print("\033[2J\033[H", end="")
+        print(text, flush=True)
+        if not args.watch:
+            return
+        try:
+            time.sleep(args.every)
+        except KeyboardInterrupt:
+            return
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """All that is known of a run, as plain values; what is not known is None."""
+    attempts = history.read(run)
+    steps = _records(run / "metrics.jsonl")
+    last = steps[-1] if steps else {}
+    num_steps = _num_steps(run)
+    recent, before = steps[-_RECENT_STEPS:], steps[-2 * _RECENT_STEPS : -_RECENT_STEPS]
+    step_s = median(record["step_s"] for record in recent) if recent else None
+    job = attempts[-1].job if attempts else None
+    found: dict[str, Any] = {
+        "run": str(run),
+        "job": _job(job) if job else None,
+        "step": last.get("step"),
+        "steps": num_steps,
+        "loss": last.get("loss"),
+        "pairs_per_s": median(record["pairs_per_s"] for record in recent) if recent else None,
+        "trend": None,
+        "left_s": (num_steps - last["step"]) * step_s if steps and num_steps and step_s is not None else None,
+        "skipped_steps": last.get("skipped_steps"),
+        "checkpoint": _checkpoint(run),
+        "starts": len(attempts),
+        "restarts": [
+            {"time": attempt.ended, "status": attempt.status, "action": attempt.action, "reason": attempt.reason}
+            for attempt in attempts
+            if attempt.action is not None
+        ],
+        "ranks": _ranks(run),
+        "bad_nodes": bad_nodes.current(),
+    }
+    if recent and before:
+        found["trend"] = found["pairs_per_s"] / median(record["pairs_per_s"] for record in before) - 1
+    return found
+
+
+def screen(state: dict[str, Any]) -> str:
+    """A run's state for people."""
+    lines = [state["run"]]
+
+    def line(name: str, text: str) -> None:
+        lines.append(f"  {name:<11} {text}")
+
+    job = state["job"]
+    if job is None:
+        line("job", "none has begun here")
+    else:
+        reason = "" if job["reason"] in ("None", "", None) else f", {job['reason']}"
+        line("job", f"{job['id']} {job['state']}{reason}" + (f" on {job['nodes']}" if job["nodes"] else ""))
+        if job["comment"]:
+            line("held for", job["comment"])
+    if state["step"] is None:
+        line("step", "none yet")
+    else:
+        share = f" of {state['steps']} ({100 * state['step'] / state['steps']:.1f} %)" if state["steps"] else ""
+        line("step", f"{state['step']}{share}, loss {_number(state['loss'])}, skipped {state['skipped_steps'] or 0}")
+        trend = f", {100 * state['trend']:+.0f} % against the {_RECENT_STEPS} before" if state["trend"] else ""
+        line("speed", f"{_number(state['pairs_per_s'])} pairs/s{trend}")
+        if state["left_s"]:
+            ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + state["left_s"]))
+            line("ends", f"{ends} if it runs on, in {_span(state['left_s'])}")
+    checkpoint = state["checkpoint"]
+    line("checkpoint", f"step {checkpoint['step']}, {_span(checkpoint['age_s'])} old" if checkpoint else "none yet")
+    line("starts", f"{state['starts']}")
+    for restart in state["restarts"][-_NUM_RESTARTS_SHOWN:]:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(restart["time"]))
+        line("", f"{when}  {restart['action']}: {restart['reason']}")
+    ranks = state["ranks"]
+    if ranks:
+        line(
+            "ranks",
+            f"{ranks['number']}: {', '.join(f'{number} in {phase}' for phase, number in ranks['phases'].items())}",
+        )
+        for silent in ranks["silent"]:
+            line("", f"rank {silent['rank']} on {silent['host']} is silent for {_span(silent['silent_s'])}")
+    for node, reason in state["bad_nodes"].items():
+        line("bad node", f"{node}: {reason}")
+    return "\n".join(lines)
+
+
+def _job(number: str) -> dict[str, Any]:
+    """A job's state as Slurm has it; what Slurm has forgotten has ended."""
+    done = _slurm("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T|%r|%N|%k")
+    state, reason, nodes, comment = (*done.split("\n")[0].split("|", 3), "", "", "", "")[:4]
+    return {
+        "id": number, "state": state or "ENDED", "reason": reason, "nodes": nodes,
+        "comment": "" if comment in ("(null)", "") else comment,
+    }  # fmt: skip
+
+
+def _checkpoint(run: Path) -> dict[str, Any] | None:
+    step = newest_step(run)
+    if step is None:
+        return None
+    manifest = run / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
+    return {"step": step, "age_s": time.time() - manifest.stat().st_mtime}
+
+
+def _ranks(run: Path) -> dict[str, Any] | None:
+    """What the ranks' last heartbeats say."""
+    beats = []
+    for path in sorted((run / "heartbeats").glob("rank_*.json")):
+        try:
+            beats.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    if not beats:
+        return None
+    phases: dict[str, int] = {}
+    for beat in beats:
+        phases[beat["phase"]] = phases.get(beat["phase"], 0) + 1
+    now = time.time()
+    silent = [
+        {"rank": beat["rank"], "host": beat["host"], "silent_s": now - beat["time"]}
+        for beat in beats
+        if beat["phase"] != "ended" and now - beat["time"] > _SILENT_S
+    ]
+    return {"number": len(beats), "phases": phases, "silent": silent}
+
+
+def _num_steps(run: Path) -> int | None:
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text())
+        return int(content["training"]["steps"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Training steps of the end of ``metrics.jsonl``; only the end is read, since a long run's file is large."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 200_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off at either end
+        if isinstance(record, dict) and "group" not in record and "step_s" in record:
+            found.append(record)
+    return found
+
+
+def _slurm(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except OSError:
+        return ""  # not on this machine
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A Slurm of its own on this host: munged, slurmctld and several slurmd in a private folder, with own key and ports.
+
+Source: Slurm's slurm.conf(5) and quickstart for administrators; munged(8).
+"""
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from unimo3.launch import free_port
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+
+CONF = """ClusterName=lab
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
+KillWait=5
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SchedulerType=sched/backfill
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdTimeout=10
+MpiDefault=none
+JobCompType=jobcomp/none
+AccountingStorageType=accounting_storage/none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+MinJobAge=3600
+"""
+
+
+def missing_programs() -> list[str]:
+    """Which of Slurm's and munge's programs this machine lacks."""
+    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+
+
+def _path() -> str:
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+class Cluster:
+    """Two or more nodes on this host; start it with `start`, end it with `stop`.
+
+    Args:
+        folder: a private one, for everything.
+        nodes: their names.
+    """
+
+    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3")):
+        self.folder, self.nodes = folder, nodes
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
+        self.environment = {
+            name: value for name, value in self.environment.items()
+            if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
+        }  # fmt: skip
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Start all daemons and wait until every node is idle."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "state").mkdir(exist_ok=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        lines = [
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000"
+            for name in self.nodes
+        ]
+        listed = ",".join(self.nodes)
+        lines += [
+            f"PartitionName=low Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 "
+            "PreemptMode=REQUEUE GraceTime=15",
+            f"PartitionName=high Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off",
+        ]
+        host = subprocess.run(["hostname", "-s"], check=True, capture_output=True, text=True).stdout.strip()
+        head = CONF.format(folder=self.folder, port=free_port(), user=getpass.getuser(), host=host)
+        (self.folder / "slurm.conf").write_text(head + "\n".join(lines) + "\n")
+        files = {
+            kind: f"--{kind}={self.folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file")
+        }
+        self._daemon(
+            "munged", "--foreground", "--force", f"--key-file={key}", f"--seed-file={self.folder}/munge.seed",
+            *files.values(),
+        )  # fmt: skip
+        self.wait(lambda: (self.folder / "munge.socket").exists(), 10, "munged's socket")
+        self._daemon("slurmctld", "-D", "-i")
+        for name in self.nodes:
+            self.start_node(name)
+        self.wait(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), 60, "idle nodes")
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd."""
+        self._daemon(name, "-D", "-N", name, program="slurmd")
+
+    def kill_node(self, name: str) -> None:
+        """End a node's slurmd and all processes of its jobs, as a power failure does."""
+        daemon = self._processes.pop(name)
+        # Its steps' daemons and their tasks are in sessions of their own; they name the node in their command or
+        # their environment.
+        mark = f"SLURMD_NODENAME={name}\0".encode()
+        conf = f"SLURM_CONF={self.folder / 'slurm.conf'}\0".encode()
+        doomed = [daemon.pid]
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            is_step = command.startswith(b"slurmstepd") and self._runs_on(int(entry.name), name)
+            if is_step or (mark in environment and conf in environment):
+                doomed.append(int(entry.name))
+        for process in doomed:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        daemon.wait()
+
+    def _runs_on(self, process: int, name: str) -> bool:
+        parent = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        return parent == self._processes.get(name, _NOBODY).pid or str(self.folder / f"spool.{name}") in str(
+            Path(f"/proc/{process}/cwd").resolve()
+        )
+
+    def stop(self) -> None:
+        """Cancel all jobs and end all daemons."""
+        try:
+            self.call("scancel", "--user", getpass.getuser(), check=False)
+            self.wait(lambda: not self.call("squeue", "--noheader", "--format=%i", check=False).strip(), 20, "no jobs")
+        finally:
+            for daemon in reversed(list(self._processes.values())):
+                daemon.terminate()
+            for daemon in self._processes.values():
+                try:
+                    daemon.wait(10)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+
+    def call(self, *command: object, check: bool = True, **options) -> str:
+        """Run one of Slurm's commands; its standard output."""
+        done = subprocess.run(
+            [str(word) for word in command], env=self.environment, capture_output=True, text=True, timeout=60, **options
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{command} ended with {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def node_states(self) -> dict[str, str]:
+        """Each node's state, such as ``idle``; with ``*`` it does not answer."""
+        lines = self.call("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %t", check=False).split("\n")
+        return dict(line.split() for line in lines if line.strip())
+
+    def job(self, number: int) -> dict[str, str]:
+        """What ``scontrol show job`` tells of a job."""
+        told = self.call("scontrol", "show", "job", number, "--oneliner")
+        return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s[A-Za-z/:]+=|\s*$)", told))
+
+    def wait(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
+        """Poll until a condition holds."""
+        ends = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > ends:
+                logs = "\n".join(f"{p.name}:\n{p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log")))
+                raise AssertionError(f"waited {timeout_s} s for {what}\n{logs}")
+            time.sleep(0.1)
+
+    def _daemon(self, name: str, *arguments: str, program: str = "") -> None:
+        log = (self.folder / f"{name}.out").open("ab")
+        command = [shutil.which(program or name, path=_path()) or name, *arguments]
+        self._processes[name] = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        log.close()
+
+
+class _Nobody:
+    pid = -1
+
+
+_NOBODY = _Nobody()
