@@ -71,9 +71,11 @@ train() {
     RUN=$(tool slurm.runs "$@") || settle $?
     settle_by tool slurm.outcome begin --run "$RUN" --nodes "$SLURM_JOB_NODELIST"
     preflight "$@"
+    export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
+    rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
     ranks "${PYTHON[@]}" -m "$@" || status=$?
-    say "$program ended with status $status"
-    settle_by tool slurm.outcome end --run "$RUN" --status "$status"
+    say "$program: srun ended with status $status"
+    settle_by tool slurm.outcome end --run "$RUN" --status "$status" --statuses "$UNIMO3_STATUS_DIR" --ranks "$NUM_RANKS"
 }
 
 preflight() {
@@ -111,15 +113,13 @@ settle() {
 act() {
     local action=$1 reason=$2 state
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)
+    if [[ $action != "done" && $action != link && $state != RUNNING ]]; then
+        say "Slurm is ending the job by itself (${state:-gone}): cancelled, or requeued already"
+        exit 1
+    fi
     case $action in
     done | link) exit 0 ;;
-    requeue)
-        if [[ $state == CANCELLED ]]; then
-            say "the job was cancelled: not requeued"
-            exit 1
-        fi
-        scontrol requeue "$SLURM_JOB_ID"
-        ;;
+    requeue) scontrol requeue "$SLURM_JOB_ID" ;;
     exclude) # reason: NODES and why
         scontrol requeue "$SLURM_JOB_ID"
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${reason%% *}"

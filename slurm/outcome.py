@@ -9,7 +9,7 @@
 
     python -m slurm.outcome begin --run RUN --nodes LIST
     python -m slurm.outcome preflight --run RUN --nodes LIST --mark DIR --status N
-    python -m slurm.outcome end --run RUN --status N
+    python -m slurm.outcome end --run RUN --status N --statuses DIR --ranks N
 
 Without torch, and without anything of the project that needs it: this has to work where the rest does not.
 
@@ -80,6 +80,19 @@ def begin(run: Path, job: str, nodes: str, max_restarts: int) -> tuple[str, str]
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
     history.append(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=checkpoint)
     return "go", ""
+
+
+def settled_status(status: int, folder: Path | None, num_ranks: int) -> int:
+    """The status that counts: srun's is the highest, and ranks that were ended for another's sake have high ones.
+
+    Args:
+        folder: where ranks that ended by themselves have left theirs.
+    """
+    told = [int(path.read_text() or status) for path in folder.glob("rank_*")] if folder else []
+    for decisive in _REASONS:
+        if decisive in told:
+            return decisive
+    return 75 if status and told == [75] * num_ranks else status
 
 
 def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
@@ -155,6 +168,8 @@ def main() -> None:
     parser.add_argument("--nodes", default="")
     parser.add_argument("--mark", type=Path)
     parser.add_argument("--status", type=int, default=0)
+    parser.add_argument("--statuses", type=Path, help="folder where ranks left theirs")
+    parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
     job = os.environ["SLURM_JOB_ID"]
     max_restarts = int(os.environ.get("MAX_RESTARTS", "") or DEFAULT_MAX_RESTARTS)
@@ -163,7 +178,7 @@ def main() -> None:
     elif args.event == "preflight":
         action, reason = preflight(args.run, job, args.nodes, args.mark, args.status)
     else:
-        action, reason = end(args.run, job, args.status, max_restarts)
+        action, reason = end(args.run, job, settled_status(args.status, args.statuses, args.ranks), max_restarts)
     print(action, reason)
 
 

@@ -41,7 +41,7 @@ def run_folder(arguments: list[str]) -> Path:
         elif key in _DEFAULTS:
             given[key] = value
     name, folder = str(given["run.name"]), str(given["run.dir"])
-    if not (folder + name).isprintable() or Path(name).name != name or not name or not folder:
+    if not (folder + name).isprintable() or Path(name).name != name or name in ("", "..") or not folder:
         raise ArgumentError(
             f"run.dir {folder!r}, run.name {name!r}: printable names are needed, the second without '/'"
         )

@@ -13,6 +13,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_DONE = 0
@@ -71,6 +73,14 @@ class Interrupted(Exception):
     exit_status = EXIT_REQUEUE
 
 
+def _record_status(status: int) -> None:
+    """Leave this rank's status where the job script looks: srun's own is the highest of all, and a rank that is ended
+    because another failed has a higher one."""
+    if folder := os.environ.get("UNIMO3_STATUS_DIR"):
+        with suppress(OSError):
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(str(status))
+
+
 def end_process(status: int) -> NoReturn:
     """End with `status`, whatever a process group's threads do.
 
@@ -78,6 +88,7 @@ def end_process(status: int) -> NoReturn:
     status 134) after all its work is done. A process that joined a group therefore ends without that: exit functions
     run, output is flushed, and nothing else.
     """
+    _record_status(status)
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         atexit._run_exitfuncs()

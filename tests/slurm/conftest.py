@@ -49,6 +49,7 @@ class Jobs:
         self.environment = {
             "UNIMO3_SITE": str(self.site), "UNIMO3_PYTHON": str(self.python), "OMP_NUM_THREADS": "1",
             "BAD_NODES": str(folder / "bad_nodes.jsonl"), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }  # fmt: skip
 
     def submit(
@@ -82,12 +83,20 @@ class Jobs:
         return self.cluster.job(job)["JobState"]
 
     def wait_state(self, job: int, *states: str, timeout_s: float = 120) -> None:
-        """Wait until a job is in one of some states."""
+        """Wait until a job is in one of some states; another final one is an error."""
         self._wait(job, lambda: self.state(job) in states, timeout_s, f"job {job} in {states}")
+
+    def wait_ended(self, job: int) -> None:
+        """Wait until nothing of a job runs any more."""
+        self.cluster.wait(lambda: "EndTime" in self.cluster.job(job) and not self._is_active(job), 60, f"end of {job}")
 
     def wait_step(self, job: int, name: str, step: int, timeout_s: float = 120) -> None:
         """Wait until a run has done so many steps."""
         self._wait(job, lambda: len(self.steps(name)) >= step, timeout_s, f"step {step} of {name}")
+
+    def _is_active(self, job: int) -> bool:
+        listed = self.cluster.call("squeue", "--noheader", f"--jobs={job}", "--format=%T", check=False)
+        return bool(listed.strip())
 
     def steps(self, name: str) -> list[dict[str, Any]]:
         """A run's training steps."""
@@ -100,10 +109,10 @@ class Jobs:
     def _wait(self, job: int, condition: Callable[[], object], timeout_s: float, what: str) -> None:
         ends = time.monotonic() + timeout_s
         while not condition():
-            if time.monotonic() > ends or self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED"):
-                raise AssertionError(
-                    f"waited {timeout_s} s for {what}:\n{self.cluster.job(job)}\n{self.log(job)[-4000:]}"
-                )
+            is_over = self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED", "COMPLETED")
+            if (is_over and not condition()) or time.monotonic() > ends:
+                told = f"{self.cluster.job(job)}\n{self.log(job)[-4000:]}"
+                raise AssertionError(f"waited up to {timeout_s} s for {what}:\n{told}")
             time.sleep(0.2)
 
 

@@ -1,11 +1,164 @@
 """Jobs on a real Slurm: from sbatch to a finished run, and every way to be interrupted on the way."""
 
+import json
+
 import pytest
+
+from tests.integration.conftest import losses
+from unimo3.training.metrics import read_metrics
+from unimo3.training.watch import read_heartbeats
 
 pytestmark = pytest.mark.integration
 
+TWO = ("--nodes=2",)
 
-def test_a_two_node_job_trains_to_its_end(jobs):
-    job = jobs.submit("two_nodes", options=("--nodes=2",))
+
+@pytest.fixture(scope="module")
+def straight(jobs):
+    """A run of 12 steps on two nodes that nothing disturbed."""
+    job = jobs.submit("straight", "--data.ledger", "true", options=TWO)
     jobs.wait_state(job, "COMPLETED")
-    assert len(jobs.steps("two_nodes")) == 12
+    return jobs.runs / "straight"
+
+
+def ledger(run):
+    """Sample keys of each step, over all ranks."""
+    found = {}
+    for path in sorted((run / "ledger").glob("*.jsonl")):
+        for record in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(record["step"], []).extend(record["keys"])
+    return found
+
+
+def assert_as_if_undisturbed(run, straight):
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 13))
+    assert losses(run) == losses(straight)
+    assert ledger(run) == ledger(straight)
+
+
+def test_a_job_trains_on_two_nodes_to_its_end(jobs, straight):
+    assert len(jobs.steps("straight")) == 12
+    (attempt,) = jobs.attempts("straight")
+    assert (attempt.status, attempt.action, attempt.nodes) == (0, "done", "n[1-2]")
+    assert {beat.phase for beat in read_heartbeats(straight)} == {"ended"}
+
+
+def signalled(jobs, job):
+    jobs.cluster.call("scancel", "--signal=USR1", job)
+
+
+def requeued(jobs, job):
+    jobs.cluster.call("scontrol", "requeue", job)
+
+
+def asked_by_file(jobs, job):
+    (jobs.runs / "by_asked_by_file" / "requeue").touch()
+
+
+@pytest.mark.parametrize("event", [signalled, requeued, asked_by_file])
+def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event):
+    name = f"by_{event.__name__}"
+    job = jobs.submit(name, "--data.ledger", "true", options=TWO, faults={"slow": 0.5})
+    jobs.wait_step(job, name, 5)
+    event(jobs, job)
+    jobs.wait_state(job, "COMPLETED", timeout_s=180)
+    assert_as_if_undisturbed(jobs.runs / name, straight)
+    assert int(jobs.cluster.job(job)["Restarts"]) == 1
+
+
+def test_the_time_limits_signal_requeues_before_the_end(jobs, straight):
+    # A minute is the least limit; the signal comes 30 s before its end, or up to a minute early.
+    options = (*TWO, "--time=1", "--signal=USR2@30")
+    job = jobs.submit("limit", "--data.ledger", "true", options=options, faults={"slow": 4.0})
+    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    assert_as_if_undisturbed(jobs.runs / "limit", straight)
+    assert "asked to stop (SIGUSR2)" in jobs.log(job)
+
+
+def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
+    job = jobs.submit("preempted", "--data.ledger", "true", options=("--nodes=2", "--exclusive"), faults={"slow": 0.5})
+    jobs.wait_step(job, "preempted", 5)
+    other = jobs.sbatch(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 3",
+    )
+    jobs.wait_state(other, "COMPLETED")
+    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    assert_as_if_undisturbed(jobs.runs / "preempted", straight)
+
+
+def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs):
+    job = jobs.submit("cancelled", options=TWO, faults={"slow": 0.5})
+    jobs.wait_step(job, "cancelled", 5)
+    jobs.cluster.call("scancel", job)
+    jobs.wait_ended(job)
+    assert jobs.state(job) == "CANCELLED"
+    assert len(list((jobs.runs / "cancelled" / "checkpoints").glob("step_*/MANIFEST.json"))) >= 1
+
+
+def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight):
+    once = jobs.folder / "killed_once"
+    job = jobs.submit("killed", "--data.ledger", "true", options=TWO, faults={"kill": [6, 1]}, ONCE=str(once))
+    jobs.wait_state(job, "COMPLETED", timeout_s=180)
+    assert_as_if_undisturbed(jobs.runs / "killed", straight)
+    first, second = jobs.attempts("killed")
+    assert (first.action, second.action) == ("requeue", "done")
+    assert first.status not in (0, 70, 75, 78)
+
+
+def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
+    once = jobs.folder / "frozen_once"
+    job = jobs.submit(
+        "frozen", "--data.ledger", "true", "--training.stall_after_s", 5, options=TWO, faults={"freeze": [6, 1]},
+        ONCE=str(once),
+    )  # fmt: skip
+    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    assert_as_if_undisturbed(jobs.runs / "frozen", straight)
+    assert "the others wait for rank 1 on " in jobs.log(job)
+    assert (jobs.attempts("frozen")[0].status, jobs.attempts("frozen")[0].action) == (71, "requeue")
+
+
+def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
+    job = jobs.submit("lost", options=("--nodes=1-2", "--exclude=n3"), faults={"slow": 0.5})
+    jobs.wait_step(job, "lost", 6)
+    jobs.cluster.kill_node("n2")
+    try:
+        jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    finally:
+        jobs.cluster.start_node("n2")
+        jobs.cluster.wait(lambda: jobs.cluster.node_states()["n2"] == "idle", 60, "n2 again")
+    assert [record["step"] for record in jobs.steps("lost")] == list(range(1, 13))
+    for one, other in zip(losses(jobs.runs / "lost"), losses(straight), strict=True):
+        assert one["loss_mlm"] == pytest.approx(other["loss_mlm"], rel=0.02)
+    assert "from 2 ranks to 1" in jobs.log(job)
+
+
+def test_losses_that_stay_not_finite_hold_the_job(jobs):
+    nan = [[step, 0] for step in range(3, 12)]
+    job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, faults={"nan": nan})
+    jobs.wait_state(job, "SPECIAL_EXIT")
+    assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
+    jobs.cluster.call("scancel", job)
+
+
+def test_a_wrong_setting_holds_the_job_with_the_reason(jobs):
+    job = jobs.submit("wrong", "--optim.lr", "-1", options=TWO)
+    jobs.wait_state(job, "SPECIAL_EXIT")
+    assert "status 78" in jobs.cluster.job(job)["Comment"]
+    assert "optim.lr" in jobs.log(job)
+    jobs.cluster.call("scancel", job)
+
+
+def test_a_stop_file_ends_the_job_for_good(jobs):
+    job = jobs.submit("stopped", options=TWO, faults={"slow": 0.5})
+    jobs.wait_step(job, "stopped", 3)
+    (jobs.runs / "stopped" / "stop").touch()
+    jobs.wait_state(job, "COMPLETED")
+    assert 3 <= len(jobs.steps("stopped")) < 12
+    assert jobs.attempts("stopped")[-1].action == "done"

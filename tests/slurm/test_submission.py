@@ -1,0 +1,288 @@
+"""Submitting: checks before anything is queued, chains, many jobs at once, nodes to avoid, and a run's state."""
+
+import json
+import subprocess
+
+import pytest
+import yaml
+
+from slurm import bad_nodes, history, status, submit
+from slurm.outcome import decide, settled_status
+from slurm.runs import ArgumentError, run_folder
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+
+def run_program(program, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        program.main([str(word) for word in arguments])
+    return ended.value.code
+
+
+@pytest.fixture
+def site(jobs, monkeypatch):
+    """As a user on the cluster's login node."""
+    for name, value in (jobs.environment | jobs.cluster.environment).items():
+        monkeypatch.setenv(name, value)
+    return jobs
+
+
+def test_eight_jobs_submitted_at_once_all_meet(jobs):
+    options = ("--ntasks=2", "--oversubscribe")
+    numbers = [jobs.submit(f"eight_{n}", "--training.stop_after", 1, options=options, PREFLIGHT="no") for n in range(8)]
+    for number in numbers:
+        jobs.wait_state(number, "COMPLETED", timeout_s=300)
+    ports = {jobs.log(number).split("meeting at ")[1].split()[0] for number in numbers}
+    assert len(ports) == 8
+
+
+def test_an_array_of_three_links_finishes_what_one_cannot(site):
+    name = "links"
+    arguments = [
+        "pretrain",
+        "--config",
+        site.recipe,
+        "--run.name",
+        name,
+        "--training.steps",
+        12,
+        "--data.ledger",
+        "true",
+    ]
+    # As on a site that lets no job run for longer: each link is told to stop on its way.
+    command = submit.sbatch_command(
+        submit.parse_arguments(["--chain", "3", "--time", "1", "--grace", "40", *map(str, arguments)]),
+        submit.Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
+    )  # fmt: skip
+    job = site.sbatch(*command, FAULTS='{"slow": 3.0}', PREFLIGHT="no")
+    site.cluster.wait(
+        lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), 240, "links"
+    )
+    assert [attempt.action for attempt in site.attempts(name)][-1] == "done"
+    assert "link" in [attempt.action for attempt in site.attempts(name)]
+    assert [record["step"] for record in site.steps(name)] == list(range(1, 13))
+
+
+def test_a_node_marked_bad_before_the_start_is_avoided_and_the_job_lands_elsewhere(jobs, monkeypatch):
+    # Its own disk is none: a file lies where the folder should be.
+    trap = jobs.folder / "trap"
+    (jobs.folder / "site_of_bad_node.env").write_text(
+        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nBAD_NODES={jobs.folder}/bad_here.jsonl\nexport BAD_NODES\n"
+        f"if [[ $SLURMD_NODENAME == n1 ]]; then LOCAL_DISK={trap}/no; fi\n"
+    )
+    trap.write_text("a file")
+    job = jobs.submit(
+        "avoids",
+        "--training.stop_after",
+        2,
+        options=("--nodes=1",),
+        UNIMO3_SITE=str(jobs.folder / "site_of_bad_node.env"),
+    )
+    jobs.wait_state(job, "COMPLETED", timeout_s=120)
+    assert jobs.attempts("avoids")[0].action == "exclude"
+    assert jobs.attempts("avoids")[-1].nodes != "n1"
+    entry = json.loads((jobs.folder / "bad_here.jsonl").read_text())
+    assert entry["node"] == "n1"
+    assert "cannot be written" in entry["reason"]
+    monkeypatch.setenv("BAD_NODES", str(jobs.folder / "bad_here.jsonl"))
+    assert list(bad_nodes.current()) == ["n1"]
+    monkeypatch.setattr(bad_nodes.time, "time", lambda: entry["until"] + 1)
+    assert bad_nodes.current() == {}
+
+
+def test_a_disk_that_fills_up_ends_as_checkpoints_say_and_leaves_the_last_good_one(jobs):
+    disk = jobs.folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        fill = "--checkpoint.keep_last", 50, "--checkpoint.every_steps", 1, "--run.dir", disk
+        job = jobs.submit("full", *fill, options=("--nodes=1",), PREFLIGHT="no")
+        jobs.wait_state(job, "SPECIAL_EXIT")
+        assert "No space left on device" in jobs.log(job)
+        assert "status 78" in jobs.cluster.job(job)["Comment"]
+        kept = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
+        assert kept
+        assert all(name.startswith("step_") and not name.endswith(".tmp") for name in kept)
+        jobs.cluster.call("scancel", job)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_shards_pretraining_export_and_finetuning_are_chained_by_dependency(jobs, source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    log = f"--output={jobs.folder}/%j.log"
+
+    def chained(after, script, *arguments):
+        options = [f"--dependency=afterok:{after}"] if after else []
+        return jobs.sbatch("sbatch", "--parsable", "--time=30", log, *options, *script, *arguments, PREFLIGHT="no")
+
+    shards = ("--ntasks=2", "--overcommit", "slurm/prepare_shards.sbatch")
+    coco_out, vqa_out, weights_out = folder / "coco", folder / "vqa", folder / "weights"  # as the next ones name them
+    one = chained(None, shards, "coco", "--src", source, "--out", coco_out, "--shard-size", 4, "--tokenizer-vocab", 300)
+    two = chained(one, shards, "vqav2", "--src", source, "--out", vqa_out, "--shard-size", 4, "--min-answer-count", 3)
+    common = ("--run.dir", folder / "runs", "--data.tokenizer", coco_out / "tokenizer")
+    data = ("--data.train", coco_out / "train", "--data.val", coco_out / "val")
+    train = ("--config", jobs.recipe, *common, "--training.steps", 4)
+    three = chained(two, ("--nodes=2", "slurm/pretrain.sbatch"), *train, *data, "--run.name", "pretrained")
+    four = chained(three, ("slurm/export.sbatch",), folder / "runs" / "pretrained", "--out", weights_out)
+    recipe = yaml.safe_load(jobs.recipe.read_text())
+    tuning = {key: recipe[key] for key in ("optim", "training", "checkpoint")}
+    (folder / "vqa.yaml").write_text(yaml.safe_dump(tuning | {"data": {"max_text_tokens": 16, "num_workers": 0}}))
+    five = chained(
+        four, ("--nodes=2", "slurm/finetune.sbatch"), "vqa", "--config", folder / "vqa.yaml", "--init", weights_out,
+        "--run.dir", folder / "runs", "--run.name", "tuned", "--data.train", vqa_out / "train", "--data.val",
+        vqa_out / "val", "--data.tokenizer", weights_out, "--training.steps", 4,
+    )  # fmt: skip
+    for job in (one, two, three, four, five):
+        jobs.wait_state(job, "COMPLETED")
+    assert (folder / "runs" / "tuned" / "predictions.json").is_file()
+    assert (weights_out / "model.safetensors").is_file()
+
+
+def test_a_second_job_on_a_running_run_is_refused(site, capsys):
+    job = site.submit("taken", options=("--nodes=1",), faults={"slow": 1.0}, PREFLIGHT="no")
+    site.wait_step(job, "taken", 1)
+    arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", 12)
+    assert run_program(submit, "--time", "10", "--grace", "60", *arguments) == 78
+    assert f"taken: job {job} works on it" in capsys.readouterr().err
+    # Who submits by hand all the same finds the second job held.
+    other = site.submit("taken", options=("--nodes=1",), PREFLIGHT="no")
+    site.wait_state(other, "SPECIAL_EXIT")
+    assert f"job {job} works on" in site.cluster.job(other)["Comment"]
+    assert run_program(status, site.runs / "taken") == 0
+    screen = capsys.readouterr().out
+    assert f"job         {job} RUNNING on n" in screen
+    assert " of 12 (" in screen
+    site.cluster.call("scancel", job, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
+        (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
+        (["--time", "5", "--grace", "300"], "--grace 300: at least 1 second and less than --time"),
+        (["--chain", "0"], "--chain 0: at least 1 link"),
+        (["--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
+        (["--nodes", "1-3"], "training.micro_batch or the number of ranks (3 nodes)"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_is_refused(site, capsys, arguments, fault):
+    assert run_program(submit, *arguments, "pretrain", "--config", site.recipe, "--run.name", "never") == 78
+    assert fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--training.ds_config", "removed.json"], "has 'elasticity', which this project does not use; remove it"),
+        (["--training.ds_config", "unknown.json"], "'zero_optimization.stag': DeepSpeed knows no such key"),
+        (["--data.train", "nowhere"], "data.train: 'nowhere'"),
+        (["--run.dir", "small", "--checkpoint.keep_last", "2000000"], "checkpoints of 0.0 GB need"),
+        (["--run.name", "a/b"], "run.name 'a/b'"),
+        (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
+    ],
+)
+def test_a_setting_that_would_fail_is_found_before_anything_is_queued(site, capsys, tmp_path, arguments, fault):
+    (tmp_path / "removed.json").write_text('{"elasticity": {}, "zero_optimization": {"stage": 3}}')
+    (tmp_path / "unknown.json").write_text('{"zero_optimization": {"stage": 3, "stag": 3}}')
+    known = {name: str(tmp_path / name) for name in ("removed.json", "unknown.json")}
+    words = [known.get(word, word) for word in arguments]
+    assert run_program(submit, "pretrain", "--config", site.recipe, *words) == 78
+    assert fault in capsys.readouterr().err
+    assert site.cluster.call("squeue", "--noheader", "--name=run").strip() == ""
+
+
+def test_all_faults_are_told_in_one_message_and_weights_are_looked_for(site, capsys, tmp_path):
+    words = ["finetune", "vqa", "--init", tmp_path / "none", "--data.train", "nowhere"]
+    assert run_program(submit, "--chain", "0", *words) == 78
+    told = capsys.readouterr().err
+    for fault in ("--chain 0", "data.train: 'nowhere'", "init:"):
+        assert fault in told
+    assert run_program(submit, "finetune", "nothing") == 78
+    assert "'finetune.nothing': there is no such program" in capsys.readouterr().err
+
+
+def test_a_grace_shorter_than_the_saves_take_is_refused(site, capsys):
+    run = site.runs / "slow_saves"
+    run.mkdir(parents=True, exist_ok=True)
+    steps = [{"step": n, "step_s": 2.0, "pairs_per_s": 4.0, "loss": 1.0} for n in range(1, 5)]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in [*steps, {"group": "save", "step": 4, "save_s": 200.0}])
+    )
+    words = ("pretrain", "--config", site.recipe, "--run.name", "slow_saves")
+    assert run_program(submit, "--grace", "300", *words) == 78
+    assert "a save has taken 200 s and a step takes 2.0 s; at least 462 are needed" in capsys.readouterr().err
+    assert run_program(submit, "--grace", "500", "--time", "10:00", "--dry-run", *words) == 78
+    assert run_program(submit, "--grace", "500", "--dry-run", *words) == 0
+
+
+@pytest.mark.parametrize("name", ["two words", 'quote\'d "both"', "$(touch ran) `touch ran`", "--odd"])
+def test_odd_names_are_carried_as_they_are(site, capsys, name):
+    words = ("pretrain", "--config", site.recipe, "--run.name", name, "--training.stop_after", "1")
+    assert run_program(submit, "--dry-run", *words) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    done = subprocess.run(["bash", "-c", f'set -- {command}; printf "%s\\0" "$@"'], capture_output=True, text=True)
+    assert name in done.stdout.split("\0")
+    job = site.submit(name, "--training.stop_after", 1, options=("--nodes=1",), PREFLIGHT="no")
+    site.wait_state(job, "COMPLETED")
+    assert len(site.steps(name)) == 1
+    assert not (ROOT / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "new\nline", ".."])
+def test_names_that_are_none_are_refused(name):
+    with pytest.raises(ArgumentError, match="printable names are needed"):
+        run_folder(["--run.name", name])
+
+
+def test_the_run_folder_is_the_one_the_program_uses(site, tmp_path):
+    recipe = yaml.safe_load(site.recipe.read_text())
+    assert run_folder(["--config", str(site.recipe)]) == site.runs / "run"
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(recipe | {"run": {"name": "named", "dir": "here"}}))
+    words = ["--config", str(tmp_path / "named.yaml")]
+    assert str(run_folder(words)) == "here/named"
+    assert str(run_folder([*words, "--run.dir=there"])) == "there/named"
+    assert str(run_folder(["--run.name", "last", *words])) == "here/named"  # what comes later wins
+
+
+def attempts(*records):
+    return [history.Attempt(0.0, "1", 0, "n1", checkpoint, status=status) for checkpoint, status in records]
+
+
+@pytest.mark.parametrize(
+    ("status", "before", "checkpoint", "in_array", "action"),
+    [
+        (0, [], 5, False, "done"),
+        (75, [], 5, False, "requeue"),
+        (75, [], 5, True, "link"),
+        (78, [], 5, False, "hold"),
+        (70, [], 5, False, "hold"),
+        (137, [(5, 137)], 5, False, "requeue"),
+        (71, [(5, 137), (5, 1), (5, 71)], 5, False, "requeue"),  # the third restart
+        (71, [(5, 137), (5, 1), (5, 71), (5, 71)], 5, False, "hold"),
+        (71, [(5, 137), (5, 1), (5, 71), (5, 71)], 9, False, "requeue"),  # a checkpoint has come
+        (71, [(None, 1), (5, 1), (10, 1), (15, 1), (20, 1)], 25, False, "hold"),  # MAX_RESTARTS
+        (71, [(5, 1), (5, 75), (5, 1), (5, 1)], 5, False, "requeue"),
+    ],
+)
+def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
+    assert decide(status, attempts(*before), checkpoint, 4, in_array)[0] == action
+
+
+def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
+    (tmp_path / "rank_0").write_text("78")
+    assert settled_status(143, tmp_path, 2) == 78
+    (tmp_path / "rank_0").write_text("75")
+    assert settled_status(137, tmp_path, 2) == 137
+    (tmp_path / "rank_1").write_text("75")
+    assert settled_status(137, tmp_path, 2) == 75
+    assert settled_status(0, None, 2) == 0
+
+
+def test_all_scripts_pass_shellcheck():
+    scripts = sorted(str(path) for path in (ROOT / "slurm").glob("*.sbatch"))
+    done = subprocess.run(["shellcheck", "-x", *scripts, "slurm/common.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
