@@ -1,20 +1,15 @@
 """A real Slurm for the tests here, and jobs of the project's own scripts on it."""
 
-import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from slurm import history
 from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
-from tests.integration.conftest import ROOT, program, recipe, runs, straight, weights  # noqa: F401  (fixtures)
+from tests.integration.conftest import program, recipe, runs, straight, weights  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
-from unimo3.training.metrics import read_metrics
+from tests.slurm.jobs import Jobs
 
 
 @pytest.fixture(scope="session")
@@ -29,91 +24,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     found.start()
     yield found
     found.stop()
-
-
-class Jobs:
-    """Submits training jobs on the cluster and watches their runs."""
-
-    def __init__(self, cluster: Cluster, recipe: Path, folder: Path):  # noqa: F811
-        self.cluster, self.recipe, self.folder = cluster, recipe, folder
-        self.runs = recipe.parent / "runs"
-        self.site = folder / "site.env"
-        self.site.write_text(f"RANKS_PER_NODE=1\nLOCAL_DISK={folder}/local\n")
-        # Where a site names its Python; this one trains with the faults that the environment names.
-        self.python = folder / "python"
-        self.python.write_text(
-            f'#!/bin/bash\n[[ "$*" != "-m pretrain.train "* ]] || set -- -m tests.faulty "${{@:3}}"\n'
-            f'exec {sys.executable} "$@"\n'
-        )
-        self.python.chmod(0o755)
-        self.environment = {
-            "UNIMO3_SITE": str(self.site), "UNIMO3_PYTHON": str(self.python), "OMP_NUM_THREADS": "1",
-            "BAD_NODES": str(folder / "bad_nodes.jsonl"), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        }  # fmt: skip
-
-    def submit(
-        self, name: str, *arguments: object, options: tuple[str, ...] = (), faults: dict[str, Any] | None = None,
-        **environment: str,
-    ) -> int:  # fmt: skip
-        """Submit a pretraining of 12 steps as run `name`; the job's number."""
-        command = [
-            "sbatch", "--parsable", "--time=30", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
-            "--config", self.recipe, "--run.name", name, "--training.steps", 12, "--checkpoint.every_steps", 4,
-            *arguments,
-        ]  # fmt: skip
-        return self.sbatch(*command, FAULTS=json.dumps(faults or {}), **environment)
-
-    def sbatch(self, *command: object, **environment: str) -> int:
-        """Submit; the job's number."""
-        before = dict(self.cluster.environment)
-        self.cluster.environment |= self.environment | environment
-        try:
-            return int(self.cluster.call(*command, cwd=ROOT).strip().split(";")[0])
-        finally:
-            self.cluster.environment = before
-
-    def log(self, job: int) -> str:
-        """What a job has written."""
-        path = self.folder / f"{job}.log"
-        return path.read_text() if path.exists() else ""
-
-    def state(self, job: int) -> str:
-        """A job's state, such as ``COMPLETED``."""
-        return self.cluster.job(job)["JobState"]
-
-    def wait_state(self, job: int, *states: str, timeout_s: float = 120) -> None:
-        """Wait until a job is in one of some states; another final one is an error."""
-        self._wait(job, lambda: self.state(job) in states, timeout_s, f"job {job} in {states}")
-
-    def wait_ended(self, job: int) -> None:
-        """Wait until nothing of a job runs any more."""
-        self.cluster.wait(lambda: "EndTime" in self.cluster.job(job) and not self._is_active(job), 60, f"end of {job}")
-
-    def wait_step(self, job: int, name: str, step: int, timeout_s: float = 120) -> None:
-        """Wait until a run has done so many steps."""
-        self._wait(job, lambda: len(self.steps(name)) >= step, timeout_s, f"step {step} of {name}")
-
-    def _is_active(self, job: int) -> bool:
-        listed = self.cluster.call("squeue", "--noheader", f"--jobs={job}", "--format=%T", check=False)
-        return bool(listed.strip())
-
-    def steps(self, name: str) -> list[dict[str, Any]]:
-        """A run's training steps."""
-        return read_metrics(self.runs / name)
-
-    def attempts(self, name: str) -> list[history.Attempt]:
-        """A run's starts."""
-        return history.read(self.runs / name)
-
-    def _wait(self, job: int, condition: Callable[[], object], timeout_s: float, what: str) -> None:
-        ends = time.monotonic() + timeout_s
-        while not condition():
-            is_over = self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED", "COMPLETED")
-            if (is_over and not condition()) or time.monotonic() > ends:
-                told = f"{self.cluster.job(job)}\n{self.log(job)[-4000:]}"
-                raise AssertionError(f"waited up to {timeout_s} s for {what}:\n{told}")
-            time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,18 @@ pytestmark = pytest.mark.integration
 TWO = ("--nodes=2",)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(jobs):
+    """A job that comes to its time limit again and again; it takes minutes, so it runs beside the others."""
+    # A minute is the least limit; the signal comes 30 s before its end, or up to a minute early.
+    options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=1", "--signal=USR2@30")
+    return jobs.submit("limited", "--data.ledger", "true", options=options, faults={"slow": 4.0})
+
+
 @pytest.fixture(scope="module")
 def straight(jobs):
     """A run of 12 steps on two nodes that nothing disturbed."""
-    job = jobs.submit("straight", "--data.ledger", "true", options=TWO)
+    job = jobs.submit("straight", "--data.ledger", "true", options=TWO, PREFLIGHT="yes")
     jobs.wait_state(job, "COMPLETED")
     return jobs.runs / "straight"
 
@@ -64,15 +72,6 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event
     jobs.wait_state(job, "COMPLETED", timeout_s=180)
     assert_as_if_undisturbed(jobs.runs / name, straight)
     assert int(jobs.cluster.job(job)["Restarts"]) == 1
-
-
-def test_the_time_limits_signal_requeues_before_the_end(jobs, straight):
-    # A minute is the least limit; the signal comes 30 s before its end, or up to a minute early.
-    options = (*TWO, "--time=1", "--signal=USR2@30")
-    job = jobs.submit("limit", "--data.ledger", "true", options=options, faults={"slow": 4.0})
-    jobs.wait_state(job, "COMPLETED", timeout_s=240)
-    assert_as_if_undisturbed(jobs.runs / "limit", straight)
-    assert "asked to stop (SIGUSR2)" in jobs.log(job)
 
 
 def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
@@ -162,3 +161,9 @@ def test_a_stop_file_ends_the_job_for_good(jobs):
     jobs.wait_state(job, "COMPLETED")
     assert 3 <= len(jobs.steps("stopped")) < 12
     assert jobs.attempts("stopped")[-1].action == "done"
+
+
+def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight):
+    jobs.wait_state(limited, "COMPLETED", timeout_s=240)
+    assert_as_if_undisturbed(jobs.runs / "limited", straight)
+    assert "asked to stop (SIGUSR2)" in jobs.log(limited)
