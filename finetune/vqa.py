@@ -5,7 +5,6 @@ RUN/accuracy.json.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from unimo3.model.pretrained import load_exported
 from unimo3.model.processor import Unimo3Processor
 from unimo3.objectives.vqa import VqaTask
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
-from unimo3.training.evaluation import Evaluation, to_device
+from unimo3.training.evaluation import Evaluation, Guard, to_device
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
@@ -139,14 +138,14 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     reader = settings.data.reader
 
-    def evaluate(step: int, must_end: Callable[[], bool]) -> dict[str, float] | None:
+    def evaluate(step: int, guard: Guard) -> dict[str, float] | None:
         held_out = samples_of(val_index, "none", 1.0)
         batches = evaluation_batches(held_out, world.rank, world.size, batch.micro_batch, reader)
         own: list[dict[str, Any]] = []
-        for loaded, counts in batches:
-            if must_end():
-                return None
+        for loaded, counts in guard.batches(batches):
             own += predict(engine, loaded, counts, answers)
+        if guard.is_cut:
+            return None
         scored = [entry for part in all_gather_object(own) for entry in part]
         accuracies = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
         if world.rank == 0:

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         held_out = samples_of(val_index, "none", 1.0)
         evaluation = Evaluation(
             val_index.fingerprint,
-            lambda step, must_end: held_out_losses(engine, held_out, world, batch.micro_batch, reader, must_end),
+            lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
     train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)
     run.close()

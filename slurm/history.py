@@ -77,11 +77,18 @@ def read(run: Path) -> list[Attempt]:
     return attempts
 
 
-def failures_without_progress(attempts: list[Attempt], checkpoint: int | None) -> int:
-    """How many of the last starts failed one after the other with no checkpoint newer than this one."""
+def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:
+    """Starts that count: those after somebody looked at the job, and not those that were sent elsewhere."""
+    places = [place for place, attempt in enumerate(attempts) if attempt.action == "hold"]
+    counted = attempts[places[-1] + 1 :] if places else attempts
+    return [attempt for attempt in counted if attempt.action != "exclude"]
+
+
+def starts_without_progress(attempts: list[Attempt], checkpoint: int | None) -> int:
+    """How many of the last starts ended one after the other with no checkpoint newer than the one they began from."""
     number = 0
     for attempt in reversed(attempts):
-        if not attempt.failed or attempt.checkpoint != checkpoint:
+        if attempt.status == 0 or attempt.checkpoint != checkpoint:
             break
         number += 1
     return number

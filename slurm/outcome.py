@@ -7,9 +7,9 @@
     exclude    start again elsewhere; the reason begins with the nodes to leave out
     hold       keep the job, held, until somebody has mended what the reason says
 
-    python -m slurm.outcome begin --run RUN --nodes LIST
-    python -m slurm.outcome preflight --run RUN --nodes LIST --mark DIR --status N
-    python -m slurm.outcome end --run RUN --status N --statuses DIR --ranks N
+    python -m slurm.outcome begin --run RUN --nodes 'NODE NODE...'
+    python -m slurm.outcome preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
+    python -m slurm.outcome end --run RUN --status N [--statuses DIR]
 
 Without torch, and without anything of the project that needs it: this has to work where the rest does not.
 
@@ -25,7 +25,9 @@ from pathlib import Path
 from slurm import bad_nodes, history
 from slurm.runs import newest_step
 
-MAX_WITHOUT_PROGRESS = 3
+# Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
+MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
+MAX_EXCLUDES = 5
 DEFAULT_MAX_RESTARTS = 20
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be mended (status 78)",
@@ -45,6 +47,9 @@ def decide(
     if status == 0:
         return "done", "the program has ended well"
     if status == 75:
+        in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
+        if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
+            return "hold", f"asked to stop {in_vain} times in a row before it came to a step; give it more time"
         return ("link" if in_array else "requeue"), f"asked to stop, saved at step {checkpoint}"
     if status in _REASONS:
         return "hold", _REASONS[status]
@@ -53,7 +58,8 @@ def decide(
 
 def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, max_restarts: int) -> tuple[str, str]:
     """Requeue after a failure that is not the run's own, unless that has been tried too often."""
-    in_vain = history.failures_without_progress(attempts, checkpoint)
+    attempts = history.since_the_last_hold(attempts)
+    in_vain = history.starts_without_progress(attempts, checkpoint)
     if in_vain > MAX_WITHOUT_PROGRESS:
         where = "any checkpoint" if checkpoint is None else f"a checkpoint newer than step {checkpoint}"
         return "hold", f"{what}: {in_vain} starts in a row ended without {where}"
@@ -63,26 +69,38 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     return "requeue", f"{what}: taken for a fault of the machines, start {len(attempts) + 1} follows"
 
 
-def begin(run: Path, job: str, nodes: str, max_restarts: int) -> tuple[str, str]:
+def begin(run: Path, job: str, hosts: list[str], max_restarts: int) -> tuple[str, str]:
     """Before a program starts: whether it may; if so the start is noted."""
     if other := _other_job(run, job):
         return "hold", f"job {other} works on {run}; release this one when that has ended"
-    listed = sorted(set(_expand(nodes)) & bad_nodes.current().keys())
-    if listed:
-        return "exclude", f"{','.join(sorted(bad_nodes.current()))} noted as bad: {bad_nodes.current()[listed[0]]}"
-    before, checkpoint = history.read(run), newest_step(run)
-    if before and before[-1].action is None:
+    attempts, checkpoint = history.read(run), newest_step(run)
+    action, reason = "go", ""
+    bad = bad_nodes.current()
+    if listed := sorted(set(hosts) & bad.keys()):
+        action, reason = _elsewhere(f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
+    elif attempts and attempts[-1].action is None:
         # Cut off: nobody was left to decide.
-        action, reason = _again("the last start was cut off", before, checkpoint, max_restarts)
-        if action == "hold" and before[-1].job == job:
-            history.append(run, "end", job=job, status=-1, action=action, reason=reason, checkpoint=checkpoint)
-            return action, reason
+        action, reason = _again("the last start was cut off", attempts, checkpoint, max_restarts)
+        action = "go" if action == "requeue" else action
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
-    history.append(run, "begin", job=job, restart=restart, nodes=nodes, checkpoint=checkpoint)
-    return "go", ""
+    history.append(run, "begin", job=job, restart=restart, nodes=" ".join(hosts), checkpoint=checkpoint)
+    if action != "go":
+        history.append(run, "end", job=job, status=-1, action=action, reason=reason, checkpoint=checkpoint)
+    return action, reason
 
 
-def settled_status(status: int, folder: Path | None, num_ranks: int) -> int:
+def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
+    """Send the job to other nodes, unless that has not helped several times: it may ask for the very node."""
+    last = [attempt.action for attempt in attempts[-MAX_EXCLUDES:]]
+    if last == ["exclude"] * MAX_EXCLUDES:
+        return (
+            "hold",
+            f"{why}; sent elsewhere {MAX_EXCLUDES} times: see slurm/bad_nodes.jsonl and the nodes it asks for",
+        )
+    return "exclude", f"{','.join(sorted(bad_nodes.current()))} {why}"
+
+
+def settled_status(status: int, folder: Path | None) -> int:
     """The status that counts: srun's is the highest, and ranks that were ended for another's sake have high ones.
 
     Args:
@@ -92,13 +110,15 @@ def settled_status(status: int, folder: Path | None, num_ranks: int) -> int:
     for decisive in _REASONS:
         if decisive in told:
             return decisive
-    return 75 if status and told == [75] * num_ranks else status
+    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
+    return 75 if 75 in told else status
 
 
 def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
     """After a program has ended: what follows, which is noted."""
     checkpoint = newest_step(run)
-    in_array = bool(os.environ.get("SLURM_ARRAY_JOB_ID"))
+    task, last_task = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_MAX")
+    in_array = task is not None and task != last_task  # the last link has nobody after it
     attempts = history.read(run)
     if attempts:
         last = attempts[-1]
@@ -110,54 +130,47 @@ def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
     return action, reason
 
 
-def preflight(run: Path, job: str, nodes: str, mark: Path, status: int) -> tuple[str, str]:
+def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, max_restarts: int) -> tuple[str, str]:
     """After the checks of the nodes: bad ones are noted, and the job goes elsewhere."""
-    told = {path.stem: json.loads(path.read_text())["problems"] for path in sorted(mark.glob("*.json"))}
-    network = told.pop("network", [])
-    expected = _expand(nodes)
-    bad = {node: "; ".join(told.get(node, ["gave no answer"])) for node in expected if told.get(node, ["none"])}
-    if not bad and not network and status == 0:
+    told = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
+    network = told.pop("network", {}).get("problems", [])
+    own = list(dict.fromkeys(problem for answer in told.values() for problem in answer.get("job", [])))
+    bad = {
+        host: "; ".join(told[host]["problems"]) if host in told else "gave no answer"
+        for host in hosts
+        if host not in told or told[host]["problems"]
+    }
+    if not bad and not network and not own and status == 0:
         return "go", ""
-    if not bad:
-        reason = "; ".join(network) or f"the check of the network ended with status {status}"
-        action, reason = _again(reason, history.read(run), newest_step(run), DEFAULT_MAX_RESTARTS)
-    elif len(bad) == len(expected) > 1 or (len(expected) == 1 and not _elsewhere(expected)):
+    checkpoint, attempts = newest_step(run), history.read(run)
+    if own:
+        action, reason = "hold", "; ".join(own)
+    elif not told or not bad:
+        # Nobody answered, as when the job is being ended; or the nodes are well and the network is not.
+        what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
+        action, reason = _again(what, attempts, checkpoint, max_restarts)
+    elif len(bad) == len(hosts) > 1:
         # Where every node says so it is not the nodes.
         action, reason = "hold", f"every node: {next(iter(bad.values()))}"
     else:
-        for node, problem in bad.items():
-            bad_nodes.add(node, problem, job)
-        action = "exclude"
-        reason = f"{','.join(sorted(bad_nodes.current()))} failed before the start: " + "; ".join(
-            f"{node}: {problem}" for node, problem in bad.items()
-        )
-    history.append(run, "end", job=job, status=-2, action=action, reason=reason, checkpoint=newest_step(run))
+        for host, problem in bad.items():
+            bad_nodes.add(host, problem, job)
+        action, reason = _elsewhere("; ".join(f"{host}: {problem}" for host, problem in bad.items()), attempts[:-1])
+    history.append(run, "end", job=job, status=-2, action=action, reason=reason, checkpoint=checkpoint)
     return action, reason
 
 
 def _other_job(run: Path, job: str) -> str | None:
-    """Another job whose start on this run has not ended, if Slurm still runs it."""
+    """Another job whose start on this run has not ended, if Slurm still has it at work."""
     attempts = history.read(run)
     if not attempts or attempts[-1].action is not None or attempts[-1].job == job:
         return None
-    return (
-        attempts[-1].job
-        if _slurm("squeue", "--noheader", f"--jobs={attempts[-1].job}", "--format=%T") == "RUNNING"
-        else None
-    )
-
-
-def _elsewhere(nodes: list[str]) -> bool:
-    """Whether the cluster has further nodes that are up."""
-    return bool(set(_slurm("sinfo", "--noheader", "--responding", "--format=%n").split()) - set(nodes))
-
-
-def _expand(nodes: str) -> list[str]:
-    return _slurm("scontrol", "show", "hostnames", nodes).split()
-
-
-def _slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    try:
+        command = ["squeue", "--noheader", f"--jobs={attempts[-1].job}", "--format=%T"]
+        state = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # in a container, or Slurm does not answer: then nobody can tell
+    return attempts[-1].job if state in ("RUNNING", "SUSPENDED", "COMPLETING") else None
 
 
 def main() -> None:
@@ -169,16 +182,16 @@ def main() -> None:
     parser.add_argument("--mark", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--statuses", type=Path, help="folder where ranks left theirs")
-    parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
-    job = os.environ["SLURM_JOB_ID"]
+    job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
+    hosts = args.nodes.split()
     max_restarts = int(os.environ.get("MAX_RESTARTS", "") or DEFAULT_MAX_RESTARTS)
     if args.event == "begin":
-        action, reason = begin(args.run, job, args.nodes, max_restarts)
+        action, reason = begin(args.run, job, hosts, max_restarts)
     elif args.event == "preflight":
-        action, reason = preflight(args.run, job, args.nodes, args.mark, args.status)
+        action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
     else:
-        action, reason = end(args.run, job, settled_status(args.status, args.statuses, args.ranks), max_restarts)
+        action, reason = end(args.run, job, settled_status(args.status, args.statuses), max_restarts)
     print(action, reason)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -20,20 +21,34 @@ from slurm.runs import checkpoint_bytes
 _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
 _MIN_FREE_BYTES = 10**9
 _MIN_FREE_INODES = 1000
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _ROUNDS, _ELEMENTS = 4, 2**22
 
 
-def node_problems(run: Path, mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
+def job_problems(run: Path, num_gpus: int) -> list[str]:
+    """What is wrong with the job or with what all nodes share: going elsewhere would not help."""
+    try:
+        needed = max(_MIN_FREE_BYTES, 2 * checkpoint_bytes(run))
+    except (OSError, ValueError, KeyError):
+        needed = _MIN_FREE_BYTES  # a damaged manifest, which resuming will name
+    found = _disk_problems(run, needed)
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if num_gpus and allocated.isdigit() and int(allocated) < num_gpus:
+        found.append(
+            f"the job has {allocated} GPUs a node, GPUS_PER_NODE in slurm/site.env says {num_gpus}; ask for them, as "
+            f"with --gpus-per-node={num_gpus}"
+        )
+    return found
+
+
+def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
     """What is wrong with this node, one line a problem."""
     found = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
     if not mark.is_dir():
         found.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
         found += _gpu_problems(num_gpus)
-    needed = max(_MIN_FREE_BYTES, 2 * checkpoint_bytes(run))
-    for folder, least in ((run, needed), (local_disk, _MIN_FREE_BYTES)):
-        found += _disk_problems(folder, least)
-    return found
+    return found + _disk_problems(local_disk, _MIN_FREE_BYTES)
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:
@@ -42,7 +57,7 @@ def _gpu_problems(num_gpus: int) -> list[str]:
     try:
         count = torch.cuda.device_count()
         if count < num_gpus:
-            return [f"{count} GPUs, {num_gpus} are expected (GPUS_PER_NODE); ask for them with --gpus-per-node"]
+            return [f"{count} GPUs answer, the job has {num_gpus} here"]
         for number in range(num_gpus):
             free, total = torch.cuda.mem_get_info(number)
             if free < 0.9 * total:
@@ -102,12 +117,15 @@ def main() -> None:
     parser.add_argument("--local-disk", type=Path, default=Path("/tmp"))
     parser.add_argument("--floor", type=float, default=0.0)
     args = parser.parse_args()
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # it is over soon; a node that is told to stop is not a bad one
     if args.check == "node":
         name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        problems = node_problems(args.run, args.mark, args.gpus, args.local_disk)
-        for problem in problems:
+        own = job_problems(args.run, args.gpus)
+        problems = node_problems(args.mark, 0 if own else args.gpus, args.local_disk)
+        for problem in own + problems:
             print(f"pre-flight: {name}: {problem}", flush=True)
-        _write(args.mark / f"{name}.json", {"problems": problems})
+        _write(args.mark / f"{name}.json", {"problems": problems, "job": own})
         return
     gbps = network_gbps()
     if os.environ["RANK"] == "0":

@@ -24,7 +24,7 @@ from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
 _DEFAULT_TIME, _DEFAULT_GRACE_S = "24:00:00", 300
-# A save that takes longer than usual must still fit; and Slurm may send the signal up to a minute late.
+# A save that takes longer than usual must still fit, and so must the start of one.
 _GRACE_FACTOR, _GRACE_SLACK_S = 2.0, 60.0
 _PROGRAMS = ("pretrain", "finetune")
 
@@ -65,9 +65,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ranks-per-node", type=int, help="default: RANKS_PER_NODE or GPUS_PER_NODE of slurm/site.env, else 1"
     )
-    parser.add_argument("--time", default=_DEFAULT_TIME, help="wall time, as sbatch takes it (default: %(default)s)")
-    parser.add_argument("--grace", type=int, default=_DEFAULT_GRACE_S, help="seconds before its end at which the run "
-                        "is told to save (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--time", help="wall time, as sbatch takes it (default: the site's, else the script's 24:00:00)"
+    )
+    parser.add_argument(
+        "--grace", type=int,
+        help="seconds before its end at which the run is told to save (default: the site's --signal, else 300)",
+    )  # fmt: skip
     parser.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
                         "wall time where jobs may not be requeued (default: 1)")  # fmt: skip
     parser.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
@@ -107,7 +111,9 @@ def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], r
     """The words of the sbatch command."""
     ranks = args.ranks_per_node or site.ranks_per_node
     words = ["sbatch", "--parsable", *site.sbatch_options, f"--nodes={args.nodes}", f"--ntasks-per-node={ranks}"]
-    words += [f"--time={args.time}", f"--signal=USR2@{args.grace}", f"--job-name={args.job_name or run.name}"]
+    words.append(f"--job-name={args.job_name or run.name}")
+    words += [f"--time={args.time}"] if args.time else []
+    words += [f"--signal=USR2@{args.grace}"] if args.grace else []
     if excluded := sorted(bad_nodes.current()):
         words.append(f"--exclude={','.join(excluded)}")
     if args.chain > 1:
@@ -122,17 +128,20 @@ def check(args: argparse.Namespace, site: Site, module: str, training: list[str]
     faults: list[str] = []
     nodes = _node_counts(args.nodes)
     ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
-    time_s = _seconds(args.time)
+    wall = args.time or _option(site, "time") or _DEFAULT_TIME
+    signal = _option(site, "signal") or ""
+    grace_s = args.grace if args.grace is not None else int(signal.rpartition("@")[2] or _DEFAULT_GRACE_S)
+    time_s = _seconds(wall)
     if not nodes:
         faults.append(f"--nodes {args.nodes}: a number, or MIN-MAX with 1 <= MIN <= MAX, is needed")
     if ranks < 1:
         faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
     if time_s is None:
-        faults.append(f"--time {args.time}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed")
+        faults.append(f"--time {wall}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed")
     if args.chain < 1:
         faults.append(f"--chain {args.chain}: at least 1 link is needed")
-    if args.grace < 1 or (time_s is not None and args.grace >= time_s):
-        faults.append(f"--grace {args.grace}: at least 1 second and less than --time is needed")
+    if grace_s < 1 or (time_s is not None and grace_s >= time_s):
+        faults.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
     try:
         run = run_folder(training)
     except ArgumentError as error:
@@ -151,7 +160,7 @@ def check(args: argparse.Namespace, site: Site, module: str, training: list[str]
     if settings is not None:
         faults += _disk_faults(run, settings)
         if time_s is not None:
-            found, notices = _time_faults(run, settings, args.grace, time_s, args.chain)
+            found, notices = _time_faults(run, settings, grace_s, time_s, args.chain)
             faults += found
     return faults, notices
 
@@ -241,6 +250,12 @@ def _active_job(run: Path) -> str | None:
         ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, timeout=60
     )
     return job if done.stdout.strip() in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED") else None
+
+
+def _option(site: Site, name: str) -> str | None:
+    """What the site's own options say of one, given as ``--name=value``."""
+    found = [option.partition("=")[2] for option in site.sbatch_options if option.startswith(f"--{name}=")]
+    return found[-1] if found else None
 
 
 def _node_counts(nodes: str) -> list[int]:

@@ -91,6 +91,7 @@ class Cluster:
             f"PartitionName=low Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 "
             "PreemptMode=REQUEUE GraceTime=15",
             f"PartitionName=high Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off",
+            f"PartitionName=shared Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=FORCE:16",
         ]
         host = subprocess.run(["hostname", "-s"], check=True, capture_output=True, text=True).stdout.strip()
         head = CONF.format(folder=self.folder, port=free_port(), user=getpass.getuser(), host=host)

@@ -1,7 +1,7 @@
 """Figures on held-out data, with every unit counted once over all ranks."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -12,20 +12,36 @@ from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.metrics import Figures
 
+Batch = TypeVar("Batch")
+
 
 class Evaluation(NamedTuple):
     """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them.
 
-    They ask before each batch whether the run must end, on every rank as often; if so there are none.
+    Their batches go through a `Guard`, on every rank as many; if the run must end there are no figures.
     """
 
     fingerprint: str
-    figures: Callable[[int, Callable[[], bool]], Figures | None]
+    figures: Callable[[int, "Guard"], Figures | None]
+
+
+class Guard(Protocol):
+    """Hands batches on until the run must end.
+
+    Attributes:
+        is_cut: whether it had to.
+    """
+
+    is_cut: bool
+
+    def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; every rank takes as many."""
+        ...
 
 
 @torch.no_grad()
 def held_out_losses(
-    engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, must_end: Callable[[], bool]
+    engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
 ) -> Figures | None:
     """Mean of the task's figures over whole batches of `samples`; every rank calls it. None if the run must end.
 
@@ -35,15 +51,15 @@ def held_out_losses(
     engine.eval()
     totals: dict[str, torch.Tensor] = {}
     num_batches = 0
-    for loaded, counts in evaluation_batches(samples, world.rank, world.size, batch, reader):
-        if must_end():
-            return None
+    for loaded, counts in guard.batches(evaluation_batches(samples, world.rank, world.size, batch, reader)):
         if not bool(sum_over_ranks(counts.all().long().reshape(1))[0] == world.size) and num_batches:
             break
         report = engine(to_device(loaded, engine.device))
         for name, value in report.items():
             totals[name] = totals.get(name, 0.0) + value.float()
         num_batches += 1
+    if guard.is_cut:
+        return None
     return {
         name: (sum_over_ranks(total) / (num_batches * world.size)).tolist() for name, total in sorted(totals.items())
     }

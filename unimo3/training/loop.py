@@ -114,13 +114,9 @@ def train(
     def evaluate() -> None:
         nonlocal is_cut_short
         assert evaluation is not None
-
-        def must_end() -> bool:
-            watch.beat("evaluate", run.step)
-            return stop.agree(engine.device) != Wish.GO_ON
-
-        figures = evaluation.figures(run.step, must_end)
-        is_cut_short = figures is None  # the next start makes up for it
+        guard = _EvaluationGuard(stop, watch, run.step, engine.device)
+        figures = evaluation.figures(run.step, guard)
+        is_cut_short = guard.is_cut  # the next start makes up for it
         if figures is not None:
             _record_evaluation(run, evaluation, figures)
         engine.train()
@@ -219,6 +215,31 @@ def train(
         log.info("stopped by %s; %s; remove the file to go on", stop.name, where)
     elif rank == 0:
         log.info("done: step %d of %d; checkpoints and figures are in %s", run.step, training.steps, run.folder)
+
+
+class _EvaluationGuard:
+    """Hands evaluation batches on, unless a rank was asked to stop; the wait for one is cut short as in training."""
+
+    def __init__(self, stop: StopRequest, watch: Watch, step: int, device: torch.device):
+        self.is_cut = False
+        self._stop, self._watch, self._step, self._device = stop, watch, step, device
+
+    def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; every rank takes as many."""
+        while True:
+            batch, is_waiting = None, True
+            self._watch.beat("evaluate", self._step)
+            try:
+                with self._stop.cutting_in():
+                    batch = next(batches, None)
+                    is_waiting = False
+            except CutShort:
+                pass
+            wish = self._stop.agree(self._device, must_stop=is_waiting)
+            self.is_cut = wish != Wish.GO_ON
+            if self.is_cut or batch is None:
+                return
+            yield batch
 
 
 def _bear_with_non_finite(run: Run, figures: Figures, num_in_a_row: int, max_skipped: int) -> None:

@@ -57,15 +57,14 @@ class StopRequest:
 
     def install(self) -> "StopRequest":
         """Take over the stop signals; a second SIGINT ends the process as usual."""
+        self._started = time.time()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         return self
 
     def watch(self, folder: Path) -> None:
         """Have `look` look for files in a run's folder."""
-        self._folder, self._started = folder, time.time()
-        if world()[0] == 0:
-            (folder / REQUEUE_FILE).unlink(missing_ok=True)
+        self._folder = folder
         self.look()
 
     @property
@@ -129,4 +128,5 @@ class StopRequest:
         if self._wish == Wish.GO_ON:
             self._wish, self.name = Wish.REQUEUE, signal.Signals(number).name
         if self._cuts_in:
+            self._cuts_in = False  # a second one must not raise where nobody catches it
             raise CutShort

@@ -1,0 +1,82 @@
+"""What the state of a run is told from, without a Slurm."""
+
+import json
+import time
+
+import pytest
+
+from slurm import history, status
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    monkeypatch.setenv("PATH", "")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("training: {steps: 1000}\n")
+    return folder
+
+
+def write_steps(run, *speeds):
+    with (run / "metrics.jsonl").open("w") as file:
+        for step, speed in enumerate(speeds, 1):
+            record = {"step": step, "loss": 1.0 / step, "pairs_per_s": speed, "step_s": 8 / speed, "skipped_steps": 1}
+            file.write(json.dumps(record) + "\n")
+        file.write('{"group": "eval", "step": 40, "loss": 9.0}\n{"step": 41, "lo')  # cut off by a kill
+
+
+def test_a_run_that_has_not_begun_says_so(run):
+    assert [line.split()[0] for line in status.screen(status.state_of(run)).splitlines()[1:]] == [
+        "job", "step", "checkpoint", "starts"
+    ]  # fmt: skip
+    assert status.state_of(run)["left_s"] is None
+
+
+def test_step_speed_trend_and_end_come_from_the_figures(run):
+    write_steps(run, *[8.0] * 20, *[4.0] * 20)
+    state = status.state_of(run)
+    assert (state["step"], state["steps"], state["loss"]) == (40, 1000, pytest.approx(1 / 40))
+    assert state["pairs_per_s"] == 4.0
+    assert state["trend"] == pytest.approx(-0.5)
+    assert state["left_s"] == pytest.approx(960 * 2.0)
+    screen = status.screen(state)
+    assert "40 of 1000 (4.0 %)" in screen
+    assert "-50 % against the 20 before" in screen
+    assert "in 32.0 min" in screen
+
+
+def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
+    history.append(run, "begin", job="7", restart=0, nodes="n[1-2]", checkpoint=None)
+    history.append(run, "end", job="7", status=137, action="requeue", reason="status 137: ...", checkpoint=10)
+    history.append(run, "begin", job="7", restart=1, nodes="n[1-2]", checkpoint=10)
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step_00000010" / "MANIFEST.json").write_text('{"files": []}')
+    (run / "heartbeats").mkdir()
+    now = time.time()
+    for rank, (phase, seen) in enumerate((("compute", now), ("compute", now - 300), ("ended", now - 900))):
+        beat = {"rank": rank, "host": f"n{rank}", "phase": phase, "time": seen}
+        (run / "heartbeats" / f"rank_0000{rank}.json").write_text(json.dumps(beat))
+    (tmp_path / "bad_nodes.jsonl").write_text(
+        json.dumps({"node": "n9", "reason": "no GPU", "job": "7", "until": now + 9}) + "\n"
+    )
+    state = status.state_of(run)
+    assert state["job"] == {"id": "7", "state": "ENDED", "reason": "", "nodes": "", "comment": ""}
+    assert state["checkpoint"]["step"] == 10
+    assert (state["starts"], [restart["action"] for restart in state["restarts"]]) == (2, ["requeue"])
+    assert [silent["rank"] for silent in state["ranks"]["silent"]] == [1]
+    screen = status.screen(state)
+    for text in (
+        "requeue: status 137",
+        "3: 2 in compute, 1 in ended",
+        "rank 1 on n1 is silent for 5.0 min",
+        "n9: no GPU",
+    ):
+        assert text in screen
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        status.main([str(tmp_path / "none")])
+    assert ended.value.code == 78
+    assert "no such folder; name the folder of a run" in capsys.readouterr().err
