@@ -63,7 +63,8 @@ def describe(folder: Path) -> str:
         state = TrainState.read(folder / store.STATE)
     except CheckpointError as error:
         return f"{folder.name}  DAMAGED: {error}"
-    return f"{folder.name}  {state.world_size} ranks  {state.samples_consumed} samples  {size / 1e6:.1f} MB"
+    ranks = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
+    return f"{folder.name}  {ranks}  {state.samples_consumed} samples  {size / 1e6:.1f} MB"
 
 
 def verify(checkpoints: list[Path], aside: list[Path]) -> None:
@@ -82,8 +83,12 @@ def verify(checkpoints: list[Path], aside: list[Path]) -> None:
             damaged.append(folder.name)
     if damaged:
         raise CheckpointError(
-            f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {', '.join(damaged)}; a run resumes from "
-            "the newest good one by itself"
+            f"{len(damaged)} of {len(checkpoints)} checkpoints are damaged: {', '.join(damaged)}; "
+            + (
+                "a run resumes from the newest good one by itself"
+                if len(damaged) < len(checkpoints)
+                else "none is good, and the run would end with status 78: copy a good one back"
+            )
         )
 
 

@@ -92,7 +92,8 @@ def choose_checkpoint(run: Path, tag: str | None) -> Choice:
         newest = store.newest_good(run)
         if newest is None:
             raise CheckpointError(
-                f"{run}: has no good checkpoint in {store.folder_of(run)}; let it train to its first save"
+                f"{run}: has no good checkpoint in {store.folder_of(run)}; "
+                + ("copy a good one back" if store.has_folders(run) else "let it train to its first save")
             )
         return Choice(run, newest)
     folder = store.folder_of(run) / tag

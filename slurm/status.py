@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     runs = args.runs or sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
     faults = [f"{run}: no such folder; name the folder of a run" for run in runs if not run.is_dir()]
+    faults += [
+        f"{run}: is no run's folder, it has neither config.yaml nor slurm/"
+        for run in runs
+        if run.is_dir() and not (run / "config.yaml").exists() and not (run / history.FOLDER).exists()
+    ]
     if not runs:
         faults.append("no RUN is given, and runs/ holds none; name the folder of a run")
     if args.every <= 0:
@@ -87,7 +92,8 @@ def state_of(run: Path) -> dict[str, Any]:
             for attempt in attempts
             if attempt.action is not None
         ],
-        "ranks": _ranks(run),
+        "ranks": (ranks := _ranks(run)),
+        "goes_on": ranks is None or not (ranks["silent"] or set(ranks["phases"]) == {"ended"}),
         "bad_nodes": bad_nodes.current(),
     }
     if recent and before:
@@ -104,7 +110,7 @@ def screen(state: dict[str, Any]) -> str:
 
     job = state["job"]
     if job is None:
-        line("job", "none has begun here")
+        line("job", "none of Slurm's has begun here")
     else:
         reason = "" if job["reason"] in ("None", "", None) else f", {job['reason']}"
         line("job", f"{job['id']} {job['state']}{reason}" + (f" on {job['nodes']}" if job["nodes"] else ""))
@@ -117,7 +123,7 @@ def screen(state: dict[str, Any]) -> str:
         line("step", f"{state['step']}{share}, loss {_number(state['loss'])}, skipped {state['skipped_steps'] or 0}")
         trend = f", {100 * state['trend']:+.0f} % against the {_RECENT_STEPS} before" if state["trend"] else ""
         line("speed", f"{_number(state['pairs_per_s'])} pairs/s{trend}")
-        if state["left_s"]:
+        if state["left_s"] and state["goes_on"]:
             ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + state["left_s"]))
             line("ends", f"{ends} if it runs on, in {_span(state['left_s'])}")
     checkpoint = state["checkpoint"]

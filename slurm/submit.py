@@ -8,6 +8,7 @@ Source: sbatch(1).
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -94,12 +95,18 @@ def main(argv: list[str] | None = None) -> None:
     if faults:
         raise ConfigError(faults)
     command = sbatch_command(args, site, arguments, run_folder(training))
+    if not site.sbatch_options:
+        notices.append("slurm/site.env gives sbatch no options: no partition and no GPUs are asked for")
     for notice in notices:
         print(f"note: {notice}")
     if args.dry_run:
         print((ROOT / "slurm" / f"{args.job}.sbatch").read_text())
         print(shlex.join(command))
         return
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch: is not on this machine; --dry-run shows the command, unimo3.launch starts without Slurm"
+        )
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"sbatch refuses it: {done.stderr.strip()}")
@@ -228,8 +235,8 @@ def _time_faults(run: Path, settings: Any, grace_s: int, time_s: float, chain: i
     needed = _GRACE_FACTOR * max(saves, default=0.0) + step_s + _GRACE_SLACK_S
     if saves and grace_s < needed:
         faults.append(
-            f"--grace {grace_s}: a save has taken {max(saves):.0f} s and a step takes {step_s:.1f} s; at least "
-            f"{needed:.0f} are needed"
+            f"--grace {grace_s}: a save has taken {max(saves):.1f} s and a step takes {step_s:.1f} s; at least "
+            f"{math.ceil(needed)} are needed"
         )
     if steps:
         left_s = (settings.training.steps - steps[-1]["step"]) * step_s

@@ -110,7 +110,7 @@ def main() -> None:
     early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if not ranks:
+        if not ranks and number != signal.SIGQUIT:
             early.append(number)
         for rank in ranks:
             if rank.poll() is None:
@@ -118,6 +118,7 @@ def main() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
+    signal.signal(signal.SIGQUIT, forward)  # at which every rank writes its stacks
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
         signal.signal(signal.SIGHUP, lambda _, frame: forward(signal.SIGTERM, frame))
     # In a process group of their own: a terminal's Ctrl-C goes to all of one, and the ranks would get it twice.

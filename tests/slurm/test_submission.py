@@ -251,7 +251,7 @@ def test_a_grace_shorter_than_the_saves_take_is_refused(site, capsys):
     )
     words = ("pretrain", "--config", site.recipe, "--run.name", "slow_saves")
     assert run_program(submit, "--grace", "300", *words) == 78
-    assert "a save has taken 200 s and a step takes 2.0 s; at least 462 are needed" in capsys.readouterr().err
+    assert "a save has taken 200.0 s and a step takes 2.0 s; at least 462 are needed" in capsys.readouterr().err
     assert run_program(submit, "--grace", "500", "--time", "10:00", "--dry-run", *words) == 78
     assert run_program(submit, "--grace", "500", "--dry-run", *words) == 0
 

@@ -22,7 +22,7 @@ from unimo3.training.engine import ds_config_faults, gradient_norm, step_was_ski
 from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs, rate_share, set_rates
-from unimo3.training.preempt import CutShort, StopRequest, Wish
+from unimo3.training.preempt import STOP_FILE, CutShort, StopRequest, Wish
 from unimo3.training.run import Run
 from unimo3.training.watch import Watch
 
@@ -212,7 +212,7 @@ def train(
             f"asked to stop ({stop.name or 'by another rank'}); {where}; start the same command to continue"
         )
     if rank == 0 and wish == Wish.STOP and run.step < last_step:
-        log.info("stopped by %s; %s; remove the file to go on", stop.name, where)
+        log.info("stopped by the file %s; %s; remove it to go on", run.folder / STOP_FILE, where)
     elif rank == 0:
         log.info("done: step %d of %d; checkpoints and figures are in %s", run.step, training.steps, run.folder)
 

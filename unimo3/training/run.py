@@ -222,6 +222,8 @@ class Run:
         """Write how long committed saves took; what a grace period has to allow for."""
         for step, seconds in saves:
             self.metrics.write({"step": step, "save_s": seconds}, group="save")
+            if self._rank == 0:
+                log.info("step %d saved in %.1f s", step, seconds)
 
     def close(self) -> None:
         """Close the figures' files."""
