@@ -42,7 +42,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.vqa import VqaTask
-from unimo3.training.evaluation import held_out_losses, to_device
+from unimo3.training.evaluation import Unguarded, held_out_losses, to_device
 from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -218,7 +218,10 @@ class TrainingRun:
         steps, rate = self.settings.pretraining_steps, self.settings.pretraining_lr
         pretraining = self._train("pretraining", task, model, data.pairs("train", self.seed), steps, rate)
         batch = self.settings.batch
-        held_out = held_out_losses(on_cpu(task), data.pairs("val", self.seed), World(0, 0, 1), batch, READER)
+        held_out = held_out_losses(
+            on_cpu(task), data.pairs("val", self.seed), World(0, 0, 1), batch, READER, Unguarded()
+        )
+        assert held_out is not None
         config = model.config
         gates = {
             stream: shares_by_layer(
@@ -233,7 +236,7 @@ class TrainingRun:
         steps, rate = self.settings.vqa_steps, self.settings.vqa_lr
         vqa = self._train("VQA", vqa_task, vqa_model, data.questions("train", self.seed), steps, rate)
         asked = evaluation_batches(data.questions("val", self.seed), 0, 1, batch, READER)
-        scored = predict(on_cpu(vqa_task), asked, answers)
+        scored = [entry for loaded, counts in asked for entry in predict(on_cpu(vqa_task), loaded, counts, answers)]
         accuracy = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
 
         figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
