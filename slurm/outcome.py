@@ -19,10 +19,9 @@ Source: sysexits.h for the programs' statuses, unimo3/errors.py.
 import argparse
 import json
 import os
-import subprocess
 from pathlib import Path
 
-from slurm import bad_nodes, history
+from slurm import bad_nodes, history, queue
 from slurm.runs import newest_step
 
 # Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
@@ -165,12 +164,7 @@ def _other_job(run: Path, job: str) -> str | None:
     attempts = history.read(run)
     if not attempts or attempts[-1].action is not None or attempts[-1].job == job:
         return None
-    try:
-        command = ["squeue", "--noheader", f"--jobs={attempts[-1].job}", "--format=%T"]
-        state = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return None  # in a container, or Slurm does not answer: then nobody can tell
-    return attempts[-1].job if state in ("RUNNING", "SUSPENDED", "COMPLETING") else None
+    return attempts[-1].job if queue.ask(attempts[-1].job) in queue.AT_WORK else None
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ Source: squeue(1) for the job's state.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from slurm import bad_nodes, history
+from slurm import bad_nodes, history, queue
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
@@ -147,8 +146,8 @@ def screen(state: dict[str, Any]) -> str:
 
 def _job(number: str) -> dict[str, Any]:
     """A job's state as Slurm has it; what Slurm has forgotten has ended."""
-    done = _slurm("squeue", "--noheader", f"--jobs={number}", "--states=all", "--format=%T|%r|%N|%k")
-    state, reason, nodes, comment = (*done.split("\n")[0].split("|", 3), "", "", "", "")[:4]
+    told = queue.ask(number, "%T|%r|%N|%k").split("|", 3)
+    state, reason, nodes, comment = (*told, "", "", "", "")[:4]
     return {
         "id": number, "state": state or "ENDED", "reason": reason, "nodes": nodes,
         "comment": "" if comment in ("(null)", "") else comment,
@@ -209,13 +208,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and "group" not in record and "step_s" in record:
             found.append(record)
     return found
-
-
-def _slurm(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
-    except OSError:
-        return ""  # not on this machine
 
 
 def _number(value: float | None) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slurm import bad_nodes, history
+from slurm import bad_nodes, history, queue
 from slurm.runs import ArgumentError, checkpoint_bytes, run_folder
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
@@ -250,13 +250,7 @@ def _time_faults(run: Path, settings: Any, grace_s: int, time_s: float, chain: i
 def _active_job(run: Path) -> str | None:
     """A job that has begun on the run's folder and that Slurm still has."""
     attempts = history.read(run)
-    if not attempts or shutil.which("squeue") is None:
-        return None
-    job = attempts[-1].job
-    done = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, timeout=60
-    )
-    return job if done.stdout.strip() in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED") else None
+    return attempts[-1].job if attempts and queue.ask(attempts[-1].job) in queue.ACTIVE else None
 
 
 def _option(site: Site, name: str) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.checkpoint.ranks import full_moment, state_at
 from tests.forked import in_ranks
 from unimo3.checkpoint import store
-from unimo3.checkpoint.saving import save
+from unimo3.checkpoint.committing import save
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}
 

@@ -3,7 +3,6 @@
 import random
 import resource
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from tests.tiny import tiny_batch, tiny_config
 from unimo3.checkpoint import store
-from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saving import Saver, save
+from unimo3.checkpoint.committing import save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
@@ -274,49 +272,6 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     return told
 
 
-# Runs that change their number of ranks: stage and precision.
-ELASTIC_RUNS = {"zero3": (3, True), "zero3 fp32": (3, False), "zero2": (2, True)}
-ELASTIC_ROWS = 12  # of a step over all ranks; divides by 1, 2, 3 and 4
-
-
-def elastic_leg(root: Path, step: int) -> dict[str, Any]:
-    """Take up each of `ELASTIC_RUNS` at `step` (0: begin it), train two steps and save; from the beginning, train
-    on to step 10 as well.
-
-    Returns:
-        For each run, every value right after loading and right before saving, and the losses of all steps.
-    """
-    told: dict[str, Any] = {}
-    for name, (stage, bf16) in ELASTIC_RUNS.items():
-        engine = start_engine(stage, bf16, seed=step, rows=ELASTIC_ROWS // world()[1])  # other weights each time
-        engine.module.model.dropout.p = 0.0
-        found: dict[str, Any] = {}
-        if step:
-            newest = store.newest_good(root / name)
-            assert newest is not None
-            if step == 2 and stage == 2:
-                other = start_engine(stage, bf16, rows=ELASTIC_ROWS // world()[1], round_robin_gradients=True)
-                try:
-                    store.load(other, newest)
-                except CheckpointError as error:
-                    found["round robin"] = str(error)
-            found["state"] = store.load(engine, newest)
-            found["loaded"], found["drawn at first"] = every_value(engine), draw()
-        else:
-            # Nothing is as it would be anyway.
-            for number, group in enumerate(engine.optimizer.optimizer.param_groups):
-                group["weight_decay"] += 0.01 * (number + 1)
-                group["lr"] *= 0.5
-        found["losses"] = train_together(engine, range(step, step + 2))
-        found["saved"] = every_value(engine)
-        save(engine, root / name, state_at(step + 2))
-        found["drawn"] = draw()
-        if step == 0:
-            found["losses"] += train_together(engine, range(2, 10))
-        told[name] = found
-    return told
-
-
 def draw() -> list[float]:
     """The next of torch's, Python's and NumPy's generators, which stay as they are."""
     state, python, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -325,21 +280,6 @@ def draw() -> list[float]:
     random.setstate(python)
     np.random.set_state(numpy_state)  # noqa: NPY002
     return drawn
-
-
-def train_together(engine: Any, steps: range) -> list[float]:
-    """Mean losses over all ranks; a step's rows are the same at any number of ranks."""
-    rank, size = world()
-    losses = []
-    for step in steps:
-        ids = torch.randint(11, (ELASTIC_ROWS,), generator=torch.Generator().manual_seed(step))
-        loss = engine(ids[rank * ELASTIC_ROWS // size : (rank + 1) * ELASTIC_ROWS // size])
-        engine.backward(loss)
-        engine.step()
-        total = loss.detach().float().clone()
-        torch.distributed.all_reduce(total)
-        losses.append(total.item() / size)
-    return losses
 
 
 def every_value(engine: Any) -> dict[str, Any]:
@@ -378,85 +318,3 @@ def full_moment(optimizer: Any, parameter: Any, key: str) -> Tensor:
         whole.narrow(0, here.start, here.numel).copy_(held)
     torch.distributed.all_reduce(whole)
     return whole.view_as(parameter)
-
-
-def save_in_background(root: Path) -> dict[str, Any]:
-    """Save behind the training; tell what was held at the save, what is committed when, and what failures do."""
-    rank, _ = world()
-    told: dict[str, Any] = {}
-    engine = start_engine(3, bf16=True)
-    saver = Saver(engine, root / "good", CheckpointArgs(background=True, keep_last=2))
-    train(engine, range(2))
-    saver.save(state_at(2))
-    told["saved"], told["drawn"] = every_value(engine), draw()
-    train(engine, range(2, 4))  # what is being written must not follow
-    saver.save(state_at(4))  # waits for the first
-    told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
-    saver.settle()
-    barrier()
-    own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
-    told["kept bytes"], told["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
-    told["settled"] = [folder.name for folder in store.list_checkpoints(root / "good")]
-
-    if rank == 0:
-        store.prune, prune = (lambda *_, **__: 1 / 0), store.prune
-    saver.save(state_at(5))
-    try:
-        saver.settle()
-    except CheckpointError as error:
-        told["on rank 0 alone"] = str(error)
-    if rank == 0:
-        store.prune = prune
-    shutil.rmtree(root / "good" / "checkpoints" / "step_00000005", ignore_errors=True)
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for on_error in ("stop", "warn"):
-        saver = Saver(engine, root / "good", CheckpointArgs(background=True, on_save_error=on_error))
-        if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-        saver.save(state_at(6))
-        while not saver.has_failed:
-            time.sleep(0.01)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        try:
-            saver.settle()
-            told[on_error] = None
-        except CheckpointError as error:
-            told[on_error] = str(error)
-    # A failure before does not keep the last save from being tried, and is told after it.
-    other = Saver(engine, root / "last", CheckpointArgs(background=True))
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    other.save(state_at(6))
-    while not other.has_failed:
-        time.sleep(0.01)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    try:
-        other.save(state_at(7), is_last=True)
-    except CheckpointError:
-        told["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
-    told["left"] = [path.name for path in store.list_checkpoints(root / "good")]
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    try:
-        saver.save(state_at(8), is_last=True)
-    except CheckpointError as error:
-        told["last"] = str(error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    saver.save(state_at(8), is_last=True)
-    told["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
-    return told
-
-
-def load_good(root: Path) -> dict[str, Any]:
-    """Every value of the checkpoint of step 2."""
-    engine = start_engine(3, bf16=True, seed=5)
-    store.load(engine, store.folder_of(root / "good") / "step_00000002")
-    return every_value(engine)
-
-
-def load_universal(folder: Path) -> dict[str, Any]:
-    """Every value after DeepSpeed has loaded what its ds_to_universal made."""
-    engine = start_engine(3, bf16=True, seed=9, rows=ELASTIC_ROWS // world()[1], universal=True)
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    return every_value(engine)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.report import ROOT
-from tests.checkpoint.ranks import ELASTIC_RUNS, elastic_leg, load_universal
+from tests.checkpoint.elastic_ranks import ELASTIC_RUNS, elastic_leg, load_universal
 from tests.spawn import run_ranks
 from unimo3.checkpoint import store
 

@@ -1,14 +1,10 @@
+"""Exported weights: equal to the gathered ones in every form, checked as they are written, in bounded memory."""
+
 import hashlib
 import json
-import os
-import pickle
-import shutil
-import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.checkpoint_export import measure, shapes_of, write_checkpoint
-from pretrain import export as program
+from tests.checkpoint.exporting import (
+    MB,
+    MODEL,
+    OPTIM,
+    contents,
+    expected_weights,
+    flip,
+    newest,
+    plant,
+    report_of,
+    run_program,
+    strip_to_plain,
+)
 from tests.checkpoint.ranks import unimo_output
 from unimo3.checkpoint import weights
 from unimo3.checkpoint.export import DTYPES, export_weights
@@ -25,64 +33,6 @@ from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-
-OPTIM = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-MB = 10**6
-
-
-def newest(run: Path) -> Path:
-    return run / "checkpoints" / "step_00000004"
-
-
-def expected_weights(told: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What ranks gathered, as it should be written: cast, without the second name of the tied weight."""
-    weights = {name.removeprefix("model."): weight for name, weight in told["weights"].items()}
-    return {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
-
-
-def plant(folder: Path, **values: float) -> None:
-    """Overwrite the first trained values of rank 0, which are ``embed.weight``'s."""
-    saved = torch.load(folder / OPTIM, weights_only=False)
-    first = saved["optimizer_state_dict"]["fp32_flat_groups"][0]
-    with torch.no_grad():
-        for place, value in enumerate(values.values()):
-            first[place] = value
-    torch.save(saved, folder / OPTIM)
-
-
-def flip(path: Path, place: int) -> None:
-    """Change a bit of a byte of a file."""
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def strip_to_plain(checkpoint: Path, folder: Path, tag: str = "global_step4") -> Path:
-    """What DeepSpeed alone would have left: its own files below `folder`, and ``latest``."""
-    (folder / tag).mkdir(parents=True)
-    for path in checkpoint.glob("*_states.pt"):
-        shutil.copyfile(path, folder / tag / path.name)
-    (folder / "latest").write_text(tag)
-    return folder / tag
-
-
-def report_of(out: Path, name: str) -> dict[str, Any]:
-    tensors = json.loads((out / "export_report.json").read_text())["tensors"]
-    return next(entry for entry in tensors if entry["name"] == name)
-
-
-def run_program(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        program.main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -312,190 +262,6 @@ def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
     assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 78
     assert "the export failed and left nothing" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy, tmp_path, capsys):
-    run = run_copy("bf16")
-    (run / "model" / "answers.json").write_text('["yes", "no"]')
-    out = tmp_path / "out"
-    out.mkdir()
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "left_by_a_killed_export").write_text("half")
-    assert run_program(run, "--out", out) == 0
-    assert sorted(path.name for path in out.iterdir()) == [
-        "answers.json", "config.json", "export_report.json", "model.safetensors", "tokenizer.json"
-    ]  # fmt: skip
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "odd", "dtype": "float16"}
-    assert not (tmp_path / "out.partial").exists()
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == 0o666 & ~umask
-    shown = capsys.readouterr().out
-    assert "8 tensors" in shown
-    assert "step_00000004 as fp16" in shown
-
-
-def test_the_newest_good_checkpoint_is_taken_unless_one_is_named(run_copy, tmp_path, capsys):
-    run = run_copy("bf16")
-    (newest(run) / MODEL).write_bytes(b"damaged")
-    assert run_program(run, "--out", tmp_path / "one") == 0
-    assert json.loads((tmp_path / "one" / "export_report.json").read_text())["checkpoint"] == "step_00000002"
-    assert run_program(run, "--out", tmp_path / "two", "--tag", "step_00000004") == 78
-    assert f"is damaged ({MODEL} has 7 bytes" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["RUN/none", "--out", "OUT"], "no such folder"),
-        (["RUN/model", "--out", "OUT"], "has no good checkpoint"),
-        (["RUN", "--out", "RUN"], "exists and is no empty folder"),
-        (["RUN", "--out", "OUT", "--max-shard-size", "1 parsec"], "--max-shard-size 1 parsec: a size such as"),
-        (["RUN", "--out", "OUT", "--jobs", "0"], "--jobs 0: at least 1 is needed"),
-        (["RUN", "--out", "OUT", "--tag", "../checkpoints/step_00000004"], "no such checkpoint"),
-        (["RUN", "--out", "OUT", "--tag", "step_3"], "there are: step_00000002, step_00000004"),
-    ],
-)
-def test_wrong_arguments_end_with_status_78(saved, tmp_path, capsys, arguments, message):
-    places = {"RUN": str(saved.root / "bf16"), "OUT": str(tmp_path / "out")}
-    filled = [a.replace("RUN", places["RUN"]).replace("OUT", places["OUT"]) for a in arguments]
-    assert run_program(*filled) == 78
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("given", ["parent", "parent and tag", "folder"])
-def test_a_folder_that_deepspeed_alone_wrote_gives_weights_index_and_report(saved, tmp_path, capsys, given):
-    checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    place = {"parent": [tmp_path / "plain"], "folder": [checkpoint]}.get(
-        given, [tmp_path / "plain", "--tag", checkpoint.name]
-    )
-    if given == "parent and tag":
-        (tmp_path / "plain" / "latest").unlink()
-        (tmp_path / "plain" / "latest").write_text("elsewhere")
-    out = tmp_path / "out"
-    assert run_program(*place, "--out", out, "--max-shard-size", "100") == 0
-    assert "weights, index and report only" in capsys.readouterr().out
-    assert {path.name.split("-")[0] for path in out.iterdir()} == {
-        "model", "model.safetensors.index.json", "export_report.json"
-    }  # fmt: skip
-    exported: dict[str, Tensor] = {}
-    for path in out.glob("*.safetensors"):
-        exported |= load_file(path)
-    # Names are another program's own, whatever they begin with.
-    expected = saved.told[0]["bf16"]["weights"]
-    assert exported.keys() == expected.keys()
-    for name, weight in expected.items():
-        wanted = weight.half() if weight.is_floating_point() else weight
-        torch.testing.assert_close(exported[name], wanted, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_checkpoint_of_a_run_given_alone_is_verified_and_keeps_the_users_names(run_copy, tmp_path, capsys, damaged):
-    folder = newest(run_copy("bf16"))
-    if damaged:
-        content = bytearray((folder / OPTIM).read_bytes())
-        content[-1] ^= 1
-        (folder / OPTIM).write_bytes(content)
-    assert run_program(folder, "--out", tmp_path / "out") == (78 if damaged else 0)
-    if damaged:
-        assert "has another content than was written" in capsys.readouterr().err
-    else:
-        assert "embed.weight" in load_file(tmp_path / "out" / "model.safetensors")
-
-
-@pytest.mark.parametrize("latest", ["../other/global_step4", "ABSOLUTE", "..", ".", "", "global_step4/../../other"])
-def test_a_latest_that_leaves_the_folder_is_refused(saved, tmp_path, capsys, latest):
-    other = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "other")
-    strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    latest = latest.replace("ABSOLUTE", str(other))
-    (tmp_path / "plain" / "latest").write_text(latest)
-    assert run_program(tmp_path / "plain", "--out", tmp_path / "out") == 78
-    assert f"{latest!r} is no name of a folder in" in capsys.readouterr().err
-    (tmp_path / "plain" / "latest").write_text("global_step4")
-    assert run_program(tmp_path / "plain", "--tag", latest, "--out", tmp_path / "out") == 78
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["../../../other.pt", "/etc/passwd"])
-def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys, name):
-    run = run_copy("bf16")
-    (tmp_path / "other.pt").write_bytes(b"else")
-    manifest = newest(run) / "MANIFEST.json"
-    listed = json.loads(manifest.read_text())
-    listed["files"].append(listed["files"][0] | {"name": name})
-    manifest.write_text(json.dumps(listed))
-    assert run_program(run, "--tag", newest(run).name, "--out", tmp_path / "out") == 78
-    assert f"{name!r} in MANIFEST.json leads out of the folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("given", ["missing tag", "tag of a checkpoint itself"])
-def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, given):
-    checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    place, message = {
-        "missing tag": (tmp_path / "plain", "holds no *_optim_states.pt files"),
-        "tag of a checkpoint itself": (checkpoint, "is one checkpoint itself"),
-    }[given]
-    assert run_program(place, "--tag", "global_step9", "--out", tmp_path / "out") == 78
-    assert message in capsys.readouterr().err
-
-
-class Stranger:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return Path.touch, (self.marker,)
-
-
-class Shell(Stranger):
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize("form", ["in torch's archive", "a bare pickle"])
-@pytest.mark.parametrize("kind", [Stranger, Shell])
-@pytest.mark.parametrize("name", [OPTIM, MODEL])
-def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, name, kind, form):
-    folder = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    crafted = torch.load(folder / name, weights_only=False) | {"client": kind(tmp_path / "ran")}
-    if form == "a bare pickle":
-        (folder / name).write_bytes(pickle.dumps({"client": kind(tmp_path / "ran")}, protocol=2))
-    else:
-        torch.save(crafted, folder / name)
-    # It is a working attack on a reader that does not guard itself.
-    if form == "a bare pickle":
-        pickle.loads((folder / name).read_bytes())
-    else:
-        torch.load(folder / name, weights_only=False)
-    assert (tmp_path / "ran").exists()
-    (tmp_path / "ran").unlink()
-    assert run_program(tmp_path / "plain", "--out", tmp_path / "out") == 78
-    assert f"{name}: holds more than tensors and plain data, refused" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_exported_folder_opens_where_pickle_is_forbidden(saved, tmp_path):
-    assert run_program(saved.root / "unimo", "--out", tmp_path / "out", "--max-shard-size", "50KB") == 0
-    code = """
-import collections, pickle, sys
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-
-def forbid(event, arguments):
-    if event == "pickle.find_class":
-        raise RuntimeError("a pickle was opened")
-
-sys.addaudithook(forbid)
-try:
-    pickle.loads(pickle.dumps(collections.Counter()))
-except RuntimeError:
-    Unimo3ForPreTraining.from_pretrained(sys.argv[1])
-    print("opened")
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert "opened" in done.stdout, done.stderr[-2000:]
 
 
 def test_memory_does_not_grow_with_the_model_and_stays_under_600_mb(tmp_path):

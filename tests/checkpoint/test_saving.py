@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoint.ranks import load_good, save_in_background
+from tests.checkpoint.background_ranks import load_good, save_in_background
 from tests.spawn import run_ranks
 
 

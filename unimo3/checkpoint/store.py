@@ -4,7 +4,7 @@
     RUN/checkpoints/step_00001000.damaged  one that a resuming run found damaged, for people to look at
     RUN/checkpoints/latest           name of the newest one, for people and for DeepSpeed's own tools
 
-A folder without a valid manifest is no checkpoint. Saves are in saving.py.
+A folder without a valid manifest is no checkpoint. Saves are in saving.py and committing.py.
 
 Source: DeepSpeed's engine.load_checkpoint for the tensors.
 """

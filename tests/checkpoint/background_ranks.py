@@ -1,0 +1,89 @@
+"""What ranks do in the tests of saves behind the training."""
+
+import resource
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.checkpoint.ranks import draw, every_value, start_engine, state_at, train
+from unimo3.checkpoint import store
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.saving import Saver
+from unimo3.distributed import barrier, world
+from unimo3.errors import CheckpointError
+
+
+def save_in_background(root: Path) -> dict[str, Any]:
+    """Save behind the training; tell what was held at the save, what is committed when, and what failures do."""
+    rank, _ = world()
+    told: dict[str, Any] = {}
+    engine = start_engine(3, bf16=True)
+    saver = Saver(engine, root / "good", CheckpointArgs(background=True, keep_last=2))
+    train(engine, range(2))
+    saver.save(state_at(2))
+    told["saved"], told["drawn"] = every_value(engine), draw()
+    train(engine, range(2, 4))  # what is being written must not follow
+    saver.save(state_at(4))  # waits for the first
+    told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+    saver.settle()
+    barrier()
+    own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
+    told["kept bytes"], told["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
+    told["settled"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+
+    if rank == 0:
+        store.prune, prune = (lambda *_, **__: 1 / 0), store.prune
+    saver.save(state_at(5))
+    try:
+        saver.settle()
+    except CheckpointError as error:
+        told["on rank 0 alone"] = str(error)
+    if rank == 0:
+        store.prune = prune
+    shutil.rmtree(root / "good" / "checkpoints" / "step_00000005", ignore_errors=True)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for on_error in ("stop", "warn"):
+        saver = Saver(engine, root / "good", CheckpointArgs(background=True, on_save_error=on_error))
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        saver.save(state_at(6))
+        while not saver.has_failed:
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        try:
+            saver.settle()
+            told[on_error] = None
+        except CheckpointError as error:
+            told[on_error] = str(error)
+    # A failure before does not keep the last save from being tried, and is told after it.
+    other = Saver(engine, root / "last", CheckpointArgs(background=True))
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    other.save(state_at(6))
+    while not other.has_failed:
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        other.save(state_at(7), is_last=True)
+    except CheckpointError:
+        told["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
+    told["left"] = [path.name for path in store.list_checkpoints(root / "good")]
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        saver.save(state_at(8), is_last=True)
+    except CheckpointError as error:
+        told["last"] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saver.save(state_at(8), is_last=True)
+    told["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
+    return told
+
+
+def load_good(root: Path) -> dict[str, Any]:
+    """Every value of the checkpoint of step 2."""
+    engine = start_engine(3, bf16=True, seed=5)
+    store.load(engine, store.folder_of(root / "good") / "step_00000002")
+    return every_value(engine)

@@ -1,0 +1,76 @@
+"""What ranks do in the tests of runs that change their number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.checkpoint.ranks import draw, every_value, start_engine, state_at
+from unimo3.checkpoint import store
+from unimo3.checkpoint.committing import save
+from unimo3.distributed import world
+from unimo3.errors import CheckpointError
+
+# Runs that change their number of ranks: stage and precision.
+ELASTIC_RUNS = {"zero3": (3, True), "zero3 fp32": (3, False), "zero2": (2, True)}
+ELASTIC_ROWS = 12  # of a step over all ranks; divides by 1, 2, 3 and 4
+
+
+def elastic_leg(root: Path, step: int) -> dict[str, Any]:
+    """Take up each of `ELASTIC_RUNS` at `step` (0: begin it), train two steps and save; from the beginning, train
+    on to step 10 as well.
+
+    Returns:
+        For each run, every value right after loading and right before saving, and the losses of all steps.
+    """
+    told: dict[str, Any] = {}
+    for name, (stage, bf16) in ELASTIC_RUNS.items():
+        engine = start_engine(stage, bf16, seed=step, rows=ELASTIC_ROWS // world()[1])  # other weights each time
+        engine.module.model.dropout.p = 0.0
+        found: dict[str, Any] = {}
+        if step:
+            newest = store.newest_good(root / name)
+            assert newest is not None
+            if step == 2 and stage == 2:
+                other = start_engine(stage, bf16, rows=ELASTIC_ROWS // world()[1], round_robin_gradients=True)
+                try:
+                    store.load(other, newest)
+                except CheckpointError as error:
+                    found["round robin"] = str(error)
+            found["state"] = store.load(engine, newest)
+            found["loaded"], found["drawn at first"] = every_value(engine), draw()
+        else:
+            # Nothing is as it would be anyway.
+            for number, group in enumerate(engine.optimizer.optimizer.param_groups):
+                group["weight_decay"] += 0.01 * (number + 1)
+                group["lr"] *= 0.5
+        found["losses"] = train_together(engine, range(step, step + 2))
+        found["saved"] = every_value(engine)
+        save(engine, root / name, state_at(step + 2))
+        found["drawn"] = draw()
+        if step == 0:
+            found["losses"] += train_together(engine, range(2, 10))
+        told[name] = found
+    return told
+
+
+def train_together(engine: Any, steps: range) -> list[float]:
+    """Mean losses over all ranks; a step's rows are the same at any number of ranks."""
+    rank, size = world()
+    losses = []
+    for step in steps:
+        ids = torch.randint(11, (ELASTIC_ROWS,), generator=torch.Generator().manual_seed(step))
+        loss = engine(ids[rank * ELASTIC_ROWS // size : (rank + 1) * ELASTIC_ROWS // size])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().float().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(total.item() / size)
+    return losses
+
+
+def load_universal(folder: Path) -> dict[str, Any]:
+    """Every value after DeepSpeed has loaded what its ds_to_universal made."""
+    engine = start_engine(3, bf16=True, seed=9, rows=ELASTIC_ROWS // world()[1], universal=True)
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    return every_value(engine)

@@ -1,0 +1,158 @@
+"""The protocol of a save: a checkpoint is committed whole or not at all.
+
+A save goes to ``step_00001000.tmp``: every rank writes, flushes and hashes its own files; when all have, rank 0 writes
+the manifest (name, bytes and SHA-256 of every file), renames the folder, and replaces ``latest``. Each step ends in
+agreement: what fails on one rank fails on all, and is removed.
+
+Source: DeepSpeed's engine.save_checkpoint for the tensors; the rename protocol is that of databases' commit files.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unimo3.checkpoint import store
+from unimo3.checkpoint.agree import together
+from unimo3.checkpoint.apart import apart, gather_persistent
+from unimo3.checkpoint.manifest import (
+    STATE,
+    flush_and_hash,
+    flush_folder,
+    make_readable,
+    write_and_flush,
+    write_manifest,
+)
+from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
+from unimo3.checkpoint.writing import HostMemory, capture_engine_files, write_captured, write_engine_files
+from unimo3.distributed import world
+from unimo3.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+MEND = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
+
+
+def save(engine: Any, run: Path, state: TrainState) -> Path:
+    """Save and commit a checkpoint; every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, if any rank failed; earlier checkpoints are untouched.
+    """
+    return prepare(engine, run, state, None)(None)
+
+
+def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
+    """Do what has to be done before training goes on; every rank calls it.
+
+    Args:
+        memory: keeps a copy of what is to be written, so that training may change it. None: it is written at once.
+
+    Returns:
+        The rest, for another thread where there is a copy. It agrees through the process group it is given, and returns
+        the committed folder.
+
+    Raises:
+        CheckpointError: on every rank, as the rest does; earlier checkpoints are untouched.
+    """
+    rank, _ = world()
+    checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
+    staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
+    state = replace(state, engine=store.describe_engine(engine))
+    # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
+    together(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, MEND)
+    generators = captured_rng()
+    if memory is None:
+        held: list[Path] = _apart(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
+
+        def write() -> list[Path]:
+            return held
+    else:
+        kept = memory
+
+        def capture() -> None:
+            capture_engine_files(engine, staging, kept)
+
+        _apart(engine, staging, f"copying for {staging}", capture)
+
+        def write() -> list[Path]:
+            return write_captured(kept)
+
+    def write_all() -> list[Path]:
+        written = write()
+        written.append(staging / f"rng_rank_{rank}.safetensors")
+        save_rng(written[-1], generators)
+        make_readable(written[-1])
+        if rank == 0:
+            written.append(staging / STATE)
+            state.write(written[-1])
+        return written
+
+    def finish(group: Any) -> Path:
+        try:
+            written = together(f"writing {staging}", write_all, MEND, group)
+            parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), MEND, group)
+            together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, MEND, group)
+        except CheckpointError:
+            _discard(staging)
+            raise
+        return final
+
+    return finish
+
+
+def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+    """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
+    try:
+        with apart(engine.optimizer):
+            return together(doing, action, MEND)[world()[0]]
+    except CheckpointError:
+        _discard(staging)
+        raise
+    finally:
+        gather_persistent(engine.optimizer)
+
+
+def _discard(staging: Path) -> None:
+    """Remove what a save has left that failed on all ranks: a full disk would stay full."""
+    if world()[0] == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clear_staging(staging: Path) -> None:
+    """Make an empty folder for a save, and remove what killed saves and removals left."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    for path in staging.parent.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)  # somebody may be at it, or read from it
+    staging.mkdir()
+
+
+def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> None:
+    entries = [entry for part in parts for entry in part]
+    on_disk = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
+    listed = {entry["name"] for entry in entries}
+    if on_disk != listed:
+        raise OSError(f"{staging}: files appeared or vanished during the save: {sorted(on_disk ^ listed)}")
+    write_manifest(staging, entries)
+    replaced = final.with_name(f"{final.name}.old.tmp")
+    if final.exists():
+        final.rename(replaced)  # the same step saved again, after resuming from an earlier one
+    try:
+        staging.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    # From here on it is committed, whatever else fails.
+    try:
+        latest = final.parent / "latest"
+        write_and_flush(latest.with_suffix(".tmp"), final.name)
+        latest.with_suffix(".tmp").replace(latest)
+        flush_folder(final.parent)
+    except OSError as error:
+        log.warning("%s is committed, but latest could not be written (%s)", final, error)
+    shutil.rmtree(replaced, ignore_errors=True)
