@@ -18,7 +18,6 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -156,29 +155,11 @@ def build_engine(
         engine, _, _, _ = deepspeed.initialize(model=task, optimizer=optimizer, config=ds_config)
     except (deepspeed.runtime.config.DeepSpeedConfigError, ValueError) as error:
         raise ConfigError(f"training.ds_config: DeepSpeed refuses it: {error}") from error
-    _skip_non_finite_steps(engine.optimizer)
     return engine
 
 
-def _skip_non_finite_steps(optimizer: Any) -> None:
-    """Have a step whose gradient is not finite skipped in every precision; DeepSpeed's ZeRO-3 looks in fp16 alone."""
-    if hasattr(optimizer, "check_grad_overflow"):
-        optimizer.check_grad_overflow = True
-        return
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return
-
-    def check(update_scale: bool = True) -> bool:
-        optimizer.check_overflow()
-        if update_scale:
-            optimizer._loss_scale_update_and_overflow_cleanup()
-        return bool(optimizer.overflow)
-
-    optimizer._overflow_check_and_loss_scale_update = check
-
-
 def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """Whether the last optimizer step was, for a gradient that was not finite; the same on every rank."""
+    """Whether DeepSpeed skipped the last optimizer step, for a gradient that was not finite; the same on every rank."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
