@@ -1,7 +1,7 @@
 """Heartbeats of every rank, and an end to a step that no rank gets out of.
 
-    RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "since", "time"}: times in seconds since
-                                      1970; since: when the rank entered the phase
+    RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "beats", "since", "time"}: times in seconds
+                                      since 1970; since: when the rank entered the phase; beats: phases entered so far
     RUN/stacks/rank_00000.txt         what each thread was doing when the rank gave up
 
 In a collective all ranks wait for the one that does not come. When this rank has made no progress for a bound, it
@@ -43,6 +43,7 @@ class Heartbeat:
     pid: int
     step: int
     phase: str
+    beats: int
     since: float
     time: float
 
@@ -62,7 +63,7 @@ class Watch:
         self._interval_s = max(1.0, size / 200)  # many ranks share the folder's server
         if bound_s:
             self._interval_s = min(self._interval_s, bound_s / 4)
-        self._step, self._phase, self._since = 0, "start", time.time()
+        self._step, self._phase, self._beats, self._since = 0, "start", 0, time.time()
         self._ends = threading.Event()
         for name in (HEARTBEATS, STACKS):
             (run / name).mkdir(parents=True, exist_ok=True)
@@ -75,8 +76,8 @@ class Watch:
         self._thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """Say that a phase of a step begins; this is progress."""
-        self._phase, self._step, self._since = phase, step, time.time()
+        """Say that a phase of a step begins; this is progress. Every rank says it at the same points of the program."""
+        self._phase, self._step, self._beats, self._since = phase, step, self._beats + 1, time.time()
 
     def close(self) -> None:
         """End the watch; the last heartbeat says that the rank has ended."""
@@ -100,7 +101,7 @@ class Watch:
 
     def _write(self) -> None:
         beat = Heartbeat(
-            self._rank, socket.gethostname(), os.getpid(), self._step, self._phase, self._since, time.time()
+            self._rank, socket.gethostname(), os.getpid(), self._step, self._phase, self._beats, self._since, time.time()
         )
         path = self._run / HEARTBEATS / _file_of(self._rank, "json")
         staging = path.with_suffix(".tmp")
@@ -137,11 +138,14 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
 
 
 def describe_stall(beats: list[Heartbeat], bound_s: float, silent_s: float, run: Path) -> str:
-    """Which ranks hold up the others: those that are silent, else the furthest behind."""
+    """Which ranks hold up the others: those that are silent, else the furthest behind.
+
+    Clocks say nothing of that: a rank may enter a phase before another does and still be the one that waits.
+    """
     now = time.time()
     silent = [beat for beat in beats if now - beat.time > silent_s]
-    behind = min(((beat.step, beat.since) for beat in beats), default=(0, 0.0))
-    suspects = silent or [beat for beat in beats if (beat.step, beat.since) == behind]
+    fewest = min((beat.beats for beat in beats), default=0)
+    suspects = silent or [beat for beat in beats if beat.beats == fewest]
     named = [
         f"rank {beat.rank} on {beat.host} (pid {beat.pid}) in phase '{beat.phase}' of step {beat.step} for "
         f"{now - beat.since:.0f} s" + (f", silent for {now - beat.time:.0f} s{_state_of(beat)}" if silent else "")
