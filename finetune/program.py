@@ -171,6 +171,6 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, hel
             write_files(run.folder, results.files, index.split, index.fingerprint)
         return results.figures
 
-    chooses = settings.best.keep and not settings.eval_only and index.split not in TEST_SPLITS
-    best = Best(settings.best, task.best_figure, index.fingerprint) if chooses else None
+    chooses_on = None if settings.eval_only or index.split in TEST_SPLITS else index.fingerprint
+    best = Best(settings.best, task.best_figure, chooses_on) if settings.best.keep else None
     return Evaluation(index.fingerprint, evaluate, index.split, best)

@@ -40,10 +40,10 @@ class Best:
 
     Args:
         figure: larger is better.
-        fingerprint: of the held-out data.
+        fingerprint: of the held-out data. None: nothing is chosen on this data; what was chosen before still counts.
     """
 
-    def __init__(self, args: BestArgs, figure: str, fingerprint: str):
+    def __init__(self, args: BestArgs, figure: str, fingerprint: str | None):
         self._args, self._figure, self._fingerprint = args, figure, fingerprint
 
     def consider(self, run: Run, figures: Figures, save: Callable[[], None]) -> None:
@@ -52,12 +52,12 @@ class Best:
         Args:
             save: returns when the state is committed.
         """
-        value = figures.get(self._figure)
-        if value is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
+        value, data = figures.get(self._figure), self._fingerprint
+        if value is None or data is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
             return
         save()
         if world()[0] == 0:
-            record = BestRecord(store.tag_of(run.step), run.step, self._figure, value, self._fingerprint)
+            record = BestRecord(store.tag_of(run.step), run.step, self._figure, value, data)
             write_best(run.folder, record)
 
     def last_step(self, run: Run, planned: int) -> int:
@@ -79,12 +79,12 @@ class Best:
 
     def _is_past(self, run: Run) -> bool:
         best = read_best(run.folder)
-        if not self._args.patience or best is None or best.data != self._fingerprint:
+        if not self._args.patience or best is None:
             return False
         later = [
             record
             for record in read_metrics(run.folder, group="eval")
-            if record.get("data") == self._fingerprint and record["step"] > best.step
+            if record.get("data") == best.data and record["step"] > best.step
         ]
         if len(later) < self._args.patience:
             return False

@@ -132,7 +132,7 @@ def train(
         engine.train()
 
     if evaluation is not None and evaluation.best is not None:
-        last_step = evaluation.best.last_step(run, last_step)  # it may have ended early before
+        last_step = evaluation.best.last_step(run, last_step)  # the run may have ended early before
     if evaluation is not None and (
         only_evaluates or _evaluation_is_missing(run, evaluation, last_step, training.eval_every)
     ):
