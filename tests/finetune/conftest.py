@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2  # noqa: F401  (fixtures)
+from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2, write_source  # noqa: F401  (fixtures)
 from tests.tiny import tiny_config, tiny_pretraining_model
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import image_processor
+from unimo3.model.init import initialize_weights
 from unimo3.model.processor import Unimo3Processor
 
 # A sentence of two pairs, and others of one; numbers of examples that 2 and 3 do not divide.
@@ -53,6 +54,16 @@ def write_snli_ve(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vqa(tmp_path_factory) -> Path:
+    """VQAv2 with 19 held-out questions."""
+    root = tmp_path_factory.mktemp("vqa")
+    write_source(root / "source", num_images=22)
+    arguments = ("--src", str(root / "source"), "--out", str(root / "shards"), "--shard-size", "4")
+    assert convert("vqav2", *arguments, "--min-answer-count", "3") == 0
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
 def nlvr2(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("nlvr2")
     write_nlvr2(root / "source")
@@ -77,7 +88,12 @@ def tokenizer(coco) -> PreTrainedTokenizerBase:  # noqa: F811
 def pretrained(tokenizer, tmp_path_factory) -> Path:
     """What an export of pretraining holds, with random weights; images of 16 pixels, patches of 8."""
     folder = tmp_path_factory.mktemp("weights") / "pretrained"
-    text = tiny_config().text_config.to_dict() | {"vocab_size": VOCABULARY, "max_position_embeddings": 40}
-    tiny_pretraining_model(text_config=text).save_pretrained(folder)
+    text = tiny_config().text_config.to_dict()
+    text |= {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "num_hidden_layers": 1}
+    vision = {"image_size": 16, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}}
+    model = tiny_pretraining_model(text_config=text, vision_config=vision, num_hidden_layers=2)
+    # Of such a spread that what is predicted differs from row to row.
+    initialize_weights(model, 2, std=0.8)
+    model.save_pretrained(folder)
     Unimo3Processor(image_processor(16), tokenizer).save_pretrained(folder)
     return folder
