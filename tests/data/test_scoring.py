@@ -17,6 +17,7 @@ def test_a_sentence_is_an_identifier_without_its_pair():
     [
         ({"dev-0-0-0": True}, 1.0, 1.0),
         ({"dev-0-0-0": True, "dev-0-1-0": True, "dev-0-2-0": False}, 2 / 3, 0.0),
+        ({"dev-0-0-0": False, "dev-0-1-0": True}, 0.5, 0.0),
         ({"dev-0-0-0": True, "dev-0-0-1": False}, 0.5, 0.5),
         # Of another set, or of another split, it is another sentence.
         ({"dev-0-0-0": False, "dev-1-0-0": True, "test1-0-0-0": True}, 2 / 3, 2 / 3),
