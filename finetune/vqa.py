@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     model_config: Unimo3Config = config_of(settings.init, settings.run.folder)
     model_config.num_answers = len(answers)
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
-    world, stop = start_process(settings.run.seed)
+    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
     weights = weights_of(settings.init, settings.run.folder)
 
     batch = settings.batch_plan(world.size)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         return {f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}
 
     evaluation = Evaluation(val_index.fingerprint, evaluate) if val_index is not None else None
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch, evaluation)
     run.close()
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.integration.conftest import losses
+from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
-from unimo3.training.watch import read_heartbeats
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,7 @@ from slurm import bad_nodes, history, status, submit
 from slurm.outcome import decide, settled_status
 from slurm.runs import ArgumentError, run_folder
 from tests.integration.conftest import ROOT
-from unimo3.training.watch import read_heartbeats
+from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.integration
 
