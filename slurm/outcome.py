@@ -132,20 +132,21 @@ def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
 def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, max_restarts: int) -> tuple[str, str]:
     """After the checks of the nodes: bad ones are noted, and the job goes elsewhere."""
     told = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
-    network = told.pop("network", {}).get("problems", [])
+    measured = told.pop("network", {"problems": [], "nodes": {}})
+    network = measured["problems"]
     own = list(dict.fromkeys(problem for answer in told.values() for problem in answer.get("job", [])))
     bad = {
         host: "; ".join(told[host]["problems"]) if host in told else "gave no answer"
         for host in hosts
         if host not in told or told[host]["problems"]
-    }
+    } | measured["nodes"]
     if not bad and not network and not own and status == 0:
         return "go", ""
     checkpoint, attempts = newest_step(run), history.read(run)
     if own:
         action, reason = "hold", "; ".join(own)
     elif not told or not bad:
-        # Nobody answered, as when the job is being ended; or the nodes are well and the network is not.
+        # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
         what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
         action, reason = _again(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:

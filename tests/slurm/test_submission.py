@@ -116,6 +116,29 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
     assert (last.nodes, last.action) == ("n1 n3", "done")
 
 
+def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
+    python = jobs.folder / "python_with_a_slow_network_on_n2"
+    python.write_text(
+        f'#!/bin/bash\n[[ $SLURMD_NODENAME != n2 || "$*" != *"slurm.preflight network"* ]] || '
+        f'set -- -m tests.slow_network "${{@:3}}"\nexec {jobs.python} "$@"\n'
+    )
+    python.chmod(0o755)
+    (jobs.folder / "site_with_a_floor.env").write_text(
+        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nMIN_ALLREDUCE_GBPS=0.03\n"
+    )
+    job = jobs.submit(
+        "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="0.8", UNIMO3_PYTHON=str(python),
+        UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
+    )  # fmt: skip
+    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", 120, "n2 left out")
+    jobs.cluster.call("scancel", job)
+    (attempt,) = jobs.attempts("avoids_slow")
+    assert (attempt.nodes, attempt.action) == ("n1 n2 n3", "exclude")
+    entry = json.loads((jobs.folder / "bad_network.jsonl").read_text())
+    assert entry["node"] == "n2"
+    assert "an all-reduce runs at 0.0" in entry["reason"]
+
+
 def test_a_job_without_the_gpus_it_should_have_is_held_and_no_node_is_blamed(jobs):
     (jobs.folder / "site_with_gpus.env").write_text(f"GPUS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\n")
     job = jobs.submit(
