@@ -19,6 +19,7 @@ Source: sysexits.h for the programs' statuses, unimo3/errors.py.
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
 from slurm import bad_nodes, history, queue
@@ -109,8 +110,9 @@ def settled_status(status: int, folder: Path | None) -> int:
     for decisive in _REASONS:
         if decisive in told:
             return decisive
-    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
-    return 75 if 75 in told else status
+    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early. Ended by
+    # USR1 or USR2: a program was asked to stop before it could listen, while it was being loaded.
+    return 75 if 75 in told or status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2) else status
 
 
 def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -357,6 +358,7 @@ def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
     (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
     assert settled_status(137, tmp_path) == 75
     assert settled_status(0, None) == 0
+    assert [settled_status(128 + number, None) for number in (signal.SIGUSR1, signal.SIGUSR2)] == [75, 75]
 
 
 def test_all_scripts_pass_shellcheck():

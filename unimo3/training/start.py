@@ -23,17 +23,16 @@ class Started(NamedTuple):
 
 
 def start_process(run: RunArgs, stall_after_s: float) -> Started:
-    """Join the other ranks; from here on a stop signal is noted, not obeyed.
+    """Join the other ranks; a stop signal ends the process with status 75 until training notes it.
 
     Args:
         run: its seed counts for all ranks; each rank's own draws (dropout) come from seed + rank.
         stall_after_s: see `TrainingArgs`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stop = StopRequest()
+    stop = StopRequest().install()
     watch = Watch(run.folder, stall_after_s, stop.look)
     world = distributed.init()
-    stop.install()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {world.rank} %(levelname)s %(message)s",
