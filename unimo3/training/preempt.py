@@ -5,7 +5,7 @@
     RUN/stop       save and end with status 0; it stays, so that no later start goes on
 
 Once a run trains, a signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks
-would wait there for ever for the one that has none. Before that there is nothing to save, and a signal ends the process.
+would wait there for ever for the one that has none. Before that nothing can be lost, and a signal ends the process.
 
 Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the grace time).
 """
