@@ -163,8 +163,8 @@ def report(rows: list[tuple[str, float, float | None, float]]) -> str:
         "",
         "Committed: from the event to a committed checkpoint, where the run saves; a step takes 0.6 s if nothing else",
         "is said, and a file is seen within a second. Next step: from the event to the end of the first step after it,",
-        "with pre-flight and the start of Python for two nodes on two cores; for comparison from submission to the very",
-        "first step. Slurm detects a lost node after SlurmdTimeout, here 10 s, and starts a requeued job again after",
+        "with pre-flight and the start of Python for two nodes on two cores; for comparison from submission to the",
+        "very first step. Slurm detects a lost node after SlurmdTimeout, here 10 s, and starts a requeued job after",
         "some seconds.",
     ]  # fmt: skip
     return "\n".join(lines)
