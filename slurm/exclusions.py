@@ -42,7 +42,9 @@ def excluded_by(job: str) -> list[str]:
 
 def expand(nodes: str) -> list[str]:
     """Single names of nodes listed as ``n[1-3],m7``."""
-    return _told("scontrol", "show", "hostnames", nodes).split() if nodes else []
+    if "[" not in nodes:
+        return [node for node in nodes.split(",") if node]
+    return _told("scontrol", "show", "hostnames", nodes).split()
 
 
 def _told(*command: str) -> str:

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from slurm import bad_nodes, history, queue, training_checks
@@ -27,30 +28,38 @@ from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain", "finetune")
+JOBS = (*TRAINING, "export", "prepare_shards")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = CommandParser(prog="python -m slurm.submit", description=__doc__)
-    parser.add_argument("--nodes", default="1", help="nodes, or MIN-MAX: any number between them (default: 1)")
-    parser.add_argument(
+    options = CommandParser(prog="python -m slurm.submit", add_help=False)
+    options.add_argument("--nodes", default="1", help="nodes, or MIN-MAX: any number between them (default: 1)")
+    options.add_argument(
         "--ranks-per-node",
         type=int,
         help="processes (default: in training RANKS_PER_NODE or GPUS_PER_NODE of slurm/site.env, else 1)",
     )
-    parser.add_argument("--time", help="wall time, as sbatch takes it (default: the site's, else the script's)")
-    parser.add_argument(
+    options.add_argument("--time", help="wall time, as sbatch takes it (default: the site's, else the script's)")
+    options.add_argument(
         "--grace", type=int,
         help="seconds before its end at which the run is told to save (default: the site's --signal, else 300)",
     )  # fmt: skip
-    parser.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
+    options.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
                         "wall time where jobs may not be requeued (default: 1)")  # fmt: skip
-    parser.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
-    parser.add_argument("--job-name", help="default: the folder's name")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
-    parser.add_argument("job", choices=(*TRAINING, "export", "prepare_shards"))
+    options.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
+    options.add_argument("--job-name", help="default: the folder's name")
+    options.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
+    parser = CommandParser(prog="python -m slurm.submit", description=__doc__, parents=[options])
+    parser.add_argument("job", choices=JOBS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's; of finetune the task first")
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    own = words[
+        : next((place for place, word in enumerate(words) if word in JOBS and words[place - 1] != "--job-name"), 0)
+    ]
+    if not {"-h", "--help"} & set(own):
+        options.parse_args(own)  # else the value of an unknown option would be taken for the job
+    return parser.parse_args(words)
 
 
 @exit_with_status
@@ -114,8 +123,11 @@ def _options(args: argparse.Namespace, site: Site) -> list[str]:
 def _excluded(args: argparse.Namespace, site: Site) -> tuple[list[str], list[str]]:
     """Nodes to exclude, and those of them that are so for the ledger's sake; the site may exclude others."""
     bad = sorted(bad_nodes.current())
-    own = option_of(_options(args, site), "exclude")
-    return choose(expand(own) if own and bad else [], [], bad)
+    own = option_of(_options(args, site), "exclude") or ""
+    try:
+        return choose(expand(own), [], bad)
+    except OSError:  # without Slurm the command is only shown
+        return choose([own], [], bad)
 
 
 def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[Path | None, list[str], list[str]]:
