@@ -9,10 +9,6 @@ trap : TERM CONT USR1 USR2
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 
 setup() {
-    if [[ ! -f slurm/common.sh ]]; then
-        say "$PWD is not the project's folder; submit from there, or set UNIMO3_ROOT to it"
-        exit 78
-    fi
     ROOT=$PWD
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
@@ -88,9 +84,7 @@ ranks() {
 train() {
     local program=$1 status=0
     setup
-    RUN=$(tool slurm.runs "$@") || settle $?
-    HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS"
+    take "$@"
     preflight "$@"
     export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
     rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
@@ -100,6 +94,27 @@ train() {
     kill "$guard" 2>/dev/null || true
     say "$program: srun ended with status $status"
     settle_by tool slurm.outcome end --run "$RUN" --status "$status" --statuses "$UNIMO3_STATUS_DIR"
+}
+
+# Does what needs no ranks of srun's: FUNCTION MODULE ARGUMENTS...; the function starts the module.
+work() {
+    local start=$1 program=$2 status=0
+    shift
+    setup
+    take "$@"
+    before_the_wall &
+    local guard=$!
+    "$start" "$@" || status=$?
+    kill "$guard" 2>/dev/null || true
+    say "$program ended with status $status"
+    settle_by tool slurm.outcome end --run "$RUN" --status "$status"
+}
+
+# Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
+take() {
+    RUN=$(tool slurm.runs "$@") || settle $?
+    HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS"
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
@@ -158,15 +173,12 @@ act() {
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
+    local change=keep nodes=""
+    # An action of before the run's folder was known changes no nodes.
+    [[ -z ${RUN:-} ]] || change=$(tool slurm.exclusions --run "$RUN") || change=keep
+    read -r change nodes <<<"$change"
     case $action in
-    requeue) patiently scontrol requeue "$JOB" ;;
-    exclude) # reason: NODES and why
-        local others
-        others=$(patiently scontrol show job "$JOB" --oneliner | grep -o 'ExcNodeList=[^ ]*' | cut -d= -f2)
-        [[ $others != "(null)" ]] || others=""
-        patiently scontrol requeue "$JOB"
-        patiently scontrol update JobId="$JOB" ExcNodeList="${reason%% *}${others:+,$others}"
-        ;;
+    requeue | exclude) patiently scontrol requeue "$JOB" ;;
     hold)
         scontrol update JobId="$JOB" Comment="$reason" || true
         # The links that have not begun, too; release them with the array's number.
@@ -175,6 +187,8 @@ act() {
         ;;
     *) exit 1 ;;
     esac
+    # Only of a job that waits.
+    [[ $change != "set" ]] || patiently scontrol update JobId="$JOB" ExcNodeList="$nodes"
     # Slurm ends this script now; if it exited by itself the job would be taken for finished.
     sleep 120
     exit 1
