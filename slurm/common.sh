@@ -52,6 +52,9 @@ patiently() {
     return 1
 }
 
+# As `patiently`, while Slurm ends all processes of the job for what the command itself asks.
+unhurt() { (trap '' TERM && patiently "$@"); }
+
 # A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
 # ports they try first; one that something else holds is passed over.
 free_port() {
@@ -173,23 +176,24 @@ act() {
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
-    local change=keep nodes=""
+    local change=keep nodes="" is_ended=""
     # An action of before the run's folder was known changes no nodes.
     [[ -z ${RUN:-} ]] || change=$(tool slurm.exclusions --run "$RUN") || change=keep
     read -r change nodes <<<"$change"
+    trap 'is_ended=yes' TERM
     case $action in
-    requeue | exclude) patiently scontrol requeue "$JOB" ;;
+    requeue | exclude) unhurt scontrol requeue "$JOB" ;;
     hold)
         scontrol update JobId="$JOB" Comment="$reason" || true
         # The links that have not begun, too; release them with the array's number.
         [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
-        patiently scontrol requeuehold State=SpecialExit "$JOB"
+        unhurt scontrol requeuehold State=SpecialExit "$JOB"
         ;;
     *) exit 1 ;;
     esac
     # Only of a job that waits.
-    [[ $change != "set" ]] || patiently scontrol update JobId="$JOB" ExcNodeList="$nodes"
-    # Slurm ends this script now; if it exited by itself the job would be taken for finished.
-    sleep 120
+    [[ $change != "set" ]] || unhurt scontrol update JobId="$JOB" ExcNodeList="$nodes"
+    # Slurm ends this script now; if it exited by itself before, the job would be taken for finished.
+    [[ -n $is_ended ]] || sleep 120
     exit 1
 }
