@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.ablation_report import REFERENCE
 from benchmarks.report import ROOT, machine
-from finetune.vqa import predict
+from finetune.task import score_batch
+from finetune.vqa import Vqa
 from pretrain.toy import blind_rates
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.blind import accuracy_by_group
@@ -236,7 +237,9 @@ class TrainingRun:
         steps, rate = self.settings.vqa_steps, self.settings.vqa_lr
         vqa = self._train("VQA", vqa_task, vqa_model, data.questions("train", self.seed), steps, rate)
         asked = evaluation_batches(data.questions("val", self.seed), 0, 1, batch, READER)
-        scored = [entry for loaded, counts in asked for entry in predict(on_cpu(vqa_task), loaded, counts, answers)]
+        scored = [
+            entry for loaded, counts in asked for entry in score_batch(Vqa(answers), on_cpu(vqa_task), loaded, counts)
+        ]
         accuracy = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
 
         figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.checkpoint import store
+from unimo3.checkpoint.best import BEST, read_best
 from unimo3.checkpoint.casting import TensorReport
 from unimo3.checkpoint.export import DTYPES, export_run
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
@@ -39,7 +40,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m pretrain.export", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint that DeepSpeed's ZeRO wrote")
     parser.add_argument("--out", type=Path, required=True, help="new folder for weights, configuration and tokenizer")
-    parser.add_argument("--tag", help="checkpoint, such as step_00001000 (default: the newest good one)")
+    parser.add_argument(
+        "--tag",
+        help="checkpoint, such as step_00001000, or best: the one RUN/best.json names (default: the newest good one)",
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of the weights (default: fp16)")
     parser.add_argument(
         "--on-overflow", choices=("error", "clamp", "keep-fp32"), default="error",
@@ -109,6 +113,11 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
                 + ("copy a good one back" if store.has_folders(run) else "let it train to its first save")
             )
         return Choice(run, newest)
+    if tag == "best":
+        best = read_best(run)
+        if best is None:
+            raise CheckpointError(f"--tag best: {run / BEST} names none; fine-tuning with best.keep and data.val does")
+        tag = best.tag
     folder = store.folder_of(run) / tag
     if folder not in store.list_checkpoints(run):
         known = ", ".join(path.name for path in store.list_checkpoints(run)) or "none"

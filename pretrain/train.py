@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
     settle_tokens(model_config, tokenizer)
+    model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
 

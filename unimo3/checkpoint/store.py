@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unimo3.checkpoint.agree import together
+from unimo3.checkpoint.best import read_best
 from unimo3.checkpoint.manifest import MANIFEST, STATE, verify
 from unimo3.checkpoint.state import TrainState, load_rng
 from unimo3.distributed import world
@@ -186,6 +187,8 @@ def _set_aside(folder: Path) -> None:
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
     """Remove old checkpoints and return them; the newest good one always stays, and all do if none is good.
 
+    So does the one that `best.py` has noted as the best.
+
     Args:
         keep_last: newest ones to keep, at least 1.
         keep_every: steps; multiples of it stay. 0: none.
@@ -193,7 +196,12 @@ def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = 
     """
     checkpoints = list_checkpoints(run)
     old = checkpoints[: -max(1, keep_last)]
-    removable = [folder for folder in old if not (keep_every and step_of(folder) % keep_every == 0)]
+    best = read_best(run)
+    removable = [
+        folder
+        for folder in old
+        if not (keep_every and step_of(folder) % keep_every == 0) and not (best and folder.name == best.tag)
+    ]
     if not removable:
         return []
     good = known_good or next((folder for folder in reversed(checkpoints) if not verify(folder)), None)

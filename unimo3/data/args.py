@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import ShardIndex, index_faults
+from unimo3.data.index import TEST_SPLITS, ShardIndex, index_faults
 from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
 from unimo3.data.samples import Samples
@@ -104,12 +104,16 @@ class DataArgs:
         order = training_order(units, list(self.sources.values()), seed, self.window_shards)
         return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
 
-    def shard_faults(self, kind: str) -> list[str]:
-        """Say why the shards cannot serve a program whose samples need `kind`, one line a fault."""
+    def shard_faults(self, kind: str, trains: bool = True) -> list[str]:
+        """Say why the shards cannot serve a program whose samples need `kind`, one line a fault.
+
+        Args:
+            trains: whether it reads the training shards.
+        """
         found: list[str] = []
         if not 0 < self.cache_gb < math.inf:
             return found  # `faults` has said so
-        for name, sources in (("data.train", list(self.sources)), ("data.val", [self.val])):
+        for name, sources in (("data.train", list(self.sources) if trains else []), ("data.val", [self.val])):
             for source in sources:
                 if source is not None and source.startswith("{"):
                     found.append(
@@ -126,6 +130,11 @@ class DataArgs:
                         found.append(f"{name}: '{source}': {error}")
                     else:
                         found += index_faults(name, index, kind)
+                        if name == "data.train" and index.split in TEST_SPLITS:
+                            found.append(
+                                f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
+                                "on and not trained on; name its train"
+                            )
         return found
 
     def _open(self, source: str) -> ShardIndex:

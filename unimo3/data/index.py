@@ -28,6 +28,8 @@ from unimo3.errors import DataError
 
 VERSION = 2
 INDEX, MEMBERS = "index.json", "index.members"
+# Splits that nothing is trained or chosen on.
+TEST_SPLITS = ("test", "test-dev")
 # A table is a few ten kB; an open shard that a cache has removed keeps its place on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"

@@ -112,7 +112,7 @@ class PretrainSamples:
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, plain and masked text, labels."""
-        members, content = _read(self.index, unit.shard, unit.unit)
+        members, content = read_sample(self.index, unit.shard, unit.unit)
         captions = _captions(members, content)
         if not captions:
             raise BadSampleError("has no caption")
@@ -120,9 +120,9 @@ class PretrainSamples:
         first = _hash(self._seed, unit.source, unit.shard, unit.unit)
         caption = captions[(first + unit.epoch) % len(captions)]
         ids, mask = self._encode(caption)
-        masked, labels = self._mask(ids, _rng(self._seed, "mask", unit.epoch, unit))
+        masked, labels = self._mask(ids, sample_rng(self._seed, "mask", unit.epoch, unit))
         return {
-            "images": _image(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "images": image_of(members, self._transform, sample_rng(self._seed, "augment", unit.epoch, unit)),
             "input_ids": ids,
             "attention_mask": mask,
             "mlm_input_ids": masked,
@@ -166,7 +166,7 @@ class VqaSamples:
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, question, targets, and what scoring needs."""
         sample, item = self.index.item(unit.shard, unit.unit)
-        members, content = _read(self.index, unit.shard, sample)
+        members, content = read_sample(self.index, unit.shard, sample)
         try:
             question = content["questions"][item]
             empty = not question["question"].strip()
@@ -179,7 +179,7 @@ class VqaSamples:
         if not isinstance(humans, list) or not all(isinstance(answer, str) for answer in humans):
             raise BadSampleError(f"question {question.get('question_id', item)} has answers that are no list of texts")
         return {
-            "images": _image(members, self._transform, _rng(self._seed, "augment", unit.epoch, unit)),
+            "images": image_of(members, self._transform, sample_rng(self._seed, "augment", unit.epoch, unit)),
             "input_ids": ids,
             "attention_mask": mask,
             "targets": self._answers.soft_targets(humans),
@@ -187,7 +187,12 @@ class VqaSamples:
         }
 
 
-def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+def read_sample(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A sample's members by extension, and what its ``json`` says.
+
+    Raises:
+        BadSampleError: it has no text that could be read.
+    """
     members = index.read(shard, sample)
     if "json" not in members and "txt" not in members:
         raise BadSampleError("has no json member and no txt member")
@@ -200,10 +205,21 @@ def _read(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes],
     return members, content
 
 
-def _image(members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator) -> Callable[[], np.ndarray]:
-    extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+def image_of(
+    members: dict[str, bytes], transform: ImageTransform, rng: np.random.Generator, number: int | None = None
+) -> Callable[[], np.ndarray]:
+    """A call that decodes a sample's image.
+
+    Args:
+        number: of the image, where a sample has several.
+
+    Raises:
+        BadSampleError: there is none; or, by the call, it cannot be decoded.
+    """
+    names = [name if number is None else f"{number}.{name}" for name in IMAGE_EXTENSIONS]
+    extension = next((name for name in names if name in members), None)
     if extension is None:
-        raise BadSampleError(f"has no image member ({', '.join(IMAGE_EXTENSIONS)})")
+        raise BadSampleError(f"has no image member ({', '.join(names)})")
 
     def decode() -> np.ndarray:
         try:
@@ -216,7 +232,8 @@ def _image(members: dict[str, bytes], transform: ImageTransform, rng: np.random.
     return decode
 
 
-def _rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
+def sample_rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
+    """What a sample's draws for one purpose come from, the same wherever it is read."""
     place = (unit.shard, unit.unit, unit.source) if unit.source else (unit.shard, unit.unit)
     return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *place))
 

@@ -10,6 +10,7 @@ from unimo3.data.samples import Samples
 from unimo3.data.transforms import normalise
 from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
+from unimo3.training.best import Best
 from unimo3.training.metrics import Figures
 
 Batch = TypeVar("Batch")
@@ -19,10 +20,16 @@ class Evaluation(NamedTuple):
     """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them.
 
     Their batches go through a `Guard`, on every rank as many; if the run must end there are no figures.
+
+    Attributes:
+        split: the data's, for the record.
+        best: chooses the best checkpoint by the figures. None: nothing is chosen on this data.
     """
 
     fingerprint: str
     figures: Callable[[int, "Guard"], Figures | None]
+    split: str = ""
+    best: Best | None = None
 
 
 class Guard(Protocol):

@@ -88,6 +88,7 @@ def train(
     stop: StopRequest,
     watch: Watch,
     evaluation: Evaluation | None = None,
+    only_evaluates: bool = False,
 ) -> None:
     """Train from `run.step` to the end, or until asked to stop.
 
@@ -96,6 +97,7 @@ def train(
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
         batches: the micro-batches of each optimizer step, from `run.step` on.
         evaluation: figures on held-out data, at the end and every `training.eval_every` steps.
+        only_evaluates: evaluate where the run stands, whether that was done before or not, and train no further.
 
     Raises:
         Interrupted: a stop signal or the file ``requeue`` came on any rank; a checkpoint has been saved.
@@ -104,24 +106,36 @@ def train(
         DivergedError: losses or gradients stay not finite; nothing of it has been saved.
     """
     rank, num_ranks = world()
-    last_step = min(training.steps, training.stop_after or training.steps)
+    last_step = run.step if only_evaluates else min(training.steps, training.stop_after or training.steps)
     steps: Iterator[list[Batch]] = iter(batches)
     saver = Saver(engine, run.folder, checkpoint)
     first_step, num_in_a_row, is_cut_short = run.step, 0, False
     progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
     stop.watch(run.folder)
 
+    def save_now() -> None:
+        watch.beat("save", run.step)
+        if run.step > first_step:  # else it was taken up from there
+            saver.ensure(run.state())
+
     def evaluate() -> None:
-        nonlocal is_cut_short
+        nonlocal is_cut_short, last_step
         assert evaluation is not None
         guard = _EvaluationGuard(stop, watch, run.step, engine.device)
         figures = evaluation.figures(run.step, guard)
         is_cut_short = guard.is_cut  # the next start makes up for it
         if figures is not None:
+            if evaluation.best is not None:
+                evaluation.best.consider(run, figures, save_now)
             _record_evaluation(run, evaluation, figures)
+            last_step = evaluation.best.last_step(run, last_step) if evaluation.best is not None else last_step
         engine.train()
 
-    if evaluation is not None and _evaluation_is_missing(run, evaluation, last_step, training.eval_every):
+    if evaluation is not None and evaluation.best is not None:
+        last_step = evaluation.best.last_step(run, last_step)  # the run may have ended early before
+    if evaluation is not None and (
+        only_evaluates or _evaluation_is_missing(run, evaluation, last_step, training.eval_every)
+    ):
         evaluate()
     started = time.perf_counter()
     engine.train()
@@ -200,10 +214,8 @@ def train(
             evaluate()
             started = time.perf_counter()
     progress.close()
-    watch.beat("save", run.step)
-    if run.step > first_step:
-        saver.ensure(run.state())
-        run.record_saves(saver.take_finished())
+    save_now()
+    run.record_saves(saver.take_finished())
     watch.close()
     where = f"step {run.step} of {training.steps} is saved in {run.folder}"
     if wish == Wish.REQUEUE and (run.step < last_step or is_cut_short):
@@ -273,7 +285,8 @@ def _evaluation_is_missing(run: Run, evaluation: Evaluation, last_step: int, eve
 
 
 def _record_evaluation(run: Run, evaluation: Evaluation, figures: Figures) -> None:
-    run.metrics.write({"step": run.step, "data": evaluation.fingerprint, **figures}, group="eval")
+    data = {"data": evaluation.fingerprint} | ({"split": evaluation.split} if evaluation.split else {})
+    run.metrics.write({"step": run.step, **data, **figures}, group="eval")
     if world()[0] == 0:
         shown = " ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
         log.info("held-out data at step %d  %s", run.step, shown)

@@ -33,7 +33,7 @@ FREE_SETTINGS = (
     "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
     "training.stall_after_s", "training.max_skipped",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
-    "data.max_bad_share",
+    "data.max_bad_share", "best.", "eval_only",
 )  # fmt: skip
 
 
@@ -100,10 +100,10 @@ class Run:
     Args:
         settings: the program's whole configuration, without `changed_settings`; its ``run`` group names the folder.
         global_batch: pairs an optimizer step.
-        fingerprint: of the training data's index.
+        fingerprint: of the training data's index. None: this process trains on none, whatever the run was trained on.
     """
 
-    def __init__(self, settings: Any, global_batch: int, fingerprint: str):
+    def __init__(self, settings: Any, global_batch: int, fingerprint: str | None):
         self.folder: Path = settings.run.folder
         self.step = 0
         self.num_bad_samples = 0
@@ -147,7 +147,7 @@ class Run:
             )
         if newest is not None:
             state = store.load(engine, newest)
-            if state.index_fingerprint != self._fingerprint:
+            if self._fingerprint is not None and state.index_fingerprint != self._fingerprint:
                 raise CheckpointError(
                     f"{newest}: was trained on shards with fingerprint {state.index_fingerprint[:12]}, data.train now "
                     f"has {self._fingerprint[:12]}; point data.train to the same shards or choose a new run.name"
@@ -185,6 +185,7 @@ class Run:
 
     def state(self) -> TrainState:
         """Where the run stands, as a checkpoint of the current step keeps it."""
+        assert self._fingerprint is not None, "what does not train saves nothing"
         settings = config.flatten(self._settings)
         return TrainState(
             step=self.step,

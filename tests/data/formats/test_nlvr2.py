@@ -24,17 +24,21 @@ def write_source(root: Path, ending: str = "json", end: str = "\n", bom: bool = 
     return root
 
 
+def said(pair: str, number: int, statement: str, label: bool) -> dict:
+    return {"image_id": pair, "identifier": f"{pair}-{number}", "statement": statement, "label": label}
+
+
 @pytest.mark.parametrize(
     ("ending", "end", "bom"), [("json", "\n", False), ("jsonl", "\r\n", True)], ids=["release", "windows"]
 )
 def test_each_statement_is_a_sample_of_two_images(tmp_path, ending, end, bom):
     read = convert("nlvr2", write_source(tmp_path, ending, end, bom))
     assert [(split, sample.key, sample.content) for split, sample in read.samples] == [
-        ("train", "train-10171-0-0", {"image_id": "train-10171-0", "statement": "One case.", "label": True}),
-        ("train", "train-10171-0-1", {"image_id": "train-10171-0", "statement": "Zwei Füchse.", "label": False}),
-        ("train", "train-0_5-2_3-0", {"image_id": "train-0.5-2/3", "statement": "One case.", "label": True}),
-        ("val", "dev-850-0-0", {"image_id": "dev-850-0", "statement": "A dog.", "label": False}),
-        ("test", "test1-0-1-0", {"image_id": "test1-0-1", "statement": "A cat.", "label": True}),
+        ("train", "train-10171-0-0", said("train-10171-0", 0, "One case.", True)),
+        ("train", "train-10171-0-1", said("train-10171-0", 1, "Zwei Füchse.", False)),
+        ("train", "train-0_5-2_3-0", said("train-0.5-2/3", 0, "One case.", True)),
+        ("val", "dev-850-0-0", said("dev-850-0", 0, "A dog.", False)),
+        ("test", "test1-0-1-0", said("test1-0-1", 0, "A cat.", True)),
     ]
     assert not read.omitted
 

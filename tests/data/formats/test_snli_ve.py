@@ -35,6 +35,10 @@ def write_source(root: Path, end: str = "\n", bom: bool = False) -> Path:
     return root
 
 
+def said(photo: str, text: str, label: str) -> dict:
+    return {"text": text, "label": label, "pair_id": f"{photo}.jpg#2r1n"}
+
+
 @pytest.mark.parametrize(("end", "bom"), [("\n", False), ("\r\n", True)], ids=["release", "windows"])
 def test_hypotheses_are_gathered_by_photo(tmp_path, end, bom):
     read = convert("snli_ve", write_source(tmp_path, end, bom))
@@ -45,19 +49,15 @@ def test_hypotheses_are_gathered_by_photo(tmp_path, end, bom):
             {
                 "image_id": 3416050480,
                 "hypotheses": [
-                    {"text": "They sleep.", "label": "contradiction"},
-                    {"text": "They talk.", "label": "neutral"},
-                    {"text": "They talk.", "label": "entailment"},
+                    said("3416050480", "They sleep.", "contradiction"),
+                    said("3416050480", "They talk.", "neutral"),
+                    said("3416050480", "They talk.", "entailment"),
                 ],
             },
         ),
-        (
-            "train",
-            "000000036979",
-            {"image_id": 36979, "hypotheses": [{"text": "Ein Fluß.", "label": "entailment"}]},
-        ),
-        ("val", "000000065567", {"image_id": 65567, "hypotheses": [{"text": "A dog.", "label": "neutral"}]}),
-        ("test", "000000000077", {"image_id": 77, "hypotheses": [{"text": "A cat.", "label": "entailment"}]}),
+        ("train", "000000036979", {"image_id": 36979, "hypotheses": [said("36979", "Ein Fluß.", "entailment")]}),
+        ("val", "000000065567", {"image_id": 65567, "hypotheses": [said("65567", "A dog.", "neutral")]}),
+        ("test", "000000000077", {"image_id": 77, "hypotheses": [said("77", "A cat.", "entailment")]}),
     ]
 
 
@@ -83,6 +83,7 @@ FAULTS = [
     (set_at(2, "gold_label", value="maybe"), f": line 3: field 'gold_label' is 'maybe'; {LABELS}"),
     (set_at(2, "gold_label", value=""), f": line 3: field 'gold_label' is ''; {LABELS}"),
     (lose(0, "sentence2"), ": line 1: field 'sentence2' is missing; str expected"),
+    (lose(0, "pairID"), ": line 1: field 'pairID' is missing; str expected"),
     (set_at(4, "sentence2", value="\t"), ": line 5: field 'sentence2' is empty; remove the record or give it a text"),
 ]
 

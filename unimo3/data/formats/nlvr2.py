@@ -20,7 +20,7 @@ _SPLITS = (("train", "train", "images/train"), ("val", "dev", "dev"), ("test", "
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
     """One sample a ``statement``, with its ``label``, true or false; nothing is left out.
 
-    ``image_id`` names the pair, of which there may be another statement.
+    ``image_id`` names the pair, of which there may be another statement; ``identifier`` is the release's.
     """
     for split, name, folder in _SPLITS:
         for where, record in read_records(first_file(source / f"{name}.json", source / f"{name}.jsonl")):
@@ -34,6 +34,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             files = (place / f"{pair}-img0.png", place / f"{pair}-img1.png")
             content = {
                 "image_id": pair,
+                "identifier": identifier,
                 "statement": text(record, "sentence", where),
                 "label": choice(record, "label", where, ("True", "False")) == "True",
             }

@@ -19,7 +19,7 @@ _LABELS = ("entailment", "neutral", "contradiction", _NO_AGREEMENT)
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image and split, with its ``hypotheses``, each a ``text`` and a ``label``.
+    """One sample an image and split, with its ``hypotheses``, each a ``text``, a ``label`` and its ``pair_id``.
 
     Hypotheses on whose label the annotators did not agree are left out.
     """
@@ -27,7 +27,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
     folder = photo_folder(images)
     for split, name in _SPLITS.items():
         # By photo, because nothing says that a photo's lines stand together.
-        of_photo: dict[str, list[tuple[str, str]]] = {}
+        of_photo: dict[str, list[dict[str, str]]] = {}
         for where, record in read_records(source / f"snli_ve_{name}.jsonl"):
             photo = photo_number(record, "Flickr30K_ID", where)
             label = choice(record, "gold_label", where, _LABELS)
@@ -35,8 +35,8 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             if label == _NO_AGREEMENT:
                 omitted["no gold label"] += 1
             else:
-                of_photo.setdefault(photo, []).append((hypothesis, label))
-        for photo, said in of_photo.items():
-            hypotheses = [{"text": hypothesis, "label": label} for hypothesis, label in said]
+                said = {"text": hypothesis, "label": label, "pair_id": text(record, "pairID", where)}
+                of_photo.setdefault(photo, []).append(said)
+        for photo, hypotheses in of_photo.items():
             content = {"image_id": int(photo), "hypotheses": hypotheses}
             yield split, Sample(f"{int(photo):012d}", (folder / f"{photo}.jpg",), content)

@@ -4,12 +4,13 @@ Source: the safetensors format.
 """
 
 from pathlib import Path
-
-from torch import nn
+from typing import cast
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.pretrained.fill import fill, read_config, read_tensors
+from unimo3.model.pretrained.vision import position_fitter
+from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 
 
 def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
@@ -26,8 +27,8 @@ def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
     return config
 
 
-def load_exported(model: nn.Module, folder: str, fresh: str = r"^$", unused: str = r"^$") -> None:
-    """Fill a model from an exported folder.
+def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$", unused: str = r"^$") -> None:
+    """Fill a model from an exported folder; the position table of images is resized bicubically to the model's grid.
 
     Args:
         fresh: pattern of parameters that may be missing there and keep their initial values.
@@ -36,4 +37,5 @@ def load_exported(model: nn.Module, folder: str, fresh: str = r"^$", unused: str
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of another shape.
     """
-    fill(model, read_tensors(Path(folder)), f"init: '{folder}'", unused=unused, fresh=fresh)
+    fit = position_fitter(cast(Unimo3Model, model.unimo3).vision_tower)
+    fill(model, read_tensors(Path(folder)), f"init: '{folder}'", unused=unused, fresh=fresh, adapt=fit)

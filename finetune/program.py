@@ -1,0 +1,176 @@
+"""The program that all fine-tuning tasks share: exported weights -> a tuned run, its figures and its predictions.
+
+Started once a rank; starting it again resumes. `Task` says what a task has of its own.
+
+Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from finetune.results import write_files
+from finetune.task import HeldOut, Reading, Task
+from finetune.weights import head_faults, resized, task_faults
+from unimo3.checkpoint import store
+from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.init import config_of, model_files_of, weights_of
+from unimo3.data.args import DataArgs
+from unimo3.data.index import TEST_SPLITS
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.distributed import broadcast_object, world_size_from_environment
+from unimo3.errors import ConfigError
+from unimo3.kernels.args import KernelArgs
+from unimo3.model.args import tokenizer_faults
+from unimo3.model.config import Unimo3Config
+from unimo3.model.init import initialize_weights
+from unimo3.model.pretrained import load_exported
+from unimo3.model.processor import Unimo3Processor
+from unimo3.training.best import Best, BestArgs
+from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
+from unimo3.training.evaluation import Evaluation, Guard
+from unimo3.training.loop import TrainingArgs, train
+from unimo3.training.optim import OptimArgs
+from unimo3.training.run import Run, RunArgs, changed_settings
+from unimo3.training.start import start_process
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings that fine-tuning runs of all tasks have; a task's own add to them."""
+
+    run: RunArgs = field(default_factory=RunArgs)
+    init: str = ""
+    """What to start from: an exported folder, or a run or one of its checkpoints, which is exported into this run's
+    folder first. data.tokenizer: the same exported folder, or RUN/model."""
+    image_size: int = 0
+    """Height and width of the input in pixels, a multiple of the patch size; position tables are resized to it. 0: as
+    the weights were trained."""
+    eval_only: bool = False
+    """Whether to write figures and predictions for data.val and train no step: of the run's newest checkpoint, or, in a
+    new run, of the tuned weights that init names."""
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    training: TrainingArgs = field(default_factory=TrainingArgs)
+    kernels: KernelArgs = field(default_factory=KernelArgs)
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+    best: BestArgs = field(default_factory=BestArgs)
+
+    task: ClassVar[type[Task]]
+
+    def faults(self) -> list[str]:
+        """Say which settings do not fit together, one line a fault."""
+        found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
+        found += self.data.shard_faults(self.task.kind, trains=not self.eval_only)
+        if self.eval_only and self.data.val is None:
+            found.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
+        if self.best.patience and (self.data.val is None or not self.training.eval_every):
+            found.append(
+                f"best.patience: {self.best.patience}: counts evaluations; set data.val and training.eval_every"
+            )
+        try:
+            model = config_of(self.init, self.run.folder)
+        except ConfigError as error:
+            return found + error.faults
+        found += task_faults(self.init, model, self.task) + resized(model, self.image_size)
+        if self.eval_only and not store.list_checkpoints(self.run.folder):
+            found += head_faults(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        return found + self._tokenizer_faults(model)
+
+    def _tokenizer_faults(self, model: Unimo3Config) -> list[str]:
+        try:
+            tokenizer = load_tokenizer(self.data.tokenizer)
+        except ConfigError:
+            return []  # the data's own check has said so
+        found = tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
+        try:
+            trained = load_tokenizer(model_files_of(self.init, self.run.folder))
+        except ConfigError:
+            return [
+                *found, f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote"
+            ]  # fmt: skip
+        if trained.get_vocab() != tokenizer.get_vocab():
+            found.append(
+                f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
+                f"use {model_files_of(self.init, self.run.folder)}"
+            )
+        return found
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How the global batch is spread over `world_size` ranks."""
+        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
+
+
+def finetune(settings: FinetuneConfig, task: Task) -> None:
+    """Train until done, or evaluate only; every rank calls it.
+
+    Raises:
+        Interrupted: asked to stop; a checkpoint has been saved.
+        Unimo3Error: see `train`; or the weights do not fit.
+    """
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    model_config = config_of(settings.init, settings.run.folder)
+    resized(model_config, settings.image_size)
+    task.configure(model_config)
+    model_config.architectures = [task.model_class.__name__]
+    indexes = [] if settings.eval_only else settings.data.open_train()
+    val_index = settings.data.open_val()
+    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
+    batch = settings.batch_plan(world.size)
+    engine = _build_engine(settings, task, model_config, batch)
+
+    fingerprint = None if settings.eval_only else settings.data.fingerprint(indexes)
+    run = Run(settings, batch.global_batch, fingerprint)
+    image_size = model_config.vision_config.image_size
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
+    run.resume(engine)
+
+    def reading(augment: Augment, crop_scale: float) -> Reading:
+        transform = ImageTransform(image_size, augment, crop_scale)
+        return Reading(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
+
+    trained = reading(settings.data.augment, settings.data.crop_scale)
+    loader: Any = ()
+    if not settings.eval_only:
+        loader = settings.data.training_loader(
+            [task.samples(index, trained) for index in indexes],
+            batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step,
+        )  # fmt: skip
+    evaluation = None
+    if val_index is not None:
+        held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
+        evaluation = _evaluation(settings, task, engine, run, held_out)
+    train(
+        run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch,
+        evaluation,         only_evaluates=settings.eval_only,
+    )  # fmt: skip
+    run.close()
+
+
+def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
+    weights = weights_of(settings.init, settings.run.folder)
+    # A head may start random only where it will be trained, or is in the checkpoint that comes next.
+    needs_head = settings.eval_only and not broadcast_object(store.has_folders(settings.run.folder))
+    training = settings.training
+    ds_config = read_ds_config(training.ds_config, batch, settings.optim.clip_norm)
+    model = build_model(ds_config, lambda: task.model_class(model_config))
+    initialize_weights(model, settings.run.seed, model_config.initializer_range)
+    load_exported(model, weights, fresh=r"^$" if needs_head else task.fresh, unused=task.unused)
+    prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
+    return build_engine(task.objective(model), model, ds_config, settings.optim)
+
+
+def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, held_out: HeldOut) -> Evaluation:
+    index, world = held_out.index, held_out.world
+
+    def evaluate(step: int, guard: Guard) -> dict[str, float] | None:
+        results = task.evaluate(engine, held_out, guard)
+        if results is None:
+            return None
+        if world.rank == 0:
+            write_files(run.folder, results.files, index.split, index.fingerprint)
+        return results.figures
+
+    chooses_on = None if settings.eval_only or index.split in TEST_SPLITS else index.fingerprint
+    best = Best(settings.best, task.best_figure, chooses_on) if settings.best.keep else None
+    return Evaluation(index.fingerprint, evaluate, index.split, best)

@@ -1,0 +1,148 @@
+"""What a fine-tuning task is: its model, samples, loss and evaluation. Adding a task adds one file that has these.
+
+Source: open_clip's open_clip_train/task for the idea that a task owns batch -> losses and its report.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs, evaluation_batches
+from unimo3.data.samples import Samples
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World, all_gather_object
+from unimo3.errors import DataError
+from unimo3.model.config import Unimo3Config
+from unimo3.model.unimo3 import Unimo3PreTrainedModel
+from unimo3.training.evaluation import Guard, to_device
+from unimo3.training.run import Saveable
+
+Row = dict[str, Any]
+
+
+class Reading(NamedTuple):
+    """How bytes become inputs; see `Samples`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_text_tokens: int
+    transform: ImageTransform
+    seed: int
+
+
+class HeldOut(NamedTuple):
+    """Data to evaluate on, and how the ranks share it.
+
+    Attributes:
+        batch: rows one rank computes at a time.
+    """
+
+    index: ShardIndex
+    reading: Reading
+    world: World
+    batch: int
+    reader: ReaderArgs
+
+
+class Results(NamedTuple):
+    """Of one evaluation, the same on every rank.
+
+    Attributes:
+        figures: by name; of data whose answers are not known there are none.
+        files: contents by name, such as ``predictions.json``; the name gets the split's before its ending.
+    """
+
+    figures: dict[str, float]
+    files: dict[str, str]
+
+
+class Task(ABC):
+    """One downstream task.
+
+    Attributes:
+        kind: entries of a sample's ``json`` that it is about, such as ``questions``.
+        model_class: has the task's head.
+        fresh: pattern of parameters that pretraining's weights lack and that start random.
+        unused: pattern of pretraining's tensors that the model has no place for.
+        best_figure: by which the best checkpoint is chosen; larger is better.
+    """
+
+    kind: ClassVar[str]
+    model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    fresh: ClassVar[str] = r"^$"
+    unused: ClassVar[str] = r"^(mlm|itm|itc)_head\."
+    best_figure: ClassVar[str]
+
+    def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)
+        """Give the model's configuration the head's classes."""
+
+    def model_files(self) -> Sequence[Saveable]:
+        """What an exported folder needs beyond configuration and processor."""
+        return ()
+
+    @abstractmethod
+    def samples(self, index: ShardIndex, reading: Reading) -> Samples:
+        """Inputs from shards, for training and for rows that are scored."""
+
+    @abstractmethod
+    def objective(self, model: Any) -> nn.Module:
+        """The module an engine trains: batch -> ``loss`` and further figures; its `model` attribute is `model`."""
+
+    @abstractmethod
+    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+        """Figures and files of held-out data; None if the run must end before.
+
+        Every rank calls it, and must call the engine's modules as often as the others: batches go through `guard`.
+        """
+
+
+class RowTask(Task):
+    """A task whose held-out rows are scored each for itself."""
+
+    @abstractmethod
+    def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
+        """What is predicted for each row of a batch and how right it is, as plain values.
+
+        Args:
+            report: what the objective gave in evaluation.
+            loaded: the batch.
+        """
+
+    @abstractmethod
+    def results(self, rows: list[Row]) -> Results:
+        """Figures and files of all rows, each unit's once, in no particular order."""
+
+    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+        """See `Task`.
+
+        Raises:
+            DataError: there is no row to score.
+        """
+        samples = self.samples(held_out.index, held_out.reading)
+        if not sum(samples.units_per_shard):
+            raise DataError(f"data.val: '{held_out.index.source}': holds no {self.kind} to score; name other shards")
+        batches = evaluation_batches(
+            samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader
+        )  # fmt: skip
+        own: list[Row] = []
+        for loaded, counts in guard.batches(batches):
+            own += score_batch(self, engine, loaded, counts)
+        if guard.is_cut:
+            return None
+        return self.results([row for part in all_gather_object(own) for row in part])
+
+
+@torch.no_grad()
+def score_batch(task: RowTask, engine: Any, loaded: dict[str, Any], counts: Tensor) -> list[Row]:
+    """The rows of a batch that count.
+
+    Args:
+        counts: [B] bool; see `evaluation_batches`.
+    """
+    engine.eval()
+    rows = task.score(engine(to_device(loaded, engine.device)), loaded)
+    return [row for row, is_counted in zip(rows, counts.tolist(), strict=True) if is_counted]

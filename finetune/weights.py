@@ -1,0 +1,61 @@
+"""Whether the weights that ``init`` names fit a task and its image size, told before anything is built.
+
+Source: none.
+"""
+
+import re
+from pathlib import Path
+
+from finetune.task import Task
+from unimo3.errors import CheckpointError
+from unimo3.model import downstream
+from unimo3.model.config import Unimo3Config
+from unimo3.model.pretrained.fill import read_names
+from unimo3.model.unimo3 import Unimo3PreTrainedModel
+
+_TASK_CLASSES = {
+    name
+    for name, value in vars(downstream).items()
+    if isinstance(value, type) and issubclass(value, Unimo3PreTrainedModel) and value.__module__ == downstream.__name__
+}
+
+
+def task_faults(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
+    """Say whether weights were tuned for another task, as their configuration names their class."""
+    own = task.model_class.__name__
+    other = [name for name in config.architectures or () if name in _TASK_CLASSES - {own}]
+    if not other:
+        return []
+    return [
+        f"init: '{init}': holds weights of {other[0]}, this task tunes {own}; name pretraining's weights, or some that "
+        "were tuned for this task"
+    ]
+
+
+def head_faults(init: str, folder: str, config: Unimo3Config, task: type[Task]) -> list[str]:
+    """Say whether weights lack a task's head, which evaluation alone needs.
+
+    Args:
+        folder: with the configuration and, unless `init` is a run, the weights; a run's configuration tells its class.
+    """
+    try:
+        names = read_names(Path(folder))
+    except CheckpointError:
+        has_head = task.model_class.__name__ in (config.architectures or ())
+    else:
+        has_head = any(re.search(task.fresh, name) for name in names)
+    if has_head or re.search(task.fresh, ""):
+        return []
+    return [
+        f"eval_only: true: the run has no checkpoint, and init '{init}' holds no weights tuned for this task; name "
+        "some, or train first"
+    ]
+
+
+def resized(config: Unimo3Config, image_size: int) -> list[str]:
+    """Give a configuration another image size, unless it is 0; say where that does not fit, one line a fault."""
+    if image_size < 0:
+        return [f"image_size: {image_size}: a number of pixels is needed, or 0 for the weights' own"]
+    if image_size:
+        config.vision_config.image_size = image_size
+    return [fault.removeprefix("model.vision.") for fault in config.vision_config.faults()]

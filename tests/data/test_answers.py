@@ -1,0 +1,79 @@
+"""VQAv2's official accuracy and normalisation; expected values are worked out by hand from the official rules."""
+
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from unimo3.data.answers import normalize_answer, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["yes"] * 8 + ["no"] * 2, {"yes": 1.0, "no": 0.6, "maybe": 0.0}),
+        (["red"] * 4 + ["blue"] * 3 + ["green"] * 3, {"red": 1.0, "blue": 0.9, "green": 0.9}),
+        (["yes"] * 9 + ["no"], {"yes": 1.0, "no": 0.3}),
+    ],
+)
+def test_an_answer_counts_by_how_many_of_ten_gave_it(answers, expected):
+    for prediction, accuracy in expected.items():
+        assert vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
+
+
+def test_accuracy_is_the_mean_over_every_nine_of_the_ten_answers():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        answers = rng.choice(["cat", "dog", "cow", "hen"], size=10, p=rng.dirichlet([0.6] * 4)).tolist()
+        for prediction in ("cat", "dog", "cow", "hen"):
+            nines = list(combinations(answers, 9))
+            expected = sum(min(Fraction(1), Fraction(nine.count(prediction), 3)) for nine in nines) / len(nines)
+            assert vqa_accuracy(prediction, answers) == pytest.approx(float(expected))
+
+
+def test_answers_that_differ_are_compared_normalised():
+    assert vqa_accuracy("Two", ["2"] * 9 + ["3"]) == 1.0
+    assert vqa_accuracy("the cat", ["a cat"] * 9 + ["dog"]) == 1.0
+    assert vqa_accuracy("dont know", ["don't know"] * 9 + ["no"]) == 1.0
+
+
+CONTRACTIONS = {
+    "arent": "aren't", "couldve": "could've", "couldnt've": "couldn't've", "hed": "he'd", "isnt": "isn't",
+    "itll": "it'll", "maam": "ma'am", "oclock": "o'clock", "shant": "shan't", "somebody'd": "somebodyd",
+    "someones": "someone's", "thats": "that's", "theyre": "they're", "twas": "'twas", "weve": "we've",
+    "whats": "what's", "whod've": "who'd've", "wont": "won't", "wouldntve": "wouldntve", "yall": "y'all",
+    "youre": "you're",
+    # Lower case comes first, so the entries with a capital never apply; "its" and "lets" are words of their own.
+    "Im": "im", "Ive": "ive", "its": "its", "lets": "lets", "it's": "it's",
+}  # fmt: skip
+NUMBERS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10", "none": "0", "None": "0", "eleven": "eleven", "twenty one": "twenty 1",
+    "first": "first", "someone": "someone",
+}  # fmt: skip
+ARTICLES = {
+    "a dog": "dog", "An Apple": "apple", "the": "", "the cat and a dog": "cat and dog", "another one": "another 1",
+    "vitamin a": "vitamin", "theatre": "theatre",
+}  # fmt: skip
+PUNCTUATION = {
+    # Beside a space a mark vanishes, else it becomes a space.
+    "cat, dog": "cat dog", "cat,dog": "cat dog", "yes;no": "yes no", "black-and-white": "black and white",
+    "black - white": "black white", "(left)": "left", '"stop"': "stop", "a/c": "c", "snow_board": "snow board",
+    "<b>": "b", "x@y": "x y", "2+2=4": "2 2 4", "back\\slash": "back slash", "really?!": "really", "{x} [y]": "x y",
+    # With a number like 1,000 in the text every mark vanishes.
+    "1,000": "1000", "1,000 red/blue": "1000 redblue", "10,20,30": "102030",
+    # A period goes unless a digit follows.
+    "mr. smith": "mr smith", "u.s.a.": "usa", "3.5": "3.5", "5.": "5", ".5": ".5", "no...": "no",
+    # Marks that are none of the official ones stay.
+    "10:30": "10:30", "50%": "50%", "$5": "$5", "#1": "#1", "rock & roll": "rock & roll", "dog's": "dog's",
+}  # fmt: skip
+SPACES = {"  yes ": "yes", "new\nyork": "new york", "new\tyork": "new york", "new   york": "new york", "": ""}
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [case for cases in (CONTRACTIONS, NUMBERS, ARTICLES, PUNCTUATION, SPACES) for case in cases.items()],
+)
+def test_normalisation_follows_the_official_rules(raw, normal):
+    assert normalize_answer(raw) == normal

@@ -1,0 +1,99 @@
+"""Small sources of NLVR2 and SNLI-VE as shards, and exported weights, for whole evaluations and programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2, write_source  # noqa: F401  (fixtures)
+from tests.tiny import tiny_config, tiny_pretraining_model
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import image_processor
+from unimo3.model.init import initialize_weights
+from unimo3.model.processor import Unimo3Processor
+
+# A sentence of two pairs, and others of one; numbers of examples that 2 and 3 do not divide.
+NLVR2 = ("0-0-0", "0-1-0", "0-0-1", "1-0-0", "2-0-0", "3-0-0", "4-0-0")
+LABELS = ("entailment", "neutral", "contradiction")
+NUM_HYPOTHESES = 11
+VOCABULARY = 400
+
+
+def write_nlvr2(root: Path) -> Path:
+    """The same examples in each split."""
+    for split, folder in (("train", "images/train"), ("dev", "dev"), ("test1", "test1")):
+        lines = []
+        (root / folder).mkdir(parents=True)
+        for number, place in enumerate(NLVR2):
+            identifier = f"{split}-{place}"
+            pair = identifier.rpartition("-")[0]
+            for side in range(2):
+                (root / folder / f"{pair}-img{side}.png").write_bytes(draw_jpeg(10 * number + side))
+            lines.append({"identifier": identifier, "sentence": f"{number} dogs", "label": str(number % 3 == 0)})
+        (root / f"{split}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def write_snli_ve(root: Path) -> Path:
+    """The same hypotheses in each split, about photos of its own."""
+    (root / "flickr30k-images").mkdir(parents=True)
+    for start, split in enumerate(("train", "dev", "test")):
+        lines = []
+        for number in range(NUM_HYPOTHESES):
+            photo = str(100 * start + number // 3)
+            (root / "flickr30k-images" / f"{photo}.jpg").write_bytes(draw_jpeg(int(photo)))
+            lines.append(
+                {
+                    "Flickr30K_ID": photo, "sentence2": f"{number} dogs", "gold_label": LABELS[number % 3],
+                    "pairID": f"{photo}.jpg#{number}r1e",
+                }
+            )  # fmt: skip
+        (root / f"snli_ve_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def vqa(tmp_path_factory) -> Path:
+    """VQAv2 with 19 held-out questions."""
+    root = tmp_path_factory.mktemp("vqa")
+    write_source(root / "source", num_images=22)
+    arguments = ("--src", str(root / "source"), "--out", str(root / "shards"), "--shard-size", "4")
+    assert convert("vqav2", *arguments, "--min-answer-count", "3") == 0
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def nlvr2(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("nlvr2")
+    write_nlvr2(root / "source")
+    assert convert("nlvr2", "--src", str(root / "source"), "--out", str(root / "shards"), "--shard-size", "3") == 0
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def snli_ve(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("snli_ve")
+    write_snli_ve(root / "source")
+    assert convert("snli_ve", "--src", str(root / "source"), "--out", str(root / "shards"), "--shard-size", "2") == 0
+    return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(coco) -> PreTrainedTokenizerBase:  # noqa: F811
+    return load_tokenizer(str(coco / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(tokenizer, tmp_path_factory) -> Path:
+    """What an export of pretraining holds, with random weights; images of 16 pixels, patches of 8."""
+    folder = tmp_path_factory.mktemp("weights") / "pretrained"
+    text = tiny_config().text_config.to_dict()
+    text |= {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "num_hidden_layers": 1}
+    vision = {"image_size": 16, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}}
+    model = tiny_pretraining_model(text_config=text, vision_config=vision, num_hidden_layers=2)
+    # Of such a spread that what is predicted differs from row to row.
+    initialize_weights(model, 2, std=0.8)
+    model.save_pretrained(folder)
+    Unimo3Processor(image_processor(16), tokenizer).save_pretrained(folder)
+    return folder

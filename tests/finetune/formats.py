@@ -1,0 +1,64 @@
+"""Checkers of prediction files and figures, written from the official programs' definitions, not from our writers."""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+
+def check_vqa(text: str, questions: list[dict]) -> None:
+    """A submission to VQA's server: a JSON list of {question_id: int, answer: str}, each question of the split once."""
+    entries = json.loads(text)
+    assert isinstance(entries, list)
+    for entry in entries:
+        assert set(entry) == {"question_id", "answer"}
+        assert type(entry["question_id"]) is int
+        assert type(entry["answer"]) is str
+    assert sorted(entry["question_id"] for entry in entries) == sorted(
+        question["question_id"] for question in questions
+    )
+
+
+def nlvr2_figures(text: str, examples: list[dict]) -> dict[str, float]:
+    """What NLVR2's program prints: it splits each line at its commas into identifier and label, without a header.
+
+    A sentence is what an identifier says besides its third part, the pair; it is consistent if all its pairs are right.
+    """
+    said = {}
+    for line in csv.reader(text.splitlines()):
+        assert len(line) == 2
+        assert line[1] in ("True", "False")
+        assert line[0] not in said
+        said[line[0]] = line[1]
+    assert set(said) == {example["identifier"] for example in examples}
+    right = {example["identifier"]: said[example["identifier"]] == example["label"] for example in examples}
+    of_sentence = defaultdict(list)
+    for identifier, is_right in right.items():
+        split, number, _pair, sentence = identifier.split("-")
+        of_sentence[split, number, sentence].append(is_right)
+    return {
+        "accuracy": sum(right.values()) / len(right),
+        "consistency": sum(all(marks) for marks in of_sentence.values()) / len(of_sentence),
+    }
+
+
+def snli_ve_figures(text: str, examples: list[dict]) -> dict[str, float]:
+    """Accuracy over all and of each gold label, of JSON lines with a pair's id and its label."""
+    said = {}
+    for line in text.splitlines():
+        entry = json.loads(line)
+        assert set(entry) == {"pairID", "gold_label"}
+        assert entry["gold_label"] in ("entailment", "neutral", "contradiction")
+        assert entry["pairID"] not in said
+        said[entry["pairID"]] = entry["gold_label"]
+    assert set(said) == {example["pairID"] for example in examples}
+    marks = defaultdict(list)
+    for example in examples:
+        is_right = said[example["pairID"]] == example["gold_label"]
+        marks["overall"].append(is_right)
+        marks[example["gold_label"]].append(is_right)
+    return {group: sum(values) / len(values) for group, values in marks.items()}
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,119 @@
+"""Evaluation of each task: the same figures on any number of ranks, every unit once, official figures and files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from finetune.nlvr2 import Nlvr2
+from finetune.snli_ve import SnliVe
+from finetune.task import HeldOut, Reading
+from finetune.vqa import Vqa
+from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
+from tests.finetune.formats import check_vqa, nlvr2_figures, read_lines, snli_ve_figures
+from tests.spawn import ROOT
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World
+from unimo3.errors import DataError
+from unimo3.training.evaluation import Unguarded
+
+
+@pytest.fixture(scope="module")
+def asked(vqa):
+    return json.loads((vqa.parent / "source" / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
+    """By number of ranks, for each rank, what it found of each task: figures and files."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    for name, shards in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve)):
+        (folder / name).symlink_to(shards)
+    command = [sys.executable, "-m", "tests.finetune.evaluating", pretrained, folder, folder]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_one_two_and_three_ranks_give_the_same_figures_and_files(evaluated, asked):
+    assert all(number % ranks for number in (len(asked), len(NLVR2), NUM_HYPOTHESES) for ranks in (2, 3))
+    (alone,) = evaluated["1"]
+    assert set(alone) == {"vqa", "nlvr2", "snli_ve"}
+    assert evaluated["2"] == [alone] * 2
+    assert evaluated["3"] == [alone] * 3
+
+
+def test_predictions_differ_from_row_to_row(evaluated):
+    (found,) = evaluated["1"]
+    assert len({entry["answer"] for entry in json.loads(found["vqa"][1]["predictions.json"])}) > 1
+    assert len({line.split(",")[1] for line in found["nlvr2"][1]["predictions.csv"].splitlines()}) > 1
+    lines = found["snli_ve"][1]["predictions.jsonl"].splitlines()
+    assert len({json.loads(line)["gold_label"] for line in lines}) > 1
+
+
+def test_vqa_predictions_are_a_submission(evaluated, asked):
+    check_vqa(evaluated["3"][0]["vqa"][1]["predictions.json"], asked)
+
+
+def test_nlvr2_predictions_give_the_official_programs_figures(evaluated, nlvr2):
+    figures, files = evaluated["3"][0]["nlvr2"]
+    examples = read_lines(nlvr2.parent / "source" / "dev.json")
+    assert figures == pytest.approx(nlvr2_figures(files["predictions.csv"], examples))
+    assert json.loads(files["accuracy.json"]) == figures
+
+
+def test_snli_ve_predictions_give_the_figures_of_each_class(evaluated, snli_ve):
+    figures, files = evaluated["3"][0]["snli_ve"]
+    examples = read_lines(snli_ve.parent / "source" / "snli_ve_dev.jsonl")
+    expected = snli_ve_figures(files["predictions.jsonl"], examples)
+    assert len(expected) == 4
+    assert json.loads(files["accuracy.json"]) == pytest.approx(expected)
+    assert figures == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
+
+
+def rows(*entries):
+    return [dict(zip(("question_id", "answer", "group", "accuracy"), entry, strict=True)) for entry in entries]
+
+
+def test_questions_without_answers_give_predictions_and_no_accuracy():
+    task = Vqa(AnswerVocabulary(["yes"]))
+    found = task.results(rows((2, "yes", "", None), (1, "yes", "", None)))
+    assert found.figures == {}
+    assert list(found.files) == ["predictions.json"]
+    check_vqa(found.files["predictions.json"], [{"question_id": 1}, {"question_id": 2}])
+
+
+def test_vqa_accuracy_is_over_all_and_of_each_answer_type():
+    task = Vqa(AnswerVocabulary(["yes"]))
+    found = task.results(rows((1, "yes", "yes/no", 1.0), (2, "yes", "other", 0.3), (3, "yes", "other", 0.6)))
+    assert found.figures == pytest.approx({"accuracy_overall": 1.9 / 3, "accuracy_yes/no": 1.0, "accuracy_other": 0.45})
+
+
+def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
+    def judged(*marks):
+        return [{"identifier": name, "label": "True", "is_right": is_right} for name, is_right in marks]
+
+    # Two sentences about the set 7 with two pairs each, one about the set 8.
+    marks = (
+        ("test1-7-0-0", True), ("test1-7-1-0", True), ("test1-7-0-1", True), ("test1-7-1-1", False),
+        ("test1-8-0-0", True),
+    )  # fmt: skip
+    assert Nlvr2().results(judged(*marks)).figures == {"accuracy": 0.8, "consistency": pytest.approx(2 / 3)}
+
+
+def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp_path):
+    shutil.copytree(snli_ve / "val", tmp_path / "val")
+    path = tmp_path / "val" / "index.json"
+    content = json.loads(path.read_text())
+    for shard in content["shards"]:
+        shard["num_items"] = 0
+    path.write_text(json.dumps(content))
+    reading = Reading(tokenizer, 12, ImageTransform(16), 0)
+    held_out = HeldOut(ShardIndex(tmp_path / "val"), reading, World(0, 0, 1), 2, ReaderArgs(0, 1))
+    with pytest.raises(DataError, match=r"data\.val: '.*val': holds no hypotheses to score; name other shards"):
+        SnliVe().evaluate(None, held_out, Unguarded())

@@ -1,0 +1,130 @@
+"""Settings of fine-tuning that cannot be: each gives one fault that names the field, the value and the mend."""
+
+import json
+import shutil
+
+import pytest
+
+from finetune.nlvr2 import Nlvr2, Nlvr2Config
+from finetune.snli_ve import SnliVeConfig
+from finetune.vqa import VqaConfig
+from tests.tiny import tiny_config
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
+from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
+from unimo3.training.best import BestArgs
+from unimo3.training.loop import TrainingArgs
+from unimo3.training.run import RunArgs
+
+BATCH = {"global_batch": 8, "micro_batch": 4}
+
+
+def settings(kind, shards, weights, tmp_path, data=(), training=(), **changes):
+    folders = {"train": str(shards / "train"), "val": str(shards / "val"), "tokenizer": str(weights)}
+    return kind(
+        run=RunArgs(dir=str(tmp_path / "runs")),
+        init=str(weights),
+        data=DataArgs(**(folders | {"max_text_tokens": 12} | dict(data))),
+        training=TrainingArgs(**(BATCH | dict(training))),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned_vqa(pretrained, tmp_path_factory):
+    """Exported weights of a model that was tuned for VQA on two answers."""
+    folder = tmp_path_factory.mktemp("tuned") / "vqa"
+    shutil.copytree(pretrained, folder)
+    config = Unimo3ForVisualQuestionAnswering.config_class.from_pretrained(pretrained)
+    config.num_answers = 2
+    Unimo3ForVisualQuestionAnswering(config).save_pretrained(folder)
+    AnswerVocabulary(["dog", "yes"]).save_pretrained(folder)
+    return folder
+
+
+def test_what_fits_has_no_fault(nlvr2, snli_ve, vqav2, pretrained, tmp_path):
+    for kind, shards in ((Nlvr2Config, nlvr2), (SnliVeConfig, snli_ve), (VqaConfig, vqav2)):
+        assert settings(kind, shards, pretrained, tmp_path).faults() == []
+
+
+@pytest.mark.parametrize("split", ["test", "test-dev"])
+def test_nothing_is_trained_on_a_test_split(nlvr2, pretrained, tmp_path, split):
+    shutil.copytree(nlvr2 / "test", tmp_path / split)
+    index = tmp_path / split / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"split": split}))
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": str(tmp_path / split)}).faults()
+    assert fault.startswith(f"data.train: '{tmp_path / split}': is the split {split} of nlvr2, to be tested on")
+    assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(tmp_path / split)}).faults() == []
+
+
+def test_a_split_that_is_missing_is_named(nlvr2, pretrained, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(nlvr2 / "dev")}).faults()
+    assert fault.startswith(f"data.val: '{nlvr2 / 'dev'}': {nlvr2 / 'dev' / 'index.json'}: cannot be read")
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(nlvr2)}).faults()
+    assert "name one of its splits, test, train, val" in fault
+
+
+def test_shards_of_another_task_are_named(nlvr2, snli_ve, pretrained, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(snli_ve / "val")}).faults()
+    assert "its samples have no statement (snli_ve, val); name other shards" in fault
+
+
+def test_an_image_size_that_the_patch_does_not_divide_is_named_with_two_that_it_does(nlvr2, pretrained, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, image_size=30).faults()
+    assert fault == "image_size: 30: not a multiple of the patch size 8; use 24 or 32"
+    assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, image_size=-8).faults()[0].startswith("image_size: -8: ")
+    assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, image_size=32).faults() == []
+
+
+def test_weights_of_another_task_are_named(nlvr2, tuned_vqa, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, tuned_vqa, tmp_path).faults()
+    assert fault.startswith(f"init: '{tuned_vqa}': holds weights of Unimo3ForVisualQuestionAnswering, this task tunes")
+
+
+def test_tuned_weights_answer_from_their_own_vocabulary(vqav2, tuned_vqa, tmp_path):
+    found = settings(VqaConfig, vqav2, tuned_vqa, tmp_path)
+    assert found.answers_path == tuned_vqa / "answers.json"
+    assert found.faults() == []
+
+
+@pytest.mark.parametrize("answers", [["dog", "yes", "no"], ["yes", "dog"]], ids=["size", "order"])
+def test_a_vocabulary_other_than_the_weights_is_named(vqav2, tuned_vqa, tmp_path, answers):
+    AnswerVocabulary(answers).save(tmp_path / "answers.json")
+    (fault,) = settings(VqaConfig, vqav2, tuned_vqa, tmp_path, answers=str(tmp_path / "answers.json")).faults()
+    assert fault.startswith(f"answers: '{tmp_path / 'answers.json'}': lists {len(answers)} answers that are not those")
+
+
+def test_evaluation_alone_needs_tuned_weights_and_held_out_data_but_no_training_data(nlvr2, pretrained, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).faults()
+    assert fault.startswith(f"eval_only: true: the run has no checkpoint, and init '{pretrained}' holds no weights")
+    found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": None}, eval_only=True).faults()
+    assert found[0] == "eval_only: true: data.val names nothing to evaluate on; name held-out shards"
+    folder = tmp_path / "tuned"
+    shutil.copytree(pretrained, folder)
+    config = Unimo3ForImagesAndTextClassification.config_class.from_pretrained(pretrained)
+    Nlvr2().configure(config)
+    Unimo3ForImagesAndTextClassification(config).save_pretrained(folder)
+    assert settings(Nlvr2Config, nlvr2, folder, tmp_path, {"train": ""}, eval_only=True).faults() == []
+
+
+def test_patience_needs_evaluations(nlvr2, pretrained, tmp_path):
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, best=BestArgs(patience=2)).faults()
+    assert fault.startswith("best.patience: 2: counts evaluations; set data.val and training.eval_every")
+    assert BestArgs(patience=-1).faults()[0].startswith("best.patience: -1: ")
+    assert BestArgs(keep=False, patience=1).faults()[0].endswith("set best.keep to true")
+
+
+def test_all_faults_come_at_once(nlvr2, pretrained, tmp_path):
+    found = settings(
+        Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": str(nlvr2 / "test"), "val": "nowhere"},
+        {"micro_batch": 3}, image_size=30,
+    ).faults()  # fmt: skip
+    assert [fault.partition(":")[0] for fault in found] == [
+        "training.global_batch", "data.train", "data.val", "image_size",
+    ]  # fmt: skip
+
+
+def test_labels_are_in_the_configuration_under_their_names():
+    config = tiny_config()
+    Nlvr2().configure(config)
+    assert (config.num_labels, config.id2label) == (2, {0: "False", 1: "True"})

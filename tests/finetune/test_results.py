@@ -1,0 +1,32 @@
+"""Names of prediction files: one for each split, whatever is evaluated after."""
+
+import json
+
+from finetune.results import write_files
+
+FILES = {"predictions.json": "[]", "accuracy.json": "{}"}
+
+
+def record(folder, step, split, data):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"group": "eval", "step": step, "split": split, "data": data}) + "\n")
+
+
+def test_each_split_has_files_of_its_own_and_val_the_plain_names(tmp_path):
+    write_files(tmp_path, FILES, "val", "aaaaaaaaaa")
+    write_files(tmp_path, {"predictions.json": "[1]"}, "test-dev", "bbbbbbbbbb")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "predictions.json": "[]", "accuracy.json": "{}", "predictions_test-dev.json": "[1]",
+    }  # fmt: skip
+
+
+def test_other_shards_of_a_splits_name_do_not_overwrite_the_first(tmp_path):
+    write_files(tmp_path, FILES, "val", "aaaaaaaaaa")
+    record(tmp_path, 3, "val", "aaaaaaaaaa")
+    write_files(tmp_path, {"predictions.json": "[2]"}, "val", "cccccccccc")
+    record(tmp_path, 3, "val", "cccccccccc")
+    assert (tmp_path / "predictions.json").read_text() == "[]"
+    assert (tmp_path / "predictions_val_cccccccc.json").read_text() == "[2]"
+    # The first's name stays the first's.
+    write_files(tmp_path, {"predictions.json": "[3]"}, "val", "aaaaaaaaaa")
+    assert (tmp_path / "predictions.json").read_text() == "[3]"

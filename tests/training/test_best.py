@@ -1,0 +1,112 @@
+"""The best checkpoint on held-out data: noted once it is committed, spared by retention; when to end early."""
+
+import pytest
+
+from pretrain.export import choose_checkpoint
+from pretrain.train import PretrainConfig
+from unimo3.checkpoint import store
+from unimo3.checkpoint.best import read_best
+from unimo3.checkpoint.manifest import flush_and_hash, write_manifest
+from unimo3.errors import CheckpointError
+from unimo3.training.best import Best, BestArgs
+from unimo3.training.metrics import MetricsWriter
+from unimo3.training.run import Run, RunArgs
+
+
+@pytest.fixture
+def run(tmp_path):
+    started = Run(PretrainConfig(run=RunArgs(dir=str(tmp_path))), global_batch=1, fingerprint="train")
+    started.metrics = MetricsWriter(started.folder, 0, enabled=True)
+    yield started
+    started.close()
+
+
+def commit(run):
+    """A good checkpoint of the run's step, without tensors."""
+    folder = store.folder_of(run.folder) / store.tag_of(run.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.state().write(folder / store.STATE)
+    write_manifest(folder, flush_and_hash(folder, [folder / store.STATE]))
+
+
+def evaluate(run, best, step, value, data="val"):
+    run.step = step
+    best.consider(run, {"accuracy": value}, lambda: commit(run))
+    run.metrics.write({"step": step, "data": data, "accuracy": value}, group="eval")
+
+
+def test_the_first_of_the_largest_is_the_best(run):
+    best = Best(BestArgs(), "accuracy", "val")
+    for step, value in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4)):
+        evaluate(run, best, step, value)
+    found = read_best(run.folder)
+    assert (found.tag, found.step, found.figure, found.value, found.data) == (
+        "step_00000004",
+        4,
+        "accuracy",
+        0.5,
+        "val",
+    )
+    assert [folder.name for folder in store.list_checkpoints(run.folder)] == ["step_00000002", "step_00000004"]
+
+
+def test_it_is_noted_only_when_its_checkpoint_is_committed(run):
+    best = Best(BestArgs(), "accuracy", "val")
+    evaluate(run, best, 2, 0.3)
+    run.step = 4
+
+    def fail():
+        raise CheckpointError("the disk is full")
+
+    with pytest.raises(CheckpointError):
+        best.consider(run, {"accuracy": 0.9}, fail)
+    assert read_best(run.folder).step == 2
+
+
+def test_retention_spares_it(run):
+    best = Best(BestArgs(), "accuracy", "val")
+    for step, value in ((2, 0.3), (4, 0.5), (6, 0.4), (8, 0.4)):
+        evaluate(run, best, step, value)
+        commit(run)
+    assert [folder.name for folder in store.prune(run.folder, 1, 0)] == ["step_00000002", "step_00000006"]
+    assert [folder.name for folder in store.list_checkpoints(run.folder)] == ["step_00000004", "step_00000008"]
+
+
+def test_a_best_one_that_was_lost_gives_way(run):
+    best = Best(BestArgs(), "accuracy", "val")
+    evaluate(run, best, 2, 0.9)
+    (store.folder_of(run.folder) / "step_00000002").rename(run.folder / "moved")
+    evaluate(run, best, 4, 0.1)
+    assert read_best(run.folder).step == 4
+
+
+def test_nothing_is_chosen_on_other_data_or_without_the_figure(run, caplog):
+    evaluate(run, Best(BestArgs(), "accuracy", None), 2, 0.3)
+    Best(BestArgs(), "accuracy_overall", "val").consider(run, {}, lambda: commit(run))
+    assert read_best(run.folder) is None
+    evaluate(run, Best(BestArgs(), "accuracy", "val"), 2, 0.3)
+    evaluate(run, Best(BestArgs(), "accuracy", "other"), 4, 0.9, "other")
+    assert read_best(run.folder).step == 2
+    assert "step_00000002 stays the best checkpoint: it was chosen on other held-out data" in caplog.text
+
+
+def test_patience_counts_evaluations_since_the_best(run):
+    best = Best(BestArgs(patience=2), "accuracy", "val")
+    for step, value, last in ((2, 0.3, 100), (4, 0.2, 100), (6, 0.4, 100), (8, 0.4, 100), (10, 0.1, 10)):
+        evaluate(run, best, step, value)
+        assert best.last_step(run, 100) == last
+    # A later start, on other data as well, does not train on.
+    assert Best(BestArgs(patience=2), "accuracy", None).last_step(run, 100) == 10
+    assert Best(BestArgs(patience=3), "accuracy", "val").last_step(run, 100) == 100
+    assert Best(BestArgs(), "accuracy", "val").last_step(run, 100) == 100
+
+
+def test_export_takes_the_best_by_name(run):
+    commit(run)
+    with pytest.raises(CheckpointError, match=r"--tag best: .*best\.json names none"):
+        choose_checkpoint(run.folder, "best")
+    best = Best(BestArgs(), "accuracy", "val")
+    for step, value in ((2, 0.3), (4, 0.2)):
+        evaluate(run, best, step, value)
+    commit(run)
+    assert choose_checkpoint(run.folder, "best").checkpoint.name == "step_00000002"

@@ -1,0 +1,36 @@
+"""How often statements about image pairs are judged right: NLVR2's official figures.
+
+Source: nlvr2/eval/metrics.py of https://github.com/lil-lab/nlvr, and NLVR2, arXiv 1811.00491.
+"""
+
+from collections.abc import Iterable
+
+_PAIR_PLACE = 2
+
+
+def sentence_of(identifier: str) -> str:
+    """What identifies an NLVR2 sentence: its examples' identifiers, split-set-pair-sentence, without the pair.
+
+    Raises:
+        ValueError: it has not that form.
+    """
+    parts = identifier.split("-")
+    if len(parts) <= _PAIR_PLACE:
+        raise ValueError(f"identifier {identifier!r}: split-set-pair-sentence expected")
+    return "-".join([*parts[:_PAIR_PLACE], *parts[_PAIR_PLACE + 1 :]])
+
+
+def pair_figures(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """``accuracy``, the share of examples judged right, and ``consistency``, of sentences right for all their pairs.
+
+    Args:
+        judged: each example's identifier, and whether it was judged right; at least one.
+    """
+    all_right: dict[str, bool] = {}
+    num_right = num_examples = 0
+    for identifier, is_right in judged:
+        sentence = sentence_of(identifier)
+        all_right[sentence] = all_right.get(sentence, True) and is_right
+        num_right += is_right
+        num_examples += 1
+    return {"accuracy": num_right / num_examples, "consistency": sum(all_right.values()) / len(all_right)}

@@ -1,0 +1,133 @@
+"""Statements about one image or two, with the class that each is of: SNLI-VE and NLVR2.
+
+Source: SNLI-VE, arXiv 1901.06706; NLVR2, arXiv 1811.00491.
+"""
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from unimo3.data.index import ShardIndex
+from unimo3.data.order import Unit
+from unimo3.data.samples import BadSampleError, Inputs, TextEncoder, image_of, read_sample, sample_rng
+from unimo3.data.scoring import sentence_of
+from unimo3.data.transforms import ImageTransform
+
+ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
+TRUTH_LABELS = ("False", "True")
+_NUM_IMAGES = 2
+
+
+class EntailmentSamples:
+    """Hypotheses about a photo; the label is a number of `ENTAILMENT_LABELS`."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        transform: ImageTransform,
+        seed: int,
+    ):
+        self.index = index
+        self._encode = TextEncoder(tokenizer, max_text_tokens)
+        self._transform = transform
+        self._seed = seed
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit a hypothesis."""
+        return self.index.items_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key and the hypothesis's number in it."""
+        sample, item = self.index.item(unit.shard, unit.unit)
+        return f"{self.index.key(unit.shard, sample)}#{item}"
+
+    def build(self, unit: Unit) -> Inputs:
+        """The image by a call, hypothesis, ``label`` [] and ``pair_id``."""
+        sample, item = self.index.item(unit.shard, unit.unit)
+        members, content = read_sample(self.index, unit.shard, sample)
+        try:
+            hypothesis = content["hypotheses"][item]
+            label = ENTAILMENT_LABELS.index(hypothesis["label"])
+            text, pair_id = _text(hypothesis, "text"), _text(hypothesis, "pair_id")
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise BadSampleError(
+                f"hypothesis {item} of its json lacks a field, or has a label other than "
+                f"{', '.join(ENTAILMENT_LABELS)} ({error!r})"
+            ) from error
+        ids, mask = self._encode(text)
+        rng = sample_rng(self._seed, "augment", unit.epoch, unit)
+        return {
+            "images": image_of(members, self._transform, rng),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "label": np.asarray(label),
+            "pair_id": pair_id,
+        }
+
+
+class ImagePairSamples:
+    """Statements about two images; the label is a number of `TRUTH_LABELS`."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        transform: ImageTransform,
+        seed: int,
+    ):
+        self.index = index
+        self._encode = TextEncoder(tokenizer, max_text_tokens)
+        self._transform = transform
+        self._seed = seed
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit a sample."""
+        return self.index.samples_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key."""
+        return self.index.key(unit.shard, unit.unit)
+
+    def build(self, unit: Unit) -> Inputs:
+        """Both images by a call, [2, S, S, 3], statement, ``label`` [] and ``identifier``."""
+        members, content = read_sample(self.index, unit.shard, unit.unit)
+        try:
+            text, identifier = _text(content, "statement"), _text(content, "identifier")
+            sentence_of(identifier)  # scoring needs its form
+            label = content["label"]
+            if not isinstance(label, bool):
+                raise TypeError(f"label is {label!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadSampleError(
+                f"its json lacks a field, or has a label that is not true or false ({error!r})"
+            ) from error
+        ids, mask = self._encode(text)
+        rng = sample_rng(self._seed, "augment", unit.epoch, unit)
+        images = [image_of(members, self._transform, rng, number) for number in range(_NUM_IMAGES)]
+        return {
+            "images": lambda: np.stack([decode() for decode in images]),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "label": np.asarray(int(label)),
+            "identifier": identifier,
+        }
+
+
+def _text(content: dict[str, Any], name: str) -> str:
+    """A field's text.
+
+    Raises:
+        KeyError, TypeError, ValueError: there is none.
+    """
+    text = content[name]
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r}")
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text

@@ -1,0 +1,95 @@
+"""Keeping the checkpoint that does best on held-out data, and ending a run that gets no better.
+
+Source: none.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from unimo3.checkpoint import store
+from unimo3.checkpoint.best import BestRecord, read_best, write_best
+from unimo3.distributed import broadcast_object, world
+from unimo3.training.metrics import Figures, read_metrics
+from unimo3.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BestArgs:
+    """The best checkpoint on held-out data, and early stopping."""
+
+    keep: bool = True
+    """Whether the state of the best evaluation so far is saved, kept whatever checkpoint.keep_last says, and named in
+    RUN/best.json; python -m pretrain.export RUN --tag best takes it. Not on splits named test or test-dev."""
+    patience: int = 0
+    """Evaluations in a row without a better figure after which the run ends with status 0. 0: never."""
+
+    def faults(self) -> list[str]:
+        """Say what is wrong with these settings, one line a fault."""
+        if self.patience < 0:
+            return [f"best.patience: {self.patience}: 0 or a number of evaluations is needed"]
+        if self.patience and not self.keep:
+            return [f"best.patience: {self.patience}: counts from the best checkpoint; set best.keep to true"]
+        return []
+
+
+class Best:
+    """A run's best checkpoint by one figure on one set of held-out data; every rank has one and calls it alike.
+
+    Args:
+        figure: larger is better.
+        fingerprint: of the held-out data. None: nothing is chosen on this data; what was chosen before still counts.
+    """
+
+    def __init__(self, args: BestArgs, figure: str, fingerprint: str | None):
+        self._args, self._figure, self._fingerprint = args, figure, fingerprint
+
+    def consider(self, run: Run, figures: Figures, save: Callable[[], None]) -> None:
+        """Have the run's present state saved, and noted as the best, if its figure is better than any before.
+
+        Args:
+            save: returns when the state is committed.
+        """
+        value, data = figures.get(self._figure), self._fingerprint
+        if value is None or data is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
+            return
+        save()
+        if world()[0] == 0:
+            record = BestRecord(store.tag_of(run.step), run.step, self._figure, value, data)
+            write_best(run.folder, record)
+
+    def last_step(self, run: Run, planned: int) -> int:
+        """Where the run ends: at step `planned`, or here if patience is at its end."""
+        is_past: bool = broadcast_object(world()[0] == 0 and self._is_past(run))
+        return run.step if is_past else planned
+
+    def _is_better(self, run: Run, value: float) -> bool:
+        best = read_best(run.folder)
+        if best is None or not (store.folder_of(run.folder) / best.tag / store.MANIFEST).is_file():
+            return True
+        if best.data != self._fingerprint:
+            log.warning(
+                "%s stays the best checkpoint: it was chosen on other held-out data; remove best.json to choose anew",
+                best.tag,
+            )
+            return False
+        return value > best.value
+
+    def _is_past(self, run: Run) -> bool:
+        best = read_best(run.folder)
+        if not self._args.patience or best is None:
+            return False
+        later = [
+            record
+            for record in read_metrics(run.folder, group="eval")
+            if record.get("data") == best.data and record["step"] > best.step
+        ]
+        if len(later) < self._args.patience:
+            return False
+        log.info(
+            "ends early: %d evaluations since %s have brought no better %s than %.4f (best.patience)",
+            len(later), best.tag, best.figure, best.value,
+        )  # fmt: skip
+        return True
