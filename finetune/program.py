@@ -115,7 +115,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     model_config.architectures = [task.model_class.__name__]
     indexes = [] if settings.eval_only else settings.data.open_train()
     val_index = settings.data.open_val()
-    world, stop = start_process(settings.run.seed)
+    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
@@ -141,8 +141,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
     train(
-        run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation,
-        only_evaluates=settings.eval_only,
+        run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch,
+        evaluation,         only_evaluates=settings.eval_only,
     )  # fmt: skip
     run.close()
 

@@ -63,6 +63,21 @@ def main(argv: list[str] | None = None) -> None:
     """Choose a checkpoint, verify it, export it."""
     args = parse_arguments(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    max_file_bytes = check(args)
+    choice = choose_checkpoint(args.run, args.tag)
+    reports = export_run(
+        choice.run, choice.checkpoint, args.out, args.dtype, args.on_overflow, max_file_bytes,
+        num_jobs=args.jobs, verify=args.verify,
+    )  # fmt: skip
+    print(summary(args.out, choice, args.dtype, reports))
+
+
+def check(args: argparse.Namespace) -> int:
+    """Refuse what cannot work, all at once, before anything is read.
+
+    Returns:
+        Bytes that a weights file is kept below.
+    """
     size = re.fullmatch(r"(\d+)\s*([KMG]?B?)", args.max_shard_size.strip().upper())
     faults = []
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
@@ -74,16 +89,14 @@ def main(argv: list[str] | None = None) -> None:
     if faults:
         raise ConfigError(faults)
     assert size is not None
-    choice = choose_checkpoint(args.run, args.tag)
-    reports = export_run(
-        choice.run, choice.checkpoint, args.out, args.dtype, args.on_overflow, int(size[1]) * _UNITS[size[2]],
-        num_jobs=args.jobs, verify=args.verify,
-    )  # fmt: skip
-    print(summary(args.out, choice, args.dtype, reports))
+    return int(size[1]) * _UNITS[size[2]]
 
 
-def choose_checkpoint(run: Path, tag: str | None) -> Choice:
+def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Choice:
     """The checkpoint to export, verified if it has a manifest.
+
+    Args:
+        verify: without it a run's checkpoints are not read, and a damaged one may be chosen.
 
     Raises:
         CheckpointError: there is none, or the named one is missing or damaged.
@@ -93,7 +106,7 @@ def choose_checkpoint(run: Path, tag: str | None) -> Choice:
     if not store.folder_of(run).is_dir() and (any(run.glob(_ZERO_FILES)) or (run / "latest").is_file()):
         return Choice(None, _zero_folder(run, tag))
     if tag is None:
-        newest = store.newest_good(run)
+        newest = store.newest_good(run) if verify else next(reversed(store.list_checkpoints(run)), None)
         if newest is None:
             raise CheckpointError(
                 f"{run}: has no good checkpoint in {store.folder_of(run)}; "
@@ -109,7 +122,8 @@ def choose_checkpoint(run: Path, tag: str | None) -> Choice:
     if folder not in store.list_checkpoints(run):
         known = ", ".join(path.name for path in store.list_checkpoints(run)) or "none"
         raise CheckpointError(f"--tag {tag}: no such checkpoint in {store.folder_of(run)}; there are: {known}")
-    _refuse_damaged(folder, "leave out --tag to take the newest good one")
+    if verify:
+        _refuse_damaged(folder, "leave out --tag to take the newest good one")
     return Choice(run, folder)
 
 

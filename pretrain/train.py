@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     settle_tokens(model_config, tokenizer)
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
-    world, stop = start_process(settings.run.seed)
+    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             val_index.fingerprint,
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, evaluation)
+    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch, evaluation)
     run.close()
 
 

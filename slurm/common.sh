@@ -9,10 +9,6 @@ trap : TERM CONT USR1 USR2
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 
 setup() {
-    if [[ ! -f slurm/common.sh ]]; then
-        say "$PWD is not the project's folder; submit from there, or set UNIMO3_ROOT to it"
-        exit 78
-    fi
     ROOT=$PWD
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
@@ -56,6 +52,9 @@ patiently() {
     return 1
 }
 
+# As `patiently`, while Slurm ends all processes of the job for what the command itself asks.
+unhurt() { (trap '' TERM && patiently "$@"); }
+
 # A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
 # ports they try first; one that something else holds is passed over.
 free_port() {
@@ -88,9 +87,7 @@ ranks() {
 train() {
     local program=$1 status=0
     setup
-    RUN=$(tool slurm.runs "$@") || settle $?
-    HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS"
+    take "$@"
     preflight "$@"
     export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
     rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
@@ -100,6 +97,27 @@ train() {
     kill "$guard" 2>/dev/null || true
     say "$program: srun ended with status $status"
     settle_by tool slurm.outcome end --run "$RUN" --status "$status" --statuses "$UNIMO3_STATUS_DIR"
+}
+
+# Does what needs no ranks of srun's: FUNCTION MODULE ARGUMENTS...; the function starts the module.
+work() {
+    local start=$1 program=$2 status=0
+    shift
+    setup
+    take "$@"
+    before_the_wall &
+    local guard=$!
+    "$start" "$@" || status=$?
+    kill "$guard" 2>/dev/null || true
+    say "$program ended with status $status"
+    settle_by tool slurm.outcome end --run "$RUN" --status "$status"
+}
+
+# Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
+take() {
+    RUN=$(tool slurm.runs "$@") || settle $?
+    HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS"
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
@@ -158,24 +176,24 @@ act() {
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
+    local change=keep nodes="" is_ended=""
+    # An action of before the run's folder was known changes no nodes.
+    [[ -z ${RUN:-} ]] || change=$(tool slurm.exclusions --run "$RUN") || change=keep
+    read -r change nodes <<<"$change"
+    trap 'is_ended=yes' TERM
     case $action in
-    requeue) patiently scontrol requeue "$JOB" ;;
-    exclude) # reason: NODES and why
-        local others
-        others=$(patiently scontrol show job "$JOB" --oneliner | grep -o 'ExcNodeList=[^ ]*' | cut -d= -f2)
-        [[ $others != "(null)" ]] || others=""
-        patiently scontrol requeue "$JOB"
-        patiently scontrol update JobId="$JOB" ExcNodeList="${reason%% *}${others:+,$others}"
-        ;;
+    requeue | exclude) unhurt scontrol requeue "$JOB" ;;
     hold)
         scontrol update JobId="$JOB" Comment="$reason" || true
         # The links that have not begun, too; release them with the array's number.
         [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
-        patiently scontrol requeuehold State=SpecialExit "$JOB"
+        unhurt scontrol requeuehold State=SpecialExit "$JOB"
         ;;
     *) exit 1 ;;
     esac
-    # Slurm ends this script now; if it exited by itself the job would be taken for finished.
-    sleep 120
+    # Only of a job that waits.
+    [[ $change != "set" ]] || unhurt scontrol update JobId="$JOB" ExcNodeList="$nodes"
+    # Slurm ends this script now; if it exited by itself before, the job would be taken for finished.
+    [[ -n $is_ended ]] || sleep 120
     exit 1
 }

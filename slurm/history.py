@@ -2,6 +2,7 @@
 
     {"event": "begin", "time", "job", "restart", "nodes", "checkpoint"}
     {"event": "end", "time", "job", "status", "action", "reason", "checkpoint"}
+    {"event": "exclude", "time", "job", "nodes"}: see exclusions.py
 
 A begin without an end was cut off: by the loss of a node, a preemption without grace, a kill.
 
@@ -11,6 +12,7 @@ Source: none.
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,23 +60,34 @@ def append(run: Path, event: str, **fields: Any) -> None:
 
 def read(run: Path) -> list[Attempt]:
     """All starts, oldest first; a line cut off by a crash is left out."""
-    path = run / FOLDER / FILE
     attempts: list[Attempt] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
+    for record in _records(run):
         event, when = record.pop("event"), record.pop("time")
         if event == "begin":
             attempts.append(Attempt(when, **record))
-        elif attempts:
+        elif event == "end" and attempts:
             last = attempts[-1]
             attempts[-1] = Attempt(
                 last.time, last.job, last.restart, last.nodes, last.checkpoint, when, record["status"],
                 record["action"], record["reason"],
             )  # fmt: skip
     return attempts
+
+
+def excluded(run: Path, job: str) -> list[str]:
+    """Nodes that a job excludes for the ledger's sake; a link of an array those of the array to begin with."""
+    names = (job, job.partition("_")[0])
+    noted = [record["nodes"] for record in _records(run) if record["event"] == "exclude" and record["job"] in names]
+    return list(noted[-1]) if noted else []
+
+
+def _records(run: Path) -> Iterator[dict[str, Any]]:
+    path = run / FOLDER / FILE
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:

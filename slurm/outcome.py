@@ -19,10 +19,11 @@ Source: sysexits.h for the programs' statuses, unimo3/errors.py.
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
-from slurm import bad_nodes, history, queue
-from slurm.runs import newest_step
+from slurm import bad_nodes, claims, history
+from slurm.runs import progress
 
 # Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
 MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
@@ -41,7 +42,7 @@ def decide(
 
     Args:
         attempts: all starts, the one that has just ended last.
-        checkpoint: newest step now.
+        checkpoint: newest step now; of a conversion, finished shards.
     """
     if status == 0:
         return "done", "the program has ended well"
@@ -60,8 +61,7 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     attempts = history.since_the_last_hold(attempts)
     in_vain = history.starts_without_progress(attempts, checkpoint)
     if in_vain > MAX_WITHOUT_PROGRESS:
-        where = "any checkpoint" if checkpoint is None else f"a checkpoint newer than step {checkpoint}"
-        return "hold", f"{what}: {in_vain} starts in a row ended without {where}"
+        return "hold", f"{what}: {in_vain} starts in a row ended with nothing new to go on from"
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"
@@ -70,9 +70,10 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
 
 def begin(run: Path, job: str, hosts: list[str], max_restarts: int) -> tuple[str, str]:
     """Before a program starts: whether it may; if so the start is noted."""
-    if other := _other_job(run, job):
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
+    if other := claims.take(run, job, restart):
         return "hold", f"job {other} works on {run}; release this one when that has ended"
-    attempts, checkpoint = history.read(run), newest_step(run)
+    attempts, checkpoint = history.read(run), progress(run)
     action, reason = "go", ""
     bad = bad_nodes.current()
     if listed := sorted(set(hosts) & bad.keys()):
@@ -81,7 +82,6 @@ def begin(run: Path, job: str, hosts: list[str], max_restarts: int) -> tuple[str
         # Cut off: nobody was left to decide.
         action, reason = _again("the last start was cut off", attempts, checkpoint, max_restarts)
         action = "go" if action == "requeue" else action
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
     history.append(run, "begin", job=job, restart=restart, nodes=" ".join(hosts), checkpoint=checkpoint)
     if action != "go":
         history.append(run, "end", job=job, status=-1, action=action, reason=reason, checkpoint=checkpoint)
@@ -109,13 +109,14 @@ def settled_status(status: int, folder: Path | None) -> int:
     for decisive in _REASONS:
         if decisive in told:
             return decisive
-    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
-    return 75 if 75 in told else status
+    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early. Ended by
+    # USR1 or USR2: a program was asked to stop before it could listen, while it was being loaded.
+    return 75 if 75 in told or status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2) else status
 
 
 def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
     """After a program has ended: what follows, which is noted."""
-    checkpoint = newest_step(run)
+    checkpoint = progress(run)
     task, last_task = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_MAX")
     in_array = task is not None and task != last_task  # the last link has nobody after it
     attempts = history.read(run)
@@ -132,20 +133,21 @@ def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
 def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, max_restarts: int) -> tuple[str, str]:
     """After the checks of the nodes: bad ones are noted, and the job goes elsewhere."""
     told = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
-    network = told.pop("network", {}).get("problems", [])
+    measured = told.pop("network", {"problems": [], "nodes": {}})
+    network = measured["problems"]
     own = list(dict.fromkeys(problem for answer in told.values() for problem in answer.get("job", [])))
     bad = {
         host: "; ".join(told[host]["problems"]) if host in told else "gave no answer"
         for host in hosts
         if host not in told or told[host]["problems"]
-    }
+    } | measured["nodes"]
     if not bad and not network and not own and status == 0:
         return "go", ""
-    checkpoint, attempts = newest_step(run), history.read(run)
+    checkpoint, attempts = progress(run), history.read(run)
     if own:
         action, reason = "hold", "; ".join(own)
     elif not told or not bad:
-        # Nobody answered, as when the job is being ended; or the nodes are well and the network is not.
+        # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
         what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
         action, reason = _again(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:
@@ -157,14 +159,6 @@ def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, ma
         action, reason = _elsewhere("; ".join(f"{host}: {problem}" for host, problem in bad.items()), attempts[:-1])
     history.append(run, "end", job=job, status=-2, action=action, reason=reason, checkpoint=checkpoint)
     return action, reason
-
-
-def _other_job(run: Path, job: str) -> str | None:
-    """Another job whose start on this run has not ended, if Slurm still has it at work."""
-    attempts = history.read(run)
-    if not attempts or attempts[-1].action is not None or attempts[-1].job == job:
-        return None
-    return attempts[-1].job if queue.ask(attempts[-1].job) in queue.AT_WORK else None
 
 
 def main() -> None:

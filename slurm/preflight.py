@@ -1,7 +1,7 @@
 """Checks of a job's nodes before a program starts; each writes what is wrong as JSON into a folder all share.
 
     python -m slurm.preflight node --run RUN --mark DIR --gpus N --local-disk DIR     once a node
-    python -m slurm.preflight network --mark DIR --floor GBPS                         once a rank
+    python -m slurm.preflight network --mark DIR --floor GBPS                         once a rank; see slurm/network.py
 
 Source: none.
 """
@@ -13,25 +13,22 @@ import os
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
-from slurm.runs import checkpoint_bytes
+import yaml
+
+from slurm.runs import checkpoint_bytes, newest_step
 
 _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
 _MIN_FREE_BYTES = 10**9
 _MIN_FREE_INODES = 1000
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_ROUNDS, _ELEMENTS = 4, 2**22
 
 
 def job_problems(run: Path, num_gpus: int) -> list[str]:
     """What is wrong with the job or with what all nodes share: going elsewhere would not help."""
-    try:
-        needed = max(_MIN_FREE_BYTES, 2 * checkpoint_bytes(run))
-    except (OSError, ValueError, KeyError):
-        needed = _MIN_FREE_BYTES  # a damaged manifest, which resuming will name
-    found = _disk_problems(run, needed)
+    needed_bytes, needed_files = _needed(run)
+    found = _disk_problems(run, needed_bytes, needed_files)
     allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if num_gpus and allocated.isdigit() and int(allocated) < num_gpus:
         found.append(
@@ -41,6 +38,27 @@ def job_problems(run: Path, num_gpus: int) -> list[str]:
     return found
 
 
+def _needed(run: Path) -> tuple[int, int]:
+    """Bytes and files that the checkpoints still to be kept, and the one being written, may take beside those there.
+
+    At least what the next save and the one after it take; what a new run's saves will take, `slurm.submit` estimates.
+    """
+    try:
+        step = newest_step(run)
+        if step is None:
+            return _MIN_FREE_BYTES, _MIN_FREE_INODES
+        kept = int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["keep_last"])
+        num_there = len(list((run / "checkpoints").glob("step_*/MANIFEST.json")))
+        num_saves = max(2, kept + 1 - num_there)
+        num_files = len(list((run / "checkpoints" / f"step_{step:08d}").iterdir()))
+        return (
+            max(_MIN_FREE_BYTES, num_saves * checkpoint_bytes(run)),
+            max(_MIN_FREE_INODES, num_saves * (num_files + 1)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return _MIN_FREE_BYTES, _MIN_FREE_INODES  # a damaged file, which resuming will name
+
+
 def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
     """What is wrong with this node, one line a problem."""
     found = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
@@ -48,7 +66,7 @@ def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
         found.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
         found += _gpu_problems(num_gpus)
-    return found + _disk_problems(local_disk, _MIN_FREE_BYTES)
+    return found + _disk_problems(local_disk, _MIN_FREE_BYTES, _MIN_FREE_INODES)
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:
@@ -67,7 +85,7 @@ def _gpu_problems(num_gpus: int) -> list[str]:
     return []
 
 
-def _disk_problems(folder: Path, least_bytes: int) -> list[str]:
+def _disk_problems(folder: Path, least_bytes: int, least_files: int) -> list[str]:
     probe = folder / f".probe-{socket.gethostname()}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,31 +98,9 @@ def _disk_problems(folder: Path, least_bytes: int) -> list[str]:
     found = []
     if free < least_bytes:
         found.append(f"{folder}: {free / 1e9:.2f} GB are free, {least_bytes / 1e9:.2f} are needed")
-    if inodes.f_files and inodes.f_favail < _MIN_FREE_INODES:
-        found.append(f"{folder}: {inodes.f_favail} files can still be made, {_MIN_FREE_INODES} are needed")
+    if inodes.f_files and inodes.f_favail < least_files:
+        found.append(f"{folder}: {inodes.f_favail} files can still be made, {least_files} are needed")
     return found
-
-
-def network_gbps() -> float:
-    """10^9 bytes a second of an all-reduce over all ranks, by the slowest round but one."""
-    import torch
-    import torch.distributed as dist
-
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
-    values = torch.ones(_ELEMENTS, device="cuda" if gpu else "cpu")
-    seconds = []
-    for _ in range(_ROUNDS):
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_reduce(values)
-        if gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    dist.barrier()
-    return values.nbytes / sorted(seconds)[-2] / 1e9
 
 
 def main() -> None:
@@ -127,12 +123,14 @@ def main() -> None:
             print(f"pre-flight: {name}: {problem}", flush=True)
         _write(args.mark / f"{name}.json", {"problems": problems, "job": own})
         return
-    gbps = network_gbps()
+    from slurm import network
+
+    found = network.measure(args.floor)
     if os.environ["RANK"] == "0":
-        print(f"pre-flight: an all-reduce of {4 * _ELEMENTS / 1e6:.0f} MB runs at {gbps:.2f} GB/s", flush=True)
-        slow = gbps < args.floor
-        problem = f"an all-reduce runs at {gbps:.2f} GB/s, below MIN_ALLREDUCE_GBPS {args.floor:g}"
-        _write(args.mark / "network.json", {"problems": [problem] if slow else [], "gbps": gbps})
+        print(f"pre-flight: an all-reduce over all ranks runs at {found['gbps']:.2f} GB/s", flush=True)
+        for problem in [*found["problems"], *(f"{node}: {problem}" for node, problem in found["nodes"].items())]:
+            print(f"pre-flight: {problem}", flush=True)
+        _write(args.mark / "network.json", found)
     os._exit(0)  # gloo's threads may abort a process that takes itself apart
 
 

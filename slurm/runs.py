@@ -1,4 +1,8 @@
-"""Which run's folder a training command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
+"""Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
+
+    RUN        of training
+    OUT.job    of an export or a conversion: beside what it makes, which must not exist before
+    SRC        of pretrain.prepare_shards index, which writes beside the tars
 
 Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch.
 
@@ -16,14 +20,45 @@ import yaml
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
 _CONFIG_STATUS = 78
+_BESIDE = ".job"
+# As unimo3/data/conversion.py and shards.py name them, which cannot be imported without the libraries they use.
+_STAGING, _SHARD_DONE = ".partial", "*.unimo3-done"
 
 
 class ArgumentError(ValueError):
     """The arguments or the recipe do not name a run."""
 
 
-def run_folder(arguments: list[str]) -> Path:
+def work_folder(program: str, arguments: list[str], start: Path = Path()) -> Path:
+    """The folder that a program works on, where its job keeps its history; only one job at a time may.
+
+    Args:
+        program: its module, such as ``pretrain.train``.
+        start: folder in which it is started.
+
+    Raises:
+        ArgumentError: the arguments do not name one.
+    """
+    if program not in ("pretrain.export", "pretrain.prepare_shards"):
+        return run_folder(arguments, start)
+    in_place = program == "pretrain.prepare_shards" and arguments[:1] == ["index"]
+    key = "--src" if in_place else "--out"
+    value = ""
+    for place, word in enumerate(arguments):
+        name, equals, rest = word.partition("=")
+        if name == key:
+            value = rest if equals else next(iter(arguments[place + 1 :]), "")
+    if not value.isprintable() or Path(value).name in ("", ".."):
+        raise ArgumentError(f"{key} {value!r}: the printable name of a folder is needed")
+    folder = start / value
+    return folder if in_place else folder.with_name(folder.name + _BESIDE)
+
+
+def run_folder(arguments: list[str], start: Path = Path()) -> Path:
     """The folder of the run that ``--config FILE --run.name NAME ...`` name; later arguments win.
+
+    Args:
+        start: folder in which the program is started.
 
     Raises:
         ArgumentError: a recipe cannot be read, or the name is none.
@@ -37,7 +72,7 @@ def run_folder(arguments: list[str]) -> Path:
                 raise ArgumentError(f"--{key}: a value is needed after it")
             value = rest.pop(0)
         if key == "config":
-            given |= _of_recipe(Path(value))
+            given |= _of_recipe(start / value)
         elif key in _DEFAULTS:
             given[key] = value
     name, folder = str(given["run.name"]), str(given["run.dir"])
@@ -45,7 +80,7 @@ def run_folder(arguments: list[str]) -> Path:
         raise ArgumentError(
             f"run.dir {folder!r}, run.name {name!r}: printable names are needed, the second without '/'"
         )
-    return Path(folder) / name
+    return start / folder / name
 
 
 def newest_step(run: Path) -> int | None:
@@ -53,6 +88,16 @@ def newest_step(run: Path) -> int | None:
     folder = run / "checkpoints"
     names = [path.name for path in folder.iterdir() if (path / "MANIFEST.json").is_file()] if folder.is_dir() else []
     return max((int(found[1]) for name in names if (found := _TAG.match(name))), default=None)
+
+
+def progress(folder: Path) -> int | None:
+    """What there is to go on from: step of a run's newest checkpoint, or number of a conversion's finished shards."""
+    step = newest_step(folder)
+    if step is not None:
+        return step
+    staging = folder.with_name(folder.name.removesuffix(_BESIDE) + _STAGING)
+    finished = [*folder.glob(_SHARD_DONE), *(staging.glob(f"*/{_SHARD_DONE}") if folder.suffix == _BESIDE else [])]
+    return len(finished) or None
 
 
 def checkpoint_bytes(run: Path) -> int:
@@ -77,7 +122,7 @@ def _of_recipe(path: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        print(run_folder(sys.argv[2:]))
+        print(work_folder(sys.argv[1], sys.argv[2:]))
     except ArgumentError as problem:
         print(f"ConfigError: {problem}", file=sys.stderr)
         sys.exit(_CONFIG_STATUS)

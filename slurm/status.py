@@ -18,6 +18,7 @@ import yaml
 from slurm import bad_nodes, history, queue
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.training.heartbeat import read_heartbeats
 
 _RECENT_STEPS = 20
 _SILENT_S = 60.0
@@ -164,22 +165,17 @@ def _checkpoint(run: Path) -> dict[str, Any] | None:
 
 def _ranks(run: Path) -> dict[str, Any] | None:
     """What the ranks' last heartbeats say."""
-    beats = []
-    for path in sorted((run / "heartbeats").glob("rank_*.json")):
-        try:
-            beats.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue
+    beats = read_heartbeats(run)
     if not beats:
         return None
     phases: dict[str, int] = {}
     for beat in beats:
-        phases[beat["phase"]] = phases.get(beat["phase"], 0) + 1
+        phases[beat.phase] = phases.get(beat.phase, 0) + 1
     now = time.time()
     silent = [
-        {"rank": beat["rank"], "host": beat["host"], "silent_s": now - beat["time"]}
+        {"rank": beat.rank, "host": beat.host, "silent_s": now - beat.time}
         for beat in beats
-        if beat["phase"] != "ended" and now - beat["time"] > _SILENT_S
+        if beat.phase != "ended" and now - beat.time > _SILENT_S
     ]
     return {"number": len(beats), "phases": phases, "silent": silent}
 

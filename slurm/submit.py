@@ -1,102 +1,82 @@
-"""Checks a training job, then submits it: ``python -m slurm.submit [OPTIONS] pretrain|finetune ARGUMENTS...``.
+"""Checks a job, then submits it: ``python -m slurm.submit [OPTIONS] JOB ARGUMENTS...``.
 
-Everything that can be found wrong before a node is booked is, with all faults in one message: the settings themselves
-for every number of nodes, the ds_config, shards and weights, disk for the checkpoints, the grace period against the
-saves, the run's folder in use by another job. Then sbatch gets the same script and arguments as a user would give it.
+JOB is pretrain, finetune (ARGUMENTS: the task, then as in training), export or prepare_shards; ARGUMENTS are those of
+the program. What can be found wrong before a node is booked is, with all faults in one message: what the program itself
+would refuse, for every number of nodes; disk for what it writes; grace period and wall time against what the run has
+measured; another job, queued or at work, on the same folder. Then sbatch gets the same script and arguments as a user
+would give it.
 
 Source: sbatch(1).
 """
 
 import argparse
-import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from slurm import bad_nodes, history, queue
-from slurm.runs import ArgumentError, checkpoint_bytes, run_folder
+from slurm import bad_nodes, history, queue, training_checks
+from slurm.booking import faults_of_work, of_training
+from slurm.exclusions import choose, expand
+from slurm.rivals import jobs_on
+from slurm.runs import ArgumentError, work_folder
+from slurm.site import Site, option_of, read_site, site_file
+from slurm.work_checks import check_export, check_shards
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
-_DEFAULT_TIME, _DEFAULT_GRACE_S = "24:00:00", 300
-# A save that takes longer than usual must still fit, and so must the start of one.
-_GRACE_FACTOR, _GRACE_SLACK_S = 2.0, 60.0
-_PROGRAMS = ("pretrain", "finetune")
-
-
-@dataclass(frozen=True)
-class Site:
-    """What slurm/site.env says."""
-
-    ranks_per_node: int
-    sbatch_options: list[str]
-
-
-def read_site(path: Path) -> Site:
-    """Have bash read the site's settings, as the job scripts do.
-
-    Raises:
-        ConfigError: bash cannot.
-    """
-    if not path.is_file():
-        return Site(1, [])
-    script = (
-        'set -eu; SBATCH_OPTIONS=(); source "$1" >&2; '
-        'printf "%s\\0" "${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}" "${SBATCH_OPTIONS[@]}"'
-    )
-    done = subprocess.run(["bash", "-c", script, "site", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"{path}: bash cannot read it: {done.stderr.strip()[-300:]}")
-    ranks, *options = done.stdout.split("\0")[:-1]
-    if not ranks.isdigit() or int(ranks) < 1:
-        raise ConfigError(f"{path}: GPUS_PER_NODE or RANKS_PER_NODE '{ranks}': a number of at least 1 is needed")
-    return Site(int(ranks), options)
+TRAINING = ("pretrain", "finetune")
+JOBS = (*TRAINING, "export", "prepare_shards")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
-    parser = CommandParser(prog="python -m slurm.submit", description=__doc__)
-    parser.add_argument("--nodes", default="1", help="nodes, or MIN-MAX: any number between them (default: 1)")
-    parser.add_argument(
-        "--ranks-per-node", type=int, help="default: RANKS_PER_NODE or GPUS_PER_NODE of slurm/site.env, else 1"
+    options = CommandParser(prog="python -m slurm.submit", add_help=False)
+    options.add_argument("--nodes", default="1", help="nodes, or MIN-MAX: any number between them (default: 1)")
+    options.add_argument(
+        "--ranks-per-node",
+        type=int,
+        help="processes (default: in training RANKS_PER_NODE or GPUS_PER_NODE of slurm/site.env, else 1)",
     )
-    parser.add_argument(
-        "--time", help="wall time, as sbatch takes it (default: the site's, else the script's 24:00:00)"
-    )
-    parser.add_argument(
+    options.add_argument("--time", help="wall time, as sbatch takes it (default: the site's, else the script's)")
+    options.add_argument(
         "--grace", type=int,
         help="seconds before its end at which the run is told to save (default: the site's --signal, else 300)",
     )  # fmt: skip
-    parser.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
+    options.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
                         "wall time where jobs may not be requeued (default: 1)")  # fmt: skip
-    parser.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
-    parser.add_argument("--job-name", help="default: the run's name")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
-    parser.add_argument("job", choices=_PROGRAMS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of finetune the task first, then as in training")
-    return parser.parse_args(argv)
+    options.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
+    options.add_argument("--job-name", help="default: the folder's name")
+    options.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
+    parser = CommandParser(prog="python -m slurm.submit", description=__doc__, parents=[options])
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's; of finetune the task first")
+    words = sys.argv[1:] if argv is None else argv
+    own = words[
+        : next((place for place, word in enumerate(words) if word in JOBS and words[place - 1] != "--job-name"), 0)
+    ]
+    if not {"-h", "--help"} & set(own):
+        options.parse_args(own)  # else the value of an unknown option would be taken for the job
+    return parser.parse_args(words)
 
 
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Check, then submit."""
     args = parse_arguments(argv)
-    site = read_site(Path(os.environ.get("UNIMO3_SITE", "") or ROOT / "slurm" / "site.env"))
+    site = read_site(site_file())
     arguments = [argument for argument in args.arguments if argument != "--"]
-    module = "pretrain.train" if args.job == "pretrain" else f"finetune.{arguments[0] if arguments else ''}"
-    training = arguments if args.job == "pretrain" else arguments[1:]
-    faults, notices = check(args, site, module, training)
+    folder, faults, notices = check(args, site, arguments)
     if faults:
         raise ConfigError(faults)
-    command = sbatch_command(args, site, arguments, run_folder(training))
-    if not site.sbatch_options:
-        notices.append("slurm/site.env gives sbatch no options: no partition and no GPUs are asked for")
+    assert folder is not None
+    command = sbatch_command(args, site, arguments, folder)
+    if not _options(args, site):
+        name = "SBATCH_OPTIONS" if args.job in TRAINING else "SBATCH_OPTIONS_CPU"
+        what = "no partition and no GPUs are" if args.job in TRAINING else "no partition is"
+        notices.append(f"{site_file()} gives sbatch no options ({name}): {what} asked for")
     for notice in notices:
         print(f"note: {notice}")
     if args.dry_run:
@@ -111,17 +91,23 @@ def main(argv: list[str] | None = None) -> None:
     if done.returncode:
         raise ConfigError(f"sbatch refuses it: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]
-    print(f"job {number}: see it with python -m slurm.status {shlex.quote(str(run_folder(training)))}")
+    if added := _excluded(args, site)[1]:
+        history.append(folder, "exclude", job=number, nodes=added)  # a later start knows that they are not the user's
+    print(f"job {number}: see it with python -m slurm.status {shlex.quote(str(folder))}")
 
 
-def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], run: Path) -> list[str]:
+def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], folder: Path) -> list[str]:
     """The words of the sbatch command."""
-    ranks = args.ranks_per_node or site.ranks_per_node
-    words = ["sbatch", "--parsable", *site.sbatch_options, f"--nodes={args.nodes}", f"--ntasks-per-node={ranks}"]
-    words.append(f"--job-name={args.job_name or run.name}")
+    words = ["sbatch", "--parsable", *_options(args, site), f"--nodes={args.nodes}"]
+    if args.job in TRAINING:
+        words.append(f"--ntasks-per-node={args.ranks_per_node or site.ranks_per_node}")
+    elif args.job == "prepare_shards":
+        words.append(f"--ntasks={args.ranks_per_node or 1}")
+    words.append(f"--job-name={args.job_name or folder.name}")
     words += [f"--time={args.time}"] if args.time else []
     words += [f"--signal=USR2@{args.grace}"] if args.grace else []
-    if excluded := sorted(bad_nodes.current()):
+    excluded, added = _excluded(args, site)
+    if added:
         words.append(f"--exclude={','.join(excluded)}")
     if args.chain > 1:
         words.append(f"--array=1-{args.chain}%1")
@@ -130,157 +116,66 @@ def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], r
     return [*words, str(ROOT / "slurm" / f"{args.job}.sbatch"), *arguments]
 
 
-def check(args: argparse.Namespace, site: Site, module: str, training: list[str]) -> tuple[list[str], list[str]]:
-    """Faults, for which nothing is submitted, and notices; one line each."""
-    faults: list[str] = []
-    nodes = _node_counts(args.nodes)
-    ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
-    wall = args.time or _option(site, "time") or _DEFAULT_TIME
-    signal = _option(site, "signal") or ""
-    grace_s = args.grace if args.grace is not None else int(signal.rpartition("@")[2] or _DEFAULT_GRACE_S)
-    time_s = _seconds(wall)
-    if not nodes:
-        faults.append(f"--nodes {args.nodes}: a number, or MIN-MAX with 1 <= MIN <= MAX, is needed")
-    if ranks < 1:
-        faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
-    if time_s is None:
-        faults.append(f"--time {wall}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed")
-    if args.chain < 1:
-        faults.append(f"--chain {args.chain}: at least 1 link is needed")
-    if grace_s < 1 or (time_s is not None and grace_s >= time_s):
-        faults.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
+def _options(args: argparse.Namespace, site: Site) -> list[str]:
+    return site.sbatch_options if args.job in TRAINING else site.cpu_options
+
+
+def _excluded(args: argparse.Namespace, site: Site) -> tuple[list[str], list[str]]:
+    """Nodes to exclude, and those of them that are so for the ledger's sake; the site may exclude others."""
+    bad = sorted(bad_nodes.current())
+    own = option_of(_options(args, site), "exclude") or ""
     try:
-        run = run_folder(training)
+        return choose(expand(own), [], bad)
+    except OSError:  # without Slurm the command is only shown
+        return choose([own], [], bad)
+
+
+def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[Path | None, list[str], list[str]]:
+    """The folder that the job works on, None if it is not known; faults, for which nothing is submitted; notices."""
+    module, own = program_of(args.job, arguments)
+    folder, unnamed = None, ""
+    try:
+        folder = work_folder(module, own)
     except ArgumentError as error:
-        return [*faults, str(error)], []
-    settings: Any = None
-    # Once for the settings themselves, then for the other numbers of nodes what depends on them.
-    for number in nodes or [1]:
-        settings_found, found = _parse(module, training, number * max(ranks, 1))
-        settings = settings or settings_found
-        if len(nodes) > 1:
-            found = [f"{line} ({number} nodes)" if "does not divide" in line else line for line in found]
-        faults += [line for line in found if line not in faults]
-    if other := _active_job(run):
-        faults.append(f"{run}: job {other} works on it; cancel that one, or choose another run.name")
-    notices: list[str] = []
-    if settings is not None:
-        faults += _disk_faults(run, settings)
-        if time_s is not None:
-            found, notices = _time_faults(run, settings, grace_s, time_s, args.chain)
-            faults += found
-    return faults, notices
+        unnamed = str(error)
+    if args.job in TRAINING:
+        booking, faults = of_training(args, site)
+        missing = training_checks.missing_program(module)
+        found, notices = (missing, []) if missing else training_checks.check(booking, module, own, folder)
+    else:
+        faults = faults_of_work(args)
+        is_later = args.dependency is not None
+        found, notices = check_export(own, is_later) if args.job == "export" else check_shards(own)
+    faults += found
+    # The program may have told it in its own words.
+    words = [word for word in ("--config", "run.name", "--out", "--src") if word in unnamed]
+    if unnamed and not any(word in line for word in words for line in found):
+        faults.append(unnamed)
+    if folder is not None:
+        faults += _rival_faults(folder, args.dependency or "")
+    return folder, faults, notices
 
 
-def _parse(module: str, training: list[str], world_size: int) -> tuple[Any, list[str]]:
-    """The program's settings as it would read them on so many ranks, None if it refuses them; and its faults."""
-    import importlib
+def program_of(job: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """The module that a job runs, and the module's own arguments."""
+    if job == "finetune":
+        return f"finetune.{arguments[0] if arguments else ''}", arguments[1:]
+    return ("pretrain.train" if job == "pretrain" else f"pretrain.{job}"), arguments
 
-    from unimo3 import config
 
+def _rival_faults(folder: Path, dependency: str) -> list[str]:
+    """Other jobs on the folder, but those that this one waits for."""
     try:
-        program = importlib.import_module(module)
-    except ImportError:
-        return None, [f"'{module}': there is no such program; finetune takes a task, such as vqa"]
-    kind = next(
-        value for name, value in vars(program).items()
-        if name.endswith("Config") and getattr(value, "__module__", "") == module
-    )  # fmt: skip
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(world_size)
-    try:
-        return config.parse(kind, training, f"python -m {module}", program.__doc__ or ""), []
-    except ConfigError as error:
-        return None, error.faults
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
-
-
-def _disk_faults(run: Path, settings: Any) -> list[str]:
-    """Whether the checkpoints that are to be kept, and the one that is being written, find room."""
-    size = checkpoint_bytes(run) or _estimated_bytes(settings)
-    held = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
-    every, steps = settings.checkpoint.keep_every, settings.training.steps
-    number = settings.checkpoint.keep_last + 1 + (steps // every if every else 0)
-    place = next(parent for parent in (run, *run.resolve().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if number * size <= free + held:
-        return []
+        rivals = jobs_on(folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"squeue: gives no answer ({error}), so it is not known which jobs work on {folder}; try again later"]
+    awaited = re.findall(r"\d+", dependency)
     return [
-        f"{run}: {number} checkpoints of {size / 1e9:.1f} GB need {number * size / 1e9:.1f} GB, "
-        f"{(free + held) / 1e9:.1f} GB are free; lower checkpoint.keep_last or keep_every, or choose another run.dir"
+        f"{folder}: job {job} {'works on it' if state in queue.AT_WORK else f'waits to work on it ({state})'}; cancel "
+        f"that one, choose another folder, or come after it with --dependency=afterany:{job}"
+        for job, state in rivals.items()
+        if job not in awaited
     ]
-
-
-def _estimated_bytes(settings: Any) -> int:
-    """Size of a checkpoint of a model that has none yet: 12 bytes a parameter. 0 if it starts from weights."""
-    if not hasattr(settings, "model"):
-        return 0
-    from unimo3.training.plan.memory import model_sizes
-    from unimo3.training.plan.trace import build_on_meta
-
-    return 12 * model_sizes(build_on_meta(settings.model.to_config())).total
-
-
-def _time_faults(run: Path, settings: Any, grace_s: int, time_s: float, chain: int) -> tuple[list[str], list[str]]:
-    """Grace and wall time against what the run's own figures say."""
-    from unimo3.training.metrics import read_metrics
-
-    steps = read_metrics(run)[-200:]
-    step_s = median(record["step_s"] for record in steps) if steps else 0.0
-    saves = [record["save_s"] for record in read_metrics(run, group="save")]
-    faults, notices = [], []
-    needed = _GRACE_FACTOR * max(saves, default=0.0) + step_s + _GRACE_SLACK_S
-    if saves and grace_s < needed:
-        faults.append(
-            f"--grace {grace_s}: a save has taken {max(saves):.1f} s and a step takes {step_s:.1f} s; at least "
-            f"{math.ceil(needed)} are needed"
-        )
-    if steps:
-        left_s = (settings.training.steps - steps[-1]["step"]) * step_s
-        links = -(-left_s // max(1.0, time_s - grace_s))
-        if time_s - grace_s < step_s + max(saves, default=0.0):
-            faults.append(f"--time: {time_s:.0f} s leave no room for one step of {step_s:.1f} s and a save")
-        notices.append(f"{left_s / 3600:.1f} hours of steps are left: {links:.0f} times --time, {chain} in the chain")
-    return faults, notices
-
-
-def _active_job(run: Path) -> str | None:
-    """A job that has begun on the run's folder and that Slurm still has."""
-    attempts = history.read(run)
-    return attempts[-1].job if attempts and queue.ask(attempts[-1].job) in queue.ACTIVE else None
-
-
-def _option(site: Site, name: str) -> str | None:
-    """What the site's own options say of one, given as ``--name=value``."""
-    found = [option.partition("=")[2] for option in site.sbatch_options if option.startswith(f"--{name}=")]
-    return found[-1] if found else None
-
-
-def _node_counts(nodes: str) -> list[int]:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
-    if not found:
-        return []
-    least, most = int(found[1]), int(found[2] or found[1])
-    return list(range(least, most + 1)) if 1 <= least <= most else []
-
-
-def _seconds(time: str) -> float | None:
-    """Seconds of a time as sbatch takes it."""
-    days, dash, rest = time.partition("-") if "-" in time else ("0", "", time)
-    parts = rest.split(":")
-    if not all(part.isdigit() for part in (days, *parts)) or len(parts) > 3:
-        return None
-    numbers = [int(part) for part in parts]
-    if dash:  # DAYS-HOURS[:MINUTES[:SECONDS]]
-        hours, minutes, seconds = ([*numbers, 0, 0])[:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:  # MINUTES[:SECONDS]
-        hours, (minutes, seconds) = 0, ([*numbers, 0])[:2]
-    return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds or None
 
 
 if __name__ == "__main__":

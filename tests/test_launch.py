@@ -65,6 +65,24 @@ time.sleep(60)
     assert sorted(output.splitlines()) == ["saved 0", "saved 1", "saved 2"]
 
 
+def test_sigquit_has_every_rank_write_its_stacks_and_ends_none(tmp_path):
+    body = """
+import faulthandler
+faulthandler.register(signal.SIGQUIT)
+os.write(1, b"ready\\n")
+def stuck_here():
+    time.sleep(2)
+stuck_here()
+"""
+    process = launch(tmp_path, body)
+    for _ in range(3):
+        assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGQUIT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert told.count("in stuck_here") == 3
+
+
 @pytest.mark.parametrize(("sent", "got"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
 def test_what_a_terminal_sends_to_all_reaches_each_rank_once(tmp_path, sent, got):
     body = """

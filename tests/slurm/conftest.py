@@ -30,3 +30,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def jobs(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:  # noqa: F811
     """For jobs of the small recipe."""
     return Jobs(cluster, recipe, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture
+def site(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """As a user on the cluster's login node."""
+    for name, value in (jobs.environment | jobs.cluster.environment).items():
+        monkeypatch.setenv(name, value)
+    return jobs

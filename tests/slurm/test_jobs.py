@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from slurm.runs import newest_step
 from tests.integration.conftest import losses
+from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
-from unimo3.training.watch import read_heartbeats
 
 pytestmark = pytest.mark.integration
 
@@ -16,9 +17,18 @@ TWO = ("--nodes=2",)
 @pytest.fixture(scope="module", autouse=True)
 def limited(jobs):
     """A job that comes to its time limit again and again; it takes minutes, so it runs beside the others."""
-    # A minute is the least limit; the signal comes 30 s before its end, or up to a minute early.
-    options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=1", "--signal=USR2@30")
-    return jobs.submit("limited", "--data.ledger", "true", options=options, faults={"slow": 4.0})
+    # The signal comes after two minutes, or up to a minute early.
+    options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=3", "--signal=USR2@60")
+    return jobs.submit("limited", "--data.ledger", "true", options=options, faults={"slow": 10.0})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hung(jobs):
+    """A job that hangs until its time limit is near, and nobody else ends it; beside the others likewise."""
+    # A signal that comes early would have the next start saved and requeued: it goes to the script alone.
+    options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=1", "--signal=B:USR2@1")
+    once = str(jobs.folder / "hung_once")
+    return jobs.submit("hung", "--data.ledger", "true", options=options, faults={"freeze": [3, 1]}, ONCE=once)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +40,12 @@ def straight(jobs):
 
 
 def ledger(run):
-    """Sample keys of each step, over all ranks."""
+    """Sample keys of each step, over all ranks, however many there were."""
     found = {}
     for path in sorted((run / "ledger").glob("*.jsonl")):
         for record in map(json.loads, path.read_text().splitlines()):
             found.setdefault(record["step"], []).extend(record["keys"])
-    return found
+    return {step: sorted(keys) for step, keys in found.items()}
 
 
 def assert_as_if_undisturbed(run, straight):
@@ -92,13 +102,16 @@ def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
     assert_as_if_undisturbed(jobs.runs / "preempted", straight)
 
 
-def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs):
-    job = jobs.submit("cancelled", options=TWO, faults={"slow": 0.5})
+def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):
+    job = jobs.submit("cancelled", "--data.ledger", "true", options=TWO, faults={"slow": 0.5})
     jobs.wait_step(job, "cancelled", 5)
     jobs.cluster.call("scancel", job)
     jobs.wait_ended(job)
     assert jobs.state(job) == "CANCELLED"
-    assert len(list((jobs.runs / "cancelled" / "checkpoints").glob("step_*/MANIFEST.json"))) >= 1
+    assert newest_step(jobs.runs / "cancelled") >= 4
+    done = len(jobs.steps("cancelled"))
+    assert losses(jobs.runs / "cancelled") == losses(straight)[:done]
+    assert ledger(jobs.runs / "cancelled") == {step: ledger(straight)[step] for step in range(1, done + 1)}
 
 
 def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight):
@@ -124,7 +137,7 @@ def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
 
 
 def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
-    job = jobs.submit("lost", options=("--nodes=1-2", "--exclude=n3"), faults={"slow": 0.5})
+    job = jobs.submit("lost", "--data.ledger", "true", options=("--nodes=1-2", "--exclude=n3"), faults={"slow": 0.5})
     jobs.wait_step(job, "lost", 6)
     jobs.cluster.kill_node("n2")
     try:
@@ -135,6 +148,7 @@ def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
     assert [record["step"] for record in jobs.steps("lost")] == list(range(1, 13))
     for one, other in zip(losses(jobs.runs / "lost"), losses(straight), strict=True):
         assert one["loss_mlm"] == pytest.approx(other["loss_mlm"], rel=0.02)
+    assert ledger(jobs.runs / "lost") == ledger(straight)
     assert "from 2 ranks to 1" in jobs.log(job)
 
 
@@ -167,3 +181,10 @@ def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight)
     jobs.wait_state(limited, "COMPLETED", timeout_s=240)
     assert_as_if_undisturbed(jobs.runs / "limited", straight)
     assert "asked to stop (SIGUSR2)" in jobs.log(limited)
+
+
+def test_a_job_that_hangs_is_requeued_just_before_its_time_limit(jobs, hung, straight):
+    jobs.wait_state(hung, "COMPLETED", timeout_s=240)
+    assert_as_if_undisturbed(jobs.runs / "hung", straight)
+    assert "requeue: status 124: taken for a fault of the machines" in jobs.log(hung)
+    assert len(jobs.attempts("hung")) == 2

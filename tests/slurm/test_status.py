@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 
 from slurm import history, status
+from unimo3.training.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -55,8 +57,8 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
     (run / "heartbeats").mkdir()
     now = time.time()
     for rank, (phase, seen) in enumerate((("compute", now), ("compute", now - 300), ("ended", now - 900))):
-        beat = {"rank": rank, "host": f"n{rank}", "phase": phase, "time": seen}
-        (run / "heartbeats" / f"rank_0000{rank}.json").write_text(json.dumps(beat))
+        beat = Heartbeat(rank, f"n{rank}", 100 + rank, 10, phase, 50, seen, seen)
+        (run / "heartbeats" / f"rank_0000{rank}.json").write_text(json.dumps(asdict(beat)))
     (tmp_path / "bad_nodes.jsonl").write_text(
         json.dumps({"node": "n9", "reason": "no GPU", "job": "7", "until": now + 9}) + "\n"
     )

@@ -1,18 +1,15 @@
-"""Submitting: checks before anything is queued, chains, many jobs at once, nodes to avoid, and a run's state."""
+"""Submitting on a real Slurm: chains, many jobs at once, nodes to avoid, other jobs on the same run."""
 
 import json
-import os
-import shutil
 import subprocess
 
 import pytest
 import yaml
 
-from slurm import bad_nodes, history, status, submit
-from slurm.outcome import decide, settled_status
-from slurm.runs import ArgumentError, run_folder
+from slurm import bad_nodes, status, submit
+from slurm.site import Site
 from tests.integration.conftest import ROOT
-from unimo3.training.watch import read_heartbeats
+from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.integration
 
@@ -21,14 +18,6 @@ def run_program(program, *arguments):
     with pytest.raises(SystemExit) as ended:
         program.main([str(word) for word in arguments])
     return ended.value.code
-
-
-@pytest.fixture
-def site(jobs, monkeypatch):
-    """As a user on the cluster's login node."""
-    for name, value in (jobs.environment | jobs.cluster.environment).items():
-        monkeypatch.setenv(name, value)
-    return jobs
 
 
 def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
@@ -60,7 +49,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site):
     # As on a site that lets no job run for longer: each link is told to stop on its way.
     command = submit.sbatch_command(
         submit.parse_arguments(["--chain", "3", "--time", "1", "--grace", "40", *map(str, arguments)]),
-        submit.Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
+        Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
     job = site.sbatch(*command, FAULTS='{"slow": 3.0}', PREFLIGHT="no")
     site.cluster.wait(
@@ -114,6 +103,29 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
     assert (first.nodes, first.action) == ("n1 n2", "exclude")
     assert "n2: gave no answer" in first.reason
     assert (last.nodes, last.action) == ("n1 n3", "done")
+
+
+def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
+    python = jobs.folder / "python_with_a_slow_network_on_n2"
+    python.write_text(
+        f'#!/bin/bash\n[[ $SLURMD_NODENAME != n2 || "$*" != *"slurm.preflight network"* ]] || '
+        f'set -- -m tests.slow_network "${{@:3}}"\nexec {jobs.python} "$@"\n'
+    )
+    python.chmod(0o755)
+    (jobs.folder / "site_with_a_floor.env").write_text(
+        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nMIN_ALLREDUCE_GBPS=0.03\n"
+    )
+    job = jobs.submit(
+        "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="0.8", UNIMO3_PYTHON=str(python),
+        UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
+    )  # fmt: skip
+    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", 120, "n2 left out")
+    jobs.cluster.call("scancel", job)
+    (attempt,) = jobs.attempts("avoids_slow")
+    assert (attempt.nodes, attempt.action) == ("n1 n2 n3", "exclude")
+    entry = json.loads((jobs.folder / "bad_network.jsonl").read_text())
+    assert entry["node"] == "n2"
+    assert "an all-reduce runs at 0.0" in entry["reason"]
 
 
 def test_a_job_without_the_gpus_it_should_have_is_held_and_no_node_is_blamed(jobs):
@@ -201,67 +213,6 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
     site.cluster.call("scancel", job, other)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fault"),
-    [
-        (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
-        (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
-        (["--time", "5", "--grace", "300"], "--grace 300: at least 1 second and less than --time"),
-        (["--chain", "0"], "--chain 0: at least 1 link"),
-        (["--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
-        (["--nodes", "1-3"], "training.micro_batch or the number of ranks (3 nodes)"),
-    ],
-)  # fmt: skip
-def test_an_option_that_cannot_be_is_refused(site, capsys, arguments, fault):
-    assert run_program(submit, *arguments, "pretrain", "--config", site.recipe, "--run.name", "never") == 78
-    assert fault in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fault"),
-    [
-        (["--training.ds_config", "removed.json"], "has 'elasticity', which this project does not use; remove it"),
-        (["--training.ds_config", "unknown.json"], "'zero_optimization.stag': DeepSpeed knows no such key"),
-        (["--data.train", "nowhere"], "data.train: 'nowhere'"),
-        (["--run.dir", "small", "--checkpoint.keep_last", "2000000"], "checkpoints of 0.0 GB need"),
-        (["--run.name", "a/b"], "run.name 'a/b'"),
-        (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
-    ],
-)
-def test_a_setting_that_would_fail_is_found_before_anything_is_queued(site, capsys, tmp_path, arguments, fault):
-    (tmp_path / "removed.json").write_text('{"elasticity": {}, "zero_optimization": {"stage": 3}}')
-    (tmp_path / "unknown.json").write_text('{"zero_optimization": {"stage": 3, "stag": 3}}')
-    known = {name: str(tmp_path / name) for name in ("removed.json", "unknown.json")}
-    words = [known.get(word, word) for word in arguments]
-    assert run_program(submit, "pretrain", "--config", site.recipe, *words) == 78
-    assert fault in capsys.readouterr().err
-    assert site.cluster.call("squeue", "--noheader", "--name=run").strip() == ""
-
-
-def test_all_faults_are_told_in_one_message_and_weights_are_looked_for(site, capsys, tmp_path):
-    words = ["finetune", "vqa", "--init", tmp_path / "none", "--data.train", "nowhere"]
-    assert run_program(submit, "--chain", "0", *words) == 78
-    told = capsys.readouterr().err
-    for fault in ("--chain 0", "data.train: 'nowhere'", "init:"):
-        assert fault in told
-    assert run_program(submit, "finetune", "nothing") == 78
-    assert "'finetune.nothing': there is no such program" in capsys.readouterr().err
-
-
-def test_a_grace_shorter_than_the_saves_take_is_refused(site, capsys):
-    run = site.runs / "slow_saves"
-    run.mkdir(parents=True, exist_ok=True)
-    steps = [{"step": n, "step_s": 2.0, "pairs_per_s": 4.0, "loss": 1.0} for n in range(1, 5)]
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in [*steps, {"group": "save", "step": 4, "save_s": 200.0}])
-    )
-    words = ("pretrain", "--config", site.recipe, "--run.name", "slow_saves")
-    assert run_program(submit, "--grace", "300", *words) == 78
-    assert "a save has taken 200.0 s and a step takes 2.0 s; at least 462 are needed" in capsys.readouterr().err
-    assert run_program(submit, "--grace", "500", "--time", "10:00", "--dry-run", *words) == 78
-    assert run_program(submit, "--grace", "500", "--dry-run", *words) == 0
-
-
 @pytest.mark.parametrize("name", ["two words", 'quote\'d "both"', "$(touch ran) `touch ran`", "--odd"])
 def test_odd_names_are_carried_as_they_are(site, capsys, name):
     words = ("pretrain", "--config", site.recipe, "--run.name", name, "--training.stop_after", "1")
@@ -273,72 +224,3 @@ def test_odd_names_are_carried_as_they_are(site, capsys, name):
     site.wait_state(job, "COMPLETED")
     assert len(site.steps(name)) == 1
     assert not (ROOT / "ran").exists()
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "new\nline", ".."])
-def test_names_that_are_none_are_refused(name):
-    with pytest.raises(ArgumentError, match="printable names are needed"):
-        run_folder(["--run.name", name])
-
-
-def test_the_run_folder_is_the_one_the_program_uses(site, tmp_path):
-    recipe = yaml.safe_load(site.recipe.read_text())
-    assert run_folder(["--config", str(site.recipe)]) == site.runs / "run"
-    (tmp_path / "named.yaml").write_text(yaml.safe_dump(recipe | {"run": {"name": "named", "dir": "here"}}))
-    words = ["--config", str(tmp_path / "named.yaml")]
-    assert str(run_folder(words)) == "here/named"
-    assert str(run_folder([*words, "--run.dir=there"])) == "there/named"
-    assert str(run_folder(["--run.name", "last", *words])) == "here/named"  # what comes later wins
-
-
-def attempts(*records, action="requeue"):
-    return [
-        history.Attempt(0.0, "1", 0, "n1", checkpoint, status=status, action=action) for checkpoint, status in records
-    ]
-
-
-def test_failures_before_somebody_looked_and_nodes_that_were_avoided_do_not_count():
-    vain = attempts(*[(5, 1)] * 4)
-    assert decide(1, vain, 5, 20, False)[0] == "hold"
-    held = [*vain, *attempts((5, 1), action="hold")]
-    assert decide(1, [*held, *attempts((5, 1))], 5, 20, False)[0] == "requeue"
-    assert decide(1, [*attempts(*[(5, -2)] * 4, action="exclude"), *attempts((5, 1))], 5, 20, False)[0] == "requeue"
-
-
-@pytest.mark.parametrize(
-    ("status", "before", "checkpoint", "in_array", "action"),
-    [
-        (0, [], 5, False, "done"),
-        (75, [], 5, False, "requeue"),
-        (75, [], 5, True, "link"),
-        (78, [], 5, False, "hold"),
-        (70, [], 5, False, "hold"),
-        (137, [(5, 137)], 5, False, "requeue"),
-        (71, [(5, 137), (5, 1), (5, 71)], 5, False, "requeue"),  # the third restart
-        (71, [(5, 137), (5, 1), (5, 71), (5, 71)], 5, False, "hold"),
-        (71, [(5, 137), (5, 1), (5, 71), (5, 71)], 9, False, "requeue"),  # a checkpoint has come
-        (71, [(None, 1), (5, 1), (10, 1), (15, 1), (20, 1)], 25, False, "hold"),  # MAX_RESTARTS
-        (71, [(5, 1), (5, 75), (5, 1), (5, 1)], 5, False, "hold"),  # a stop that came too early counts
-        (75, [(5, 75)] * 10, 5, False, "requeue"),
-        (75, [(5, 75)] * 11, 5, False, "hold"),
-    ],
-)
-def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
-    assert decide(status, attempts(*before), checkpoint, 4, in_array)[0] == action
-
-
-def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
-    assert settled_status(137, tmp_path) == 137
-    (tmp_path / "rank_0").write_text("78")
-    assert settled_status(143, tmp_path) == 78
-    (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
-    assert settled_status(137, tmp_path) == 75
-    assert settled_status(0, None) == 0
-
-
-def test_all_scripts_pass_shellcheck():
-    scripts = sorted(str(path) for path in (ROOT / "slurm").glob("*.sbatch"))
-    if shutil.which("shellcheck") is None and not os.environ.get("REQUIRE_SLURM"):
-        pytest.skip("needs shellcheck")
-    done = subprocess.run(["shellcheck", "-x", *scripts, "slurm/common.sh"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout

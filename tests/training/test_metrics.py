@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import resource
-import signal
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unimo3.training.metrics import MetricsWriter, read_metrics
-from unimo3.training.preempt import STOP_SIGNALS, StopRequest
 
 
 def write(folder, steps, resumed_step=0):
@@ -77,17 +74,3 @@ def test_other_ranks_write_nothing(tmp_path):
     writer.write({"step": 1})
     writer.close()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_stop_signal_is_noted_once(number):
-    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
-    try:
-        stop = StopRequest().install()
-        assert not stop.received
-        os.kill(os.getpid(), number)
-        assert stop.received
-        assert stop.name == signal.Signals(number).name
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)

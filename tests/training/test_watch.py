@@ -1,9 +1,30 @@
-"""Who holds up the others, from the heartbeats of all ranks."""
+"""The end of a process without progress, and who is named for it."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-from unimo3.training.watch import Heartbeat, describe_stall
+import pytest
+
+from unimo3.errors import EXIT_STALLED
+from unimo3.training.heartbeat import Heartbeat, describe_suspects
+
+ROOT = Path(__file__).parents[2]
+STUCK = """
+import logging, sys, time
+from pathlib import Path
+from unimo3.training import watch
+logging.basicConfig()
+watch._TELLING_S = 1.0
+kept = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
+kept.beat(sys.argv[3], 5)
+def stuck_here():
+    time.sleep(60)
+stuck_here()
+"""
 
 
 def beat(rank, phase, beats, since_s, silent_s=0.0):
@@ -11,15 +32,90 @@ def beat(rank, phase, beats, since_s, silent_s=0.0):
     return Heartbeat(rank, "node", 10**7 + rank, 2, phase, beats, now - since_s, now - silent_s)
 
 
-def told(*beats):
-    return describe_stall(list(beats), 5.0, 4.0, Path("run"))
+def named(*beats, started_s=100.0, num_ranks=2):
+    return describe_suspects(list(beats), num_ranks, time.time() - started_s, silent_s=4.0)
 
 
 def test_the_rank_that_passed_fewest_phases_is_named_however_early_another_came_to_wait():
-    text = told(beat(0, "data", 7, since_s=5.0), beat(1, "wait", 8, since_s=5.5))
-    assert "the others wait for rank 0 on node" in text
-    assert "in phase 'data' of step 2 for 5 s" in text
+    assert named(beat(0, "data", 7, since_s=5.0), beat(1, "wait", 8, since_s=5.5)).startswith(
+        "rank 0 on node (pid 10000000) in phase 'data' of step 2 for 5 s"
+    )
 
 
 def test_a_silent_rank_is_named_before_one_that_is_behind():
-    assert "the others wait for rank 1 on" in told(beat(0, "data", 7, 5.0), beat(1, "wait", 8, 5.5, silent_s=9.0))
+    assert named(beat(0, "data", 7, 5.0), beat(1, "wait", 8, 5.5, silent_s=9.0)).startswith("rank 1 on node")
+
+
+def test_a_rank_that_was_only_seen_in_an_earlier_start_has_not_come():
+    text = named(beat(0, "join", 0, 5.0), beat(1, "compute", 70, 905.0, silent_s=900.0))
+    assert text == "rank 1, which has given no heartbeat since this start"
+
+
+def test_of_many_a_few_are_named_and_the_others_counted():
+    text = named(*(beat(rank, "wait", 3, 5.0) for rank in range(9)), num_ranks=9)
+    assert "rank 3 on node" in text
+    assert text.endswith(" and 5 more")
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """Start a process that makes no progress; return its status and what it said."""
+
+    def start(*arguments, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-c", STUCK, str(tmp_path / "run"), *arguments],
+            cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    processes = []
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for_heartbeat(run):
+    ends = time.monotonic() + 30
+    while not (run / "heartbeats" / "rank_00000.json").exists() and time.monotonic() < ends:
+        time.sleep(0.05)
+
+
+def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
+    process = stuck("0.3", "join", RANK="0", WORLD_SIZE="2")
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STALLED
+    assert "the others wait for rank 1, which has given no heartbeat since this start" in told
+    assert "stuck_here" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
+
+
+# Opening a pipe that nobody reads hangs as a mount does whose server is gone.
+def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
+    (tmp_path / "run" / "heartbeats").mkdir(parents=True)
+    os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.tmp")
+    process = stuck("0.5", "compute")
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STALLED
+    assert "no progress for 0.5 s" in told
+
+
+def test_a_folder_that_hangs_for_the_stacks_too_is_named(stuck, tmp_path):
+    process = stuck("2", "compute")
+    wait_for_heartbeat(tmp_path / "run")
+    os.mkfifo(tmp_path / "run" / "stacks" / "rank_00000.txt")
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STALLED
+    assert "in phase 'compute' of step 5, and" in told
+    assert "does not answer" in told
+    assert "stuck_here" in told
+
+
+def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
+    process = stuck("0", "compute")
+    wait_for_heartbeat(tmp_path / "run")
+    process.send_signal(signal.SIGQUIT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.kill()
+    assert "stuck_here" in process.communicate(timeout=30)[1]

@@ -132,8 +132,8 @@ class DataArgs:
                         found += index_faults(name, index, kind)
                         if name == "data.train" and index.split in TEST_SPLITS:
                             found.append(
-                                f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested on and "
-                                "not trained on; name its train"
+                                f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
+                                "on and not trained on; name its train"
                             )
         return found
 

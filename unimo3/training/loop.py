@@ -86,6 +86,7 @@ def train(
     optim: OptimArgs,
     checkpoint: CheckpointArgs,
     stop: StopRequest,
+    watch: Watch,
     evaluation: Evaluation | None = None,
     only_evaluates: bool = False,
 ) -> None:
@@ -111,7 +112,6 @@ def train(
     first_step, num_in_a_row, is_cut_short = run.step, 0, False
     progress = tqdm(total=training.steps, initial=run.step, unit="step", disable=None if rank == 0 else True)
     stop.watch(run.folder)
-    watch = Watch(run.folder, training.stall_after_s, stop.look)
 
     def save_now() -> None:
         watch.beat("save", run.step)

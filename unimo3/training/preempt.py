@@ -4,14 +4,15 @@
                    A rank that got a signal makes it, for those that wait for data and heard nothing
     RUN/stop       save and end with status 0; it stays, so that no later start goes on
 
-A signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks would wait there for
-ever for the one that has none.
+Once a run trains, a signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks
+would wait there for ever for the one that has none. Before that nothing can be lost, and a signal ends the process.
 
 Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the grace time).
 """
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from types import FrameType
 import torch
 
 from unimo3.distributed import world
+from unimo3.errors import EXIT_REQUEUE, end_process
 from unimo3.launch import STOP_SIGNALS
 from unimo3.objectives.exchange import sum_over_ranks
 
@@ -56,14 +58,14 @@ class StopRequest:
         self._cuts_in = False
 
     def install(self) -> "StopRequest":
-        """Take over the stop signals; a second SIGINT ends the process as usual."""
+        """Take over the stop signals: until `watch` they end the process, to be started again."""
         self._started = time.time()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         return self
 
     def watch(self, folder: Path) -> None:
-        """Have `look` look for files in a run's folder."""
+        """From here on only note signals, and have `look` look for files in a run's folder."""
         self._folder = folder
         self.look()
 
@@ -123,6 +125,14 @@ class StopRequest:
             self._cuts_in = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._folder is None:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(
+                    f"Interrupted: asked to stop ({signal.Signals(number).name}) before training began, nothing is "
+                    "lost; start the same command to continue",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+            end_process(EXIT_REQUEUE)
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
         if self._wish == Wish.GO_ON:

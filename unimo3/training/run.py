@@ -164,9 +164,12 @@ class Run:
         if self._keeps_ledger:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"rank_{self._rank:05d}.jsonl"
-            drop_after(path, self.step)
-            self._ledger = path.open("a", buffering=1)
+            own = folder / f"rank_{self._rank:05d}.jsonl"
+            # Those of ranks that are no more, too: what they read after the checkpoint is read again by others.
+            for path in sorted({own, *folder.glob("rank_*.jsonl")}):
+                if int(path.stem.removeprefix("rank_")) % self._world_size == self._rank:
+                    drop_after(path, self.step)
+            self._ledger = own.open("a", buffering=1)
 
     def _change_of_ranks(self, state: TrainState) -> str:
         """What another number of ranks changes, as the end of a log line."""

@@ -1,25 +1,38 @@
-"""What every training process does first: signals, log, process group, seeds, one thread pool."""
+"""What every training process does first: watch, log, process group, signals, seeds."""
 
 import logging
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 
 from unimo3 import distributed
 from unimo3.apex import warn_of_wrong_apex
 from unimo3.training.preempt import StopRequest
+from unimo3.training.run import RunArgs
+from unimo3.training.watch import Watch
 
 
-def start_process(seed: int) -> tuple[distributed.World, StopRequest]:
-    """Join the other ranks; from here on a stop signal is noted, not obeyed.
+class Started(NamedTuple):
+    """A process that has joined the others."""
+
+    world: distributed.World
+    stop: StopRequest
+    watch: Watch
+
+
+def start_process(run: RunArgs, stall_after_s: float) -> Started:
+    """Join the other ranks; a stop signal ends the process with status 75 until training notes it.
 
     Args:
-        seed: of the run; each rank's own draws (dropout) come from seed + rank.
+        run: its seed counts for all ranks; each rank's own draws (dropout) come from seed + rank.
+        stall_after_s: see `TrainingArgs`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    world = distributed.init()
     stop = StopRequest().install()
+    watch = Watch(run.folder, stall_after_s, stop.look)
+    world = distributed.init()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {world.rank} %(levelname)s %(message)s",
@@ -31,5 +44,6 @@ def start_process(seed: int) -> tuple[distributed.World, StopRequest]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     if world.rank == 0:
         warn_of_wrong_apex()
-    torch.manual_seed(seed + world.rank)
-    return world, stop
+    torch.manual_seed(run.seed + world.rank)
+    watch.beat("build", 0)
+    return Started(world, stop, watch)

@@ -1,0 +1,98 @@
+"""What is asked of Slurm for a job: nodes, processes, wall time, grace, links.
+
+Source: sbatch(1).
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from slurm.site import Site, option_of
+
+_DEFAULT_TIME, _DEFAULT_GRACE_S = "24:00:00", 300
+
+
+@dataclass(frozen=True)
+class Booking:
+    """A job's size.
+
+    Attributes:
+        nodes: numbers of nodes that it may get.
+        time_s: None: not known.
+        grace_s: how long before its end it is told to save.
+    """
+
+    nodes: list[int]
+    ranks_per_node: int
+    time_s: float | None
+    grace_s: int
+    chain: int
+
+
+def of_training(args: argparse.Namespace, site: Site) -> tuple[Booking, list[str]]:
+    """What a training job books, and what is wrong with it, one line each."""
+    faults: list[str] = []
+    nodes = node_counts(args.nodes)
+    ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
+    wall = args.time or option_of(site.sbatch_options, "time") or _DEFAULT_TIME
+    signal = re.search(r"@(\d+)$", option_of(site.sbatch_options, "signal") or "")
+    grace_s = args.grace if args.grace is not None else int(signal[1]) if signal else _DEFAULT_GRACE_S
+    time_s = seconds(wall)
+    if not nodes:
+        faults.append(f"--nodes {args.nodes}: a number, or MIN-MAX with 1 <= MIN <= MAX, is needed")
+    if ranks < 1:
+        faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
+    if time_s is None:
+        faults.append(_TIME.format(wall))
+    if args.chain < 1:
+        faults.append(f"--chain {args.chain}: at least 1 link is needed")
+    if grace_s < 1 or (time_s is not None and grace_s >= time_s):
+        faults.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
+    return Booking(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), faults
+
+
+def faults_of_work(args: argparse.Namespace) -> list[str]:
+    """What is wrong with what an export or a conversion books."""
+    faults: list[str] = []
+    ranks = args.ranks_per_node if args.ranks_per_node is not None else 1
+    if args.nodes != "1":
+        faults.append(f"--nodes {args.nodes}: {args.job} runs on 1 node")
+    if ranks < 1:
+        faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
+    elif args.job == "export" and ranks > 1:
+        faults.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs says how many tensors are in work")
+    if args.time and seconds(args.time) is None:
+        faults.append(_TIME.format(args.time))
+    if args.grace is not None:
+        faults.append(f"--grace {args.grace}: {args.job} is not told to save; leave it out")
+    if args.chain != 1:
+        faults.append(f"--chain {args.chain}: {args.job} is requeued before its time limit by itself; leave it out")
+    return faults
+
+
+_TIME = "--time {}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed"
+
+
+def node_counts(nodes: str) -> list[int]:
+    """Numbers of nodes of ``N`` or ``MIN-MAX``; none if it is neither."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    if not found:
+        return []
+    least, most = int(found[1]), int(found[2] or found[1])
+    return list(range(least, most + 1)) if 1 <= least <= most else []
+
+
+def seconds(time: str) -> float | None:
+    """Seconds of a time as sbatch takes it; None if it is none."""
+    days, dash, rest = time.partition("-") if "-" in time else ("0", "", time)
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (days, *parts)) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:  # DAYS-HOURS[:MINUTES[:SECONDS]]
+        hours, minutes, seconds = ([*numbers, 0, 0])[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:  # MINUTES[:SECONDS]
+        hours, (minutes, seconds) = 0, ([*numbers, 0])[:2]
+    return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds or None

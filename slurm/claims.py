@@ -1,0 +1,73 @@
+"""Which start of a job has a folder to itself: RUN/slurm/starts/000001, 000002...; the last one counts.
+
+Two jobs that begin at the same instant must not both have it, on a shared file system too, where locks of flock(2) may
+hold on one node only. A start makes the file of the next number by link(2), which the file system's server grants once;
+who comes second looks again at whose it is. No file is ever replaced or removed: one that somebody has just read is not
+another's meanwhile. One whose start has ended, or whose job Slurm no longer has at work, is free to be followed.
+
+Source: open(2), O_EXCL, on locks over NFS.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from slurm import history, queue
+
+FOLDER = "starts"
+_NUM_LOOKS, _LOOK_S = 50, 0.1
+
+
+def take(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool] = queue.is_at_work) -> str | None:
+    """Claim the folder for a start of a job.
+
+    Args:
+        restart: how often Slurm has started the job before.
+
+    Returns:
+        The other job that has it; None: it is this one's now.
+    """
+    folder = run / history.FOLDER / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f".{socket.gethostname()}-{os.getpid()}"
+    own.write_text(f"{job} {restart}\n")
+    try:
+        number = max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+        while True:
+            if number:
+                other, its_restart = _holder(folder / f"{number:06d}")
+                if other != job and not _has_ended(run, other, its_restart) and is_at_work(other):
+                    return other
+            number += 1
+            if _link(own, folder / f"{number:06d}"):
+                return None
+    finally:
+        own.unlink()
+
+
+def _link(own: Path, target: Path) -> bool:
+    try:
+        target.hardlink_to(own)
+    except FileExistsError:
+        # NFS may have made it and lost the answer.
+        return own.stat().st_nlink > 1
+    return True
+
+
+def _holder(path: Path) -> tuple[str, int]:
+    """Job and restart; a file that another node has just made may take a moment to be seen."""
+    for _ in range(_NUM_LOOKS):
+        try:
+            job, restart = path.read_text().split()
+        except FileNotFoundError:
+            time.sleep(_LOOK_S)
+        else:
+            return job, int(restart)
+    raise FileNotFoundError(f"{path}: exists and cannot be seen; is the run's folder on storage that all nodes share?")
+
+
+def _has_ended(run: Path, job: str, restart: int) -> bool:
+    starts = [attempt for attempt in history.read(run) if (attempt.job, attempt.restart) == (job, restart)]
+    return bool(starts) and starts[-1].action is not None

@@ -1,0 +1,110 @@
+"""How fast all ranks of a job exchange tensors, and which node it is that slows them down.
+
+    {"problems": [...], "gbps", "nodes": {NODE: problem}}     network.json, written by rank 0
+
+Only if all of them together are below the floor are pairs of neighbouring nodes timed, each node with the one before
+and the one after it: a node both of whose pairs are slow is a slow one. Of two nodes none can be told.
+
+Source: the pairwise checks of NVIDIA's nccl-tests, for the idea.
+"""
+
+import os
+import socket
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# 16 MiB: the bandwidth counts, not the latency.
+_ROUNDS, _ELEMENTS = 4, 2**22
+
+
+def measure(floor_gbps: float) -> dict[str, Any]:
+    """Join the other ranks and time all-reduces; every rank calls it and gets the same.
+
+    Args:
+        floor_gbps: 10^9 bytes a second that are needed; 0: nothing is judged.
+    """
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+    nodes = list(dict.fromkeys(names))
+    gbps = _slowest(_gbps(None))
+    if gbps >= floor_gbps:
+        return {"problems": [], "gbps": gbps, "nodes": {}}
+    problem = (
+        f"an all-reduce of {4 * _ELEMENTS / 1e6:.0f} MB over {', '.join(nodes[:2])}"
+        f"{f' and {len(nodes) - 2} more' if len(nodes) > 2 else ''} runs at {gbps:.2f} GB/s, below "
+        f"MIN_ALLREDUCE_GBPS {floor_gbps:g}"
+    )
+    if len(nodes) == 1:
+        return {"problems": [problem], "gbps": gbps, "nodes": {nodes[0]: problem}}
+    return {"problems": [problem], "gbps": gbps, "nodes": slow_nodes(_time_pairs(nodes, names), floor_gbps)}
+
+
+def rounds_of(num_nodes: int) -> list[list[tuple[int, int]]]:
+    """Every neighbouring pair of a ring of nodes once, in rounds in which no node is in two pairs."""
+    if num_nodes == 2:
+        return [[(0, 1)]]
+    pairs = [(first, (first + 1) % num_nodes) for first in range(num_nodes)]
+    last = pairs.pop() if num_nodes % 2 else None
+    return [pairs[::2], pairs[1::2]] + ([[last]] if last else [])
+
+
+def slow_nodes(gbps: dict[tuple[str, str], float], floor_gbps: float) -> dict[str, str]:
+    """The nodes that are slow with both of their neighbours, with what was measured; none if that holds for all.
+
+    Args:
+        gbps: of each pair of neighbours.
+    """
+    found = {}
+    nodes = dict.fromkeys(node for pair in gbps for node in pair)
+    for node in nodes:
+        told = {(set(pair) - {node}).pop(): rate for pair, rate in gbps.items() if node in pair}
+        if len(told) > 1 and all(rate < floor_gbps for rate in told.values()):
+            others = " and ".join(f"{rate:.2f} GB/s with {other}" for other, rate in told.items())
+            found[node] = f"an all-reduce runs at {others}, below MIN_ALLREDUCE_GBPS {floor_gbps:g}"
+    return found if len(found) < len(nodes) else {}
+
+
+def _time_pairs(nodes: list[str], names: list[str]) -> dict[tuple[str, str], float]:
+    """10^9 bytes a second of every pair of neighbours; disjoint pairs at the same time."""
+    found: dict[tuple[str, str], float] = {}
+    for pairs in rounds_of(len(nodes)):
+        mine = None
+        for first, second in pairs:
+            ranks = [rank for rank, name in enumerate(names) if name in (nodes[first], nodes[second])]
+            group = dist.new_group(ranks)  # every rank makes every group
+            if dist.get_rank() in ranks:
+                mine = (nodes[first], nodes[second]), group
+        told: list[Any] = [None] * len(names)
+        dist.all_gather_object(told, (mine[0], _gbps(mine[1])) if mine else None)
+        for pair, rate in (entry for entry in told if entry):
+            found[pair] = min(rate, found.get(pair, rate))
+    return found
+
+
+def _gbps(group: Any) -> float:
+    """10^9 bytes a second of an all-reduce, by the slowest round but one."""
+    values = torch.ones(_ELEMENTS, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = []
+    for _ in range(_ROUNDS):
+        dist.barrier(group)
+        start = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    dist.barrier(group)
+    return values.nbytes / sorted(seconds)[-2] / 1e9
+
+
+def _slowest(gbps: float) -> float:
+    """The least of all ranks' figures."""
+    told: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(told, gbps)
+    return min(told)

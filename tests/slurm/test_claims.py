@@ -1,0 +1,60 @@
+"""One job at a time on a folder, however many begin at once."""
+
+import multiprocessing
+import time
+
+import pytest
+
+from slurm import claims, history
+
+# As many as there are cores, for all to be at it in the same microsecond.
+_NUM_PROCESSES, _NUM_ROUNDS, _ROUND_S = 2, 200, 0.003
+
+
+def race(number, folder, start, won):
+    """In each round all claim the same folder at the same instant; `dead` has it from before and is at work no more."""
+    for n in range(_NUM_ROUNDS):
+        while time.monotonic() < start + n * _ROUND_S:
+            pass
+        other = claims.take(folder / f"run_{n}", str(number), 0, is_at_work=lambda job: job != "dead")
+        won[number * _NUM_ROUNDS + n] = other is None
+
+
+@pytest.mark.parametrize("before", [None, "dead"])
+def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_path, before):
+    for n in range(_NUM_ROUNDS):
+        (tmp_path / f"run_{n}" / "slurm" / "starts").mkdir(parents=True)
+        if before:
+            assert claims.take(tmp_path / f"run_{n}", before, 0) is None
+    context = multiprocessing.get_context("fork")
+    won = context.Array("b", _NUM_PROCESSES * _NUM_ROUNDS)
+    start = time.monotonic() + 0.5
+    processes = [context.Process(target=race, args=(number, tmp_path, start, won)) for number in range(_NUM_PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [sum(won[n::_NUM_ROUNDS]) for n in range(_NUM_ROUNDS)] == [1] * _NUM_ROUNDS
+
+
+def test_a_job_that_is_at_work_keeps_the_folder_until_its_start_has_ended(tmp_path):
+    def at_work(job):
+        return True
+
+    assert claims.take(tmp_path, "1", 0, at_work) is None
+    assert claims.take(tmp_path, "2", 0, at_work) == "1"
+    history.append(tmp_path, "begin", job="1", restart=0, nodes="n1", checkpoint=None)
+    assert claims.take(tmp_path, "2", 0, at_work) == "1"
+    history.append(tmp_path, "end", job="1", status=75, action="requeue", reason="", checkpoint=None)
+    # Its next start has it anew: the end of the last one does not free it.
+    assert claims.take(tmp_path, "1", 1, at_work) is None
+    assert claims.take(tmp_path, "2", 0, at_work) == "1"
+    assert claims.take(tmp_path, "1", 2, at_work) is None  # cut off, and started again
+    assert claims.take(tmp_path, "2", 0, lambda job: False) is None
+
+
+def test_nothing_but_claims_is_left_behind(tmp_path):
+    claims.take(tmp_path, "1", 0, lambda job: True)
+    claims.take(tmp_path, "2", 0, lambda job: True)
+    assert [path.name for path in (tmp_path / "slurm" / "starts").iterdir()] == ["000001"]

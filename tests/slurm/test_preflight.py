@@ -1,0 +1,53 @@
+"""What the checks before a start conclude: from pairs of nodes, and from the room a run needs. Without a Slurm."""
+
+import json
+
+import pytest
+
+from slurm import preflight
+from slurm.network import rounds_of, slow_nodes
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 4, 7, 8])
+def test_every_node_is_timed_with_both_neighbours_and_is_in_one_pair_at_a_time(num_nodes):
+    rounds = rounds_of(num_nodes)
+    pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
+    ring = {frozenset((node, (node + 1) % num_nodes)) for node in range(num_nodes)}
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == ring
+    assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
+
+
+def ring(*rates):
+    """Pairs of a ring of nodes a, b, c...: the rate of each with the next."""
+    names = "abcdefgh"[: len(rates)]
+    return {(names[place], names[(place + 1) % len(rates)]): rate for place, rate in enumerate(rates)}
+
+
+def test_the_node_that_is_slow_with_both_neighbours_is_named_with_what_was_measured():
+    found = slow_nodes(ring(9.0, 1.0, 2.0, 9.0), 5.0)
+    assert found == {
+        "c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"
+    }  # fmt: skip
+
+
+def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
+    assert slow_nodes(ring(9.0, 1.0, 9.0, 9.0), 5.0) == {}
+    assert slow_nodes(ring(1.0, 1.0, 1.0), 5.0) == {}
+    assert slow_nodes({("a", "b"): 1.0}, 5.0) == {}
+
+
+def test_room_is_asked_for_the_saves_still_to_be_kept_and_the_one_being_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
+    monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)
+    free = preflight.shutil.disk_usage(tmp_path).free
+    (tmp_path / "config.yaml").write_text("checkpoint: {keep_last: 4}\n")
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "MANIFEST.json").write_text(json.dumps({"files": [{"bytes": free // 2 - 10**7}]}))
+    assert preflight.job_problems(tmp_path, 0) == [  # three more of half of what is free
+        f"{tmp_path}: {free / 1e9:.2f} GB are free, {3 * (free // 2 - 10**7) / 1e9:.2f} are needed"
+    ]
+    (tmp_path / "config.yaml").write_text("checkpoint: {keep_last: 1}\n")
+    assert preflight.job_problems(tmp_path, 0) == []

@@ -1,0 +1,247 @@
+"""Each check of submit by a command that it refuses; on a machine without Slurm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from slurm import bad_nodes, submit
+
+# Has no room: what the kernel shows there takes none.
+FULL = Path("/sys/kernel")
+
+
+@pytest.fixture
+def checked(recipe, tmp_path, monkeypatch, capsys):
+    """Runs submit as a user without Slurm; its status and what it has told."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "bash").symlink_to(shutil.which("bash"))
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    monkeypatch.setenv("UNIMO3_SITE", str(tmp_path / "site.env"))
+
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            submit.main([str(word) for word in words])
+        told = capsys.readouterr()
+        return ended.value.code, told.err + told.out
+
+    return run
+
+
+@pytest.fixture
+def training(recipe, tmp_path):
+    """Words of a pretraining that nothing is wrong with."""
+    return ("pretrain", "--config", recipe, "--run.dir", tmp_path / "runs", "--run.name", "run")
+
+
+def refused(told, *faults):
+    status, text = told
+    assert status == 78, text
+    for fault in faults:
+        assert fault in text
+
+
+def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training):
+    status, text = checked("--dry-run", "--nodes", "1-2", *training)
+    assert status == 0
+    assert text.splitlines()[-1].startswith("sbatch --parsable --nodes=1-2 --ntasks-per-node=1 --job-name=run ")
+    refused(checked(*training), "sbatch: is not on this machine")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
+        (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
+        (["--time", "5", "--grace", "300"], "--grace 300: at least 1 second and less than --time"),
+        (["--chain", "0"], "--chain 0: at least 1 link"),
+        (["--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
+        (["--nodez", "1"], "unrecognized arguments: --nodez"),
+        (["--grace", "long"], "argument --grace: invalid int value: 'long'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(checked, training, options, fault):
+    refused(checked(*options, *training), fault)
+
+
+def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
+    told = checked("--nodes", "1-4", *training)
+    refused(told, "(3 nodes)", "(4 nodes)")
+    assert "(1 nodes)" not in told[1]
+    assert "(2 nodes)" not in told[1]
+    refused(checked("--ranks-per-node", "3", *training), "does not divide")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--training.ds_config", "removed.json"], "has 'elasticity', which this project does not use; remove it"),
+        (["--training.ds_config", "unknown.json"], "'zero_optimization.stag': DeepSpeed knows no such key"),
+        (["--data.train", "nowhere"], "data.train: 'nowhere'"),
+        (["--run.dir", FULL], f"{FULL}/run: 3 checkpoints of "),
+        (["--run.name", "a/b"], "run.name: 'a/b'"),
+        (["--run.name", "new\nline"], "run.name 'new\\nline'"),
+        (["--config", "missing.yaml"], "--config missing.yaml: cannot be read"),
+        (["--optim.lrr", "1"], "optim.lrr: '1': no such setting; did you mean optim.lr?"),
+    ],
+)
+def test_a_setting_that_would_fail_is_refused(checked, training, tmp_path, arguments, fault):
+    (tmp_path / "removed.json").write_text('{"elasticity": {}, "zero_optimization": {"stage": 3}}')
+    (tmp_path / "unknown.json").write_text('{"zero_optimization": {"stage": 3, "stag": 3}}')
+    words = [tmp_path / word if word in ("removed.json", "unknown.json") else word for word in arguments]
+    refused(checked(*training, *words), fault)
+
+
+def test_all_faults_are_told_in_one_message(checked):
+    told = checked("--chain", "0", "finetune", "vqa", "--init", "no_weights", "--data.train", "nowhere")
+    refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
+    told = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
+    refused(told, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read")
+    assert "takes a task first: vqa" in told[1]
+
+
+def test_the_checkpoints_of_a_run_tell_how_much_disk_they_need(checked, training, tmp_path):
+    newest = tmp_path / "runs" / "run" / "checkpoints" / "step_00000004"
+    newest.mkdir(parents=True)
+    (newest / "MANIFEST.json").write_text(json.dumps({"files": [{"name": "x", "bytes": 10**18}]}))
+    refused(
+        checked(*training, "--checkpoint.keep_last", "2", "--checkpoint.keep_every", "10"),
+        "run: 5 checkpoints of 1000000000.0 GB need 5000000000.0 GB",  # 2, the one being written, steps 10 and 20
+    )
+
+
+def write_figures(run):
+    """A run whose steps take 2 s and whose longest save took 200 s."""
+    run.mkdir(parents=True)
+    steps = [{"step": n, "step_s": 2.0, "pairs_per_s": 4.0, "loss": 1.0} for n in range(1, 5)]
+    saves = [{"group": "save", "step": 4, "save_s": save_s} for save_s in (200.0, 10.0)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*steps, *saves]))
+
+
+def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, training, tmp_path):
+    write_figures(tmp_path / "runs" / "run")
+    refused(
+        checked("--grace", "461", *training),
+        "a save has taken 200.0 s and a step takes 2.0 s; at least 462 are needed",
+    )
+    refused(
+        checked("--grace", "500", "--time", "11:00", *training), "--time: 660 s leave no room for one step of 2.0 s"
+    )
+    words = (*training, "--training.steps", "1804")
+    status, text = checked("--grace", "500", "--time", "0:25:00", "--chain", "4", "--dry-run", *words)
+    assert status == 0
+    assert "1.0 hours of steps are left: 4 times --time, 4 in the chain" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("SBATCH_OPTIONS=(--partition=x", "site.env: bash cannot read it"),
+        ("echo $NOT_SET", "site.env: bash cannot read it"),
+        ("GPUS_PER_NODE=eight", "site.env: GPUS_PER_NODE or RANKS_PER_NODE 'eight'"),
+        ("RANKS_PER_NODE=0", "site.env: GPUS_PER_NODE or RANKS_PER_NODE '0'"),
+    ],
+)
+def test_a_site_file_that_is_none_is_refused(checked, training, tmp_path, content, fault):
+    (tmp_path / "site.env").write_text(content + "\n")
+    refused(checked(*training), fault)
+
+
+def test_each_kind_of_job_gets_the_options_that_the_site_has_for_it(checked, training, source, tmp_path):
+    (tmp_path / "site.env").write_text(
+        "GPUS_PER_NODE=2 SBATCH_OPTIONS=(--partition=gpu --exclude=n7 '--comment=two words' --signal=USR2@90) "
+        "SBATCH_OPTIONS_CPU=(--partition=cpu)\n"
+    )
+    bad_nodes.add("n1", "no GPU", "3")
+    status, text = checked("--dry-run", *training)
+    assert status == 0
+    assert "--partition=gpu --exclude=n7 '--comment=two words'" in text
+    assert "--ntasks-per-node=2" in text
+    # The site's own stay excluded; the names are Slurm's to take apart where there is one.
+    assert "--exclude=n1,n7" in text
+    conversion = ("prepare_shards", "coco", "--src", source, "--out", tmp_path / "coco")
+    status, text = checked("--dry-run", "--ranks-per-node", "4", *conversion)
+    assert status == 0
+    command = text.splitlines()[-1]
+    assert command.startswith(
+        "sbatch --parsable --partition=cpu --nodes=1 --ntasks=4 --job-name=coco.job --exclude=n1 "
+    )
+    assert "gpu" not in command
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of one checkpoint, of one weight of 1000 elements."""
+    folder = tmp_path / "a_run" / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text('{"files": []}')
+    weights = {"zero_stage": 3, "fp32_flat_groups": [torch.zeros(1000)], "optimizer_state_dict": {"state": {}}}
+    torch.save({"optimizer_state_dict": weights}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    shapes = {"param_shapes": [{"model.weight": torch.Size([1000])}], "buffer_names": [], "module": {}}
+    torch.save(shapes, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    return tmp_path / "a_run"
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "fault"),
+    [
+        ([], ["RUN", "--out", "RUN"], "exists and is no empty folder; choose a new one"),
+        ([], ["none", "--out", "w"], "none: no such folder; name the folder of a run"),
+        ([], ["EMPTY", "--out", "w"], "has no good checkpoint in"),
+        ([], ["RUN", "--out", "w", "--tag", "step_00000009"], "--tag step_00000009: no such checkpoint"),
+        ([], ["RUN", "--out", FULL / "w"], "the weights need 0.000 GB, 0.000 GB are free"),
+        ([], ["RUN"], "the following arguments are required: --out"),
+        ([], ["RUN", "--out", "w", "--dtyp", "fp16"], "unrecognized arguments: --dtyp fp16"),
+        ([], ["RUN", "--out", "w", "--jobs", "0"], "--jobs 0: at least 1 is needed"),
+        (["--nodes", "2"], ["RUN", "--out", "w"], "--nodes 2: export runs on 1 node"),
+        (["--ranks-per-node", "2"], ["RUN", "--out", "w"], "--ranks-per-node 2: export is 1 process"),
+        (["--grace", "60"], ["RUN", "--out", "w"], "--grace 60: export is not told to save"),
+        (["--chain", "2"], ["RUN", "--out", "w"], "--chain 2: export is requeued before its time limit by itself"),
+        (["--time", "soon"], ["RUN", "--out", "w"], "--time soon: MINUTES"),
+    ],
+)
+def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, arguments, fault):
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
+    refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), fault)
+
+
+def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
+    assert checked("--dry-run", "export", run, "--out", tmp_path / "w")[0] == 0
+    later = ("--dry-run", "--dependency", "afterok:7", "export", tmp_path / "not_yet", "--out", tmp_path / "w")
+    status, text = checked(*later)
+    assert status == 0
+    assert "note: nothing to export yet" in text
+    assert "--dependency=afterok:7" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["coco", "--src", "none", "--out", "o"], "--src none: no such folder"),
+        (["webp", "--src", "SOURCE", "--out", "o"], "argument format: invalid choice: 'webp'"),
+        (["coco", "--src", "SOURCE", "--out", "SOURCE"], "exists; choose a new folder or give --overwrite"),
+        (["coco", "--src", "SOURCE", "--out", FULL / "o"], "GB, 0.000 GB are free; make room, choose another folder"),
+        (["coco", "--src", "SOURCE"], "--out: not given; name the folder of the shards"),
+        (["coco", "--src", "SOURCE", "--out", "o", "--quality", "0"], "--quality 0: 1 to 95 is needed"),
+    ],
+)
+def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, arguments, fault):
+    places = {"SOURCE": source, "o": tmp_path / "o"}
+    refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), fault)
+
+
+def test_a_conversions_source_is_told_as_the_room_it_needs(checked, tmp_path):
+    source = tmp_path / "big"
+    source.mkdir()
+    with (source / "images.bin").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).free + 10**12)
+    words = ("prepare_shards", "coco", "--src", source, "--out", tmp_path / "o")
+    refused(checked(*words), "the source holds ", "GB are free; make room, choose another folder, or give --max-side")
+    status, text = checked("--dry-run", *words, "--max-side", "384")  # who knows how much that leaves
+    assert status == 0
+    assert "note: --out" in text

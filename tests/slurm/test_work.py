@@ -1,0 +1,146 @@
+"""Exports, conversions and whatever begins a job, on a real Slurm: held, requeued, or one at a time."""
+
+import json
+import subprocess
+import time
+
+import pytest
+
+from slurm import history, submit
+from slurm.exclusions import excluded_by
+from slurm.rivals import jobs_on
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+
+def batch(site, *words, options=(), **environment):
+    """Submit one of the project's scripts with its words; the job's number."""
+    log = f"--output={site.folder}/%j.log"
+    return site.sbatch("sbatch", "--parsable", "--time=10", log, *options, *words, **environment)
+
+
+def script_of(folder, text):
+    """A job script that does part of what the project's do."""
+    path = folder / "part.sh"
+    path.write_text(f"#!/bin/bash\ncd {ROOT}; source slurm/common.sh; setup; RUN={folder}/run\n{text}\n")
+    return path
+
+
+def python_that(site, name, does):
+    """A Python that does something else for the programs of exports and conversions, and how to use it."""
+    path = site.folder / name
+    programs = '"$*" == "-m pretrain."*'
+    path.write_text(f'#!/bin/bash\n[[ {programs} ]] && {does}\nexec {site.python} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_wrong_argument_holds_exports_and_conversions_with_the_reason(site, source, tmp_path):
+    export = batch(site, "slurm/export.sbatch", tmp_path / "no_run", "--out", tmp_path / "w")
+    shards = ("slurm/prepare_shards.sbatch", "coco", "--src", source, "--out", tmp_path / "o", "--shard-size", 0)
+    conversion = batch(site, *shards)
+    nameless = batch(site, "slurm/export.sbatch", "runs/a")
+    for job in (export, conversion, nameless):
+        site.wait_state(job, "SPECIAL_EXIT")
+    for job in (export, conversion):
+        assert "has to be mended (status 78)" in site.cluster.job(job)["Comment"]
+    assert "status 78 before the start" in site.cluster.job(nameless)["Comment"]
+    assert [attempt.action for attempt in history.read(tmp_path / "w.job")] == ["hold"]
+    site.cluster.call("scancel", export, conversion, nameless)
+
+
+def test_a_job_submitted_outside_the_projects_folder_is_held_and_says_so(site, tmp_path):
+    scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
+    log = f"--output={site.folder}/%j.log"
+    numbers = [int(site.cluster.call("sbatch", "--parsable", log, path, cwd=tmp_path)) for path in scripts]
+    for number in numbers:
+        site.wait_state(number, "SPECIAL_EXIT")
+        assert f"{tmp_path} is not the project's folder" in site.cluster.job(number)["Comment"]
+    site.cluster.call("scancel", *numbers)
+
+
+def test_a_killed_conversion_is_requeued_and_goes_on_within_its_budget(site, source, tmp_path):
+    once = python_that(site, "dies_once", f"mkdir {tmp_path}/once 2>/dev/null && kill -9 $$")
+    always = python_that(site, "dies", "kill -9 $$")
+    job = batch(
+        site, "slurm/prepare_shards.sbatch", "coco", "--src", source, "--out", tmp_path / "o", UNIMO3_PYTHON=once
+    )
+    out = ("slurm/export.sbatch", tmp_path, "--out", tmp_path / "w")
+    other = batch(site, *out, UNIMO3_PYTHON=always, MAX_RESTARTS="0")
+    site.wait_state(other, "SPECIAL_EXIT")
+    assert "more than MAX_RESTARTS 0" in site.cluster.job(other)["Comment"]
+    site.wait_state(job, "COMPLETED")
+    assert [attempt.action for attempt in history.read(tmp_path / "o.job")] == ["requeue", "done"]
+    assert (tmp_path / "o" / "train" / "index.json").is_file()
+    site.cluster.call("scancel", other)
+
+
+def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
+    at = int(time.time()) + 3
+    begin = 'settle_by tool slurm.outcome begin --run "$RUN" --nodes n1'
+    script = script_of(tmp_path, f"until (($(date +%s) >= {at})); do :; done; {begin}; sleep 4")
+    jobs = [batch(site, script) for _ in range(2)]
+    site.cluster.wait(lambda: "SPECIAL_EXIT" in [site.state(job) for job in jobs], 60, "one to be held")
+    states = {job: site.state(job) for job in jobs}
+    held = next(job for job, state in states.items() if state == "SPECIAL_EXIT")
+    (other,) = set(jobs) - {held}
+    assert f"job {other} works on {tmp_path}/run" in site.cluster.job(held)["Comment"]
+    site.wait_state(other, "COMPLETED")
+    assert [attempt.job for attempt in history.read(tmp_path / "run")] == [str(other)]
+    # When that has ended it may have the folder.
+    site.cluster.call("scontrol", "release", held)
+    site.wait_state(held, "COMPLETED")
+    assert [attempt.job for attempt in history.read(tmp_path / "run")] == [str(other), str(held)]
+
+
+def test_nodes_whose_entry_has_expired_are_taken_back_and_the_users_own_are_not(site, tmp_path):
+    ledger = tmp_path / "bad_nodes.jsonl"
+    script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep 300")
+    job = batch(site, script, options=("--hold", "--exclude=n2,n3"), BAD_NODES=str(ledger))
+    history.append(tmp_path / "run", "exclude", job=str(job), nodes=["n3"])
+    ledger.write_text(json.dumps({"node": "n3", "reason": "", "job": "1", "until": time.time() - 1}) + "\n")
+    assert excluded_by(str(job)) == ["n2", "n3"]
+    site.cluster.call("scontrol", "release", job)
+    site.cluster.wait(lambda: excluded_by(str(job)) == ["n2"], 60, "n3 taken back")
+    assert history.excluded(tmp_path / "run", str(job)) == []
+    site.cluster.call("scancel", job)
+
+
+@pytest.mark.parametrize("name", ["plain", 'two  words "q" $(x)', "--odd"])
+def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name):
+    script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", name, "--training.steps", 12)
+    job = batch(site, *script, options=("--hold",))
+    assert jobs_on(site.runs / name) == {str(job): "PENDING"}
+    assert jobs_on(site.runs / f"{name} not") == {}
+    site.cluster.call("scancel", job)
+
+
+def test_a_second_submission_on_a_folder_is_refused_unless_it_waits_for_the_first(site, source, tmp_path, capsys):
+    site.site.with_name("cpu.env").write_text(site.site.read_text() + "SBATCH_OPTIONS_CPU=(--hold)\n")
+    words = ["prepare_shards", "coco", "--src", str(source), "--out", str(tmp_path / "o")]
+
+    def submitted(*options):
+        with pytest.raises(SystemExit) as ended:
+            submit.main([*options, *words])
+        told = capsys.readouterr()
+        return ended.value.code, told.out + told.err
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIMO3_SITE", str(site.site.with_name("cpu.env")))
+        status, text = submitted()
+        assert status == 0, text
+        job = text.split("job ")[1].split(":")[0]
+        status, text = submitted()
+        assert status == 78
+        assert f"o.job: job {job} waits to work on it (PENDING); cancel that one" in text
+        status, text = submitted(f"--dependency=afterany:{job}")
+        assert status == 0, text
+        other = text.split("job ")[1].split(":")[0]
+        patch.setenv("UNIMO3_SITE", str(site.folder / "none.env"))
+        (site.folder / "none.env").write_text("SBATCH_OPTIONS_CPU=(--partition=nowhere)\n")
+        words[-1] = str(tmp_path / "p")
+        status, text = submitted()
+        assert status == 78
+        assert "sbatch refuses it: sbatch: error: invalid partition specified: nowhere" in text
+    subprocess.run(["scancel", job, other], check=True)

@@ -1,0 +1,40 @@
+"""What a stop signal does before training and in it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unimo3.errors import EXIT_REQUEUE
+from unimo3.launch import STOP_SIGNALS
+from unimo3.training.preempt import StopRequest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_is_noted_once(number, tmp_path):
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
+    try:
+        stop = StopRequest().install()
+        stop.watch(tmp_path)
+        assert not stop.received
+        os.kill(os.getpid(), number)
+        assert stop.received
+        assert stop.name == signal.Signals(number).name
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_before_training_it_ends_the_process_to_be_started_again():
+    program = (
+        "import os, signal; from unimo3.training.preempt import StopRequest; kept = StopRequest().install(); "
+        "os.kill(os.getpid(), signal.SIGUSR2); print('goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (EXIT_REQUEUE, "")
+    assert "Interrupted: asked to stop (SIGUSR2) before training began, nothing is lost" in done.stderr

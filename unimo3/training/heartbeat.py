@@ -1,0 +1,109 @@
+"""What every rank was doing last, and which of them holds up the others.
+
+    RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "beats", "since", "time"}: times in
+                                      seconds since 1970; since: when the rank entered the phase; beats: phases entered
+                                      so far
+
+Source: torch.distributed's flight recorder for the idea.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HEARTBEATS = "heartbeats"
+_NUM_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What one rank was doing."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    beats: int
+    since: float
+    time: float
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the rank runs on this host."""
+        return self.host == socket.gethostname()
+
+    def state(self) -> str | None:
+        """What this host's kernel says of the process, such as ``T (stopped)``; None: no such process."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), None)
+
+
+def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, since: float) -> None:
+    """Leave this process's heartbeat in its run's folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beat = Heartbeat(rank, socket.gethostname(), os.getpid(), step, phase, beats, since, time.time())
+    path = run / HEARTBEATS / f"rank_{rank:05d}.json"
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(asdict(beat)) + "\n")
+    staging.replace(path)
+
+
+def read_heartbeats(run: Path) -> list[Heartbeat]:
+    """Every rank's last heartbeat, in the order of ranks; what cannot be read is left out."""
+    found = []
+    for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
+        try:
+            found.append(Heartbeat(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue
+    return found
+
+
+def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, silent_s: float) -> str:
+    """Which ranks hold up the others: those that never came, else the silent ones, else those furthest behind.
+
+    Clocks do not say who is behind: a rank may enter a phase before another does and still be the one that waits.
+
+    Args:
+        beats: heartbeats that were found, some perhaps of an earlier start.
+        num_ranks: how many ranks there should be.
+        started: when this start began, seconds since 1970.
+        silent_s: seconds without a heartbeat after which a rank counts as silent.
+    """
+    now = time.time()
+    beats = [beat for beat in beats if beat.time >= started - silent_s]
+    if absent := sorted(set(range(num_ranks)) - {beat.rank for beat in beats}):
+        return _some([f"rank {rank}, which has given no heartbeat since this start" for rank in absent])
+    if silent := [beat for beat in beats if now - beat.time > silent_s]:
+        return _some([f"{_place(beat, now)}, silent for {now - beat.time:.0f} s{_fate(beat)}" for beat in silent])
+    fewest = min(beat.beats for beat in beats)
+    return _some([_place(beat, now) for beat in beats if beat.beats == fewest])
+
+
+def _place(beat: Heartbeat, now: float) -> str:
+    return (
+        f"rank {beat.rank} on {beat.host} (pid {beat.pid}) in phase '{beat.phase}' of step {beat.step} for "
+        f"{now - beat.since:.0f} s"
+    )
+
+
+def _fate(beat: Heartbeat) -> str:
+    if not beat.is_here:
+        return ""
+    state = beat.state()
+    return f", its process is {state}" if state else ", its process is gone"
+
+
+def _some(named: list[str]) -> str:
+    more = f" and {len(named) - _NUM_NAMED} more" if len(named) > _NUM_NAMED else ""
+    return "; ".join(named[:_NUM_NAMED]) + more
