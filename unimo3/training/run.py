@@ -3,6 +3,7 @@
 RUN/config.yaml          the resolved settings of the first start; each checkpoint's state.json has its own
 RUN/model/               config.json, tokenizer and image processor, copied beside exported weights
 RUN/checkpoints/         see unimo3/checkpoint/store.py
+RUN/best.json            in fine-tuning, the best checkpoint on held-out data
 RUN/metrics.jsonl        one object a step
 RUN/tensorboard/         the same as events
 RUN/ledger/              on request: which samples each rank read at each step
