@@ -14,17 +14,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from slurm import history, queue
+from slurm import history
 
 FOLDER = "starts"
 _NUM_LOOKS, _LOOK_S = 50, 0.1
 
 
-def take(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool] = queue.is_at_work) -> str | None:
+def take(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]) -> str | None:
     """Claim the folder for a start of a job.
 
     Args:
         restart: how often Slurm has started the job before.
+        is_at_work: whether another job's processes may still be there.
 
     Returns:
         The other job that has it; None: it is this one's now.

@@ -6,6 +6,14 @@ set -euo pipefail
 # A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
 trap : TERM CONT USR1 USR2
 
+# A link of an array is addressed by the array's number and its own: the plain number may mean all of them.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+export JOB=${JOB:-$SLURM_JOB_ID}
+
+# Whatever else ends this script, as a failing line of the site's settings does, must not end the job with it.
+trap 'lost $?' EXIT
+lost() { [[ -n ${IS_DECIDED:-} ]] || settle "$1"; }
+
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 
 setup() {
@@ -23,15 +31,12 @@ setup() {
     RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
-    # A link of an array is addressed by the array's number and its own: the plain number may mean all of them.
-    export JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-    JOB=${JOB:-$SLURM_JOB_ID}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
 
     # Compiled kernels and other caches: on each node's own disk, not on the shared one that all ranks would hammer.
     export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
     export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
-    export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions
+    export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions CUDA_CACHE_PATH=$UNIMO3_LOCAL/cuda
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
     # The address that Slurm itself uses for the node: its name need not be known to the others.
@@ -73,14 +78,21 @@ free_port() {
 # Runs a module of the project once, on this node.
 tool() { "${PYTHON[@]}" -m "$@"; }
 
-# Runs a command once a rank, with the variables that torch's programs look for.
+# Runs a command once a rank, with the variables that torch's programs look for; each rank's end is written down, with
+# its time. Signals are the command's own affair: the shell around it lives as long as it does. What is over soon does
+# not hear them (IS_DEAF): a check that is asked to stop is no failed one.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
     # shellcheck disable=SC2016
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$NUM_RANKS" --ntasks-per-node="$RANKS_PER_NODE" --export=ALL \
         --overcommit --cpu-bind=quiet,none --kill-on-bad-exit="${KILL_ON_BAD_EXIT:-1}" --wait="${WAIT_S:-60}" --input=none \
+        ${STEP_MINUTES:+--time="$STEP_MINUTES"} \
         bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
-            LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'; exec "$@"' rank "$@"
+            LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'
+            if [[ -n ${IS_DEAF:-} ]]; then trap "" TERM CONT USR1 USR2; else trap : TERM CONT USR1 USR2 QUIT; fi
+            status=0; "$@" || status=$?
+            if [[ -n ${UNIMO3_STATUS_DIR:-} ]]; then echo "$EPOCHREALTIME $status" >"$UNIMO3_STATUS_DIR/end_$RANK"; fi
+            exit "$status"' rank "$@"
 }
 
 # Trains: MODULE ARGUMENTS...
@@ -88,11 +100,11 @@ train() {
     local program=$1 status=0
     setup
     take "$@"
-    preflight "$@"
-    export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
-    rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
     before_the_wall &
     local guard=$!
+    preflight
+    export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
+    rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
     say "$program: srun ended with status $status"
@@ -115,24 +127,35 @@ work() {
 
 # Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
 take() {
-    RUN=$(tool slurm.runs "$@") || settle $?
+    local folder early
+    folder=$(tool slurm.runs "$@") || settle $?
     HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS"
+    early=$(early_ends)
+    RUN=$folder
+    # Nodes that could not even start Python, where this one can.
+    [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
+    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
+    [[ -z $early ]] || patiently scontrol update JobId="$JOB" Comment=""
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
 # one whose ranks wait for each other, is requeued from its last checkpoint.
 before_the_wall() {
-    local ends left
-    ends=$(squeue --noheader --jobs="$JOB" --format=%e 2>/dev/null) && ends=$(date --date="$ends" +%s 2>/dev/null) || return 0
-    left=$((ends - $(date +%s)))
-    sleep $((left > 450 ? left - 45 : left * 9 / 10)) &
-    local sleeper=$!
-    trap 'kill "$sleeper" 2>/dev/null; exit 0' TERM # by then the program has ended
-    wait "$sleeper"
+    local left margin sleeper=""
+    trap '[[ -z $sleeper ]] || kill "$sleeper" 2>/dev/null; exit 0' TERM # by then the program has ended
+    left=$(seconds_left) || left=600
+    margin=$((left > 450 ? 45 : left / 10))
+    # The end may have been moved meanwhile.
+    while ((left > margin + 5)); do
+        sleep $((left - margin)) &
+        sleeper=$!
+        wait "$sleeper"
+        left=$(seconds_left) || left=600
+    done
     trap : TERM
-    say "the time limit is near and the program has not ended"
-    settle_by tool slurm.outcome end --run "$RUN" --status 124
+    # Not noted as the start's end: the program is still there.
+    say "requeue: the time limit is near and the program has not ended"
+    act requeue "the time limit is near and the program has not ended"
 }
 
 preflight() {
@@ -140,6 +163,8 @@ preflight() {
     local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
     rm -rf "$mark" && mkdir -p "$mark"
     # One node's failure says nothing of the others: they are heard to the end.
+    local -x IS_DEAF=yes
+    local STEP_MINUTES=15
     RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" -m slurm.preflight \
         node --run "$RUN" --mark "$mark" --gpus "${GPUS_PER_NODE:-0}" --local-disk "${LOCAL_DISK:-/tmp}" || status=$?
     if ((status == 0 && NUM_RANKS > 1)); then
@@ -148,43 +173,102 @@ preflight() {
     settle_by tool slurm.outcome preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
 }
 
-# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job goes on.
+# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job goes on. A command
+# that has to know of another job first says ``ask JOB``: it may run in a container, where no Slurm is.
 settle_by() {
-    local answer action reason
-    if ! answer=$("$@"); then
-        say "cannot tell what to do: ${*:1:4} failed; the job is held"
-        answer="hold the job's own tools failed, see its output"
-    fi
-    read -r action reason <<<"$answer"
+    local answer action="" reason known=()
+    while true; do
+        if ! answer=$("$@" "${known[@]}"); then
+            say "cannot tell what to do: ${*:1:4} failed"
+            settle 1
+        fi
+        read -r action reason <<<"$answer"
+        [[ $action == ask ]] || break
+        known=(--known "$reason=$(state_of "$reason")")
+    done
     [[ $action != go ]] || return 0
+    [[ -n $action ]] || settle 1
     say "$action: $reason"
     act "$action" "$reason"
 }
 
-# Before a run's folder is known: 78 holds the job, anything else is tried again a few times.
+# Where a start cannot be judged by what the run's folder says: 78 holds the job, anything else is tried again a few times
+# in a row, without a node on which Python cannot be started. Their number and nodes are kept in the job's comment:
+# nothing else need be there.
 settle() {
-    local action=hold
-    [[ $1 == 78 ]] || ((NUM_RESTARTS >= 3)) || action=requeue
-    act "$action" "status $1 before the start: see the job's output"
+    local action=hold early number nodes reason here=""
+    early=$(early_ends)
+    number=$((${early%% *} + 1))
+    nodes=${early#* }
+    nodes=${nodes%%:*}
+    nodes=${nodes:+$nodes,}${SLURMD_NODENAME:-?}
+    reason="$number starts ended early on $nodes: status $1, see the job's output"
+    if [[ $1 == 78 ]]; then
+        reason="status 78 before the start, see the job's output"
+    elif ((number > 3)); then
+        reason="too often: $reason" # counted anew when the job is released
+    else
+        action=requeue
+        [[ $1 != 12[67] ]] || here=${SLURMD_NODENAME:-}
+        patiently scontrol update JobId="$JOB" Comment="$reason"
+    fi
+    say "$action: $reason"
+    act "$action" "$reason" "$here"
 }
 
+# Starts in a row that ended before they could be judged, as ``NUMBER NODES: REASON``; nothing if there are none.
+early_ends() {
+    patiently squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
+}
+
+# A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work.
+state_of() {
+    local told try
+    for try in {1..20}; do
+        if told=$(squeue --noheader --states=all --jobs="$1" --format=%T 2>&1); then
+            echo "${told%%$'\n'*}"
+            return
+        fi
+        [[ $told != *"Invalid job id"* ]] || return 0
+        say "squeue failed ($try of 20): $told"
+        sleep 15
+    done
+    echo RUNNING
+}
+
+# Until the job's time limit, as it is now.
+seconds_left() {
+    local ends
+    ends=$(patiently squeue --noheader --jobs="$JOB" --format=%e)
+    [[ $ends == *:* ]] || return 1 # there is none
+    echo $(($(date --date="$ends" +%s) - $(date +%s)))
+}
+
+# Does what was decided: ACTION REASON [NODE]; the node is left out at the next start, for this job alone.
 act() {
-    local action=$1 reason=$2 state
+    local action=$1 reason=$2 here=${3:-} state
+    IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
     state=$(patiently squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
-    local change=keep nodes="" is_ended=""
-    # An action of before the run's folder was known changes no nodes.
-    [[ -z ${RUN:-} ]] || change=$(tool slurm.exclusions --run "$RUN") || change=keep
+    local change=keep nodes="" is_ended="" excluded
+    excluded=$(patiently squeue --noheader --jobs="$JOB" --format=%x)
+    excluded=${excluded%%$'\n'*}
+    [[ -z $excluded ]] || excluded=$(patiently scontrol show hostnames "$excluded" | paste -sd,)
+    if [[ -n $here ]]; then
+        change="set $excluded${excluded:+,}$here"
+    elif [[ -n ${RUN:-} ]]; then
+        change=$(tool slurm.exclusions --run "$RUN" --excluded "$excluded") || change=keep
+    fi
     read -r change nodes <<<"$change"
     trap 'is_ended=yes' TERM
     case $action in
     requeue | exclude) unhurt scontrol requeue "$JOB" ;;
     hold)
-        scontrol update JobId="$JOB" Comment="$reason" || true
+        patiently scontrol update JobId="$JOB" Comment="$reason" || true
         # The links that have not begun, too; release them with the array's number.
         [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
         unhurt scontrol requeuehold State=SpecialExit "$JOB"

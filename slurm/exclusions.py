@@ -1,6 +1,6 @@
 """Which nodes a job leaves out when it starts again, as ``set NODES`` or ``keep``.
 
-    python -m slurm.exclusions --run RUN
+    python -m slurm.exclusions --run RUN --excluded NODES
 
 Those that the user has excluded, always, and those that the ledger of bad nodes holds now: what was excluded for the
 ledger's sake and has expired there is taken back. Which ones that were stands in the run's history, at each change:
@@ -31,15 +31,6 @@ def choose(excluded: list[str], ours: list[str], bad: list[str]) -> tuple[list[s
     return sorted(of_the_user + added), sorted(added)
 
 
-def excluded_by(job: str) -> list[str]:
-    """Nodes that a job excludes.
-
-    Raises:
-        OSError, subprocess.SubprocessError: Slurm does not say; its list is not to be replaced then.
-    """
-    return expand(_told("squeue", "--noheader", f"--jobs={job}", "--format=%x").split("\n")[0].strip())
-
-
 def expand(nodes: str) -> list[str]:
     """Single names of nodes listed as ``n[1-3],m7``."""
     if "[" not in nodes:
@@ -55,9 +46,10 @@ def main() -> None:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m slurm.exclusions", description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--excluded", default="", help="what the job excludes now, as single names with commas")
     args = parser.parse_args()
     job = os.environ["JOB"]
-    excluded = excluded_by(job)
+    excluded = [node for node in args.excluded.split(",") if node]
     ours = history.excluded(args.run, job)
     nodes, added = choose(excluded, ours, sorted(bad_nodes.current()))
     if nodes == sorted(excluded):

@@ -1,6 +1,7 @@
 """What a job does next, as ``ACTION REASON`` on one line; asked by the job scripts before and after the programs.
 
     go         continue
+    ask        say what Slurm makes of another job, the reason, and ask again
     done       the run has ended well
     link       this link of an array ends, the next goes on
     requeue    start again
@@ -22,13 +23,14 @@ import os
 import signal
 from pathlib import Path
 
-from slurm import bad_nodes, claims, history
+from slurm import bad_nodes, claims, history, queue
 from slurm.runs import progress
 
 # Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
 MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
 MAX_EXCLUDES = 5
 DEFAULT_MAX_RESTARTS = 20
+_ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)))
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be mended (status 78)",
     70: "the loss stayed not finite (status 70): start anew with a lower optim.lr under another run.name",
@@ -68,11 +70,26 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     return "requeue", f"{what}: taken for a fault of the machines, start {len(attempts) + 1} follows"
 
 
-def begin(run: Path, job: str, hosts: list[str], max_restarts: int) -> tuple[str, str]:
-    """Before a program starts: whether it may; if so the start is noted."""
+def begin(
+    run: Path, job: str, hosts: list[str], max_restarts: int, known: dict[str, str], early: str = ""
+) -> tuple[str, str]:
+    """Before a program starts: whether it may; if so the start is noted.
+
+    Args:
+        known: states of other jobs, as Slurm tells them; of one that is not in it the action is ``ask``.
+        early: ``NODES: REASON``, where the job's last starts could not begin.
+    """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
-    if other := claims.take(run, job, restart):
+    try:
+        other = claims.take(run, job, restart, lambda other: known[other] in queue.AT_WORK)
+    except KeyError as unknown:
+        return "ask", str(unknown.args[0])
+    if other:
         return "hold", f"job {other} works on {run}; release this one when that has ended"
+    nodes, _, why = early.partition(": ")
+    for node in sorted(set(nodes.split(",")) - {"", *hosts}):
+        bad_nodes.add(node, why, job)
+        history.append(run, "exclude", job=job, nodes=sorted({*history.excluded(run, job), node}))
     attempts, checkpoint = history.read(run), progress(run)
     action, reason = "go", ""
     bad = bad_nodes.current()
@@ -109,9 +126,15 @@ def settled_status(status: int, folder: Path | None) -> int:
     for decisive in _REASONS:
         if decisive in told:
             return decisive
-    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early. Ended by
-    # USR1 or USR2: a program was asked to stop before it could listen, while it was being loaded.
-    return 75 if 75 in told or status in (128 + signal.SIGUSR1, 128 + signal.SIGUSR2) else status
+    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
+    if 75 in told:
+        return 75
+    # The first rank that ended knows why; the others were ended by srun. One that was asked to stop before it trained
+    # says 75 here and nothing else, or is ended by the signal while it is still being loaded.
+    ends = [path.read_text().replace(",", ".").split() for path in folder.glob("end_*")] if folder else []
+    in_order = sorted((float(end[0]), int(end[1])) for end in ends if len(end) == 2)
+    first = next((code for _, code in in_order if code), status)
+    return 75 if first in _ASKED_TO_STOP else first
 
 
 def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
@@ -152,7 +175,7 @@ def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, ma
         action, reason = _again(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:
         # Where every node says so it is not the nodes.
-        action, reason = "hold", f"every node: {next(iter(bad.values()))}"
+        action, reason = "hold", "every node: " + "; ".join(f"{host}: {problem}" for host, problem in bad.items())
     else:
         for host, problem in bad.items():
             bad_nodes.add(host, problem, job)
@@ -170,12 +193,18 @@ def main() -> None:
     parser.add_argument("--mark", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--statuses", type=Path, help="folder where ranks left theirs")
+    parser.add_argument(
+        "--known", default="", metavar="JOB=STATE", help="what Slurm says of the job that was asked for"
+    )
+    parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")
     args = parser.parse_args()
     job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
     hosts = args.nodes.split()
     max_restarts = int(os.environ.get("MAX_RESTARTS", "") or DEFAULT_MAX_RESTARTS)
     if args.event == "begin":
-        action, reason = begin(args.run, job, hosts, max_restarts)
+        action, reason = begin(
+            args.run, job, hosts, max_restarts, dict([args.known.split("=", 1)]) if args.known else {}, args.early
+        )
     elif args.event == "preflight":
         action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
     else:

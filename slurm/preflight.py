@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import socket
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from slurm.runs import checkpoint_bytes, newest_step
 _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
 _MIN_FREE_BYTES = 10**9
 _MIN_FREE_INODES = 1000
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def job_problems(run: Path, num_gpus: int) -> list[str]:
@@ -113,8 +111,6 @@ def main() -> None:
     parser.add_argument("--local-disk", type=Path, default=Path("/tmp"))
     parser.add_argument("--floor", type=float, default=0.0)
     args = parser.parse_args()
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # it is over soon; a node that is told to stop is not a bad one
     if args.check == "node":
         name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         own = job_problems(args.run, args.gpus)

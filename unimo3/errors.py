@@ -81,14 +81,18 @@ def _record_status(status: int) -> None:
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(str(status))
 
 
-def end_process(status: int) -> NoReturn:
+def end_process(status: int, is_recorded: bool = True) -> NoReturn:
     """End with `status`, whatever a process group's threads do.
 
     gloo's threads still run when the interpreter takes itself apart, and abort about one process in ten (SIGABRT,
     status 134) after all its work is done. A process that joined a group therefore ends without that: exit functions
     run, output is flushed, and nothing else.
+
+    Args:
+        is_recorded: whether the job script is told that the rank ended so by itself and not for another's sake.
     """
-    _record_status(status)
+    if is_recorded:
+        _record_status(status)
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         atexit._run_exitfuncs()

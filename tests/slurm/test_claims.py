@@ -25,7 +25,7 @@ def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_p
     for n in range(_NUM_ROUNDS):
         (tmp_path / f"run_{n}" / "slurm" / "starts").mkdir(parents=True)
         if before:
-            assert claims.take(tmp_path / f"run_{n}", before, 0) is None
+            assert claims.take(tmp_path / f"run_{n}", before, 0, lambda job: True) is None
     context = multiprocessing.get_context("fork")
     won = context.Array("b", _NUM_PROCESSES * _NUM_ROUNDS)
     start = time.monotonic() + 0.5

@@ -1,11 +1,9 @@
 """What a job does next."""
 
-import signal
-
 import pytest
 
-from slurm import history
-from slurm.outcome import decide, settled_status
+from slurm import bad_nodes, history
+from slurm.outcome import begin, decide, settled_status
 
 
 def attempts(*records, action="requeue"):
@@ -51,4 +49,41 @@ def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
     (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
     assert settled_status(137, tmp_path) == 75
     assert settled_status(0, None) == 0
-    assert [settled_status(128 + number, None) for number in (signal.SIGUSR1, signal.SIGUSR2)] == [75, 75]
+
+
+def ends(folder, *statuses):
+    """Ranks that ended one after the other."""
+    for rank, status in enumerate(statuses):
+        (folder / f"end_{rank}").write_text(f"1764{rank:06d},5 {status}\n")  # as bash writes it where a comma is usual
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        ((137, 75), 137),  # memory ran out while the other was being built, which was ended for it
+        ((1, 143), 1),
+        ((71, 75, 75), 71),
+        ((75, 137), 75),  # asked to stop before it trained; the other sat in a collective until it was killed
+        ((140, 140), 75),  # while Python was loading
+        ((0, 134), 134),
+        ((0, 0), 9),  # srun's own
+    ],
+)
+def test_before_training_the_first_rank_that_ended_knows_why(tmp_path, statuses, status):
+    ends(tmp_path, *statuses)
+    assert settled_status(9, tmp_path) == status
+
+
+def test_another_jobs_state_is_asked_for_and_one_at_work_keeps_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    assert begin(tmp_path, "7", ["n1"], 9, {})[0] == "go"
+    assert begin(tmp_path, "8", ["n2"], 9, {}) == ("ask", "7")
+    assert begin(tmp_path, "8", ["n2"], 9, {"7": "COMPLETING"})[0] == "hold"
+    assert begin(tmp_path, "8", ["n2"], 9, {"7": ""})[0] == "go"  # forgotten
+
+
+def test_a_node_where_the_job_could_not_begin_is_noted_once_another_has_shown_that_it_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    assert begin(tmp_path, "7", ["n2"], 9, {}, "n1,n1,n2: status 127")[0] == "go"
+    assert bad_nodes.current() == {"n1": "status 127"}
+    assert history.excluded(tmp_path, "7") == ["n1"]

@@ -132,7 +132,7 @@ class StopRequest:
                     "lost; start the same command to continue",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
-            end_process(EXIT_REQUEUE)
+            end_process(EXIT_REQUEUE, is_recorded=False)  # the signal may come because another rank has failed
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
         if self._wish == Wish.GO_ON:
