@@ -103,12 +103,11 @@ train() {
     before_the_wall &
     local guard=$!
     preflight
-    export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
-    rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
+    fresh_statuses
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
     say "$program: srun ended with status $status"
-    settle_by tool slurm.outcome end --run "$RUN" --status "$status" --statuses "$UNIMO3_STATUS_DIR"
+    end "$status"
 }
 
 # Does what needs no ranks of srun's: FUNCTION MODULE ARGUMENTS...; the function starts the module.
@@ -119,23 +118,36 @@ work() {
     take "$@"
     before_the_wall &
     local guard=$!
+    fresh_statuses
     "$start" "$@" || status=$?
     kill "$guard" 2>/dev/null || true
     say "$program ended with status $status"
-    settle_by tool slurm.outcome end --run "$RUN" --status "$status"
+    end "$status"
+}
+
+# Where programs leave why they ended.
+fresh_statuses() {
+    export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
+    rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
+}
+
+end() {
+    settle_by tool slurm.outcome end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
 }
 
 # Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
 take() {
-    local folder early
+    local folder early comment
     folder=$(tool slurm.runs "$@") || settle $?
     HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
+    comment=$(patiently squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
     # Nodes that could not even start Python, where this one can.
     [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
     settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
-    [[ -z $early ]] || patiently scontrol update JobId="$JOB" Comment=""
+    # What was said of an earlier start; the user's own comment stays.
+    [[ -z $early && $comment != "held: "* ]] || patiently scontrol update JobId="$JOB" Comment=""
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
@@ -221,13 +233,19 @@ early_ends() {
     patiently squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
 }
 
-# A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work.
+# A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work, and
+# another job that is only being ended soon is not.
 state_of() {
     local told try
     for try in {1..20}; do
         if told=$(squeue --noheader --states=all --jobs="$1" --format=%T 2>&1); then
-            echo "${told%%$'\n'*}"
-            return
+            told=${told%%$'\n'*}
+            if [[ $told != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
+                echo "$told"
+                return
+            fi
+            sleep 15
+            continue
         fi
         [[ $told != *"Invalid job id"* ]] || return 0
         say "squeue failed ($try of 20): $told"
@@ -249,6 +267,7 @@ act() {
     local action=$1 reason=$2 here=${3:-} state
     IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
+    [[ $action != left ]] || exit 1
     state=$(patiently squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
@@ -268,7 +287,7 @@ act() {
     case $action in
     requeue | exclude) unhurt scontrol requeue "$JOB" ;;
     hold)
-        patiently scontrol update JobId="$JOB" Comment="$reason" || true
+        patiently scontrol update JobId="$JOB" Comment="held: $reason" || true
         # The links that have not begun, too; release them with the array's number.
         [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
         unhurt scontrol requeuehold State=SpecialExit "$JOB"

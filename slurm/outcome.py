@@ -6,6 +6,7 @@
     link       this link of an array ends, the next goes on
     requeue    start again
     exclude    start again elsewhere; the reason begins with the nodes to leave out
+    left       Slurm ends or requeues the job by itself
     hold       keep the job, held, until somebody has mended what the reason says
 
     python -m slurm.outcome begin --run RUN --nodes 'NODE NODE...'
@@ -30,6 +31,7 @@ from slurm.runs import progress
 MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
 MAX_EXCLUDES = 5
 DEFAULT_MAX_RESTARTS = 20
+_MESSAGE_CHARACTERS = 300
 _ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)))
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be mended (status 78)",
@@ -116,29 +118,42 @@ def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
     return "exclude", f"{','.join(sorted(bad_nodes.current()))} {why}"
 
 
-def settled_status(status: int, folder: Path | None) -> int:
-    """The status that counts: srun's is the highest, and ranks that were ended for another's sake have high ones.
+def settled_status(status: int, folder: Path | None) -> tuple[int, str]:
+    """The status that counts, and what a rank said of it.
+
+    srun's own is the highest of all, and ranks that were ended for another's sake have high ones.
 
     Args:
         folder: where ranks that ended by themselves have left theirs.
     """
-    told = [int(path.read_text() or status) for path in folder.glob("rank_*")] if folder else []
-    for decisive in _REASONS:
+    told: dict[int, str] = {}
+    for path in sorted(folder.glob("rank_*")) if folder else []:
+        code, _, message = path.read_text().partition("\n")
+        if code.isdigit() and not told.get(int(code)):
+            told[int(code)] = " ".join(message.split())
+    for decisive in (*_REASONS, 71):
         if decisive in told:
-            return decisive
+            return decisive, told[decisive]
     # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
     if 75 in told:
-        return 75
+        return 75, ""
     # The first rank that ended knows why; the others were ended by srun. One that was asked to stop before it trained
     # says 75 here and nothing else, or is ended by the signal while it is still being loaded.
     ends = [path.read_text().replace(",", ".").split() for path in folder.glob("end_*")] if folder else []
     in_order = sorted((float(end[0]), int(end[1])) for end in ends if len(end) == 2)
     first = next((code for _, code in in_order if code), status)
-    return 75 if first in _ASKED_TO_STOP else first
+    return (75, "") if first in _ASKED_TO_STOP else (first, told.get(first, ""))
 
 
-def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
-    """After a program has ended: what follows, which is noted."""
+def end(
+    run: Path, job: str, status: int, max_restarts: int, message: str = "", state: str = "RUNNING"
+) -> tuple[str, str]:
+    """After a program has ended: what follows, which is noted.
+
+    Args:
+        message: what the program said of it.
+        state: of the job; in another one Slurm ends or requeues it by itself.
+    """
     checkpoint = progress(run)
     task, last_task = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_MAX")
     in_array = task is not None and task != last_task  # the last link has nobody after it
@@ -149,6 +164,10 @@ def end(run: Path, job: str, status: int, max_restarts: int) -> tuple[str, str]:
             last.time, last.job, last.restart, last.nodes, last.checkpoint, status=status
         )  # fmt: skip
     action, reason = decide(status, attempts, checkpoint, max_restarts, in_array)
+    if state != "RUNNING" and action != "done":
+        action, reason = "left", f"status {status}, saved at {checkpoint}; Slurm cancels or requeues the job ({state})"
+    elif message:
+        reason = f"{reason}: {message[:_MESSAGE_CHARACTERS]}"
     history.append(run, "end", job=job, status=status, action=action, reason=reason, checkpoint=checkpoint)
     return action, reason
 
@@ -196,6 +215,7 @@ def main() -> None:
     parser.add_argument(
         "--known", default="", metavar="JOB=STATE", help="what Slurm says of the job that was asked for"
     )
+    parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm tells it")
     parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")
     args = parser.parse_args()
     job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
@@ -208,7 +228,8 @@ def main() -> None:
     elif args.event == "preflight":
         action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
     else:
-        action, reason = end(args.run, job, settled_status(args.status, args.statuses), max_restarts)
+        status, message = settled_status(args.status, args.statuses)
+        action, reason = end(args.run, job, status, max_restarts, message, args.state)
     print(action, reason)
 
 

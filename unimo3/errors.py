@@ -73,15 +73,17 @@ class Interrupted(Exception):
     exit_status = EXIT_REQUEUE
 
 
-def _record_status(status: int) -> None:
-    """Leave this rank's status where the job script looks: srun's own is the highest of all, and a rank that is ended
-    because another failed has a higher one."""
+def record_end(status: int, message: str = "") -> None:
+    """Leave this rank's status, and why on the next line, where the job script looks.
+
+    srun's own status is the highest of all, and a rank that is ended because another failed has a higher one.
+    """
     if folder := os.environ.get("UNIMO3_STATUS_DIR"):
         with suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(str(status))
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{status}\n{message}\n")
 
 
-def end_process(status: int, is_recorded: bool = True) -> NoReturn:
+def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoReturn:
     """End with `status`, whatever a process group's threads do.
 
     gloo's threads still run when the interpreter takes itself apart, and abort about one process in ten (SIGABRT,
@@ -89,10 +91,11 @@ def end_process(status: int, is_recorded: bool = True) -> NoReturn:
     run, output is flushed, and nothing else.
 
     Args:
+        message: why, for the job script.
         is_recorded: whether the job script is told that the rank ended so by itself and not for another's sake.
     """
     if is_recorded:
-        _record_status(status)
+        record_end(status, message)
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         atexit._run_exitfuncs()
@@ -136,7 +139,7 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             # What all ranks of a host find alike is said once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            end_process(error.exit_status)
+            end_process(error.exit_status, f"{type(error).__name__}: {error}")
         end_process(status or EXIT_DONE)
 
     return wrapped

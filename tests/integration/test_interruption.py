@@ -85,7 +85,7 @@ def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(faulty, pro
     assert "no progress for 4 s (training.stall_after_s); the others wait for rank 1 on " in program.output
     assert "its process is T (stopped)" in program.output
     assert "loop.py" in (run / "stacks" / "rank_00000.txt").read_text()
-    assert "faulty.py" in program.output  # the stopped rank's own stacks: woken for them alone
+    assert "faulty.py" in (run / "stacks" / "asked_00001.txt").read_text()  # the stopped rank was woken for it alone
 
 
 def test_a_rank_without_data_is_named_by_its_phase(faulty, program, runs):

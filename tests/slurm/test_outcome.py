@@ -3,7 +3,7 @@
 import pytest
 
 from slurm import bad_nodes, history
-from slurm.outcome import begin, decide, settled_status
+from slurm.outcome import begin, decide, end, settled_status
 
 
 def attempts(*records, action="requeue"):
@@ -43,12 +43,12 @@ def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
 
 
 def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
-    assert settled_status(137, tmp_path) == 137
-    (tmp_path / "rank_0").write_text("78")
-    assert settled_status(143, tmp_path) == 78
+    assert settled_status(137, tmp_path)[0] == 137
+    (tmp_path / "rank_0").write_text("78\nConfigError: 1 setting to mend:\n  - a: b\n")
+    assert settled_status(143, tmp_path) == (78, "ConfigError: 1 setting to mend: - a: b")
     (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
-    assert settled_status(137, tmp_path) == 75
-    assert settled_status(0, None) == 0
+    assert settled_status(137, tmp_path)[0] == 75
+    assert settled_status(0, None)[0] == 0
 
 
 def ends(folder, *statuses):
@@ -71,7 +71,7 @@ def ends(folder, *statuses):
 )
 def test_before_training_the_first_rank_that_ended_knows_why(tmp_path, statuses, status):
     ends(tmp_path, *statuses)
-    assert settled_status(9, tmp_path) == status
+    assert settled_status(9, tmp_path)[0] == status
 
 
 def test_another_jobs_state_is_asked_for_and_one_at_work_keeps_the_folder(tmp_path, monkeypatch):
@@ -87,3 +87,15 @@ def test_a_node_where_the_job_could_not_begin_is_noted_once_another_has_shown_th
     assert begin(tmp_path, "7", ["n2"], 9, {}, "n1,n1,n2: status 127")[0] == "go"
     assert bad_nodes.current() == {"n1": "status 127"}
     assert history.excluded(tmp_path, "7") == ["n1"]
+
+
+def test_an_end_that_slurm_has_already_decided_is_told_as_such(tmp_path):
+    history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    action, reason = end(tmp_path, "7", 143, 9, state="COMPLETING")
+    assert action == "left"
+    assert reason == "status 143, saved at None; Slurm cancels or requeues the job (COMPLETING)"
+
+
+def test_the_reason_names_what_the_program_said(tmp_path):
+    history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    assert end(tmp_path, "7", 78, 9, "ConfigError: a: b")[1].endswith("(status 78): ConfigError: a: b")

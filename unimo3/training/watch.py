@@ -1,6 +1,7 @@
 """An end to a step that no rank gets out of.
 
     RUN/stacks/rank_00000.txt         what each thread was doing when the rank gave up
+    RUN/stacks/asked_00000.txt        the same, at each SIGQUIT
 
 In a collective all ranks wait for the one that does not come. When this rank has made no progress for a bound, it
 writes its stacks, the ranks that hold up the others are named from their heartbeats, and the process ends with a status
@@ -13,12 +14,13 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from unimo3.errors import EXIT_STALLED
+from unimo3.errors import EXIT_STALLED, record_end
 from unimo3.training.heartbeat import HEARTBEATS, Heartbeat, describe_suspects, read_heartbeats, write_heartbeat
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,7 @@ class Watch:
         self._started = time.time()
         self._step, self._phase, self._beats, self._since = 0, "join", 0, self._started
         self._ends = threading.Event()
-        # Asked by hand: scancel --signal=QUIT writes every rank's stacks to the job's output.
-        faulthandler.register(signal.SIGQUIT, all_threads=True)
+        faulthandler.register(signal.SIGQUIT, all_threads=True)  # to the output until the folder is there
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._tell, self._watch)]
         for thread in self._threads:
             thread.start()
@@ -73,6 +74,10 @@ class Watch:
         """Heartbeats and the poll, until the end."""
         try:
             self._clean()
+            # Asked by hand, as by scancel --signal=QUIT: a file a rank, since all ranks' would be mixed in the output.
+            asked = (self._run / STACKS / f"asked_{self._rank:05d}.txt").open("w", buffering=1)
+            asked.write(f"rank {self._rank} on {socket.gethostname()}, pid {os.getpid()}\n")
+            faulthandler.register(signal.SIGQUIT, asked, all_threads=True)
         except OSError as error:
             log.debug("%s: %s", self._run, error)
         self._write()
@@ -84,8 +89,8 @@ class Watch:
         """Remove this rank's stacks of an earlier start; rank 0 also what a larger number of ranks left."""
         for folder in (HEARTBEATS, STACKS):
             (self._run / folder).mkdir(parents=True, exist_ok=True)
-            for path in (self._run / folder).glob("rank_*") if self._rank == 0 else ():
-                number = path.stem.removeprefix("rank_")
+            for path in (self._run / folder).glob("*_*") if self._rank == 0 else ():
+                number = path.stem.rpartition("_")[2]
                 if number.isdigit() and int(number) >= self._size:
                     path.unlink(missing_ok=True)
         self._stacks.unlink(missing_ok=True)
@@ -127,11 +132,12 @@ class Watch:
         alive = [beat.rank for beat in beats if time.time() - beat.time < 10 * self._interval_s]
         if self._rank == min(alive, default=self._rank):
             suspects = describe_suspects(beats, self._size, self._started, 5 * self._interval_s)
+            told = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
-                "no progress for %g s (training.stall_after_s); the others wait for %s. Every rank's stacks are in %s, "
-                "a stopped one's in the output; ending, to start again from the last checkpoint",
-                self._bound_s, suspects, self._run / STACKS,
+                "%s. Every rank's stacks are in %s; ending, to start again from the last checkpoint",
+                told, self._run / STACKS,
             )  # fmt: skip
+            record_end(EXIT_STALLED, told)
         if any(_wake(beat) for beat in beats if beat.time > self._started and beat.rank != self._rank):
             time.sleep(1.0)
         logging.shutdown()
