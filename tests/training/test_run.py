@@ -1,5 +1,6 @@
 """A run's folder: its settings, what counts as too many bad samples, and checkpoints of which none is good."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
+from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import CheckpointError, DataError
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
@@ -36,6 +38,29 @@ def test_a_changed_setting_is_named_with_both_values(settings):
     start(settings)
     (fault,) = changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))
     assert fault.startswith("optim.lr: 0.0003: this run was started with 1e-05; keep that, or choose a new run.name")
+
+
+def moved(settings, tokenizer):
+    data = replace(settings.data, tokenizer=str(tokenizer))
+    text = replace(settings.model.text, init="elsewhere/roberta-base")
+    return replace(settings, data=data, model=replace(settings.model, text=text))
+
+
+def test_a_run_that_was_moved_may_name_its_tokenizer_and_first_weights_at_other_places(settings, tmp_path):
+    run = start(settings)
+    for name in ("tokenizer", "other"):
+        train_tokenizer([f"a red {name} on a blue square"], 300, tmp_path / name)
+    shutil.copytree(tmp_path / "tokenizer", run.folder / "model")
+    assert [fault.split(":")[0] for fault in changed_settings(moved(settings, tmp_path / "tokenizer"))] == [
+        "model.text.init"  # no checkpoint: it would start from them
+    ]
+    checkpoint = store.folder_of(run.folder) / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / store.MANIFEST).write_text("{}")
+    assert changed_settings(moved(settings, tmp_path / "tokenizer")) == []
+    assert [fault.split(":")[0] for fault in changed_settings(moved(settings, tmp_path / "other"))] == [
+        "data.tokenizer"
+    ]  # fmt: skip
 
 
 def test_a_setting_the_file_lacks_had_its_default(settings):

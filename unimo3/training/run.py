@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
+from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.training.metrics import MetricsWriter, drop_after
@@ -36,6 +37,9 @@ FREE_SETTINGS = (
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
     "data.max_bad_share", "best.", "eval_only",
 )  # fmt: skip
+
+# Weights that a run started from have done their work once there is a checkpoint; they may lie elsewhere, or nowhere.
+_FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
 
 
 def changed_settings(settings: Any) -> list[str]:
@@ -55,8 +59,19 @@ def _differences(before: dict[str, Any], settings: Any) -> list[str]:
         f"{key}: {now!r}: this run was started with {before.get(key, defaults[key])!r}; keep that, or choose a new "
         "run.name"
         for key, now in config.flatten(settings).items()
-        if before.get(key, defaults[key]) != now and not key.startswith(FREE_SETTINGS)
+        if before.get(key, defaults[key]) != now and not _may_change(key, now, settings.run.folder)
     ]
+
+
+def _may_change(key: str, now: Any, run: Path) -> bool:
+    if key in _FIRST_WEIGHTS:
+        return bool(store.list_checkpoints(run))
+    if key == "data.tokenizer":  # the same one elsewhere, as after a move to another cluster
+        try:
+            return load_tokenizer(now).get_vocab() == load_tokenizer(str(run / "model")).get_vocab()
+        except ConfigError:
+            return False
+    return key.startswith(FREE_SETTINGS)
 
 
 @dataclass(frozen=True)
