@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
-from tests.integration.conftest import program, recipe, runs, straight, weights  # noqa: F401  (fixtures)
+from tests.finetune.conftest import pretrained, tokenizer  # noqa: F401  (fixtures)
+from tests.integration.conftest import recipe, runs  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs
 
