@@ -33,6 +33,14 @@ def jobs(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactor
     return Jobs(cluster, recipe, tmp_path_factory.mktemp("jobs"))
 
 
+@pytest.fixture(scope="session")
+def straight(jobs: Jobs) -> Path:
+    """A run of 12 steps on two nodes that nothing disturbed."""
+    job = jobs.submit("straight", "--data.ledger", "true", options=("--nodes=2",), PREFLIGHT="yes")
+    jobs.wait_state(job, "COMPLETED")
+    return jobs.runs / "straight"
+
+
 @pytest.fixture
 def site(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     """As a user on the cluster's login node."""
