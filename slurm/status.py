@@ -1,6 +1,7 @@
 """One screen a run: ``python -m slurm.status [RUN...] [--json] [--watch]``; without RUN, every run below runs/.
 
-Everything is read from files in the run's folder and from Slurm; nothing is asked of the run itself.
+A run whose first job still waits is one, too, before it has a folder. Everything is read from files in the run's folder
+and from Slurm; nothing is asked of the run itself.
 
 Source: squeue(1) for the job's state.
 """
@@ -9,13 +10,14 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import yaml
 
-from slurm import bad_nodes, history, queue
+from slurm import bad_nodes, history, watched
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import read_heartbeats
@@ -39,21 +41,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the state of runs."""
     args = parse_arguments(argv)
-    runs = args.runs or sorted(path.parent for path in Path("runs").glob("*/config.yaml"))
-    faults = [f"{run}: no such folder; name the folder of a run" for run in runs if not run.is_dir()]
-    faults += [
-        f"{run}: is no run's folder, it has neither config.yaml nor slurm/"
-        for run in runs
-        if run.is_dir() and not (run / "config.yaml").exists() and not (run / history.FOLDER).exists()
-    ]
+    told = watched.ask_all()
+    runs = args.runs or _own_runs(told)
+    faults = [fault for run in runs for fault in _folder_faults(run, told)]
     if not runs:
-        faults.append("no RUN is given, and runs/ holds none; name the folder of a run")
+        faults.append("no RUN is given, runs/ holds none and no job waits for one; name the folder of a run")
     if args.every <= 0:
         faults.append(f"--every {args.every}: a number of seconds above 0 is needed")
     if faults:
         raise ConfigError(faults)
     while True:
-        states = [state_of(run) for run in runs]
+        states = [state_of(run, told) for run in runs]
         text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
         if args.watch and sys.stdout.isatty():
             print("\033[2J\033[H", end="")
@@ -64,20 +62,37 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(args.every)
         except KeyboardInterrupt:
             return
+        told = watched.ask_all()
 
 
-def state_of(run: Path) -> dict[str, Any]:
+def _own_runs(told: watched.Told) -> list[Path]:
+    own = Path("runs")
+    waiting = {own / one.folder.name for one in told.queued or [] if one.folder.parent == own.resolve()}
+    return sorted({path.parent for path in own.glob("*/config.yaml")} | waiting)
+
+
+def _folder_faults(run: Path, told: watched.Told) -> list[str]:
+    if run.is_dir():
+        if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or told.names(run):
+            return []
+        return [f"{run}: is no run's folder, it has neither config.yaml nor slurm/, and no job is queued for it"]
+    if told.names(run):
+        return []
+    return [f"{run}: no such folder, and {told.silence or 'no job is queued for it'}; name the folder of a run"]
+
+
+def state_of(run: Path, told: watched.Told) -> dict[str, Any]:
     """All that is known of a run, as plain values; what is not known is None."""
     attempts = history.read(run)
+    jobs = watched.of_run(run, attempts, told)
     steps = _records(run / "metrics.jsonl")
     last = steps[-1] if steps else {}
     num_steps = _num_steps(run)
     recent, before = steps[-_RECENT_STEPS:], steps[-2 * _RECENT_STEPS : -_RECENT_STEPS]
     step_s = median(record["step_s"] for record in recent) if recent else None
-    job = attempts[-1].job if attempts else None
     found: dict[str, Any] = {
         "run": str(run),
-        "job": _job(job) if job else None,
+        "jobs": [asdict(job) for job in jobs],
         "step": last.get("step"),
         "steps": num_steps,
         "loss": last.get("loss"),
@@ -87,11 +102,7 @@ def state_of(run: Path) -> dict[str, Any]:
         "skipped_steps": last.get("skipped_steps"),
         "checkpoint": _checkpoint(run),
         "starts": len(attempts),
-        "restarts": [
-            {"time": attempt.ended, "status": attempt.status, "action": attempt.action, "reason": attempt.reason}
-            for attempt in attempts
-            if attempt.action is not None
-        ],
+        "restarts": _ends(attempts, watched.may_run(jobs, told)),
         "ranks": (ranks := _ranks(run)),
         "goes_on": ranks is None or not (ranks["silent"] or set(ranks["phases"]) == {"ended"}),
         "bad_nodes": bad_nodes.current(),
@@ -108,14 +119,13 @@ def screen(state: dict[str, Any]) -> str:
     def line(name: str, text: str) -> None:
         lines.append(f"  {name:<11} {text}")
 
-    job = state["job"]
-    if job is None:
-        line("job", "none of Slurm's has begun here")
-    else:
-        reason = "" if job["reason"] in ("None", "", None) else f", {job['reason']}"
+    for job in state["jobs"]:
+        reason = f", {job['reason']}" if job["reason"] else ""
         line("job", f"{job['id']} {job['state']}{reason}" + (f" on {job['nodes']}" if job["nodes"] else ""))
         if job["comment"]:
             line("held for", job["comment"])
+    if not state["jobs"]:
+        line("job", "none of Slurm's is queued or has begun here")
     if state["step"] is None:
         line("step", "none yet")
     else:
@@ -145,14 +155,17 @@ def screen(state: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _job(number: str) -> dict[str, Any]:
-    """A job's state as Slurm has it; what Slurm has forgotten has ended."""
-    told = queue.ask(number, "%T|%r|%N|%k").split("|", 3)
-    state, reason, nodes, comment = (*told, "", "", "", "")[:4]
-    return {
-        "id": number, "state": state or "ENDED", "reason": reason, "nodes": nodes,
-        "comment": "" if comment in ("(null)", "") else comment,
-    }  # fmt: skip
+def _ends(attempts: list[history.Attempt], may_run: bool) -> list[dict[str, Any]]:
+    """How each start ended; one that nobody was left to tell of, unless it may be the one that runs, was cut off."""
+    found = []
+    for place, attempt in enumerate(attempts):
+        when, action, reason = attempt.ended, attempt.action, attempt.reason
+        if action is None:
+            if may_run and place == len(attempts) - 1:
+                continue
+            when, action, reason = attempt.time, "cut off", "after this start: a lost node, a kill, no time to save"
+        found.append({"time": when, "status": attempt.status, "action": action, "reason": reason})
+    return found
 
 
 def _checkpoint(run: Path) -> dict[str, Any] | None:

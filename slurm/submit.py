@@ -23,11 +23,14 @@ from slurm.exclusions import choose, expand
 from slurm.rivals import jobs_on
 from slurm.runs import ArgumentError, work_folder
 from slurm.site import Site, option_of, read_site, site_file
+from slurm.tasks import missing_program
 from slurm.work_checks import check_export, check_shards
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain", "finetune")
+# Kinds of dependency that wait for a job's end; `after` waits for its start alone, and one link is not the whole array.
+_ENDS, _ENDED = re.compile(r"(afterany|afterok|afternotok|afterburstbuffer):"), re.compile(r":(\d+)(?=:|$)")
 JOBS = (*TRAINING, "export", "prepare_shards")
 
 
@@ -140,7 +143,7 @@ def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[P
         unnamed = str(error)
     if args.job in TRAINING:
         booking, faults = of_training(args, site)
-        missing = training_checks.missing_program(module)
+        missing = missing_program(module)
         found, notices = (missing, []) if missing else training_checks.check(booking, module, own, folder)
     else:
         faults = faults_of_work(args)
@@ -169,13 +172,19 @@ def _rival_faults(folder: Path, dependency: str) -> list[str]:
         rivals = jobs_on(folder)
     except (OSError, subprocess.SubprocessError) as error:
         return [f"squeue: gives no answer ({error}), so it is not known which jobs work on {folder}; try again later"]
-    awaited = re.findall(r"\d+", dependency)
+    awaited = awaited_jobs(dependency)
     return [
         f"{folder}: job {job} {'works on it' if state in queue.AT_WORK else f'waits to work on it ({state})'}; cancel "
         f"that one, choose another folder, or come after it with --dependency=afterany:{job}"
         for job, state in rivals.items()
         if job not in awaited
     ]
+
+
+def awaited_jobs(dependency: str) -> set[str]:
+    """Jobs whose end a dependency waits for; of terms joined by ``?`` one is enough to begin."""
+    terms = [set(_ENDED.findall(term)) if _ENDS.match(term) else set() for term in re.split("[,?]", dependency)]
+    return set.intersection(*terms) if "?" in dependency else set.union(*terms)
 
 
 if __name__ == "__main__":

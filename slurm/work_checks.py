@@ -5,10 +5,7 @@ What the programs themselves would refuse, and room for what they write.
 Source: none.
 """
 
-import os
-import shutil
-from pathlib import Path
-
+from slurm.disk import free_bytes, size_of
 from unimo3.errors import CheckpointError, ConfigError
 
 Found = tuple[list[str], list[str]]
@@ -74,16 +71,3 @@ def check_shards(arguments: list[str]) -> Found:
     if size > free and not args.max_side:
         return [f"--out {args.out}: {room}; make room, choose another folder, or give --max-side to store less"], []
     return [], [f"--out {args.out}: {room}"]
-
-
-def free_bytes(folder: Path) -> int:
-    """Room where a folder is or is to be."""
-    return shutil.disk_usage(next(parent for parent in (folder, *folder.resolve().parents) if parent.is_dir())).free
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of a folder's files, those of linked files and folders too; 0 if there is none."""
-    total = 0
-    for root, _, names in os.walk(folder, followlinks=True):
-        total += sum(path.stat().st_size for name in names if (path := Path(root, name)).is_file())
-    return total

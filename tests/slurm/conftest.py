@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
-from tests.integration.conftest import program, recipe, runs, straight, weights  # noqa: F401  (fixtures)
+from tests.finetune.conftest import pretrained, tokenizer  # noqa: F401  (fixtures)
+from tests.integration.conftest import recipe, runs  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs
 
@@ -30,6 +31,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def jobs(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:  # noqa: F811
     """For jobs of the small recipe."""
     return Jobs(cluster, recipe, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="session")
+def straight(jobs: Jobs) -> Path:
+    """A run of 12 steps on two nodes that nothing disturbed."""
+    job = jobs.submit("straight", "--data.ledger", "true", options=("--nodes=2",), PREFLIGHT="yes")
+    jobs.wait_state(job, "COMPLETED")
+    return jobs.runs / "straight"
 
 
 @pytest.fixture

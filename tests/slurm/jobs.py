@@ -55,6 +55,11 @@ class Jobs:
         finally:
             self.cluster.environment = before
 
+    def preempt(self) -> int:
+        """Submit a job of a higher partition that takes all nodes for some seconds; its number."""
+        command = ("sbatch", "--parsable", "--partition=high", f"--nodes={len(self.cluster.nodes)}", "--exclusive")
+        return self.sbatch(*command, "--output=/dev/null", "--wrap", "sleep 3")
+
     def log(self, job: int) -> str:
         """What a job has written."""
         path = self.folder / f"{job}.log"

@@ -1,13 +1,13 @@
 """Jobs on a real Slurm: from sbatch to a finished run, and every way to be interrupted on the way."""
 
-import json
+import re
 
 import pytest
 
 from slurm.runs import newest_step
 from tests.integration.conftest import losses
+from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_saved, ledger
 from unimo3.training.heartbeat import read_heartbeats
-from unimo3.training.metrics import read_metrics
 
 pytestmark = pytest.mark.integration
 
@@ -19,7 +19,8 @@ def limited(jobs):
     """A job that comes to its time limit again and again; it takes minutes, so it runs beside the others."""
     # The signal comes after two minutes, or up to a minute early.
     options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=3", "--signal=USR2@60")
-    return jobs.submit("limited", "--data.ledger", "true", options=options, faults={"slow": 10.0})
+    arguments = ("--data.ledger", "true", "--training.log_every", 1)
+    return jobs.submit("limited", *arguments, options=options, faults={"slow": 10.0})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,29 +30,6 @@ def hung(jobs):
     options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=1", "--signal=B:USR2@1")
     once = str(jobs.folder / "hung_once")
     return jobs.submit("hung", "--data.ledger", "true", options=options, faults={"freeze": [3, 1]}, ONCE=once)
-
-
-@pytest.fixture(scope="module")
-def straight(jobs):
-    """A run of 12 steps on two nodes that nothing disturbed."""
-    job = jobs.submit("straight", "--data.ledger", "true", options=TWO, PREFLIGHT="yes")
-    jobs.wait_state(job, "COMPLETED")
-    return jobs.runs / "straight"
-
-
-def ledger(run):
-    """Sample keys of each step, over all ranks, however many there were."""
-    found = {}
-    for path in sorted((run / "ledger").glob("*.jsonl")):
-        for record in map(json.loads, path.read_text().splitlines()):
-            found.setdefault(record["step"], []).extend(record["keys"])
-    return {step: sorted(keys) for step, keys in found.items()}
-
-
-def assert_as_if_undisturbed(run, straight):
-    assert [record["step"] for record in read_metrics(run)] == list(range(1, 13))
-    assert losses(run) == losses(straight)
-    assert ledger(run) == ledger(straight)
 
 
 def test_a_job_trains_on_two_nodes_to_its_end(jobs, straight):
@@ -78,38 +56,34 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event
     name = f"by_{event.__name__}"
     job = jobs.submit(name, "--data.ledger", "true", options=TWO, faults={"slow": 0.5})
     jobs.wait_step(job, name, 5)
+    num_done = len(jobs.steps(name))
     event(jobs, job)
     jobs.wait_state(job, "COMPLETED", timeout_s=180)
     assert_as_if_undisturbed(jobs.runs / name, straight)
+    assert_saved(*jobs.attempts(name), num_done)
     assert int(jobs.cluster.job(job)["Restarts"]) == 1
 
 
 def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
     job = jobs.submit("preempted", "--data.ledger", "true", options=("--nodes=2", "--exclusive"), faults={"slow": 0.5})
     jobs.wait_step(job, "preempted", 5)
-    other = jobs.sbatch(
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        "--nodes=3",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap",
-        "sleep 3",
-    )
+    num_done = len(jobs.steps("preempted"))
+    other = jobs.preempt()
     jobs.wait_state(other, "COMPLETED")
     jobs.wait_state(job, "COMPLETED", timeout_s=240)
     assert_as_if_undisturbed(jobs.runs / "preempted", straight)
+    assert_saved(*jobs.attempts("preempted"), num_done)
 
 
 def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):
     job = jobs.submit("cancelled", "--data.ledger", "true", options=TWO, faults={"slow": 0.5})
     jobs.wait_step(job, "cancelled", 5)
+    num_done = len(jobs.steps("cancelled"))
     jobs.cluster.call("scancel", job)
     jobs.wait_ended(job)
     assert jobs.state(job) == "CANCELLED"
-    assert newest_step(jobs.runs / "cancelled") >= 4
     done = len(jobs.steps("cancelled"))
+    assert newest_step(jobs.runs / "cancelled") == done >= num_done
     assert losses(jobs.runs / "cancelled") == losses(straight)[:done]
     assert ledger(jobs.runs / "cancelled") == {step: ledger(straight)[step] for step in range(1, done + 1)}
 
@@ -157,6 +131,11 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, faults={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
+    # Two steps were borne with before the third.
+    steps = jobs.steps("nan")
+    assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 2
+    assert steps[-1]["skipped_steps"] == 2
+    assert newest_step(jobs.runs / "nan") == 4
     jobs.cluster.call("scancel", job)
 
 
@@ -180,7 +159,12 @@ def test_a_stop_file_ends_the_job_for_good(jobs):
 def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight):
     jobs.wait_state(limited, "COMPLETED", timeout_s=240)
     assert_as_if_undisturbed(jobs.runs / "limited", straight)
-    assert "asked to stop (SIGUSR2)" in jobs.log(limited)
+    log = jobs.log(limited)
+    assert "asked to stop (SIGUSR2)" in log
+    attempts = jobs.attempts("limited")
+    assert [attempt.status for attempt in attempts] == [75] * (len(attempts) - 1) + [0]
+    # Each step is told once it is done: none was done twice.
+    assert [int(step) for step in re.findall(r"step (\d+)/12 ", log)] == list(range(1, 13))
 
 
 def test_a_job_that_hangs_is_requeued_just_before_its_time_limit(jobs, hung, straight):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slurm.runs import ArgumentError, progress, run_folder, work_folder
+from slurm.runs import ArgumentError, main, progress, run_folder, work_folder
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "new\nline", ".."])
@@ -60,3 +60,14 @@ def test_progress_is_the_newest_checkpoint_or_the_number_of_finished_shards(tmp_
         (tmp_path / "o.partial" / "train" / name).touch()
     assert progress(tmp_path / "run") == 12
     assert progress(tmp_path / "o.job") == 2
+
+
+@pytest.mark.parametrize("module", ["finetune.", "finetune.nothing", "finetune.program", "finetune.--config"])
+def test_a_task_that_is_none_is_a_setting_to_mend(module, capsys):
+    assert main([module, "--config", "missing.yaml"]) == 78
+    told = capsys.readouterr()
+    assert not told.out
+    assert f"'{module}': there is no such program; finetune takes a task first: nlvr2, snli_ve, vqa" in told.err
+    assert "--config missing.yaml: cannot be read" in told.err
+    assert main(["finetune.vqa"]) == 0
+    assert capsys.readouterr().out == "runs/run\n"

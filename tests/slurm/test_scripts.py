@@ -15,3 +15,10 @@ def test_all_scripts_pass_shellcheck():
         pytest.skip("needs shellcheck")
     done = subprocess.run(["shellcheck", "-x", *scripts, "slurm/common.sh"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_scripts_begin_their_work_alike():
+    # Slurm runs a copy in a folder of its own: until the project's is found there is nothing to share.
+    heads = [path.read_text().split("\nif ! cd ")[1].split("\nfi\n")[0] for path in (ROOT / "slurm").glob("*.sbatch")]
+    assert len(heads) == 4
+    assert len(set(heads)) == 1

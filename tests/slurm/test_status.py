@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from slurm import history, status
+from slurm import history, status, watched
 from unimo3.training.heartbeat import Heartbeat
 
 
@@ -20,6 +20,10 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
+def state_of(run):
+    return status.state_of(run, watched.ask_all())
+
+
 def write_steps(run, *speeds):
     with (run / "metrics.jsonl").open("w") as file:
         for step, speed in enumerate(speeds, 1):
@@ -29,15 +33,15 @@ def write_steps(run, *speeds):
 
 
 def test_a_run_that_has_not_begun_says_so(run):
-    assert [line.split()[0] for line in status.screen(status.state_of(run)).splitlines()[1:]] == [
+    assert [line.split()[0] for line in status.screen(state_of(run)).splitlines()[1:]] == [
         "job", "step", "checkpoint", "starts"
     ]  # fmt: skip
-    assert status.state_of(run)["left_s"] is None
+    assert state_of(run)["left_s"] is None
 
 
 def test_step_speed_trend_and_end_come_from_the_figures(run):
     write_steps(run, *[8.0] * 20, *[4.0] * 20)
-    state = status.state_of(run)
+    state = state_of(run)
     assert (state["step"], state["steps"], state["loss"]) == (40, 1000, pytest.approx(1 / 40))
     assert state["pairs_per_s"] == 4.0
     assert state["trend"] == pytest.approx(-0.5)
@@ -62,8 +66,9 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
     (tmp_path / "bad_nodes.jsonl").write_text(
         json.dumps({"node": "n9", "reason": "no GPU", "job": "7", "until": now + 9}) + "\n"
     )
-    state = status.state_of(run)
-    assert state["job"] == {"id": "7", "state": "ENDED", "reason": "", "nodes": "", "comment": ""}
+    state = state_of(run)
+    silent = "there is no squeue on this machine to ask"
+    assert state["jobs"] == [{"id": "7", "state": "UNKNOWN", "reason": silent, "nodes": "", "comment": ""}]
     assert state["checkpoint"]["step"] == 10
     assert (state["starts"], [restart["action"] for restart in state["restarts"]]) == (2, ["requeue"])
     assert [silent["rank"] for silent in state["ranks"]["silent"]] == [1]
@@ -77,8 +82,48 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
         assert text in screen
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """Has a program in squeue's place that says what a test wants; for answers a Slurm gives only when it is ill."""
+
+    def answers(script):
+        program = tmp_path / "bin" / "squeue"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent))
+
+    return answers
+
+
+def test_a_start_that_was_cut_off_is_among_the_restarts(run, squeue):
+    history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    history.append(run, "begin", job="7", restart=1, nodes="n1", checkpoint=4)
+    history.append(run, "end", job="7", status=75, action="requeue", reason="asked to stop", checkpoint=8)
+    history.append(run, "begin", job="7", restart=2, nodes="n1", checkpoint=8)
+    actions = [restart["action"] for restart in state_of(run)["restarts"]]
+    assert actions == ["cut off", "requeue"]  # the last one may be at work
+    squeue("case $* in *7*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac")
+    state = state_of(run)
+    assert [job["state"] for job in state["jobs"]] == ["ENDED"]
+    assert [restart["action"] for restart in state["restarts"]] == ["cut off", "requeue", "cut off"]
+    assert "cut off: after this start" in status.screen(state)
+
+
+def test_a_slurm_that_does_not_answer_is_said_to(run, squeue, capsys):
+    history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert "7 UNKNOWN, Slurm does not answer (slurm_load_jobs error: Unable" in status.screen(state_of(run))
+    refused(run.parent / "none", capsys, "no such folder, and Slurm does not answer (slurm_load_jobs error: Unable")
+
+
+def refused(folder, capsys, text):
     with pytest.raises(SystemExit) as ended:
-        status.main([str(tmp_path / "none")])
+        status.main([str(folder)])
     assert ended.value.code == 78
-    assert "no such folder; name the folder of a run" in capsys.readouterr().err
+    assert text in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, squeue, capsys):
+    squeue("exit 0")
+    refused(tmp_path / "none", capsys, "no such folder, and no job is queued for it; name the folder of a run")

@@ -6,9 +6,10 @@ import subprocess
 import pytest
 import yaml
 
-from slurm import bad_nodes, status, submit
+from slurm import bad_nodes, history, status, submit
 from slurm.site import Site
 from tests.integration.conftest import ROOT
+from tests.slurm.undisturbed import assert_as_if_undisturbed
 from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.integration
@@ -33,7 +34,7 @@ def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
     assert all(len(read_heartbeats(jobs.runs / f"eight_{n}")) == 2 for n in range(8))
 
 
-def test_an_array_of_three_links_finishes_what_one_cannot(site):
+def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     name = "links"
     arguments = [
         "pretrain",
@@ -48,16 +49,18 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site):
     ]
     # As on a site that lets no job run for longer: each link is told to stop on its way.
     command = submit.sbatch_command(
-        submit.parse_arguments(["--chain", "3", "--time", "1", "--grace", "40", *map(str, arguments)]),
+        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "1", "--grace", "40", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
     job = site.sbatch(*command, FAULTS='{"slow": 3.0}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), 240, "links"
     )
-    assert [attempt.action for attempt in site.attempts(name)][-1] == "done"
-    assert "link" in [attempt.action for attempt in site.attempts(name)]
-    assert [record["step"] for record in site.steps(name)] == list(range(1, 13))
+    attempts = site.attempts(name)
+    assert [attempt.action for attempt in attempts] == ["link"] * (len(attempts) - 1) + ["done"]
+    assert len(attempts) > 1
+    assert all(attempt.checkpoint for attempt in attempts[1:])
+    assert_as_if_undisturbed(site.runs / name, straight)
 
 
 def test_a_node_marked_bad_before_the_start_is_avoided_and_the_job_lands_elsewhere(jobs, monkeypatch):
@@ -140,26 +143,37 @@ def test_a_job_without_the_gpus_it_should_have_is_held_and_no_node_is_blamed(job
     jobs.cluster.call("scancel", job)
 
 
-def test_a_disk_that_fills_up_ends_as_checkpoints_say_and_leaves_the_last_good_one(jobs):
+def test_a_disk_that_fills_up_holds_the_job_which_goes_on_when_there_is_room(jobs, straight):
     disk = jobs.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
     is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
     # Without the right to mount, files that may not grow stand for a disk that has no room.
-    python = jobs.folder / "python_without_room"
-    python.write_text(f'#!/bin/bash\n[[ "$*" != *pretrain.train* ]] || ulimit -f 150\nexec {jobs.python} "$@"\n')
+    is_full, python = jobs.folder / "is_full", jobs.folder / "python_without_room"
+    is_full.touch()
+    python.write_text(
+        f'#!/bin/bash\n[[ "$*" != *pretrain.train* || ! -e {is_full} ]] || ulimit -f 150\nexec {jobs.python} "$@"\n'
+    )
     python.chmod(0o755)
     try:
-        fill = "--checkpoint.keep_last", 50, "--checkpoint.every_steps", 1, "--run.dir", disk
+        fill = "--checkpoint.keep_last", 50, "--checkpoint.every_steps", 1, "--run.dir", disk, "--data.ledger", "true"
         own = {} if is_mounted else {"UNIMO3_PYTHON": str(python)}
-        job = jobs.submit("full", *fill, options=("--nodes=1",), **own)
+        job = jobs.submit("full", *fill, options=("--nodes=2",), **own)
         jobs.wait_state(job, "SPECIAL_EXIT")
         assert ("No space left on device" if is_mounted else "File too large") in jobs.log(job)
         assert "status 78" in jobs.cluster.job(job)["Comment"]
         kept = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
         assert kept or not is_mounted
         assert not any(name.endswith(".tmp") for name in kept)
-        jobs.cluster.call("scancel", job)
+        if is_mounted:
+            subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        is_full.unlink()
+        jobs.cluster.call("scontrol", "release", job)
+        jobs.wait_state(job, "COMPLETED")
+        assert_as_if_undisturbed(disk / "full", straight)
+        first, second = history.read(disk / "full")
+        assert (first.action, second.action) == ("hold", "done")
+        assert second.checkpoint == (int(kept[-1].removeprefix("step_")) if kept else None)
     finally:
         if is_mounted:
             subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from slurm import bad_nodes, submit
+from slurm import bad_nodes, disk, submit
 
 # Has no room: what the kernel shows there takes none.
 FULL = Path("/sys/kernel")
@@ -101,7 +102,12 @@ def test_all_faults_are_told_in_one_message(checked):
     refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
     told = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
     refused(told, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read")
-    assert "takes a task first: vqa" in told[1]
+    assert "takes a task first: nlvr2, snli_ve, vqa" in told[1]
+
+
+@pytest.mark.parametrize("module", ["program", "task", "results", "weights"])
+def test_what_tasks_share_is_no_task(checked, module):
+    refused(checked("finetune", module), f"'finetune.{module}': there is no such program")
 
 
 def test_the_checkpoints_of_a_run_tell_how_much_disk_they_need(checked, training, tmp_path):
@@ -112,6 +118,53 @@ def test_the_checkpoints_of_a_run_tell_how_much_disk_they_need(checked, training
         checked(*training, "--checkpoint.keep_last", "2", "--checkpoint.keep_every", "10"),
         "run: 5 checkpoints of 1000000000.0 GB need 5000000000.0 GB",  # 2, the one being written, steps 10 and 20
     )
+
+
+@pytest.fixture
+def tuning(pretrained, vqav2, tmp_path):
+    """Words of a fine-tuning that nothing is wrong with; its weights are `pretrained`, or a run of theirs."""
+    run = tmp_path / "pretraining"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "model").symlink_to(pretrained)
+
+    def words(*more, init=pretrained):
+        data = ("--data.train", vqav2 / "train", "--data.val", vqav2 / "val", "--data.tokenizer", pretrained)
+        sizes = ("--training.global_batch", 2, "--training.micro_batch", 2, "--data.max_text_tokens", 8)
+        return ("finetune", "vqa", "--init", run if init == "run" else init, *data, *sizes, *more)
+
+    return words
+
+
+def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
+    with safe_open(pretrained / "model.safetensors", "pt") as weights:
+        elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    # To 0.1 MB, as the message tells it in the place of GB.
+    monkeypatch.setattr(disk, "_GB", 1e6)
+    checkpoints = 12 * elements / 1e6
+    full = ("--run.dir", FULL)
+    # keep_last, the best one, and the one being written.
+    refused(checked(*tuning(*full)), f"run: 5 checkpoints of {checkpoints:.1f} GB need {5 * checkpoints:.1f} GB")
+    refused(checked(*tuning(*full, "--best.keep", "false")), "run: 4 checkpoints of ")
+    exported = f"and the export of init's weights of {4 * elements / 1e6:.1f} GB need "
+    refused(checked(*tuning(*full, init="run")), exported)
+    assert checked("--dry-run", *tuning(init="run"))[0] == 0
+
+
+def test_a_new_runs_notice_says_that_nothing_was_measured(checked, training):
+    status, text = checked("--dry-run", *training)
+    assert status == 0
+    assert "note: the run has no steps yet: --grace, --time and --chain were held against no figures of it" in text
+
+
+def test_only_a_wait_for_the_end_of_a_job_counts_as_one():
+    assert submit.awaited_jobs("") == set()
+    assert submit.awaited_jobs("afterany:12") == {"12"}
+    assert submit.awaited_jobs("afterok:12:13,afternotok:14") == {"12", "13", "14"}
+    assert submit.awaited_jobs("after:12+5") == set()  # after its start
+    assert submit.awaited_jobs("after:12,afterok:13") == {"13"}
+    assert submit.awaited_jobs("afterok:12?afterok:13") == set()  # whichever comes first
+    assert submit.awaited_jobs("afterany:12_3") == set()  # one link, the next still comes
+    assert submit.awaited_jobs("singleton") == set()
 
 
 def write_figures(run):
@@ -135,6 +188,11 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, trai
     status, text = checked("--grace", "500", "--time", "0:25:00", "--chain", "4", "--dry-run", *words)
     assert status == 0
     assert "1.0 hours of steps are left: 4 times --time, 4 in the chain" in text
+    refused(
+        checked("--grace", "500", "--time", "0:25:00", "--chain", "3", *words),
+        "--chain 3: 1.0 hours of steps are left: 4 times --time; give --chain 4, or a longer --time",
+    )
+    assert checked("--grace", "500", "--time", "0:25:00", "--dry-run", *words)[0] == 0  # requeued by itself
 
 
 @pytest.mark.parametrize(

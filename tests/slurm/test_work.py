@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from slurm import history, submit
+from slurm import history, status, submit
 from slurm.rivals import jobs_on
 from tests.integration.conftest import ROOT
 
@@ -35,18 +35,21 @@ def python_that(site, name, does):
     return str(path)
 
 
-def test_a_wrong_argument_holds_exports_and_conversions_with_the_reason(site, source, tmp_path):
+def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
     export = batch(site, "slurm/export.sbatch", tmp_path / "no_run", "--out", tmp_path / "w")
     shards = ("slurm/prepare_shards.sbatch", "coco", "--src", source, "--out", tmp_path / "o", "--shard-size", 0)
     conversion = batch(site, *shards)
     nameless = batch(site, "slurm/export.sbatch", "runs/a")
-    for job in (export, conversion, nameless):
+    tasks = [batch(site, "slurm/finetune.sbatch", *words) for words in ((), ("nothing", "--run.name", "x"))]
+    for job in (export, conversion, nameless, *tasks):
         site.wait_state(job, "SPECIAL_EXIT")
     for job in (export, conversion):
         assert "has to be mended (status 78)" in site.cluster.job(job)["Comment"]
-    assert "status 78 before the start" in site.cluster.job(nameless)["Comment"]
+    for job in (nameless, *tasks):
+        assert "status 78 before the start" in site.cluster.job(job)["Comment"]
+    assert "finetune takes a task first" in site.log(tasks[0])
     assert [attempt.action for attempt in history.read(tmp_path / "w.job")] == ["hold"]
-    site.cluster.call("scancel", export, conversion, nameless)
+    site.cluster.call("scancel", export, conversion, nameless, *tasks)
 
 
 def test_a_job_submitted_outside_the_projects_folder_is_held_and_says_so(site, tmp_path):
@@ -112,6 +115,26 @@ def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name):
     job = batch(site, *script, options=("--hold",))
     assert jobs_on(site.runs / name) == {str(job): "PENDING"}
     assert jobs_on(site.runs / f"{name} not") == {}
+    site.cluster.call("scancel", job)
+
+
+def test_a_run_whose_first_job_waits_is_shown_with_slurms_reason(site, capsys):
+    script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", "first")
+    job = batch(site, *script, options=("--begin=now+1hour",))
+    folder = site.runs / "first"
+    assert not folder.exists()
+    with pytest.raises(SystemExit) as ended:
+        status.main([str(folder)])
+    assert ended.value.code == 0
+    assert f"job         {job} PENDING, BeginTime" in capsys.readouterr().out
+    site.cluster.call("scancel", job)
+
+
+def test_a_job_submitted_elsewhere_for_the_project_is_seen(site, tmp_path, monkeypatch):
+    words = (ROOT / "slurm" / "pretrain.sbatch", "--run.dir", "runs", "--run.name", tmp_path.name)
+    monkeypatch.setitem(site.cluster.environment, "UNIMO3_ROOT", str(ROOT))
+    job = site.cluster.call("sbatch", "--parsable", "--hold", *words, cwd=tmp_path).strip()
+    assert jobs_on(ROOT / "runs" / tmp_path.name) == {job: "PENDING"}
     site.cluster.call("scancel", job)
 
 

@@ -1,0 +1,33 @@
+"""Which programs there are to fine-tune: the modules of finetune/ that have a ``main``.
+
+Their text is read, not imported: a job script asks before anything else, and torch takes seconds to come.
+
+Source: none.
+"""
+
+import ast
+from pathlib import Path
+
+_PACKAGE = "finetune"
+_FOLDER = Path(__file__).parents[1] / _PACKAGE
+
+
+def tasks() -> list[str]:
+    """Names of the tasks; the folder's other modules are what the tasks share."""
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if _has_main(path))
+
+
+def missing_program(module: str) -> list[str]:
+    """A fault if a task of fine-tuning is none.
+
+    Args:
+        module: a program, such as ``finetune.vqa``; without a task ``finetune.``.
+    """
+    package, _, task = module.partition(".")
+    if package != _PACKAGE or task in tasks():
+        return []
+    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(tasks())}"]
+
+
+def _has_main(path: Path) -> bool:
+    return any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in ast.parse(path.read_text()).body)

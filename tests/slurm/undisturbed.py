@@ -1,0 +1,35 @@
+"""Whether an interrupted run is as if nothing had been."""
+
+import json
+from pathlib import Path
+
+from slurm.history import Attempt
+from tests.integration.conftest import losses
+from unimo3.training.metrics import read_metrics
+
+
+def ledger(run: Path) -> dict[int, list[str]]:
+    """Sample keys of each step, over all ranks, however many there were."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((run / "ledger").glob("*.jsonl")):
+        for record in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(record["step"], []).extend(record["keys"])
+    return {step: sorted(keys) for step, keys in found.items()}
+
+
+def assert_as_if_undisturbed(run: Path, straight: Path) -> None:
+    """Every step once, with the losses and the samples of a run that nothing disturbed."""
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 13))
+    assert losses(run) == losses(straight)
+    assert ledger(run) == ledger(straight)
+
+
+def assert_saved(first: Attempt, second: Attempt, num_done: int) -> None:
+    """A start that was asked to stop has saved, and the next begins there.
+
+    Args:
+        num_done: steps that were done when it was asked.
+    """
+    assert (first.status, first.failed) == (75, False)
+    assert second.checkpoint is not None
+    assert second.checkpoint >= num_done
