@@ -102,11 +102,15 @@ def main(argv: list[str] | None = None) -> None:
 def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], folder: Path) -> list[str]:
     """The words of the sbatch command."""
     words = ["sbatch", "--parsable", *_options(args, site), f"--nodes={args.nodes}"]
-    if args.job in TRAINING:
-        words.append(f"--ntasks-per-node={args.ranks_per_node or site.ranks_per_node}")
+    ranks = args.ranks_per_node or site.ranks_per_node
+    if args.job in TRAINING and "-" in args.nodes:
+        # With a number of tasks Slurm gives a job of MIN-MAX nodes never more than MIN of them.
+        words += [f"--mincpus={ranks}", f"--export=ALL,UNIMO3_RANKS_PER_NODE={ranks}"]
+    elif args.job in TRAINING:
+        words.append(f"--ntasks-per-node={ranks}")
     elif args.job == "prepare_shards":
         words.append(f"--ntasks={args.ranks_per_node or 1}")
-    words.append(f"--job-name={args.job_name or folder.name}")
+    words.append(f"--job-name={args.job_name or folder.name.removesuffix('.job')}")
     words += [f"--time={args.time}"] if args.time else []
     words += [f"--signal=USR2@{args.grace}"] if args.grace else []
     excluded, added = _excluded(args, site)
@@ -114,6 +118,7 @@ def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], f
         words.append(f"--exclude={','.join(excluded)}")
     if args.chain > 1:
         words.append(f"--array=1-{args.chain}%1")
+        words += [] if option_of(_options(args, site), "output") else ["--output=%x-%A_%a.log"]
     if args.dependency:
         words.append(f"--dependency={args.dependency}")
     return [*words, str(ROOT / "slurm" / f"{args.job}.sbatch"), *arguments]

@@ -40,6 +40,8 @@ def check(booking: Booking, module: str, training: list[str], run: Path | None) 
             found = [f"{line} ({number} nodes)" if "does not divide" in line else line for line in found]
         faults += [line for line in found if line not in faults]
     notices: list[str] = []
+    if run is not None and (run / "stop").exists():
+        faults.append(f"{run / 'stop'}: asks every start of the run to end at once; remove the file")
     if settings is not None and run is not None:
         faults += checkpoint_faults(run, settings)
         if booking.time_s is not None:

@@ -34,6 +34,19 @@ def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
     assert all(len(read_heartbeats(jobs.runs / f"eight_{n}")) == 2 for n in range(8))
 
 
+def test_a_range_of_nodes_gives_as_many_as_there_are(site):
+    words = ["--config", str(site.recipe), "--run.name", "wide", "--training.global_batch", "6"]
+    words += ["--training.micro_batch", "2", "--training.steps", "1"]
+    command = submit.sbatch_command(
+        submit.parse_arguments(["--nodes", "2-3", "pretrain", *words]), Site(1, [f"--output={site.folder}/%j.log"]),
+        words, site.runs / "wide",
+    )  # fmt: skip
+    job = site.sbatch(*command, PREFLIGHT="no")
+    site.wait_state(job, "COMPLETED")
+    assert site.attempts("wide")[0].nodes == "n1 n2 n3"
+    assert "3 ranks" in site.log(job)
+
+
 def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     name = "links"
     arguments = [
@@ -49,10 +62,10 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     ]
     # As on a site that lets no job run for longer: each link is told to stop on its way.
     command = submit.sbatch_command(
-        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "1", "--grace", "40", *map(str, arguments)]),
+        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "2", "--grace", "60", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
-    job = site.sbatch(*command, FAULTS='{"slow": 3.0}', PREFLIGHT="no")
+    job = site.sbatch(*command, FAULTS='{"slow": 5.0}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), 240, "links"
     )

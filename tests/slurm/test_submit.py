@@ -49,7 +49,8 @@ def refused(told, *faults):
 def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training):
     status, text = checked("--dry-run", "--nodes", "1-2", *training)
     assert status == 0
-    assert text.splitlines()[-1].startswith("sbatch --parsable --nodes=1-2 --ntasks-per-node=1 --job-name=run ")
+    options = "--nodes=1-2 --mincpus=1 --export=ALL,UNIMO3_RANKS_PER_NODE=1"
+    assert text.splitlines()[-1].startswith(f"sbatch --parsable {options} --job-name=run ")
     refused(checked(*training), "sbatch: is not on this machine")
 
 
@@ -67,6 +68,13 @@ def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training)
 )
 def test_an_option_that_cannot_be_is_refused(checked, training, options, fault):
     refused(checked(*options, *training), fault)
+
+
+def test_a_run_that_was_asked_to_stop_is_not_submitted_again(checked, training, tmp_path):
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    refused(checked(*training), "asks every start of the run to end at once; remove the file")
 
 
 def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
@@ -225,9 +233,7 @@ def test_each_kind_of_job_gets_the_options_that_the_site_has_for_it(checked, tra
     status, text = checked("--dry-run", "--ranks-per-node", "4", *conversion)
     assert status == 0
     command = text.splitlines()[-1]
-    assert command.startswith(
-        "sbatch --parsable --partition=cpu --nodes=1 --ntasks=4 --job-name=coco.job --exclude=n1 "
-    )
+    assert command.startswith("sbatch --parsable --partition=cpu --nodes=1 --ntasks=4 --job-name=coco --exclude=n1 ")
     assert "gpu" not in command
 
 
