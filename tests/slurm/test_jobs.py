@@ -32,6 +32,15 @@ def hung(jobs):
     return jobs.submit("hung", "--data.ledger", "true", options=options, faults={"freeze": [3, 1]}, ONCE=once)
 
 
+# The first test, since it needs no finished run: the two jobs above begin before one is waited for.
+def test_a_wrong_setting_holds_the_job_with_the_reason(jobs):
+    job = jobs.submit("wrong", "--optim.lr", "-1", options=TWO)
+    jobs.wait_state(job, "SPECIAL_EXIT")
+    assert "status 78" in jobs.cluster.job(job)["Comment"]
+    assert "optim.lr" in jobs.log(job)
+    jobs.cluster.call("scancel", job)
+
+
 def test_a_job_trains_on_two_nodes_to_its_end(jobs, straight):
     assert len(jobs.steps("straight")) == 12
     (attempt,) = jobs.attempts("straight")
@@ -65,7 +74,9 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event
 
 
 def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
-    job = jobs.submit("preempted", "--data.ledger", "true", options=("--nodes=2", "--exclusive"), faults={"slow": 0.5})
+    job = jobs.submit(
+        "preempted", "--data.ledger", "true", options=("--nodelist=n1,n2", "--exclusive"), faults={"slow": 0.5}
+    )
     jobs.wait_step(job, "preempted", 5)
     num_done = len(jobs.steps("preempted"))
     other = jobs.preempt()
@@ -136,14 +147,6 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
     assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 2
     assert steps[-1]["skipped_steps"] == 2
     assert newest_step(jobs.runs / "nan") == 4
-    jobs.cluster.call("scancel", job)
-
-
-def test_a_wrong_setting_holds_the_job_with_the_reason(jobs):
-    job = jobs.submit("wrong", "--optim.lr", "-1", options=TWO)
-    jobs.wait_state(job, "SPECIAL_EXIT")
-    assert "status 78" in jobs.cluster.job(job)["Comment"]
-    assert "optim.lr" in jobs.log(job)
     jobs.cluster.call("scancel", job)
 
 
