@@ -1,12 +1,10 @@
 """Jobs on a real Slurm: from sbatch to a finished run, and every way to be interrupted on the way."""
 
-import re
-
 import pytest
 
 from slurm.runs import newest_step
 from tests.integration.conftest import losses
-from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_saved, ledger
+from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice, assert_saved, ledger
 from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.integration
@@ -166,8 +164,7 @@ def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight)
     assert "asked to stop (SIGUSR2)" in log
     attempts = jobs.attempts("limited")
     assert [attempt.status for attempt in attempts] == [75] * (len(attempts) - 1) + [0]
-    # Each step is told once it is done: none was done twice.
-    assert [int(step) for step in re.findall(r"step (\d+)/12 ", log)] == list(range(1, 13))
+    assert_no_step_was_done_twice(log)
 
 
 def test_a_job_that_hangs_is_requeued_just_before_its_time_limit(jobs, hung, straight):
