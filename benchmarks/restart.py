@@ -9,6 +9,7 @@ Source: none.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,30 +23,19 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import ROOT, write_report
-from slurm.runs import newest_step
 from tests.integration.conftest import DS_CONFIG, MODEL
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Jobs
+from unimo3.checkpoint.store import list_checkpoints
 
 AT_STEP = 5
 TWO = ("--nodes=2", "--exclude=n3")
-PREEMPT = (
-    "sbatch",
-    "--parsable",
-    "--partition=high",
-    "--nodes=3",
-    "--exclusive",
-    "--output=/dev/null",
-    "--wrap",
-    "true",
-)
 
 
-def come_to_the_time_limit(jobs: Jobs, job: int, run: str) -> None:
-    """Wait for the signal that Slurm sends before it; the first rank that hears it makes this file."""
-    jobs.cluster.wait(
-        lambda: (jobs.runs / run / "requeue").exists() or "asked to stop" in jobs.log(job), 180, "Slurm's signal"
-    )
+def come_to_the_time_limit(jobs: Jobs, job: int, run: str) -> float | None:
+    """Wait for the signal that Slurm sends before it, and say when it was sent."""
+    jobs.cluster.wait(lambda: jobs.cluster.signalled(job, signal.SIGUSR2), 180, "Slurm's signal")
+    return jobs.cluster.signalled(job, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -53,24 +43,41 @@ class Event:
     """What interrupts a job.
 
     Attributes:
-        strike: does it, given the jobs, the job's number and the run's name.
+        strike: does it, given the jobs, the job's number and the run's name; when it was, if not as it is called.
         faults: of the program, if it is the program itself that fails.
         saves: whether the run saves before it ends.
+        goes_on: whether Slurm has it again.
     """
 
     name: str
-    strike: Callable[[Jobs, int, str], object] | None
+    strike: Callable[[Jobs, int, str], float | None] | None
     options: tuple[str, ...] = TWO
     faults: tuple[tuple[str, object], ...] = ()
     arguments: tuple[object, ...] = ()
     saves: bool = True
+    goes_on: bool = True
+
+
+def call(*words: str) -> Callable[[Jobs, int, str], None]:
+    """One of Slurm's commands, given the job."""
+
+    def strike(jobs: Jobs, job: int, run: str) -> None:
+        jobs.cluster.call(*words, job)
+
+    return strike
+
+
+def preempt(jobs: Jobs, job: int, run: str) -> None:
+    """Submit a job that takes the nodes."""
+    jobs.preempt()
 
 
 EVENTS = (
-    Event("scancel --signal=USR1", lambda jobs, job, run: jobs.cluster.call("scancel", "--signal=USR1", job)),
+    Event("scancel --signal=USR1", call("scancel", "--signal=USR1")),
     Event("touch RUN/requeue", lambda jobs, job, run: (jobs.runs / run / "requeue").touch()),
-    Event("scontrol requeue", lambda jobs, job, run: jobs.cluster.call("scontrol", "requeue", job)),
-    Event("preemption by a higher partition", lambda jobs, job, run: jobs.sbatch(*PREEMPT), (*TWO, "--exclusive")),
+    Event("scontrol requeue", call("scontrol", "requeue")),
+    Event("scancel", call("scancel"), goes_on=False),
+    Event("preemption by a higher partition", preempt, (*TWO, "--exclusive")),
     Event(
         "time limit, steps of 5 s", come_to_the_time_limit, (*TWO, "--time=3", "--signal=USR2@60"),
         faults=(("slow", 5.0),), arguments=("--training.steps", 24),
@@ -86,14 +93,15 @@ EVENTS = (
 )  # fmt: skip
 
 
-def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None, float]:
+def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None, float | None]:
     """Interrupt a run.
 
     Returns:
-        Seconds from the event to the commit (None: it does not save) and to the end of the next step; and what a first
-        start of the same job took up to its first step.
+        What a first start of the same job took up to its first step; seconds from the event to the commit (None: it
+        does not save) and to the end of the next step (None: there is none).
     """
     name, once = f"run_{number}", jobs.folder / f"once_{number}"
+    run = jobs.runs / name
     submitted = time.time()
     job = jobs.submit(
         name, *event.arguments, options=event.options, faults={"slow": 0.5, **dict(event.faults)},
@@ -103,33 +111,41 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
     first = time.time() - submitted
     if event.strike is not None:
         jobs.wait_step(job, name, AT_STEP)
-        event.strike(jobs, job, name)
+    struck = time.time()
+    if event.strike is not None:
+        struck = event.strike(jobs, job, name) or struck
     else:
         jobs.cluster.wait(once.exists, 120, "the fault")
-    struck = time.time()
-    committed: float | None = None
-    seen = newest_step(jobs.runs / name)
-    done = jobs.steps(name)[-1]["step"]
-    while True:
-        if event.saves and committed is None and newest_step(jobs.runs / name) != seen:
-            committed = time.time() - struck
-        attempts = jobs.attempts(name)
-        steps = jobs.steps(name)
-        # A start after the first, and a step that is not of before it.
-        if len(attempts) > 1 and attempts[-1].time > struck:
-            began = attempts[-1].checkpoint or 0
-            if (
-                steps
-                and steps[-1]["step"] > began
-                and (jobs.runs / name / "metrics.jsonl").stat().st_mtime > attempts[-1].time
-            ):
-                break
+        struck = once.stat().st_mtime
+    committed, resumed = None, None
+    while (event.saves and committed is None) or (event.goes_on and resumed is None):
+        if event.saves and committed is None and (at := committed_at(run)) >= struck:
+            committed = at - struck
+        if event.goes_on and has_gone_on(jobs, name, struck):
+            resumed = time.time() - struck
         if time.time() - struck > 240:
-            raise RuntimeError(f"{event.name}: no further step after step {done}:\n{jobs.log(job)[-3000:]}")
+            raise RuntimeError(f"{event.name}: no checkpoint, or no step, after it:\n{jobs.log(job)[-3000:]}")
         time.sleep(0.05)
-    resumed = time.time() - struck
-    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    if event.goes_on:
+        jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    else:
+        jobs.wait_ended(job)
     return first, committed, resumed
+
+
+def committed_at(run: Path) -> float:
+    """When the newest checkpoint was given its name, seconds since 1970; 0 if there is none."""
+    newest = list_checkpoints(run)[-1:]
+    return newest[0].stat().st_ctime if newest else 0.0
+
+
+def has_gone_on(jobs: Jobs, name: str, struck: float) -> bool:
+    """Whether a run has a start after an event, and a step that is not of before it."""
+    attempts, steps = jobs.attempts(name), jobs.steps(name)
+    if len(attempts) < 2 or attempts[-1].time < struck or not steps:
+        return False
+    is_new = (jobs.runs / name / "metrics.jsonl").stat().st_mtime > attempts[-1].time
+    return is_new and steps[-1]["step"] > (attempts[-1].checkpoint or 0)
 
 
 def prepare(folder: Path) -> Path:
@@ -152,12 +168,17 @@ def prepare(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def report(rows: list[tuple[str, float, float | None, float]]) -> str:
+def seconds(value: float | None) -> str:
+    """A cell of the table."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def report(rows: list[tuple[str, float, float | None, float | None]]) -> str:
     """The result in markdown."""
     lines = [
         "| event | committed, s | next step, s | first start, s |", "| --- | ---: | ---: | ---: |",
         *(
-            f"| {name} | {'-' if committed is None else f'{committed:.1f}'} | {resumed:.1f} | {first:.1f} |"
+            f"| {name} | {seconds(committed)} | {seconds(resumed)} | {seconds(first)} |"
             for name, first, committed, resumed in rows
         ),
         "",
@@ -174,6 +195,8 @@ def main() -> None:
     """Measure, write the result and print it."""
     parser = argparse.ArgumentParser(prog="python benchmarks/restart.py", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "restart.md")
+    names = [event.name for event in EVENTS]
+    parser.add_argument("--event", choices=names, help="measure this one alone, and write no result")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
@@ -184,12 +207,15 @@ def main() -> None:
             (folder / "jobs").mkdir()
             jobs = Jobs(cluster, recipe, folder / "jobs")
             rows = []
-            for number, event in enumerate(EVENTS):
+            for number, event in enumerate(event for event in EVENTS if args.event in (None, event.name)):
                 rows.append((event.name, *measure(jobs, event, number)))
                 print(json.dumps(rows[-1]), flush=True)
         finally:
             cluster.stop()
     text = report(rows)
+    if args.event:
+        print(f"\n{text}")
+        return
     write_report(args.out, "Seconds from an interruption to the next step", text)
     print(f"\n{text}\n\n{args.out}")
 

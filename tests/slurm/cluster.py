@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from unimo3.launch import free_port
@@ -33,6 +34,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdDebug=verbose
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SchedulerType=sched/backfill
@@ -177,6 +179,12 @@ class Cluster:
         """What ``scontrol show job`` tells of a job."""
         told = self.call("scontrol", "show", "job", number, "--oneliner")
         return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s[A-Za-z/:]+=|\s*$)", told))
+
+    def signalled(self, number: int, signal_number: int) -> float | None:
+        """When Slurm has sent a signal to a job's ranks first, as its nodes' logs say; seconds since 1970."""
+        pattern = re.compile(rf"^\[(\S+?)\].* Sent signal {signal_number} to StepId={number}\.\d", re.MULTILINE)
+        found = [time for path in self.folder.glob("slurmd.*.log") for time in pattern.findall(path.read_text())]
+        return min((datetime.fromisoformat(one).timestamp() for one in found), default=None)
 
     def wait(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
         """Poll until a condition holds."""

@@ -56,8 +56,8 @@ class Jobs:
             self.cluster.environment = before
 
     def preempt(self) -> int:
-        """Submit a job of a higher partition that takes all nodes for some seconds; its number."""
-        command = ("sbatch", "--parsable", "--partition=high", f"--nodes={len(self.cluster.nodes)}", "--exclusive")
+        """Submit a job of a higher partition that takes the first two nodes for some seconds; its number."""
+        command = ("sbatch", "--parsable", "--partition=high", "--nodelist=n1,n2", "--exclusive")
         return self.sbatch(*command, "--output=/dev/null", "--wrap", "sleep 3")
 
     def log(self, job: int) -> str:

@@ -9,7 +9,7 @@ import yaml
 from slurm import bad_nodes, history, status, submit
 from slurm.site import Site
 from tests.integration.conftest import ROOT
-from tests.slurm.undisturbed import assert_as_if_undisturbed
+from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = pytest.mark.integration
@@ -59,6 +59,8 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         12,
         "--data.ledger",
         "true",
+        "--training.log_every",
+        1,
     ]
     # As on a site that lets no job run for longer: each link is told to stop on its way.
     command = submit.sbatch_command(
@@ -70,9 +72,10 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), 240, "links"
     )
     attempts = site.attempts(name)
-    assert [attempt.action for attempt in attempts] == ["link"] * (len(attempts) - 1) + ["done"]
-    assert len(attempts) > 1
-    assert all(attempt.checkpoint for attempt in attempts[1:])
+    # On a busy machine the last link, which has none after it, is requeued.
+    assert (attempts[0].action, attempts[-1].action) == ("link", "done")
+    # Slurm's signal may come a minute early, before a link's first step; what was done is saved by each.
+    assert_no_step_was_done_twice("".join((site.folder / f"links-{n}.log").read_text() for n in range(1, 4)))
     assert_as_if_undisturbed(site.runs / name, straight)
 
 
