@@ -12,6 +12,8 @@ One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text"
 paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
 of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is at fault, "error": the others are
 answered all the same, all faults are told at the end, and the exit status is 78. OUT.jsonl appears whole.
+
+Source: none.
 """
 
 import argparse
@@ -26,8 +28,9 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
-from unimo3.errors import CommandParser, ConfigError, DataError, exit_with_status
-from unimo3.inference.folder import DTYPES, Loaded, load
+from finetune.predict_command import parse_arguments
+from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
 from unimo3.inference.inputs import Row, checked_text, prepare
 from unimo3.inference.lines import Answerer, answer_file, count_lines, fault_message, images_of, text_of
@@ -37,59 +40,13 @@ from unimo3.inference.search import Search
 _NUM_FAULTS_SHOWN = 10
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; see ``--help``."""
-    parser = CommandParser(
-        prog="python -m finetune.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--weights", required=True, help="folder that python -m pretrain.export wrote")
-    common.add_argument("--batch", type=int, default=32, help="images, texts or pairs at a time (default: %(default)s)")
-    common.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    common.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto",
-        help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, and a notice says so)",
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK", help=f"{', '.join(PREDICTORS)}, index")
-    for task, kind in PREDICTORS.items():
-        _add_task(commands.add_parser(task, parents=[common], help=(kind.__doc__ or "").splitlines()[0]), task)
-    index = commands.add_parser("index", parents=[common], help="Make an index that retrieval searches.")
-    what = index.add_mutually_exclusive_group(required=True)
-    what.add_argument("--images", type=Path, help="folder of images, with those below it")
-    what.add_argument("--texts", type=Path, help="file with one text a line")
-    index.add_argument("--out", type=Path, required=True, help="new folder of the index")
-    return parser.parse_args(argv)
-
-
-def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
-    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; repeat it for several")
-    parser.add_argument("--text", action="append", default=[], help="question, statement, hypothesis or caption")
-    parser.add_argument("--input", type=Path, help="JSON lines instead of --image and --text")
-    parser.add_argument("--output", type=Path, help="JSON lines with the answers to --input")
-    parser.add_argument("--top", type=int, default=5, help="answers to give (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    if task == "retrieval":
-        parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
-        parser.add_argument(
-            "--rerank", type=int, default=32,
-            help="candidates of the towers that the fusion encoder puts in order; 0: none (default: %(default)s)",
-        )  # fmt: skip
-
-
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Predict, or make an index."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__ or "")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    faults = [
-        f"--{name} {value}: at least 1 is needed"
-        for name in ("batch", "top")
-        if (value := getattr(args, name, 1)) < 1
-    ] + (_index_faults(args) if args.task == "index" else _query_faults(args))  # fmt: skip
-    if faults:
-        raise ConfigError(faults)
     if args.task == "index":
         make_index(args)
         return
@@ -108,42 +65,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         (answers,) = predictor.predict([prepare(loaded, Row(tuple(args.image), texts[0]))], args.top)
     show(answers, args)
-
-
-def _index_faults(args: argparse.Namespace) -> list[str]:
-    return [f"--out {args.out}: exists; choose a new folder"] if args.out.exists() else []
-
-
-def _query_faults(args: argparse.Namespace) -> list[str]:
-    """Say which of what is asked does not go together, one line a fault."""
-    if args.input is not None:
-        found = [f"--input {args.input}: holds what is asked; leave out --image and --text"] * bool(
-            args.image + args.text
-        )
-        if args.output is None:
-            found.append(f"--input {args.input}: needs --output, a file for the answers")
-        elif args.output.resolve() == args.input.resolve():
-            found.append(f"--output {args.output}: is --input; name another file")
-        return found
-    found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
-    num_images, num_texts = len(args.image), len(args.text)
-    if args.task != "retrieval":
-        needed = PREDICTORS[args.task].num_images
-        if num_images != needed:
-            found.append(f"--image: given {num_images} times; {args.task} takes {needed}")
-        if num_texts != 1:
-            found.append(f"--text: given {num_texts} times; {args.task} takes one")
-    elif args.index is not None:
-        if num_images + num_texts != 1:
-            found.append(
-                f"--index {args.index}: needs one --text, or one --image; {num_texts} and {num_images} are given"
-            )
-    elif not num_images or not num_texts or min(num_images, num_texts) > 1:
-        found.append(
-            f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
-            "one to rank for the other, or --index"
-        )
-    return found
 
 
 def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path, int], Answers] | None:

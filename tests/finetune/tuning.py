@@ -3,7 +3,8 @@
     python -m tests.finetune.tuning WEIGHTS SHARDS FOLDER
 
 WEIGHTS is an export of pretraining, SHARDS holds vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
-task's name, and beside it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in bf16.
+task's name, and beside it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
+bf16.
 """
 
 import json
