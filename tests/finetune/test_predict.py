@@ -343,7 +343,10 @@ def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
     folder = broken(tuned, tmp_path, config={"model_type": "other", "auto_map": {"AutoConfig": "code.Other"}})
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     torch.save({}, folder / "pytorch_model.bin")
-    refused(folder, photo, capsys)
+    assert run("vqa", "--weights", folder, "--image", photo, "--text", "is it?") == 78
+    told = capsys.readouterr()
+    assert "custom code" in told.err
+    assert told.out == ""  # nobody is asked whether to run it
     (folder / "config.json").write_text((tuned / "vqa_weights" / "config.json").read_text())
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors there" in refused(folder, photo, capsys)
