@@ -109,6 +109,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         Unimo3Error: see `train`; or the weights do not fit.
     """
     tokenizer = load_tokenizer(settings.data.tokenizer)
+    # Who loads the exported folder cuts texts where this run does.
+    tokenizer.model_max_length = settings.data.max_text_tokens
     model_config = config_of(settings.init, settings.run.folder)
     resized(model_config, settings.image_size)
     task.configure(model_config)

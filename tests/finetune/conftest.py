@@ -1,12 +1,17 @@
 """Small sources of NLVR2 and SNLI-VE as shards, and exported weights, for whole evaluations and programs."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from pretrain import export
 from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2, write_source  # noqa: F401  (fixtures)
+from tests.spawn import ROOT
 from tests.tiny import tiny_config, tiny_pretraining_model
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import image_processor
@@ -96,4 +101,21 @@ def pretrained(tokenizer, tmp_path_factory) -> Path:
     initialize_weights(model, 2, std=0.8)
     model.save_pretrained(folder)
     Unimo3Processor(image_processor(16), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(pretrained, vqa, nlvr2, snli_ve, coco, tmp_path_factory) -> Path:  # noqa: F811
+    """A run of each task after two steps, and its export: FOLDER/vqa, FOLDER/vqa_weights and so on."""
+    folder = tmp_path_factory.mktemp("tuned_runs")
+    shards = tmp_path_factory.mktemp("tuned_shards")
+    for name, made in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve), ("retrieval", coco)):
+        (shards / name).symlink_to(made)
+    command = [sys.executable, "-m", "tests.finetune.tuning", pretrained, shards, folder]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    for name in ("vqa", "nlvr2", "snli_ve", "retrieval"):
+        dtype = "bf16" if name == "nlvr2" else "fp32"
+        with pytest.raises(SystemExit) as end:
+            export.main([str(folder / name), "--out", str(folder / f"{name}_weights"), "--dtype", dtype])
+        assert not end.value.code
     return folder

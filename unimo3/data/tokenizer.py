@@ -58,7 +58,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             "python -m pretrain.prepare_shards coco --tokenizer-vocab N"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
             f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read "

@@ -19,6 +19,12 @@ class Unimo3Processor(ProcessorMixin):
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See transformers. Images are resized by Pillow, as in training; torchvision's values are up to one grey value
+        apart, and ``backend="torchvision"`` takes those."""
+        return super().from_pretrained(*args, **({"backend": "pil"} | kwargs))
+
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts or both.
 

@@ -121,7 +121,7 @@ def read_config(field: str, folder: str, kind: str, has_weights: bool = True) ->
     if not folder or not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{where}: no config.json there; name a local Hugging Face {kind} folder")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{where}: its config.json is none of transformers' ({str(error).splitlines()[0]}); name a local Hugging "

@@ -1,0 +1,180 @@
+"""Answers of tuned weights: for a question, a statement, a hypothesis or a search, or for a file of many.
+
+    predict vqa --weights W --image F --text "what is it?"
+    predict nlvr2 --weights W --image LEFT --image RIGHT --text "both are dogs"
+    predict snli_ve --weights W --image F --text "a dog sleeps"
+    predict retrieval --weights W --image F --text "a dog"          whether they match; several of one are ranked
+    predict index --weights W --images FOLDER --out INDEX           once; or --texts FILE, one text a line
+    predict retrieval --weights W --index INDEX --text "a dog"      searches images; a text index by --image
+    predict TASK --weights W --input IN.jsonl --output OUT.jsonl    many at a time
+
+One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text": ...}, of NLVR2 with a list of two
+paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
+of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is at fault, "error": the others are
+answered all the same, all faults are told at the end, and the exit status is 78. OUT.jsonl appears whole.
+
+Source: none.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
+from finetune.predict_command import parse_arguments
+from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.inference.folder import Loaded, load
+from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
+from unimo3.inference.inputs import Row, checked_text, prepare
+from unimo3.inference.lines import Answerer, answer_file, count_lines, fault_message, images_of, text_of
+from unimo3.inference.predictors import PREDICTORS, Answers, Predictor
+from unimo3.inference.search import Search
+
+_NUM_FAULTS_SHOWN = 10
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Predict, or make an index."""
+    args = parse_arguments(argv, __doc__ or "")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if args.task == "index":
+        make_index(args)
+        return
+    kind = PREDICTORS[args.task]
+    loaded = load(args.weights, kind.model_class, args.device, args.dtype)
+    predictor = kind(loaded)
+    find = _searcher(args, loaded)
+    if args.input is not None:
+        answer_lines(args, predictor, find)
+        return
+    texts = [checked_text(text, "--text") for text in args.text]
+    if find is not None:
+        answers = find(texts[0] if texts else args.image[0], args.top)
+    elif args.task == "retrieval" and (len(args.image) > 1 or len(texts) > 1):
+        answers = rank(loaded, args.image, texts, args.batch, args.top)
+    else:
+        (answers,) = predictor.predict([prepare(loaded, Row(tuple(args.image), texts[0]))], args.top)
+    show(answers, args)
+
+
+def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path, int], Answers] | None:
+    """The search in ``--index``, if there is one."""
+    if getattr(args, "index", None) is None:
+        return None
+    gallery = open_gallery(args.index, Path(args.weights))
+    if gallery.kind == "images" and args.image:
+        raise ConfigError(f"--image {args.image[0]}: {args.index} holds images, which a text searches; give --text")
+    if gallery.kind == "texts" and args.text:
+        raise ConfigError(f"--text '{args.text[0]}': {args.index} holds texts, which an image searches; give --image")
+    args.searched = gallery.kind
+    return Search(loaded, gallery, args.rerank, args.batch).find
+
+
+def make_index(args: argparse.Namespace) -> None:
+    """``predict index``."""
+    texts = [] if args.texts is None else _read_texts(args.texts)
+    names = texts or images_in(args.images)
+    loaded = load(args.weights, PREDICTORS["retrieval"].model_class, args.device, args.dtype)
+    faults: list[str] = []
+    with progress(len(names), "text" if texts else "image") as bar:
+        if texts:
+            gallery = embed_texts(loaded, texts, args.batch, bar.update)
+        else:
+            gallery, faults = embed_images(loaded, args.images, names, args.batch, bar.update)
+    save(gallery, Path(args.weights), args.out)
+    print(f"{args.out}: {len(gallery.names)} {gallery.kind}")
+    if faults:
+        raise DataError(
+            f"{args.images}: {len(faults)} of {len(names)} files could not be decoded; {args.out} has the others:\n  "
+            + "\n  ".join([*faults[:_NUM_FAULTS_SHOWN], *["..."] * (len(faults) > _NUM_FAULTS_SHOWN)])
+        )
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--texts {path}: cannot be read ({error}); name a UTF-8 file with one text a line"
+        ) from error
+    if not texts:
+        raise ConfigError(f"--texts {path}: holds no text; write one a line")
+    return texts
+
+
+def rank(loaded: Loaded, images: list[Path], texts: list[str], batch: int, top: int) -> Answers:
+    """Several images for a text, or several texts for an image, all of them fused.
+
+    Raises:
+        DataError: an image is missing, or none.
+    """
+    if len(texts) == 1:
+        gallery, faults = embed_images(loaded, Path(), [str(path) for path in images], batch)
+        if faults:
+            raise DataError("; ".join(faults))
+        return Search(loaded, gallery, len(images), batch).find(texts[0], top)
+    gallery = embed_texts(loaded, texts, batch)
+    return Search(loaded, gallery, len(texts), batch).find(images[0], top)
+
+
+def answer_lines(
+    args: argparse.Namespace, predictor: Predictor, find: Callable[[str | Path, int], Answers] | None
+) -> None:
+    """``--input``; see the module's text."""
+    folder = args.input.parent
+    how: Answerer[Any]
+    if find is None:
+
+        def row(given: dict[str, Any]) -> Any:
+            return prepare(predictor.loaded, Row(images_of(given, predictor.num_images, folder), text_of(given)))
+
+        how = Answerer(row, lambda rows: predictor.predict(rows, args.top), args.batch)
+    else:
+
+        def query(given: dict[str, Any]) -> str | Path:
+            return text_of(given) if args.searched == "images" else images_of(given, 1, folder)[0]
+
+        # One at a time: each is a batch of candidates, and one whose image is missing does not fail the others.
+        how = Answerer(query, lambda queries: [find(queries[0], args.top)], 1)
+    with progress(count_lines(args.input), "line") as bar:
+        num_lines, faults = answer_file(args.input, args.output, how, bar.update)
+    if not num_lines:
+        raise DataError(f"--input {args.input}: holds no line; write one object a line")
+    print(f"{args.output}: {num_lines - len(faults)} of {num_lines} lines answered")
+    if faults:
+        raise DataError(fault_message(args.input, args.output, num_lines, faults))
+
+
+def progress(total: int, unit: str) -> Any:
+    """A bar on a terminal, nothing elsewhere."""
+    return tqdm(total=total, unit=unit, disable=not sys.stderr.isatty())
+
+
+def show(answers: Answers, args: argparse.Namespace) -> None:
+    """Print answers, the best first."""
+    if args.json:
+        asked = {"image": [str(path) for path in args.image], "text": args.text}
+        print(json.dumps({"task": args.task, "input": asked, "answers": answers}))
+        return
+    for answer in answers:
+        numbers = {name: value for name, value in answer.items() if name in ("score", "match", "similarity")}
+        words = [str(value) for name, value in answer.items() if name not in numbers]
+        told = [
+            f"{value:.4f}" if name == "score" else f"{name} {'-' if value is None else f'{value:.4f}'}"
+            for name, value in numbers.items()
+        ]
+        print("  ".join(told + words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Command line of finetune.predict, and what of it does not go together.
+
+Source: none.
+"""
+
+import argparse
+from pathlib import Path
+
+from unimo3.errors import CommandParser, ConfigError
+from unimo3.inference.folder import DTYPES
+from unimo3.inference.predictors import PREDICTORS
+
+
+def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """Command line; see ``--help``.
+
+    Raises:
+        ConfigError: what is asked does not go together; all faults in one message.
+    """
+    parser = CommandParser(
+        prog="python -m finetune.predict", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--weights", required=True, help="folder that python -m pretrain.export wrote")
+    common.add_argument("--batch", type=int, default=32, help="images, texts or pairs at a time (default: %(default)s)")
+    common.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    common.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto",
+        help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, and a notice says so)",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK", help=f"{', '.join(PREDICTORS)}, index")
+    for task, kind in PREDICTORS.items():
+        _add_task(commands.add_parser(task, parents=[common], help=(kind.__doc__ or "").splitlines()[0]), task)
+    index = commands.add_parser("index", parents=[common], help="Make an index that retrieval searches.")
+    what = index.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", type=Path, help="folder of images, with those below it")
+    what.add_argument("--texts", type=Path, help="file with one text a line")
+    index.add_argument("--out", type=Path, required=True, help="new folder of the index")
+    args = parser.parse_args(argv)
+    faults = [
+        f"--{name} {value}: at least 1 is needed" for name in ("batch", "top") if (value := getattr(args, name, 1)) < 1
+    ]
+    faults += _index_faults(args) if args.task == "index" else _query_faults(args)
+    if faults:
+        raise ConfigError(faults)
+    return args
+
+
+def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
+    parser.add_argument("--image", type=Path, action="append", default=[], help="image file; repeat it for several")
+    parser.add_argument("--text", action="append", default=[], help="question, statement, hypothesis or caption")
+    parser.add_argument("--input", type=Path, help="JSON lines instead of --image and --text")
+    parser.add_argument("--output", type=Path, help="JSON lines with the answers to --input")
+    parser.add_argument("--top", type=int, default=5, help="answers to give (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    if task == "retrieval":
+        parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
+        parser.add_argument(
+            "--rerank", type=int, default=32,
+            help="candidates of the towers that the fusion encoder puts in order; 0: none (default: %(default)s)",
+        )  # fmt: skip
+
+
+def _index_faults(args: argparse.Namespace) -> list[str]:
+    return [f"--out {args.out}: exists; choose a new folder"] if args.out.exists() else []
+
+
+def _query_faults(args: argparse.Namespace) -> list[str]:
+    """Say which of what is asked does not go together, one line a fault."""
+    if args.input is not None:
+        found = [f"--input {args.input}: holds what is asked; leave out --image and --text"] * bool(
+            args.image + args.text
+        )
+        if args.output is None:
+            found.append(f"--input {args.input}: needs --output, a file for the answers")
+        elif args.output.resolve() == args.input.resolve():
+            found.append(f"--output {args.output}: is --input; name another file")
+        return found
+    found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
+    num_images, num_texts = len(args.image), len(args.text)
+    if args.task != "retrieval":
+        needed = PREDICTORS[args.task].num_images
+        if num_images != needed:
+            found.append(f"--image: given {num_images} times; {args.task} takes {needed}")
+        if num_texts != 1:
+            found.append(f"--text: given {num_texts} times; {args.task} takes one")
+    elif args.index is not None:
+        if num_images + num_texts != 1:
+            found.append(
+                f"--index {args.index}: needs one --text, or one --image; {num_texts} and {num_images} are given"
+            )
+    elif not num_images or not num_texts or min(num_images, num_texts) > 1:
+        found.append(
+            f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
+            "one to rank for the other, or --index"
+        )
+    return found

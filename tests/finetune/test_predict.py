@@ -1,0 +1,375 @@
+"""finetune.predict: the answers of the run's own evaluation, searches, files of many, and one clear error each."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from finetune import predict
+from tests.data.conftest import draw_jpeg
+from tests.finetune.formats import read_lines
+from tests.spawn import ROOT
+from unimo3.data.answers import AnswerVocabulary
+
+
+def run(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def members(shards):
+    """What a split's tars hold, by name."""
+    found = {}
+    for tar in sorted(shards.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            found |= {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+    return found
+
+
+def unpack(shards, folder):
+    """Write a split's images into a folder; return what its samples say, by key."""
+    said = {}
+    for name, content in members(shards).items():
+        key, _, ending = name.partition(".")
+        if ending == "json":
+            said[key] = json.loads(content)
+        elif ending.rpartition(".")[2] in ("jpg", "png"):
+            (folder / name).write_bytes(content)
+    return said
+
+
+def write_lines(path, entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def answers_to(task, tuned, folder, entries, *options):
+    """Run predict on a file of these lines."""
+    source = write_lines(folder / "in.jsonl", entries)
+    weights = tuned / f"{task}_weights"
+    assert run(task, "--weights", weights, "--input", source, "--output", folder / "out.jsonl", *options) == 0
+    return read_lines(folder / "out.jsonl")
+
+
+def scores_of(record):
+    return {answer["answer"]: answer["score"] for answer in record["answers"]}
+
+
+def image_of(folder, key):
+    (path,) = folder.glob(f"{key}.*")
+    return path.name
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(draw_jpeg(5))
+    return path
+
+
+def test_vqa_answers_are_those_of_the_runs_predictions(tuned, vqa, tmp_path):
+    entries = [
+        {"image": image_of(tmp_path, key), "text": question["question"], "id": question["question_id"]}
+        for key, sample in unpack(vqa / "val", tmp_path).items()
+        for question in sample["questions"]
+    ]
+    found = answers_to("vqa", tuned, tmp_path, entries, "--batch", "4")
+    expected = {
+        entry["question_id"]: entry["answer"] for entry in json.loads((tuned / "vqa/predictions.json").read_text())
+    }
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == expected
+    assert [record["line"] for record in found] == list(range(1, len(expected) + 1))
+
+
+def test_nlvr2_answers_are_those_of_the_runs_predictions(tuned, nlvr2, tmp_path):
+    entries = [
+        {
+            "image": [image_of(tmp_path, f"{key}.{side}") for side in range(2)],
+            "text": sample["statement"], "id": sample["identifier"],
+        }
+        for key, sample in unpack(nlvr2 / "val", tmp_path).items()
+    ]  # fmt: skip
+    found = answers_to("nlvr2", tuned, tmp_path, entries, "--batch", "4")
+    lines = (tuned / "nlvr2" / "predictions.csv").read_text().splitlines()
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == dict(
+        line.split(",") for line in lines
+    )
+
+
+def test_snli_ve_answers_are_those_of_the_runs_predictions(tuned, snli_ve, tmp_path):
+    entries = [
+        {"image": image_of(tmp_path, key), "text": hypothesis["text"], "id": hypothesis["pair_id"]}
+        for key, sample in unpack(snli_ve / "val", tmp_path).items()
+        for hypothesis in sample["hypotheses"]
+    ]
+    found = answers_to("snli_ve", tuned, tmp_path, entries, "--batch", "4")
+    expected = {entry["pairID"]: entry["gold_label"] for entry in read_lines(tuned / "snli_ve" / "predictions.jsonl")}
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == expected
+    assert all(sum(answer["score"] for answer in record["answers"]) == pytest.approx(1) for record in found)
+
+
+@pytest.fixture(scope="module")
+def searched(tuned, coco, tmp_path_factory):
+    """The held-out images in a folder with an index, and an index of all their captions."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "images").mkdir()
+    said = unpack(coco / "val", folder / "images")
+    texts = [(key, caption) for key, sample in said.items() for caption in sample["captions"]]
+    (folder / "texts.txt").write_text("".join(f"{caption}\n" for _, caption in texts))
+    common = ("index", "--weights", tuned / "retrieval_weights", "--batch", 4)
+    assert run(*common, "--images", folder / "images", "--out", folder / "of_images") == 0
+    assert run(*common, "--texts", folder / "texts.txt", "--out", folder / "of_texts") == 0
+    return folder, texts
+
+
+def test_a_search_ranks_images_as_the_runs_evaluation_does(tuned, searched, tmp_path):
+    folder, texts = searched
+    entries = [{"text": caption, "id": key} for key, caption in texts]
+    found = answers_to("retrieval", tuned, tmp_path, entries, "--index", folder / "of_images", "--rerank", 99)
+    places = []
+    for record in found:
+        names = [answer["image"].rpartition("/")[2].partition(".")[0] for answer in record["answers"]]
+        places.append(names.index(record["input"]["id"]))
+    recall = json.loads((tuned / "retrieval" / "recall.json").read_text())
+    assert len(found[0]["answers"]) > 2
+    for k in (1, 5, 10):
+        assert sum(place < k for place in places) / len(places) == pytest.approx(recall[f"ir_at_{k}"])
+
+
+def test_an_image_finds_texts_and_a_pair_has_the_searchs_figures(tuned, searched, capsys):
+    folder, _ = searched
+    image = sorted((folder / "images").iterdir())[0]
+    weights = ("--weights", tuned / "retrieval_weights", "--json")
+    assert run("retrieval", *weights, "--index", folder / "of_texts", "--image", image, "--top", 3) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert len(found) == 3
+    assert [answer["match"] for answer in found] == sorted((answer["match"] for answer in found), reverse=True)
+    assert run("retrieval", *weights, "--image", image, "--text", found[1]["text"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)["answers"]
+    assert pair == pytest.approx({name: found[1][name] for name in ("match", "similarity")}, abs=1e-5)
+
+
+def test_without_reranking_the_towers_alone_order(tuned, searched, capsys):
+    folder, texts = searched
+    weights = ("--weights", tuned / "retrieval_weights", "--json")
+    options = ("--index", folder / "of_images", "--text", texts[0][1], "--rerank", 0)
+    assert run("retrieval", *weights, *options) == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert {answer["match"] for answer in found} == {None}
+    similarities = [answer["similarity"] for answer in found]
+    assert similarities == sorted(similarities, reverse=True)
+    assert len(set(similarities)) > 1
+
+
+def test_several_images_are_ranked_for_a_text(tuned, searched, capsys):
+    folder, texts = searched
+    images = [part for image in sorted((folder / "images").iterdir())[:2] for part in ("--image", image)]
+    assert run("retrieval", "--weights", tuned / "retrieval_weights", *images, "--text", texts[0][1], "--json") == 0
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert {answer["image"] for answer in found} == {str(images[1]), str(images[3])}
+    assert found[0]["match"] >= found[1]["match"]
+
+
+def test_an_index_of_other_weights_or_the_wrong_query_is_refused(tuned, searched, photo, tmp_path, capsys):
+    folder, _ = searched
+    other = tmp_path / "other"
+    shutil.copytree(tuned / "retrieval_weights", other)
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"itc_head.text.bias": tensors["itc_head.text.bias"] + 1}, other / "model.safetensors")
+    assert run("retrieval", "--weights", other, "--index", folder / "of_images", "--text", "a dog") == 78
+    assert f"--index {folder / 'of_images'}: was made by other weights" in capsys.readouterr().err
+    weights = ("--weights", tuned / "retrieval_weights")
+    assert run("retrieval", *weights, "--index", folder / "of_images", "--image", photo) == 78
+    assert "holds images, which a text searches" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_the_index_has_the_others(tuned, photo, tmp_path, capsys):
+    (tmp_path / "a_bad.jpg").write_bytes(b"no image")
+    command = ("index", "--weights", tuned / "retrieval_weights", "--images", tmp_path, "--out", tmp_path / "index")
+    assert run(*command) == 78
+    assert "1 of 2 files could not be decoded" in capsys.readouterr().err
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["names"] == ["photo.jpg"]
+    assert run(*command) == 78
+    assert f"--out {tmp_path / 'index'}: exists" in capsys.readouterr().err
+
+
+def test_a_bad_line_is_named_by_its_number_and_the_others_are_answered(tuned, photo, tmp_path, capsys):
+    good = {"image": "photo.jpg", "text": "is it?"}
+    (tmp_path / "no.jpg").write_bytes(b"no image")
+    bad = [
+        "{", "[1]", {"image": "photo.jpg"}, good | {"text": " "}, good | {"image": "gone.jpg"},
+        good | {"image": "no.jpg"}, good | {"image": ["a", "b"]},
+    ]  # fmt: skip
+    lines = [good, *bad, "", good]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    out.write_text("of before\n")
+    assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", out, "--batch", 3) == 78
+    records = read_lines(out)
+    assert [record["line"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 10]
+    assert scores_of(records[0]) == pytest.approx(scores_of(records[-1]), abs=1e-5)
+    told = capsys.readouterr().err
+    assert f"{source}: 7 of 9 lines were not answered; {out} has the others" in told
+    reasons = (
+        "is no JSON", "is a list", 'has no "text"', "is empty", "gone.jpg: cannot be read", "no image of a known kind",
+        "a path is needed",
+    )  # fmt: skip
+    for record, reason in zip(records[1:-1], reasons, strict=True):
+        assert reason in record["error"]
+        assert f"line {record['line']}: {record['error']}" in told
+    assert list(tmp_path.glob("*.partial")) == []
+
+
+def test_top_answers_are_printed_with_their_scores(tuned, photo, capsys):
+    command = ("vqa", "--weights", tuned / "vqa_weights", "--image", photo, "--text", "is it?", "--top", 2)
+    assert run(*command) == 0
+    printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert run(*command, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["input"] == {"image": [str(photo)], "text": ["is it?"]}
+    assert printed == [[f"{answer['score']:.4f}", answer["answer"]] for answer in told["answers"]]
+    assert len(printed) == 2
+
+
+def test_an_answer_does_not_depend_on_its_batch_or_on_a_phones_orientation(tuned, tmp_path):
+    pixels = Image.open(io.BytesIO(draw_jpeg(1)))
+    turned, exif = pixels.rotate(90, expand=True), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    pixels.save(tmp_path / "upright.png")
+    turned.save(tmp_path / "turned.png", exif=exif)
+    entries = [{"image": name, "text": "is it?"} for name in ("upright.png", "turned.png")]
+    entries.append({"image": "upright.png", "text": "is it a dog or is it a picture?"})
+    one, two = (answers_to("vqa", tuned, tmp_path, entries, "--batch", size)[:2] for size in (1, 3))
+    assert scores_of(one[0]) == pytest.approx(scores_of(one[1]), abs=1e-5)
+    assert scores_of(one[0]) == pytest.approx(scores_of(two[0]), abs=1e-5)
+
+
+def test_fp16_weights_on_a_cpu_run_in_fp32_with_a_notice_or_in_bf16(tuned, photo, tmp_path, capsys, caplog):
+    half = tmp_path / "half"
+    shutil.copytree(tuned / "vqa_weights", half)
+    save_file({n: t.half() for n, t in load_file(half / "model.safetensors").items()}, half / "model.safetensors")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    command = ("vqa", "--weights", half, "--image", photo, "--text", "is it?", "--json", "--device", "cpu")
+    scores = []
+    for options in ((), ("--dtype", "fp32"), ("--dtype", "bf16")):
+        caplog.clear()
+        assert run(*command, *options) == 0
+        scores.append(json.loads(capsys.readouterr().out)["answers"][0]["score"])
+        assert ("the weights are fp16, which a CPU does not compute in: using fp32" in caplog.text) == (not options)
+    assert scores[0] == scores[1] != scores[2]
+    assert run(*command, "--dtype", "fp16") == 78
+    assert "--dtype fp16: is not computed in on a CPU; use fp32, or bf16" in capsys.readouterr().err
+
+
+def broken(tuned, tmp_path, **changes):
+    """VQA's export with another file in it."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tuned / "vqa_weights", folder)
+    for name, content in changes.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    return folder
+
+
+def refused(weights, photo, capsys, *options, task="vqa", text="is it?"):
+    """What is told of a command that ends with status 78."""
+    assert run(task, "--weights", weights, "--image", photo, "--text", text, *options) == 78
+    return capsys.readouterr().err
+
+
+def test_weights_of_another_task_are_named(tuned, pretrained, photo, capsys):
+    for weights, kind in (("vqa_weights", "Unimo3ForVisualQuestionAnswering"), (pretrained, "Unimo3ForPreTraining")):
+        told = refused(tuned / weights, photo, capsys, task="snli_ve")
+        assert f"holds weights of {kind}, Unimo3ForImageTextClassification is needed" in told
+        assert told.count("  - ") == 1
+
+
+def test_pretrainings_weights_retrieve(pretrained, photo):
+    assert run("retrieval", "--weights", pretrained, "--image", photo, "--text", "a dog") == 0
+
+
+def test_a_folder_without_weights_is_named(tmp_path, photo, capsys):
+    assert f"--weights: '{tmp_path}': no config.json there" in refused(tmp_path, photo, capsys)
+
+
+def test_a_missing_image_one_that_is_none_and_an_empty_text_are_named(tuned, photo, capsys):
+    weights = tuned / "vqa_weights"
+    told = refused(weights, photo.with_name("gone.jpg"), capsys)
+    assert told.endswith("gone.jpg: cannot be read (No such file or directory); name an image file\n")
+    photo.write_bytes(b"no image")
+    assert "photo.jpg: cannot be decoded (it is no image of a known kind)" in refused(weights, photo, capsys)
+    assert "DataError: --text: '  ': is empty" in refused(weights, photo, capsys, text="  ")
+
+
+def test_a_processor_of_another_resolution_or_of_none_is_named(tuned, photo, tmp_path, capsys):
+    folder = broken(tuned, tmp_path)
+    path = folder / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"]["size"] = {"height": 32, "width": 32}
+    path.write_text(json.dumps(content))
+    assert "its image processor makes 32 x 32 pixels, its config.json has the model read 16 x 16" in refused(
+        folder, photo, capsys
+    )
+    path.unlink()
+    assert "holds no tokenizer and image processor" in refused(folder, photo, capsys)
+
+
+def test_answers_of_another_number_than_the_head_are_named(tuned, photo, tmp_path, capsys):
+    folder = broken(tuned, tmp_path)
+    AnswerVocabulary(["yes"]).save(folder / "answers.json")
+    assert "answers.json lists 1 answers, the model scores" in refused(folder, photo, capsys)
+    (folder / "answers.json").unlink()
+    assert "answers.json cannot be read" in refused(folder, photo, capsys)
+
+
+def test_weights_that_lack_the_head_are_named(tuned, photo, tmp_path, capsys):
+    folder = broken(tuned, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("vqa_head.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "do not fit Unimo3ForVisualQuestionAnswering; missing: vqa_head." in refused(folder, photo, capsys)
+
+
+def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
+    folder = broken(tuned, tmp_path, config={"model_type": "other", "auto_map": {"AutoConfig": "code.Other"}})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    torch.save({}, folder / "pytorch_model.bin")
+    assert run("vqa", "--weights", folder, "--image", photo, "--text", "is it?") == 78
+    told = capsys.readouterr()
+    assert "custom code" in told.err
+    assert told.out == ""  # nobody is asked whether to run it
+    (folder / "config.json").write_text((tuned / "vqa_weights" / "config.json").read_text())
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors there" in refused(folder, photo, capsys)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_settings_that_cannot_be_come_in_one_message(tuned, photo, capsys):
+    told = refused(tuned / "vqa_weights", photo, capsys, "--image", photo, "--batch", 0, "--output", "x")
+    for fault in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
+        assert fault in told
+    assert "this machine has" in refused(tuned / "vqa_weights", photo, capsys, "--device", "cuda:7")
+
+
+def test_the_program_runs_without_deepspeed_or_a_process_group(tuned, photo):
+    code = (
+        "import sys; from finetune import predict\n"
+        "try: predict.main(sys.argv[1:])\n"
+        "finally: import torch; assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()"
+    )
+    arguments = ["vqa", "--weights", tuned / "vqa_weights", "--image", photo, "--text", "is it?", "--top", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""

@@ -1,0 +1,174 @@
+"""An exported folder as a model that is ready to predict: checked, on its device, in a type the device computes in.
+
+Weights come from safetensors, and no code that a folder brings along is run.
+
+Source: transformers' from_pretrained.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from unimo3.errors import CheckpointError, ConfigError
+from unimo3.model.config import Unimo3Config
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.model.pretrained.fill import read_config
+from unimo3.model.processor import Unimo3Processor
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode with what prepares its inputs.
+
+    Attributes:
+        folder: it came from.
+        device: it is on.
+    """
+
+    folder: Path
+    model: Any
+    config: Unimo3Config
+    processor: Any
+    device: torch.device
+
+
+def load(
+    folder: str, model_class: type[Unimo3PreTrainedModel], device: str = "auto", dtype: DtypeName = "auto"
+) -> Loaded:
+    """Open a folder that ``python -m pretrain.export`` wrote, or ``save_pretrained`` with a processor's beside it.
+
+    Args:
+        model_class: whose weights are needed. Retrieval's are pretraining's too.
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: a GPU where there is one.
+        dtype: to compute in. ``auto``: the weights' own; fp16 weights on a CPU compute in fp32, and the log says so.
+
+    Raises:
+        ConfigError: the folder lacks a part, is of another task, or device or type cannot be had; all faults at once.
+        CheckpointError: its weights do not fit its configuration.
+    """
+    config = read_config("--weights", folder, "UNIMO-3")
+    if not isinstance(config, Unimo3Config):
+        raise ConfigError(f"--weights '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 is needed")
+    faults = _class_faults(folder, config, model_class)
+    processor = None
+    try:
+        processor = _processor(folder, config)
+    except ConfigError as error:
+        faults += error.faults
+    place = computed = None
+    try:
+        place = device_of(device)
+        computed = _dtype_of(dtype, config, place)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    assert place is not None
+    assert computed is not None
+    model = _model(folder, model_class, config, computed).to(place)
+    return Loaded(Path(folder), model.eval(), config, processor, place)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name; ``auto``: a GPU where there is one.
+
+    Raises:
+        ConfigError: this machine has none of that name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
+
+
+def _dtype_of(name: DtypeName, config: Unimo3Config, device: torch.device) -> torch.dtype:
+    stored = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32) if config.dtype else torch.float32
+    chosen: torch.dtype = DTYPES.get(name, stored)
+    if device.type != "cpu" or chosen is not torch.float16:
+        return chosen
+    if name == "fp16":
+        raise ConfigError("--dtype fp16: is not computed in on a CPU; use fp32, or bf16 for half the memory")
+    log.warning("the weights are fp16, which a CPU does not compute in: using fp32; --dtype bf16 takes half the memory")
+    return torch.float32
+
+
+def _class_faults(folder: str, config: Unimo3Config, model_class: type[Unimo3PreTrainedModel]) -> list[str]:
+    known = config.architectures or [model_class.__name__]
+    if model_class.__name__ in known:
+        return []
+    if model_class is Unimo3ForImageAndTextRetrieval and Unimo3ForPreTraining.__name__ in known:
+        return []
+    return [
+        f"--weights '{folder}': holds weights of {known[0]}, {model_class.__name__} is needed; name an export of a run "
+        "that was tuned for this task"
+    ]
+
+
+def _processor(folder: str, config: Unimo3Config) -> Any:
+    try:
+        processor = Unimo3Processor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises of many kinds for a file it cannot use
+        raise ConfigError(
+            f"--weights '{folder}': holds no tokenizer and image processor that transformers can read "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); name what python -m pretrain.export wrote"
+        ) from error
+    size = config.vision_config.image_size
+    prepared = getattr(processor.image_processor, "size", None) or {}
+    found = (prepared.get("height"), prepared.get("width"))
+    if found != (size, size):
+        raise ConfigError(
+            f"--weights '{folder}': its image processor makes {_pixels(found)} pixels, its config.json has the model "
+            f"read {size} x {size}; export the run again"
+        )
+    text = config.text_config
+    if len(processor.tokenizer) > text.vocab_size:
+        raise ConfigError(
+            f"--weights '{folder}': its tokenizer has {len(processor.tokenizer)} entries, its model {text.vocab_size}; "
+            "export the run again"
+        )
+    # RoBERTa counts positions from behind the padding id, which is 1.
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, text.max_position_embeddings - 2)
+    return processor
+
+
+def _pixels(size: tuple[Any, Any]) -> str:
+    return "no stated number of" if None in size else " x ".join(map(str, size))
+
+
+def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, dtype: torch.dtype) -> Any:
+    loaded: Any = model_class.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    model, report = loaded
+    faults = [
+        f"{kind}: {', '.join(sorted(str(name) for name in names))}"
+        for kind, names in (
+            ("missing", report["missing_keys"]),
+            ("unexpected", report["unexpected_keys"]),
+            ("of another shape", [entry[0] for entry in report["mismatched_keys"]]),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"--weights '{folder}': its tensors do not fit {model_class.__name__}; {'; '.join(faults)}. Export the run "
+            "again"
+        )
+    return model

@@ -1,0 +1,178 @@
+"""A saved index: images of a folder, or texts, in the towers' common space.
+
+    INDEX/embeds.safetensors    ``embeds`` [N, itc_size] float32, unit vectors
+    INDEX/index.json            what they are of, their names in that order, the SHA-256 of the weights' files
+
+Source: ALBEF, arXiv 2107.07651, section 4, for search by the towers.
+"""
+
+# Shapes: N images or texts, B of a batch, D width of the embeddings.
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unimo3.errors import ConfigError, DataError
+from unimo3.inference.ahead import one_ahead
+from unimo3.inference.folder import Loaded
+from unimo3.inference.inputs import read_pixels, tokens
+from unimo3.model.pretrained.fill import weight_files
+from unimo3.objectives.retrieval import RetrievalTask
+
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+Kind = Literal["images", "texts"]
+
+
+class Gallery(NamedTuple):
+    """What is searched.
+
+    Attributes:
+        names: of images their paths, under `root`; of texts the texts.
+        root: folder of the images; unused for texts.
+        embeds: [N, D] on the CPU.
+    """
+
+    kind: Kind
+    names: list[str]
+    root: Path
+    embeds: Tensor
+
+    def path(self, number: int) -> Path:
+        """File of an image."""
+        return self.root / self.names[number]
+
+
+def images_in(folder: Path) -> list[str]:
+    """Paths of all image files below a folder, relative to it, in order.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder}: no such folder; name a folder of images")
+    found = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
+    )  # fmt: skip
+    if not found:
+        raise ConfigError(f"--images {folder}: holds no image file ({', '.join(IMAGE_ENDINGS)}); name another folder")
+    return found
+
+
+@torch.inference_mode()
+def embed_images(
+    loaded: Loaded, root: Path, names: Sequence[str], batch: int, done: Callable[[int], Any] = lambda count: None
+) -> tuple[Gallery, list[str]]:
+    """Run the image tower over files.
+
+    Args:
+        batch: images at a time.
+        done: called with each batch's number of files.
+
+    Returns:
+        The gallery of those that could be decoded, and why each other could not.
+    """
+    task = RetrievalTask(loaded.model, seed=0)
+    can_be_decoded: list[bool] = []
+    faults: list[str] = []
+    embeds: list[Tensor] = []
+    parts = ([root / name for name in names[start : start + batch]] for start in range(0, len(names), batch))
+    for read in one_ahead(partial(_read, loaded), parts):
+        images = [image for image in read if isinstance(image, Tensor)]
+        faults += [str(image) for image in read if isinstance(image, DataError)]
+        can_be_decoded += [isinstance(image, Tensor) for image in read]
+        if images:
+            embeds.append(task({"pixel_values": torch.stack(images).to(loaded.device)})["embeds"].cpu())
+        done(len(read))
+    kept = [name for name, is_kept in zip(names, can_be_decoded, strict=True) if is_kept]
+    if not kept:
+        raise DataError(f"{root}: none of {len(names)} files could be decoded; the first: {faults[0]}")
+    return Gallery("images", kept, root, torch.cat(embeds)), faults
+
+
+@torch.inference_mode()
+def embed_texts(
+    loaded: Loaded, texts: Sequence[str], batch: int, done: Callable[[int], Any] = lambda count: None
+) -> Gallery:
+    """Run the text tower; see `embed_images`."""
+    task = RetrievalTask(loaded.model, seed=0)
+    embeds = []
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        embeds.append(task(tokens(loaded, part))["embeds"].cpu())
+        done(len(part))
+    return Gallery("texts", list(texts), Path(), torch.cat(embeds))
+
+
+def save(gallery: Gallery, weights: Path, out: Path) -> None:
+    """Write a gallery's folder, whole by a rename.
+
+    Args:
+        weights: folder of the weights that made it.
+        out: must not exist.
+    """
+    staging = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        save_file({"embeds": gallery.embeds}, staging / "embeds.safetensors")
+        described = {
+            "kind": gallery.kind, "root": str(gallery.root.resolve()), "weights": digest_of(weights),
+            "names": gallery.names,
+        }  # fmt: skip
+        (staging / "index.json").write_text(json.dumps(described, indent=0) + "\n")
+        staging.rename(out)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); check space and permissions") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def open_gallery(folder: Path, weights: Path) -> Gallery:
+    """Read what `save` wrote.
+
+    Raises:
+        ConfigError: it is no index, or was made by other weights.
+    """
+    again = "make it again with python -m finetune.predict index"
+    try:
+        described = json.loads((folder / "index.json").read_text())
+        kind, root, names = described["kind"], Path(described["root"]), described["names"]
+        embeds = load_file(folder / "embeds.safetensors")["embeds"]
+        if kind not in ("images", "texts") or embeds.shape[0] != len(names):
+            raise ValueError(f"{embeds.shape[0]} {kind} are embedded, {len(names)} named")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise ConfigError(
+            f"--index {folder}: holds no whole index ({type(error).__name__}: {error}); {again}"
+        ) from error
+    if described.get("weights") != digest_of(weights):
+        raise ConfigError(f"--index {folder}: was made by other weights than --weights {weights}; {again}")
+    return Gallery(kind, names, root, embeds)
+
+
+def digest_of(weights: Path) -> str:
+    """SHA-256 of a folder's weights and configuration."""
+    found = hashlib.sha256()
+    for path in [*weight_files(weights), weights / "config.json"]:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def _read(loaded: Loaded, paths: Sequence[Path]) -> list[Tensor | DataError]:
+    """Each file's pixels, or what is wrong with it."""
+    found: list[Tensor | DataError] = []
+    for path in paths:
+        try:
+            found.append(read_pixels(loaded, path))
+        except DataError as error:
+            found.append(error)
+    return found

@@ -1,0 +1,180 @@
+"""A file of JSON lines in, a file of JSON lines out.
+
+Each line of the result says which line of the source it answers:
+
+    {"line": 1, "input": {"image": "a.jpg", "text": "what is it?"}, "answers": [{"answer": "dog", "score": 0.9}, ...]}
+    {"line": 2, "input": {...}, "error": "b.jpg: cannot be read (No such file or directory); name an image file"}
+
+Source: the JSON Lines format, https://jsonlines.org.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from unimo3.errors import ConfigError, DataError
+from unimo3.inference.ahead import one_ahead
+from unimo3.inference.inputs import checked_text
+from unimo3.inference.predictors import Answers
+
+_NUM_FAULTS_SHOWN = 10
+
+Prepared = TypeVar("Prepared")
+
+
+class Answerer(NamedTuple, Generic[Prepared]):
+    """How lines are answered.
+
+    Attributes:
+        parse: an object of the source -> what is asked, with its files read; raises DataError.
+        answer: answers to a batch of those; raises DataError where that is a batch of one.
+        batch: lines at a time.
+    """
+
+    parse: Callable[[dict[str, Any]], Prepared]
+    answer: Callable[[list[Prepared]], list[Answers]]
+    batch: int
+
+
+class _Line(NamedTuple):
+    number: int
+    given: Any
+    asked: Any
+    fault: str
+
+
+def count_lines(source: Path) -> int:
+    """Lines that are not blank.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        with source.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise ConfigError(f"--input {source}: cannot be read ({error.strerror}); name a file of JSON lines") from error
+
+
+def answer_file(
+    source: Path, target: Path, how: Answerer[Any], done: Callable[[int], Any] = lambda count: None
+) -> tuple[int, list[str]]:
+    """Answer every line; the target appears, or is replaced, by a rename when all is in it.
+
+    Args:
+        done: called with each batch's number of lines.
+
+    Returns:
+        How many lines there were, and what is wrong with those that could not be answered, each by its number.
+
+    Raises:
+        ConfigError: a file cannot be read or written.
+    """
+    staging = target.with_name(f"{target.name}.partial")
+    num_lines = 0
+    faults: list[str] = []
+    try:
+        with source.open("rb") as file, staging.open("w", encoding="utf-8") as out:
+            for lines in one_ahead(partial(_parse, how.parse), _batches(file, how.batch)):
+                for record in _answer(lines, how.answer):
+                    if "error" in record:
+                        faults.append(f"line {record['line']}: {record['error']}")
+                    out.write(json.dumps(record, ensure_ascii=True) + "\n")
+                num_lines += len(lines)
+                done(len(lines))
+        staging.replace(target)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or target}: {error.strerror}; check the path, space and permissions"
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+    return num_lines, faults
+
+
+def fault_message(source: Path, target: Path, num_lines: int, faults: list[str]) -> str:
+    """What to tell of a file some of whose lines could not be answered."""
+    more = f"\n  and {len(faults) - _NUM_FAULTS_SHOWN} more" if len(faults) > _NUM_FAULTS_SHOWN else ""
+    return (
+        f"{source}: {len(faults)} of {num_lines} lines were not answered; {target} has the others, and each fault:\n  "
+        + "\n  ".join(faults[:_NUM_FAULTS_SHOWN])
+        + more
+    )
+
+
+def text_of(given: dict[str, Any]) -> str:
+    """The field ``text``.
+
+    Raises:
+        DataError: it is missing, no text or empty.
+    """
+    if "text" not in given:
+        raise DataError(f'has no "text" (fields: {", ".join(given) or "none"})')
+    return checked_text(given["text"], "text")
+
+
+def images_of(given: dict[str, Any], num_images: int, folder: Path) -> tuple[Path, ...]:
+    """The field ``image``: a path, or a list of as many as the task takes.
+
+    Args:
+        folder: what relative paths start from.
+
+    Raises:
+        DataError: it is missing, or has another form or number.
+    """
+    if "image" not in given:
+        raise DataError(f'has no "image" (fields: {", ".join(given) or "none"})')
+    value = given["image"]
+    names = value if isinstance(value, list) else [value]
+    if len(names) != num_images or not all(isinstance(name, str) and name for name in names):
+        form = "a path" if num_images == 1 else f"a list of {num_images} paths"
+        raise DataError(f"image: {json.dumps(value)}: {form} is needed")
+    return tuple(folder / name for name in names)
+
+
+def _batches(file: Any, batch: int) -> Iterator[list[tuple[int, bytes]]]:
+    held: list[tuple[int, bytes]] = []
+    for number, content in enumerate(file, start=1):
+        if content.strip():
+            held.append((number, content))
+        if len(held) == batch:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]]) -> list[_Line]:
+    found = []
+    for number, content in batch:
+        given: Any = None
+        try:
+            try:
+                given = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"is no JSON ({error})") from error
+            if not isinstance(given, dict):
+                raise DataError(f'is a {type(given).__name__}; an object such as {{"text": ...}} is needed')
+            found.append(_Line(number, given, parse(given), ""))
+        except DataError as error:
+            found.append(_Line(number, given, None, str(error)))
+    return found
+
+
+def _answer(lines: list[_Line], answer: Callable[[list[Any]], list[Answers]]) -> Iterator[dict[str, Any]]:
+    """The records of a batch, in order."""
+    asked = [line.asked for line in lines if not line.fault]
+    fault = ""
+    answers: Iterator[Answers] = iter(())
+    try:
+        answers = iter(answer(asked) if asked else [])
+    except DataError as error:
+        fault = str(error)
+    for line in lines:
+        record = {"line": line.number, "input": line.given}
+        if line.fault or fault:
+            yield {**record, "error": line.fault or fault}
+        else:
+            yield {**record, "answers": next(answers)}

@@ -1,0 +1,142 @@
+"""Rows -> answers with scores, for each task.
+
+Source: METER, arXiv 2111.02387, for what each head's logits mean; ALBEF, arXiv 2107.07651, for matching.
+"""
+
+# Shapes: B rows, I images of a row, S pixels a side, C classes.
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.errors import ConfigError, DataError
+from unimo3.inference.folder import Loaded
+from unimo3.inference.inputs import Prepared, tokens
+from unimo3.model.downstream import (
+    Unimo3ForImageAndTextRetrieval,
+    Unimo3ForImagesAndTextClassification,
+    Unimo3ForImageTextClassification,
+    Unimo3ForVisualQuestionAnswering,
+)
+from unimo3.model.unimo3 import Unimo3PreTrainedModel
+
+Answers = list[dict[str, Any]]
+"""The best first; plain values."""
+
+
+class Predictor(ABC):
+    """One task's answers.
+
+    Attributes:
+        model_class: has the task's head.
+        num_images: a row has.
+    """
+
+    model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    num_images: ClassVar[int] = 1
+
+    def __init__(self, loaded: Loaded):
+        self.loaded = loaded
+
+    @abstractmethod
+    def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
+        """Answers to each of B rows, at most `top`."""
+
+    def _logits(self, rows: Sequence[Prepared]) -> Any:
+        images = torch.stack([row.pixels for row in rows]).to(self.loaded.device)  # [B, I, 3, S, S]
+        if self.num_images == 1:
+            images = images[:, 0]
+        with torch.inference_mode():
+            return self.loaded.model(**tokens(self.loaded, [row.text for row in rows]), pixel_values=images)
+
+
+class Classes(Predictor):
+    """A task that chooses among named classes: each answer has ``answer`` and ``score``."""
+
+    def __init__(self, loaded: Loaded):
+        super().__init__(loaded)
+        self.names = self._class_names()
+
+    def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
+        """See `Predictor`."""
+        scores = self._scores(self._logits(rows).logits.float()).cpu()
+        # A stable order, as argmax: of equal scores the first class.
+        best = scores.sort(dim=-1, descending=True, stable=True)
+        return [
+            [{"answer": self.names[number], "score": score} for number, score in zip(numbers, values, strict=True)]
+            for numbers, values in zip(best.indices[:, :top].tolist(), best.values[:, :top].tolist(), strict=True)
+        ]
+
+    def _class_names(self) -> list[str]:
+        names: Any = self.loaded.config.id2label
+        return [names[number] for number in sorted(names)]
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """[B, C] logits -> what is told to users; here shares that sum to one."""
+        return logits.softmax(dim=-1)
+
+
+class VqaPredictor(Classes):
+    """Answers to questions; a score is the accuracy the model expects of the answer, for each by itself."""
+
+    model_class = Unimo3ForVisualQuestionAnswering
+
+    def _class_names(self) -> list[str]:
+        path = self.loaded.folder / "answers.json"
+        try:
+            names = AnswerVocabulary.load(path).answers
+        except DataError as error:
+            raise ConfigError(
+                f"--weights '{self.loaded.folder}': answers.json cannot be read ({error.__cause__ or error}); name an "
+                "export of a VQA run"
+            ) from error
+        if len(names) != self.loaded.config.num_answers:
+            raise ConfigError(
+                f"--weights '{self.loaded.folder}': answers.json lists {len(names)} answers, the model scores "
+                f"{self.loaded.config.num_answers}; copy the answers.json that the weights were exported with"
+            )
+        return names
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+
+class Nlvr2Predictor(Classes):
+    """Whether a statement is true of two images."""
+
+    model_class = Unimo3ForImagesAndTextClassification
+    num_images = 2
+
+
+class SnliVePredictor(Classes):
+    """Whether an image entails a hypothesis."""
+
+    model_class = Unimo3ForImageTextClassification
+
+
+class MatchPredictor(Predictor):
+    """Whether image and text belong together: ``match``, a probability, and ``similarity`` of the towers, a cosine."""
+
+    model_class = Unimo3ForImageAndTextRetrieval
+
+    def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
+        """See `Predictor`; there is one answer a row."""
+        out = self._logits(rows)
+        matches = out.logits.float().softmax(dim=-1)[:, 1].tolist()
+        similarities = (out.text_embeds * out.image_embeds).sum(dim=-1).tolist()
+        return [
+            [{"match": match, "similarity": similarity}]
+            for match, similarity in zip(matches, similarities, strict=True)
+        ]
+
+
+PREDICTORS: dict[str, type[Predictor]] = {
+    "vqa": VqaPredictor,
+    "nlvr2": Nlvr2Predictor,
+    "snli_ve": SnliVePredictor,
+    "retrieval": MatchPredictor,
+}
