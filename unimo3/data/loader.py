@@ -103,8 +103,21 @@ def evaluation_batches(
     Raises:
         DataError: a sample cannot be used.
     """
+    plan = evaluation_positions(sum(samples.units_per_shard), rank, world_size, batch)
+    return planned_batches(samples, plan, reader)
+
+
+def planned_batches(
+    samples: Samples, plan: list[list[int]], reader: ReaderArgs
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The batches of a plan, by units' places in the order of the shards, and which rows count, [B] bool.
+
+    A row that does not count is -1 in the plan, and repeats the first unit of all.
+
+    Raises:
+        DataError: a sample cannot be used.
+    """
     order = SequentialOrder(samples.units_per_shard)
-    plan = evaluation_positions(order.num_units, rank, world_size, batch)
     filled = [[max(position, 0) for position in positions] for positions in plan]
     batches = _read_ahead(_Batches([samples], order, replaces=False), filled, reader)
     for loaded, positions in zip(batches, plan, strict=True):

@@ -174,6 +174,16 @@ def micro_batch_positions(
     return range(start, start + micro_batch)
 
 
+def whole_batch_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
+    """As `evaluation_positions`, but the batches are the same at any number of ranks, which take them in turn.
+
+    What is computed of a batch is then the same to the last bit, whichever rank does it.
+    """
+    num_steps = math.ceil(math.ceil(num_units / batch) / world_size)
+    starts = ((step * world_size + rank) * batch for step in range(num_steps))
+    return [[place if place < num_units else -1 for place in range(start, start + batch)] for start in starts]
+
+
 def evaluation_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
     """This rank's batches of an evaluation: each unit once over all ranks, every rank with as many batches.
 

@@ -78,7 +78,7 @@ class PretrainSamples:
     """Images with one caption each; an image's captions take turns over the epochs.
 
     Args:
-        mlm_probability: share of tokens to predict.
+        mlm_probability: share of tokens to predict; 0: there is no masked text.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class PretrainSamples:
         self.index = index
         self._encode = TextEncoder(tokenizer, max_text_tokens)
         self._transform = transform
+        self._mlm_probability = mlm_probability
         self._mask = Masking(
             mlm_probability,
             token_id(tokenizer.mask_token_id),
@@ -113,22 +114,23 @@ class PretrainSamples:
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, plain and masked text, labels."""
         members, content = read_sample(self.index, unit.shard, unit.unit)
-        captions = _captions(members, content)
+        captions = captions_of(members, content)
         if not captions:
             raise BadSampleError("has no caption")
         # Every caption comes before one comes again; which is first is drawn.
         first = _hash(self._seed, unit.source, unit.shard, unit.unit)
         caption = captions[(first + unit.epoch) % len(captions)]
         ids, mask = self._encode(caption)
-        masked, labels = self._mask(ids, sample_rng(self._seed, "mask", unit.epoch, unit))
-        return {
+        inputs: Inputs = {
             "images": image_of(members, self._transform, sample_rng(self._seed, "augment", unit.epoch, unit)),
             "input_ids": ids,
             "attention_mask": mask,
-            "mlm_input_ids": masked,
-            "mlm_labels": labels,
             "image_id": np.asarray(_number(content.get("image_id") or self.key(unit), unit.source)),
         }
+        if self._mlm_probability:
+            masked, labels = self._mask(ids, sample_rng(self._seed, "mask", unit.epoch, unit))
+            inputs |= {"mlm_input_ids": masked, "mlm_labels": labels}
+        return inputs
 
 
 class VqaSamples:
@@ -238,7 +240,7 @@ def sample_rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Gen
     return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *place))
 
 
-def _captions(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
+def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
     """A sample's texts: ``captions`` as ours have them, or a single ``caption`` or ``txt`` member of other makers."""
     texts = content.get("captions") or content.get("caption") or members.get("txt", b"").decode("utf-8", "replace")
     return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]

@@ -82,10 +82,18 @@ class ItcHead(nn.Module):
     def forward(self, text_states: Tensor, image_states: Tensor) -> ItcOutput:
         """Tower states [B, n, tokens, width] -> unit vectors and temperature."""
         return ItcOutput(
-            normalize(self.text(text_states[:, -1, 0]).float(), dim=-1),
-            normalize(self.image(image_states[:, -1, 0]).float(), dim=-1),
+            self.embed_text(text_states),
+            self.embed_image(image_states),
             _ClampWithReturn.apply(self.temperature.float(), *TEMPERATURE_BOUNDS),
         )
+
+    def embed_text(self, states: Tensor) -> Tensor:
+        """The text tower's states [B, n, T, width] -> unit vectors [B, itc_size], float32."""
+        return normalize(self.text(states[:, -1, 0]).float(), dim=-1)
+
+    def embed_image(self, states: Tensor) -> Tensor:
+        """The image tower's states [B, n, V, width] -> unit vectors [B, itc_size], float32."""
+        return normalize(self.image(states[:, -1, 0]).float(), dim=-1)
 
 
 class SecondImageShift(nn.Module):

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unimo3.model.fusion import FusionOutput, mean_shares
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.similarity import Similarities, compare
+from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
 Losses = dict[str, Tensor]
 
@@ -60,7 +59,7 @@ class Objective(ABC):
     @abstractmethod
     def losses(
         self,
-        model: Unimo3ForPreTraining,
+        model: ContrastedModel,
         states: TowerStates,
         request: FusionInput | None,
         fused: FusionOutput | None,
@@ -71,7 +70,7 @@ class Objective(ABC):
 class PretrainingTask(nn.Module):
     """Batch -> losses of all objectives whose weight is not zero."""
 
-    def __init__(self, model: Unimo3ForPreTraining, objectives: Sequence[Objective]):
+    def __init__(self, model: ContrastedModel, objectives: Sequence[Objective]):
         super().__init__()
         self.model = model
         self.objectives = [objective for objective in objectives if objective.weight != 0]

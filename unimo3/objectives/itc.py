@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unimo3.model.fusion import FusionOutput
-from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
+from unimo3.objectives.similarity import ContrastedModel
 
 
 class ImageTextContrast(Objective):
@@ -30,7 +30,7 @@ class ImageTextContrast(Objective):
 
     def losses(
         self,
-        model: Unimo3ForPreTraining,
+        model: ContrastedModel,
         states: TowerStates,
         request: FusionInput | None,
         fused: FusionOutput | None,

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from unimo3.distributed import world
 from unimo3.model.fusion import FusionOutput
-from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.exchange import gather_rows, take_rows
 from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negatives, hard_negative_quantiles
+from unimo3.objectives.similarity import ContrastedModel
 
 Negatives = Literal["random", "hard"]
 LEFT_OUT = -100
@@ -82,7 +82,7 @@ class ImageTextMatching(Objective):
 
     def losses(
         self,
-        model: Unimo3ForPreTraining,
+        model: ContrastedModel,
         states: TowerStates,
         request: FusionInput | None,
         fused: FusionOutput | None,

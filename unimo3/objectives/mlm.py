@@ -10,6 +10,7 @@ from unimo3.model.fusion import FusionOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.exchange import sum_over_ranks
+from unimo3.objectives.similarity import ContrastedModel
 
 
 class MaskedLanguageModeling(Objective):
@@ -26,13 +27,14 @@ class MaskedLanguageModeling(Objective):
 
     def losses(
         self,
-        model: Unimo3ForPreTraining,
+        model: ContrastedModel,
         states: TowerStates,
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
         """The mean over masked tokens of the whole step's batch; scores are computed for masked tokens alone."""
         assert fused is not None
+        assert isinstance(model, Unimo3ForPreTraining), "other models have no masked words to predict"
         labels = states.batch["mlm_labels"]
         masked = labels != -100
         targets = labels[masked]

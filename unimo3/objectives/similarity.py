@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from unimo3.distributed import world
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.exchange import gather_rows
+
+ContrastedModel = Unimo3ForPreTraining | Unimo3ForImageAndTextRetrieval
+"""A model with a contrastive and a matching head."""
 
 
 class Similarities(NamedTuple):
@@ -35,7 +39,7 @@ class Similarities(NamedTuple):
     temperature: Tensor
 
 
-def compare(model: Unimo3ForPreTraining, text: Tensor, image: Tensor, image_id: Tensor) -> Similarities:
+def compare(model: ContrastedModel, text: Tensor, image: Tensor, image_id: Tensor) -> Similarities:
     """Run the contrastive head on tower states of this rank's rows, and compare them with every rank's.
 
     Args:
