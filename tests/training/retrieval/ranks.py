@@ -1,0 +1,123 @@
+"""Retrieval's evaluation as each rank does it, on a ZeRO-3 engine."""
+
+from pathlib import Path
+
+import torch
+
+from tests.tiny import tiny_config
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs
+from unimo3.data.samples import CaptionedImages
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World, world
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.model.init import initialize_weights
+from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.training.evaluation import Unguarded
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.evaluation import held_out_recall
+
+READER = ReaderArgs(0, 1)
+BATCH = 4
+ROOT = Path(__file__).parents[3]
+# What fits in memory at once, and what does not: about one batch of texts and one of images.
+ROOMY, TIGHT = 1.0, 1e-6
+SETTINGS = {
+    "shortlist": RankingArgs(shortlist=3, pair_batch=5, cache_gb=ROOMY),
+    "blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=TIGHT),
+    "some_blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=1e-4),
+    "exact": RankingArgs(shortlist=0, pair_batch=16, cache_gb=ROOMY),
+    "folds": RankingArgs(shortlist=2, pair_batch=8, cache_gb=ROOMY, fold_images=11),
+}
+
+
+def config(vocab_size):
+    """Two tower states a token, as bridges read them."""
+    found = tiny_config(bridge=True, num_hidden_layers=2)
+    found.text_config.vocab_size = vocab_size
+    return found
+
+
+def captioned(shards):
+    """Images of 16 pixels with all their captions."""
+    tokenizer = load_tokenizer(str(shards / "tokenizer"))
+    return CaptionedImages(ShardIndex(shards / "train"), tokenizer, 16, ImageTransform(16)), len(tokenizer)
+
+
+def plain_task(shards):
+    """The task in this process, as evaluations take it: they ask an engine for its device."""
+    model = Unimo3ForImageAndTextRetrieval(config(captioned(shards)[1]))
+    initialize_weights(model, 3, std=0.2)
+    task = RetrievalTask(model, 0)
+    task.device = torch.device("cpu")
+    return task
+
+
+def figures_of_engine(shards, name):
+    """Evaluate and train a step, twice: figures and losses."""
+    from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+    from unimo3.training.optim import OptimArgs
+
+    rank, size = world()
+    samples, vocab_size = captioned(shards)
+    ds_config = read_ds_config(str(ROOT / "ds_configs/zero3_fp32.json"), BatchPlan(4 * size, 4, size), 1.0)
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    model = build_model(ds_config, lambda: Unimo3ForImageAndTextRetrieval(config(vocab_size)))
+    initialize_weights(model, 3, std=0.2)
+    engine = build_engine(RetrievalTask(model, 0), model, ds_config, OptimArgs(lr=1e-12))
+    figures, losses = [], []
+    for _ in range(2):
+        figures.append(held_out_recall(engine, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()))
+        engine.train()
+        report = engine(_training_batch(rank))
+        engine.backward(report["loss"])
+        engine.step()
+        losses.append(report["loss"].item())
+    return figures, losses
+
+
+def _training_batch(rank):
+    from tests.tiny import tiny_batch
+
+    batch = tiny_batch(4, seed=rank)
+    return batch | {"image_id": batch["image_id"] + 4 * rank, "positions": batch["positions"] + 4 * rank}
+
+
+class CutAfter:
+    """A guard that lets a number of batches pass, then cuts; alike on all ranks."""
+
+    def __init__(self, num_batches):
+        self.is_cut = False
+        self.num_left = num_batches
+
+    def batches(self, batches):
+        for batch in batches:
+            self.num_left -= 1
+            if self.num_left < 0:
+                self.is_cut = True
+                return
+            yield batch
+
+
+def figures_and_cuts(shards, numbers):
+    """Figures with each of the settings; whether evaluations were cut, and are without figures, that are to be cut
+    after so many batches."""
+    task = plain_task(shards)
+    samples, _ = captioned(shards)
+    figures = {
+        name: held_out_recall(task, samples, here(), BATCH, READER, ranking, Unguarded())
+        for name, ranking in SETTINGS.items()
+    }
+    cuts = []
+    for number in numbers:
+        guard = CutAfter(number)
+        found = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
+        cuts.append((guard.is_cut, found is None))
+    return figures, cuts
+
+
+def here():
+    """This process's place among the ranks."""
+    rank, size = world()
+    return World(rank, rank, size)

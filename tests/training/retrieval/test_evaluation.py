@@ -1,0 +1,178 @@
+"""Retrieval's evaluation: against scoring every pair by the whole model, at any number of ranks, in little memory."""
+
+import pytest
+import torch
+
+from tests.data.conftest import convert, write_source
+from tests.spawn import run_ranks
+from tests.training.retrieval.ranks import (
+    BATCH,
+    READER,
+    SETTINGS,
+    CutAfter,
+    captioned,
+    figures_and_cuts,
+    figures_of_engine,
+    plain_task,
+)
+from unimo3.data.loader import evaluation_batches
+from unimo3.distributed import World
+from unimo3.errors import ConfigError
+from unimo3.training.evaluation import Unguarded, to_device
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.evaluation import held_out_recall
+
+ALONE = World(0, 0, 1)
+NUM_IMAGES = 11
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """11 training images with six captions each, one of which all of them share."""
+    root = tmp_path_factory.mktemp("retrieval")
+    write_source(root / "source", 15)
+    out = root / "coco"
+    arguments = ("coco", "--src", str(root / "source"), "--out", str(out), "--shard-size", "8")
+    assert convert(*arguments, "--tokenizer-vocab", "300") == 0
+    return out
+
+
+def evaluate(shards, ranking, task=None, guard=None):
+    samples, _ = captioned(shards)
+    return held_out_recall(task or plain_task(shards), samples, ALONE, BATCH, READER, ranking, guard or Unguarded())
+
+
+@pytest.fixture(scope="module")
+def alone(shards):
+    """Figures of one process, by the settings' name."""
+    return {name: evaluate(shards, ranking) for name, ranking in SETTINGS.items()}
+
+
+@torch.no_grad()
+def whole_model_scores(shards, task):
+    """Similarities and matching logits of every pair, [images, texts], the whole model run for each; texts' images."""
+    samples, _ = captioned(shards)
+    pixels, texts = [], []
+    for loaded, counts in evaluation_batches(samples, 0, 1, BATCH, READER):
+        moved = to_device({"images": loaded["images"]}, torch.device("cpu"))["pixel_values"]
+        for image, said, is_counted in zip(moved, loaded["texts"], counts.tolist(), strict=True):
+            if is_counted:
+                texts += [(len(pixels), *map(torch.from_numpy, text)) for text in said]
+                pixels.append(image)
+    similarities, scores = torch.zeros(2, len(pixels), len(texts)).unbind()
+    ids, mask = (torch.stack([text[part] for text in texts]) for part in (1, 2))
+    for row, image in enumerate(pixels):
+        out = task.model(ids, image.expand(len(texts), -1, -1, -1), mask)
+        similarities[row] = (out.text_embeds * out.image_embeds).sum(-1)
+        scores[row] = out.logits[:, 1] - out.logits[:, 0]
+    return similarities, scores, torch.tensor([text[0] for text in texts])
+
+
+def naive_recall(order_of, is_right, num_queries):
+    """Recall at 1, 5 and 10 of `order_of`(query), all candidates from best to worst."""
+    orders = [order_of(query) for query in range(num_queries)]
+    return [
+        sum(any(is_right(query, candidate) for candidate in order[:k]) for query, order in enumerate(orders))
+        / num_queries
+        for k in (1, 5, 10)
+    ]
+
+
+@pytest.mark.parametrize("shortlist", [0, 3])
+def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortlist):
+    # In float64, rounded to float32 by the heads: what is tied is tied in both.
+    task = plain_task(shards).double().eval()
+    similarities, scores, image_of = whole_model_scores(shards, task)
+    found = evaluate(shards, RankingArgs(shortlist=shortlist, pair_batch=7), task)
+
+    def order(similarities, scores, is_right):
+        """Candidates of one query: the shortlist by scores, the others by similarity; of equals wrong ones first."""
+        size = min(shortlist, len(scores)) if shortlist else len(scores)
+        chosen = sorted(range(len(scores)), key=lambda c: (-float(similarities[c]), c))[:size]
+        rest = [c for c in range(len(scores)) if c not in chosen]
+        chosen.sort(key=lambda c: (-float(scores[c]), is_right(c)))
+        return chosen + sorted(rest, key=lambda c: (-float(similarities[c]), is_right(c)))
+
+    by_image = naive_recall(
+        lambda image: order(similarities[image], scores[image], lambda text: image == image_of[text]),
+        lambda image, text: image == image_of[text], len(scores),
+    )  # fmt: skip
+    by_text = naive_recall(
+        lambda text: order(similarities[:, text], scores[:, text], lambda image: image == image_of[text]),
+        lambda text, image: image == image_of[text], len(image_of),
+    )  # fmt: skip
+    assert [found[f"tr_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_image)
+    assert [found[f"ir_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_text)
+    assert 0 < found["ir_at_10"] < 1
+    assert shortlist or found["num_pairs"] == NUM_IMAGES * len(image_of)
+
+
+def test_little_memory_gives_the_same_figures(alone):
+    assert alone["blocks"] == alone["shortlist"] == alone["some_blocks"]
+    assert alone["shortlist"]["num_pairs"] < alone["exact"]["num_pairs"]
+
+
+def test_a_shortlist_of_all_is_exact(shards, alone):
+    assert evaluate(shards, RankingArgs(shortlist=10_000, pair_batch=16)) == alone["exact"]
+
+
+def test_towers_run_once_an_image_and_once_a_text(shards):
+    task, rows = plain_task(shards), {"image": 0, "text": 0}
+    task.model.unimo3.vision_tower.register_forward_hook(
+        lambda _, inputs, output: rows.update(image=rows["image"] + len(output))
+    )
+    task.model.unimo3.text_tower.register_forward_hook(
+        lambda _, inputs, output: rows.update(text=rows["text"] + len(output.last_hidden_state))
+    )
+    evaluate(shards, SETTINGS["exact"], task)
+    num_texts = NUM_IMAGES * 6
+    assert rows == {"image": -(-NUM_IMAGES // BATCH) * BATCH, "text": -(-num_texts // BATCH) * BATCH}
+
+
+def test_folds_are_ranked_each_for_itself(shards, alone):
+    found = alone["folds"]
+    # The one fold is the whole set.
+    assert {name: value for name, value in found.items() if name.endswith("_fold")} == {
+        f"{name}_fold": value for name, value in found.items() if not name.endswith("_fold") and name != "num_pairs"
+    }
+    ones = evaluate(shards, RankingArgs(shortlist=2, pair_batch=8, fold_images=1))
+    # An image alone has its own texts, and a text its own image.
+    assert (ones["tr_at_1_fold"], ones["ir_at_1_fold"], ones["ir_at_1_towers_fold"]) == (1, 1, 1)
+    assert ones["ir_at_1"] == found["ir_at_1"]
+
+
+def test_images_that_are_no_whole_number_of_folds_are_refused(shards):
+    with pytest.raises(ConfigError, match=r"ranking.fold_images: 5: the 11 images of data.val are no whole number"):
+        evaluate(shards, RankingArgs(fold_images=5))
+
+
+def test_bad_settings_are_named_together():
+    faults = RankingArgs(shortlist=-1, fold_images=-1, pair_batch=0, cache_gb=float("nan")).faults()
+    assert [fault.split(":")[0] for fault in faults] == [
+        "ranking.shortlist", "ranking.fold_images", "ranking.pair_batch", "ranking.cache_gb"
+    ]  # fmt: skip
+
+
+def test_a_cut_evaluation_has_no_figures(shards):
+    task = plain_task(shards)
+    # In the images, in the texts, among the pairs, never.
+    for number, is_cut in ((0, True), (4, True), (9, True), (40, True), (10_000, False)):
+        guard = CutAfter(number)
+        found = evaluate(shards, SETTINGS["some_blocks"], task, guard)
+        assert (guard.is_cut, found is None) == (is_cut, is_cut)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_give_the_figures_of_one_process_and_are_cut_together(shards, alone, world_size):
+    ranks = run_ranks(world_size, figures_and_cuts, shards, [0, 2, 4, 12, 10_000])
+    for figures, cuts in ranks:
+        assert figures == alone
+        assert cuts == [(True, True)] * 4 + [(False, False)]
+
+
+@pytest.mark.integration
+def test_a_zero3_engine_gives_the_same_figures_between_its_steps(shards, alone):
+    for figures, losses in run_ranks(2, figures_of_engine, shards, "some_blocks"):
+        assert figures == [alone["some_blocks"]] * 2
+        assert losses == pytest.approx([losses[0]] * 2)

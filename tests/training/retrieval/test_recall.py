@@ -1,0 +1,79 @@
+"""Recall at k against a naive double loop: ties, five captions an image, k beyond the candidates, shortlists."""
+
+import math
+
+import pytest
+import torch
+
+from unimo3.training.retrieval.recall import first_places, mean_of, places_of_shortlist, recalls
+
+NUM_IMAGES, NUM_CAPTIONS = 7, 5
+IMAGE_OF = torch.arange(NUM_IMAGES).repeat_interleave(NUM_CAPTIONS)
+
+
+def drawn_scores(seed):
+    """[images, texts] of few different values, so that most are tied."""
+    return torch.randint(0, 6, (NUM_IMAGES, len(IMAGE_OF)), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def naive_recall(scores, is_right, k):
+    """Share of rows with a right column among the first k, where wrong ones go first of equals."""
+    hits = 0
+    for row, right in zip(scores.tolist(), is_right.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda column, row=row, right=right: (-row[column], right[column]))
+        hits += any(right[column] for column in order[:k])
+    return hits / len(scores)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_recall_is_a_double_loops_with_ties_and_five_captions(seed):
+    scores = drawn_scores(seed)
+    is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
+    found = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
+    for k in (1, 5, 10):
+        assert found[f"tr_at_{k}"] == pytest.approx(naive_recall(scores, is_right, k))
+        assert found[f"ir_at_{k}"] == pytest.approx(naive_recall(scores.T, is_right.T, k))
+    assert found["ir_at_10"] == 1  # there are seven images
+    six = [found[f"{way}_at_{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
+    assert found["recall_mean"] == pytest.approx(sum(six) / 6)
+
+
+def test_equal_scores_do_not_help():
+    is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
+    found = recalls(*(first_places(torch.zeros(right.shape), right) for right in (is_right, is_right.T)))
+    assert (found["tr_at_10"], found["ir_at_5"]) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_score_that_is_no_number_is_the_lowest(bad):
+    is_right = torch.tensor([[True, False, False]])
+    assert first_places(torch.tensor([[bad, -9.0, bad]]), is_right).tolist() == [2]
+    assert first_places(torch.tensor([[-9.0, bad, bad]]), is_right).tolist() == [0]
+
+
+def test_a_query_without_a_right_candidate_never_counts():
+    places = first_places(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    assert recalls(places, places)["tr_at_10"] == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_a_shortlist_goes_before_the_others_in_the_order_of_its_own_scores(seed, k):
+    towers, fusion = drawn_scores(seed), drawn_scores(seed + 100)
+    is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
+    chosen = towers.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = []
+    for row, right in enumerate(is_right.tolist()):
+        shortlist = set(chosen[row].tolist())
+        keys = {
+            column: (column in shortlist, float((fusion if column in shortlist else towers)[row, column]))
+            for column in range(len(IMAGE_OF))
+        }
+        best = max(key for column, key in keys.items() if right[column])
+        expected.append(sum(key >= best for column, key in keys.items() if not right[column]))
+    found = places_of_shortlist(fusion.gather(1, chosen), is_right.gather(1, chosen), first_places(towers, is_right))
+    assert found.tolist() == expected
+
+
+def test_figures_of_folds_are_means():
+    assert mean_of([{"a": 0.5, "b": 1.0}, {"a": 0.0, "b": 1.0}]) == {"a": 0.25, "b": 1.0}

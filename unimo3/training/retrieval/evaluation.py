@@ -1,0 +1,74 @@
+"""Recall of a held-out set, by a shortlist of the towers that the fusion encoder puts in order, or of all pairs.
+
+Source: ALBEF, arXiv 2107.07651, section 4; METER, arXiv 2111.02387, which scores all pairs.
+"""
+
+from typing import Any
+
+import torch
+
+from unimo3.data.loader import ReaderArgs
+from unimo3.data.samples import CaptionedImages
+from unimo3.distributed import World, all_gather_object
+from unimo3.errors import ConfigError
+from unimo3.training.evaluation import Guard
+from unimo3.training.metrics import Figures
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.matching import final_places, own_pairs, score
+from unimo3.training.retrieval.recall import mean_of, recalls
+from unimo3.training.retrieval.shortlist import galleries_of
+from unimo3.training.retrieval.states import Towers
+
+
+@torch.no_grad()
+def held_out_recall(
+    engine: Any,
+    samples: CaptionedImages,
+    world: World,
+    batch: int,
+    reader: ReaderArgs,
+    ranking: RankingArgs,
+    guard: Guard,
+) -> Figures | None:
+    """Recall at 1, 5 and 10 both ways; every rank calls it. None if the run must end.
+
+    The figures are the same at any number of ranks.
+
+    Args:
+        engine: over a `RetrievalTask`.
+        batch: images or texts a rank encodes at a time.
+
+    Returns:
+        ``tr_at_1`` and so on (an image's texts), ``ir_at_1`` and so on (a text's image), ``recall_mean`` of the six;
+        with ``_towers`` the same without the fusion encoder, with ``_fold`` their means over folds; ``num_pairs``, how many
+        the fusion encoder scored over all ranks.
+
+    Raises:
+        ConfigError: the images are no whole number of folds.
+    """
+    engine.eval()
+    faults = ranking.fold_faults(sum(samples.units_per_shard))
+    if faults:
+        raise ConfigError(faults)
+    towers = Towers(engine, samples, world, batch, reader, ranking.cache_gb * 1e9, guard)
+    found = towers.embed()
+    if found is None:
+        return None
+    galleries = galleries_of(found, ranking.fold_images, ranking.shortlist, engine.device)
+    own = towers.own_images()
+    pairs = own_pairs(galleries, own[own >= 0], len(found.images), len(found.texts))
+    scored = score(engine, towers, pairs, len(found.texts), batch, ranking.pair_batch, guard)
+    if guard.is_cut:
+        return None
+    by_fusion = [recalls(*places) for places in final_places(galleries, scored, found, engine.device)]
+    by_towers = [recalls(of_images.places, of_texts.places) for of_images, of_texts in galleries]
+    num_pairs = sum(all_gather_object(len(pairs)))
+    return _figures(by_fusion) | _figures(by_towers, "_towers") | {"num_pairs": num_pairs}
+
+
+def _figures(galleries: list[dict[str, float]], suffix: str = "") -> Figures:
+    whole, *folds = galleries
+    found: Figures = {f"{name}{suffix}": value for name, value in whole.items()}
+    if folds:
+        found |= {f"{name}{suffix}_fold": value for name, value in mean_of(folds).items()}
+    return found

@@ -1,0 +1,152 @@
+"""Scores of image-text pairs by the fusion encoder, from the towers' kept states.
+
+A pair belongs to the rank that holds its image. Its number is image x texts + text, so that pairs in order share
+images. Ranks fuse as many batches; one that has fewer fills up with pairs that count nowhere.
+
+Source: ALBEF, arXiv 2107.07651, section 4.
+"""
+
+# Shapes: I images, X texts, P pairs of a rank, Q queries, k of a shortlist.
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unimo3.distributed import all_gather_object
+from unimo3.objectives.exchange import sum_over_ranks
+from unimo3.training.evaluation import Guard
+from unimo3.training.retrieval.recall import places_of_shortlist
+from unimo3.training.retrieval.shortlist import Embeddings, Gallery, Shortlists
+from unimo3.training.retrieval.states import StateBlock, Towers
+
+# Queries whose scores are looked up at a time.
+_BLOCK_QUERIES = 1024
+
+
+class PairScores(NamedTuple):
+    """A rank's pairs, [P] in rising order, and their scores, [P]."""
+
+    pairs: Tensor
+    scores: Tensor
+
+
+class PairBatch(NamedTuple):
+    """Places of images and texts in their blocks, [pairs] each, and of the pairs that count among all of the rank's."""
+
+    images: Tensor
+    texts: Tensor
+    rows: Tensor
+
+
+def own_pairs(galleries: Sequence[Gallery], own_images: Tensor, num_images: int, num_texts: int) -> Tensor:
+    """The pairs of all shortlists whose image is one of `own_images`, each once, in rising order: [P]."""
+    is_own = torch.zeros(num_images, dtype=torch.bool)
+    is_own[own_images] = True
+    if any(len(lists.queries) * lists.candidates.shape[1] == num_images * num_texts for lists in galleries[0]):
+        return (own_images[:, None] * num_texts + torch.arange(num_texts)).flatten()
+    found = []
+    for of_images, of_texts in galleries:
+        mine = is_own[of_images.queries]
+        found.append((of_images.queries[mine, None] * num_texts + of_images.candidates[mine]).flatten())
+        texts = of_texts.queries[:, None].expand_as(of_texts.candidates)
+        mine = is_own[of_texts.candidates]
+        found.append(of_texts.candidates[mine] * num_texts + texts[mine])
+    return torch.cat(found).unique()
+
+
+@torch.no_grad()
+def score(
+    engine: Any, towers: Towers, pairs: Tensor, num_texts: int, batch: int, pair_batch: int, guard: Guard
+) -> PairScores:
+    """Score this rank's pairs; every rank calls it. What it returns does not count if the guard was cut.
+
+    Args:
+        engine: over a `RetrievalTask`, in evaluation mode.
+        pairs: [P], see `own_pairs`.
+        batch: images of a batch of the towers.
+    """
+    scores = torch.full((len(pairs),), torch.nan)
+    own = towers.own_images()
+    for images in towers.image_blocks():
+        for texts in towers.text_blocks():
+            batches = _batches(pairs, own[images.start : images.end], texts, num_texts, batch, pair_batch)
+            num_batches = max(all_gather_object(len(batches)))
+            nothing = torch.zeros(pair_batch, dtype=torch.long)
+            batches += [PairBatch(nothing, nothing, nothing[:0])] * (num_batches - len(batches))
+            for one in guard.batches(iter(batches)):
+                mask = towers.masks[(texts.start + one.texts).clamp(max=num_texts - 1)]
+                report = engine(
+                    {
+                        "text_states": _rows(texts, one.texts, engine.device),
+                        "image_states": _rows(images, one.images, engine.device),
+                        "attention_mask": mask.to(engine.device),
+                    }
+                )
+                scores[one.rows] = report["scores"][: len(one.rows)].cpu()
+            if guard.is_cut:
+                return PairScores(pairs, scores)
+    return PairScores(pairs, scores)
+
+
+def _rows(block: StateBlock, places: Tensor, device: torch.device) -> Tensor:
+    """Rows of a block; each travels to the device once, however often it is wanted."""
+    wanted, place = places.unique(return_inverse=True)
+    return block.states[wanted].to(device, non_blocking=True)[place.to(device)]
+
+
+def _batches(
+    pairs: Tensor, own: Tensor, texts: StateBlock, num_texts: int, batch: int, pair_batch: int
+) -> list[PairBatch]:
+    """Batches of one size out of each of the towers' image batches: the same ones, whichever rank holds it.
+
+    Args:
+        own: numbers of a block's images; -1: none.
+    """
+    found = []
+    for start in range(0, len(own), batch):
+        first = int(own[start])
+        if first < 0:
+            break
+        low, high = torch.searchsorted(pairs, torch.tensor([first, first + batch]) * num_texts).tolist()
+        text = pairs[low:high] % num_texts
+        rows = ((text >= texts.start) & (text < texts.end)).nonzero().flatten() + low
+        for part in rows.split(pair_batch) if len(rows) else ():
+            filled = torch.cat([part, part[-1:].expand(pair_batch - len(part))])
+            image = pairs[filled] // num_texts - first + start
+            found.append(PairBatch(image, pairs[filled] % num_texts - texts.start, part))
+    return found
+
+
+def final_places(
+    galleries: Sequence[Gallery], scored: PairScores, found: Embeddings, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each gallery where every image's best text and every text's image stand; every rank calls it.
+
+    Shortlisted candidates come first, by their scores; the others follow as the towers order them.
+    """
+    images, num_texts = torch.arange(len(found.images)), len(found.texts)
+
+    def places(lists: Shortlists, by_image: bool) -> Tensor:
+        parts = []
+        for rows in torch.arange(len(lists.queries)).split(_BLOCK_QUERIES):
+            queries, candidates = lists.queries[rows, None], lists.candidates[rows]
+            pairs = queries * num_texts + candidates if by_image else candidates * num_texts + queries
+            image_of_query, image_of_candidate = (images, found.image_of) if by_image else (found.image_of, images)
+            is_right = image_of_query[queries] == image_of_candidate[candidates]
+            parts.append(places_of_shortlist(_look_up(scored, pairs, device), is_right, lists.places[rows]))
+        return torch.cat(parts)
+
+    for of_images, of_texts in galleries:
+        yield places(of_images, by_image=True), places(of_texts, by_image=False)
+
+
+def _look_up(scored: PairScores, pairs: Tensor, device: torch.device) -> Tensor:
+    """Scores of pairs, whichever rank has them."""
+    if len(scored.pairs):
+        place = torch.searchsorted(scored.pairs, pairs).clamp(max=len(scored.pairs) - 1)
+        own = torch.where(scored.pairs[place] == pairs, scored.scores[place], 0.0)
+    else:
+        own = torch.zeros(pairs.shape)
+    return sum_over_ranks(own.to(device)).cpu()

@@ -1,0 +1,67 @@
+"""Recall at k, with a rule for ties.
+
+A query counts at k when any of its right candidates is among its first k. A right candidate comes after every wrong one
+that scores as high: equal scores never help, and a constant score finds nothing. A score that is not a number is the
+lowest of all.
+
+Source: Karpathy and Fei-Fei, arXiv 1412.2306, for R@k, and for COCO's five folds of 1000 images.
+"""
+
+# Shapes: Q queries, C candidates.
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+RANKS = (1, 5, 10)
+# Where a query stands whose right candidate is not there: beyond any k.
+_NOWHERE = torch.iinfo(torch.int64).max
+
+
+def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
+    """Where each query's best right candidate stands.
+
+    Args:
+        scores: [Q, C], the higher the better.
+        is_right: [Q, C].
+
+    Returns:
+        [Q] int64, counted from 0: how many wrong candidates score at least as high.
+    """
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
+    ahead = ((scores >= best) & ~is_right).sum(dim=1)
+    return torch.where(is_right.any(dim=1), ahead, _NOWHERE)
+
+
+def places_of_shortlist(scores: Tensor, is_right: Tensor, tower_places: Tensor) -> Tensor:
+    """Where each query's best right candidate stands when a shortlist is put in order anew and goes before the others.
+
+    Args:
+        scores: of the shortlist, [Q, k].
+        is_right: [Q, k].
+        tower_places: [Q], `first_places` by the scores that chose the shortlist, among all candidates. It holds where
+            none of the shortlist is right: the shortlist then scores at least as high as the best right one.
+    """
+    return torch.where(is_right.any(dim=1), first_places(scores, is_right), tower_places)
+
+
+def recalls(text_places: Tensor, image_places: Tensor) -> dict[str, float]:
+    """Share of queries that count at 1, 5 and 10, and the mean of all six.
+
+    Args:
+        text_places: of each image's texts, [images] (text retrieval, ``tr_at_k``).
+        image_places: of each text's image, [texts] (image retrieval, ``ir_at_k``).
+    """
+    found = {
+        f"{name}_at_{k}": (places < k).double().mean().item()
+        for name, places in (("tr", text_places), ("ir", image_places))
+        for k in RANKS
+    }
+    return found | {"recall_mean": sum(found.values()) / len(found)}
+
+
+def mean_of(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure over folds."""
+    return {name: sum(fold[name] for fold in folds) / len(folds) for name in folds[0]}
