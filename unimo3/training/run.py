@@ -34,7 +34,7 @@ FREE_SETTINGS = (
     "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
     "training.stall_after_s", "training.max_skipped",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
-    "data.max_bad_share", "best.", "eval_only",
+    "data.max_bad_share", "best.", "eval_only", "ranking.",
 )  # fmt: skip
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from tests.tiny import tiny_config
+from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
-from unimo3.data.samples import CaptionedImages
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, world

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs
-from unimo3.data.samples import CaptionedImages
 from unimo3.distributed import World, all_gather_object
 from unimo3.errors import ConfigError
 from unimo3.training.evaluation import Guard
@@ -40,8 +40,8 @@ def held_out_recall(
 
     Returns:
         ``tr_at_1`` and so on (an image's texts), ``ir_at_1`` and so on (a text's image), ``recall_mean`` of the six;
-        with ``_towers`` the same without the fusion encoder, with ``_fold`` their means over folds; ``num_pairs``, how many
-        the fusion encoder scored over all ranks.
+        with ``_towers`` the same without the fusion encoder, with ``_fold`` their means over folds; ``num_pairs``, how
+        many the fusion encoder scored over all ranks.
 
     Raises:
         ConfigError: the images are no whole number of folds.

@@ -1,0 +1,92 @@
+"""Fine-tuning for image-text retrieval: exported weights -> recall at 1, 5 and 10 both ways.
+
+Started once a rank; starting it again resumes. The result is RUN/recall.json.
+
+Source: ALBEF, arXiv 2107.07651, for contrast, hard-negative matching and the shortlist; METER, arXiv 2111.02387, and
+BridgeTower, arXiv 2206.08657, for the settings.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.program import FinetuneConfig, finetune
+from finetune.task import HeldOut, Reading, Results, Task
+from unimo3 import config
+from unimo3.data.captioned import CaptionedImages
+from unimo3.data.index import ShardIndex
+from unimo3.data.samples import PretrainSamples
+from unimo3.errors import DataError, exit_with_status
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.training.evaluation import Guard
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.evaluation import held_out_recall
+
+
+class Retrieval(Task):
+    """Texts for an image, and an image for a text.
+
+    Args:
+        ranking: how held-out ones are ranked.
+        seed: of the run; it draws the negatives.
+    """
+
+    kind = "captions"
+    model_class = Unimo3ForImageAndTextRetrieval
+    unused = r"^mlm_head\."
+    best_figure = "recall_mean"
+
+    def __init__(self, ranking: RankingArgs, seed: int):
+        self._ranking = ranking
+        self._seed = seed
+
+    def samples(self, index: ShardIndex, reading: Reading) -> PretrainSamples:
+        """Images with one caption each, as in pretraining, without masks."""
+        return PretrainSamples(
+            index, reading.tokenizer, reading.max_text_tokens, reading.transform, mlm_probability=0.0, seed=reading.seed
+        )
+
+    def objective(self, model: Unimo3ForImageAndTextRetrieval) -> RetrievalTask:
+        """Contrast, and matching with hard negatives."""
+        return RetrievalTask(model, self._seed)
+
+    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+        """Recall; see `held_out_recall`."""
+        reading = held_out.reading
+        samples = CaptionedImages(held_out.index, reading.tokenizer, reading.max_text_tokens, reading.transform)
+        figures = held_out_recall(
+            engine, samples, held_out.world, held_out.batch, held_out.reader, self._ranking, guard
+        )  # fmt: skip
+        if figures is None:
+            return None
+        return Results(figures, {"recall.json": json.dumps(figures, indent=1) + "\n"})
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(FinetuneConfig):
+    """All settings of a retrieval fine-tuning run."""
+
+    ranking: RankingArgs = field(default_factory=RankingArgs)
+
+    task = Retrieval
+
+    def faults(self) -> list[str]:
+        """Say which settings do not fit together, one line a fault."""
+        found = super().faults()
+        try:
+            val = self.data.open_val()
+        except DataError:
+            return found  # the data's own check has said so
+        return found if val is None else found + self.ranking.fold_faults(sum(val.samples_per_shard))
+
+
+@exit_with_status
+def main(argv: list[str] | None = None) -> None:
+    """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
+    settings = config.parse(RetrievalConfig, argv, "python -m finetune.retrieval", __doc__ or "")
+    finetune(settings, Retrieval(settings.ranking, settings.run.seed))
+
+
+if __name__ == "__main__":
+    main()
