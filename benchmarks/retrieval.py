@@ -1,0 +1,242 @@
+"""Ranking 200 images and 1000 texts: kept tower states and a shortlist against the whole model on every pair.
+
+A small model is trained by contrast and hard-negative matching on toy images and ranks those of the test split. METER's
+way runs towers and fusion encoder for each of the 200,000 pairs. What a pair costs the `base` model is measured apart.
+
+Source: METER, arXiv 2111.02387, and its evaluation of retrieval, which scores every pair with the whole model.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
+from benchmarks.ablation_run import on_cpu
+from benchmarks.report import ROOT, usable_cores, write_report
+from benchmarks.retrieval_cost import cost_of_base
+from unimo3.data.captioned import CaptionedImages
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
+from unimo3.data.order import SampleOrder
+from unimo3.data.samples import PretrainSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World
+from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, settle_tokens
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.model.init import initialize_weights
+from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.training.evaluation import Unguarded, to_device
+from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.evaluation import held_out_recall
+from unimo3.training.retrieval.recall import first_places, recalls
+
+CPU = torch.device("cpu")
+VOCABULARY, IMAGE_SIZE, TOKENS, BATCH, PAIR_BATCH = 512, 64, 20, 32, 64
+READER = ReaderArgs(num_workers=0, prefetch=1)
+TEST_SHARE = 0.08  # of the toy's images
+ROUNDS = 3
+TARGET = 20.0
+NAMES = tuple(f"{way}_at_{k}" for way in ("tr", "ir") for k in (1, 5, 10))
+
+METHOD = """\
+{images} images and {texts} texts of the toy's test split. The model is {width} wide with {layers} layers in each tower
+and in the fusion encoder, {pixels} pixels, {tokens} text tokens, float32, trained for {steps} steps of {batch} pairs.
+Times are of the whole evaluation, reading included; those of shortlists are medians of {rounds}. METER's way takes the
+pairs of an image in batches of {pair_batch}, each with a pass of both towers; it reads no image twice. A right candidate
+comes after all wrong ones of equal score, in every row of the table. `towers` is the order without fusion encoder."""
+
+
+class Found(NamedTuple):
+    """An evaluation's seconds, pairs and figures."""
+
+    seconds: float
+    num_pairs: int
+    figures: dict[str, float]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        ConfigError: something cannot be used; all faults in one message.
+    """
+    parser = CommandParser(prog="python benchmarks/retrieval.py", description=__doc__)
+    parser.add_argument("--images", type=int, default=200, help="test images; five texts each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the model (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=64, help="of towers and fusion encoder (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="of each of the three (default: %(default)s)")
+    parser.add_argument("--shortlists", type=int, nargs="+", default=[4, 8, 16, 32], help="numbers of candidates")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of one process (default: all cores)")
+    parser.add_argument("--base-pairs", type=int, default=8, help="pairs a batch of `base`; 0 leaves it out")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "retrieval.md")
+    args = parser.parse_args(arguments)
+    least = {"images": 4, "steps": 1, "width": 4, "layers": 1, "threads": 1, "base_pairs": 0}
+    faults = [
+        f"--{name.replace('_', '-')} {getattr(args, name)}: at least {number} is needed"
+        for name, number in least.items()
+        if getattr(args, name) < number
+    ]
+    if args.width % 4:
+        faults.append(f"--width {args.width}: a multiple of 4, the number of heads, is needed")
+    if min(args.shortlists) < 1:
+        faults.append(f"--shortlists {min(args.shortlists)}: at least 1 is needed; all pairs are measured anyway")
+    if faults:
+        raise ConfigError(faults)
+    return args
+
+
+def make_shards(folder: Path, num_test_images: int) -> Path:
+    """Draw toy images, so many that the test split has those asked for, and shard them."""
+    num_images = max(50, math.ceil(num_test_images / TEST_SHARE))
+    drawn, shards = folder / "drawn", folder / "shards"
+    toy = ("toy", str(drawn), "--images", str(num_images), "--size", str(IMAGE_SIZE))
+    coco = ("prepare_shards", "coco", "--src", str(drawn / "coco"), "--out", str(shards))
+    for program, *options in (toy, (*coco, "--tokenizer-vocab", str(VOCABULARY), "--shard-size", "256")):
+        subprocess.run([sys.executable, "-m", f"pretrain.{program}", *options], cwd=ROOT, check=True)
+    return shards
+
+
+def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
+    """A small model, trained from random weights for retrieval alone."""
+    tokenizer = load_tokenizer(str(shards / "tokenizer"))
+    heads = 4
+    size = ModelArgs(
+        text=TextArgs(
+            vocab_size=VOCABULARY, hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=heads,
+            intermediate_size=4 * args.width, max_position_embeddings=40, dropout=0.0,
+        ),
+        vision=VisionArgs(image_size=IMAGE_SIZE, patch_size=16, width=args.width, depth=args.layers, num_heads=heads),
+        hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=heads, initializer_range=0.08,
+        dropout=0.0, itc_size=64,
+    )  # fmt: skip
+    model_config = size.to_config()
+    settle_tokens(model_config, tokenizer)
+    model = Unimo3ForImageAndTextRetrieval(model_config)
+    initialize_weights(model, 0, size.initializer_range)
+    task = RetrievalTask(model, seed=0)
+    samples = PretrainSamples(ShardIndex(shards / "train"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE), 0.0, seed=0)
+    batch = 2 * BATCH
+    batches = iter(TrainingLoader([samples], SampleOrder(samples.units_per_shard, 0, 8), batch, batch, 0, 1, READER))
+    optim = OptimArgs(lr=1e-3, fusion_factor=1.0, head_factor=1.0)
+    optimizer = build_optimizer(model, optim)
+    progress = tqdm(range(args.steps), desc="training", unit="step")
+    for step in progress:
+        (loaded,) = next(batches)
+        set_rates(optimizer, rate_share(step, args.steps, optim.warmup_share))
+        report = task(to_device(loaded, CPU))
+        optimizer.zero_grad()
+        report["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        optimizer.step()
+        progress.set_postfix({name: f"{report[name].item():.3f}" for name in ("loss", "accuracy_itm")}, refresh=False)
+    return on_cpu(task)
+
+
+@torch.no_grad()
+def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Found:
+    """Score every pair with the whole model."""
+    started = time.perf_counter()
+    pixels: list[Tensor] = []
+    said: list[tuple[int, Tensor, Tensor]] = []
+    for loaded, counts in evaluation_batches(samples, 0, 1, BATCH, READER):
+        images = to_device({"images": loaded["images"]}, CPU)["pixel_values"]
+        for image, texts, is_counted in zip(images, loaded["texts"], counts.tolist(), strict=True):
+            if is_counted:
+                said += [(len(pixels), torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in texts]
+                pixels.append(image)
+    image_of = torch.tensor([image for image, _, _ in said])
+    ids, mask = torch.stack([ids for _, ids, _ in said]), torch.stack([mask for _, _, mask in said])
+    task.eval()
+    scores = torch.empty(len(pixels), len(said))
+    for row, image in enumerate(tqdm(pixels, desc="METER's way", unit="image")):
+        for texts in torch.arange(len(said)).split(PAIR_BATCH):
+            logits = task.model(ids[texts], image.expand(len(texts), -1, -1, -1), mask[texts]).logits
+            scores[row, texts] = logits[:, 1] - logits[:, 0]
+    is_right = torch.arange(len(pixels))[:, None] == image_of
+    figures = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
+    return Found(time.perf_counter() - started, scores.numel(), figures)
+
+
+def ours(task: RetrievalTask, samples: CaptionedImages, shortlist: int) -> Found:
+    """Evaluate with a shortlist, or exactly (0)."""
+    started = time.perf_counter()
+    ranking = RankingArgs(shortlist=shortlist, pair_batch=PAIR_BATCH)
+    found = held_out_recall(task, samples, World(0, 0, 1), BATCH, READER, ranking, Unguarded())
+    assert found is not None
+    return Found(time.perf_counter() - started, found.pop("num_pairs"), found)
+
+
+def median_of(evaluate: Callable[[], Found]) -> Found:
+    """The same evaluation several times: its figures, and the median of the seconds."""
+    runs = [evaluate() for _ in range(ROUNDS)]
+    return runs[0]._replace(seconds=median(run.seconds for run in runs))
+
+
+def table(found: dict[str, Found], reference: Found) -> str:
+    """The figures as a markdown table."""
+    lines = [f"| way | pairs fused | seconds | times less | {' | '.join(NAMES)} |", "| --- |" + " ---: |" * 9]
+    for name, (seconds, num_pairs, figures) in found.items():
+        cells = [name, f"{num_pairs:,}", f"{seconds:.1f}", f"{reference.seconds / seconds:.1f}"]
+        lines.append(f"| {' | '.join(cells + [f'{figures[figure]:.3f}' for figure in NAMES])} |")
+    towers = [f"{next(reversed(found.values())).figures[f'{name}_towers']:.3f}" for name in NAMES]
+    return "\n".join([*lines, f"| {' | '.join(['towers', '0', '', '', *towers])} |"])
+
+
+def verdict(found: dict[str, Found], reference: Found, exact: str) -> str:
+    """Whether the exact way agrees with METER's, and what the shortlists do."""
+    same = all(found[exact].figures[name] == reference.figures[name] for name in NAMES)
+    lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six figures as METER's way."]
+    for name, one in found.items():
+        if name.startswith("shortlist"):
+            apart = max((abs(one.figures[figure] - reference.figures[figure]), figure) for figure in NAMES)
+            reached = "reached" if reference.seconds / one.seconds >= TARGET else "not reached"
+            gap = "the same six figures" if not apart[0] else f"furthest apart {apart[1]}, by {apart[0]:.3f}"
+            lines.append(f"{name.capitalize()}: {TARGET:.0f} times less time {reached}; {gap}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+@exit_with_status
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write the result and print it."""
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder), args.images)
+        task = train(shards, args)
+        tokenizer = load_tokenizer(str(shards / "tokenizer"))
+        samples = CaptionedImages(ShardIndex(shards / "test"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE))
+        exact = "kept states, all pairs (exact)"
+        reference = meters_way(task, samples)
+        found: dict[str, Found] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
+        for size in tqdm(sorted(args.shortlists), desc="shortlists", unit="size"):
+            found[f"shortlist of {size}"] = median_of(lambda size=size: ours(task, samples, size))  # type: ignore[misc]
+        num_texts = reference.num_pairs // sum(samples.units_per_shard)
+    figures = f"{table(found, reference)}\n\n{verdict(found, reference, exact)}"
+    method = METHOD.format(
+        images=sum(samples.units_per_shard), texts=num_texts, width=args.width, layers=args.layers, pixels=IMAGE_SIZE,
+        tokens=TOKENS, steps=args.steps, batch=2 * BATCH, rounds=ROUNDS, pair_batch=PAIR_BATCH,
+    )  # fmt: skip
+    base = f"\n\n{cost_of_base(args.base_pairs)}" if args.base_pairs else ""
+    write_report(args.out, "Retrieval: kept states and a shortlist", f"{figures}\n\n{method}{base}")
+    print(f"\n{figures}{base}\n\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()
