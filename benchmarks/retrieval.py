@@ -58,8 +58,8 @@ METHOD = """\
 {images} images and {texts} texts of the toy's test split. The model is {width} wide with {layers} layers in each tower
 and in the fusion encoder, {pixels} pixels, {tokens} text tokens, float32, trained for {steps} steps of {batch} pairs.
 Times are of the whole evaluation, reading included; those of shortlists are medians of {rounds}. METER's way takes the
-pairs of an image in batches of {pair_batch}, each with a pass of both towers; it reads no image twice. A right candidate
-comes after all wrong ones of equal score, in every row of the table. `towers` is the order without fusion encoder."""
+pairs of an image in batches of {pair_batch}, all with a pass of both towers, and reads no image twice. A right
+candidate comes after all wrong ones of equal score, in every row of the table. `towers` is the order without fusion."""
 
 
 class Found(NamedTuple):
