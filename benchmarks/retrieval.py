@@ -57,10 +57,10 @@ NAMES = tuple(f"{way}_at_{k}" for way in ("tr", "ir") for k in (1, 5, 10))
 METHOD = """\
 {images} images and {texts} texts of the toy's test split. The model is {width} wide with {layers} layers in each tower
 and in the fusion encoder, {pixels} pixels, {tokens} text tokens, float32, trained for {steps} steps of {batch} pairs.
-Times are the processor's for the whole evaluation, reading included, so that what else runs on the machine counts less;
-those of shortlists are medians of {rounds}. METER's way takes the pairs of an image in batches of {pair_batch}, all with
-a pass of both towers, and reads no image twice. A right candidate comes after all wrong ones of equal score, in every
-row of the table. `towers` is the order without fusion."""
+Times are the processor's for the whole evaluation, reading included, so that other programs count less;
+those of shortlists are medians of {rounds}. METER's way takes the pairs of an image in batches of {pair_batch}, all
+with a pass of both towers, and reads no image twice. A right candidate comes after all wrong ones of equal score, in
+every row of the table. `towers` is the order without fusion."""
 
 
 class Found(NamedTuple):
