@@ -30,6 +30,7 @@ SETTINGS = {
     "shortlist": RankingArgs(shortlist=3, pair_batch=5, cache_gb=ROOMY),
     "blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=TIGHT),
     "some_blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=1e-4),
+    "few_batches": RankingArgs(shortlist=3, pair_batch=32, cache_gb=1e-4),
     "exact": RankingArgs(shortlist=0, pair_batch=16, cache_gb=ROOMY),
     "folds": RankingArgs(shortlist=2, pair_batch=8, cache_gb=ROOMY, fold_images=11),
 }

@@ -184,6 +184,6 @@ def test_ranks_give_the_figures_of_one_process_and_are_cut_together(shards, alon
 
 @pytest.mark.integration
 def test_a_zero3_engine_gives_the_same_figures_between_its_steps(shards, alone):
-    for figures, losses in run_ranks(2, figures_of_engine, shards, "some_blocks"):
-        assert figures == [alone["some_blocks"]] * 2
+    for figures, losses in run_ranks(2, figures_of_engine, shards, "few_batches"):
+        assert figures == [alone["few_batches"]] * 2
         assert losses == pytest.approx([losses[0]] * 2)
