@@ -17,6 +17,9 @@ from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
+from unimo3.training.retrieval.matching import own_pairs, score
+from unimo3.training.retrieval.shortlist import galleries_of
+from unimo3.training.retrieval.states import Towers
 
 READER = ReaderArgs(0, 1)
 BATCH = 4
@@ -27,6 +30,7 @@ SETTINGS = {
     "shortlist": RankingArgs(shortlist=3, pair_batch=5, cache_gb=ROOMY),
     "blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=TIGHT),
     "some_blocks": RankingArgs(shortlist=3, pair_batch=5, cache_gb=1e-4),
+    "few_batches": RankingArgs(shortlist=3, pair_batch=32, cache_gb=1e-4),
     "exact": RankingArgs(shortlist=0, pair_batch=16, cache_gb=ROOMY),
     "folds": RankingArgs(shortlist=2, pair_batch=8, cache_gb=ROOMY, fold_images=11),
 }
@@ -100,21 +104,33 @@ class CutAfter:
             yield batch
 
 
-def figures_and_cuts(shards, numbers):
-    """Figures with each of the settings; whether evaluations were cut, and are without figures, that are to be cut
-    after so many batches."""
+@torch.no_grad()
+def scores_of(task, shards, ranking):
+    """This rank's pairs and their scores."""
+    task.eval()
+    samples, _ = captioned(shards)
+    towers = Towers(task, samples, here(), BATCH, READER, ranking.cache_gb * 1e9, Unguarded())
+    found = towers.embed()
+    galleries = galleries_of(found, 0, ranking.shortlist, task.device)
+    own = towers.own_images()
+    pairs = own_pairs(galleries, own[own >= 0], len(found.images), len(found.texts))
+    return score(task, towers, pairs, len(found.texts), BATCH, ranking.pair_batch, Unguarded())
+
+
+def figures_and_cuts(shards, names, numbers):
+    """Figures with some of the settings, and the scores of one; whether evaluations were cut, and are without figures,
+    that are to be cut after so many batches."""
     task = plain_task(shards)
     samples, _ = captioned(shards)
     figures = {
-        name: held_out_recall(task, samples, here(), BATCH, READER, ranking, Unguarded())
-        for name, ranking in SETTINGS.items()
+        name: held_out_recall(task, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()) for name in names
     }
     cuts = []
     for number in numbers:
         guard = CutAfter(number)
         found = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
         cuts.append((guard.is_cut, found is None))
-    return figures, cuts
+    return figures, scores_of(task, shards, SETTINGS["some_blocks"]), cuts
 
 
 def here():

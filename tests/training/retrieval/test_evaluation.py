@@ -14,6 +14,7 @@ from tests.training.retrieval.ranks import (
     figures_and_cuts,
     figures_of_engine,
     plain_task,
+    scores_of,
 )
 from unimo3.data.loader import evaluation_batches
 from unimo3.distributed import World
@@ -107,7 +108,13 @@ def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortli
     assert shortlist or found["num_pairs"] == NUM_IMAGES * len(image_of)
 
 
-def test_little_memory_gives_the_same_figures(alone):
+def test_little_memory_gives_the_same_figures_and_scores(shards, alone):
+    task = plain_task(shards)
+    roomy, *others = (scores_of(task, shards, SETTINGS[name]) for name in ("shortlist", "blocks", "some_blocks"))
+    for found in others:
+        assert torch.equal(found.pairs, roomy.pairs)
+        # Other blocks make other batches of pairs, which round otherwise.
+        torch.testing.assert_close(found.scores, roomy.scores, atol=1e-5, rtol=1e-5)
     assert alone["blocks"] == alone["shortlist"] == alone["some_blocks"]
     assert alone["shortlist"]["num_pairs"] < alone["exact"]["num_pairs"]
 
@@ -163,16 +170,20 @@ def test_a_cut_evaluation_has_no_figures(shards):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_give_the_figures_of_one_process_and_are_cut_together(shards, alone, world_size):
-    ranks = run_ranks(world_size, figures_and_cuts, shards, [0, 2, 4, 12, 10_000])
-    for figures, cuts in ranks:
-        assert figures == alone
-        assert cuts == [(True, True)] * 4 + [(False, False)]
+@pytest.mark.parametrize(("world_size", "names"), [(2, ["some_blocks"]), (3, list(SETTINGS))])
+def test_ranks_give_the_figures_of_one_process_and_are_cut_together(shards, alone, world_size, names):
+    ranks = run_ranks(world_size, figures_and_cuts, shards, names, [0, 4, 12])
+    expected = scores_of(plain_task(shards), shards, SETTINGS["some_blocks"])
+    pairs, order = torch.cat([scored.pairs for _, scored, _ in ranks]).sort()
+    assert torch.equal(pairs, expected.pairs)
+    assert torch.equal(torch.cat([scored.scores for _, scored, _ in ranks])[order], expected.scores)
+    for figures, _, cuts in ranks:
+        assert figures == {name: alone[name] for name in names}
+        assert cuts == [(True, True)] * 3
 
 
 @pytest.mark.integration
 def test_a_zero3_engine_gives_the_same_figures_between_its_steps(shards, alone):
-    for figures, losses in run_ranks(2, figures_of_engine, shards, "some_blocks"):
-        assert figures == [alone["some_blocks"]] * 2
+    for figures, losses in run_ranks(2, figures_of_engine, shards, "few_batches"):
+        assert figures == [alone["few_batches"]] * 2
         assert losses == pytest.approx([losses[0]] * 2)
