@@ -12,7 +12,7 @@ export JOB=${JOB:-$SLURM_JOB_ID}
 
 # Whatever else ends this script, as a failing line of the site's settings does, must not end the job with it.
 trap 'lost $?' EXIT
-lost() { [[ -n ${IS_DECIDED:-} ]] || settle "$1"; }
+lost() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || settle "$1"; }
 
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 

@@ -170,5 +170,5 @@ def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight)
 def test_a_job_that_hangs_is_requeued_just_before_its_time_limit(jobs, hung, straight):
     jobs.wait_state(hung, "COMPLETED", timeout_s=240)
     assert_as_if_undisturbed(jobs.runs / "hung", straight)
-    assert "requeue: status 124: taken for a fault of the machines" in jobs.log(hung)
+    assert "requeue: the time limit is near and the program has not ended" in jobs.log(hung)
     assert len(jobs.attempts("hung")) == 2
