@@ -1,0 +1,58 @@
+"""Starts that end before the run's folder can say anything, and a container in which no Slurm is."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ONE = ("--nodes=1",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def broken(jobs):
+    """A job of a site whose settings fail; it takes a while to give up."""
+    (jobs.folder / "failing.env").write_text("RANKS_PER_NODE=1\nfalse\n")
+    return jobs.submit("broken", options=ONE, UNIMO3_SITE=str(jobs.folder / "failing.env"))
+
+
+def test_a_node_that_cannot_start_python_is_left_out_and_noted_once_another_can(jobs):
+    python = jobs.folder / "python_that_n1_lacks"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || exit 127\nexec {jobs.python} "$@"\n')
+    python.chmod(0o755)
+    ledger = jobs.folder / "bad_first.jsonl"
+    job = jobs.submit(
+        "first", "--training.stop_after", 1, options=("--nodes=1-2", "--exclude=n3"), UNIMO3_PYTHON=str(python),
+        BAD_NODES=str(ledger),
+    )  # fmt: skip
+    jobs.wait_state(job, "COMPLETED")
+    assert jobs.attempts("first")[-1].nodes == "n2"
+    assert json.loads(ledger.read_text())["node"] == "n1"
+    told = jobs.cluster.job(job)
+    assert sorted(told["ExcNodeList"].split(",")) == ["n1", "n3"]
+    assert "ended early" not in told.get("Comment", "")
+
+
+def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
+    (jobs.folder / "container.env").write_text(
+        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nCONTAINER=(env PATH=/nowhere)\n"
+    )
+    both = [
+        jobs.submit("contained", options=ONE, faults={"slow": 0.5}, UNIMO3_SITE=str(jobs.folder / "container.env"))
+        for _ in range(2)
+    ]
+    jobs.cluster.wait(lambda: "SPECIAL_EXIT" in [jobs.state(job) for job in both], 60, "one to be held")
+    held = next(job for job in both if jobs.state(job) == "SPECIAL_EXIT")
+    (other,) = set(both) - {held}
+    assert f"held: job {other} works on" in jobs.cluster.job(held)["Comment"]
+    jobs.wait_state(other, "COMPLETED")
+    assert len(jobs.steps("contained")) == 12
+    jobs.cluster.call("scancel", held)
+
+
+def test_a_start_that_fails_before_it_can_be_judged_is_tried_three_times_more_then_held(jobs, broken):
+    jobs.wait_state(broken, "SPECIAL_EXIT")
+    told = jobs.cluster.job(broken)
+    assert "held: too often: 4 starts ended early on " in told["Comment"]
+    assert told["Restarts"] == "4"
+    jobs.cluster.call("scancel", broken)
