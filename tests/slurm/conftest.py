@@ -12,6 +12,8 @@ from tests.integration.conftest import recipe, runs  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs
 
+pytest.register_assert_rewrite("tests.slurm.undisturbed")
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
