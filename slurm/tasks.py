@@ -1,4 +1,4 @@
-"""Which programs there are to fine-tune: the modules of finetune/ that have a ``main``.
+"""Which programs there are to fine-tune: the modules of finetune/ that have settings and a ``main``.
 
 Their text is read, not imported: a job script asks before anything else, and torch takes seconds to come.
 
@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).parents[1] / _PACKAGE
 
 def tasks() -> list[str]:
     """Names of the tasks; the folder's other modules are what the tasks share."""
-    return sorted(path.stem for path in _FOLDER.glob("*.py") if _has_main(path))
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if _trains(path))
 
 
 def missing_program(module: str) -> list[str]:
@@ -29,5 +29,7 @@ def missing_program(module: str) -> list[str]:
     return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(tasks())}"]
 
 
-def _has_main(path: Path) -> bool:
-    return any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in ast.parse(path.read_text()).body)
+def _trains(path: Path) -> bool:
+    parts = ast.parse(path.read_text()).body
+    has_main = any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in parts)
+    return has_main and any(isinstance(part, ast.ClassDef) and part.name.endswith("Config") for part in parts)

@@ -67,7 +67,9 @@ def test_a_task_that_is_none_is_a_setting_to_mend(module, capsys):
     assert main([module, "--config", "missing.yaml"]) == 78
     told = capsys.readouterr()
     assert not told.out
-    assert f"'{module}': there is no such program; finetune takes a task first: nlvr2, snli_ve, vqa" in told.err
+    assert (
+        f"'{module}': there is no such program; finetune takes a task first: nlvr2, retrieval, snli_ve, vqa" in told.err
+    )
     assert "--config missing.yaml: cannot be read" in told.err
     assert main(["finetune.vqa"]) == 0
     assert capsys.readouterr().out == "runs/run\n"

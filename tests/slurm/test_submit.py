@@ -110,7 +110,7 @@ def test_all_faults_are_told_in_one_message(checked):
     refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
     told = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
     refused(told, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read")
-    assert "takes a task first: nlvr2, snli_ve, vqa" in told[1]
+    assert "takes a task first: nlvr2, retrieval, snli_ve, vqa" in told[1]
 
 
 @pytest.mark.parametrize("module", ["program", "task", "results", "weights"])
