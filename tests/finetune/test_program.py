@@ -42,7 +42,7 @@ def tuned_vqa(pretrained, tmp_path_factory):
     return folder
 
 
-def test_what_fits_has_no_fault(nlvr2, retrieval, snli_ve, vqav2, pretrained, tmp_path):
+def test_what_fits_has_no_fault(nlvr2, snli_ve, vqav2, pretrained, tmp_path):
     for kind, shards in ((Nlvr2Config, nlvr2), (SnliVeConfig, snli_ve), (VqaConfig, vqav2)):
         assert settings(kind, shards, pretrained, tmp_path).faults() == []
 
