@@ -137,8 +137,11 @@ end() {
 
 # Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
 take() {
-    local folder early comment
-    folder=$(tool slurm.runs "$@") || settle $?
+    local folder early comment said status
+    # What it says of wrong arguments is shown, and kept for the job's comment.
+    said=$(mktemp)
+    folder=$(tool slurm.runs "$@" 2>"$said") || { status=$? && cat "$said" >&2 && settle "$status" "$(tail -n 1 "$said")"; }
+    rm -f "$said"
     HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
     comment=$(patiently squeue --noheader --jobs="$JOB" --format=%k)
@@ -216,7 +219,7 @@ settle() {
     nodes=${nodes:+$nodes,}${SLURMD_NODENAME:-?}
     reason="$number starts ended early on $nodes: status $1, see the job's output"
     if [[ $1 == 78 ]]; then
-        reason="status 78 before the start, see the job's output"
+        reason="status 78 before the start: ${2:-see its output}"
     elif ((number > 3)); then
         reason="too often: $reason" # counted anew when the job is released
     else

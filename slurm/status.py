@@ -25,6 +25,8 @@ from unimo3.training.heartbeat import read_heartbeats
 _RECENT_STEPS = 20
 _SILENT_S = 60.0
 _NUM_RESTARTS_SHOWN = 5
+# Begins the comment of a job that the scripts hold, slurm/common.sh.
+_HELD = "held: "
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -103,8 +105,9 @@ def state_of(run: Path, told: watched.Told) -> dict[str, Any]:
         "checkpoint": _checkpoint(run),
         "starts": len(attempts),
         "restarts": _ends(attempts, watched.may_run(jobs, told)),
-        "ranks": (ranks := _ranks(run)),
-        "goes_on": ranks is None or not (ranks["silent"] or set(ranks["phases"]) == {"ended"}),
+        "stop": (run / "stop").exists(),
+        "ranks": (ranks := _ranks(run, attempts[-1].time if attempts else 0.0)),
+        "goes_on": (not jobs or watched.may_run(jobs, told)) and (ranks is None or not ranks["silent"]),
         "bad_nodes": bad_nodes.current(),
     }
     if recent and before:
@@ -122,8 +125,12 @@ def screen(state: dict[str, Any]) -> str:
     for job in state["jobs"]:
         reason = f", {job['reason']}" if job["reason"] else ""
         line("job", f"{job['id']} {job['state']}{reason}" + (f" on {job['nodes']}" if job["nodes"] else ""))
-        if job["comment"]:
-            line("held for", job["comment"])
+        if job["comment"].startswith(_HELD):
+            line("held for", job["comment"].removeprefix(_HELD))
+        elif job["comment"]:
+            line("comment", job["comment"])
+    if state["stop"]:
+        line("stop", f"{state['run']}/stop is there: every start saves and ends at once; remove it to go on")
     if not state["jobs"]:
         line("job", "none of Slurm's is queued or has begun here")
     if state["step"] is None:
@@ -176,9 +183,9 @@ def _checkpoint(run: Path) -> dict[str, Any] | None:
     return {"step": step, "age_s": time.time() - manifest.stat().st_mtime}
 
 
-def _ranks(run: Path) -> dict[str, Any] | None:
-    """What the ranks' last heartbeats say."""
-    beats = read_heartbeats(run)
+def _ranks(run: Path, since: float) -> dict[str, Any] | None:
+    """What the ranks' last heartbeats say, but those of before the last start."""
+    beats = [beat for beat in read_heartbeats(run) if beat.time >= since]
     if not beats:
         return None
     phases: dict[str, int] = {}

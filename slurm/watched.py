@@ -77,10 +77,8 @@ def may_run(jobs: list[Job], told: Told) -> bool:
 def _job(number: str, otherwise: str) -> Job:
     answer = queue.ask(number, "%T|%r|%N|%k").split("|", 3)
     state, reason, nodes, comment = (*answer, "", "", "", "")[:4]
-    unsaid = ("None", "(null)")
-    return Job(
-        number, state or otherwise, "" if reason in unsaid else reason, nodes, "" if comment in unsaid else comment
-    )
+    reason, comment = ("" if words in ("None", "(null)") else words.strip() for words in (reason, comment))
+    return Job(number, state or otherwise, reason, nodes, comment)
 
 
 def _words(error: Exception) -> str:

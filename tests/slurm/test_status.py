@@ -55,12 +55,15 @@ def test_step_speed_trend_and_end_come_from_the_figures(run):
 def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
     history.append(run, "begin", job="7", restart=0, nodes="n[1-2]", checkpoint=None)
     history.append(run, "end", job="7", status=137, action="requeue", reason="status 137: ...", checkpoint=10)
-    history.append(run, "begin", job="7", restart=1, nodes="n[1-2]", checkpoint=10)
+    begin = {"event": "begin", "time": time.time() - 1000, "job": "7", "restart": 1, "nodes": "n1", "checkpoint": 10}
+    with (run / "slurm" / "history.jsonl").open("a") as file:
+        file.write(json.dumps(begin) + "\n")
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
     (run / "checkpoints" / "step_00000010" / "MANIFEST.json").write_text('{"files": []}')
     (run / "heartbeats").mkdir()
     now = time.time()
-    for rank, (phase, seen) in enumerate((("compute", now), ("compute", now - 300), ("ended", now - 900))):
+    before = ("compute", now - 2000)  # of a start with more ranks
+    for rank, (phase, seen) in enumerate((("compute", now), ("compute", now - 300), ("ended", now - 900), before)):
         beat = Heartbeat(rank, f"n{rank}", 100 + rank, 10, phase, 50, seen, seen)
         (run / "heartbeats" / f"rank_0000{rank}.json").write_text(json.dumps(asdict(beat)))
     (tmp_path / "bad_nodes.jsonl").write_text(
@@ -80,6 +83,17 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
         "n9: no GPU",
     ):
         assert text in screen
+
+
+def test_a_file_that_asks_to_stop_is_told_and_a_held_job_has_its_reason(run, squeue):
+    history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    (run / "stop").touch()
+    for comment, line in (("held: a setting", "  held for    a setting"), ("mine", "  comment     mine")):
+        squeue(f"case $* in *=7*) echo 'SPECIAL_EXIT|JobHeldUser||{comment}';; esac")
+        told = status.screen(state_of(run))
+        assert line in told
+        assert "/stop is there: every start saves and ends at once" in told
+        assert "ends  " not in told
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
         assert "has to be mended (status 78)" in site.cluster.job(job)["Comment"]
     for job in (nameless, *tasks):
         assert "status 78 before the start" in site.cluster.job(job)["Comment"]
+    assert "finetune takes a task first" in site.cluster.job(tasks[0])["Comment"]
     assert "finetune takes a task first" in site.log(tasks[0])
     assert [attempt.action for attempt in history.read(tmp_path / "w.job")] == ["hold"]
     site.cluster.call("scancel", export, conversion, nameless, *tasks)
