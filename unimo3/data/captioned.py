@@ -6,32 +6,13 @@ Source: Karpathy and Fei-Fei, arXiv 1412.2306, for the five captions of COCO's a
 # Shapes: T tokens a text.
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
-from unimo3.data.samples import BadSampleError, Inputs, TextEncoder, captions_of, image_of, read_sample
-from unimo3.data.transforms import ImageTransform
+from unimo3.data.samples import BadSampleError, Inputs, SampleUnits, captions_of, image_of, read_sample
 
 
-class CaptionedImages:
+class CaptionedImages(SampleUnits):
     """Images with all their captions; nothing is drawn."""
-
-    def __init__(
-        self, index: ShardIndex, tokenizer: PreTrainedTokenizerBase, max_text_tokens: int, transform: ImageTransform
-    ):
-        self.index = index
-        self._encode = TextEncoder(tokenizer, max_text_tokens)
-        self._transform = transform
-
-    @property
-    def units_per_shard(self) -> list[int]:
-        """One unit an image."""
-        return self.index.samples_per_shard
-
-    def key(self, unit: Unit) -> str:
-        """The sample's key."""
-        return self.index.key(unit.shard, unit.unit)
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, and ``texts``, a list of ids and mask [T] for every caption."""

@@ -74,7 +74,52 @@ class TextEncoder:
         return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
 
-class PretrainSamples:
+class SampleUnits:
+    """Shards of which each sample is a unit of reading, and how their bytes become inputs.
+
+    Args:
+        transform: of images.
+        seed: of what is drawn for a sample.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int,
+        transform: ImageTransform,
+        seed: int = 0,
+    ):
+        self.index = index
+        self._encode = TextEncoder(tokenizer, max_text_tokens)
+        self._transform = transform
+        self._seed = seed
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit a sample."""
+        return self.index.samples_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key."""
+        return self.index.key(unit.shard, unit.unit)
+
+
+class ItemUnits(SampleUnits):
+    """Shards of whose samples each item is a unit of reading: a question, a hypothesis."""
+
+    @property
+    def units_per_shard(self) -> list[int]:
+        """One unit an item."""
+        return self.index.items_per_shard
+
+    def key(self, unit: Unit) -> str:
+        """The sample's key and the item's number in it."""
+        sample, item = self.index.item(unit.shard, unit.unit)
+        return f"{self.index.key(unit.shard, sample)}#{item}"
+
+
+class PretrainSamples(SampleUnits):
     """Images with one caption each; an image's captions take turns over the epochs.
 
     Args:
@@ -90,9 +135,7 @@ class PretrainSamples:
         mlm_probability: float,
         seed: int,
     ):
-        self.index = index
-        self._encode = TextEncoder(tokenizer, max_text_tokens)
-        self._transform = transform
+        super().__init__(index, tokenizer, max_text_tokens, transform, seed)
         self._mlm_probability = mlm_probability
         self._mask = Masking(
             mlm_probability,
@@ -100,16 +143,6 @@ class PretrainSamples:
             frozenset(tokenizer.all_special_ids),
             len(tokenizer),
         )
-        self._seed = seed
-
-    @property
-    def units_per_shard(self) -> list[int]:
-        """One unit an image."""
-        return self.index.samples_per_shard
-
-    def key(self, unit: Unit) -> str:
-        """The sample's key."""
-        return self.index.key(unit.shard, unit.unit)
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, plain and masked text, labels."""
@@ -133,7 +166,7 @@ class PretrainSamples:
         return inputs
 
 
-class VqaSamples:
+class VqaSamples(ItemUnits):
     """Questions about images, with soft targets over an answer vocabulary.
 
     Args:
@@ -149,21 +182,8 @@ class VqaSamples:
         answers: AnswerVocabulary,
         seed: int,
     ):
-        self.index = index
-        self._encode = TextEncoder(tokenizer, max_text_tokens)
-        self._transform = transform
+        super().__init__(index, tokenizer, max_text_tokens, transform, seed)
         self._answers = answers
-        self._seed = seed
-
-    @property
-    def units_per_shard(self) -> list[int]:
-        """One unit a question."""
-        return self.index.items_per_shard
-
-    def key(self, unit: Unit) -> str:
-        """The sample's key and the question's number in it."""
-        sample, item = self.index.item(unit.shard, unit.unit)
-        return f"{self.index.key(unit.shard, sample)}#{item}"
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, question, targets, and what scoring needs."""

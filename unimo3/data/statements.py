@@ -6,44 +6,18 @@ Source: SNLI-VE, arXiv 1901.06706; NLVR2, arXiv 1811.00491.
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
-from unimo3.data.samples import BadSampleError, Inputs, TextEncoder, image_of, read_sample, sample_rng
+from unimo3.data.samples import BadSampleError, Inputs, ItemUnits, SampleUnits, image_of, read_sample, sample_rng
 from unimo3.data.scoring import sentence_of
-from unimo3.data.transforms import ImageTransform
 
 ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
 TRUTH_LABELS = ("False", "True")
 _NUM_IMAGES = 2
 
 
-class EntailmentSamples:
+class EntailmentSamples(ItemUnits):
     """Hypotheses about a photo; the label is a number of `ENTAILMENT_LABELS`."""
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        tokenizer: PreTrainedTokenizerBase,
-        max_text_tokens: int,
-        transform: ImageTransform,
-        seed: int,
-    ):
-        self.index = index
-        self._encode = TextEncoder(tokenizer, max_text_tokens)
-        self._transform = transform
-        self._seed = seed
-
-    @property
-    def units_per_shard(self) -> list[int]:
-        """One unit a hypothesis."""
-        return self.index.items_per_shard
-
-    def key(self, unit: Unit) -> str:
-        """The sample's key and the hypothesis's number in it."""
-        sample, item = self.index.item(unit.shard, unit.unit)
-        return f"{self.index.key(unit.shard, sample)}#{item}"
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, hypothesis, ``label`` [] and ``pair_id``."""
@@ -69,30 +43,8 @@ class EntailmentSamples:
         }
 
 
-class ImagePairSamples:
+class ImagePairSamples(SampleUnits):
     """Statements about two images; the label is a number of `TRUTH_LABELS`."""
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        tokenizer: PreTrainedTokenizerBase,
-        max_text_tokens: int,
-        transform: ImageTransform,
-        seed: int,
-    ):
-        self.index = index
-        self._encode = TextEncoder(tokenizer, max_text_tokens)
-        self._transform = transform
-        self._seed = seed
-
-    @property
-    def units_per_shard(self) -> list[int]:
-        """One unit a sample."""
-        return self.index.samples_per_shard
-
-    def key(self, unit: Unit) -> str:
-        """The sample's key."""
-        return self.index.key(unit.shard, unit.unit)
 
     def build(self, unit: Unit) -> Inputs:
         """Both images by a call, [2, S, S, 3], statement, ``label`` [] and ``identifier``."""
