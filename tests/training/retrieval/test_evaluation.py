@@ -27,6 +27,15 @@ ALONE = World(0, 0, 1)
 NUM_IMAGES = 11
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as each rank has: sums that several threads share differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """11 training images with six captions each, one of which all of them share."""
