@@ -57,7 +57,7 @@ class Jobs:
 
     def preempt(self) -> int:
         """Submit a job of a higher partition that takes the first two nodes for some seconds; its number."""
-        command = ("sbatch", "--parsable", "--partition=high", "--nodelist=n1,n2", "--exclusive")
+        command = ("sbatch", "--parsable", "--partition=high", "--nodes=2", "--nodelist=n1,n2", "--exclusive")
         return self.sbatch(*command, "--output=/dev/null", "--wrap", "sleep 3")
 
     def log(self, job: int) -> str:

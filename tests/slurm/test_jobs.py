@@ -73,7 +73,11 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event
 
 def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
     job = jobs.submit(
-        "preempted", "--data.ledger", "true", options=("--nodelist=n1,n2", "--exclusive"), faults={"slow": 0.5}
+        "preempted",
+        "--data.ledger",
+        "true",
+        options=("--nodes=2", "--nodelist=n1,n2", "--exclusive"),
+        faults={"slow": 0.5},
     )
     jobs.wait_step(job, "preempted", 5)
     num_done = len(jobs.steps("preempted"))
