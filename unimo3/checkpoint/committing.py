@@ -96,7 +96,7 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
             parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), MEND, group)
             together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, MEND, group)
         except CheckpointError:
-            _discard(staging)
+            _discard(staging, group)
             raise
         return final
 
@@ -109,16 +109,20 @@ def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) ->
         with apart(engine.optimizer):
             return together(doing, action, MEND)[world()[0]]
     except CheckpointError:
-        _discard(staging)
+        _discard(staging, None)
         raise
     finally:
         gather_persistent(engine.optimizer)
 
 
-def _discard(staging: Path) -> None:
-    """Remove what a save has left that failed on all ranks: a full disk would stay full."""
-    if world()[0] == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+def _discard(staging: Path, group: Any) -> None:
+    """Remove what a save has left that failed on all ranks: a full disk would stay full. It is gone when any returns."""
+
+    def remove() -> None:
+        if world()[0] == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    together(f"removing {staging}", remove, MEND, group)
 
 
 def _clear_staging(staging: Path) -> None:
