@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import predict
+from pretrain import export
 from tests.data.conftest import draw_jpeg
 from tests.finetune.formats import read_lines
 from tests.spawn import ROOT
@@ -254,10 +255,9 @@ def test_an_answer_does_not_depend_on_its_batch_or_on_a_phones_orientation(tuned
 
 def test_fp16_weights_on_a_cpu_run_in_fp32_with_a_notice_or_in_bf16(tuned, photo, tmp_path, capsys, caplog):
     half = tmp_path / "half"
-    shutil.copytree(tuned / "vqa_weights", half)
-    save_file({n: t.half() for n, t in load_file(half / "model.safetensors").items()}, half / "model.safetensors")
-    config = json.loads((half / "config.json").read_text())
-    (half / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    with pytest.raises(SystemExit) as end:
+        export.main([str(tuned / "vqa"), "--out", str(half), "--dtype", "fp16"])
+    assert not end.value.code
     command = ("vqa", "--weights", half, "--image", photo, "--text", "is it?", "--json", "--device", "cpu")
     scores = []
     for options in ((), ("--dtype", "fp32"), ("--dtype", "bf16")):

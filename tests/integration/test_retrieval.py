@@ -15,6 +15,7 @@ from unimo3.distributed import World
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Unguarded
+from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
@@ -58,3 +59,29 @@ def test_its_exported_weights_give_its_figures(program, run, coco, recipe):  # n
     ranking = RankingArgs(shortlist=2, fold_images=1)
     found = held_out_recall(task, samples, World(0, 0, 1), 4, ReaderArgs(0, 1), ranking, Unguarded())
     assert found == json.loads((run / "recall.json").read_text())
+
+
+def test_a_stop_amid_an_evaluation_ends_it_without_figures_and_the_same_command_starts_it_again(
+    program, weights, coco, recipe, runs  # noqa: F811
+):  # fmt: skip
+    # All pairs of the training split, one at a time: thousands of batches.
+    command = (
+        2, "finetune.retrieval", "--eval-only", "true", "--init", weights, "--run.dir", runs, "--run.name", "stopped",
+        "--data.val", coco / "train", "--data.tokenizer", weights, "--data.max_text_tokens", "16", "--data.num_workers",
+        "1", "--training.global_batch", "8", "--training.micro_batch", "4", "--training.ds_config",
+        recipe.parent / "fp32.json", "--ranking.shortlist", "0",
+    )  # fmt: skip
+    run = runs / "stopped"
+    status = program.run(
+        *command, "--ranking.pair_batch", "1",
+        stop_when=lambda: sum(beat.phase == "evaluate" and beat.beats > 40 for beat in read_heartbeats(run)) == 2,
+    )  # fmt: skip
+    assert status == 75, program.output[-4000:]
+    assert "SIGTERM" in program.output
+    assert not list(run.glob("recall*.json"))
+    assert read_metrics(run, group="eval") == []
+    program.check(*command)
+    (file,) = run.glob("recall*.json")
+    recall = json.loads(file.read_text())
+    samples = ShardIndex(coco / "train").samples_per_shard
+    assert recall["num_pairs"] == sum(samples) * 6 * sum(samples)
