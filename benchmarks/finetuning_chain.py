@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoProcessor
-
 from benchmarks.report import ROOT
 from pretrain.toy import blind_rates
 from unimo3.data.blind import BlindGuesser
 from unimo3.data.index import ShardIndex
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import read_exported_config
+from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 NUM_RANKS = 2
@@ -92,7 +91,7 @@ class Chain:
             config = read_exported_config(str(self.pretrained))
             model = Unimo3ForPreTraining(config)
             initialize_weights(model, seed, config.initializer_range)
-            AutoProcessor.from_pretrained(self.pretrained).save_pretrained(folder)
+            Unimo3Processor.from_pretrained(self.pretrained).save_pretrained(folder)
             model.save_pretrained(folder)
         return folder
 
