@@ -30,8 +30,12 @@ def ds_config(name):
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
 
 
+def step(config, objectives, tokens=TOKENS, **kernels):
+    return plan.pretraining_step(config, objectives, tokens, KernelArgs(**kernels))
+
+
 def trace(config=None, objectives=None, tokens=TOKENS, dtype=FP32, checkpointing=False) -> StepCost:
-    return trace_step(config or tiny_config(), objectives or ObjectivesArgs(), tokens, dtype, checkpointing)
+    return trace_step(step(config or tiny_config(), objectives or ObjectivesArgs(), tokens), dtype, checkpointing)
 
 
 def test_base_without_bridges_has_327146300_parameters_tied_ones_once():
@@ -145,8 +149,8 @@ def test_no_matrix_of_tokens_by_tokens_is_kept():
 
 def test_the_kernels_of_cross_layer_attention_keep_no_weights_and_the_reference_does():
     config = tiny_config(num_attention_heads=1)
-    with_kernels = trace_step(config, ObjectivesArgs(), TOKENS, FP32, False, KernelArgs())
-    without = trace_step(config, ObjectivesArgs(), TOKENS, FP32, False, KernelArgs(cross_layer_attention="reference"))
+    with_kernels = trace(config)
+    without = trace_step(step(config, ObjectivesArgs(), cross_layer_attention="reference"), FP32, False)
     image_tokens, passes = (16 // 8) ** 2 + 1, 2  # MLM's and ITM's
     levels, streams = 1 + 2 + 3, 2
     weights = passes * streams * levels * TOKENS * image_tokens * 4
