@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from pretrain import plan
+from tests.kept import kept_by_a_real_step
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
@@ -103,20 +103,6 @@ def test_each_further_objective_costs_operations():
     assert hard.forward_flops - towers == pytest.approx(2 * (random.forward_flops - towers), rel=0.15)
 
 
-def kept_by_a_real_step(task, num_pairs) -> int:
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = task(tiny_batch(num_pairs))["loss"]
-    of_weights = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
-    loss.backward()
-    return sum(size for address, size in storages.items() if address not in of_weights)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -132,7 +118,7 @@ def test_activations_are_those_a_real_step_keeps(changes):
     model.unimo3.use_attention_kernel("triton" if "num_attention_heads" in changes else "reference")
     task = PretrainingTask(model, ObjectivesArgs().build(0)).train()
     few = 8 if "num_attention_heads" in changes else 32  # the interpreter takes its time
-    measured = (kept_by_a_real_step(task, 2 * few) - kept_by_a_real_step(task, few)) / few
+    measured = (kept_by_a_real_step(task, tiny_batch(2 * few)) - kept_by_a_real_step(task, tiny_batch(few))) / few
     # tiny_batch masks 1.5 of 10 tokens.
     objectives = ObjectivesArgs(mlm=MlmArgs(probability=1.5 / (TOKENS - 2)))
     assert trace(tiny_config(**changes), objectives).kept_bytes == pytest.approx(measured, rel=0.03)

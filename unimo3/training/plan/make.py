@@ -34,11 +34,12 @@ class PlannedRun:
     words: Figures = field(default_factory=dict)
 
 
-def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None) -> Figures:
+def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares: bool = True) -> Figures:
     """The plan, see `plan_figures`.
 
     Args:
         ds_config: path of the only one to consider; None: the run's and those that come with the project.
+        compares: whether the run is planned with and without activation checkpointing; else only as it is.
 
     Raises:
         ConfigError: the global batch does not divide over the GPUs, or not even one pair fits.
@@ -60,11 +61,11 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None) -> Figur
     suited = {name: sharding for name, sharding in shardings.items() if name not in refused}
 
     sizes = model_sizes(run.step.build())
+    checkpointing = training.activation_checkpointing
     costs: dict[torch.dtype, dict[bool, StepCost]] = {
-        dtype: {on: trace_step(run.step, dtype, on) for on in (False, True)}
+        dtype: {on: trace_step(run.step, dtype, on) for on in ((False, True) if compares else (checkpointing,))}
         for dtype in {sharding.dtype for sharding in suited.values()}
     }
-    checkpointing = training.activation_checkpointing
     fits = [
         fit(name, sharding, sizes, costs[sharding.dtype][checkpointing], batch, machine)
         for name, sharding in suited.items()

@@ -35,9 +35,9 @@ def needs_table(plans: dict[str, Figures]) -> str:
     ]
     for name, plan in plans.items():
         gflops = sum(plan["flops_per_pair"].values()) / 1e9
-        again = ", layers computed again" if plan["activation_checkpointing"] else ""
+        again = ", with checkpointing" if plan["activation_checkpointing"] else ""
         lines.append(
             f"| `{name}` | `{plan['ds_config']}` | {plan['micro_batch']['planned']}{again} | "
-            f"{plan['rank_bytes']['gpu_at_most'] / 1e9:.1f} | {gflops:,.0f} | {plan['time']['hours']:.1f} |"
+            f"{plan['rank_bytes']['gpu_at_most'] / 1e9:.1f} | {gflops:,.0f} | {plan['time']['hours']:.2f} |"
         )
     return "\n".join(lines)
