@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.program import FinetuneConfig, finetune
@@ -29,6 +30,8 @@ class Nlvr2(RowTask):
     """Statements about two images, true or false."""
 
     kind = "statement"
+    unit = "statement"
+    num_images = 2
     model_class = Unimo3ForImagesAndTextClassification
     fresh = r"^(pair_head|image_shift)\."
     best_figure = "accuracy"
@@ -41,6 +44,10 @@ class Nlvr2(RowTask):
     def samples(self, index: ShardIndex, reading: Reading) -> ImagePairSamples:
         """Statements with their two images."""
         return ImagePairSamples(index, *reading)
+
+    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+        """Numbers of classes."""
+        return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
     def objective(self, model: Unimo3ForImagesAndTextClassification) -> ClassificationTask:
         """Cross-entropy."""
@@ -73,7 +80,8 @@ class Nlvr2Config(FinetuneConfig):
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
-    finetune(config.parse(Nlvr2Config, argv, "python -m finetune.nlvr2", __doc__ or ""), Nlvr2())
+    settings = config.parse(Nlvr2Config, argv, "python -m finetune.nlvr2", __doc__ or "")
+    finetune(settings, settings.build_task())
 
 
 if __name__ == "__main__":

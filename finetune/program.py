@@ -96,6 +96,10 @@ class FinetuneConfig:
             )
         return found
 
+    def build_task(self) -> Task:
+        """The task, with what of it the settings decide."""
+        return self.task()
+
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
         return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)

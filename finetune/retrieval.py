@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from finetune.program import FinetuneConfig, finetune
 from finetune.task import HeldOut, Reading, Results, Task
 from unimo3 import config
@@ -33,6 +36,7 @@ class Retrieval(Task):
     """
 
     kind = "captions"
+    unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
     unused = r"^mlm_head\."
     best_figure = "recall_mean"
@@ -46,6 +50,10 @@ class Retrieval(Task):
         return PretrainSamples(
             index, reading.tokenizer, reading.max_text_tokens, reading.transform, mlm_probability=0.0, seed=reading.seed
         )
+
+    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+        """Which image a row has, all of them different, and the rows' places in the sample order."""
+        return {"image_id": torch.arange(num_rows), "positions": torch.arange(num_rows)}
 
     def objective(self, model: Unimo3ForImageAndTextRetrieval) -> RetrievalTask:
         """Contrast, and matching with hard negatives."""
@@ -80,12 +88,16 @@ class RetrievalConfig(FinetuneConfig):
             return found  # the data's own check has said so
         return found if val is None else found + self.ranking.fold_faults(sum(val.samples_per_shard))
 
+    def build_task(self) -> Retrieval:
+        """The task, with how it ranks."""
+        return Retrieval(self.ranking, self.run.seed)
+
 
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(RetrievalConfig, argv, "python -m finetune.retrieval", __doc__ or "")
-    finetune(settings, Retrieval(settings.ranking, settings.run.seed))
+    finetune(settings, settings.build_task())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.program import FinetuneConfig, finetune
@@ -28,6 +29,7 @@ class SnliVe(RowTask):
     """Hypotheses about photos: entailed, contradicted, or neither."""
 
     kind = "hypotheses"
+    unit = "hypothesis"
     model_class = Unimo3ForImageTextClassification
     fresh = r"^entailment_head\."
     best_figure = "accuracy_overall"
@@ -40,6 +42,10 @@ class SnliVe(RowTask):
     def samples(self, index: ShardIndex, reading: Reading) -> EntailmentSamples:
         """Hypotheses with their photo."""
         return EntailmentSamples(index, *reading)
+
+    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+        """Numbers of classes."""
+        return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
     def objective(self, model: Unimo3ForImageTextClassification) -> ClassificationTask:
         """Cross-entropy."""
@@ -71,7 +77,8 @@ class SnliVeConfig(FinetuneConfig):
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
-    finetune(config.parse(SnliVeConfig, argv, "python -m finetune.snli_ve", __doc__ or ""), SnliVe())
+    settings = config.parse(SnliVeConfig, argv, "python -m finetune.snli_ve", __doc__ or "")
+    finetune(settings, settings.build_task())
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class Task(ABC):
 
     Attributes:
         kind: entries of a sample's ``json`` that it is about, such as ``questions``.
+        unit: what a row of a batch is, such as ``question``.
+        num_images: of a row.
         model_class: has the task's head.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
         unused: pattern of pretraining's tensors that the model has no place for.
@@ -72,6 +74,8 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    unit: ClassVar[str]
+    num_images: ClassVar[int] = 1
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     fresh: ClassVar[str] = r"^$"
     unused: ClassVar[str] = r"^(mlm|itm|itc)_head\."
@@ -87,6 +91,11 @@ class Task(ABC):
     @abstractmethod
     def samples(self, index: ShardIndex, reading: Reading) -> Samples:
         """Inputs from shards, for training and for rows that are scored."""
+
+    @abstractmethod
+    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+        """What a batch has beside images and texts, for planning: on the meta device, but for what says which row is
+        which."""
 
     @abstractmethod
     def objective(self, model: Any) -> nn.Module:

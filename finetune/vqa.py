@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.program import FinetuneConfig, finetune
@@ -32,6 +33,7 @@ class Vqa(RowTask):
     """Questions about images, answered from a vocabulary."""
 
     kind = "questions"
+    unit = "question"
     model_class = Unimo3ForVisualQuestionAnswering
     fresh = r"^vqa_head\."
     best_figure = "accuracy_overall"
@@ -51,6 +53,10 @@ class Vqa(RowTask):
         """Questions."""
         tokenizer, max_text_tokens, transform, seed = reading
         return VqaSamples(index, tokenizer, max_text_tokens, transform, self._answers, seed)
+
+    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+        """Soft targets."""
+        return {"targets": torch.empty(num_rows, len(self._answers), device="meta")}
 
     def objective(self, model: Unimo3ForVisualQuestionAnswering) -> VqaTask:
         """Soft targets over the vocabulary."""
@@ -96,31 +102,39 @@ class VqaConfig(FinetuneConfig):
 
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
-        tuned = self._tuned_answers
-        sources = list(self.data.sources)
-        found = []
-        if not self.answers and tuned is None and (len(sources) != 1 or not sources[0] or is_remote(sources[0])):
-            found.append(
-                "answers: '': name the answer vocabulary, an answers.json, where data.train is no single folder"
-            )
-        else:
-            try:
-                answers = AnswerVocabulary.load(self.answers_path)
-                if tuned is not None and AnswerVocabulary.load(tuned).answers != answers.answers:
-                    found.append(
-                        f"answers: '{self.answers_path}': lists {len(answers)} answers that are not those of init's "
-                        f"weights, whose head was tuned on {tuned}; leave it out"
-                    )
-            except DataError as error:
-                found.append(f"answers: {error}")
-        return super().faults() + found
+        return super().faults() + self.answers_faults()
+
+    def answers_faults(self) -> list[str]:
+        """Say why there is no answer vocabulary, or none that fits the weights."""
+        path, tuned = self.answers_path, self._tuned_answers
+        if path is None:
+            return ["answers: '': name the answer vocabulary, an answers.json, where data.train is no single folder"]
+        try:
+            answers = AnswerVocabulary.load(path)
+            if tuned is None or AnswerVocabulary.load(tuned).answers == answers.answers:
+                return []
+        except DataError as error:
+            return [f"answers: {error}"]
+        return [
+            f"answers: '{path}': lists {len(answers)} answers that are not those of init's weights, whose head was "
+            f"tuned on {tuned}; leave it out"
+        ]
 
     @property
-    def answers_path(self) -> Path:
-        """File of the answer vocabulary."""
+    def answers_path(self) -> Path | None:
+        """File of the answer vocabulary; None where no setting leads to one."""
         if self.answers:
             return Path(self.answers)
-        return self._tuned_answers or Path(next(iter(self.data.sources))).parent / "answers.json"
+        if self._tuned_answers is not None:
+            return self._tuned_answers
+        sources = list(self.data.sources)
+        if len(sources) != 1 or not sources[0] or is_remote(sources[0]):
+            return None
+        return Path(sources[0]).parent / "answers.json"
+
+    def build_task(self) -> Vqa:
+        """The task, with its vocabulary."""
+        return Vqa(AnswerVocabulary.load(self.answers_path))
 
     @property
     def _tuned_answers(self) -> Path | None:
@@ -137,7 +151,7 @@ class VqaConfig(FinetuneConfig):
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(VqaConfig, argv, "python -m finetune.vqa", __doc__ or "")
-    finetune(settings, Vqa(AnswerVocabulary.load(settings.answers_path)))
+    finetune(settings, settings.build_task())
 
 
 if __name__ == "__main__":

@@ -104,13 +104,17 @@ def save(config: Any, path: Path) -> None:
     staging.replace(path)
 
 
-def read_flat(path: Path, config_class: type | None = None) -> Flat:
-    """A file that `save` wrote, as ``{"group.key": value}``.
+def read_flat(path: Path, config_class: type | None = None, option: str = "--config") -> Flat:
+    """A file of settings, as ``{"group.key": value}``.
 
     Args:
         config_class: of which; None: any, and settings that are mappings are taken apart too.
+        option: that names the file, for the message if it cannot be used.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no settings.
     """
-    return _read_file(path, set(flatten_fields(config_class)) if config_class else set())
+    return _read_file(path, set(flatten_fields(config_class)) if config_class else set(), option)
 
 
 def fingerprint(flat: Flat) -> str:
@@ -148,15 +152,15 @@ def _given_values(argv: list[str], known: set[str]) -> Flat:
     return given
 
 
-def _read_file(path: Path, known: set[str]) -> Flat:
+def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}); name a recipe file") from error
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}); name a recipe file") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: is not YAML ({error})") from error
+        raise ConfigError(f"{option} {path}: is not YAML ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path}: must hold groups of settings, as the recipes do")
+        raise ConfigError(f"{option} {path}: must hold groups of settings, as the recipes do")
     return _flatten_dict(content, known)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from pretrain import plan
+from tests.kept import kept_by_a_real_step
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
@@ -30,8 +30,12 @@ def ds_config(name):
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
 
 
+def step(config, objectives, tokens=TOKENS, **kernels):
+    return plan.pretraining_step(config, objectives, tokens, KernelArgs(**kernels))
+
+
 def trace(config=None, objectives=None, tokens=TOKENS, dtype=FP32, checkpointing=False) -> StepCost:
-    return trace_step(config or tiny_config(), objectives or ObjectivesArgs(), tokens, dtype, checkpointing)
+    return trace_step(step(config or tiny_config(), objectives or ObjectivesArgs(), tokens), dtype, checkpointing)
 
 
 def test_base_without_bridges_has_327146300_parameters_tied_ones_once():
@@ -99,20 +103,6 @@ def test_each_further_objective_costs_operations():
     assert hard.forward_flops - towers == pytest.approx(2 * (random.forward_flops - towers), rel=0.15)
 
 
-def kept_by_a_real_step(task, num_pairs) -> int:
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = task(tiny_batch(num_pairs))["loss"]
-    of_weights = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
-    loss.backward()
-    return sum(size for address, size in storages.items() if address not in of_weights)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -128,7 +118,7 @@ def test_activations_are_those_a_real_step_keeps(changes):
     model.unimo3.use_attention_kernel("triton" if "num_attention_heads" in changes else "reference")
     task = PretrainingTask(model, ObjectivesArgs().build(0)).train()
     few = 8 if "num_attention_heads" in changes else 32  # the interpreter takes its time
-    measured = (kept_by_a_real_step(task, 2 * few) - kept_by_a_real_step(task, few)) / few
+    measured = (kept_by_a_real_step(task, tiny_batch(2 * few)) - kept_by_a_real_step(task, tiny_batch(few))) / few
     # tiny_batch masks 1.5 of 10 tokens.
     objectives = ObjectivesArgs(mlm=MlmArgs(probability=1.5 / (TOKENS - 2)))
     assert trace(tiny_config(**changes), objectives).kept_bytes == pytest.approx(measured, rel=0.03)
@@ -145,8 +135,8 @@ def test_no_matrix_of_tokens_by_tokens_is_kept():
 
 def test_the_kernels_of_cross_layer_attention_keep_no_weights_and_the_reference_does():
     config = tiny_config(num_attention_heads=1)
-    with_kernels = trace_step(config, ObjectivesArgs(), TOKENS, FP32, False, KernelArgs())
-    without = trace_step(config, ObjectivesArgs(), TOKENS, FP32, False, KernelArgs(cross_layer_attention="reference"))
+    with_kernels = trace(config)
+    without = trace_step(step(config, ObjectivesArgs(), cross_layer_attention="reference"), FP32, False)
     image_tokens, passes = (16 // 8) ** 2 + 1, 2  # MLM's and ITM's
     levels, streams = 1 + 2 + 3, 2
     weights = passes * streams * levels * TOKENS * image_tokens * 4

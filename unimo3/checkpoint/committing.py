@@ -116,7 +116,7 @@ def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) ->
 
 
 def _discard(staging: Path, group: Any) -> None:
-    """Remove what a save has left that failed on all ranks: a full disk would stay full. It is gone when any returns."""
+    """Remove what a save has left that failed on all ranks: a full disk would stay full. Gone when any returns."""
 
     def remove() -> None:
         if world()[0] == 0:

@@ -263,14 +263,19 @@ def tokenizer_faults(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, ma
             f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
             "least that, or use the tokenizer that belongs to the weights"
         )
+    return found + length_faults(text, max_tokens)
+
+
+def length_faults(text: RobertaConfig, max_tokens: int) -> list[str]:
+    """Say where a text tower's positions do not reach as far as texts are long, one line a fault."""
     # RoBERTa counts positions from behind the padding id, which is 1.
     most = text.max_position_embeddings - 2
-    if max_tokens > most:
-        found.append(
-            f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
-            f"allows {most}; lower it, or raise model.text.max_position_embeddings to {max_tokens + 2}"
-        )
-    return found
+    if max_tokens <= most:
+        return []
+    return [
+        f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
+        f"allows {most}; lower it, or raise model.text.max_position_embeddings to {max_tokens + 2}"
+    ]
 
 
 def settle_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -26,6 +26,8 @@ from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, build_optimizer
 
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+"""Folder of the configurations that come with the project."""
 # Settings of the recipe, and where a ds_config has them.
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _REMOVED = ("elasticity", "nebula", "compression_training", "autotuning", "optimizer", "scheduler")

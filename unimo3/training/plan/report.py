@@ -9,6 +9,8 @@ from unimo3.training.plan.trace import StepCost
 
 Figures = dict[str, Any]
 
+_NOT_COUNTED = ["waiting for ranks and data"]
+
 
 def plan_figures(
     sizes: ModelSizes,
@@ -23,7 +25,8 @@ def plan_figures(
     """Everything a plan says, in bytes, operations and seconds.
 
     Args:
-        costs: of a step in the chosen ds_config's precision, without and with activation checkpointing.
+        costs: of a step in the chosen ds_config's precision, without and with activation checkpointing; or as the run
+            is to do it alone.
         recipe_ds_config: of the candidates the one that the recipe itself names; None where another was asked for.
     """
     cost, memory = costs[activation_checkpointing], choice.fit.memory
@@ -50,13 +53,13 @@ def plan_figures(
                 "kept": int(costs[on].kept_bytes),
                 "at_most": int(costs[on].peak_bytes),
             }
-            for on in (False, True)
+            for on in costs
         },
         "micro_batch": {
             "recipe": batch.micro_batch,
             "recipe_divides": not batch.faults(),
             "recipe_fits": choice.fit.fits,
-            "recipe_fits_with_checkpointing": _recipe_fits(choice, costs[True], batch, machine),
+            "recipe_fits_with_checkpointing": True in costs and _recipe_fits(choice, costs[True], batch, machine),
             "largest": choice.fit.largest,
             "largest_dividing": choice.fit.largest_dividing,
             "planned": choice.micro_batch,
@@ -78,13 +81,18 @@ def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Mach
 
 
 def plan_text(plan: Figures) -> str:
-    """The figures of `plan_figures` for readers."""
-    machine, flops = plan["machine"], plan["flops_per_pair"]
+    """The figures of `plan_figures` for readers.
+
+    Args:
+        plan: with ``unit``, what a pair is, and ``not_counted``, what takes time besides, where they are not
+            pretraining's.
+    """
+    machine, flops, unit = plan["machine"], plan["flops_per_pair"], plan.get("unit", "pair")
     usable = gigabytes(machine["usable_bytes"])
     lines = [
         f"{machine['gpus']} GPUs of {gigabytes(machine['gpu_memory_bytes'])}, {usable} of each usable",
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in plan["parameters"].items()),
-        f"operations a pair: {flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward",
+        f"operations a {unit}: {flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward",
         "",
         "ds_config",
     ]
@@ -92,18 +100,19 @@ def plan_text(plan: Figures) -> str:
         own = " (the recipe's)" if name == plan["recipe_ds_config"] else ""
         lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}{own}")
     lines += ["", f"memory of a rank with {plan['ds_config']}, GB", *_memory_lines(plan["rank_bytes"], usable)]
-    lines += ["", "activations a pair, MB                kept  at most at once"]
+    lines += ["", f"{f'activations a {unit}, MB':38}kept  at most at once"]
     for name, sizes in plan["activation_bytes_per_pair"].items():
         lines.append(f"    {name.replace('_', ' '):26}{sizes['kept'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
-    lines += ["", _micro_batch_line(plan["micro_batch"]), _time_line(machine, plan["time"])]
+    lines += ["", _micro_batch_line(plan["micro_batch"])]
+    lines += [_time_line(machine, plan["time"], plan.get("not_counted", _NOT_COUNTED))]
     return "\n".join(lines)
 
 
-def _time_line(machine: Figures, time: Figures) -> str:
+def _time_line(machine: Figures, time: Figures, not_counted: list[str]) -> str:
     peak = f"{machine['peak_flops'] / 1e12:,.0f} TFLOP/s in {machine['precision']}"
     return (
         f"time at {machine['utilization']:.0%} of {peak}: {time['step_s']:.2f} s a step, {time['hours']:,.1f} hours "
-        f"for {time['steps']:,} steps; waiting for ranks and data comes on top"
+        f"for {time['steps']:,} steps; {', and '.join(not_counted)} come{'s'[len(not_counted) - 1 :]} on top"
     )
 
 

@@ -1,31 +1,17 @@
-"""The table of sizes in the documentation: parameters by role, and operations a pair.
+"""The tables of the documentation: sizes of models, and what fine-tuning them takes.
 
-Source: docs/architecture.md, whose table a test compares with this one.
+Source: docs/architecture.md and docs/finetuning.md, whose tables tests compare with these.
 """
-
-from dataclasses import dataclass
 
 import torch
 
-from unimo3.kernels.args import KernelArgs
-from unimo3.model.config import Unimo3Config
-from unimo3.objectives.args import ObjectivesArgs
 from unimo3.training.plan.memory import model_sizes
-from unimo3.training.plan.trace import build_on_meta, trace_step
+from unimo3.training.plan.report import Figures
+from unimo3.training.plan.trace import Step, trace_step
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What of a recipe decides its sizes."""
-
-    model: Unimo3Config
-    objectives: ObjectivesArgs
-    num_tokens: int
-    kernels: KernelArgs
-
-
-def sizes_table(recipes: dict[str, Recipe]) -> str:
-    """A markdown table with one row a recipe, in the given order.
+def sizes_table(recipes: dict[str, Step]) -> str:
+    """A markdown table of parameters by role, and operations a pair, with one row a recipe, in the given order.
 
     Operations are those of one training step, all objectives and passes, without activation checkpointing.
     """
@@ -33,9 +19,25 @@ def sizes_table(recipes: dict[str, Recipe]) -> str:
         "| recipe | text tower | image tower | fusion | heads | parameters | GFLOPs a pair, forward | training |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, recipe in recipes.items():
-        sizes = model_sizes(build_on_meta(recipe.model))
-        cost = trace_step(recipe.model, recipe.objectives, recipe.num_tokens, torch.bfloat16, False, recipe.kernels)
+    for name, step in recipes.items():
+        sizes = model_sizes(step.build())
+        cost = trace_step(step, torch.bfloat16, activation_checkpointing=False)
         counts = " | ".join(f"{count:,}" for count in [*sizes.roles.values(), sizes.total])
         lines.append(f"| `{name}` | {counts} | {cost.forward_flops / 1e9:.4g} | {cost.flops / 1e9:.4g} |")
+    return "\n".join(lines)
+
+
+def needs_table(plans: dict[str, Figures]) -> str:
+    """A markdown table of what runs need, with one row a plan of `plan_figures`, in the given order."""
+    lines = [
+        "| recipe | ds_config | micro-batch | GB a rank at most | GFLOPs a unit | hours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, plan in plans.items():
+        gflops = sum(plan["flops_per_pair"].values()) / 1e9
+        again = ", with checkpointing" if plan["activation_checkpointing"] else ""
+        lines.append(
+            f"| `{name}` | `{plan['ds_config']}` | {plan['micro_batch']['planned']}{again} | "
+            f"{plan['rank_bytes']['gpu_at_most'] / 1e9:.1f} | {gflops:,.0f} | {plan['time']['hours']:.2f} |"
+        )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """What one training step costs: operations and memory, read off the step itself, run without values.
 
-The real model and the real `PretrainingTask` run forward and backward on torch's meta device, where tensors have a
+The real model and the real objective run forward and backward on torch's meta device, where tensors have a
 shape and no content. Operations are counted by the formulas of torch's FlopCounterMode (the mode itself holds on to
 tensors, which would count as memory). Memory is the sum of all tensors alive, which is what an allocator would have to
 hold; parameters, and what ZeRO keeps of gradients, are left to `memory`.
@@ -8,10 +8,11 @@ hold; parameters, and what ZeRO keeps of gradients, are left to `memory`.
 Source: torch/utils/flop_counter.py; torch/distributed/_tools/mem_tracker.py for counting live storages.
 """
 
-# Shapes: B pairs, T text tokens, S pixels a side.
+# Shapes: B rows (pairs, questions, statements), T text tokens, S pixels a side.
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,17 +21,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from unimo3.data.masking import IGNORED
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.config import Unimo3Config
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.engine import prepare_layers
 from unimo3.training.plan.gpu import GpuFunctions
 
-# Two batches tell what grows with the pairs from what does not.
+# Two batches tell what grows with the rows from what does not.
 _FEW, _MANY = 32, 64
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run computes in every step.
+
+    Attributes:
+        model: configuration, with the heads' classes.
+        model_class: which has the heads.
+        objective: model -> the module that an engine trains: batch -> ``loss`` and further figures.
+        batch: B -> a batch as the objective gets it, on the meta device; only what says where tokens and rows stand has
+            values.
+        kernels: which the run is to use; by default what a GPU uses.
+    """
+
+    model: Unimo3Config
+    model_class: type[Unimo3PreTrainedModel]
+    objective: Callable[[Any], nn.Module]
+    batch: Callable[[int], Batch]
+    kernels: KernelArgs = field(default_factory=KernelArgs)
+
+    def build(self, dtype: torch.dtype = torch.float32) -> Unimo3PreTrainedModel:
+        """The model with shapes and no values."""
+        return build_on_meta(self.model, dtype, self.model_class)
 
 
 @dataclass(frozen=True)
@@ -38,11 +62,11 @@ class StepCost:
     """One rank's forward and backward pass.
 
     Attributes:
-        forward_flops: floating-point operations a pair; a multiplication and an addition are two.
+        forward_flops: floating-point operations a row; a multiplication and an addition are two.
         backward_flops: likewise; with activation checkpointing, what is computed again is among them.
-        kept_bytes: a pair's tensors alive between forward and backward pass.
-        peak_bytes: a pair's share of the most that is alive at once.
-        fixed_bytes: what is alive then whatever the number of pairs: mostly the largest gradient.
+        kept_bytes: a row's tensors alive between forward and backward pass.
+        peak_bytes: a row's share of the most that is alive at once.
+        fixed_bytes: what is alive then whatever the number of rows: mostly the largest gradient.
     """
 
     forward_flops: float
@@ -53,43 +77,47 @@ class StepCost:
 
     @property
     def flops(self) -> float:
-        """Operations a pair of the whole pass."""
+        """Operations a row of the whole pass."""
         return self.forward_flops + self.backward_flops
 
 
-def build_on_meta(config: Unimo3Config, dtype: torch.dtype = torch.float32) -> Unimo3ForPreTraining:
-    """The model with shapes and no values."""
-    with torch.device("meta"):
-        model: nn.Module = Unimo3ForPreTraining(config)
-    return cast(Unimo3ForPreTraining, model.to(dtype))
-
-
-def trace_step(
+def build_on_meta(
     config: Unimo3Config,
-    objectives: ObjectivesArgs,
-    num_tokens: int,
-    dtype: torch.dtype,
-    activation_checkpointing: bool,
-    kernels: KernelArgs | None = None,
-) -> StepCost:
+    dtype: torch.dtype = torch.float32,
+    model_class: type[Unimo3PreTrainedModel] = Unimo3ForPreTraining,
+) -> Unimo3PreTrainedModel:
+    """A model with shapes and no values."""
+    with torch.device("meta"):
+        model: nn.Module = model_class(config)
+    return cast(Unimo3PreTrainedModel, model.to(dtype))
+
+
+def blank_inputs(config: Unimo3Config, num_rows: int, num_tokens: int, num_images: int = 1) -> Batch:
+    """Images [B, 3, S, S], or [B, images, 3, S, S] where a row has several, and texts [B, T], without values."""
+    side = config.vision_config.image_size
+    images = (num_images,) if num_images > 1 else ()
+    ids = torch.empty(num_rows, num_tokens, dtype=torch.long, device="meta")
+    pixels = torch.empty(num_rows, *images, 3, side, side, device="meta")
+    return {"pixel_values": pixels, "input_ids": ids, "attention_mask": ids}
+
+
+def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -> StepCost:
     """Run a training step without values.
 
     Args:
-        num_tokens: T; texts are counted at full length.
         dtype: of the weights in the step.
-        kernels: which the run is to use; by default what a GPU uses.
     """
-    model = build_on_meta(config, dtype)
+    model = step.build(dtype)
     # apex's layer norm keeps what torch's does.
     plain = KernelArgs(cross_layer_attention="reference", layer_norm="torch")
     prepare_layers(model, plain, activation_checkpointing, compile_towers=False)
-    if (kernels or KernelArgs()).serves_on_gpu(config.hidden_size // config.num_attention_heads):
-        model.unimo3.use_attention_kernel("triton")
-    task = PretrainingTask(model, objectives.build(seed=0)).train()
+    if step.kernels.serves_on_gpu(step.model.hidden_size // step.model.num_attention_heads):
+        cast(Unimo3Model, model.unimo3).use_attention_kernel("triton")
+    task = step.objective(model).train()
     for parameter in model.parameters():
         # ZeRO moves a gradient on as soon as it is complete.
         parameter.register_post_accumulate_grad_hook(_drop_grad)
-    few, many = (_run(task, _batch(config, objectives, size, num_tokens)) for size in (_FEW, _MANY))
+    few, many = (_run(task, step.batch(size)) for size in (_FEW, _MANY))
     added = _MANY - _FEW
     peak_bytes = (many.peak_bytes - few.peak_bytes) / added
     return StepCost(
@@ -109,31 +137,12 @@ class _Run:
     peak_bytes: int
 
 
-def _run(task: PretrainingTask, batch: dict[str, Tensor]) -> _Run:
+def _run(task: nn.Module, batch: Batch) -> _Run:
     with GpuFunctions(), _Meter([*task.parameters(), *task.buffers()]) as meter:
         loss = task(batch)["loss"]
         forward_flops, kept_bytes = meter.flops, meter.live_bytes
         _backward(loss)
     return _Run(forward_flops, meter.flops - forward_flops, kept_bytes, meter.peak_bytes)
-
-
-def _batch(config: Unimo3Config, objectives: ObjectivesArgs, size: int, num_tokens: int) -> dict[str, Tensor]:
-    """A batch as the loader yields it; only what says where tokens and pairs stand has values."""
-    ids = torch.empty(size, num_tokens, dtype=torch.long, device="meta")
-    side = config.vision_config.image_size
-    labels = torch.full((size * num_tokens,), IGNORED)
-    # <s> and </s> are never predicted; at least one token of a text is.
-    share = max(1.0, objectives.mlm.probability * (num_tokens - 2))
-    labels[: round(size * share)] = 0
-    return {
-        "pixel_values": torch.empty(size, 3, side, side, device="meta"),
-        "input_ids": ids,
-        "mlm_input_ids": ids,
-        "attention_mask": ids,
-        "mlm_labels": labels.view(size, num_tokens),
-        "image_id": torch.arange(size),
-        "positions": torch.arange(size),
-    }
 
 
 def _backward(loss: Tensor) -> None:

@@ -1,0 +1,106 @@
+"""The command line that the planners of pretraining and fine-tuning share: the machine, the settings, the plan.
+
+Source: none.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+
+from unimo3.errors import CommandParser, ConfigError
+from unimo3.training.engine import DS_CONFIGS
+from unimo3.training.plan.estimate import Machine
+from unimo3.training.plan.make import PlannedRun, make_plan
+from unimo3.training.plan.report import plan_text
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+# Of one H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
+_H100_TFLOPS = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
+
+
+def machine_parser(program: str, description: str | None, epilog: str) -> CommandParser:
+    """A parser of the arguments that describe the machine, and of those that say how to plan.
+
+    Args:
+        program: how users start it.
+        epilog: the help's last paragraph: whose settings it takes besides.
+    """
+    parser = CommandParser(prog=program, description=description, allow_abbrev=False, epilog=epilog)
+    parser.add_argument("--gpus", type=int, help="GPUs of all nodes, one rank each")
+    parser.add_argument("--gpu-memory", default="80GB", help="of one GPU, such as 80GB or 40GiB (default: %(default)s)")
+    parser.add_argument(
+        "--reserve", type=float, default=0.1,
+        help="share of it to stay free, for CUDA, NCCL and fragmentation (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ds-config", help=f"the only DeepSpeed configuration to consider (default: all of {DS_CONFIGS.name}/)"
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=0.4,
+        help="share of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peak-tflops", type=float,
+        help="of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, operations and seconds")
+    return parser
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The machine that the arguments describe.
+
+    Raises:
+        ConfigError: an argument is missing or out of range.
+    """
+    found = []
+    if args.gpus is None:
+        found.append("--gpus: not given; say how many GPUs the run is to have")
+    elif args.gpus < 1:
+        found.append(f"--gpus {args.gpus}: at least 1 is needed")
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", args.gpu_memory.strip().upper())
+    unit = _UNITS.get(size[2]) if size else None
+    if size is None or unit is None or float(size[1]) == 0:
+        found.append(f"--gpu-memory {args.gpu_memory}: a size such as 80GB, 80GiB or 40000MB is needed")
+    if not 0 <= args.reserve < 1:
+        found.append(f"--reserve {args.reserve}: a share of at least 0 and below 1 is needed")
+    if not 0 < args.mfu <= 1:
+        found.append(f"--mfu {args.mfu}: a share above 0 and at most 1 is needed")
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        found.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
+    if found:
+        raise ConfigError(found)
+    assert size is not None
+    assert unit is not None
+    peaks = {precision: (args.peak_tflops or peak) * 1e12 for precision, peak in _H100_TFLOPS.items()}
+    return Machine(args.gpus, int(float(size[1]) * unit), args.reserve, peaks, args.mfu)
+
+
+def print_plan(args: argparse.Namespace, rest: list[str], read_run: Callable[[list[str]], PlannedRun]) -> None:
+    """Plan a run, and print the plan.
+
+    Args:
+        args: of `machine_parser`.
+        rest: the run's settings, as arguments.
+        read_run: makes a run of settings.
+
+    Raises:
+        ConfigError: machine or settings are at fault, all in one message; or the plan cannot be, see `make_plan`.
+    """
+    if args.ds_config is not None:
+        rest = [*rest, "--training.ds_config", args.ds_config]  # checked with the rest
+    faults = []
+    try:
+        machine = machine_of(args)
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        run = read_run(rest)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    plan = make_plan(run, machine, args.ds_config)
+    print(json.dumps(plan, indent=2) if args.json else plan_text(plan))

@@ -1,0 +1,78 @@
+"""A run to be planned, and its plan on a machine.
+
+Source: none.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from unimo3.errors import ConfigError
+from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
+from unimo3.training.loop import TrainingArgs
+from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
+from unimo3.training.plan.memory import Sharding, model_sizes
+from unimo3.training.plan.report import Figures, plan_figures
+from unimo3.training.plan.trace import Step, StepCost, trace_step
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What of a run's settings decides its plan.
+
+    Attributes:
+        step: what it computes.
+        training: its length, batch and ds_config.
+        clip_norm: of its gradients.
+        words: entries of the plan that say what is counted; see `plan_text`.
+    """
+
+    step: Step
+    training: TrainingArgs
+    clip_norm: float
+    words: Figures = field(default_factory=dict)
+
+
+def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares: bool = True) -> Figures:
+    """The plan, see `plan_figures`.
+
+    Args:
+        ds_config: path of the only one to consider; None: the run's and those that come with the project.
+        compares: whether the run is planned with and without activation checkpointing; else only as it is.
+
+    Raises:
+        ConfigError: the global batch does not divide over the GPUs, or not even one pair fits.
+    """
+    training = run.training
+    if faults := BatchPlan(training.global_batch, 1, machine.num_gpus).faults():
+        raise ConfigError(faults)
+    batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus)
+    own = Path(training.ds_config)
+    candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
+    # The recipe's may be from elsewhere; a path tells it from one of ours with the same name.
+    own_name = next((name for name, path in candidates.items() if path.resolve() == own.resolve()), str(own))
+    # It comes first where two do equally well.
+    candidates = {own_name: own} if ds_config else {own_name: own} | candidates
+    shardings = {name: Sharding(read_ds_config(str(path), batch, run.clip_norm)) for name, path in candidates.items()}
+    refused = {}
+    if ds_config is None:
+        refused = {name: why for name, found in shardings.items() if (why := unsuited(found, machine.num_gpus))}
+    suited = {name: sharding for name, sharding in shardings.items() if name not in refused}
+
+    sizes = model_sizes(run.step.build())
+    checkpointing = training.activation_checkpointing
+    costs: dict[torch.dtype, dict[bool, StepCost]] = {
+        dtype: {on: trace_step(run.step, dtype, on) for on in ((False, True) if compares else (checkpointing,))}
+        for dtype in {sharding.dtype for sharding in suited.values()}
+    }
+    fits = [
+        fit(name, sharding, sizes, costs[sharding.dtype][checkpointing], batch, machine)
+        for name, sharding in suited.items()
+    ]
+    choice = choose(fits, batch, machine)
+    choice.reasons.update(refused)
+    own_costs = costs[choice.fit.sharding.dtype]
+    recipes_own = None if ds_config else own_name
+    figures = plan_figures(sizes, own_costs, checkpointing, choice, recipes_own, batch, training.steps, machine)
+    return run.words | figures
