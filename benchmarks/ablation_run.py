@@ -240,7 +240,7 @@ class TrainingRun:
         scored = [
             entry for loaded, counts in asked for entry in score_batch(Vqa(answers), on_cpu(vqa_task), loaded, counts)
         ]
-        accuracy = accuracy_by_group((entry["group"], entry["accuracy"]) for entry in scored)
+        accuracy = accuracy_by_group((entry["groups"][1], entry["accuracy"]) for entry in scored)
 
         figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
         result = self.identity() | {

@@ -63,13 +63,13 @@ class Vqa(RowTask):
         return VqaTask(model)
 
     def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
-        """The best answer, its official accuracy (None where no answers are known), its granularity or type."""
+        """The best answer, its official accuracy (None where no answers are known), its type and toy granularity."""
         best = [self._answers.answers[number] for number in report["logits"].argmax(dim=-1).tolist()]
         return [
             {
                 "question_id": question["question_id"],
                 "answer": answer,
-                "group": question.get("granularity") or question.get("answer_type", ""),
+                "groups": (question.get("answer_type", ""), question.get("granularity", "")),
                 "accuracy": vqa_accuracy(answer, question["answers"]) if question.get("answers") else None,
             }
             for question, answer in zip(loaded["question"], best, strict=True)
@@ -82,10 +82,12 @@ class Vqa(RowTask):
             key=lambda entry: entry["question_id"],
         )
         files = {"predictions.json": json.dumps(submission) + "\n"}
-        scored = [(row["group"], row["accuracy"]) for row in rows if row["accuracy"] is not None]
+        scored = [row for row in rows if row["accuracy"] is not None]
         if not scored:
             return Results({}, files)
-        accuracies = accuracy_by_group(scored)
+        accuracies = {}
+        for kind in range(2):
+            accuracies |= accuracy_by_group((row["groups"][kind], row["accuracy"]) for row in scored)
         files["accuracy.json"] = json.dumps(accuracies, indent=1) + "\n"
         return Results({f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}, files)
 
@@ -95,14 +97,18 @@ class VqaConfig(FinetuneConfig):
     """All settings of a VQA fine-tuning run."""
 
     answers: str = ""
-    """Answer vocabulary. If empty: of weights that were tuned for VQA their own, else the answers.json beside the
-    training shards."""
+    """Answer vocabulary. If empty: that of the run's own head or of weights that were tuned for VQA, else the
+    answers.json beside the training shards."""
 
     task = Vqa
 
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
-        return super().faults() + self.answers_faults()
+        found = super().faults()
+        # Where the vocabulary is follows from these.
+        if any(fault.startswith(("init:", "data.train:", "eval_only:")) for fault in found):
+            return found
+        return found + self.answers_faults()
 
     def answers_faults(self) -> list[str]:
         """Say why there is no answer vocabulary, or none that fits the weights."""
@@ -116,8 +122,8 @@ class VqaConfig(FinetuneConfig):
         except DataError as error:
             return [f"answers: {error}"]
         return [
-            f"answers: '{path}': lists {len(answers)} answers that are not those of init's weights, whose head was "
-            f"tuned on {tuned}; leave it out"
+            f"answers: '{path}': lists {len(answers)} answers that are not those of the head, which was tuned on "
+            f"{tuned}; leave it out"
         ]
 
     @property
@@ -138,7 +144,7 @@ class VqaConfig(FinetuneConfig):
 
     @property
     def _tuned_answers(self) -> Path | None:
-        """The vocabulary that belongs to the head of `init`'s weights, if they have one."""
+        """The vocabulary of the head that the run goes on with or that `init`'s weights have, if there is one."""
         try:
             has_head = config_of(self.init, self.run.folder).num_answers > 0
         except ConfigError:

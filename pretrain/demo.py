@@ -93,7 +93,7 @@ class Demo:
         accuracy = json.loads((runs / "vqa_tiny" / "accuracy.json").read_text())
         blind = blind_rates(data / "vqav2")
         rows.append(("", "blind guess", "model"))
-        rows += [(f"VQA accuracy, {group}", f"{blind[group]:.3f}", f"{accuracy[group]:.3f}") for group in accuracy]
+        rows += [(f"VQA accuracy, {group}", f"{blind[group]:.3f}", f"{accuracy[group]:.3f}") for group in blind]
         width = max(len(row[0]) for row in rows)
         print(
             f"\nDone in {time.monotonic() - self.started:.0f} s. First and last ten steps' losses; accuracy on images"

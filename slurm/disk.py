@@ -73,7 +73,6 @@ def _num_parameters(run: Path, settings: Any) -> int:
 
 def _exports_init(run: Path, settings: Any) -> bool:
     """Whether fine-tuning starts from a run, whose weights it exports into its own folder first, and has not yet."""
-    from unimo3.checkpoint.init import model_files_of, run_of
+    from unimo3.checkpoint.init import exports
 
-    init = getattr(settings, "init", "")
-    return run_of(init) is not None and model_files_of(init, run) != str(run / "init")
+    return exports(getattr(settings, "init", ""), run)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from unimo3.checkpoint.init import model_files_of, weights_of
+from unimo3.checkpoint.init import exports, model_files_of, weights_of
 from unimo3.errors import CheckpointError
 
 
@@ -27,6 +27,33 @@ def test_a_run_and_its_checkpoints_are_exported_once_for_each_source(run_copy, t
     # Half an export is none.
     (own / "init" / "source.txt").unlink()
     assert load_file(f"{weights_of(str(run), own)}/model.safetensors")["embed.weight"].equal(newest["embed.weight"])
+
+
+def test_the_newest_is_asked_for_and_exported_when_the_run_has_gone_on(run_copy, tmp_path):
+    run, own = run_copy("fp32"), tmp_path / "own"
+    newest = run / "checkpoints" / "step_00000004"
+    newest.rename(run / "later")
+    assert exports(str(run), own)
+    before = load_file(f"{weights_of(str(run), own)}/model.safetensors")
+    (run / "later").rename(newest)
+    assert not exports(str(run), own)
+    # A start before the first save begins from the same weights again.
+    assert load_file(f"{weights_of(str(run), own)}/model.safetensors")["embed.weight"].equal(before["embed.weight"])
+    after = load_file(f"{weights_of(str(run), own, newest=True)}/model.safetensors")
+    assert not after["embed.weight"].equal(before["embed.weight"])
+    made = (own / "init" / "model.safetensors").stat().st_mtime_ns
+    weights_of(str(run), own, newest=True)
+    assert (own / "init" / "model.safetensors").stat().st_mtime_ns == made
+    shutil.rmtree(run)
+    assert weights_of(str(run), own, newest=True) == str(own / "init")
+
+
+def test_a_run_that_has_begun_needs_its_first_weights_no_more(run_copy, tmp_path):
+    own = run_copy("fp32")
+    assert model_files_of(str(tmp_path / "gone"), own) == str(own / "model")
+    assert not exports(str(run_copy("bf16")), own)
+    shutil.rmtree(own / "checkpoints")
+    assert model_files_of(str(tmp_path / "gone"), own) == str(tmp_path / "gone")
 
 
 def test_a_damaged_checkpoint_is_named(run_copy, tmp_path):

@@ -77,21 +77,23 @@ def test_snli_ve_predictions_give_the_figures_of_each_class(evaluated, snli_ve):
 
 
 def rows(*entries):
-    return [dict(zip(("question_id", "answer", "group", "accuracy"), entry, strict=True)) for entry in entries]
+    return [dict(zip(("question_id", "answer", "groups", "accuracy"), entry, strict=True)) for entry in entries]
 
 
 def test_questions_without_answers_give_predictions_and_no_accuracy():
     task = Vqa(AnswerVocabulary(["yes"]))
-    found = task.results(rows((2, "yes", "", None), (1, "yes", "", None)))
+    found = task.results(rows((2, "yes", ("", ""), None), (1, "yes", ("", ""), None)))
     assert found.figures == {}
     assert list(found.files) == ["predictions.json"]
     check_vqa(found.files["predictions.json"], [{"question_id": 1}, {"question_id": 2}])
 
 
-def test_vqa_accuracy_is_over_all_and_of_each_answer_type():
+def test_vqa_accuracy_is_over_all_and_of_each_answer_type_and_granularity():
     task = Vqa(AnswerVocabulary(["yes"]))
-    found = task.results(rows((1, "yes", "yes/no", 1.0), (2, "yes", "other", 0.3), (3, "yes", "other", 0.6)))
-    assert found.figures == pytest.approx({"accuracy_overall": 1.9 / 3, "accuracy_yes/no": 1.0, "accuracy_other": 0.45})
+    kinds = ("yes/no", "fine"), ("other", "scene"), ("other", "fine")
+    found = task.results(rows(*((i, "yes", kinds[i], accuracy) for i, accuracy in enumerate((1.0, 0.3, 0.6)))))
+    expected = {"overall": 1.9 / 3, "yes/no": 1.0, "other": 0.45, "fine": 0.8, "scene": 0.3}
+    assert found.figures == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
 
 
 def test_a_sentence_is_consistent_if_all_its_pairs_are_right():

@@ -132,7 +132,7 @@ def test_a_vocabulary_other_than_that_of_tuned_weights_is_named(capsys, pretrain
     AnswerVocabulary(["dog", "no"]).save(tmp_path / "answers.json")
     answers = ("--answers", tmp_path / "answers.json")
     (fault,) = refused(capsys, "vqa", "--gpus", 8, "--init", folder, "--data.max_text_tokens", 12, *answers)
-    assert fault.startswith(f"answers: '{tmp_path / 'answers.json'}': lists 2 answers that are not those of init's")
+    assert fault.startswith(f"answers: '{tmp_path / 'answers.json'}': lists 2 answers that are not those of the head")
 
 
 def test_a_batch_that_does_not_divide_is_named(capsys):

@@ -1,6 +1,7 @@
 """Exported weights are the engine's; VQA fine-tuning starts from them and scores every question once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.spawn import run_ranks
 from unimo3.checkpoint import store
+from unimo3.data.answers import AnswerVocabulary
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 from unimo3.training.metrics import read_metrics
@@ -133,9 +135,32 @@ def test_vqa_accuracy_is_the_predictions_official_accuracy(vqa_run, source):
         scores.append(sum(min(1, other.count(prediction) / 3) for other in others) / 10)
     accuracy = json.loads((vqa_run / "accuracy.json").read_text())
     assert accuracy["overall"] == pytest.approx(sum(scores) / len(scores))
+    assert len(read_metrics(vqa_run)[0]["gates_text"][0]) == 2  # heads
     evaluations = read_metrics(vqa_run, group="eval")
     assert [record["step"] for record in evaluations] == [3, 6]
     assert evaluations[-1]["accuracy_overall"] == pytest.approx(accuracy["overall"])
+
+
+def test_a_run_goes_on_from_its_own_model_and_answers(program, vqa_run, vqav2, recipe, runs, tmp_path):
+    """Its first weights are gone, and the shards' vocabulary is in another order by now."""
+    shutil.copytree(vqav2, tmp_path / "shards")
+    answers = AnswerVocabulary.load(vqav2 / "answers.json").answers
+    AnswerVocabulary(answers[::-1]).save(tmp_path / "shards" / "answers.json")
+    command = (
+        1, "finetune.vqa", "--run.dir", runs, "--run.name", "vqa", "--init", tmp_path / "gone", "--data.train",
+        tmp_path / "shards" / "train", "--data.val", vqav2 / "val", "--data.tokenizer", vqa_run / "model",
+        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
+        "--training.global_batch", "8", "--training.micro_batch", "4", "--training.ds_config",
+        recipe.parent / "fp32.json",
+    )  # fmt: skip
+    before = json.loads((vqa_run / "predictions.json").read_text())
+    steps = read_metrics(vqa_run)
+    program.check(*command, "--eval-only", "true")
+    assert json.loads((vqa_run / "predictions.json").read_text()) == before
+    assert [record["step"] for record in read_metrics(vqa_run, group="eval")] == [3, 6, 6]
+    assert read_metrics(vqa_run) == steps
+    assert program.run(*command, "--answers", tmp_path / "shards" / "answers.json") == 78
+    assert "answers that are not those of the head, which was tuned on" in program.output
 
 
 def test_vqa_weights_export_with_their_head_and_vocabulary(program, vqa_run, recipe):

@@ -71,7 +71,7 @@ def test_a_setting_the_file_lacks_had_its_default(settings):
     assert len(changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))) == 1
 
 
-def test_model_files_appear_whole_and_once(settings):
+def test_model_files_appear_whole_and_stay_once_there_is_a_checkpoint(settings):
     run = start(settings)
     (run.folder / "model.tmp").mkdir()
     (run.folder / "model.tmp" / "left_by_a_kill").touch()
@@ -84,7 +84,9 @@ def test_model_files_appear_whole_and_once(settings):
     with pytest.raises(OSError, match="disk full"):
         run.write_model_files(AnswerVocabulary(["no"]), Broken())
     assert not (run.folder / "model").exists()
+    run.write_model_files(AnswerVocabulary(["first"]))
     run.write_model_files(AnswerVocabulary(["yes"]))
+    (run.folder / "checkpoints" / "step_00000001").mkdir(parents=True)
     run.write_model_files(AnswerVocabulary(["other"]))
     assert AnswerVocabulary.load(run.folder / "model" / "answers.json").answers == ["yes"]
     assert [path.name for path in (run.folder / "model").iterdir()] == ["answers.json"]

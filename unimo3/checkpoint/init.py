@@ -1,8 +1,11 @@
 """What a new run starts from: an exported folder, or a run or one of its checkpoints, which is exported first.
 
+Once the run has checkpoints of its own it needs nothing of this any more.
+
 Source: none.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,9 +17,16 @@ from unimo3.errors import CheckpointError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.pretrained import read_exported_config
 
+log = logging.getLogger(__name__)
+
 _MAX_FILE_BYTES = 2 * 10**9
-# Says what the exported weights were made of; written last.
+# Says what the exported weights were made of, `init` and the checkpoint's tag; written last.
 _SOURCE = "source.txt"
+
+
+def has_begun(own_run: Path) -> bool:
+    """Whether a run goes on from checkpoints of its own, good or not, and no longer from what ``init`` names."""
+    return store.has_folders(own_run) and (own_run / "model" / "config.json").is_file()
 
 
 def run_of(init: str) -> Path | None:
@@ -28,36 +38,46 @@ def run_of(init: str) -> Path | None:
 
 
 def model_files_of(init: str, own_run: Path) -> str:
-    """Folder with the configuration and the tokenizer that belong to `init`'s weights; see `weights_of`."""
+    """Folder with the configuration and the tokenizer of the weights that the run starts from or goes on with."""
+    if has_begun(own_run):
+        return str(own_run / "model")
     run = run_of(init)
-    if _is_kept(init, own_run):
+    if _kept(init, own_run):
         return str(own_run / "init")
     return init if run is None else str(run / "model")
 
 
 def config_of(init: str, own_run: Path) -> Unimo3Config:
-    """The configuration that belongs to `init`'s weights.
+    """The configuration of the weights that the run starts from or goes on with.
 
     Raises:
         ConfigError: there is none, or it is another model's.
     """
     folder = model_files_of(init, own_run)
-    return read_exported_config(folder, has_weights=Path(folder).name != "model" or run_of(init) is None)
+    has_none = has_begun(own_run) or (run_of(init) is not None and Path(folder).name == "model")
+    return read_exported_config(folder, has_weights=not has_none)
 
 
-def weights_of(init: str, own_run: Path) -> str:
+def exports(init: str, own_run: Path) -> bool:
+    """Whether a start writes an export of `init` into the run's folder first; see `weights_of`."""
+    return not has_begun(own_run) and run_of(init) is not None and not _kept(init, own_run)
+
+
+def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     """Folder of exported weights, float32 if they have to be exported here; every rank calls it.
 
     Args:
         own_run: of the new run; a checkpoint is exported into ``own_run/init``, and a later start with the same `init`
             takes what is there, whether its source still is or not.
+        newest: of an `init` that is a run, whether to export anew if it has a newer checkpoint by now.
 
     Raises:
         CheckpointError: on every rank; there is no good checkpoint, or it cannot be exported.
     """
     rank, size = world()
     out, run = own_run / "init", run_of(init)
-    if together(f"looking for {out}", lambda: _is_kept(init, own_run), "check the run's folder")[0]:
+    kept = together(f"looking for {out}", lambda: _kept(init, own_run), "check the run's folder")[0]
+    if kept and not (newest and run == Path(init)):
         return str(out)
     if run is None:
         return init
@@ -65,6 +85,8 @@ def weights_of(init: str, own_run: Path) -> str:
         checkpoint = store.newest_good(run)
         if checkpoint is None:
             raise CheckpointError(f"init: '{init}': has no good checkpoint; let it train to its first save")
+        if kept == checkpoint.name:
+            return str(out)
     else:
         checkpoint = Path(init)
         shares = together(f"verifying {checkpoint}", lambda: store.verify(checkpoint, rank, size), "name another one")
@@ -75,15 +97,18 @@ def weights_of(init: str, own_run: Path) -> str:
         if rank == 0:
             shutil.rmtree(out, ignore_errors=True)  # of another source
             export_run(run, checkpoint, out, "fp32", "error", _MAX_FILE_BYTES)
-            (out / _SOURCE).write_text(_name_of(init))
+            (out / _SOURCE).write_text(f"{_name_of(init)}\n{checkpoint.name}")
+            log.info("init: %s exported to %s", checkpoint, out)
 
     together(f"exporting {checkpoint}", export, "name an exported folder or another checkpoint")
     return str(out)
 
 
-def _is_kept(init: str, own_run: Path) -> bool:
+def _kept(init: str, own_run: Path) -> str:
+    """Tag of the checkpoint of `init` that ``own_run/init`` holds; empty: it does not."""
     path = own_run / "init" / _SOURCE
-    return bool(init) and path.is_file() and path.read_text() == _name_of(init)
+    source, _, tag = path.read_text().partition("\n") if init and path.is_file() else ("", "", "")
+    return tag if source == _name_of(init) else ""
 
 
 def _name_of(init: str) -> str:
