@@ -5,7 +5,9 @@ Started once a rank; starting it again resumes. `Task` says what a task has of i
 Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 """
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.results import write_files
@@ -13,7 +15,7 @@ from finetune.task import HeldOut, Reading, Task
 from finetune.weights import head_faults, resized, task_faults
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.init import config_of, model_files_of, weights_of
+from unimo3.checkpoint.init import config_of, has_begun, model_files_of, weights_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import TEST_SPLITS
 from unimo3.data.tokenizer import load_tokenizer
@@ -29,10 +31,13 @@ from unimo3.model.processor import Unimo3Processor
 from unimo3.training.best import Best, BestArgs
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, Guard
+from unimo3.training.heartbeat import other_process
 from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class FinetuneConfig:
         found += self.data.shard_faults(self.task.kind, trains=not self.eval_only)
         if self.eval_only and self.data.val is None:
             found.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
+        if self.eval_only:
+            found += busy_faults(self.run.folder)
         if self.best.patience and (self.data.val is None or not self.training.eval_every):
             found.append(
                 f"best.patience: {self.best.patience}: counts evaluations; set data.val and training.eval_every"
@@ -72,8 +79,15 @@ class FinetuneConfig:
             model = config_of(self.init, self.run.folder)
         except ConfigError as error:
             return found + error.faults
-        found += task_faults(self.init, model, self.task) + resized(model, self.image_size)
-        if self.eval_only and not store.list_checkpoints(self.run.folder):
+        found += task_faults(self.init, model, self.task)
+        trained_at = model.vision_config.image_size
+        found += resized(model, self.image_size)
+        if self.eval_only and self.image_size not in (0, trained_at):
+            found.append(
+                f"image_size: {self.image_size}: the weights were tuned at {trained_at}, and none are trained here; "
+                "leave it out"
+            )
+        if self.eval_only and not has_begun(self.run.folder):
             found += head_faults(self.init, model_files_of(self.init, self.run.folder), model, self.task)
         return found + self._tokenizer_faults(model)
 
@@ -105,6 +119,19 @@ class FinetuneConfig:
         return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
 
 
+def busy_faults(run: Path) -> list[str]:
+    """Say whether another process is at a run: figures and heartbeats of two would mix."""
+    beat = other_process(run)
+    if beat is None:
+        return []
+    newest = store.list_checkpoints(run)[-1:]
+    init = newest[0] if newest else "CHECKPOINT"
+    return [
+        f"eval_only: true: {run} is in use, rank {beat.rank} is at step {beat.step} (pid {beat.pid} on {beat.host}); "
+        f"evaluate in a run of its own, --run.name NAME --init {init}, or wait for the end"
+    ]
+
+
 def finetune(settings: FinetuneConfig, task: Task) -> None:
     """Train until done, or evaluate only; every rank calls it.
 
@@ -121,6 +148,11 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     model_config.architectures = [task.model_class.__name__]
     indexes = [] if settings.eval_only else settings.data.open_train()
     val_index = settings.data.open_val()
+    if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
+        log.warning(
+            "data.val: '%s' is trained on as well: its figures, and the best checkpoint by them, tell nothing of other "
+            "data", val_index.source,
+        )  # fmt: skip
     world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
@@ -154,14 +186,16 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
-    weights = weights_of(settings.init, settings.run.folder)
-    # A head may start random only where it will be trained, or is in the checkpoint that comes next.
-    needs_head = settings.eval_only and not broadcast_object(store.has_folders(settings.run.folder))
+    # Of a run that goes on, the checkpoint has all weights.
+    begins = broadcast_object(not has_begun(settings.run.folder))
+    weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
     training = settings.training
     ds_config = read_ds_config(training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: task.model_class(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
-    load_exported(model, weights, fresh=r"^$" if needs_head else task.fresh, unused=task.unused)
+    if weights:
+        # A head may start random only where it will be trained.
+        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh, unused=task.unused)
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     return build_engine(task.objective(model), model, ds_config, settings.optim)
 
@@ -174,9 +208,13 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, hel
         if results is None:
             return None
         if world.rank == 0:
-            write_files(run.folder, results.files, index.split, index.fingerprint)
+            written = write_files(run.folder, results.files, index.split, index.fingerprint)
+            kind = "figures and answers" if results.figures else "answers"
+            log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
         return results.figures
 
     chooses_on = None if settings.eval_only or index.split in TEST_SPLITS else index.fingerprint
-    best = Best(settings.best, task.best_figure, chooses_on) if settings.best.keep else None
+    best = None
+    if settings.best.keep:
+        best = Best(settings.best, task.best_figure, chooses_on, settings.training.eval_every)
     return Evaluation(index.fingerprint, evaluate, index.split, best)

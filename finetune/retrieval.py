@@ -19,6 +19,7 @@ from unimo3 import config
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
+from unimo3.distributed import world_size_from_environment
 from unimo3.errors import DataError, exit_with_status
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
@@ -82,6 +83,11 @@ class RetrievalConfig(FinetuneConfig):
     def faults(self) -> list[str]:
         """Say which settings do not fit together, one line a fault."""
         found = super().faults()
+        if not self.eval_only and self.training.micro_batch * world_size_from_environment() < 2:
+            found.append(
+                f"training.micro_batch: {self.training.micro_batch}: contrast and matching draw wrong partners in a "
+                "micro-step, over all ranks; at least 2 pairs are needed there"
+            )
         try:
             val = self.data.open_val()
         except DataError:

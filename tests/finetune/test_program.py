@@ -1,11 +1,19 @@
 """Settings of fine-tuning that cannot be: each gives one fault that names the field, the value and the mend."""
 
+import dataclasses
+import hashlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
 from finetune.nlvr2 import Nlvr2, Nlvr2Config
+from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
 from tests.tiny import tiny_config
@@ -13,6 +21,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
 from unimo3.training.best import BestArgs
+from unimo3.training.heartbeat import Heartbeat
 from unimo3.training.loop import TrainingArgs
 from unimo3.training.run import RunArgs
 
@@ -112,6 +121,48 @@ def test_patience_needs_evaluations(nlvr2, pretrained, tmp_path):
     assert fault.startswith("best.patience: 2: counts evaluations; set data.val and training.eval_every")
     assert BestArgs(patience=-1).faults()[0].startswith("best.patience: -1: ")
     assert BestArgs(keep=False, patience=1).faults()[0].endswith("set best.keep to true")
+
+
+def test_shards_without_a_sample_are_named(nlvr2, pretrained, tmp_path):
+    shutil.copytree(nlvr2 / "val", tmp_path / "val")
+    index = tmp_path / "val" / "index.json"
+    nothing = {"shards": [], "num_samples": 0, "num_items": 0, "members_sha256": hashlib.sha256(b"").hexdigest()}
+    index.write_text(json.dumps(json.loads(index.read_text()) | nothing))
+    (tmp_path / "val" / "index.members").write_bytes(b"")
+    (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(tmp_path / "val")}).faults()
+    assert fault == f"data.val: '{tmp_path / 'val'}': holds no sample (nlvr2, val); name other shards"
+
+
+def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path):
+    folder = tmp_path / "runs" / "run"
+    (folder / "heartbeats").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "100"]) as process:
+
+        def faults_after(**changes):
+            beat = Heartbeat(0, socket.gethostname(), process.pid, 7, "compute", 9, time.time(), time.time())
+            path = folder / "heartbeats" / "rank_00000.json"
+            path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(beat, **changes))))
+            found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).faults()
+            return [fault for fault in found if "is in use" in fault]
+
+        (fault,) = faults_after()
+        assert fault.startswith(f"eval_only: true: {folder} is in use, rank 0 is at step 7 (pid {process.pid} on ")
+        assert faults_after(host="another")
+        assert not faults_after(host="another", time=time.time() - 60)
+        assert not faults_after(phase="ended")
+        assert not faults_after(rank=1)
+        assert not faults_after(pid=os.getpid())
+        process.kill()
+        ends = time.monotonic() + 10
+        while Path(f"/proc/{process.pid}/status").read_text().find("Z (zombie)") < 0 and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert not faults_after()
+
+
+def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_path):
+    alone = {"global_batch": 8, "micro_batch": 1}
+    (fault,) = settings(RetrievalConfig, coco, pretrained, tmp_path, training=alone).faults()
+    assert fault.startswith("training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step")
 
 
 def test_all_faults_come_at_once(nlvr2, pretrained, tmp_path):

@@ -31,6 +31,17 @@ def test_each_step_stands_once_after_a_kill_and_a_resume(tmp_path):
         json.loads(line)
 
 
+def test_what_does_not_train_drops_nothing(tmp_path):
+    write(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    writer = MetricsWriter(tmp_path, None, enabled=True)
+    writer.write({"step": 5, "accuracy": 0.9}, group="eval")
+    writer.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 8))
+    assert [record["step"] for record in read_metrics(tmp_path, group="eval")] == [7, 5]
+
+
 def test_tensorboard_shows_the_same_figures(tmp_path):
     write(tmp_path, range(1, 5))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

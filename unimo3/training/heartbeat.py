@@ -16,6 +16,8 @@ from pathlib import Path
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
+# Of a process that lives: many ranks write theirs every few seconds.
+_RECENT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Heartbeat:
             return None
         return next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), None)
 
+    def lives(self) -> bool:
+        """Whether this host has the process, and it has not ended."""
+        state = self.state()
+        return state is not None and not state.startswith(("Z", "X"))
+
 
 def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, since: float) -> None:
     """Leave this process's heartbeat in its run's folder.
@@ -67,6 +74,19 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
         except (OSError, ValueError, TypeError):
             continue
     return found
+
+
+def other_process(run: Path) -> Heartbeat | None:
+    """The heartbeat of a process other than this one that is at the run now; None: there is none to be seen.
+
+    Every rank looks at its own rank's, which no other process of its start writes.
+    """
+    own = int(os.environ.get("RANK", "0"))
+    for beat in read_heartbeats(run):
+        is_recent = beat.rank == own and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
+        if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.lives())):
+            return beat
+    return None
 
 
 def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, silent_s: float) -> str:

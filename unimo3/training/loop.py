@@ -218,13 +218,20 @@ def train(
     run.record_saves(saver.take_finished())
     watch.close()
     where = f"step {run.step} of {training.steps} is saved in {run.folder}"
+    if only_evaluates:
+        where = f"of step {run.step} in {run.folder}"
     if wish == Wish.REQUEUE and (run.step < last_step or is_cut_short):
         stop.done()
-        raise Interrupted(
-            f"asked to stop ({stop.name or 'by another rank'}); {where}; start the same command to continue"
-        )
+        asked = f"asked to stop ({stop.name or 'by another rank'})"
+        if only_evaluates:
+            raise Interrupted(
+                f"{asked} amid the evaluation {where}, of which nothing is kept; start the same command to do it again"
+            )
+        raise Interrupted(f"{asked}; {where}; start the same command to continue")
     if rank == 0 and wish == Wish.STOP and run.step < last_step:
         log.info("stopped by the file %s; %s; remove it to go on", run.folder / STOP_FILE, where)
+    elif rank == 0 and only_evaluates:
+        log.info("done: the evaluation %s", where)
     elif rank == 0:
         log.info("done: step %d of %d; checkpoints and figures are in %s", run.step, training.steps, run.folder)
 

@@ -27,19 +27,23 @@ class MetricsWriter:
 
     Args:
         folder: the run's folder.
-        resumed_step: steps done before; later records are dropped.
+        resumed_step: steps done before; later records are dropped. None: nothing is dropped.
         enabled: whether this is rank 0.
     """
 
-    def __init__(self, folder: Path, resumed_step: int, enabled: bool):
+    def __init__(self, folder: Path, resumed_step: int | None, enabled: bool):
         self._file = None
         self._board: SummaryWriter | None = None
         self._is_cut_off = False
         if enabled:
             path = folder / "metrics.jsonl"
-            drop_after(path, resumed_step)
+            if resumed_step is not None:
+                drop_after(path, resumed_step)
+            written = path.read_bytes() if path.exists() else b""
+            self._is_cut_off = bool(written) and not written.endswith(b"\n")
             self._file = path.open("a", buffering=1)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+            purge_step = None if resumed_step is None else resumed_step + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, figures: Figures, group: str = "train") -> None:
         """Append one record, and the same as events.

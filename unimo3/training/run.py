@@ -59,11 +59,14 @@ def _differences(before: dict[str, Any], settings: Any) -> list[str]:
         f"{key}: {now!r}: this run was started with {before.get(key, defaults[key])!r}; keep that, or choose a new "
         "run.name"
         for key, now in config.flatten(settings).items()
-        if before.get(key, defaults[key]) != now and not _may_change(key, now, settings.run.folder)
+        if before.get(key, defaults[key]) != now and not _may_change(key, now, settings)
     ]
 
 
-def _may_change(key: str, now: Any, run: Path) -> bool:
+def _may_change(key: str, now: Any, settings: Any) -> bool:
+    run: Path = settings.run.folder
+    if getattr(settings, "eval_only", False) and key.startswith(("training.", "optim.")):
+        return True  # nothing is trained by them
     if key in _FIRST_WEIGHTS:
         return bool(store.list_checkpoints(run))
     if key == "data.tokenizer":  # the same one elsewhere, as after a move to another cluster
@@ -139,13 +142,16 @@ class Run:
     def write_model_files(self, *parts: Saveable) -> None:
         """Keep what an exported folder needs beside the weights: configuration, tokenizer, image processor."""
         final, staging = self.folder / "model", self.folder / "model.tmp"
-        if self._rank != 0 or final.exists():
+        # A start before the first checkpoint begins anew, perhaps from other weights or with other answers.
+        if self._rank != 0 or (final.exists() and store.has_folders(self.folder)):
             return
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
         for part in parts:
             part.save_pretrained(staging)
+        if final.exists():
+            shutil.rmtree(final)
         staging.rename(final)
 
     def resume(self, engine: Any) -> None:
@@ -173,11 +179,14 @@ class Run:
                 raise ConfigError(faults)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             self.num_skipped = state.extra.get("skipped_steps", 0)
-            store.set_damaged_aside(damaged)
+            if self._fingerprint is not None:
+                store.set_damaged_aside(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
-        self.metrics = MetricsWriter(self.folder, self.step, enabled=self._rank == 0)
-        if self._keeps_ledger:
+        # What does not train drops nothing of what training left.
+        resumed_step = None if self._fingerprint is None else self.step
+        self.metrics = MetricsWriter(self.folder, resumed_step, enabled=self._rank == 0)
+        if self._keeps_ledger and self._fingerprint is not None:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)
             own = folder / f"rank_{self._rank:05d}.jsonl"
@@ -191,7 +200,7 @@ class Run:
         """What another number of ranks changes, as the end of a log line."""
         before = state.extra["settings"]["training.micro_batch"] * state.world_size
         now = self._settings.training.micro_batch * self._world_size
-        if before != now:
+        if before != now and self._fingerprint is not None:
             log.warning(
                 "a micro-step now sees %d pairs over all ranks, before %d; contrastive and matching losses compare "
                 "within it: training.micro_batch %g with %d ranks keeps it",
