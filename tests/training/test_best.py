@@ -36,7 +36,7 @@ def evaluate(run, best, step, value, data="val"):
 
 
 def test_the_first_of_the_largest_is_the_best(run):
-    best = Best(BestArgs(), "accuracy", "val")
+    best = Best(BestArgs(), "accuracy", "val", 2)
     for step, value in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4)):
         evaluate(run, best, step, value)
     found = read_best(run.folder)
@@ -51,7 +51,7 @@ def test_the_first_of_the_largest_is_the_best(run):
 
 
 def test_it_is_noted_only_when_its_checkpoint_is_committed(run):
-    best = Best(BestArgs(), "accuracy", "val")
+    best = Best(BestArgs(), "accuracy", "val", 2)
     evaluate(run, best, 2, 0.3)
     run.step = 4
 
@@ -64,7 +64,7 @@ def test_it_is_noted_only_when_its_checkpoint_is_committed(run):
 
 
 def test_retention_spares_it(run):
-    best = Best(BestArgs(), "accuracy", "val")
+    best = Best(BestArgs(), "accuracy", "val", 2)
     for step, value in ((2, 0.3), (4, 0.5), (6, 0.4), (8, 0.4)):
         evaluate(run, best, step, value)
         commit(run)
@@ -73,7 +73,7 @@ def test_retention_spares_it(run):
 
 
 def test_a_best_one_that_was_lost_gives_way(run):
-    best = Best(BestArgs(), "accuracy", "val")
+    best = Best(BestArgs(), "accuracy", "val", 2)
     evaluate(run, best, 2, 0.9)
     (store.folder_of(run.folder) / "step_00000002").rename(run.folder / "moved")
     evaluate(run, best, 4, 0.1)
@@ -81,31 +81,39 @@ def test_a_best_one_that_was_lost_gives_way(run):
 
 
 def test_nothing_is_chosen_on_other_data_or_without_the_figure(run, caplog):
-    evaluate(run, Best(BestArgs(), "accuracy", None), 2, 0.3)
-    Best(BestArgs(), "accuracy_overall", "val").consider(run, {}, lambda: commit(run))
+    evaluate(run, Best(BestArgs(), "accuracy", None, 2), 2, 0.3)
+    Best(BestArgs(), "accuracy_overall", "val", 2).consider(run, {}, lambda: commit(run))
     assert read_best(run.folder) is None
-    evaluate(run, Best(BestArgs(), "accuracy", "val"), 2, 0.3)
-    evaluate(run, Best(BestArgs(), "accuracy", "other"), 4, 0.9, "other")
+    evaluate(run, Best(BestArgs(), "accuracy", "val", 2), 2, 0.3)
+    evaluate(run, Best(BestArgs(), "accuracy", "other", 2), 4, 0.9, "other")
     assert read_best(run.folder).step == 2
     assert "step_00000002 stays the best checkpoint: it was chosen on other held-out data" in caplog.text
 
 
 def test_patience_counts_evaluations_since_the_best(run):
-    best = Best(BestArgs(patience=2), "accuracy", "val")
+    best = Best(BestArgs(patience=2), "accuracy", "val", 2)
     for step, value, last in ((2, 0.3, 100), (4, 0.2, 100), (6, 0.4, 100), (8, 0.4, 100), (10, 0.1, 10)):
         evaluate(run, best, step, value)
         assert best.last_step(run, 100) == last
     # A later start, on other data as well, does not train on.
-    assert Best(BestArgs(patience=2), "accuracy", None).last_step(run, 100) == 10
-    assert Best(BestArgs(patience=3), "accuracy", "val").last_step(run, 100) == 100
-    assert Best(BestArgs(), "accuracy", "val").last_step(run, 100) == 100
+    assert Best(BestArgs(patience=2), "accuracy", None, 2).last_step(run, 100) == 10
+    assert Best(BestArgs(patience=3), "accuracy", "val", 2).last_step(run, 100) == 100
+    assert Best(BestArgs(), "accuracy", "val", 2).last_step(run, 100) == 100
+
+
+def test_patience_counts_scheduled_evaluations_once(run):
+    best = Best(BestArgs(patience=2), "accuracy", "val", 4)
+    # At step 5 a start ended early, at 8 the run was evaluated twice more by itself.
+    for step, last in ((4, 100), (5, 100), (6, 100), (8, 100), (8, 100), (8, 100), (12, 12)):
+        evaluate(run, best, step, 0.3)
+        assert best.last_step(run, 100) == last
 
 
 def test_export_takes_the_best_by_name(run):
     commit(run)
     with pytest.raises(CheckpointError, match=r"--tag best: .*best\.json names none"):
         choose_checkpoint(run.folder, "best")
-    best = Best(BestArgs(), "accuracy", "val")
+    best = Best(BestArgs(), "accuracy", "val", 2)
     for step, value in ((2, 0.3), (4, 0.2)):
         evaluate(run, best, step, value)
     commit(run)

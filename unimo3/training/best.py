@@ -41,10 +41,12 @@ class Best:
     Args:
         figure: larger is better.
         fingerprint: of the held-out data. None: nothing is chosen on this data; what was chosen before still counts.
+        every: steps between evaluations. Patience counts those alone: not one where a start ended early, nor a second
+            one of the same state.
     """
 
-    def __init__(self, args: BestArgs, figure: str, fingerprint: str | None):
-        self._args, self._figure, self._fingerprint = args, figure, fingerprint
+    def __init__(self, args: BestArgs, figure: str, fingerprint: str | None, every: int):
+        self._args, self._figure, self._fingerprint, self._every = args, figure, fingerprint, every
 
     def consider(self, run: Run, figures: Figures, save: Callable[[], None]) -> None:
         """Have the run's present state saved, and noted as the best, if its figure is better than any before.
@@ -79,13 +81,13 @@ class Best:
 
     def _is_past(self, run: Run) -> bool:
         best = read_best(run.folder)
-        if not self._args.patience or best is None:
+        if not self._args.patience or not self._every or best is None:
             return False
-        later = [
-            record
+        later = {
+            record["step"]
             for record in read_metrics(run.folder, group="eval")
-            if record.get("data") == best.data and record["step"] > best.step
-        ]
+            if record.get("data") == best.data and record["step"] > best.step and record["step"] % self._every == 0
+        }
         if len(later) < self._args.patience:
             return False
         log.info(
