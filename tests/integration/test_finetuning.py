@@ -103,6 +103,7 @@ def test_nlvr2_trains_on_pairs_of_images(program, common, folder, pretrained, nl
     run = folder / "runs" / "pairs"
     first, second = read_metrics(run)
     assert first["loss"] != second["loss"]
+    assert {"gates_text", "gates_image"} <= set(first)
     examples = read_lines(nlvr2.parent / "source" / "dev.json")
     figures = nlvr2_figures((run / "predictions.csv").read_text(), examples)
     assert json.loads((run / "accuracy.json").read_text()) == pytest.approx(figures)

@@ -20,6 +20,7 @@ from unimo3.model.fusion import FusionOutput, mean_shares
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
 Losses = dict[str, Tensor]
+Gates = Sequence[Tensor | None]
 
 
 class TowerStates(NamedTuple):
@@ -67,6 +68,16 @@ class Objective(ABC):
         """A ``loss`` with gradient and any further figures, unweighted; `fused` is what became of `request`."""
 
 
+def gate_shares(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
+    """``gates_text`` and ``gates_image``, see `mean_shares`, where the model has gates.
+
+    Args:
+        mask: [B, T] of the texts.
+    """
+    shares = {"gates_text": mean_shares(text_gates, mask), "gates_image": mean_shares(image_gates, None)}
+    return {name: share for name, share in shares.items() if share is not None}
+
+
 class PretrainingTask(nn.Module):
     """Batch -> losses of all objectives whose weight is not zero."""
 
@@ -91,7 +102,7 @@ class PretrainingTask(nn.Module):
         requests = [objective.fusion_input(states) for objective in self.objectives]
         wanted = [request for request in requests if request is not None]
         fused = self._fuse(wanted)
-        report: Losses = self._gates(fused[0], wanted[0].mask) if fused else {}
+        report = gate_shares(fused[0].text_gates, fused[0].image_gates, wanted[0].mask) if fused else {}
         total = states.image.new_zeros((), dtype=torch.float32)
         for objective, request in zip(self.objectives, requests, strict=True):
             losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)
@@ -99,14 +110,6 @@ class PretrainingTask(nn.Module):
             for key, value in losses.items():
                 report[f"{key}_{objective.name}"] = value.detach()
         return {"loss": total, **report}
-
-    @staticmethod
-    def _gates(fused: FusionOutput, mask: Tensor) -> Losses:
-        shares = {
-            "gates_text": mean_shares(fused.text_gates, mask),
-            "gates_image": mean_shares(fused.image_gates, None),
-        }
-        return {name: share for name, share in shares.items() if share is not None}
 
     def _encode(self, batch: dict[str, Any]) -> TowerStates:
         ids = []

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForImageTextClassification
-from unimo3.objectives.base import Losses
+from unimo3.objectives.base import Losses, gate_shares
 
 
 class ClassificationTask(nn.Module):
@@ -26,11 +26,13 @@ class ClassificationTask(nn.Module):
                 ``attention_mask`` [B, T], ``label`` [B].
 
         Returns:
-            In training ``loss`` and ``accuracy``, the share of rows that are right; in evaluation also ``logits``
-            [B, classes].
+            ``loss`` and ``accuracy``, the share of rows that are right; in training also the gates, see `gate_shares`,
+            in evaluation ``logits`` [B, classes].
         """
-        label = batch["label"]
-        out = self.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], labels=label)
-        accuracy = (out.logits.argmax(-1) == label).float().mean()
-        report = {"loss": out.loss, "accuracy": accuracy}
-        return report if self.training else report | {"logits": out.logits.float()}
+        label, images, mask = batch["label"], batch["pixel_values"], batch["attention_mask"]
+        out = self.model(batch["input_ids"], images, mask, labels=label, output_gates=self.training)
+        report = {"loss": out.loss, "accuracy": (out.logits.argmax(-1) == label).float().mean()}
+        if not self.training:
+            return report | {"logits": out.logits.float()}
+        each = mask.repeat(2, 1) if images.dim() == 5 else mask  # the gates are those of both images
+        return report | gate_shares(out.text_gates, out.image_gates, each)

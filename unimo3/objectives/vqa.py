@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.objectives.base import Losses
+from unimo3.objectives.base import Losses, gate_shares
 
 
 class VqaTask(nn.Module):
@@ -25,7 +25,12 @@ class VqaTask(nn.Module):
             batch: ``pixel_values`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, T], ``targets`` [B, answers].
 
         Returns:
-            In training ``loss``; in evaluation also ``logits`` [B, answers].
+            In training ``loss`` and the gates, see `gate_shares`; in evaluation ``loss`` and ``logits`` [B, answers].
         """
-        out = self.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], labels=batch["targets"])
-        return {"loss": out.loss} if self.training else {"loss": out.loss, "logits": out.logits.float()}
+        mask = batch["attention_mask"]
+        out = self.model(
+            batch["input_ids"], batch["pixel_values"], mask, labels=batch["targets"], output_gates=self.training
+        )
+        if not self.training:
+            return {"loss": out.loss, "logits": out.logits.float()}
+        return {"loss": out.loss} | gate_shares(out.text_gates, out.image_gates, mask)
