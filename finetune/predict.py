@@ -38,6 +38,7 @@ from unimo3.inference.predictors import PREDICTORS, Answers, Predictor
 from unimo3.inference.search import Search
 
 _NUM_FAULTS_SHOWN = 10
+_RERANK = 32
 
 
 @exit_with_status
@@ -77,7 +78,7 @@ def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path,
     if gallery.kind == "texts" and args.text:
         raise ConfigError(f"--text '{args.text[0]}': {args.index} holds texts, which an image searches; give --image")
     args.searched = gallery.kind
-    return Search(loaded, gallery, args.rerank, args.batch).find
+    return Search(loaded, gallery, _RERANK if args.rerank is None else args.rerank, args.batch).find
 
 
 def make_index(args: argparse.Namespace) -> None:
@@ -102,7 +103,7 @@ def make_index(args: argparse.Namespace) -> None:
 
 def _read_texts(path: Path) -> list[str]:
     try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--texts {path}: cannot be read ({error}); name a UTF-8 file with one text a line"
@@ -148,8 +149,6 @@ def answer_lines(
         how = Answerer(query, lambda queries: [find(queries[0], args.top)], 1)
     with progress(count_lines(args.input), "line") as bar:
         num_lines, faults = answer_file(args.input, args.output, how, bar.update)
-    if not num_lines:
-        raise DataError(f"--input {args.input}: holds no line; write one object a line")
     print(f"{args.output}: {num_lines - len(faults)} of {num_lines} lines answered")
     if faults:
         raise DataError(fault_message(args.input, args.output, num_lines, faults))

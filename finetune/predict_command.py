@@ -56,8 +56,8 @@ def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
     if task == "retrieval":
         parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
         parser.add_argument(
-            "--rerank", type=int, default=32,
-            help="candidates of the towers that the fusion encoder puts in order; 0: none (default: %(default)s)",
+            "--rerank", type=int,
+            help="candidates of the towers in --index that the fusion encoder puts in order; 0: none (default: 32)",
         )  # fmt: skip
 
 
@@ -75,7 +75,11 @@ def _query_faults(args: argparse.Namespace) -> list[str]:
             found.append(f"--input {args.input}: needs --output, a file for the answers")
         elif args.output.resolve() == args.input.resolve():
             found.append(f"--output {args.output}: is --input; name another file")
-        return found
+        elif not args.output.resolve().parent.is_dir():
+            found.append(f"--output {args.output}: its folder is not there; make it, or name another")
+        if args.json:
+            found.append("--json: --output is JSON lines in any case; leave it out")
+        return found + _rerank_faults(args)
     found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
     if args.task != "retrieval":
@@ -94,4 +98,10 @@ def _query_faults(args: argparse.Namespace) -> list[str]:
             f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
             "one to rank for the other, or --index"
         )
-    return found
+    return found + _rerank_faults(args)
+
+
+def _rerank_faults(args: argparse.Namespace) -> list[str]:
+    if args.task != "retrieval" or args.rerank is None or args.index is not None:
+        return []
+    return [f"--rerank {args.rerank}: is for --index; without it all that is given is fused, leave it out"]

@@ -116,7 +116,10 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
     if tag == "best":
         best = read_best(run)
         if best is None:
-            raise CheckpointError(f"--tag best: {run / BEST} names none; fine-tuning with best.keep and data.val does")
+            raise CheckpointError(
+                f"--tag best: {run / BEST} names none, which fine-tuning does with best.keep and a data.val that is no "
+                "test split; leave --tag out for the newest"
+            )
         tag = best.tag
     folder = store.folder_of(run) / tag
     if folder not in store.list_checkpoints(run):

@@ -258,6 +258,7 @@ def test_fp16_weights_on_a_cpu_run_in_fp32_with_a_notice_or_in_bf16(tuned, photo
     with pytest.raises(SystemExit) as end:
         export.main([str(tuned / "vqa"), "--out", str(half), "--dtype", "fp16"])
     assert not end.value.code
+    capsys.readouterr()
     command = ("vqa", "--weights", half, "--image", photo, "--text", "is it?", "--json", "--device", "cpu")
     scores = []
     for options in ((), ("--dtype", "fp32"), ("--dtype", "bf16")):
@@ -358,6 +359,30 @@ def test_settings_that_cannot_be_come_in_one_message(tuned, photo, capsys):
     for fault in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
         assert fault in told
     assert "this machine has" in refused(tuned / "vqa_weights", photo, capsys, "--device", "cuda:7")
+
+
+def test_options_that_would_do_nothing_are_refused(tuned, photo, tmp_path, capsys):
+    told = refused(tuned / "retrieval_weights", photo, capsys, "--rerank", 3, task="retrieval", text="a dog")
+    assert "--rerank 3: is for --index" in told
+    source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
+    weights = tuned / "vqa_weights"
+    assert run("vqa", "--weights", weights, "--input", source, "--output", tmp_path / "out", "--json") == 78
+    assert "--json: --output is JSON lines in any case; leave it out" in capsys.readouterr().err
+
+
+def test_a_file_without_a_line_leaves_earlier_answers(tuned, tmp_path, capsys):
+    source, target = write_lines(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl"
+    target.write_text("kept")
+    assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
+    assert f"--input {source}: holds no line; write one object a line" in capsys.readouterr().err
+    assert target.read_text() == "kept"
+
+
+def test_only_line_feeds_part_texts(tuned, tmp_path, capsys):
+    (tmp_path / "texts").write_text("a dog\x0bthat sleeps\r\ntwo\u2028dogs\n\n", newline="")
+    weights = tuned / "retrieval_weights"
+    assert run("index", "--weights", weights, "--texts", tmp_path / "texts", "--out", tmp_path / "index") == 0
+    assert "2 texts" in capsys.readouterr().out
 
 
 def test_the_program_runs_without_deepspeed_or_a_process_group(tuned, photo):

@@ -186,8 +186,10 @@ class ShardIndex:
         return self._members(shard).item(item)
 
     def holds(self, kind: str) -> bool:
-        """Whether the first sample has entries under `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
-        first = next(number for number, shard in enumerate(self.shards) if shard.num_samples)
+        """Whether there is a first sample and it has `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
+        first = next((number for number, shard in enumerate(self.shards) if shard.num_samples), None)
+        if first is None:
+            return False
         members = self.read(first, 0)
         try:
             content = json.loads(members.get("json", b"{}"))
@@ -326,4 +328,6 @@ def index_faults(name: str, index: ShardIndex, kind: str) -> list[str]:
         return [f"{name}: {error}"]
     if holds:
         return []
+    if not sum(index.samples_per_shard):
+        return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]
     return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]

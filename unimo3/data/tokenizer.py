@@ -54,8 +54,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
     if not folder or not Path(folder).is_dir():
         raise ConfigError(
-            f"data.tokenizer: '{folder}': no such folder; name a RoBERTa folder, or train one with "
-            "python -m pretrain.prepare_shards coco --tokenizer-vocab N"
+            f"data.tokenizer: '{folder}': no such folder; in fine-tuning name the exported folder that init names, in "
+            "pretraining a RoBERTa folder, or train one with python -m pretrain.prepare_shards coco --tokenizer-vocab N"
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -55,6 +55,10 @@ def load(
         ConfigError: the folder lacks a part, is of another task, or device or type cannot be had; all faults at once.
         CheckpointError: its weights do not fit its configuration.
     """
+    if (Path(folder) / "checkpoints").is_dir():
+        raise ConfigError(
+            f"--weights '{folder}': is a run; name what python -m pretrain.export {folder} --out DIR wrote"
+        )
     config = read_config("--weights", folder, "UNIMO-3")
     if not isinstance(config, Unimo3Config):
         raise ConfigError(f"--weights '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 is needed")

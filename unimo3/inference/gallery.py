@@ -142,7 +142,9 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
     Raises:
         ConfigError: it is no index, or was made by other weights.
     """
-    again = "make it again with python -m finetune.predict index"
+    again = "remove it and make it again with python -m finetune.predict index"
+    if not folder.is_dir():
+        raise ConfigError(f"--index {folder}: no such folder; make one with python -m finetune.predict index")
     try:
         described = json.loads((folder / "index.json").read_text())
         kind, root, names = described["kind"], Path(described["root"]), described["names"]

@@ -71,6 +71,7 @@ def answer_file(
 
     Raises:
         ConfigError: a file cannot be read or written.
+        DataError: the source holds no line.
     """
     staging = target.with_name(f"{target.name}.partial")
     num_lines = 0
@@ -84,6 +85,8 @@ def answer_file(
                     out.write(json.dumps(record, ensure_ascii=True) + "\n")
                 num_lines += len(lines)
                 done(len(lines))
+        if not num_lines:
+            raise DataError(f"--input {source}: holds no line; write one object a line")
         staging.replace(target)
     except OSError as error:
         raise ConfigError(

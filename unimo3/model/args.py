@@ -274,7 +274,7 @@ def length_faults(text: RobertaConfig, max_tokens: int) -> list[str]:
         return []
     return [
         f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
-        f"allows {most}; lower it, or raise model.text.max_position_embeddings to {max_tokens + 2}"
+        f"allows {most}; lower it, or pretrain with model.text.max_position_embeddings {max_tokens + 2}"
     ]
 
 

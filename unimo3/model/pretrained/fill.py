@@ -26,6 +26,8 @@ NO_WEIGHTS = (
     "from_pretrained(...).save_pretrained(...)"
 )
 
+_NUM_SHOWN = 5
+
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
@@ -90,7 +92,7 @@ def fill(
         if len(pieces[name]) == num_parts:
             missing.discard(first_names[parameter])
     faults = [
-        f"{kind}: {', '.join(sorted(names))}"
+        f"{kind}: {_shown(sorted(names))}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -104,6 +106,11 @@ def fill(
             f"{source}: its tensors do not fit {type(module).__name__}; {'; '.join(faults)}. "
             "Use weights of the same architecture and sizes"
         )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more
 
 
 def read_config(field: str, folder: str, kind: str, has_weights: bool = True) -> PreTrainedConfig:

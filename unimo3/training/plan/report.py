@@ -60,6 +60,7 @@ def plan_figures(
             "recipe_divides": not batch.faults(),
             "recipe_fits": choice.fit.fits,
             "recipe_fits_with_checkpointing": True in costs and _recipe_fits(choice, costs[True], batch, machine),
+            "share": batch.global_batch // batch.world_size,
             "largest": choice.fit.largest,
             "largest_dividing": choice.fit.largest_dividing,
             "planned": choice.micro_batch,
@@ -132,7 +133,8 @@ def _micro_batch_line(sizes: Figures) -> str:
         fits = f"{fault}; set training.micro_batch to {sizes['planned']}"
         if sizes["recipe_fits_with_checkpointing"]:
             fits += " or training.activation_checkpointing to true"
-    return (
-        f"micro-batch: the recipe's {sizes['recipe']} {fits}; {sizes['largest']} is the largest that fits, "
-        f"{sizes['largest_dividing']} the largest that also divides the global batch"
-    )
+    if sizes["largest"] == sizes["share"]:
+        most = "all of the global batch that a rank has"
+    else:
+        most = f"the largest that fits, {sizes['largest_dividing']} the largest that also divides the global batch"
+    return f"micro-batch: the recipe's {sizes['recipe']} {fits}; {sizes['largest']} is {most}"
