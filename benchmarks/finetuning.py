@@ -105,8 +105,10 @@ on (`unimo3/data/blind.py`); for retrieval it is one order of all candidates for
 
 {starts}
 
-{ahead} The figure is the one above. A seed draws the order of the data, the task's head and the random weights; the
-pretrained ones are the same. Nothing else differs between the lines of a task but the rate."""
+{ahead}
+
+The figure is the one above. A seed draws the order of the data, the task's head and the random weights; the pretrained
+ones are the same. Nothing else differs between the lines of a task but the rate."""
     write_report(ROOT / "benchmarks" / "results" / "finetuning.md", "Fine-tuning on toy data", body)
     write_readme(tasks)
     print(f"{tasks}\n{below}\n\n{starts}\n{ahead}")

@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from benchmarks.finetuning import README_MARKS
 from tests.data.conftest import draw_jpeg
 from tests.spawn import ROOT
 from unimo3.inference.folder import load
@@ -18,6 +19,12 @@ def example() -> str:
     section = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
     (block,) = re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, flags=re.MULTILINE)
     return textwrap.dedent(block)
+
+
+def test_the_readmes_table_of_tasks_is_the_benchmarks():
+    table = (ROOT / "README.md").read_text().partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
+    assert table.count("\n") == 6
+    assert table in (ROOT / "benchmarks" / "results" / "finetuning.md").read_text()
 
 
 def test_the_readmes_example_has_about_ten_lines_and_predicts(tuned, tmp_path, capsys):
