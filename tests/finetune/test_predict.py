@@ -302,6 +302,16 @@ def test_a_folder_without_weights_is_named(tmp_path, photo, capsys):
     assert f"--weights: '{tmp_path}': no config.json there" in refused(tmp_path, photo, capsys)
 
 
+def test_a_run_in_place_of_weights_and_a_folder_that_is_not_there_are_named(tuned, photo, tmp_path, capsys):
+    assert f"--weights '{tuned / 'vqa'}': is a run; name what python -m pretrain.export" in refused(
+        tuned / "vqa", photo, capsys
+    )
+    source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
+    target = tmp_path / "gone" / "out.jsonl"
+    assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
+    assert f"--output {target}: its folder is not there" in capsys.readouterr().err
+
+
 def test_a_missing_image_one_that_is_none_and_an_empty_text_are_named(tuned, photo, capsys):
     weights = tuned / "vqa_weights"
     told = refused(weights, photo.with_name("gone.jpg"), capsys)

@@ -17,6 +17,7 @@ from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
 from tests.tiny import tiny_config
+from unimo3 import config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
@@ -114,6 +115,26 @@ def test_evaluation_alone_needs_tuned_weights_and_held_out_data_but_no_training_
     Nlvr2().configure(config)
     Unimo3ForImagesAndTextClassification(config).save_pretrained(folder)
     assert settings(Nlvr2Config, nlvr2, folder, tmp_path, {"train": ""}, eval_only=True).faults() == []
+    (fault,) = settings(Nlvr2Config, nlvr2, folder, tmp_path, {"train": ""}, eval_only=True, image_size=24).faults()
+    assert fault == "image_size: 24: the weights were tuned at 16, and none are trained here; leave it out"
+
+
+def test_evaluation_alone_takes_any_settings_of_training(nlvr2, pretrained, tmp_path):
+    def started_with(**changes):
+        found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, training={"steps": 7}, **changes).faults()
+        return [fault.partition(":")[0] for fault in found if "this run was started with" in fault]
+
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    config.save(settings(Nlvr2Config, nlvr2, pretrained, tmp_path), folder / "config.yaml")
+    assert started_with() == ["training.steps"]
+    assert started_with(eval_only=True) == []
+    assert started_with(eval_only=True, image_size=24) == ["image_size"]
+
+
+def test_what_follows_from_another_fault_is_not_told(vqav2, pretrained, tmp_path):
+    (fault,) = settings(VqaConfig, vqav2, pretrained, tmp_path, {"train": str(tmp_path / "gone" / "train")}).faults()
+    assert fault.startswith("data.train: ")
 
 
 def test_patience_needs_evaluations(nlvr2, pretrained, tmp_path):
