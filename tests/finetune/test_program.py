@@ -154,30 +154,38 @@ def test_shards_without_a_sample_are_named(nlvr2, pretrained, tmp_path):
     assert fault == f"data.val: '{tmp_path / 'val'}': holds no sample (nlvr2, val); name other shards"
 
 
-def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path):
+@pytest.fixture
+def process():
+    """Another one that lives."""
+    sleeping = subprocess.Popen(["sleep", "100"])
+    yield sleeping
+    sleeping.kill()
+    sleeping.wait()
+
+
+def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
     folder = tmp_path / "runs" / "run"
     (folder / "heartbeats").mkdir(parents=True)
-    with subprocess.Popen(["sleep", "100"]) as process:
 
-        def faults_after(**changes):
-            beat = Heartbeat(0, socket.gethostname(), process.pid, 7, "compute", 9, time.time(), time.time())
-            path = folder / "heartbeats" / "rank_00000.json"
-            path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(beat, **changes))))
-            found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).faults()
-            return [fault for fault in found if "is in use" in fault]
+    def faults_after(**changes):
+        beat = Heartbeat(0, socket.gethostname(), process.pid, 7, "compute", 9, time.time(), time.time())
+        path = folder / "heartbeats" / "rank_00000.json"
+        path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(beat, **changes))))
+        found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).faults()
+        return [fault for fault in found if "is in use" in fault]
 
-        (fault,) = faults_after()
-        assert fault.startswith(f"eval_only: true: {folder} is in use, rank 0 is at step 7 (pid {process.pid} on ")
-        assert faults_after(host="another")
-        assert not faults_after(host="another", time=time.time() - 60)
-        assert not faults_after(phase="ended")
-        assert not faults_after(rank=1)
-        assert not faults_after(pid=os.getpid())
-        process.kill()
-        ends = time.monotonic() + 10
-        while Path(f"/proc/{process.pid}/status").read_text().find("Z (zombie)") < 0 and time.monotonic() < ends:
-            time.sleep(0.01)
-        assert not faults_after()
+    (fault,) = faults_after()
+    assert fault.startswith(f"eval_only: true: {folder} is in use, rank 0 is at step 7 (pid {process.pid} on ")
+    assert faults_after(host="another")
+    assert not faults_after(host="another", time=time.time() - 60)
+    assert not faults_after(phase="ended")
+    assert not faults_after(rank=1)
+    assert not faults_after(pid=os.getpid())
+    process.kill()
+    ends = time.monotonic() + 10
+    while Path(f"/proc/{process.pid}/status").read_text().find("Z (zombie)") < 0 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert not faults_after()
 
 
 def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_path):
