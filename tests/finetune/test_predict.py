@@ -200,6 +200,15 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_index_has_the_others(t
     assert json.loads((tmp_path / "index" / "index.json").read_text())["names"] == ["photo.jpg"]
     assert run(*command) == 78
     assert f"--out {tmp_path / 'index'}: exists" in capsys.readouterr().err
+    photo.unlink()
+    search = ("retrieval", "--weights", tuned / "retrieval_weights", "--index", tmp_path / "index", "--text", "a dog")
+    assert run(*search) == 78
+    assert "photo.jpg: cannot be read" in (told := capsys.readouterr().err)
+    assert "it is in the index: put it back, or make the index again" in told
+    assert run(*search, "--rerank", 0) == 0  # reads no image
+    (tmp_path / "index").rename(tmp_path / "moved")
+    assert run(*search) == 78
+    assert f"--index {tmp_path / 'index'}: no such folder; make one with" in capsys.readouterr().err
 
 
 def test_a_bad_line_is_named_by_its_number_and_the_others_are_answered(tuned, photo, tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimo3.errors import ConfigError
+from unimo3.errors import ConfigError, DataError
 from unimo3.inference.folder import Loaded
 from unimo3.inference.gallery import Gallery
 from unimo3.inference.inputs import read_pixels, tokens
@@ -80,7 +80,10 @@ class Search:
         for start in range(0, len(chosen), self._batch):
             numbers = chosen[start : start + self._batch]
             if self._gallery.kind == "images":
-                images = self._pixels([self._gallery.path(number) for number in numbers])
+                try:
+                    images = self._pixels([self._gallery.path(number) for number in numbers])
+                except DataError as error:
+                    raise DataError(f"{error}; it is in the index: put it back, or make the index again") from error
                 assert mask is not None
                 text, image = states, self._task({"pixel_values": images})["states"]
             else:
