@@ -247,7 +247,8 @@ def test_shards_of_another_kind_are_refused(coco, vqav2):
 def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
     # Without room for copies nothing is fetched.
     settings = VqaConfig(init="exported", data=DataArgs(train=train, cache_gb=0.0))
-    assert [fault for fault in settings.faults() if fault.startswith("answers: ''")]
+    (fault,) = settings.answers_faults()
+    assert fault.startswith("answers: ''")
 
 
 def test_folders_of_others_beside_the_new_one_are_left_alone(source, tmp_path, capfd):

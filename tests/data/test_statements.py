@@ -118,7 +118,10 @@ def test_a_training_batch_gives_loss_accuracy_and_gradients(request, tokenizer, 
     task = ClassificationTask(model)
     batch = to_device(loaded, torch.device("cpu"))
     report = task(batch)
-    assert set(report) == {"loss", "accuracy"}
+    assert set(report) == {"loss", "accuracy", "gates_text", "gates_image"}
+    # [gated layers, heads, levels], of both images where there are two.
+    for gates in (report["gates_text"], report["gates_image"]):
+        torch.testing.assert_close(gates.sum(dim=-1), torch.ones(gates.shape[:2]))
     report["loss"].backward()
     assert all(parameter.grad.abs().max() > 0 for name, parameter in model.named_parameters() if "_head" in name)
     evaluated = task.eval()(batch)

@@ -30,7 +30,7 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert found["recipe_ds_config"] == "zero3_fp32.json"
     assert found["machine"]["peak_flops"] == 989e12
     assert found["parameters"].pop("total") == sum(found["parameters"].values()) > 2_000_000
-    sizes = {"recipe": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
+    sizes = {"recipe": 32, "share": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
     answers = dict.fromkeys(("recipe_divides", "recipe_fits", "recipe_fits_with_checkpointing"), True)
     assert found["micro_batch"] == sizes | answers
     assert found["time"]["hours"] == pytest.approx(found["time"]["step_s"] / 100)
