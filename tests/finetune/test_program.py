@@ -128,7 +128,8 @@ def test_evaluation_alone_takes_any_settings_of_training(nlvr2, pretrained, tmp_
     folder.mkdir(parents=True)
     config.save(settings(Nlvr2Config, nlvr2, pretrained, tmp_path), folder / "config.yaml")
     assert started_with() == ["training.steps"]
-    assert started_with(eval_only=True) == []
+    assert started_with(eval_only=True, data={"window_shards": 3}) == []
+    assert started_with(eval_only=True, data={"max_text_tokens": 11}) == ["data.max_text_tokens"]
     assert started_with(eval_only=True, image_size=24) == ["image_size"]
 
 

@@ -66,12 +66,12 @@ def test_a_stop_amid_an_evaluation_ends_it_without_figures_and_the_same_command_
 ):  # fmt: skip
     # All pairs of the training split, one at a time: thousands of batches.
     command = (
-        2, "finetune.retrieval", "--eval-only", "true", "--init", weights, "--run.dir", runs, "--run.name", "stopped",
+        2, "finetune.retrieval", "--eval-only", "true", "--init", weights, "--run.dir", runs, "--run.name", "cut_off",
         "--data.val", coco / "train", "--data.tokenizer", weights, "--data.max_text_tokens", "16", "--data.num_workers",
         "1", "--training.global_batch", "8", "--training.micro_batch", "4", "--training.ds_config",
         recipe.parent / "fp32.json", "--ranking.shortlist", "0",
     )  # fmt: skip
-    run = runs / "stopped"
+    run = runs / "cut_off"
     status = program.run(
         *command, "--ranking.pair_batch", "1",
         stop_when=lambda: sum(beat.phase == "evaluate" for beat in read_heartbeats(run)) == 2,

@@ -38,6 +38,9 @@ FREE_SETTINGS = (
     "data.max_bad_share", "best.", "eval_only", "ranking.",
 )  # fmt: skip
 
+# Of the settings of data, those that decide what evaluation alone computes.
+_READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
+
 # Weights that a run started from have done their work once there is a checkpoint; they may lie elsewhere, or nowhere.
 _FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
 
@@ -65,8 +68,9 @@ def _differences(before: dict[str, Any], settings: Any) -> list[str]:
 
 def _may_change(key: str, now: Any, settings: Any) -> bool:
     run: Path = settings.run.folder
-    if getattr(settings, "eval_only", False) and key.startswith(("training.", "optim.")):
-        return True  # nothing is trained by them
+    is_of_training = key.startswith(("training.", "optim.", "data.")) and key not in _READ_BY_EVALUATION
+    if is_of_training and getattr(settings, "eval_only", False):
+        return True
     if key in _FIRST_WEIGHTS:
         return bool(store.list_checkpoints(run))
     if key == "data.tokenizer":  # the same one elsewhere, as after a move to another cluster
