@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run in several processes already; and no thread may run in the server that ranks are forked from.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

@@ -1,59 +1,167 @@
-"""Runs a function on several real gloo ranks, each a process of its own."""
+"""Runs a function on several real gloo ranks, each a process of its own.
+
+Ranks are forked from a server that has imported everything once (`tests.preload`), so that a rank starts in a fraction
+of a second. Whole commands are started by `tests.integration.conftest.Program` instead.
+"""
 
 import importlib
+import itertools
+import multiprocessing
 import os
 import pickle
-import subprocess
+import signal
+import socket
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from unimo3.errors import end_process
-from unimo3.launch import start_ranks, wait_for_ranks
+from tests.waiting import PATIENCE_S, hang, text_of
 
 ROOT = Path(__file__).parents[1]
+# The others end by themselves after one rank failed, with messages of their own.
+_GRACE_S = 2.0
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["tests.preload"])
+
+KILLED = "killed"
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` on `world_size` ranks and return what each returned.
 
     Args:
         function: at a module's top level; on each rank the process group is up when it is called.
     """
     with tempfile.TemporaryDirectory() as folder:
-        call = Path(folder) / "call"
-        call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-        with (Path(folder) / "output").open("w+") as output:
-            ranks = start_ranks(
-                world_size,
-                [sys.executable, "-m", "tests.spawn", folder],
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                status = wait_for_ranks(ranks, grace_s=5, timeout_s=timeout_s)
-            finally:
-                for rank in ranks:
+        ranks = _start(Path(folder), world_size, function, args, has_group=True)
+        _wait(ranks, Path(folder), _GRACE_S)
+        statuses = [rank.exitcode for rank in ranks]
+        assert statuses == [0] * world_size, f"ranks ended with {statuses}:\n{_output(Path(folder))}"
+        return [_result(Path(folder), rank) for rank in range(world_size)]
+
+
+def run_ranks_to_any_end(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """As `run_ranks`, where ranks may fail: for each what it returned, `KILLED`, or ``"failed: ..."``.
+
+    When a rank is killed, the others are killed as well, as a launcher does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = _start(Path(folder), world_size, function, args, has_group=True)
+        _wait(ranks, Path(folder), 0.0)
+        return [
+            _result(Path(folder), number) if _result_path(Path(folder), number).exists() else KILLED
+            for number in range(world_size)
+        ]
+
+
+def run_alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` in a process of its own that belongs to no process group; what it returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        (process,) = _start(Path(folder), 1, function, args, has_group=False)
+        _wait([process], Path(folder), _GRACE_S)
+        assert process.exitcode == 0, f"the process ended with {process.exitcode}:\n{_output(Path(folder))}"
+        return _result(Path(folder), 0)
+
+
+def _start(
+    folder: Path, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], has_group: bool
+) -> list[BaseProcess]:
+    call = pickle.dumps((function.__module__, function.__qualname__, args))
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    if has_group:
+        environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = []
+    for number in range(world_size):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number)} if has_group else {}
+        ranks.append(_server.Process(target=_run, args=(folder, number, environment | own, call, has_group)))
+        ranks[-1].start()
+    return ranks
+
+
+def _wait(ranks: list[BaseProcess], folder: Path, grace_s: float) -> None:
+    """Until all have ended. After the first failure the others get a time of grace, then they are killed."""
+    hangs_at = deadline = time.monotonic() + PATIENCE_S
+    try:
+        while running := [rank for rank in ranks if rank.exitcode is None]:
+            has_failed = any(rank.exitcode for rank in ranks)
+            if has_failed:
+                deadline = min(deadline, time.monotonic() + grace_s)
+            if not wait([rank.sentinel for rank in running], max(0.0, deadline - time.monotonic())):
+                assert time.monotonic() < hangs_at, hang("ranks", _output(folder))
+                for rank in running:
                     rank.kill()
-            output.seek(0)
-            assert status == 0, f"a rank ended with status {status}:\n{output.read()[-6000:]}"
-        return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world_size)]
+                    rank.join()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
-def _main(folder: Path) -> None:
+def _run(folder: Path, number: int, environment: dict[str, str], call: bytes, has_group: bool) -> None:
+    """What a rank does after the fork."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    file = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: PTH123
+    import torch
+
     from unimo3 import distributed
+    from unimo3.errors import end_process
 
-    module, name, args = pickle.loads((folder / "call").read_bytes())
-    world = distributed.init()
-    function = getattr(importlib.import_module(module), name)
-    (folder / f"result_{world.rank}").write_bytes(pickle.dumps(function(*args)))
-    distributed.barrier()
+    torch.set_num_threads(1)
+    status = 0
+    try:
+        if has_group:
+            distributed.init()
+        module, name, args = pickle.loads(call)
+        result = getattr(importlib.import_module(module), name)(*args)
+    except BaseException:
+        traceback.print_exc()
+        result, status = f"failed: {traceback.format_exc(limit=-1)}", 1
+    partial = folder / f"partial_{number}"
+    partial.write_bytes(pickle.dumps(result))
+    partial.rename(_result_path(folder, number))
+    if has_group and status == 0:
+        distributed.barrier()
+    end_process(status)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    _main(Path(sys.argv[1]))
-    end_process(0)
+def _result_path(folder: Path, number: int) -> Path:
+    return folder / f"result_{number}"
+
+
+def _result(folder: Path, number: int) -> Any:
+    return pickle.loads(_result_path(folder, number).read_bytes())
+
+
+def _output(folder: Path) -> str:
+    return text_of(folder / "output")()[-6000:]
+
+
+# Below those that the kernel hands out, and for each process that runs tests its own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = itertools.cycle(range(30000 + 300 * _WORKER, 30300 + 300 * _WORKER))
+
+
+def _free_port() -> int:
+    for port in _ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("unreachable")

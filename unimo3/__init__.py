@@ -2,6 +2,6 @@
 
 from unimo3 import torchvision_ops as _torchvision_ops
 
-_torchvision_ops.declare_missing_operators()
+_torchvision_ops.declare_before_torchvision()
 
 __version__ = "0.1.0"

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from unimo3.startup import resume_collections
+
 EXIT_DONE = 0
 EXIT_DIVERGED = 70
 EXIT_STALLED = 71
@@ -123,6 +125,7 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
+        resume_collections()
         try:
             status = main(*args, **kwargs)
         except RuntimeError as error:

@@ -1,13 +1,6 @@
-"""Saves of models of any make, loaded by any number of ranks: one example a line, from and to a test.
+"""Saves of models of any make, loaded by any number of ranks."""
 
-    python -m tests.checkpoint.fuzz FOLDER
-
-reads examples as JSON lines and answers each with the list of what differs after loading, or what failed.
-"""
-
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoint.ranks import full_moment, state_at
-from tests.forked import in_ranks
+from tests.spawn import run_ranks
 from unimo3.checkpoint import store
 from unimo3.checkpoint.committing import save
+from unimo3.distributed import world
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}
 
@@ -100,46 +94,34 @@ def differences(folder: Path, example: dict[str, Any]) -> list[str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     before, after = example["ranks"]
+    run_ranks(before, _write, folder, example)
+    return run_ranks(after, _read, folder, example)[0]
 
-    def write(rank: int) -> list[str]:
-        engine = start(example, before, seed=0)
-        for step in range(2):
-            loss = engine(torch.tensor(1.0 + step))
-            engine.backward(loss)
-            engine.step()
-        values = values_of(engine)
-        save(engine, folder / "run", state_at(2))
-        if rank == 0:
-            torch.save(values, folder / "values.pt")
-        return []
 
-    def read(rank: int) -> list[str]:
-        engine = start(example, after, seed=1)
-        newest = store.newest_good(folder / "run")
-        if newest is None:
-            return ["no good checkpoint"]
-        store.load(engine, newest)
-        found, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
-        if rank:
-            return []
-        return [
-            name for name in sorted(found.keys() | expected.keys()) if not _same(found.get(name), expected.get(name))
-        ]
+def _write(folder: Path, example: dict[str, Any]) -> None:
+    engine = start(example, world()[1], seed=0)
+    for step in range(2):
+        loss = engine(torch.tensor(1.0 + step))
+        engine.backward(loss)
+        engine.step()
+    values = values_of(engine)
+    save(engine, folder / "run", state_at(2))
+    if world()[0] == 0:
+        torch.save(values, folder / "values.pt")
 
-    for work, size in ((write, before), (read, after)):
-        told = in_ranks(folder, work, size)
-        wrong = [line for part in told for line in (part if isinstance(part, list) else [part])]
-        if wrong:
-            return wrong
-    return []
+
+def _read(folder: Path, example: dict[str, Any]) -> list[str]:
+    engine = start(example, world()[1], seed=1)
+    newest = store.newest_good(folder / "run")
+    if newest is None:
+        return ["no good checkpoint"]
+    store.load(engine, newest)
+    found, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
+    names = sorted(found.keys() | expected.keys())
+    return [name for name in names if not _same(found.get(name), expected.get(name))]
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
     return bool(one == other)
-
-
-if __name__ == "__main__":
-    for line in sys.stdin:
-        print("answer " + json.dumps(differences(Path(sys.argv[1]) / "trial", json.loads(line))), flush=True)

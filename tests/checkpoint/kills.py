@@ -1,29 +1,27 @@
-"""Kills in the middle of a save.
+"""Kills in the middle of a save: `begin` trains a run that is never killed, `outcomes` gives what became of each trial.
 
-    python -m tests.checkpoint.kills FOLDER PROTOCOL POINTS
-
-prints one JSON object a line: first the losses of a run that was never killed, then the outcome of each trial.
 A trial takes up a copy of a run at step 2, trains to step 4 and saves. At the n-th file event of that save one rank
 kills itself with SIGKILL, or the kernel ends it at the n-th byte of a file (SIGXFSZ, which torch's writer can answer no
 more than SIGKILL); the other follows, as under a launcher. Then the run is started again and trained to 6.
 """
 
-import json
 import os
 import resource
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.checkpoint.ranks import start_engine, state_at, train
-from tests.forked import in_ranks
+from tests.spawn import run_ranks, run_ranks_to_any_end
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.saving import Saver
+from unimo3.distributed import world
 
 # What changes files, or opens one.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
@@ -87,64 +85,60 @@ def plain_load(engine: Any, run: Path) -> int:
 PROTOCOLS = {"own": (own_save, own_load), "plain": (plain_save, plain_load)}
 
 
-def main(folder: Path, protocol: str, num_points: int) -> None:
-    """Run the trials, half of them with saves in the background."""
-    save, load = PROTOCOLS[protocol]
+def begin(folder: Path, protocol: str) -> list[list[float]]:
+    """Train a run to step 6 and save it at step 2 alone; each rank's losses."""
+    return run_ranks(2, _begin, folder, protocol)
 
-    def begin(rank: int) -> list[float]:
-        engine = start_engine(3, bf16=True)
-        torch.manual_seed(7 + rank)
-        losses = train(engine, range(2))
-        save(engine, folder / "run", 2, False)
-        return losses + train(engine, range(2, 6))
 
-    straight = in_ranks(folder, begin)
-    print(json.dumps({"straight": straight}), flush=True)
-
-    def trial(run: Path, background: bool, victim: int, point: int | None, byte: int | None = None) -> list[Any]:
-        def work(rank: int) -> Any:
-            engine = start_engine(3, bf16=True, seed=99)
-            assert load(engine, run) == 2
-            train(engine, range(2, 4))
-            events = FileEvents(run)
-            events.kill_at = point if rank == victim else None
-            events.is_on = True
-            if rank == victim and byte is not None:
-                end_at_byte(byte)
-            save(engine, run, 4, background)
-            events.is_on = False
-            return events.count
-
-        return in_ranks(folder, work)
-
-    def resume(run: Path) -> list[Any]:
-        def work(rank: int) -> Any:
-            engine = start_engine(3, bf16=True, seed=98)
-            step = load(engine, run)
-            return [step, train(engine, range(step, 6))]
-
-        return in_ranks(folder, work)
-
+def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str, Any]]:
+    """What became of each kill, half of them in saves behind the training."""
     kinds = [(background, victim) for background in (False, True) for victim in range(2)]
     kinds = kinds if protocol == "own" else kinds[1:2]
     for background, victim in kinds:
         run = folder / f"counted_{background}_{victim}"
         shutil.copytree(folder / "run", run)
-        count = trial(run, background, victim, None)[victim]
-        assert isinstance(count, int), count
+        count = run_ranks(2, _save_and_die, run, protocol, background, victim, None, None)[victim]
         largest = max(path.stat().st_size for path in run.rglob(f"*zero_pp_rank_{victim}_*"))
         each = max(2, num_points // len(kinds) - len(_SHARES) + (victim == 0))
         points = [(number * (count - 1) // (each - 1), None) for number in range(each)]
         for point, byte in points + [(None, int(share * largest)) for share in _SHARES]:
             run = folder / f"{background}_{victim}_{point}_{byte}"
             shutil.copytree(folder / "run", run)
-            killed = trial(run, background, victim, point, byte)
+            killed = run_ranks_to_any_end(2, _save_and_die, run, protocol, background, victim, point, byte)
             outcome = {
                 "background": background, "victim": victim, "point": point, "of": count, "byte": byte, "killed": killed
             }  # fmt: skip
-            print(json.dumps(outcome | {"resumed": resume(run)}), flush=True)
+            yield outcome | {"resumed": run_ranks_to_any_end(2, _resume, run, protocol)}
             shutil.rmtree(run)
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+def _begin(folder: Path, protocol: str) -> list[float]:
+    engine = start_engine(3, bf16=True)
+    torch.manual_seed(7 + world()[0])
+    losses = train(engine, range(2))
+    PROTOCOLS[protocol][0](engine, folder / "run", 2, False)
+    return losses + train(engine, range(2, 6))
+
+
+def _save_and_die(run: Path, protocol: str, background: bool, victim: int, point: int | None, byte: int | None) -> int:
+    """Train to step 4 and save, where `victim` is killed; the number of its file events if it is not."""
+    save, load = PROTOCOLS[protocol]
+    engine = start_engine(3, bf16=True, seed=99)
+    assert load(engine, run) == 2
+    train(engine, range(2, 4))
+    is_victim = world()[0] == victim
+    events = FileEvents(run)
+    events.kill_at = point if is_victim else None
+    events.is_on = True
+    if is_victim and byte is not None:
+        end_at_byte(byte)
+    save(engine, run, 4, background)
+    events.is_on = False
+    return events.count
+
+
+def _resume(run: Path, protocol: str) -> tuple[int, list[float]]:
+    """Load what is there and train to step 6: the step begun with, and the losses since."""
+    engine = start_engine(3, bf16=True, seed=98)
+    step = PROTOCOLS[protocol][1](engine, run)
+    return step, train(engine, range(step, 6))

@@ -3,26 +3,13 @@
 The same kills with DeepSpeed's own save and load, as the control, leave runs that cannot be taken up.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.report import ROOT
+from tests.checkpoint.kills import begin, outcomes
 
 POINTS = 30
-
-
-def outcomes(folder: Path, protocol: str, num_points: int) -> tuple[list[list[float]], list[dict[str, Any]]]:
-    """Losses of each rank of an uninterrupted run, and what came of each kill."""
-    command = [sys.executable, "-m", "tests.checkpoint.kills", str(folder), protocol, str(num_points)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return told[0]["straight"], told[1:]
 
 
 def is_whole(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
@@ -37,7 +24,7 @@ def is_whole(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
 
 @pytest.mark.integration
 def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    straight, kills = outcomes(tmp_path, "own", POINTS)
+    straight, kills = begin(tmp_path, "own"), list(outcomes(tmp_path, "own", POINTS))
     assert len(kills) >= POINTS
     assert all(kill["killed"] == ["killed", "killed"] for kill in kills)
     assert [kill for kill in kills if not is_whole(straight, kill)] == []
@@ -50,5 +37,5 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
 
 @pytest.mark.integration
 def test_deepspeeds_own_saves_do_not_survive_them(tmp_path):
-    straight, kills = outcomes(tmp_path, "plain", 4)
+    straight, kills = begin(tmp_path, "plain"), list(outcomes(tmp_path, "plain", 4))
     assert not all(is_whole(straight, kill) for kill in kills)
