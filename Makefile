@@ -6,7 +6,10 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= demo
 
-.PHONY: setup demo test check clean
+# Two processes compute while two wait for Slurm; tests/conftest.py says which tests share a process.
+PYTEST := $(RUN) -m pytest --numprocesses 4 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: setup demo lint test test-quick check clean
 
 setup: $(STAMP)
 
@@ -21,14 +24,21 @@ $(STAMP): requirements.txt
 demo: setup
 	$(RUN) -m pretrain.demo --dir $(DEMO_DIR)
 
-test: setup
-	$(RUN) -m pytest
-
-check: setup
+lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest
+
+# Everything.
+test: setup
+	$(PYTEST)
+
+# Lint, types and the tests that start no process: three minutes.
+test-quick: lint
+	$(PYTEST) -m "not integration"
+
+# What a commit must pass, and what CI runs.
+check: lint test
 
 clean:
 	rm -rf $(DEMO_DIR)

@@ -8,6 +8,7 @@ Source: triton.compile for a named target; cuobjdump and nvdisasm, which come wi
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -26,6 +27,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 # As launch.py has it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Triton compiles again what has another source, version, target or option; kept in the project, not in the home.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "triton"))
 
 import torch
 import triton
@@ -182,19 +185,28 @@ def measure(build: Build) -> Resources | None:
         compiled = compile_build(build)
     except triton.runtime.errors.PTXASError:
         return None
+    cubin = compiled.asm["cubin"]
+    cached = Path(os.environ["TRITON_CACHE_DIR"]) / "resources" / f"{hashlib.sha256(cubin).hexdigest()}.json"
+    if cached.exists():
+        return Resources(**json.loads(cached.read_text()))
     tools = Path(nvidia.__file__).parent / "bin"
 
     def read(tool: str, *options: str) -> str:
         return subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = read("cuobjdump", "--dump-resource-usage")
-        code = read("nvdisasm", "-c")
+        code = read("nvdisasm", "-c", "-ndf")  # without dataflow analysis, which is not read
     found = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
     count = len(_MATRIX_INSTRUCTION.findall(code))
-    return Resources(found["REG"], found["LOCAL"] + found["STACK"], compiled.metadata.shared, count)
+    resources = Resources(found["REG"], found["LOCAL"] + found["STACK"], compiled.metadata.shared, count)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(resources)))
+    partial.replace(cached)
+    return resources
 
 
 def measure_all(builds: list[Build], what: str) -> dict[Build, Resources | None]:

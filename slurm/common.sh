@@ -46,13 +46,13 @@ setup() {
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# Slurm's controller may be away for minutes, as when it fails over.
+# Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
 patiently() {
     local try
     for try in {1..20}; do
         ! "$@" || return 0
         say "$1 $2 failed ($try of 20)"
-        sleep 15
+        sleep "${SLURM_RETRY_S:-15}"
     done
     return 1
 }
@@ -247,12 +247,12 @@ state_of() {
                 echo "$told"
                 return
             fi
-            sleep 15
+            sleep "${SLURM_RETRY_S:-15}"
             continue
         fi
         [[ $told != *"Invalid job id"* ]] || return 0
         say "squeue failed ($try of 20): $told"
-        sleep 15
+        sleep "${SLURM_RETRY_S:-15}"
     done
     echo RUNNING
 }

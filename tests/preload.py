@@ -2,33 +2,38 @@
 
 Also what torch, deepspeed and transformers import only when it is used: a forked rank would import it again each time.
 """
+# ruff: noqa: F401
 
 import atexit
 import gc
 import os
 from pathlib import Path
 
-import deepspeed  # isort: skip
-import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2
-import pytest  # noqa: F401
+import pytest
 import torch._dynamo
-import torch.distributed.elastic  # noqa: F401
+import torch.distributed.elastic
+import torch.utils.cpp_extension
+import torch.utils.tensorboard
 
 import finetune.nlvr2
 import finetune.retrieval
 import finetune.snli_ve
 import finetune.vqa
-import pretrain.train  # noqa: F401
-import unimo3.model.downstream  # noqa: F401
+import pretrain.train
+import unimo3.model.downstream
+from unimo3.startup import resume_collections
+from unimo3.training.engine import import_muon_uncompiled
+
+import_muon_uncompiled()
 
 # A fork copies only the thread that forks: locks that other threads hold would stay locked in it.
 _threads = [path.name for path in Path("/proc/self/task").iterdir()]
 assert len(_threads) == 1, f"the server that ranks are forked from has {len(_threads)} threads"
 # Collections of garbage would write to all objects, and so copy the server's memory into every rank.
 gc.collect()
-gc.freeze()
+resume_collections()
 
 _server = os.getpid()
 

@@ -76,6 +76,7 @@ def _start(
     environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
     if has_group:
         environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    sys.audit("tests.spawn.start", function.__qualname__)
     ranks = []
     for number in range(world_size):
         own = {"RANK": str(number), "LOCAL_RANK": str(number)} if has_group else {}
@@ -114,7 +115,7 @@ def _run(folder: Path, number: int, environment: dict[str, str], call: bytes, ha
     file = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: PTH123
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     import torch
 
     from unimo3 import distributed

@@ -1,5 +1,5 @@
 import os
-import time
+import signal
 
 import pytest
 
@@ -24,9 +24,10 @@ def describe_world() -> dict:
 def fail_on_rank_0() -> None:
     if distributed.world()[0] == 0:
         raise ValueError("planted")
-    time.sleep(60)
+    signal.pause()
 
 
+@pytest.mark.integration
 def test_ranks_know_their_place_and_exchange_objects():
     told = run_ranks(2, describe_world)
     for rank, one in enumerate(told):
@@ -56,8 +57,7 @@ def test_ranks_that_cannot_know_where_to_meet_are_told(monkeypatch):
         distributed.init()
 
 
+@pytest.mark.integration
 def test_the_launcher_ends_the_others_when_a_rank_fails():
-    started = time.monotonic()
     with pytest.raises(AssertionError, match="planted"):
-        run_ranks(2, fail_on_rank_0)
-    assert time.monotonic() - started < 50
+        run_ranks(2, fail_on_rank_0)  # the other rank ends by a signal alone

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.waiting import output_of, text_of, wait_for
 from unimo3 import apex
 from unimo3.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, exit_with_status
 
@@ -20,6 +21,7 @@ rank = int(os.environ["RANK"])
 assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3" and os.environ["MASTER_PORT"]
 {body}
 """
+FAILS_ON_RANK_1 = "if rank == 1:\n    {}\nsignal.pause()"
 
 
 def launch(tmp_path, body, *arguments, **options):
@@ -31,40 +33,61 @@ def launch(tmp_path, body, *arguments, **options):
     )  # fmt: skip
 
 
+def read_lines(process, expected):
+    """One line from each rank."""
+    for _ in range(3):
+        assert process.stdout.readline() == f"{expected}\n"
+
+
+@pytest.mark.integration
 def test_all_ranks_done_is_status_0_and_arguments_arrive(tmp_path):
     process = launch(tmp_path, "print(rank, sys.argv[1:])")
-    output, _ = process.communicate(timeout=60)
+    output, _ = output_of(process, "the launcher")
     assert process.returncode == 0
     assert sorted(output.splitlines()) == [f"{rank} ['--flag', 'x']" for rank in range(3)]
 
 
+@pytest.mark.integration
 def test_the_first_failures_status_is_the_launchers_and_no_rank_stays_behind(tmp_path):
-    start = time.monotonic()
-    process = launch(tmp_path, "sys.exit(78) if rank == 1 else time.sleep(60)")
-    process.communicate(timeout=60)
+    (tmp_path / "ranks").mkdir()
+    body = f"""
+open("{tmp_path}/ranks/%d" % os.getpid(), "w").close()
+while rank == 1 and len(os.listdir("{tmp_path}/ranks")) < 3:
+    time.sleep(0.01)
+"""
+    process = launch(tmp_path, body + FAILS_ON_RANK_1.format("sys.exit(78)"))
+    output_of(process, "the launcher")
     assert process.returncode == 78
-    assert time.monotonic() - start < 30
+    ranks = [int(path.name) for path in (tmp_path / "ranks").iterdir()]
+    assert len(ranks) == 3
+    assert not any(map(psutil.pid_exists, ranks))
 
 
+@pytest.mark.integration
 def test_a_signal_reaches_every_rank_and_they_may_take_their_time(tmp_path):
-    body = """
+    body = f"""
 def stop(number, frame):
-    time.sleep(1.5)
-    os.write(1, b"saved %d\\n" % rank)  # the handler may interrupt a print, which cannot be entered twice
+    os.write(1, b"saving\\n")  # the handler may interrupt a print, which cannot be entered twice
+    while not os.path.exists("{tmp_path}/saved"):
+        time.sleep(0.01)
+    os.write(1, b"saved %d\\n" % rank)
     sys.exit(75)
 signal.signal(signal.SIGUSR1, stop)
 os.write(1, b"ready\\n")
-time.sleep(60)
+signal.pause()
 """
-    process = launch(tmp_path, body, "--grace", "5")
-    for _ in range(3):
-        assert process.stdout.readline() == "ready\n"
+    process = launch(tmp_path, body)
+    read_lines(process, "ready")
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    read_lines(process, "saving")
+    assert process.poll() is None
+    (tmp_path / "saved").touch()
+    output, _ = output_of(process, "the launcher")
     assert process.returncode == 75
     assert sorted(output.splitlines()) == ["saved 0", "saved 1", "saved 2"]
 
 
+@pytest.mark.integration
 def test_sigquit_has_every_rank_write_its_stacks_and_ends_none(tmp_path):
     body = f"""
 import faulthandler
@@ -72,54 +95,64 @@ stacks = open(f"{tmp_path}/stacks_{{rank}}", "w")  # one file would have the lin
 faulthandler.register(signal.SIGQUIT, stacks)
 os.write(1, b"ready\\n")
 def stuck_here():
-    time.sleep(60)
+    while True:
+        signal.pause()
 stuck_here()
 """
     process = launch(tmp_path, body)
-    for _ in range(3):
-        assert process.stdout.readline() == "ready\n"
+    read_lines(process, "ready")
     process.send_signal(signal.SIGQUIT)
-    time.sleep(1)
+    for rank in range(3):
+        stacks = text_of(tmp_path / f"stacks_{rank}")
+        wait_for(lambda stacks=stacks: "in stuck_here" in stacks(), f"the stacks of rank {rank}", stacks)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert all("in stuck_here" in (tmp_path / f"stacks_{rank}").read_text() for rank in range(3))
+    output_of(process, "the launcher")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("sent", "got"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
 def test_what_a_terminal_sends_to_all_reaches_each_rank_once(tmp_path, sent, got):
     body = """
 got = []
+is_over = []
+def note(number, frame):
+    got.append(signal.Signals(number).name)
+    os.write(1, b"got\\n")
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, frame: got.append(signal.Signals(number).name))
+    signal.signal(number, note)
+signal.signal(signal.SIGUSR2, lambda number, frame: is_over.append(number))
 os.write(1, b"ready\\n")
-while not got:
-    time.sleep(0.1)
-time.sleep(0.5)
+while not is_over:
+    time.sleep(0.01)
 os.write(1, f"{got}\\n".encode())
 """
     # Whoever runs the tests under nohup has the signal ignored, and passes that on.
     process = launch(
         tmp_path, body, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
     )
-    for _ in range(3):
-        assert process.stdout.readline() == "ready\n"
+    read_lines(process, "ready")
     os.killpg(process.pid, sent)
-    output, _ = process.communicate(timeout=60)
+    read_lines(process, "got")
+    # The launcher passes signals on in their order: a second one would come before this.
+    process.send_signal(signal.SIGUSR2)
+    output, _ = output_of(process, "the launcher")
     assert output.splitlines() == [f"['{got}']"] * 3
 
 
+@pytest.mark.integration
 def test_a_program_that_does_not_exist_is_a_bad_setting():
     command = [sys.executable, "-m", "unimo3.launch", "-n", "0", "pretrain.trainn"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 78
     assert process.stderr.startswith("ConfigError: 2 settings to mend:\n  - --num-ranks 0: at least 1 is needed\n")
     assert "module pretrain.trainn: Python finds no such program" in process.stderr
 
 
+@pytest.mark.integration
 def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
-    process = launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
-    _, said = process.communicate(timeout=60)
+    process = launch(tmp_path, FAILS_ON_RANK_1.format("os.kill(os.getpid(), signal.SIGKILL)"))
+    _, said = output_of(process, "the launcher")
     assert process.returncode == 137
     assert said == "rank 1 was ended by SIGKILL; the kernel does that when memory runs out, see dmesg\n"
 

@@ -20,7 +20,9 @@ _NUM_CHARACTERS = 4000
 Answer = TypeVar("Answer")
 
 
-def wait_for(condition: Callable[[], Answer], what: str, output: Callable[[], str] = str, poll_s: float = _POLL_S) -> Answer:
+def wait_for(
+    condition: Callable[[], Answer], what: str, output: Callable[[], str] = str, poll_s: float = _POLL_S
+) -> Answer:
     """Poll until `condition` gives something true, and return it.
 
     Args:

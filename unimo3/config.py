@@ -48,18 +48,26 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
     known = set(flatten_fields(config_class))
     given = _given_values(argv, known)
     faults = []
-    good: Flat = {}
+    texts: dict[str, str] = {}
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all keys"
             faults.append(f"{key}: {value!r}: no such setting; {hint}")
             continue
-        try:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            good[key] = parser.parse_args([f"--{key}={text}"])[key]
-        except ArgumentError as error:
-            faults.append(f"{key}: {value!r}: {_type_hint(error)}")
+        texts[key] = value if isinstance(value, str) else json.dumps(value, default=str)
+    good: Flat = {}
+    try:
+        # All at once: a parse takes a tenth of a second, however few values it is of.
+        parsed = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
+        good = {key: parsed[key] for key in texts}
+    except ArgumentError:
+        # One by one, for the error of each.
+        for key, text in texts.items():
+            try:
+                good[key] = parser.parse_args([f"--{key}={text}"])[key]
+            except ArgumentError as error:
+                faults.append(f"{key}: {given[key]!r}: {_type_hint(error)}")
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     faults += collect_faults(built)

@@ -58,6 +58,7 @@ def finished(work):
     return done
 
 
+@pytest.mark.integration
 def test_an_ablation_goes_on_after_the_finished_runs_and_writes_its_report(work, finished, tmp_path, capfd):
     file = finished.file(work)
     before = file.stat().st_mtime_ns
@@ -84,6 +85,7 @@ def test_a_finished_run_counts_only_with_equal_settings(work, finished):
     assert ablation_run.TrainingRun(longer, "in_layer", 0).result(work) is None
 
 
+@pytest.mark.integration
 def test_a_run_gives_the_same_figures_again(work, finished):
     first = finished.result(work)
     finished.do(work)
@@ -180,6 +182,7 @@ def test_differences_are_taken_within_a_seed():
     assert paired_differences(results, "x", "in_layer", "loss_mlm") == pytest.approx([0.01, 0.03])
 
 
+@pytest.mark.integration
 def test_the_report_says_which_differences_are_clear(tmp_path):
     results = [result("in_layer", seed, 0) for seed in range(3)]
     results += [result("x", seed, 0.02 + seed / 1000) for seed in range(3)]
@@ -196,6 +199,7 @@ def test_the_report_says_which_differences_are_clear(tmp_path):
     assert (tmp_path / "a_gates.png").exists()
 
 
+@pytest.mark.integration
 def test_variants_with_bridges_are_compared_with_the_bridges_alone_too(tmp_path):
     shifts = {"in_layer": 0.0, "bridge": 0.02, "cross_layer_bridge": 0.05, "cross_layer_bridge_even": 0.01}
     results = [result(name, seed, shift) for name, shift in shifts.items() for seed in range(2)]
@@ -206,12 +210,14 @@ def test_variants_with_bridges_are_compared_with_the_bridges_alone_too(tmp_path)
     assert "in_layer" not in to_bridge
 
 
+@pytest.mark.integration
 def test_a_larger_variant_is_not_among_the_winners(tmp_path):
     results = [result("in_layer", 0, 0), result("larger", 0, 0.2) | {"parameters": 103}, result("x", 0, 0.1)]
     write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
     assert "equal size: x (0.6000), then in_layer (0.5000)." in (tmp_path / "a.md").read_text()
 
 
+@pytest.mark.integration
 def test_tower_layers_have_columns_of_their_own(tmp_path):
     widths = []
     for variants in (["in_layer", "x"], ["in_layer", "x", "with_towers"]):
@@ -231,6 +237,7 @@ def test_shares_are_those_of_visible_levels():
         assert found == pytest.approx(row)
 
 
+@pytest.mark.integration
 def test_without_gates_there_is_no_picture(tmp_path):
     results = [result(name, 0, 0) for name in ("in_layer", "bridge")]
     write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)

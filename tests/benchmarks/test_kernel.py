@@ -12,6 +12,7 @@ def run(argv):
     return end.value.code
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("padded", [False, True])
 def test_all_contestants_compute_the_same(padded):
     case = kernel.Case("odd", 2, 3, 7, 11, 16, 3, padded, torch.float32)
@@ -32,6 +33,7 @@ def test_operations_are_those_of_two_products():
     assert case.flops == 4 * 2 * one_product
 
 
+@pytest.mark.integration
 def test_the_report_compares_each_contestant_with_ours(tmp_path):
     out = tmp_path / "kernel.md"
     argv = ["--cpu", "--rounds", "2", "--cases", "tiny", "--contestants", "separate", "stacked", "--out", str(out)]

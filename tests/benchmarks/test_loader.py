@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import loader
 from benchmarks.report import ROOT
+from tests.waiting import PATIENCE_S
 
 SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000".split()
 
@@ -18,7 +19,7 @@ def report(tmp_path_factory) -> str:
     """Of one run, in a process of its own: it forks readers and sets the number of threads."""
     out = tmp_path_factory.mktemp("loader") / "loader.md"
     command = [sys.executable, "benchmarks/loader.py", *SMALLEST, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return out.read_text()
 

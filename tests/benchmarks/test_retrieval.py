@@ -11,6 +11,7 @@ def run(*arguments):
     return end.value.code
 
 
+@pytest.mark.integration
 def test_a_small_run_writes_its_report(tmp_path, capsys):
     out = tmp_path / "retrieval.md"
     options = ("--images", 6, "--steps", 2, "--shortlists", 2, "--threads", 1, "--base-pairs", 0)

@@ -2,11 +2,11 @@
 
 import resource
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.checkpoint.ranks import draw, every_value, start_engine, state_at, train
+from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.saving import Saver
@@ -49,8 +49,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
         saver.save(state_at(6))
-        while not saver.has_failed:
-            time.sleep(0.01)
+        wait_for(lambda saver=saver: saver.has_failed, "the failure of a save")
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         try:
             saver.settle()
@@ -62,8 +61,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     other.save(state_at(6))
-    while not other.has_failed:
-        time.sleep(0.01)
+    wait_for(lambda: other.has_failed, "the failure of a save")
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
         other.save(state_at(7), is_last=True)

@@ -253,6 +253,7 @@ def test_verification_opens_files_and_index_and_compares_types(saved, tmp_path, 
         weights.verify_layout(tmp_path, reports)
 
 
+@pytest.mark.integration
 def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); "
@@ -264,6 +265,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_memory_does_not_grow_with_the_model_and_stays_under_600_mb(tmp_path):
     peaks = []
     for count, size in ((10**6, "1GB"), (10**8, "1GB"), (10**8, "2MB")):
@@ -280,6 +282,7 @@ def test_memory_does_not_grow_with_the_model_and_stays_under_600_mb(tmp_path):
     assert max(peaks) < 600
 
 
+@pytest.mark.integration
 def test_export_imports_no_deepspeed_and_no_transformers():
     code = (
         "import sys, pretrain.export; print({'deepspeed', 'transformers', 'timm', 'torchvision'} & sys.modules.keys())"

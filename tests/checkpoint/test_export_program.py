@@ -179,6 +179,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, na
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.integration
 def test_the_exported_folder_opens_where_pickle_is_forbidden(saved, tmp_path):
     assert run_program(saved.root / "unimo", "--out", tmp_path / "out", "--max-shard-size", "50KB") == 0
     code = """

@@ -156,6 +156,7 @@ def test_a_save_leaves_deepspeeds_files_state_generators_and_manifest(saved):
     assert (folder.parent / "latest").read_text() == "step_00000004"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("run", RUNS)
 def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
     for before, after in zip(saved.told, loaded, strict=True):
@@ -171,6 +172,7 @@ def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
             torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("run", RUNS)
 def test_training_goes_on_as_if_never_stopped(saved, loaded, run):
     for before, after in zip(saved.told, loaded, strict=True):
@@ -211,6 +213,7 @@ def test_verify_names_the_damaged_file(run_copy, damage):
     assert not (folder.parent / "run by a pickle").exists()
 
 
+@pytest.mark.integration
 def test_all_ranks_choose_the_same_earlier_checkpoint(loaded):
     expected = ["step_00000002"] * len(DAMAGES) + [None, "step_00000004", None]
     assert [told["chosen"] for told in loaded] == [expected, expected]
@@ -251,6 +254,7 @@ def test_what_a_run_passes_over_is_kept_aside_where_nothing_counts_or_replaces_i
     assert store.has_folders(run)
 
 
+@pytest.mark.integration
 def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
     """Gathering persistent parameters is collective: a rank that went on would wait for ever."""
     assert loaded[0]["one rank"] == loaded[1]["one rank"]
@@ -259,6 +263,7 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
     assert "rng_rank_1.safetensors" in loaded[0]["one rank"]
 
 
+@pytest.mark.integration
 def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(loaded):
     for told in loaded:
         faults = told["faults"]
@@ -279,6 +284,7 @@ def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(l
     assert loaded[0]["faults"]["full disk on rank 1"] == loaded[1]["faults"]["full disk on rank 1"]
 
 
+@pytest.mark.integration
 def test_a_save_after_a_failed_one_succeeds_and_may_repeat_a_step(loaded):
     for told in loaded:
         faults = told["faults"]

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 from tests.data.test_remote import GB, SIZE, certificate, https_store, quick  # noqa: F401  (three are fixtures)
+from tests.waiting import PATIENCE_S, wait_for
 from unimo3.data.cache import ShardCache
 from unimo3.errors import DataError
 
@@ -48,15 +49,8 @@ def start(target, *args) -> multiprocessing.Process:
 
 def end_well(processes) -> None:
     for process in processes:
-        process.join(10)
+        process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * len(processes)
-
-
-def wait_until(condition, timeout_s: float = 5) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def fetch_all(cache: ShardCache, shards, contents) -> None:
@@ -84,6 +78,7 @@ def test_names_are_quoted_in_the_url(store, open_cache):
     assert open_cache().path("a b?%.tar", *shard[1:]).is_file()
 
 
+@pytest.mark.integration
 def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
     shards = [store.add(f"{number:06d}.tar") for number in range(4)]
     contents = list(store.files.values())
@@ -92,8 +87,9 @@ def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
     assert held(open_cache()) == sorted(f"{sha256}.shard" for _, _, sha256 in shards)
 
 
+@pytest.mark.integration
 def test_different_shards_come_side_by_side(store, open_cache):
-    meeting = threading.Barrier(2, timeout=4)
+    meeting = threading.Barrier(2, timeout=PATIENCE_S)
     shards = [store.add(f"{number}.tar") for number in range(2)]
     for path in store.files:
         store.instead[path] = [meeting.wait]  # neither is answered before both are asked for
@@ -156,33 +152,35 @@ def test_files_that_are_none_of_the_cache_are_left_alone(store, open_cache):
     assert len(held(cache)) == 5
 
 
+@pytest.mark.integration
 def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cache):
     cache = open_cache(limit_bytes=2 * SIZE)
     shards = [store.add(f"{number}.tar") for number in range(8)]
     contents = list(store.files.values())
     processes = [start(fetch_all, cache, shards[k::4] * 2, contents[k::4] * 2) for k in range(4)]
     most, most_parts = 0, 0
-    wait_until(cache.folder.is_dir)
+    wait_for(cache.folder.is_dir, "the cache's folder")
     while any(process.is_alive() for process in processes):
         with FileLock(cache.folder / "room.lock"):  # else a listing may show what never was there at once
             names = [name.split(".") for name in held(cache)]
         parts = [int(announced) for _, announced, *rest in names if rest]
         most = max(most, sum(parts) + SIZE * (len(names) - len(parts)))
         most_parts = max(most_parts, len(parts))
-        time.sleep(0.002)
+        time.sleep(0.002)  # between two looks
     end_well(processes)
     assert 0 < most <= cache.limit_bytes
     assert most_parts >= 1
     assert len(held(cache)) == 2
 
 
+@pytest.mark.integration
 def test_a_fetch_waits_for_room_that_another_one_has_taken(store, open_cache):
     cache = open_cache(limit_bytes=SIZE)
     a, b = store.add("a"), store.add("b")
     answer = threading.Event()
-    store.instead["/shards/a"] = [lambda: answer.wait(4)]
+    store.instead["/shards/a"] = [lambda: answer.wait(PATIENCE_S)]
     first = start(fetch_all, cache, [a], [store.files["/shards/a"]])
-    wait_until(lambda: store.requests["/shards/a"])
+    wait_for(lambda: store.requests["/shards/a"], "the first request")
     second = start(fetch_all, cache, [b], [store.files["/shards/b"]])
     time.sleep(0.3)
     assert store.requests["/shards/b"] == 0
@@ -265,6 +263,7 @@ def test_a_truncated_copy_in_place_is_replaced(store, open_cache):
     assert held(open_cache()) == [path.name]
 
 
+@pytest.mark.integration
 def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open_cache):
     cache = open_cache(limit_bytes=2 * SIZE)
     shard, other = store.add("0.tar"), store.add("1.tar")
@@ -272,7 +271,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open
     part = cache.folder / f"{shard[2]}.{SIZE}.part"
     for wanted in (other, shard):
         process = start(cache.path, *shard)
-        wait_until(lambda: part.is_file() and part.stat().st_size)
+        wait_for(lambda: part.is_file() and part.stat().st_size, "the event of the test")
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert part.is_file()
@@ -281,13 +280,14 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open
     assert held(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in (shard, other))
 
 
+@pytest.mark.integration
 def test_a_part_that_is_still_written_is_not_taken_for_a_leftover(store, open_cache):
     cache = open_cache()
     shard, other = store.add("0.tar"), store.add("1.tar")
     answer = threading.Event()
-    store.instead["/shards/0.tar"] = [lambda: answer.wait(4)]
+    store.instead["/shards/0.tar"] = [lambda: answer.wait(PATIENCE_S)]
     process = start(fetch_all, cache, [shard], [store.files["/shards/0.tar"]])
-    wait_until(lambda: store.requests["/shards/0.tar"])
+    wait_for(lambda: store.requests["/shards/0.tar"], "the event of the test")
     cache.path(*other)
     assert f"{shard[2]}.{SIZE}.part" in held(cache)
     answer.set()

@@ -188,6 +188,7 @@ def make_unreadable(folder):
     return r"000000\.tar: cannot be read \(Is a directory\)"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", [exchange, lose, make_unreadable])
 def test_a_shard_that_goes_bad_under_a_run_ends_it_with_its_name(coco, tmp_path, tokenizer, damage, workers):

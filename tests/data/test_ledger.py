@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import convert, index_again, write_source
+from tests.waiting import PATIENCE_S, text_of, wait_for
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
@@ -39,7 +40,7 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
                     for row, key in enumerate(batch["keys"])
                 ]
                 file.write(json.dumps({"step": step, "place": [micro_step, rank], "rows": rows}) + "\n")
-            time.sleep(0.01)
+            time.sleep(0.01)  # a step takes a while, so that a kill comes between two
     os._exit(0)  # as a rank ends: without waiting for its readers
 
 
@@ -64,15 +65,12 @@ class Run:
         for rank in ranks:
             rank.start()
         if kill_after is not None:
-            deadline = time.monotonic() + 60
             wanted = f'"step": {kill_after}'
-            while not all(path.exists() and wanted in path.read_text() for path in paths):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for(lambda: all(wanted in text_of(path)() for path in paths), f"step {kill_after} of all ranks")
             for rank in ranks:
                 rank.kill()
         for rank in ranks:
-            rank.join(60)
+            rank.join(PATIENCE_S)
             assert rank.exitcode == (0 if kill_after is None else -9)
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
         for line in sorted(lines, key=lambda line: (line["step"], line["place"])):
@@ -98,6 +96,7 @@ def sources(tmp_path_factory):
     return first, second
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_kills_and_other_numbers_of_ranks_and_readers_change_nothing(sources, tmp_path, workers):
     first, second = sources

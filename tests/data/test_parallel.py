@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import convert, draw_jpeg, write_source
+from tests.waiting import PATIENCE_S, wait_for
 from unimo3.data.index import ShardIndex
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def command(*arguments, ranks=1):
 def run(*arguments, ranks=1, environment=None):
     return subprocess.run(
         command(*arguments, ranks=ranks), cwd=ROOT, env=os.environ | (environment or {}), capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=PATIENCE_S,
     )  # fmt: skip
 
 
@@ -117,11 +117,10 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path, ranks):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command(*arguments, ranks=ranks), cwd=ROOT, stdout=log, stderr=log)
         staging = tmp_path / "out.partial"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if len(list(staging.glob("train/*.unimo3-done"))) >= 3:
-                break
-            time.sleep(0.002)
+        wait_for(
+            lambda: len(list(staging.glob("train/*.unimo3-done"))) >= 3 or process.poll() is not None,
+            "three finished shards", poll_s=0.002,
+        )  # fmt: skip
         # mpirun's ranks are groups of their own.
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()

@@ -146,6 +146,7 @@ def test_every_caption_of_an_image_comes_before_one_comes_again(coco, tokenizer)
     assert Counter(seen[num_captions:]) == Counter(seen[:num_captions])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("augment", ["none", "randaugment"])
 def test_two_workers_read_what_none_reads(coco, tokenizer, augment):
     samples = pretrain_samples(coco / "train", tokenizer, augment)
@@ -234,6 +235,7 @@ def test_bad_samples_are_replaced_alike_counted_and_named(damaged, tokenizer, ca
         assert reason in caplog.text
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_of_an_evaluation_is_an_error_never_replaced(damaged, tokenizer, workers):
     folder, keys = damaged
@@ -243,6 +245,7 @@ def test_a_bad_sample_of_an_evaluation_is_an_error_never_replaced(damaged, token
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_draws_nothing_from_the_generator_of_dropout(coco, tokenizer, workers):
     samples = pretrain_samples(coco / "val", tokenizer)
@@ -252,6 +255,7 @@ def test_reading_draws_nothing_from_the_generator_of_dropout(coco, tokenizer, wo
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
     batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1))
@@ -275,6 +279,7 @@ def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
     assert "lower data.num_workers or data.prefetch" in error
 
 
+@pytest.mark.integration
 def test_an_error_in_a_reader_is_no_death(coco, tokenizer):
     samples = pretrain_samples(coco / "train", tokenizer)
 
@@ -287,6 +292,7 @@ def test_an_error_in_a_reader_is_no_death(coco, tokenizer):
     assert not _READER_DIED.search(str(error.value))
 
 
+@pytest.mark.integration
 def test_a_loader_that_is_dropped_ends_its_readers(coco, tokenizer):
     before = set(multiprocessing.active_children())
     batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(2, 1))

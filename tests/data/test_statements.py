@@ -46,6 +46,7 @@ def test_both_images_of_a_pair_come_in_their_order(nlvr2, tokenizer):  # noqa: F
     assert samples.key(Unit(0, 0, 1)) == "dev-0-1-0"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pairs_come_in_batches_of_five_axes(nlvr2, tokenizer, workers):  # noqa: F811
     samples = samples_of(ImagePairSamples, nlvr2 / "val", tokenizer)
@@ -100,6 +101,7 @@ def test_a_hypothesis_that_cannot_be_used_says_why(snli_ve, tokenizer, tmp_path,
         samples_of(EntailmentSamples, folder, tokenizer).build(Unit(0, 0, 0))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "model_class", "num_labels"),
     [

@@ -1,9 +1,6 @@
 """Small sources of NLVR2 and SNLI-VE as shards, and exported weights, for whole evaluations and programs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pretrain import export
 from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2, write_source  # noqa: F401  (fixtures)
-from tests.spawn import ROOT
+from tests.finetune.tuning import tune_all
+from tests.spawn import run_alone
 from tests.tiny import tiny_config, tiny_pretraining_model
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import image_processor
@@ -111,8 +109,7 @@ def tuned(pretrained, vqa, nlvr2, snli_ve, coco, tmp_path_factory) -> Path:  # n
     shards = tmp_path_factory.mktemp("tuned_shards")
     for name, made in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve), ("retrieval", coco)):
         (shards / name).symlink_to(made)
-    command = [sys.executable, "-m", "tests.finetune.tuning", pretrained, shards, folder]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=240)
+    run_alone(tune_all, pretrained, shards, folder)
     for name in ("vqa", "nlvr2", "snli_ve", "retrieval"):
         dtype = "bf16" if name == "nlvr2" else "fp32"
         with pytest.raises(SystemExit) as end:

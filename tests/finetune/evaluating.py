@@ -1,28 +1,18 @@
-"""Evaluates all tasks on 1, 2 and 3 forked ranks under ZeRO-3, without a training step.
-
-    python -m tests.finetune.evaluating WEIGHTS SHARDS FOLDER
-
-WEIGHTS is an export of pretraining, SHARDS holds vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated. FOLDER gets
-``results.json``: by number of ranks, for each rank, by task, figures and files.
-"""
+"""What a rank does to evaluate all tasks under ZeRO-3, without a training step."""
 
 import json
-import sys
 from pathlib import Path
-
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  (before the forks: it imports torch's compiler)
 
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
-from tests.forked import in_ranks
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
-from unimo3.distributed import World
+from unimo3.distributed import World, world
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
@@ -37,8 +27,16 @@ DS_CONFIG = {
 BATCH = 3
 
 
-def evaluate(rank: int, size: int, weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dict]]:
-    """Figures and files of each task on one rank, with a random head."""
+def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dict]]:
+    """Metrics and files of each task on this rank, with a random head.
+
+    Args:
+        weights: an export of pretraining.
+        shards: holds vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated.
+        ds_config: is written.
+    """
+    rank, size = world()
+    ds_config.write_text(json.dumps(DS_CONFIG))
     reading = Reading(load_tokenizer(str(weights)), 12, ImageTransform(16), 0)
     answers = AnswerVocabulary.load(shards / "vqa" / "answers.json")
     read = read_ds_config(str(ds_config), BatchPlan(BATCH * size, BATCH, size), 1.0)
@@ -54,18 +52,3 @@ def evaluate(rank: int, size: int, weights: Path, shards: Path, ds_config: Path)
         held_out = HeldOut(index, reading, World(rank, rank, size), BATCH, ReaderArgs(0, 1))
         found[name] = list(task.evaluate(engine, held_out, Unguarded()))
     return found
-
-
-def main(weights: Path, shards: Path, folder: Path) -> None:
-    """See the module's text."""
-    ds_config = folder / "fp32.json"
-    ds_config.write_text(json.dumps(DS_CONFIG))
-    results = {
-        size: in_ranks(folder, lambda rank, size=size: evaluate(rank, size, weights, shards, ds_config), size)
-        for size in (1, 2, 3)
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

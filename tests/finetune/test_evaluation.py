@@ -1,10 +1,7 @@
 """Evaluation of each task: the same figures on any number of ranks, every unit once, official figures and files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -13,8 +10,9 @@ from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
+from tests.finetune.evaluating import evaluate
 from tests.finetune.formats import check_vqa, nlvr2_figures, read_lines, snli_ve_figures
-from tests.spawn import ROOT
+from tests.spawn import run_ranks
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
@@ -35,40 +33,43 @@ def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     for name, shards in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve)):
         (folder / name).symlink_to(shards)
-    command = [sys.executable, "-m", "tests.finetune.evaluating", pretrained, folder, folder]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=240)
-    return json.loads((folder / "results.json").read_text())
+    return {size: run_ranks(size, evaluate, pretrained, folder, folder / f"fp32_{size}.json") for size in (1, 2, 3)}
 
 
+@pytest.mark.integration
 def test_one_two_and_three_ranks_give_the_same_figures_and_files(evaluated, asked):
     assert all(number % ranks for number in (len(asked), len(NLVR2), NUM_HYPOTHESES) for ranks in (2, 3))
-    (alone,) = evaluated["1"]
+    (alone,) = evaluated[1]
     assert set(alone) == {"vqa", "nlvr2", "snli_ve"}
-    assert evaluated["2"] == [alone] * 2
-    assert evaluated["3"] == [alone] * 3
+    assert evaluated[2] == [alone] * 2
+    assert evaluated[3] == [alone] * 3
 
 
+@pytest.mark.integration
 def test_predictions_differ_from_row_to_row(evaluated):
-    (found,) = evaluated["1"]
+    (found,) = evaluated[1]
     assert len({entry["answer"] for entry in json.loads(found["vqa"][1]["predictions.json"])}) > 1
     assert len({line.split(",")[1] for line in found["nlvr2"][1]["predictions.csv"].splitlines()}) > 1
     lines = found["snli_ve"][1]["predictions.jsonl"].splitlines()
     assert len({json.loads(line)["gold_label"] for line in lines}) > 1
 
 
+@pytest.mark.integration
 def test_vqa_predictions_are_a_submission(evaluated, asked):
-    check_vqa(evaluated["3"][0]["vqa"][1]["predictions.json"], asked)
+    check_vqa(evaluated[3][0]["vqa"][1]["predictions.json"], asked)
 
 
+@pytest.mark.integration
 def test_nlvr2_predictions_give_the_official_programs_figures(evaluated, nlvr2):
-    figures, files = evaluated["3"][0]["nlvr2"]
+    figures, files = evaluated[3][0]["nlvr2"]
     examples = read_lines(nlvr2.parent / "source" / "dev.json")
     assert figures == pytest.approx(nlvr2_figures(files["predictions.csv"], examples))
     assert json.loads(files["accuracy.json"]) == figures
 
 
+@pytest.mark.integration
 def test_snli_ve_predictions_give_the_figures_of_each_class(evaluated, snli_ve):
-    figures, files = evaluated["3"][0]["snli_ve"]
+    figures, files = evaluated[3][0]["snli_ve"]
     examples = read_lines(snli_ve.parent / "source" / "snli_ve_dev.jsonl")
     expected = snli_ve_figures(files["predictions.jsonl"], examples)
     assert len(expected) == 4

@@ -11,6 +11,8 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3Model
 
+pytestmark = pytest.mark.xdist_group("finetune")
+
 
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_exported_weights_give_the_trained_models_logits(tuned, name):

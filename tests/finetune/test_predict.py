@@ -17,7 +17,10 @@ from pretrain import export
 from tests.data.conftest import draw_jpeg
 from tests.finetune.formats import read_lines
 from tests.spawn import ROOT
+from tests.waiting import PATIENCE_S
 from unimo3.data.answers import AnswerVocabulary
+
+pytestmark = pytest.mark.xdist_group("finetune")
 
 
 def run(*arguments) -> int:
@@ -404,6 +407,7 @@ def test_only_line_feeds_part_texts(tuned, tmp_path, capsys):
     assert "2 texts" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_the_program_runs_without_deepspeed_or_a_process_group(tuned, photo):
     code = (
         "import sys; from finetune import predict\n"
@@ -412,7 +416,7 @@ def test_the_program_runs_without_deepspeed_or_a_process_group(tuned, photo):
     )
     arguments = ["vqa", "--weights", tuned / "vqa_weights", "--image", photo, "--text", "is it?", "--top", "1"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 1

@@ -17,6 +17,7 @@ from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
 from tests.tiny import tiny_config
+from tests.waiting import text_of, wait_for
 from unimo3 import config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
@@ -164,6 +165,7 @@ def process():
     sleeping.wait()
 
 
+@pytest.mark.integration
 def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
     folder = tmp_path / "runs" / "run"
     (folder / "heartbeats").mkdir(parents=True)
@@ -183,9 +185,8 @@ def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
     assert not faults_after(rank=1)
     assert not faults_after(pid=os.getpid())
     process.kill()
-    ends = time.monotonic() + 10
-    while Path(f"/proc/{process.pid}/status").read_text().find("Z (zombie)") < 0 and time.monotonic() < ends:
-        time.sleep(0.01)
+    status = text_of(Path(f"/proc/{process.pid}/status"))
+    wait_for(lambda: "Z (zombie)" in status(), "the end of the process", status)
     assert not faults_after()
 
 

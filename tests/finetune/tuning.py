@@ -1,14 +1,11 @@
 """Tunes all tasks for two steps in one process, without a launcher, as their programs do.
 
-    python -m tests.finetune.tuning WEIGHTS SHARDS FOLDER
-
 WEIGHTS is an export of pretraining, SHARDS holds vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
 task's name, and beside it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
 bf16.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +84,7 @@ def noting(task: Task, name: str, path: Path) -> Task:
     return task
 
 
-def main(weights: Path, shards: Path, folder: Path) -> None:
+def tune_all(weights: Path, shards: Path, folder: Path) -> None:
     """See the module's text."""
     tasks = {
         "vqa": Vqa(AnswerVocabulary.load(shards / "vqa" / "answers.json")), "nlvr2": Nlvr2(), "snli_ve": SnliVe(),
@@ -97,7 +94,3 @@ def main(weights: Path, shards: Path, folder: Path) -> None:
         given = settings(name, weights, shards, folder)
         assert given.faults() == [], given.faults()
         finetune(given, noting(task, name, folder / f"{name}.safetensors"))
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -5,13 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
+from tests.waiting import text_of, wait_for, wait_for_exit
 from unimo3.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ class Program:
         self.folder = folder
         self.output = ""
 
-    def run(self, num_ranks, module, *arguments, stop_when=None, timeout_s=240, max_file_bytes=None):
+    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None):
         """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status.
 
         Args:
@@ -59,16 +59,10 @@ class Program:
                 [sys.executable, "-m", *launch, module, *map(str, arguments)],
                 cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit_files,
             )  # fmt: skip
-            ends = time.monotonic() + timeout_s
-            signalled = False
-            while process.poll() is None:
-                if time.monotonic() > ends:
-                    process.kill()
-                    raise AssertionError(f"{module} did not end in {timeout_s} s:\n{log.read_text()[-4000:]}")
-                if stop_when is not None and not signalled and stop_when():
-                    process.send_signal(signal.SIGTERM)
-                    signalled = True
-                time.sleep(0.05)
+            if stop_when is not None:
+                wait_for(lambda: process.poll() is not None or stop_when(), f"the stop of {module}", text_of(log))
+                process.send_signal(signal.SIGTERM)
+            wait_for_exit(process, module, text_of(log))
         self.output = log.read_text()
         return process.returncode
 

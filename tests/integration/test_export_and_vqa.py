@@ -15,7 +15,7 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 from unimo3.training.metrics import read_metrics
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
 
 
 def gathered_weights_and_outputs(run, recipe):

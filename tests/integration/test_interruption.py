@@ -2,13 +2,13 @@
 
 import json
 import threading
-import time
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
 from tests.integration.conftest import losses
+from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
@@ -32,12 +32,8 @@ def when(condition, action):
     """Act once a condition holds, on a thread of its own."""
 
     def wait():
-        ends = time.monotonic() + 120
-        while time.monotonic() < ends:
-            if condition():
-                action()
-                return
-            time.sleep(0.05)
+        wait_for(condition, "a condition of the test")
+        action()
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -72,7 +68,7 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(faulty, recipe, 
         return phases(run).get(0) == (4, "evaluate")
 
     val = ("--data.val", yaml.safe_load(recipe.read_text())["data"]["train"])  # two batches and no shared images
-    assert faulty("cut", {"slow_eval": 10.0}, *val, stop_when=is_evaluating, timeout_s=100) == 75
+    assert faulty("cut", {"slow_eval": 10.0}, *val, stop_when=is_evaluating) == 75
     assert store.list_checkpoints(run)[-1].name == "step_00000004"
     assert read_metrics(run, group="eval") == []
     assert faulty("cut", {}, *val) == 0

@@ -11,7 +11,7 @@ from tests.integration.conftest import losses
 from unimo3.checkpoint import store
 from unimo3.training.metrics import read_metrics
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
 
 # Two ranks round sums of gradients to bf16 in another order than one rank does. Measured over 20 steps: below 0.4 %.
 BF16_TOLERANCE = 0.02

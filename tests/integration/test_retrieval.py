@@ -20,7 +20,7 @@ from unimo3.training.metrics import read_metrics
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
 
 
 @pytest.fixture(scope="module")

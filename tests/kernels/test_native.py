@@ -23,6 +23,7 @@ from tests.kernels.formula import (
     transposed,
     written_out,
 )
+from tests.waiting import output_of
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, native
 
 # B H T V d S: one and many of each, blocks of 64 queries filled, cut and passed, keys beyond a cache line.
@@ -202,6 +203,7 @@ def no_home():
     raise RuntimeError("Could not determine home directory.")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "compiler",
     [
@@ -233,15 +235,16 @@ def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, mon
     assert list(tmp_path.rglob("*.so")) == []
 
 
+@pytest.mark.integration
 def test_processes_that_build_at_once_all_get_it_and_later_ones_build_nothing(tmp_path):
     program = "from unimo3.kernels.cross_layer_attention import native; print(native.library()._name)"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     command = [sys.executable, "-c", program]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    names = {process.communicate(timeout=120)[0].strip() for process in both}
+    names = {output_of(process, "a build")[0].strip() for process in both}
     (built,) = tmp_path.rglob("*.so")
     assert names == {str(built)}
     modified = built.stat().st_mtime_ns
-    again = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    again = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert again.stdout.strip() == str(built)
     assert built.stat().st_mtime_ns == modified

@@ -75,6 +75,7 @@ print(found(128).resident_warps(90, 4), found(168).resident_warps(90, 4), found(
 """
 
 
+@pytest.mark.integration
 def test_resident_warps_are_bounded_by_registers_shared_memory_and_blocks():
     # 65536 registers, by 256 a warp; 228 KiB (100 KiB on 8.6) less 1 KiB a block; 32 blocks.
     assert run("-c", OCCUPANCY).stdout.split() == ["16", "12", "8", "12", "4", "32"]

@@ -9,11 +9,11 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from tests.waiting import PATIENCE_S, wait_for
 from unimo3.launch import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
@@ -25,7 +25,7 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
-KillWait=5
+KillWait=2
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -105,11 +105,11 @@ class Cluster:
             "munged", "--foreground", "--force", f"--key-file={key}", f"--seed-file={self.folder}/munge.seed",
             *files.values(),
         )  # fmt: skip
-        self.wait(lambda: (self.folder / "munge.socket").exists(), 10, "munged's socket")
+        self.wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
         self._daemon("slurmctld", "-D", "-i")
         for name in self.nodes:
             self.start_node(name)
-        self.wait(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), 60, "idle nodes")
+        self.wait(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), "idle nodes")
 
     def start_node(self, name: str) -> None:
         """Start a node's slurmd."""
@@ -150,7 +150,7 @@ class Cluster:
         """Cancel all jobs and end all daemons."""
         try:
             self.call("scancel", "--user", getpass.getuser(), check=False)
-            self.wait(lambda: not self.call("squeue", "--noheader", "--format=%i", check=False).strip(), 20, "no jobs")
+            self.wait(lambda: not self.call("squeue", "--noheader", "--format=%i", check=False).strip(), "no jobs")
         finally:
             for daemon in reversed(list(self._processes.values())):
                 daemon.terminate()
@@ -164,7 +164,12 @@ class Cluster:
     def call(self, *command: object, check: bool = True, **options) -> str:
         """Run one of Slurm's commands; its standard output."""
         done = subprocess.run(
-            [str(word) for word in command], env=self.environment, capture_output=True, text=True, timeout=60, **options
+            [str(word) for word in command],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            **options,
         )
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}: {done.stderr}{done.stdout}")
@@ -186,14 +191,12 @@ class Cluster:
         found = [time for path in self.folder.glob("slurmd.*.log") for time in pattern.findall(path.read_text())]
         return min((datetime.fromisoformat(one).timestamp() for one in found), default=None)
 
-    def wait(self, condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    def wait(self, condition: Callable[[], object], what: str) -> None:
         """Poll until a condition holds."""
-        ends = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > ends:
-                logs = "\n".join(f"{p.name}:\n{p.read_text()[-1500:]}" for p in sorted(self.folder.glob("*.log")))
-                raise AssertionError(f"waited {timeout_s} s for {what}\n{logs}")
-            time.sleep(0.1)
+        wait_for(condition, what, self._logs, poll_s=0.1)
+
+    def _logs(self) -> str:
+        return "\n".join(f"{p.name}:\n{p.read_text()[-700:]}" for p in sorted(self.folder.glob("*.log")))
 
     def _daemon(self, name: str, *arguments: str, program: str = "") -> None:
         log = (self.folder / f"{name}.out").open("ab")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from benchmarks.report import ROOT
 from slurm import history
 from tests.slurm.cluster import Cluster
+from tests.waiting import wait_for
 from unimo3.training.metrics import read_metrics
 
 
@@ -20,7 +20,7 @@ class Jobs:
         self.cluster, self.recipe, self.folder = cluster, recipe, folder
         self.runs = recipe.parent / "runs"
         self.site = folder / "site.env"
-        self.site.write_text(f"RANKS_PER_NODE=1\nLOCAL_DISK={folder}/local\n")
+        self.site.write_text(f"RANKS_PER_NODE=1\nLOCAL_DISK={folder}/local\nSLURM_RETRY_S=2\n")
         # Where a site names its Python; this one trains with the faults that the environment names.
         self.python = folder / "python"
         self.python.write_text(
@@ -69,17 +69,17 @@ class Jobs:
         """A job's state, such as ``COMPLETED``."""
         return self.cluster.job(job)["JobState"]
 
-    def wait_state(self, job: int, *states: str, timeout_s: float = 120) -> None:
+    def wait_state(self, job: int, *states: str) -> None:
         """Wait until a job is in one of some states; another final one is an error."""
-        self._wait(job, lambda: self.state(job) in states, timeout_s, f"job {job} in {states}")
+        self._wait(job, lambda: self.state(job) in states, f"job {job} in {states}")
 
     def wait_ended(self, job: int) -> None:
         """Wait until nothing of a job runs any more."""
-        self.cluster.wait(lambda: "EndTime" in self.cluster.job(job) and not self._is_active(job), 60, f"end of {job}")
+        self.cluster.wait(lambda: "EndTime" in self.cluster.job(job) and not self._is_active(job), f"end of {job}")
 
-    def wait_step(self, job: int, name: str, step: int, timeout_s: float = 120) -> None:
+    def wait_step(self, job: int, name: str, step: int) -> None:
         """Wait until a run has done so many steps."""
-        self._wait(job, lambda: len(self.steps(name)) >= step, timeout_s, f"step {step} of {name}")
+        self._wait(job, lambda: len(self.steps(name)) >= step, f"step {step} of {name}")
 
     def _is_active(self, job: int) -> bool:
         listed = self.cluster.call("squeue", "--noheader", f"--jobs={job}", "--format=%T", check=False)
@@ -93,11 +93,12 @@ class Jobs:
         """A run's starts."""
         return history.read(self.runs / name)
 
-    def _wait(self, job: int, condition: Callable[[], object], timeout_s: float, what: str) -> None:
-        ends = time.monotonic() + timeout_s
-        while not condition():
-            is_over = self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED", "COMPLETED")
-            if (is_over and not condition()) or time.monotonic() > ends:
-                told = f"{self.cluster.job(job)}\n{self.log(job)[-4000:]}"
-                raise AssertionError(f"waited up to {timeout_s} s for {what}:\n{told}")
-            time.sleep(0.2)
+    def _wait(self, job: int, condition: Callable[[], object], what: str) -> None:
+        def is_over() -> bool:
+            return self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED", "COMPLETED")
+
+        def output() -> str:
+            return f"{self.cluster.job(job)}\n{self.log(job)[-3500:]}"
+
+        wait_for(lambda: condition() or is_over(), what, output, poll_s=0.2)
+        assert condition(), f"the job ended before {what}:\n{output()}"

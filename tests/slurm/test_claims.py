@@ -20,6 +20,7 @@ def race(number, folder, start, won):
         won[number * _NUM_ROUNDS + n] = other is None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("before", [None, "dead"])
 def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_path, before):
     for n in range(_NUM_ROUNDS):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
 ONE = ("--nodes=1",)
 
@@ -41,7 +41,7 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
         jobs.submit("contained", options=ONE, faults={"slow": 0.5}, UNIMO3_SITE=str(jobs.folder / "container.env"))
         for _ in range(2)
     ]
-    jobs.cluster.wait(lambda: "SPECIAL_EXIT" in [jobs.state(job) for job in both], 60, "one to be held")
+    jobs.cluster.wait(lambda: "SPECIAL_EXIT" in [jobs.state(job) for job in both], "one to be held")
     held = next(job for job in both if jobs.state(job) == "SPECIAL_EXIT")
     (other,) = set(both) - {held}
     assert f"held: job {other} works on" in jobs.cluster.job(held)["Comment"]

@@ -7,7 +7,7 @@ from tests.integration.conftest import losses
 from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice, assert_saved, ledger
 from unimo3.training.heartbeat import read_heartbeats
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_jobs")]
 
 TWO = ("--nodes=2",)
 
@@ -65,7 +65,7 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event
     jobs.wait_step(job, name, 5)
     num_done = len(jobs.steps(name))
     event(jobs, job)
-    jobs.wait_state(job, "COMPLETED", timeout_s=180)
+    jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / name, straight)
     assert_saved(*jobs.attempts(name), num_done)
     assert int(jobs.cluster.job(job)["Restarts"]) == 1
@@ -83,7 +83,7 @@ def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
     num_done = len(jobs.steps("preempted"))
     other = jobs.preempt()
     jobs.wait_state(other, "COMPLETED")
-    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "preempted", straight)
     assert_saved(*jobs.attempts("preempted"), num_done)
 
@@ -104,7 +104,7 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):
 def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight):
     once = jobs.folder / "killed_once"
     job = jobs.submit("killed", "--data.ledger", "true", options=TWO, faults={"kill": [6, 1]}, ONCE=str(once))
-    jobs.wait_state(job, "COMPLETED", timeout_s=180)
+    jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "killed", straight)
     first, second = jobs.attempts("killed")
     assert (first.action, second.action) == ("requeue", "done")
@@ -117,7 +117,7 @@ def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
         "frozen", "--data.ledger", "true", "--training.stall_after_s", 5, options=TWO, faults={"freeze": [6, 1]},
         ONCE=str(once),
     )  # fmt: skip
-    jobs.wait_state(job, "COMPLETED", timeout_s=240)
+    jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "frozen", straight)
     assert "the others wait for rank 1 on " in jobs.log(job)
     assert (jobs.attempts("frozen")[0].status, jobs.attempts("frozen")[0].action) == (71, "requeue")
@@ -128,10 +128,10 @@ def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
     jobs.wait_step(job, "lost", 6)
     jobs.cluster.kill_node("n2")
     try:
-        jobs.wait_state(job, "COMPLETED", timeout_s=240)
+        jobs.wait_state(job, "COMPLETED")
     finally:
         jobs.cluster.start_node("n2")
-        jobs.cluster.wait(lambda: jobs.cluster.node_states()["n2"] == "idle", 60, "n2 again")
+        jobs.cluster.wait(lambda: jobs.cluster.node_states()["n2"] == "idle", "n2 again")
     assert [record["step"] for record in jobs.steps("lost")] == list(range(1, 13))
     for one, other in zip(losses(jobs.runs / "lost"), losses(straight), strict=True):
         assert one["loss_mlm"] == pytest.approx(other["loss_mlm"], rel=0.02)
@@ -162,7 +162,7 @@ def test_a_stop_file_ends_the_job_for_good(jobs):
 
 
 def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight):
-    jobs.wait_state(limited, "COMPLETED", timeout_s=240)
+    jobs.wait_state(limited, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "limited", straight)
     log = jobs.log(limited)
     assert "asked to stop (SIGUSR2)" in log
@@ -172,7 +172,7 @@ def test_the_time_limits_signal_requeues_before_the_end(jobs, limited, straight)
 
 
 def test_a_job_that_hangs_is_requeued_just_before_its_time_limit(jobs, hung, straight):
-    jobs.wait_state(hung, "COMPLETED", timeout_s=240)
+    jobs.wait_state(hung, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "hung", straight)
     assert "requeue: the time limit is near and the program has not ended" in jobs.log(hung)
     assert len(jobs.attempts("hung")) == 2

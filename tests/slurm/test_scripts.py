@@ -9,6 +9,7 @@ import pytest
 from tests.integration.conftest import ROOT
 
 
+@pytest.mark.integration
 def test_all_scripts_pass_shellcheck():
     scripts = sorted(str(path) for path in (ROOT / "slurm").glob("*.sbatch"))
     if shutil.which("shellcheck") is None and not os.environ.get("REQUIRE_SLURM"):

@@ -85,6 +85,7 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
         assert text in screen
 
 
+@pytest.mark.integration
 def test_a_file_that_asks_to_stop_is_told_and_a_held_job_has_its_reason(run, squeue):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     (run / "stop").touch()
@@ -110,6 +111,7 @@ def squeue(tmp_path, monkeypatch):
     return answers
 
 
+@pytest.mark.integration
 def test_a_start_that_was_cut_off_is_among_the_restarts(run, squeue):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     history.append(run, "begin", job="7", restart=1, nodes="n1", checkpoint=4)
@@ -124,6 +126,7 @@ def test_a_start_that_was_cut_off_is_among_the_restarts(run, squeue):
     assert "cut off: after this start" in status.screen(state)
 
 
+@pytest.mark.integration
 def test_a_slurm_that_does_not_answer_is_said_to(run, squeue, capsys):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
@@ -138,6 +141,7 @@ def refused(folder, capsys, text):
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_folder_that_is_none_is_refused(tmp_path, squeue, capsys):
     squeue("exit 0")
     refused(tmp_path / "none", capsys, "no such folder, and no job is queued for it; name the folder of a run")

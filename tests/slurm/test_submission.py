@@ -12,7 +12,7 @@ from tests.integration.conftest import ROOT
 from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from unimo3.training.heartbeat import read_heartbeats
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
 
 def run_program(program, *arguments):
@@ -27,7 +27,7 @@ def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
     # Slow steps, so that the first one still runs when the last one begins.
     numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, faults={"slow": 15}) for n in range(8)]
     for number in numbers:
-        jobs.wait_state(number, "COMPLETED", timeout_s=300)
+        jobs.wait_state(number, "COMPLETED")
     assert len({jobs.log(number).split("meeting at ")[1].split()[0] for number in numbers}) == 8
     starts = [jobs.attempts(f"eight_{n}")[0] for n in range(8)]
     assert max(start.time for start in starts) < min(start.ended for start in starts)
@@ -69,7 +69,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     )  # fmt: skip
     job = site.sbatch(*command, FAULTS='{"slow": 5.0}', PREFLIGHT="no")
     site.cluster.wait(
-        lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), 240, "links"
+        lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
     )
     attempts = site.attempts(name)
     # On a busy machine the last link, which has none after it, is requeued.
@@ -95,7 +95,7 @@ def test_a_node_marked_bad_before_the_start_is_avoided_and_the_job_lands_elsewhe
         PREFLIGHT="yes",
         UNIMO3_SITE=str(jobs.folder / "site_of_bad_node.env"),
     )
-    jobs.wait_state(job, "COMPLETED", timeout_s=120)
+    jobs.wait_state(job, "COMPLETED")
     assert jobs.attempts("avoids")[0].action == "exclude"
     assert jobs.attempts("avoids")[-1].nodes != "n1"
     entry = json.loads((jobs.folder / "bad_here.jsonl").read_text())
@@ -117,7 +117,7 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
         "avoids_n2", "--training.stop_after", 1, options=("--nodes=2",), PREFLIGHT="yes", UNIMO3_PYTHON=str(python),
         BAD_NODES=str(jobs.folder / "bad_n2.jsonl"),
     )  # fmt: skip
-    jobs.wait_state(job, "COMPLETED", timeout_s=120)
+    jobs.wait_state(job, "COMPLETED")
     first, *_, last = jobs.attempts("avoids_n2")
     assert (first.nodes, first.action) == ("n1 n2", "exclude")
     assert "n2: gave no answer" in first.reason
@@ -138,7 +138,7 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
         "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="0.8", UNIMO3_PYTHON=str(python),
         UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
     )  # fmt: skip
-    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", 120, "n2 left out")
+    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", "n2 left out")
     jobs.cluster.call("scancel", job)
     (attempt,) = jobs.attempts("avoids_slow")
     assert (attempt.nodes, attempt.action) == ("n1 n2 n3", "exclude")

@@ -46,6 +46,7 @@ def refused(told, *faults):
         assert fault in text
 
 
+@pytest.mark.integration
 def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training):
     status, text = checked("--dry-run", "--nodes", "1-2", *training)
     assert status == 0
@@ -54,6 +55,7 @@ def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training)
     refused(checked(*training), "sbatch: is not on this machine")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
@@ -70,6 +72,7 @@ def test_an_option_that_cannot_be_is_refused(checked, training, options, fault):
     refused(checked(*options, *training), fault)
 
 
+@pytest.mark.integration
 def test_a_run_that_was_asked_to_stop_is_not_submitted_again(checked, training, tmp_path):
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
@@ -77,6 +80,7 @@ def test_a_run_that_was_asked_to_stop_is_not_submitted_again(checked, training, 
     refused(checked(*training), "asks every start of the run to end at once; remove the file")
 
 
+@pytest.mark.integration
 def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
     told = checked("--nodes", "1-4", *training)
     refused(told, "(3 nodes)", "(4 nodes)")
@@ -85,6 +89,7 @@ def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
     refused(checked("--ranks-per-node", "3", *training), "does not divide")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
@@ -105,6 +110,7 @@ def test_a_setting_that_would_fail_is_refused(checked, training, tmp_path, argum
     refused(checked(*training, *words), fault)
 
 
+@pytest.mark.integration
 def test_all_faults_are_told_in_one_message(checked):
     told = checked("--chain", "0", "finetune", "vqa", "--init", "no_weights", "--data.train", "nowhere")
     refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
@@ -113,11 +119,13 @@ def test_all_faults_are_told_in_one_message(checked):
     assert "takes a task first: nlvr2, retrieval, snli_ve, vqa" in told[1]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("module", ["program", "task", "results", "weights"])
 def test_what_tasks_share_is_no_task(checked, module):
     refused(checked("finetune", module), f"'finetune.{module}': there is no such program")
 
 
+@pytest.mark.integration
 def test_the_checkpoints_of_a_run_tell_how_much_disk_they_need(checked, training, tmp_path):
     newest = tmp_path / "runs" / "run" / "checkpoints" / "step_00000004"
     newest.mkdir(parents=True)
@@ -143,6 +151,7 @@ def tuning(pretrained, vqav2, tmp_path):
     return words
 
 
+@pytest.mark.integration
 def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
     with safe_open(pretrained / "model.safetensors", "pt") as weights:
         elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
@@ -158,6 +167,7 @@ def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, 
     assert checked("--dry-run", *tuning(init="run"))[0] == 0
 
 
+@pytest.mark.integration
 def test_a_new_runs_notice_says_that_nothing_was_measured(checked, training):
     status, text = checked("--dry-run", *training)
     assert status == 0
@@ -183,6 +193,7 @@ def write_figures(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*steps, *saves]))
 
 
+@pytest.mark.integration
 def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, training, tmp_path):
     write_figures(tmp_path / "runs" / "run")
     refused(
@@ -203,6 +214,7 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, trai
     assert checked("--grace", "500", "--time", "0:25:00", "--dry-run", *words)[0] == 0  # requeued by itself
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
@@ -217,6 +229,7 @@ def test_a_site_file_that_is_none_is_refused(checked, training, tmp_path, conten
     refused(checked(*training), fault)
 
 
+@pytest.mark.integration
 def test_each_kind_of_job_gets_the_options_that_the_site_has_for_it(checked, training, source, tmp_path):
     (tmp_path / "site.env").write_text(
         "GPUS_PER_NODE=2 SBATCH_OPTIONS=(--partition=gpu --exclude=n7 '--comment=two words' --signal=USR2@90) "
@@ -250,6 +263,7 @@ def run(tmp_path):
     return tmp_path / "a_run"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("options", "arguments", "fault"),
     [
@@ -274,6 +288,7 @@ def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, a
     refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), fault)
 
 
+@pytest.mark.integration
 def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
     assert checked("--dry-run", "export", run, "--out", tmp_path / "w")[0] == 0
     later = ("--dry-run", "--dependency", "afterok:7", "export", tmp_path / "not_yet", "--out", tmp_path / "w")
@@ -283,6 +298,7 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
     assert "--dependency=afterok:7" in text
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
@@ -299,6 +315,7 @@ def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, argu
     refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), fault)
 
 
+@pytest.mark.integration
 def test_a_conversions_source_is_told_as_the_room_it_needs(checked, tmp_path):
     source = tmp_path / "big"
     source.mkdir()

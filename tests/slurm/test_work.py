@@ -10,7 +10,7 @@ from slurm import history, status, submit
 from slurm.rivals import jobs_on
 from tests.integration.conftest import ROOT
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
 
 def batch(site, *words, options=(), **environment):
@@ -84,7 +84,7 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     begin = 'settle_by tool slurm.outcome begin --run "$RUN" --nodes n1'
     script = script_of(tmp_path, f"until (($(date +%s) >= {at})); do :; done; {begin}; sleep 4")
     jobs = [batch(site, script) for _ in range(2)]
-    site.cluster.wait(lambda: "SPECIAL_EXIT" in [site.state(job) for job in jobs], 60, "one to be held")
+    site.cluster.wait(lambda: "SPECIAL_EXIT" in [site.state(job) for job in jobs], "one to be held")
     states = {job: site.state(job) for job in jobs}
     held = next(job for job, state in states.items() if state == "SPECIAL_EXIT")
     (other,) = set(jobs) - {held}
@@ -105,7 +105,7 @@ def test_nodes_whose_entry_has_expired_are_taken_back_and_the_users_own_are_not(
     ledger.write_text(json.dumps({"node": "n3", "reason": "", "job": "1", "until": time.time() - 1}) + "\n")
     assert site.cluster.job(job)["ExcNodeList"] == "n[2-3]"
     site.cluster.call("scontrol", "release", job)
-    site.cluster.wait(lambda: site.cluster.job(job)["ExcNodeList"] == "n2", 60, "n3 taken back")
+    site.cluster.wait(lambda: site.cluster.job(job)["ExcNodeList"] == "n2", "n3 taken back")
     assert history.excluded(tmp_path / "run", str(job)) == []
     site.cluster.call("scancel", job)
 

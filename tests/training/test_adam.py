@@ -4,12 +4,12 @@ import logging
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 import torch
 
+from tests.waiting import PATIENCE_S, wait_for
 from unimo3.apex import OPTIMIZER_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
 from unimo3.training.adam import build_adam, count_steps_by_parameter
@@ -152,10 +152,7 @@ def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     killed = subprocess.Popen([sys.executable, "-c", KILLED], env=environment, stderr=subprocess.DEVNULL)
     lock = tmp_path / "cpu_adam" / "lock"
-    deadline = time.monotonic() + 60
-    while not lock.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lock.exists, "the lock of the compile")
     # The process first: it would take note of a compiler that fails.
     for each in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
         each.kill()
@@ -164,7 +161,7 @@ def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
     # It is not waited for: what follows fails at once, for want of a compiler.
     done = subprocess.run(
         [sys.executable, "-c", KILLED], env=environment | {"CXX": "/nowhere/c++"}, capture_output=True, text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
     )  # fmt: skip
     assert "could not be built" in done.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import output_of, text_of, wait_for
 from unimo3.errors import EXIT_STALLED
 from unimo3.training.heartbeat import Heartbeat, describe_suspects
 
@@ -23,7 +24,8 @@ watch._TELLING_S = 1.0
 kept = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
 kept.beat(sys.argv[3], 5)
 def stuck_here():
-    time.sleep(60)
+    while True:
+        time.sleep(60)  # the test or the watch ends it
 stuck_here()
 """
 
@@ -78,46 +80,49 @@ def stuck(tmp_path):
 
 
 def wait_for_heartbeat(run):
-    ends = time.monotonic() + 30
-    while not (run / "heartbeats" / "rank_00000.json").exists() and time.monotonic() < ends:
-        time.sleep(0.05)
+    wait_for((run / "heartbeats" / "rank_00000.json").exists, "the first heartbeat")
 
 
+@pytest.mark.integration
 def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
     process = stuck("0.3", "join", RANK="0", WORLD_SIZE="2")
-    _, told = process.communicate(timeout=30)
+    _, told = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
     assert "the others wait for rank 1, which has given no heartbeat since this start" in told
     assert "stuck_here" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
 
 
 # Opening a pipe that nobody reads hangs as a mount does whose server is gone.
+@pytest.mark.integration
 def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
     (tmp_path / "run" / "heartbeats").mkdir(parents=True)
     os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.tmp")
     process = stuck("0.5", "compute")
-    _, told = process.communicate(timeout=30)
+    _, told = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
     assert "no progress for 0.5 s" in told
 
 
+@pytest.mark.integration
 def test_a_folder_that_hangs_for_the_stacks_too_is_named(stuck, tmp_path):
     process = stuck("2", "compute")
     wait_for_heartbeat(tmp_path / "run")
     os.mkfifo(tmp_path / "run" / "stacks" / "rank_00000.txt")
-    _, told = process.communicate(timeout=30)
+    _, told = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
     assert "in phase 'compute' of step 5, and" in told
     assert "does not answer" in told
     assert "stuck_here" in told
 
 
+@pytest.mark.integration
 def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     process = stuck("0", "compute")
     wait_for_heartbeat(tmp_path / "run")
     process.send_signal(signal.SIGQUIT)
-    time.sleep(0.5)
+    stacks = text_of(tmp_path / "run" / "stacks" / "asked_00000.txt")
+    wait_for(lambda: "stuck_here" in stacks(), "the stacks", stacks)
     assert process.poll() is None
-    told = (tmp_path / "run" / "stacks" / "asked_00000.txt").read_text()
+    told = stacks()
     assert told.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
     assert "stuck_here" in told

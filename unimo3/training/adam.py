@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 from torch.optim import Optimizer
-from torch.utils.cpp_extension import _get_build_directory
 
 from unimo3.apex import OPTIMIZER_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
@@ -110,6 +109,9 @@ def _one_builder(name: str) -> Iterator[None]:
     torch marks a build under way by a file, for which every other process waits without end; a process that was killed
     leaves it. Under a lock that a kill frees, such a file can only be a leftover.
     """
+    # Loads setuptools, which only a build needs.
+    from torch.utils.cpp_extension import _get_build_directory
+
     folder = Path(_get_build_directory(name, verbose=False))
     with FileLock(f"{folder}.unimo3.lock", fallback_to_soft=False):
         (folder / "lock").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Source: DeepSpeed 0.19, runtime/config.py and runtime/engine.py.
 """
 
 import difflib
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -153,11 +155,26 @@ def build_engine(
         ConfigError: DeepSpeed refuses the configuration.
     """
     optimizer = build_optimizer(model, optim, offloads_optimizer(ds_config))
+    import_muon_uncompiled()
     try:
         engine, _, _, _ = deepspeed.initialize(model=task, optimizer=optimizer, config=ds_config)
     except (deepspeed.runtime.config.DeepSpeedConfigError, ValueError) as error:
         raise ConfigError(f"training.ds_config: DeepSpeed refuses it: {error}") from error
     return engine
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without compiling its kernels.
+
+    DeepSpeed 0.19 asks of every optimizer whether it is Muon, and Muon's module applies ``torch.compile`` to three
+    functions. That loads torch's inductor, 850 modules and seconds in every rank. No optimizer here is Muon.
+    """
+    stock = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = stock
 
 
 def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:

@@ -9,11 +9,13 @@ import logging
 import resource
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Figures = dict[str, Any]
 
@@ -42,8 +44,11 @@ class MetricsWriter:
             written = path.read_bytes() if path.exists() else b""
             self._is_cut_off = bool(written) and not written.endswith(b"\n")
             self._file = path.open("a", buffering=1)
+            # Here, since one rank alone writes events; the import loads a hundred modules.
+            from torch.utils import tensorboard
+
             purge_step = None if resumed_step is None else resumed_step + 1
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+            self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, figures: Figures, group: str = "train") -> None:
         """Append one record, and the same as events.
@@ -70,7 +75,7 @@ class MetricsWriter:
             self._board = None
             log.warning("no more events for TensorBoard from step %s on (%s)", figures["step"], error)
 
-    def _add_events(self, board: SummaryWriter, figures: Figures, group: str) -> None:
+    def _add_events(self, board: "SummaryWriter", figures: Figures, group: str) -> None:
         for name, value in figures.items():
             if name != "step" and isinstance(value, (int, float)):
                 board.add_scalar(f"{group}/{name}", value, figures["step"])
