@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import psutil
 
-PATIENCE_S = float(os.environ.get("TEST_PATIENCE", "900"))
+PATIENCE_S = float(os.environ.get("TEST_PATIENCE", "1800"))
 _POLL_S = 0.02
 _NUM_CHARACTERS = 4000
 
