@@ -151,9 +151,10 @@ def _output(folder: Path) -> str:
     return text_of(folder / "output")()[-6000:]
 
 
-# Below those that the kernel hands out, and for each process that runs tests its own.
-_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_ports = itertools.cycle(range(30000 + 300 * _WORKER, 30300 + 300 * _WORKER))
+# Of the processes that run tests.
+WORKER = int(os.environ.get("PYTEST_XDISTWORKER", "gw0").removeprefix("gw"))
+# Below those that the kernel hands out, and for each of these processes its own.
+_ports = itertools.cycle(range(30000 + 300 * WORKER, 30300 + 300 * WORKER))
 
 
 def _free_port() -> int:

@@ -174,3 +174,9 @@ def test_shuffle_quality_beside_webdatasets(window, buffer_shards, least):
     assert displacement(ours) > least * displacement(theirs)
     assert neighbours_of_one_shard(theirs) > least * neighbours_of_one_shard(ours)
     assert max(len(list(group)) for _, group in itertools.groupby(shard for shard, _ in ours)) <= 7
+
+
+def test_every_epoch_has_its_own_order_of_shards():
+    order = SampleOrder([1] * 50, seed=0, window_shards=1)
+    epochs = [[order[50 * epoch + place].shard for place in range(50)] for epoch in range(3)]
+    assert len(set(map(tuple, epochs))) == 3

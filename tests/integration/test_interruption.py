@@ -54,7 +54,7 @@ def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(faulty, pro
     (run / "stop").unlink()
     # Asked to be requeued: the file is taken away, so that the next start goes on.
     when(lambda: len(read_metrics(run)) >= 5, (run / "requeue").touch)
-    assert faulty("stopped", {"slow": 0.7}) == 75
+    assert faulty("stopped", {"until_stop": [5]}) == 75
     assert "asked to stop (the file" in program.output
     assert not (run / "requeue").exists()
     assert faulty("stopped", {}) == 0
@@ -68,7 +68,7 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(faulty, recipe, 
         return phases(run).get(0) == (4, "evaluate")
 
     val = ("--data.val", yaml.safe_load(recipe.read_text())["data"]["train"])  # two batches and no shared images
-    assert faulty("cut", {"slow_eval": 10.0}, *val, stop_when=is_evaluating) == 75
+    assert faulty("cut", {"eval_until_stop": True}, *val, stop_when=is_evaluating) == 75
     assert store.list_checkpoints(run)[-1].name == "step_00000004"
     assert read_metrics(run, group="eval") == []
     assert faulty("cut", {}, *val) == 0
@@ -77,15 +77,15 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(faulty, recipe, 
 
 def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(faulty, program, runs):
     run = runs / "frozen"
-    assert faulty("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "4") == 71
-    assert "no progress for 4 s (training.stall_after_s); the others wait for rank 1 on " in program.output
+    assert faulty("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
+    assert "no progress for 30 s (training.stall_after_s); the others wait for rank 1 on " in program.output
     assert "its process is T (stopped)" in program.output
     assert "loop.py" in (run / "stacks" / "rank_00000.txt").read_text()
     assert "faulty.py" in (run / "stacks" / "asked_00001.txt").read_text()  # the stopped rank was woken for it alone
 
 
 def test_a_rank_without_data_is_named_by_its_phase(faulty, program, runs):
-    assert faulty("starved", {"no_data": [2, 0]}, "--training.stall_after_s", "4") == 71
+    assert faulty("starved", {"no_data": [2, 0]}, "--training.stall_after_s", "30") == 71
     assert "the others wait for rank 0 on " in program.output
     assert "in phase 'data' of step 2" in program.output
     assert all((runs / "starved" / "stacks" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1))

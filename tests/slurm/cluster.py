@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from tests.spawn import WORKER
 from tests.waiting import PATIENCE_S, wait_for
 from unimo3.launch import free_port
 
@@ -25,7 +26,8 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
-KillWait=2
+KillWait=30
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state
@@ -91,12 +93,15 @@ class Cluster:
         listed = ",".join(self.nodes)
         lines += [
             f"PartitionName=low Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 "
-            "PreemptMode=REQUEUE GraceTime=15",
+            "PreemptMode=REQUEUE GraceTime=60",
             f"PartitionName=high Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off",
             f"PartitionName=shared Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=FORCE:16",
         ]
         host = subprocess.run(["hostname", "-s"], check=True, capture_output=True, text=True).stdout.strip()
-        head = CONF.format(folder=self.folder, port=free_port(), user=getpass.getuser(), host=host)
+        # Jobs of two clusters on this host meet at different ports: those follow from the jobs' numbers.
+        head = CONF.format(
+            folder=self.folder, port=free_port(), first_job=1 + 1000 * WORKER, user=getpass.getuser(), host=host
+        )
         (self.folder / "slurm.conf").write_text(head + "\n".join(lines) + "\n")
         files = {
             kind: f"--{kind}={self.folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file")

@@ -37,11 +37,14 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
     (jobs.folder / "container.env").write_text(
         f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nCONTAINER=(env PATH=/nowhere)\n"
     )
+    is_held = jobs.folder / "one_is_held"
+    faults = {"until_file": [1, str(is_held)]}
     both = [
-        jobs.submit("contained", options=ONE, faults={"slow": 0.5}, UNIMO3_SITE=str(jobs.folder / "container.env"))
+        jobs.submit("contained", options=ONE, faults=faults, UNIMO3_SITE=str(jobs.folder / "container.env"))
         for _ in range(2)
     ]
     jobs.cluster.wait(lambda: "SPECIAL_EXIT" in [jobs.state(job) for job in both], "one to be held")
+    is_held.touch()
     held = next(job for job in both if jobs.state(job) == "SPECIAL_EXIT")
     (other,) = set(both) - {held}
     assert f"held: job {other} works on" in jobs.cluster.job(held)["Comment"]

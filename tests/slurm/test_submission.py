@@ -24,8 +24,12 @@ def run_program(program, *arguments):
 def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
     options = ("--nodelist=n1", "--ntasks-per-node=2", "--overcommit", "--partition=shared")
     arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
-    # Slow steps, so that the first one still runs when the last one begins.
-    numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, faults={"slow": 15}) for n in range(8)]
+    # The first one still runs when the last one begins.
+    begun = jobs.folder / "all_eight_have_begun"
+    faults = {"until_file": [1, str(begun)]}
+    numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, faults=faults) for n in range(8)]
+    jobs.cluster.wait(lambda: all(jobs.steps(f"eight_{n}") for n in range(8)), "a step of all eight")
+    begun.touch()
     for number in numbers:
         jobs.wait_state(number, "COMPLETED")
     assert len({jobs.log(number).split("meeting at ")[1].split()[0] for number in numbers}) == 8
@@ -64,10 +68,10 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     ]
     # As on a site that lets no job run for longer: each link is told to stop on its way.
     command = submit.sbatch_command(
-        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "2", "--grace", "60", *map(str, arguments)]),
+        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
-    job = site.sbatch(*command, FAULTS='{"slow": 5.0}', PREFLIGHT="no")
+    job = site.sbatch(*command, FAULTS='{"until_stop": [4, 8]}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
     )
@@ -227,7 +231,7 @@ def test_shards_pretraining_export_and_finetuning_are_chained_by_dependency(jobs
 
 
 def test_a_second_job_on_a_running_run_is_refused(site, capsys):
-    job = site.submit("taken", options=("--nodes=1",), faults={"slow": 1.0})
+    job = site.submit("taken", options=("--nodes=1",), faults={"until_stop": [1]})
     site.wait_step(job, "taken", 1)
     arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", 12)
     assert run_program(submit, "--time", "10", "--grace", "60", *arguments) == 78
