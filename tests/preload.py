@@ -4,9 +4,7 @@ Also what torch, deepspeed and transformers import only when it is used: a forke
 """
 # ruff: noqa: F401
 
-import atexit
 import gc
-import os
 from pathlib import Path
 
 import deepspeed.runtime.zero.stage3
@@ -34,12 +32,3 @@ assert len(_threads) == 1, f"the server that ranks are forked from has {len(_thr
 # Collections of garbage would write to all objects, and so copy the server's memory into every rank.
 gc.collect()
 resume_collections()
-
-_server = os.getpid()
-
-
-@atexit.register
-def _end_without_reports() -> None:
-    """At its end triton would list all that it does not free."""
-    if os.getpid() == _server:
-        os._exit(0)

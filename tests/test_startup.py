@@ -38,6 +38,7 @@ main()
 def run(program, **options):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr  # as it would where what is frozen is not freed
     return json.loads(done.stdout)
 
 

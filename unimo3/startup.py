@@ -4,6 +4,7 @@ Importing torch, timm, transformers and deepspeed creates millions of objects th
 Python's default thresholds the collector walks all of them dozens of times meanwhile, which takes a third of the start.
 """
 
+import atexit
 import gc
 
 _DEFAULT = gc.get_threshold()
@@ -20,4 +21,6 @@ def resume_collections() -> None:
     """Collect as usual, but never walk what has been imported again; without `postpone_collections` a no-op."""
     if gc.get_threshold() != _DEFAULT:
         gc.freeze()
+        # What is frozen when the interpreter ends cannot be freed, of which triton's bindings would report each object.
+        atexit.register(gc.unfreeze)
         gc.set_threshold(*_DEFAULT)

@@ -182,7 +182,7 @@ def test_a_fetch_waits_for_room_that_another_one_has_taken(store, open_cache):
     first = start(fetch_all, cache, [a], [store.files["/shards/a"]])
     wait_for(lambda: store.requests["/shards/a"], "the first request")
     second = start(fetch_all, cache, [b], [store.files["/shards/b"]])
-    time.sleep(0.3)
+    time.sleep(0.3)  # a wrong request would come within it; on a slower machine one may be missed, and none is made up
     assert store.requests["/shards/b"] == 0
     assert held(cache) == [f"{a[2]}.{SIZE}.part"]
     answer.set()

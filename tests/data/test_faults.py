@@ -5,13 +5,12 @@ import json
 import re
 import shutil
 import tarfile
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tests.data.conftest import convert, draw_jpeg, index_again
 from unimo3.data.images import decode
@@ -129,15 +128,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_samples_say_why(tmp_path, tokenizer, what):
+def test_bad_samples_say_why(tmp_path, tokenizer, monkeypatch, what):
     members, expected = BAD[what]
     if members.get("png", b"") is None:
         members = members | {"png": saved(Image.new("1", (20000, 20000)), "PNG")}
-    started = time.monotonic()
+        # A bomb is refused by its header alone.
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("its pixels were decoded"))
     with pytest.raises(BadSampleError, match=expected):
         build(tmp_path, tokenizer, members)
-    # A bomb is told by its header.
-    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

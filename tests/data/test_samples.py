@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.data.conftest import draw_jpeg, index_again
+from tests.waiting import PATIENCE_S
 from unimo3.data.answers import AnswerVocabulary, normalize_answer, vqa_accuracy
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
@@ -261,7 +262,7 @@ def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
     batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1))
     next(batches)
     multiprocessing.active_children()[-1].kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
 
     @exit_with_status
     def main():

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from slurm import claims, history
+from tests.waiting import PATIENCE_S
 
 # As many as there are cores, for all to be at it in the same microsecond.
 _NUM_PROCESSES, _NUM_ROUNDS, _ROUND_S = 2, 200, 0.003
@@ -34,7 +35,7 @@ def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_p
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_S)
         assert process.exitcode == 0
     assert [sum(won[n::_NUM_ROUNDS]) for n in range(_NUM_ROUNDS)] == [1] * _NUM_ROUNDS
 
