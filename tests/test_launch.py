@@ -93,8 +93,8 @@ def test_sigquit_has_every_rank_write_its_stacks_and_ends_none(tmp_path):
 import faulthandler
 stacks = open(f"{tmp_path}/stacks_{{rank}}", "w")  # one file would have the lines of all mixed
 faulthandler.register(signal.SIGQUIT, stacks)
-os.write(1, b"ready\\n")
 def stuck_here():
+    os.write(1, b"ready\\n")
     while True:
         signal.pause()
 stuck_here()

@@ -119,9 +119,13 @@ def test_a_folder_that_hangs_for_the_stacks_too_is_named(stuck, tmp_path):
 def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     process = stuck("0", "compute")
     wait_for_heartbeat(tmp_path / "run")
-    process.send_signal(signal.SIGQUIT)
     stacks = text_of(tmp_path / "run" / "stacks" / "asked_00000.txt")
-    wait_for(lambda: "stuck_here" in stacks(), "the stacks", stacks)
+
+    def ask():
+        process.send_signal(signal.SIGQUIT)  # one that comes before the file is open goes to the output
+        return "stuck_here" in stacks()
+
+    wait_for(ask, "the stacks", stacks, poll_s=0.2)
     assert process.poll() is None
     told = stacks()
     assert told.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
