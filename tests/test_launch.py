@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.waiting import output_of, text_of, wait_for
+from tests.waiting import PATIENCE_S, hang, output_of, text_of, wait_for
 from unimo3 import apex
 from unimo3.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, exit_with_status
 
@@ -35,8 +36,14 @@ def launch(tmp_path, body, *arguments, **options):
 
 def read_lines(process, expected):
     """One line from each rank."""
-    for _ in range(3):
-        assert process.stdout.readline() == f"{expected}\n"
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout.readline() for _ in range(3)), daemon=True)
+    reader.start()
+    reader.join(PATIENCE_S)
+    if reader.is_alive():
+        process.kill()
+        pytest.fail(hang(f"a line {expected!r} from each rank", ""))
+    assert lines == [f"{expected}\n"] * 3
 
 
 @pytest.mark.integration
