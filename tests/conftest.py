@@ -59,7 +59,7 @@ def _rank(group: str) -> int:
 
 def _note_process(event: str, arguments: tuple[Any, ...]) -> None:
     # Each process asks the compiler of the CPU kernel for its version once, in whichever test comes first.
-    if event in _STARTS_PROCESS and arguments[0] not in ("c++", "g++"):
+    if event in _STARTS_PROCESS and not {"c++", "g++"}.intersection(arguments[:1]):
         _started.append(f"{event} {arguments[:1]}")
 
 
