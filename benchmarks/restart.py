@@ -201,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         recipe = prepare(folder)
-        cluster = Cluster(folder / "slurm")
+        cluster = Cluster(folder / "slurm", slurmd_timeout_s=10, cred_expire_s=5)
         cluster.start()
         try:
             (folder / "jobs").mkdir()

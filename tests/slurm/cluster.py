@@ -23,7 +23,7 @@ CONF = """ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={cred_expire_s}
 CryptoType=crypto/munge
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
 KillWait=30
@@ -43,7 +43,9 @@ SchedulerType=sched/backfill
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout={slurmd_timeout_s}
+# A busy machine's daemons may answer late.
+MessageTimeout=60
 MpiDefault=none
 JobCompType=jobcomp/none
 AccountingStorageType=accounting_storage/none
@@ -68,10 +70,18 @@ class Cluster:
     Args:
         folder: a private one, for everything.
         nodes: their names.
+        slurmd_timeout_s: Slurm's SlurmdTimeout: a node that does not answer for so long is DOWN. The default outlasts
+            any pause of a busy machine; use `lose_node` not to wait for it.
+        cred_expire_s: lifetime of job step credentials. A requeued job waits for so long; a step that a busy machine
+            starts later fails.
     """
 
-    def __init__(self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3")):
+    def __init__(
+        self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3"), slurmd_timeout_s: int = 300,
+        cred_expire_s: int = 15,
+    ):  # fmt: skip
         self.folder, self.nodes = folder, nodes
+        self._timings = {"slurmd_timeout_s": slurmd_timeout_s, "cred_expire_s": cred_expire_s}
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         self.environment = {
             name: value for name, value in self.environment.items()
@@ -100,8 +110,9 @@ class Cluster:
         host = subprocess.run(["hostname", "-s"], check=True, capture_output=True, text=True).stdout.strip()
         # Jobs of two clusters on this host meet at different ports: those follow from the jobs' numbers.
         head = CONF.format(
-            folder=self.folder, port=free_port(), first_job=1 + 1000 * WORKER, user=getpass.getuser(), host=host
-        )
+            folder=self.folder, port=free_port(), first_job=1 + 1000 * WORKER, user=getpass.getuser(), host=host,
+            **self._timings,
+        )  # fmt: skip
         (self.folder / "slurm.conf").write_text(head + "\n".join(lines) + "\n")
         files = {
             kind: f"--{kind}={self.folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file")
@@ -119,6 +130,11 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start a node's slurmd."""
         self._daemon(name, "-D", "-N", name, program="slurmd")
+
+    def lose_node(self, name: str) -> None:
+        """End a node as `kill_node` does, and mark it DOWN as slurmctld does after SlurmdTimeout."""
+        self.kill_node(name)
+        self.call("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power failure")
 
     def kill_node(self, name: str) -> None:
         """End a node's slurmd and all processes of its jobs, as a power failure does."""

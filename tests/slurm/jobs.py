@@ -89,9 +89,11 @@ class Jobs:
         """A run's training steps."""
         return read_metrics(self.runs / name)
 
-    def attempts(self, name: str) -> list[history.Attempt]:
-        """A run's starts."""
-        return history.read(self.runs / name)
+    def attempts(self, name: str, number: int | None = None) -> list[history.Attempt]:
+        """A run's starts; it is an error if there are not `number` of them."""
+        found = history.read(self.runs / name)
+        assert number in (None, len(found)), "\n".join(map(str, found))
+        return found
 
     def _wait(self, job: int, condition: Callable[[], object], what: str) -> None:
         def is_over() -> bool:
