@@ -4,10 +4,14 @@ Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
 others too. Figures are read from the machine code.
 
+Compiling takes seconds an entry. `RECORD` holds the figures by content, Triton's own cache key (source, options, target,
+versions of Triton and ptxas); only what has no figures there is compiled. ``--recompile`` compiles all of it.
+
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -27,7 +31,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 # As launch.py has it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Triton compiles again what has another source, version, target or option; kept in the project, not in the home.
+# Kept in the project, not in the home.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "triton"))
 
 import torch
@@ -35,7 +39,8 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_key
 
 import unimo3  # noqa: F401  (it makes torchvision importable)
 from benchmarks.report import ROOT, usable_cores, write_report
@@ -51,6 +56,9 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 BLOCK_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SM_BYTES = {80: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SM_REGISTERS, SM_WARPS, SM_BLOCKS, MIN_WARPS = 65536, 64, 32, 8
+RECORD = ROOT / "benchmarks" / "results" / "kernel_static.jsonl"
+# Processes of a pool take it from here.
+_RECOMPILE = "KERNEL_STATIC_RECOMPILE"
 _FUNCTIONS = {
     "forward": kernel.cross_layer_attention_fwd_kernel,
     "backward_query": kernel.cross_layer_attention_bwd_query_kernel,
@@ -135,8 +143,8 @@ def variants(build: Build) -> list[Build]:
     ]
 
 
-def compile_build(build: Build) -> Any:
-    """Compile it as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
+def source_of(build: Build) -> ASTSource:
+    """What is compiled, as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
     fn = _FUNCTIONS[build.kernel]
     constants = {
         "LEVELS": build.levels, "WIDTH": build.width, "BLOCK_T": build.blocks.queries, "BLOCK_V": build.blocks.keys,
@@ -174,21 +182,39 @@ def compile_build(build: Build) -> Any:
             attributes |= {(place, axis): even for axis in range(3)}
         elif isinstance(kind, str) and kind.startswith("*"):
             attributes[place,] = even
-    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def content_of(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
+    """Equal where the compiled code is: a hash of Triton's cache key."""
+    backend = make_backend(target)
+    key = get_cache_key(source, backend, backend.parse_options(dict(options)), env_vars={})
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _recorded() -> dict[str, Resources]:
+    if os.environ.get(_RECOMPILE) or not RECORD.exists():
+        return {}
+    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    return {row["content"]: Resources(**{key: row[key] for key in Resources.__annotations__}) for row in rows}
+
+
+def measure(build: Build) -> tuple[str, Resources | None]:
+    """Its content and resources, from the record or by compiling it; None where the compiler gives up."""
+    source, target = source_of(build), GPUTarget("cuda", build.capability, 32)
     options = {"num_warps": build.blocks.warps, "num_stages": build.blocks.stages}
-    return triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
-
-
-def measure(build: Build) -> Resources | None:
-    """Compile, and read the machine code; None where the compiler gives up."""
+    content = content_of(source, target, options)
+    if content in _recorded():
+        return content, _recorded()[content]
     try:
-        compiled = compile_build(build)
+        compiled = triton.compile(source, target=target, options=options)
     except triton.runtime.errors.PTXASError:
-        return None
-    cubin = compiled.asm["cubin"]
-    cached = Path(os.environ["TRITON_CACHE_DIR"]) / "resources" / f"{hashlib.sha256(cubin).hexdigest()}.json"
-    if cached.exists():
-        return Resources(**json.loads(cached.read_text()))
+        return content, None
+    return content, _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _read(cubin: bytes, shared_bytes: int) -> Resources:
     tools = Path(nvidia.__file__).parent / "bin"
 
     def read(tool: str, *options: str) -> str:
@@ -201,16 +227,11 @@ def measure(build: Build) -> Resources | None:
         code = read("nvdisasm", "-c", "-ndf")  # without dataflow analysis, which is not read
     found = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
     count = len(_MATRIX_INSTRUCTION.findall(code))
-    resources = Resources(found["REG"], found["LOCAL"] + found["STACK"], compiled.metadata.shared, count)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(resources)))
-    partial.replace(cached)
-    return resources
+    return Resources(found["REG"], found["LOCAL"] + found["STACK"], shared_bytes, count)
 
 
-def measure_all(builds: list[Build], what: str) -> dict[Build, Resources | None]:
-    """Each build's resources, by as many processes as there are cores."""
+def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resources | None]]:
+    """Each build's content and resources, by as many processes as there are cores."""
     with ProcessPoolExecutor(usable_cores()) as pool:
         done = tqdm(pool.map(measure, builds), total=len(builds), desc=what, mininterval=5)
         return dict(zip(builds, done, strict=True))
@@ -271,7 +292,7 @@ def search() -> None:
         flat = measure_all(list(itertools.chain(*builds.values())), f"{dtypes} {capabilities} {name} {width}")
         measured: dict[Blocks, list[tuple[Build, Resources]]] = {}
         for blocks, served in builds.items():
-            fitting = [(build, found) for build in served if (found := flat[build]) and found.fits(build)]
+            fitting = [(build, found) for build in served if (found := flat[build][1]) and found.fits(build)]
             measured[blocks] = fitting if len(fitting) == len(served) else []
         owned = (None,) if dtypes == ("fp32",) else (SHORT_LENGTH, 64)
         chosen = ", ".join(str(best(name, measured, size)) for size in owned)
@@ -320,24 +341,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
     )
+    parser.add_argument("--recompile", action="store_true", help="compile what the record has figures for, too")
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
         help="report to write (default: %(default)s)",
     )  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
+    if args.recompile:
+        os.environ[_RECOMPILE] = "1"
     if args.search:
         search()
         return
     measured = measure_all(table_builds(args.widths), "compiling")
+    rows = [
+        {"content": content, **asdict(build), **(asdict(found) if found else {})}
+        for build, (content, found) in measured.items()
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     if args.json:
-        rows = (asdict(build) | (asdict(found) if found else {}) for build, found in measured.items())
-        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        args.json.write_text(lines)
         return
-    good = {build: found for build, found in measured.items() if found}
-    if failed := [build for build in measured if build not in good or not good[build].fits(build)]:
-        raise SystemExit("\n".join(f"does not fit: {build}: {measured[build]}" for build in failed))
+    good = {build: found for build, (_, found) in measured.items() if found and found.fits(build)}
+    if failed := [build for build in measured if build not in good]:
+        raise SystemExit("\n".join(f"does not fit: {build}: {measured[build][1]}" for build in failed))
     write_report(args.out, "The Triton kernels' machine code", INTRODUCTION + "\n" + table(good))
+    args.out.with_suffix(".jsonl").write_text(lines)
     print(f"{len(good)} kernels, none of which spills: {args.out}")
 
 

@@ -50,8 +50,12 @@ def drawn_shapes(number):
     for place in range(number):
         tokens, keys = chooser.choice([1, 5, 17, 33, 50, 71]), chooser.choice([1, 7, 31, 37, 65, 90])
         width, levels = (32, 64, 96, 128)[place % 4], place % 7 + 1
+        samples, heads = 3 if place % 3 else chooser.choice([1, 2]), chooser.choice([1, 3])
+        # Each program takes the interpreter long; several heads meet several blocks where there are few levels.
+        if levels > 2 and levels * tokens * keys > 2500:
+            heads = 1
         yield (
-            (3 if place % 3 else chooser.choice([1, 2]), chooser.choice([1, 3]), tokens, keys, width, levels),
+            (samples, heads, tokens, keys, width, levels),
             place % 3 != 0,
             place % 5 != 0,
             place % 4 == 1,

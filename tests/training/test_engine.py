@@ -261,9 +261,13 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask
 
+    # Towers of one layer each: the compiler takes seconds a kernel.
+    one_layer = tiny_config(num_hidden_layers=1).to_dict()
+    one_layer["text_config"]["num_hidden_layers"] = one_layer["vision_config"]["overrides"]["depth"] = 1
+    sizes = {key: one_layer[key] for key in ("text_config", "vision_config", "num_hidden_layers")}
     results = []
     for compiled in (False, True):
-        model = tiny_pretraining_model().train()
+        model = tiny_pretraining_model(**sizes).train()
         prepare_layers(model, KernelArgs(), activation_checkpointing=False, compile_towers=compiled)
         for tower in (model.unimo3.text_tower, model.unimo3.vision_tower):
             assert (tower._compiled_call_impl is not None) == compiled
