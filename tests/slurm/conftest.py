@@ -37,7 +37,7 @@ def jobs(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def straight(jobs: Jobs) -> Path:
-    """A run of 12 steps on two nodes that nothing disturbed."""
+    """A run of `NUM_STEPS` steps on two nodes that nothing disturbed."""
     job = jobs.submit("straight", "--data.ledger", "true", options=("--nodes=2",), PREFLIGHT="yes")
     jobs.wait_state(job, "COMPLETED")
     return jobs.runs / "straight"

@@ -13,6 +13,9 @@ from tests.waiting import wait_for
 from unimo3.training.metrics import read_metrics
 
 
+NUM_STEPS = 8
+
+
 class Jobs:
     """Submits training jobs on the cluster and watches their runs."""
 
@@ -38,10 +41,10 @@ class Jobs:
         self, name: str, *arguments: object, options: tuple[str, ...] = (), faults: dict[str, Any] | None = None,
         **environment: str,
     ) -> int:  # fmt: skip
-        """Submit a pretraining of 12 steps as run `name`, without pre-flight unless asked for; the job's number."""
+        """Submit a pretraining of `NUM_STEPS` steps as run `name`, without pre-flight unless asked for; the job's number."""
         command = [
             "sbatch", "--parsable", "--time=30", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
-            "--config", self.recipe, "--run.name", name, "--training.steps", 12, "--checkpoint.every_steps", 4,
+            "--config", self.recipe, "--run.name", name, "--training.steps", NUM_STEPS, "--checkpoint.every_steps", 4,
             *arguments,
         ]  # fmt: skip
         return self.sbatch(*command, **{"PREFLIGHT": "no", "FAULTS": json.dumps(faults or {}), **environment})

@@ -4,6 +4,7 @@ import pytest
 
 from slurm.runs import newest_step
 from tests.integration.conftest import losses
+from tests.slurm.jobs import NUM_STEPS
 from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice, assert_saved, ledger
 from unimo3.training.heartbeat import read_heartbeats
 
@@ -40,7 +41,7 @@ def test_a_wrong_setting_holds_the_job_with_the_reason(jobs):
 
 
 def test_a_job_trains_on_two_nodes_to_its_end(jobs, straight):
-    assert len(jobs.steps("straight")) == 12
+    assert len(jobs.steps("straight")) == NUM_STEPS
     (attempt,) = jobs.attempts("straight", number=1)
     assert (attempt.status, attempt.action, attempt.nodes) == (0, "done", "n1 n2")
     assert {beat.phase for beat in read_heartbeats(straight)} == {"ended"}
@@ -134,7 +135,7 @@ def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
     finally:
         jobs.cluster.start_node("n2")
         jobs.cluster.wait(lambda: jobs.cluster.node_states()["n2"] == "idle", "n2 again")
-    assert [record["step"] for record in jobs.steps("lost")] == list(range(1, 13))
+    assert [record["step"] for record in jobs.steps("lost")] == list(range(1, NUM_STEPS + 1))
     for one, other in zip(losses(jobs.runs / "lost"), losses(straight), strict=True):
         assert one["loss_mlm"] == pytest.approx(other["loss_mlm"], rel=0.02)
     assert ledger(jobs.runs / "lost") == ledger(straight)
@@ -142,7 +143,7 @@ def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
 
 
 def test_losses_that_stay_not_finite_hold_the_job(jobs):
-    nan = [[step, 0] for step in range(3, 12)]
+    nan = [[step, 0] for step in range(3, NUM_STEPS)]
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, faults={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
@@ -159,7 +160,7 @@ def test_a_stop_file_ends_the_job_for_good(jobs):
     jobs.wait_step(job, "stopped", 3)
     (jobs.runs / "stopped" / "stop").touch()
     jobs.wait_state(job, "COMPLETED")
-    assert 3 <= len(jobs.steps("stopped")) < 12
+    assert 3 <= len(jobs.steps("stopped")) < NUM_STEPS
     assert jobs.attempts("stopped")[-1].action == "done"
 
 

@@ -9,6 +9,7 @@ import yaml
 from slurm import bad_nodes, history, status, submit
 from slurm.site import Site
 from tests.integration.conftest import ROOT
+from tests.slurm.jobs import NUM_STEPS
 from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from unimo3.training.heartbeat import read_heartbeats
 
@@ -60,7 +61,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         "--run.name",
         name,
         "--training.steps",
-        12,
+        NUM_STEPS,
         "--data.ledger",
         "true",
         "--training.log_every",
@@ -71,7 +72,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
-    job = site.sbatch(*command, FAULTS='{"until_stop": [4, 8]}', PREFLIGHT="no")
+    job = site.sbatch(*command, FAULTS='{"until_stop": [3, 6]}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
     )
@@ -233,7 +234,7 @@ def test_shards_pretraining_export_and_finetuning_are_chained_by_dependency(jobs
 def test_a_second_job_on_a_running_run_is_refused(site, capsys):
     job = site.submit("taken", options=("--nodes=1",), faults={"until_stop": [1]})
     site.wait_step(job, "taken", 1)
-    arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", 12)
+    arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", NUM_STEPS)
     assert run_program(submit, "--time", "10", "--grace", "60", *arguments) == 78
     assert f"taken: job {job} works on it" in capsys.readouterr().err
     # Who submits by hand all the same finds the second job held.
@@ -243,7 +244,7 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
     assert run_program(status, site.runs / "taken") == 0
     screen = capsys.readouterr().out
     assert f"job         {job} RUNNING on n" in screen
-    assert " of 12 (" in screen
+    assert f" of {NUM_STEPS} (" in screen
     site.cluster.call("scancel", job, other)
 
 

@@ -9,6 +9,7 @@ import pytest
 from slurm import history, status, submit
 from slurm.rivals import jobs_on
 from tests.integration.conftest import ROOT
+from tests.slurm.jobs import NUM_STEPS
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
@@ -80,11 +81,13 @@ def test_a_killed_conversion_is_requeued_and_goes_on_within_its_budget(site, sou
 
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
-    at = int(time.time()) + 3
+    both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do :; done"
     begin = 'settle_by tool slurm.outcome begin --run "$RUN" --nodes n1'
-    script = script_of(tmp_path, f"until (($(date +%s) >= {at})); do :; done; {begin}; sleep 4")
+    stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
+    script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
     jobs = [batch(site, script) for _ in range(2)]
     site.cluster.wait(lambda: "SPECIAL_EXIT" in [site.state(job) for job in jobs], "one to be held")
+    (tmp_path / "one_is_held").touch()
     states = {job: site.state(job) for job in jobs}
     held = next(job for job, state in states.items() if state == "SPECIAL_EXIT")
     (other,) = set(jobs) - {held}
@@ -112,7 +115,7 @@ def test_nodes_whose_entry_has_expired_are_taken_back_and_the_users_own_are_not(
 
 @pytest.mark.parametrize("name", ["plain", 'two  words "q" $(x)', "--odd"])
 def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name):
-    script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", name, "--training.steps", 12)
+    script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", name, "--training.steps", NUM_STEPS)
     job = batch(site, *script, options=("--hold",))
     assert jobs_on(site.runs / name) == {str(job): "PENDING"}
     assert jobs_on(site.runs / f"{name} not") == {}

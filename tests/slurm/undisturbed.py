@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slurm.history import Attempt
 from tests.integration.conftest import losses
+from tests.slurm.jobs import NUM_STEPS
 from unimo3.training.metrics import read_metrics
 
 
@@ -20,7 +21,7 @@ def ledger(run: Path) -> dict[int, list[str]]:
 
 def assert_as_if_undisturbed(run: Path, straight: Path) -> None:
     """Every step once, with the losses and the samples of a run that nothing disturbed."""
-    assert [record["step"] for record in read_metrics(run)] == list(range(1, 13))
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, NUM_STEPS + 1))
     assert losses(run) == losses(straight)
     assert ledger(run) == ledger(straight)
 
@@ -38,4 +39,4 @@ def assert_saved(first: Attempt, second: Attempt, num_done: int) -> None:
 
 def assert_no_step_was_done_twice(log: str) -> None:
     """By the lines of all starts, which tell each step once it is done (``training.log_every 1``)."""
-    assert [int(step) for step in re.findall(r"step (\d+)/12 ", log)] == list(range(1, 13))
+    assert [int(step) for step in re.findall(rf"step (\d+)/{NUM_STEPS} ", log)] == list(range(1, NUM_STEPS + 1))
