@@ -4,8 +4,8 @@ Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
 others too. Figures are read from the machine code.
 
-Compiling takes seconds an entry. `RECORD` holds the figures by content, Triton's own cache key (source, options, target,
-versions of Triton and ptxas); only what has no figures there is compiled. ``--recompile`` compiles all of it.
+Compiling takes seconds an entry. `RECORD` has the figures by content, which is Triton's own cache key (source, options,
+target, versions of Triton and ptxas). Only what has no figures there is compiled; ``--recompile`` compiles all of it.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 # Compiled, not interpreted; read when the kernels are defined.
 os.environ["TRITON_INTERPRET"] = "0"

@@ -12,7 +12,6 @@ from tests.slurm.cluster import Cluster
 from tests.waiting import wait_for
 from unimo3.training.metrics import read_metrics
 
-
 NUM_STEPS = 8
 
 
@@ -41,7 +40,7 @@ class Jobs:
         self, name: str, *arguments: object, options: tuple[str, ...] = (), faults: dict[str, Any] | None = None,
         **environment: str,
     ) -> int:  # fmt: skip
-        """Submit a pretraining of `NUM_STEPS` steps as run `name`, without pre-flight unless asked for; the job's number."""
+        """Submit a pretraining of `NUM_STEPS` steps as run `name`, by default without pre-flight; the job's number."""
         command = [
             "sbatch", "--parsable", "--time=30", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
             "--config", self.recipe, "--run.name", name, "--training.steps", NUM_STEPS, "--checkpoint.every_steps", 4,

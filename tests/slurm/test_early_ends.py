@@ -40,7 +40,14 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
     is_held = jobs.folder / "one_is_held"
     faults = {"until_file": [1, str(is_held)]}
     both = [
-        jobs.submit("contained", "--training.stop_after", 2, options=ONE, faults=faults, UNIMO3_SITE=str(jobs.folder / "container.env"))
+        jobs.submit(
+            "contained",
+            "--training.stop_after",
+            2,
+            options=ONE,
+            faults=faults,
+            UNIMO3_SITE=str(jobs.folder / "container.env"),
+        )
         for _ in range(2)
     ]
     jobs.cluster.wait(lambda: "SPECIAL_EXIT" in [jobs.state(job) for job in both], "one to be held")
