@@ -13,6 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run in several processes already; and no thread may run in the server that ranks are forked from.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed's AdamW takes minutes to compile: once a checkout.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache" / "torch_extensions"))
 
 import pytest
 import torch

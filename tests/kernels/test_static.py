@@ -56,7 +56,7 @@ for name in KERNELS:
     for dtype, width, capability in (("bf16", 64, 90), ("fp16", 128, 100), ("fp32", 64, 80)):
         key = (name, dtype, width, capability)
         build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
-        content, _, found = measure(build)
+        content, found = measure(build)
         print(json.dumps({"content": content, **asdict(build), **asdict(found)}))
 """
 
