@@ -2,7 +2,6 @@
 
 import ast
 import re
-import textwrap
 
 import pytest
 
@@ -17,8 +16,8 @@ from unimo3.inference.predictors import VqaPredictor
 def example() -> str:
     """The block of the section on Python."""
     section = (ROOT / "README.md").read_text().partition("## From Python\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, flags=re.MULTILINE)
-    return textwrap.dedent(block)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    return str(block)
 
 
 def test_the_readmes_table_of_tasks_is_the_benchmarks():
