@@ -13,6 +13,7 @@ import pytest
 from tests.waiting import PATIENCE_S, hang, output_of, text_of, wait_for
 from unimo3 import apex
 from unimo3.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, exit_with_status
+from unimo3.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +24,14 @@ assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3"
 {body}
 """
 FAILS_ON_RANK_1 = "if rank == 1:\n    {}\nsignal.pause()"
+
+
+def test_no_outgoing_connection_takes_the_port_before_rank_0_listens():
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [free_port() for _ in range(200)]
+    assert max(ports) < min(first, 32768)
+    # Launchers that start at once get different ones.
+    assert len(set(ports)) > 150
 
 
 def launch(tmp_path, body, *arguments, **options):
@@ -55,7 +64,7 @@ def test_all_ranks_done_is_status_0_and_arguments_arrive(tmp_path):
 
 
 @pytest.mark.integration
-def test_the_first_failures_status_is_the_launchers_and_no_rank_stays_behind(tmp_path):
+def test_the_launcher_ends_with_the_first_failures_status_and_no_rank(tmp_path):
     (tmp_path / "ranks").mkdir()
     body = f"""
 open("{tmp_path}/ranks/%d" % os.getpid(), "w").close()

@@ -50,7 +50,7 @@ def test_only_the_engine_reads_ds_configs():
     assert {path.name for path in readers} <= {"engine.py", "loop.py"}  # loop.py: the default of a setting
 
 
-def test_every_package_in_requirements_is_pinned_and_apex_is_not_among_them():
+def test_every_requirement_is_pinned_and_apex_is_not_among_them():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     names = {line.split("==")[0].split(">=")[0].split("[")[0].lower() for line in lines}
     assert {"torch", "deepspeed", "transformers", "timm", "webdataset", "tensorboard", "mpi4py"} <= names

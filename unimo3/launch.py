@@ -10,24 +10,31 @@ import argparse
 import importlib.util
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, CommandParser, ConfigError, exit_with_status
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# Below those that the kernel gives to outgoing connections, by default from 32768 on.
+_PORTS = (10000, 30000)
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port nobody uses, for rank 0 to listen on once it has loaded its modules, seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 def start_ranks(num_ranks: int, command: list[str], **popen_arguments) -> list[subprocess.Popen]:

@@ -46,7 +46,7 @@ def test_one_value_that_is_not_finite_in_any_piece_is_a_fault(clamp, bad, place)
     assert casting.fault().startswith("name: 1 of 10 values are not finite")
 
 
-def test_a_tensor_kept_in_float32_is_no_fault_unless_that_cannot_hold_it_either():
+def test_a_tensor_kept_in_float32_is_no_error_unless_it_overflows_too():
     for value, fault in ((1e5, ""), (1e300, "name: 1 of 1 values, up to 1e+300, exceed 65504")):
         casting = Casting("name", torch.Size([1]), torch.float16, torch.float32, clamp=False)
         casting.cast(torch.tensor([value], dtype=torch.float64), Workspace(1))

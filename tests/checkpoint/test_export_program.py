@@ -68,7 +68,7 @@ def test_wrong_arguments_end_with_status_78(saved, tmp_path, capsys, arguments, 
 
 
 @pytest.mark.parametrize("given", ["parent", "parent and tag", "folder"])
-def test_a_folder_that_deepspeed_alone_wrote_gives_weights_index_and_report(saved, tmp_path, capsys, given):
+def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp_path, capsys, given):
     checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
     place = {"parent": [tmp_path / "plain"], "folder": [checkpoint]}.get(
         given, [tmp_path / "plain", "--tag", checkpoint.name]
@@ -94,7 +94,7 @@ def test_a_folder_that_deepspeed_alone_wrote_gives_weights_index_and_report(save
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_checkpoint_of_a_run_given_alone_is_verified_and_keeps_the_users_names(run_copy, tmp_path, capsys, damaged):
+def test_a_single_checkpoint_is_verified_and_keeps_the_users_paths(run_copy, tmp_path, capsys, damaged):
     folder = newest(run_copy("bf16"))
     if damaged:
         content = bytearray((folder / OPTIM).read_bytes())

@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
     assert newest.is_dir()
 
 
-def test_what_a_run_passes_over_is_kept_aside_where_nothing_counts_or_replaces_it(run_copy, tmp_path, capsys):
+def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path, capsys):
     run = run_copy("fp32")
     checkpoints = run / "checkpoints"
     for name in ("step_00000004.damaged", "step_00000004.damaged2"):
@@ -264,7 +264,7 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
 
 
 @pytest.mark.integration
-def test_a_failed_save_raises_on_every_rank_and_leaves_the_previous_checkpoint(loaded):
+def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
     for told in loaded:
         faults = told["faults"]
         assert "preparing" in faults["blocked folder"]
@@ -314,7 +314,7 @@ def test_prune_never_removes_the_last_good_checkpoint(tmp_path):
     assert newest.name == "step_00000020"
 
 
-def test_prune_keeps_the_newest_good_one_also_where_a_multiple_that_stays_is_good(tmp_path):
+def test_prune_keeps_the_newest_good_one_in_addition_to_good_multiples(tmp_path):
     folders = [committed_checkpoint(tmp_path, step) for step in (1000, 1200, 1400, 1600, 1700)]
     (folders[-1] / store.STATE).write_text("{}")
     assert names(store.prune(tmp_path, keep_last=1, keep_every=1000)) == ["step_00001200", "step_00001400"]

@@ -134,7 +134,7 @@ def test_sources_share_a_limit_but_no_copies_of_different_content(store, open_ca
     assert held(one) == sorted(f"{sha256}.shard" for _, _, sha256 in (first, third))
 
 
-def test_a_shard_prepared_again_with_the_same_name_and_size_is_fetched_again(store, open_cache):
+def test_a_new_shard_of_the_same_name_and_size_is_fetched_again(store, open_cache):
     open_cache().path(*store.add("0.tar"))
     again = store.add("0.tar")
     assert open_cache().path(*again).read_bytes() == store.files["/shards/0.tar"]

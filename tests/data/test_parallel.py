@@ -202,7 +202,7 @@ def test_images_are_stored_by_what_they_are_not_by_their_names(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_place_that_cannot_be_written_is_an_error_on_all_ranks_and_no_hang(spoiled, tmp_path):
+def test_an_unwritable_path_is_an_error_on_all_ranks_and_no_hang(spoiled, tmp_path):
     (tmp_path / "file").write_text("")
     done = run("coco", "--src", spoiled[0], "--out", tmp_path / "file" / "out", ranks=2)
     assert done.returncode == 78

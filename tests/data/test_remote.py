@@ -133,7 +133,7 @@ def shard(store) -> str:
     return f"{store.url}{SHARD}"
 
 
-def test_a_file_comes_whole_with_its_size_and_checksum_in_place_of_what_was_there(store, shard):
+def test_a_complete_file_replaces_the_old_one_with_size_and_checksum(store, shard):
     content = store.files[SHARD]
     file = io.BytesIO(b"x" * (SIZE + 1))
     assert receive(shard, file, SIZE) == (SIZE, hashlib.sha256(content).hexdigest())

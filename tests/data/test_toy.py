@@ -47,7 +47,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(root, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_another_seed_others(root, tmp_path):
     assert draw(tmp_path / "again", "--images", NUM_IMAGES, "--size", 48, "--seed", 3) == 0
     assert digests(tmp_path / "again") == digests(root)
     assert draw(tmp_path / "other", "--images", NUM_IMAGES, "--size", 48, "--seed", 4) == 0

@@ -36,7 +36,7 @@ def test_auto_classes_open_an_export(tuned, name):
     assert isinstance(AutoProcessor.from_pretrained(folder), Unimo3Processor)
 
 
-def test_the_auto_class_of_question_answering_gives_the_trained_models_logits(tuned):
+def test_the_auto_class_of_vqa_gives_the_trained_models_logits(tuned):
     model = AutoModelForVisualQuestionAnswering.from_pretrained(tuned / "vqa_weights").eval()
     assert isinstance(model, Unimo3ForVisualQuestionAnswering)
     with torch.no_grad():

@@ -195,7 +195,7 @@ def test_an_index_of_other_weights_or_the_wrong_query_is_refused(tuned, searched
     assert "holds images, which a text searches" in capsys.readouterr().err
 
 
-def test_an_image_that_cannot_be_decoded_is_named_and_the_index_has_the_others(tuned, photo, tmp_path, capsys):
+def test_an_undecodable_image_is_named_and_the_others_are_indexed(tuned, photo, tmp_path, capsys):
     (tmp_path / "a_bad.jpg").write_bytes(b"no image")
     command = ("index", "--weights", tuned / "retrieval_weights", "--images", tmp_path, "--out", tmp_path / "index")
     assert run(*command) == 78
@@ -314,7 +314,7 @@ def test_a_folder_without_weights_is_named(tmp_path, photo, capsys):
     assert f"--weights: '{tmp_path}': no config.json there" in refused(tmp_path, photo, capsys)
 
 
-def test_a_run_in_place_of_weights_and_a_folder_that_is_not_there_are_named(tuned, photo, tmp_path, capsys):
+def test_a_run_given_as_weights_and_a_missing_folder_are_named(tuned, photo, tmp_path, capsys):
     assert f"--weights '{tuned / 'vqa'}': is a run; name what python -m pretrain.export" in refused(
         tuned / "vqa", photo, capsys
     )

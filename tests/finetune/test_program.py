@@ -80,7 +80,7 @@ def test_shards_of_another_task_are_named(nlvr2, snli_ve, pretrained, tmp_path):
     assert "its samples have no statement (snli_ve, val); name other shards" in fault
 
 
-def test_an_image_size_that_the_patch_does_not_divide_is_named_with_two_that_it_does(nlvr2, pretrained, tmp_path):
+def test_an_image_size_the_patch_does_not_divide_is_named_with_two_fixes(nlvr2, pretrained, tmp_path):
     (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, image_size=30).faults()
     assert fault == "image_size: 30: not a multiple of the patch size 8; use 24 or 32"
     assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, image_size=-8).faults()[0].startswith("image_size: -8: ")
@@ -105,7 +105,7 @@ def test_a_vocabulary_other_than_the_weights_is_named(vqav2, tuned_vqa, tmp_path
     assert fault.startswith(f"answers: '{tmp_path / 'answers.json'}': lists {len(answers)} answers that are not those")
 
 
-def test_evaluation_alone_needs_tuned_weights_and_held_out_data_but_no_training_data(nlvr2, pretrained, tmp_path):
+def test_evaluation_alone_needs_no_training_data(nlvr2, pretrained, tmp_path):
     (fault,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).faults()
     assert fault.startswith(f"eval_only: true: the run has no checkpoint, and init '{pretrained}' holds no weights")
     found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": None}, eval_only=True).faults()

@@ -74,7 +74,7 @@ def test_another_split_gets_its_own_file_and_no_further_step(program, tuned, snl
     assert ((run / "predictions.jsonl").read_text(), (run / "best.json").read_text()) == before
 
 
-def test_the_best_export_has_the_tasks_resolution_and_answers_alone_as_the_run_did(
+def test_the_best_export_answers_alone_as_the_run_did(
     program, tuned, common, folder, snli_ve  # noqa: F811
 ):  # fmt: skip
     _, run = tuned

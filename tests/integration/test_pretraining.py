@@ -94,7 +94,7 @@ def test_two_ranks_train_as_one_does(program, recipe, runs):
         assert other["loss"] == pytest.approx(one["loss"], rel=BF16_TOLERANCE)
 
 
-def test_a_save_behind_the_training_that_fails_ends_the_run_or_is_tried_again(program, recipe, runs):
+def test_a_failed_background_save_ends_the_run_or_is_retried(program, recipe, runs):
     command = (
         2, "pretrain.train", "--config", recipe, "--training.steps", "8", "--checkpoint.background", "true",
         "--checkpoint.every_steps", "2",

@@ -61,7 +61,7 @@ def test_its_exported_weights_give_its_figures(program, run, coco, recipe):  # n
     assert found == json.loads((run / "recall.json").read_text())
 
 
-def test_a_stop_amid_an_evaluation_ends_it_without_figures_and_the_same_command_starts_it_again(
+def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(
     program, weights, coco, recipe, runs  # noqa: F811
 ):  # fmt: skip
     # All pairs of the training split, one at a time: thousands of batches.

@@ -191,7 +191,7 @@ def test_whatever_looks_into_a_step_sees_one_operator(subtests):
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 16), (torch.bfloat16, 16), (torch.float32, 24)])
-def test_what_it_does_not_serve_is_named_on_request_and_left_to_the_reference_otherwise(dtype, width):
+def test_an_unsupported_call_is_an_error_or_falls_back_to_the_reference(dtype, width):
     q, k, v, gate, mask = draw((2, 2, 3, 5, width, 2), masked=True, gated=True, dtype=dtype)
     with pytest.raises(ValueError, match=r"impl: 'native' with q of .* a multiple of 16"):
         attend(q, k, v, gate, mask)
@@ -236,7 +236,7 @@ def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, mon
 
 
 @pytest.mark.integration
-def test_processes_that_build_at_once_all_get_it_and_later_ones_build_nothing(tmp_path):
+def test_processes_that_build_at_once_share_one_build(tmp_path):
     program = "from unimo3.kernels.cross_layer_attention import native; print(native.library()._name)"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     command = [sys.executable, "-c", program]

@@ -34,7 +34,7 @@ def loaded_at(folder, image_size, **changes):
 
 
 @pytest.mark.parametrize("image_size", [16, 48])
-def test_the_position_table_is_resized_bicubically_and_nothing_else_changes(exported, image_size):
+def test_only_the_position_table_is_resized_bicubically(exported, image_size):
     folder, before = exported
     model = loaded_at(folder, image_size)
     side = image_size // 8

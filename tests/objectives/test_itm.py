@@ -132,7 +132,7 @@ def disagreeing_rank():
 
 
 @pytest.mark.integration
-def test_ranks_agree_on_who_sends_which_row_though_their_similarities_differ():
+def test_ranks_agree_on_who_sends_which_row():
     ranks = run_ranks(3, disagreeing_rank)
     uses = torch.zeros(2, 12, dtype=torch.float64)
     travelled = 0

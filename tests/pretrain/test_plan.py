@@ -37,7 +37,7 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert set(found["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
 
 
-def test_a_named_ds_config_is_planned_with_and_the_text_says_what_does_not_fit(capsys):
+def test_a_named_ds_config_is_used_and_the_text_says_what_does_not_fit(capsys):
     status, output = run_command(
         capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "300MB",
         "--ds-config", ROOT / "ds_configs" / "zero3_fp16.json", "--training.global_batch", 4096,
@@ -56,7 +56,7 @@ def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
     )
 
 
-def test_a_plan_in_float32_takes_float32s_peak_and_the_recipes_own_file_is_marked(capsys):
+def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_own_file(capsys):
     tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", 2)
     asked_for = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
     _, output = run_command(capsys, *tiny, *asked_for)
@@ -69,7 +69,7 @@ def test_a_plan_in_float32_takes_float32s_peak_and_the_recipes_own_file_is_marke
     assert [line.split()[0] for line in marked] == ["zero3_fp32.json"]
 
 
-def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_of_its_own_and_wins_a_tie(capsys, tmp_path):
+def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys, tmp_path):
     for name in ("mine.json", "zero3_bf16.json"):  # the second as one of ours is called
         own = tmp_path / name
         own.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
@@ -93,7 +93,7 @@ def test_all_faults_come_in_one_message(capsys):
         assert field in output.err
 
 
-def test_a_global_batch_that_does_not_divide_and_a_gpu_too_small_end_with_78(capsys):
+def test_an_indivisible_global_batch_and_a_small_gpu_end_with_78(capsys):
     status, output = run_command(capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 3)
     assert status == 78
     assert "training.global_batch: 64" in output.err

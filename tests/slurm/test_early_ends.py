@@ -16,7 +16,7 @@ def broken(jobs):
     return jobs.submit("broken", options=ONE, UNIMO3_SITE=str(jobs.folder / "failing.env"))
 
 
-def test_a_node_that_cannot_start_python_is_left_out_and_noted_once_another_can(jobs):
+def test_a_node_that_cannot_start_python_is_excluded_and_noted(jobs):
     python = jobs.folder / "python_that_n1_lacks"
     python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || exit 127\nexec {jobs.python} "$@"\n')
     python.chmod(0o755)
@@ -60,7 +60,7 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
     jobs.cluster.call("scancel", held)
 
 
-def test_a_start_that_fails_before_it_can_be_judged_is_tried_three_times_more_then_held(jobs, broken):
+def test_a_start_that_fails_early_is_retried_three_times_then_held(jobs, broken):
     jobs.wait_state(broken, "SPECIAL_EXIT")
     told = jobs.cluster.job(broken)
     assert "held: too often: 4 starts ended early on " in told["Comment"]

@@ -12,7 +12,7 @@ def attempts(*records, action="requeue"):
     ]
 
 
-def test_failures_before_somebody_looked_and_nodes_that_were_avoided_do_not_count():
+def test_failures_before_a_release_and_on_excluded_nodes_do_not_count():
     vain = attempts(*[(5, 1)] * 4)
     assert decide(1, vain, 5, 20, False)[0] == "hold"
     held = [*vain, *attempts((5, 1), action="hold")]
@@ -82,7 +82,7 @@ def test_another_jobs_state_is_asked_for_and_one_at_work_keeps_the_folder(tmp_pa
     assert begin(tmp_path, "8", ["n2"], 9, {"7": ""})[0] == "go"  # forgotten
 
 
-def test_a_node_where_the_job_could_not_begin_is_noted_once_another_has_shown_that_it_can(tmp_path, monkeypatch):
+def test_a_node_that_could_not_start_the_job_is_noted_after_another_could(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
     assert begin(tmp_path, "7", ["n2"], 9, {}, "n1,n1,n2: status 127")[0] == "go"
     assert bad_nodes.current() == {"n1": "status 127"}

@@ -9,7 +9,7 @@ from slurm.network import rounds_of, slow_nodes
 
 
 @pytest.mark.parametrize("num_nodes", [2, 3, 4, 7, 8])
-def test_every_node_is_timed_with_both_neighbours_and_is_in_one_pair_at_a_time(num_nodes):
+def test_every_node_is_timed_with_both_neighbours_one_pair_at_a_time(num_nodes):
     rounds = rounds_of(num_nodes)
     pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
     ring = {frozenset((node, (node + 1) % num_nodes)) for node in range(num_nodes)}
@@ -24,7 +24,7 @@ def ring(*rates):
     return {(names[place], names[(place + 1) % len(rates)]): rate for place, rate in enumerate(rates)}
 
 
-def test_the_node_that_is_slow_with_both_neighbours_is_named_with_what_was_measured():
+def test_the_node_that_is_slow_with_both_neighbours_is_named():
     found = slow_nodes(ring(9.0, 1.0, 2.0, 9.0), 5.0)
     assert found == {
         "c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"
@@ -37,7 +37,7 @@ def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
     assert slow_nodes({("a", "b"): 1.0}, 5.0) == {}
 
 
-def test_room_is_asked_for_the_saves_still_to_be_kept_and_the_one_being_written(tmp_path, monkeypatch):
+def test_disk_space_covers_kept_saves_and_the_one_being_written(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
     monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)
     free = preflight.shutil.disk_usage(tmp_path).free

@@ -46,7 +46,7 @@ def test_an_export_without_a_folder_is_refused(arguments):
         work_folder("pretrain.export", arguments)
 
 
-def test_progress_is_the_newest_checkpoint_or_the_number_of_finished_shards(tmp_path):
+def test_progress_is_the_newest_checkpoint_or_finished_shards(tmp_path):
     for folder in (
         tmp_path / "run" / "checkpoints" / "step_00000012",
         tmp_path / "o.partial" / "train",

@@ -84,7 +84,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     assert_as_if_undisturbed(site.runs / name, straight)
 
 
-def test_a_node_marked_bad_before_the_start_is_avoided_and_the_job_lands_elsewhere(jobs, monkeypatch):
+def test_a_job_runs_elsewhere_when_its_node_is_marked_bad(jobs, monkeypatch):
     # Its own disk is none: a file lies where the folder should be.
     trap = jobs.folder / "trap"
     (jobs.folder / "site_of_bad_node.env").write_text(
@@ -152,7 +152,7 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
     assert "an all-reduce runs at 0.0" in entry["reason"]
 
 
-def test_a_job_without_the_gpus_it_should_have_is_held_and_no_node_is_blamed(jobs):
+def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
     (jobs.folder / "site_with_gpus.env").write_text(f"GPUS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\n")
     job = jobs.submit(
         "no_gpus", options=("--nodes=1",), PREFLIGHT="yes", UNIMO3_SITE=str(jobs.folder / "site_with_gpus.env"),
@@ -164,7 +164,7 @@ def test_a_job_without_the_gpus_it_should_have_is_held_and_no_node_is_blamed(job
     jobs.cluster.call("scancel", job)
 
 
-def test_a_disk_that_fills_up_holds_the_job_which_goes_on_when_there_is_room(jobs, straight):
+def test_a_full_disk_holds_the_job_which_resumes_when_there_is_space(jobs, straight):
     disk = jobs.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
@@ -200,7 +200,7 @@ def test_a_disk_that_fills_up_holds_the_job_which_goes_on_when_there_is_room(job
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_shards_pretraining_export_and_finetuning_are_chained_by_dependency(jobs, source, tmp_path_factory):
+def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     log = f"--output={jobs.folder}/%j.log"
 

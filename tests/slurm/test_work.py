@@ -100,7 +100,7 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     assert [attempt.job for attempt in history.read(tmp_path / "run")] == [str(other), str(held)]
 
 
-def test_nodes_whose_entry_has_expired_are_taken_back_and_the_users_own_are_not(site, tmp_path):
+def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
     ledger = tmp_path / "bad_nodes.jsonl"
     script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep 300")
     job = batch(site, script, options=("--hold", "--exclude=n2,n3"), BAD_NODES=str(ledger))
@@ -142,7 +142,7 @@ def test_a_job_submitted_elsewhere_for_the_project_is_seen(site, tmp_path, monke
     site.cluster.call("scancel", job)
 
 
-def test_a_second_submission_on_a_folder_is_refused_unless_it_waits_for_the_first(site, source, tmp_path, capsys):
+def test_a_second_job_on_a_folder_is_refused_unless_it_waits(site, source, tmp_path, capsys):
     site.site.with_name("cpu.env").write_text(site.site.read_text() + "SBATCH_OPTIONS_CPU=(--hold)\n")
     words = ["prepare_shards", "coco", "--src", str(source), "--out", str(tmp_path / "o")]
 

@@ -187,7 +187,7 @@ class CountsByGroup(torch.optim.Optimizer):
                 self.noted.append(group["step"])
 
 
-def test_steps_are_counted_by_parameter_though_zero_3_steps_a_groups_parts_in_turn():
+def test_steps_are_counted_by_parameter_under_zero_3():
     parts = [torch.zeros(3, requires_grad=True) for _ in range(3)]
     optimizer = CountsByGroup([{"params": parts[:2]}, {"params": parts[2:]}])
     count_steps_by_parameter(optimizer)

@@ -133,7 +133,7 @@ def test_no_matrix_of_tokens_by_tokens_is_kept():
     assert large - medium == pytest.approx(4 * (medium - small), rel=0.01)
 
 
-def test_the_kernels_of_cross_layer_attention_keep_no_weights_and_the_reference_does():
+def test_the_reference_keeps_attention_weights_the_kernels_do_not():
     config = tiny_config(num_attention_heads=1)
     with_kernels = trace(config)
     without = trace_step(step(config, ObjectivesArgs(), cross_layer_attention="reference"), FP32, False)
@@ -235,7 +235,7 @@ def test_reasons_name_every_file():
     assert "host" in reasons["zero3_offload_cpu"]
 
 
-def test_the_micro_batch_is_the_recipes_if_it_fits_else_the_largest_that_divides():
+def test_the_micro_batch_is_the_recipes_or_the_largest_that_divides():
     assert chosen(80_000_000, micro_batch=8).micro_batch == 8
     # 256 pairs on 16 ranks: 16 a rank, of which 3 do not divide.
     found = chosen(30_000_000, micro_batch=3)

@@ -46,7 +46,7 @@ def moved(settings, tokenizer):
     return replace(settings, data=data, model=replace(settings.model, text=text))
 
 
-def test_a_run_that_was_moved_may_name_its_tokenizer_and_first_weights_at_other_places(settings, tmp_path):
+def test_a_moved_run_may_change_paths_of_tokenizer_and_initial_weights(settings, tmp_path):
     run = start(settings)
     for name in ("tokenizer", "other"):
         train_tokenizer([f"a red {name} on a blue square"], 300, tmp_path / name)

@@ -39,7 +39,7 @@ def named(*beats, started_s=100.0, num_ranks=2):
     return describe_suspects(list(beats), num_ranks, time.time() - started_s, silent_s=4.0)
 
 
-def test_the_rank_that_passed_fewest_phases_is_named_however_early_another_came_to_wait():
+def test_the_rank_with_the_fewest_phases_is_named():
     assert named(beat(0, "data", 7, since_s=5.0), beat(1, "wait", 8, since_s=5.5)).startswith(
         "rank 0 on node (pid 10000000) in phase 'data' of step 2 for 5 s"
     )

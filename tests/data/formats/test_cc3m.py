@@ -58,14 +58,14 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["0", "9", "10", "11"], ["11", "10", "9", "0"], ["00", "9", "010", "11"]])
-def test_images_may_be_named_with_any_number_of_digits_and_without_a_suffix(tmp_path, names):
+def test_image_names_may_have_any_number_of_digits_and_no_suffix(tmp_path, names):
     write_source(tmp_path)
     write_lines(tmp_path / "train_image_exist.txt", names)
     files = {sample.key: sample.images[0].name for sample in convert("cc3m", tmp_path).split("train")}
     assert files == {f"{int(name):09d}": name for name in names}
 
 
-def test_a_list_of_what_was_downloaded_goes_before_the_table_split_by_split(tmp_path):
+def test_a_list_of_downloads_overrides_the_table_for_each_split(tmp_path):
     write_source(tmp_path)
     (tmp_path / "images_val" / "0000").mkdir(parents=True)
     annot = [["images_val/0000/0000000", "one"], ["images_val/0000/0000001", ""], ["nowhere/0000002", "three"]]

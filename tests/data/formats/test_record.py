@@ -42,7 +42,7 @@ def test_faulty_json_files_are_named(tmp_path, content, expected):
         read_json(path, dict)
 
 
-def test_only_newlines_end_a_line_and_carriage_returns_before_them_are_dropped(tmp_path):
+def test_only_newlines_end_a_line_and_carriage_returns_are_dropped(tmp_path):
     path = write_lines(
         tmp_path / "a.tsv", ["one\u2028still one\x0b\x85", "two\rstill two", "", "four"], "\r\n", bom=True
     )

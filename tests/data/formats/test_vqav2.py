@@ -160,7 +160,7 @@ def test_a_faulty_field_of_an_annotation_is_named(tmp_path, change, expected):
     assert re.match(re.escape(f"{path}{expected}"), fault_of("vqav2", tmp_path))
 
 
-def test_the_vocabulary_holds_frequent_answers_by_count_and_then_by_alphabet():
+def test_the_vocabulary_orders_frequent_answers_by_count_then_alphabet():
     counts = Counter({"yes": 4, "no": 4, "dog": 9, "cat": 3})
     assert answer_vocabulary(counts, 4) == ["dog", "no", "yes"]
     assert answer_vocabulary(counts, 10) == []
