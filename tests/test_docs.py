@@ -1,0 +1,64 @@
+"""The pages for readers: links resolve, code blocks name a language, table cells are short, words are the field's."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "slurm" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+MAX_CELL = 120
+# CONTRIBUTING.md lists them with what to write instead.
+BANNED = re.compile(r"\b(mend(s|ed|ing)?|faults?|anew|likewise|taken up|beside|told)\b", re.IGNORECASE)
+
+
+def lines_outside_code(page: Path) -> list[str]:
+    """A page's lines, without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL).splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = [line.lstrip("# ") for line in lines_outside_code(page) if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", "\n".join(lines_outside_code(page)))
+    for link in [link for link in links if "://" not in link]:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_name_a_language(page):
+    fences = re.findall(r"^```(.*)$", page.read_text(), flags=re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert all(fences[::2]), fences[::2]
+    assert [
+        line for line in lines_outside_code(page) if re.match(r" {4}(\.venv|python|make|sbatch|import) ?", line)
+    ] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_table_cells_are_short(page):
+    rows = [line for line in lines_outside_code(page) if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)]
+    assert [cell for cell in cells if len(cell) > MAX_CELL] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_words_are_the_fields(page):
+    # Quoted text is what a program prints or a name.
+    lines = [re.sub(r"`[^`]*`", "", line) for line in lines_outside_code(page)]
+    if page.name == "CONTRIBUTING.md":
+        lines = [line for line in lines if not line.startswith("|")]
+    assert [line for line in lines if BANNED.search(line)] == []
