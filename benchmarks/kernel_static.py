@@ -1,6 +1,6 @@
 """What the Triton kernels are compiled to, with no GPU at hand: registers, spills, shared memory, matrix instructions.
 
-Every entry of the table of blocks is compiled for compute capabilities 8.0, 9.0 and 10.0 with seven levels, gate,
+Every entry of the table of blocks, for compute capabilities 8.0, 9.0 and 10.0, with seven levels, gate,
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
 others too. Figures are read from the machine code.
 
@@ -36,6 +36,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1
 import torch
 import triton
 from tqdm import tqdm
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
@@ -187,7 +188,9 @@ def source_of(build: Build) -> ASTSource:
 def content_of(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> str:
     """Equal where the compiled code is: a hash of Triton's cache key."""
     backend = make_backend(target)
-    key = get_cache_key(source, backend, backend.parse_options(dict(options)), env_vars={})
+    key = get_cache_key(
+        source, backend, backend.parse_options(dict(options)), env_vars=get_cache_invalidating_env_vars()
+    )
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
@@ -196,7 +199,10 @@ def _recorded() -> dict[str, Resources]:
     if os.environ.get(_RECOMPILE) or not RECORD.exists():
         return {}
     rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
-    return {row["content"]: Resources(**{key: row[key] for key in Resources.__annotations__}) for row in rows}
+    fields = Resources.__annotations__
+    return {
+        row["content"]: Resources(**{key: row[key] for key in fields}) for row in rows if fields.keys() <= row.keys()
+    }
 
 
 def measure(build: Build) -> tuple[str, Resources | None]:
@@ -347,8 +353,10 @@ def main(argv: list[str] | None = None) -> None:
         help="report to write (default: %(default)s)",
     )  # fmt: skip
     args: argparse.Namespace = parser.parse_args(argv)
+    if tuple(args.widths) != HEAD_WIDTHS and not args.json:
+        parser.error("--widths: the report and the record have all widths; give --json FILE as well")
     if args.recompile:
-        os.environ[_RECOMPILE] = "1"
+        os.environ[_RECOMPILE] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     if args.search:
         search()
         return

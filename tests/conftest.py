@@ -4,6 +4,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run in several processes already; and no thread may run in the server that ranks are forked from.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# DeepSpeed's AdamW takes minutes to compile: once a checkout.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / ".cache" / "torch_extensions"))
+# DeepSpeed's AdamW takes minutes to compile: once a checkout, for these versions.
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR",
+    str(
+        Path(__file__).parents[1] / ".cache" / "torch_extensions"
+        / f"python{sys.version_info[0]}.{sys.version_info[1]}_torch{version('torch')}_deepspeed{version('deepspeed')}"
+    ),
+)  # fmt: skip
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def run_ranks_to_any_end(world_size: int, function: Callable[..., Any], *args: A
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = _start(Path(folder), world_size, function, args, has_group=True)
-        _wait(ranks, Path(folder), 0.0)
+        _wait(ranks, Path(folder), _GRACE_S, grace_of_killed_s=0.0)
         return [
             _result(Path(folder), number) if _result_path(Path(folder), number).exists() else KILLED
             for number in range(world_size)
@@ -85,14 +85,19 @@ def _start(
     return ranks
 
 
-def _wait(ranks: list[BaseProcess], folder: Path, grace_s: float) -> None:
-    """Until all have ended. After the first failure the others get a time of grace, then they are killed."""
+def _wait(ranks: list[BaseProcess], folder: Path, grace_s: float, grace_of_killed_s: float | None = None) -> None:
+    """Until all have ended. After the first failure the others get a grace period, then they are killed.
+
+    Args:
+        grace_of_killed_s: the grace period after a rank was killed; None: the same.
+    """
     hangs_at = deadline = time.monotonic() + PATIENCE_S
     try:
         while running := [rank for rank in ranks if rank.exitcode is None]:
-            has_failed = any(rank.exitcode for rank in ranks)
-            if has_failed:
-                deadline = min(deadline, time.monotonic() + grace_s)
+            failed = [rank.exitcode for rank in ranks if rank.exitcode]
+            if failed:
+                was_killed = grace_of_killed_s is not None and min(failed) < 0
+                deadline = min(deadline, time.monotonic() + (grace_of_killed_s if was_killed else grace_s))
             if not wait([rank.sentinel for rank in running], max(0.0, deadline - time.monotonic())):
                 assert time.monotonic() < hangs_at, hang("ranks", _output(folder))
                 for rank in running:

@@ -27,9 +27,8 @@ FAILS_ON_RANK_1 = "if rank == 1:\n    {}\nsignal.pause()"
 
 
 def test_no_outgoing_connection_takes_the_port_before_rank_0_listens():
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports = [free_port() for _ in range(200)]
-    assert max(ports) < min(first, 32768)
+    assert max(ports) < 32768  # Linux's default
     # Launchers that start at once get different ones.
     assert len(set(ports)) > 150
 

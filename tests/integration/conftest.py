@@ -1,5 +1,6 @@
 """Whole commands in processes of their own, on shards of a small source; started as few times as possible."""
 
+import json
 import os
 import resource
 import signal
@@ -40,11 +41,12 @@ class Program:
         self.folder = folder
         self.output = ""
 
-    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None):
+    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None, faults=None):
         """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status.
 
         Args:
             max_file_bytes: where writing a file fails, as on a disk that is full.
+            faults: of the module `tests.faulty`.
         """
 
         def limit_files():
@@ -53,6 +55,7 @@ class Program:
 
         launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "10"] if num_ranks else []
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        environment |= {"FAULTS": json.dumps(faults)} if faults is not None else {}
         log = self.folder / "output.log"
         with log.open("w") as output:
             process = subprocess.Popen(

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def faulty(program, recipe, runs, monkeypatch):
-    """Starts a run of 8 steps with faults; its status."""
+    """Starts a run of 8 steps on two ranks with faults; its status."""
 
-    def start(name, faults, *arguments, num_ranks=2, **options):
+    def start(name, faults, *arguments, **options):
         monkeypatch.setenv("FAULTS", json.dumps(faults))
         command = ("tests.faulty", "--config", recipe, "--run.name", name, "--training.steps", "8")
-        return program.run(num_ranks, *command, *arguments, **options)
+        return program.run(2, *command, *arguments, **options)
 
     return start
 
@@ -49,7 +49,7 @@ def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(faulty, pro
     assert f"stopped by the file {run / 'stop'}; step 3 of 8 is saved" in program.output
     assert store.list_checkpoints(run)[-1].name == "step_00000003"
     assert phases(run) == {0: (3, "ended"), 1: (3, "ended")}
-    assert faulty("stopped", {}, num_ranks=1) == 0
+    assert faulty("stopped", {}) == 0
     assert len(read_metrics(run)) == 3
     (run / "stop").unlink()
     # Asked to be requeued: the file is taken away, so that the next start goes on.

@@ -25,7 +25,8 @@ def interrupted(program, recipe, runs):
     command = (2, "pretrain.train", "--config", recipe, "--run.name", "interrupted")
     program.check(*command, "--training.stop_after", "10")
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000006", "step_00000010"]
-    status = program.run(*command, stop_when=lambda: len(read_metrics(run)) >= 12)
+    faulty = (2, "tests.faulty", *command[2:])
+    status = program.run(*faulty, stop_when=lambda: len(read_metrics(run)) >= 12, faults={"until_stop": [12]})
     assert status == 75, program.output[-3000:]
     assert "asked to stop (SIGTERM)" in program.output
     stopped_at = store.list_checkpoints(run)[-1].name
@@ -87,6 +88,7 @@ def test_two_ranks_train_as_one_does(program, recipe, runs):
     program.check(1, *command, "--run.name", "together", "--training.micro_batch", "8", *every_ten)
     assert "at step 10, from 2 ranks to 1" in program.output
     assert "a micro-step now sees" not in program.output
+    assert (run / "checkpoints" / "step_00000020").is_dir()
     changed = losses(run)
     assert len(changed) == 20
     assert changed[:10] == together[:10]
@@ -149,7 +151,7 @@ def test_figures_are_complete_and_held_out_losses_are_written(straight):
 def test_a_ds_config_of_another_precision_is_refused(program, recipe, straight):
     fp32 = recipe.parent / "fp32.json"
     status = program.run(
-        1, "pretrain.train", "--config", recipe, "--run.name", "straight", "--training.ds_config", fp32
+        2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--training.ds_config", fp32
     )
     assert status == 78
     assert "was written under ZeRO-3 bf16, training.ds_config now says ZeRO-3 fp32" in program.output

@@ -62,6 +62,10 @@ def drawn_shapes(number):
         )
 
 
+# Samples, heads, levels and blocks of both kinds.
+SEVERAL_OF_ALL = (2, 3, 40, 50, 32, 3), True, True, False
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """Outputs start as NaN, so what a kernel leaves unwritten is seen."""
@@ -75,7 +79,7 @@ def nan_filled(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x, x.shape))
 
 
-@pytest.mark.parametrize(("shape", "masked", "gated", "has_strides"), list(drawn_shapes(42)))
+@pytest.mark.parametrize(("shape", "masked", "gated", "has_strides"), [*drawn_shapes(42), SEVERAL_OF_ALL])
 def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, has_strides, nan_filled):
     for dtype, tolerance in TYPES.items():
         q, k, v, gate, mask = on_device(draw(shape, masked, gated, dtype=dtype))

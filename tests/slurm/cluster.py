@@ -26,7 +26,8 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire={cred_expire_s}
 CryptoType=crypto/munge
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=100000
-KillWait=30
+KillWait=60
+BatchStartTimeout=300
 FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
@@ -103,7 +104,7 @@ class Cluster:
         listed = ",".join(self.nodes)
         lines += [
             f"PartitionName=low Nodes={listed} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 "
-            "PreemptMode=REQUEUE GraceTime=60",
+            "PreemptMode=REQUEUE GraceTime=600",
             f"PartitionName=high Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=off",
             f"PartitionName=shared Nodes={listed} MaxTime=INFINITE State=UP PriorityTier=1 OverSubscribe=FORCE:16",
         ]

@@ -13,6 +13,10 @@ from tests.waiting import wait_for
 from unimo3.training.metrics import read_metrics
 
 NUM_STEPS = 8
+_FINAL_STATES = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "SPECIAL_EXIT",
+    "TIMEOUT",
+}  # fmt: skip
 
 
 class Jobs:
@@ -42,7 +46,7 @@ class Jobs:
     ) -> int:  # fmt: skip
         """Submit a pretraining of `NUM_STEPS` steps as run `name`, by default without pre-flight; the job's number."""
         command = [
-            "sbatch", "--parsable", "--time=30", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
+            "sbatch", "--parsable", "--time=120", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
             "--config", self.recipe, "--run.name", name, "--training.steps", NUM_STEPS, "--checkpoint.every_steps", 4,
             *arguments,
         ]  # fmt: skip
@@ -58,9 +62,9 @@ class Jobs:
             self.cluster.environment = before
 
     def preempt(self) -> int:
-        """Submit a job of a higher partition that takes the first two nodes for some seconds; its number."""
+        """Submit a job of a higher partition that takes the first two nodes; its number."""
         command = ("sbatch", "--parsable", "--partition=high", "--nodes=2", "--nodelist=n1,n2", "--exclusive")
-        return self.sbatch(*command, "--output=/dev/null", "--wrap", "sleep 3")
+        return self.sbatch(*command, "--output=/dev/null", "--wrap", "true")
 
     def log(self, job: int) -> str:
         """What a job has written."""
@@ -99,7 +103,7 @@ class Jobs:
 
     def _wait(self, job: int, condition: Callable[[], object], what: str) -> None:
         def is_over() -> bool:
-            return self.state(job) in ("FAILED", "SPECIAL_EXIT", "CANCELLED", "COMPLETED")
+            return self.state(job) in _FINAL_STATES
 
         def output() -> str:
             return f"{self.cluster.job(job)}\n{self.log(job)[-3500:]}"

@@ -137,10 +137,10 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
     )
     python.chmod(0o755)
     (jobs.folder / "site_with_a_floor.env").write_text(
-        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nMIN_ALLREDUCE_GBPS=0.03\n"
+        f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nMIN_ALLREDUCE_GBPS=0.00001\n"
     )
     job = jobs.submit(
-        "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="0.8", UNIMO3_PYTHON=str(python),
+        "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="100000", UNIMO3_PYTHON=str(python),
         UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
     )  # fmt: skip
     jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", "n2 left out")
@@ -206,7 +206,7 @@ def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source,
 
     def chained(after, script, *arguments):
         options = [f"--dependency=afterok:{after}"] if after else []
-        return jobs.sbatch("sbatch", "--parsable", "--time=30", log, *options, *script, *arguments, PREFLIGHT="no")
+        return jobs.sbatch("sbatch", "--parsable", "--time=120", log, *options, *script, *arguments, PREFLIGHT="no")
 
     shards = ("--ntasks=2", "--overcommit", "slurm/prepare_shards.sbatch")
     coco_out, vqa_out, weights_out = folder / "coco", folder / "vqa", folder / "weights"  # as the next ones name them

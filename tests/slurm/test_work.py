@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission
 def batch(site, *words, options=(), **environment):
     """Submit one of the project's scripts with its words; the job's number."""
     log = f"--output={site.folder}/%j.log"
-    return site.sbatch("sbatch", "--parsable", "--time=10", log, *options, *words, **environment)
+    return site.sbatch("sbatch", "--parsable", "--time=120", log, *options, *words, **environment)
 
 
 def script_of(folder, text):
@@ -81,7 +81,7 @@ def test_a_killed_conversion_is_requeued_and_goes_on_within_its_budget(site, sou
 
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
-    both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do :; done"
+    both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
     begin = 'settle_by tool slurm.outcome begin --run "$RUN" --nodes n1'
     stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
     script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
