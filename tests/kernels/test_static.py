@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,21 @@ for name in KERNELS:
         content, found = measure(build)
         print(json.dumps({"content": content, **asdict(build), **asdict(found)}))
 """
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.skipif(
+    (sys.version_info[:2], platform.machine()) != ((3, 11), "x86_64")
+    or f"triton {version('triton')} " not in (RESULTS / "kernel_static.md").read_text(),
+    reason="the record is of another Triton",
+)
+@pytest.mark.integration
+def test_the_record_is_of_the_kernels_in_the_tree(rows):
+    recorded = [json.loads(line)["content"] for line in (RESULTS / "kernel_static.jsonl").read_text().splitlines()]
+    missing = {row["content"] for row in rows} - set(recorded)
+    assert not missing, f"{len(missing)} entries changed: run `python benchmarks/kernel_static.py`, commit its results"
 
 
 @pytest.mark.integration
