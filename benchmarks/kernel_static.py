@@ -1,11 +1,11 @@
 """What the Triton kernels are compiled to, with no GPU at hand: registers, spills, shared memory, matrix instructions.
 
-Every entry of the table of blocks, for compute capabilities 8.0, 9.0 and 10.0, with seven levels, gate,
+The report has every entry of the table of blocks for compute capabilities 8.0, 9.0 and 10.0, with seven levels, gate,
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
-others too. Figures are read from the machine code.
+others too. The numbers are read from the machine code.
 
-Compiling takes seconds an entry. `RECORD` has the figures by content, which is Triton's own cache key (source, options,
-target, versions of Triton and ptxas). Only what has no figures there is compiled; ``--recompile`` compiles all of it.
+An entry compiles in seconds. `RECORD` has the numbers of each entry by Triton's own cache key: source, options, target,
+variables, and versions of Triton and ptxas. Entries without a record are compiled; ``--recompile`` compiles all entries.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
     )
-    parser.add_argument("--recompile", action="store_true", help="compile what the record has figures for, too")
+    parser.add_argument("--recompile", action="store_true", help="compile the recorded entries, too")
     parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",

@@ -40,7 +40,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = _start(Path(folder), world_size, function, args, has_group=True)
-        _wait(ranks, Path(folder), _GRACE_S)
+        _wait(ranks, Path(folder))
         statuses = [rank.exitcode for rank in ranks]
         assert statuses == [0] * world_size, f"ranks ended with {statuses}:\n{_output(Path(folder))}"
         return [_result(Path(folder), rank) for rank in range(world_size)]
@@ -53,7 +53,7 @@ def run_ranks_to_any_end(world_size: int, function: Callable[..., Any], *args: A
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = _start(Path(folder), world_size, function, args, has_group=True)
-        _wait(ranks, Path(folder), _GRACE_S, grace_of_killed_s=0.0)
+        _wait(ranks, Path(folder), grace_of_killed_s=0.0)
         return [
             _result(Path(folder), number) if _result_path(Path(folder), number).exists() else KILLED
             for number in range(world_size)
@@ -64,7 +64,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function(*args)`` in a process of its own that belongs to no process group; what it returned."""
     with tempfile.TemporaryDirectory() as folder:
         (process,) = _start(Path(folder), 1, function, args, has_group=False)
-        _wait([process], Path(folder), _GRACE_S)
+        _wait([process], Path(folder))
         assert process.exitcode == 0, f"the process ended with {process.exitcode}:\n{_output(Path(folder))}"
         return _result(Path(folder), 0)
 
@@ -85,19 +85,19 @@ def _start(
     return ranks
 
 
-def _wait(ranks: list[BaseProcess], folder: Path, grace_s: float, grace_of_killed_s: float | None = None) -> None:
+def _wait(ranks: list[BaseProcess], folder: Path, grace_of_killed_s: float = _GRACE_S) -> None:
     """Until all have ended. After the first failure the others get a grace period, then they are killed.
 
     Args:
-        grace_of_killed_s: the grace period after a rank was killed; None: the same.
+        grace_of_killed_s: the grace period if the first failure is a kill.
     """
     hangs_at = deadline = time.monotonic() + PATIENCE_S
     try:
         while running := [rank for rank in ranks if rank.exitcode is None]:
             failed = [rank.exitcode for rank in ranks if rank.exitcode]
             if failed:
-                was_killed = grace_of_killed_s is not None and min(failed) < 0
-                deadline = min(deadline, time.monotonic() + (grace_of_killed_s if was_killed else grace_s))
+                grace_s = grace_of_killed_s if min(failed) < 0 else _GRACE_S
+                deadline = min(deadline, time.monotonic() + grace_s)
             if not wait([rank.sentinel for rank in running], max(0.0, deadline - time.monotonic())):
                 assert time.monotonic() < hangs_at, hang("ranks", _output(folder))
                 for rank in running:
@@ -157,7 +157,7 @@ def _output(folder: Path) -> str:
 
 
 # Of the processes that run tests.
-WORKER = int(os.environ.get("PYTEST_XDISTWORKER", "gw0").removeprefix("gw"))
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # Below those that the kernel hands out, and for each of these processes its own.
 _ports = itertools.cycle(range(30000 + 300 * WORKER, 30300 + 300 * WORKER))
 
