@@ -5,7 +5,7 @@ padding and dropout. Fewer levels or arguments can take more registers, so the r
 others too. The numbers are read from the machine code.
 
 An entry compiles in seconds. `RECORD` has the numbers of each entry by Triton's own cache key: source, options, target,
-variables, and versions of Triton and ptxas. Entries without a record are compiled; ``--recompile`` compiles all of them.
+variables, and versions of Triton and ptxas. Entries without a record are compiled. ``--recompile`` compiles all.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
