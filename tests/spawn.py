@@ -1,7 +1,7 @@
 """Runs a function on several real gloo ranks, each a process of its own.
 
 Ranks are forked from a server that has imported everything once (`tests.preload`), so that a rank starts in a fraction
-of a second. Whole commands are started by `tests.integration.conftest.Program` instead.
+of a second. `tests.commands` starts whole commands in the same way.
 """
 
 import importlib
@@ -26,8 +26,8 @@ from tests.waiting import PATIENCE_S, hang, text_of
 ROOT = Path(__file__).parents[1]
 # The others end by themselves after one rank failed, with messages of their own.
 _GRACE_S = 2.0
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.preload"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.preload"])
 
 KILLED = "killed"
 
@@ -80,7 +80,7 @@ def _start(
     ranks = []
     for number in range(world_size):
         own = {"RANK": str(number), "LOCAL_RANK": str(number)} if has_group else {}
-        ranks.append(_server.Process(target=_run, args=(folder, number, environment | own, call, has_group)))
+        ranks.append(SERVER.Process(target=_run, args=(folder, number, environment | own, call, has_group)))
         ranks[-1].start()
     return ranks
 
@@ -115,12 +115,7 @@ def _run(folder: Path, number: int, environment: dict[str, str], call: bytes, ha
     os.environ.update(environment)
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    file = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    redirect_output(folder / "output")
     import torch
 
     from unimo3 import distributed
@@ -142,6 +137,17 @@ def _run(folder: Path, number: int, environment: dict[str, str], call: bytes, ha
     if has_group and status == 0:
         distributed.barrier()
     end_process(status)
+
+
+def redirect_output(path: Path) -> None:
+    """Append standard output and error to a file, in a process that was forked."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
 def _result_path(folder: Path, number: int) -> Path:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,15 +42,14 @@ def wait_for(
     return answer
 
 
-def wait_for_exit(process: subprocess.Popen, what: str, output: Callable[[], str] = str) -> int:
-    """Wait until a process ends; its exit status. A process that hangs is killed."""
-    try:
-        return process.wait(PATIENCE_S)
-    except subprocess.TimeoutExpired:
+def wait_for_end(process: BaseProcess, what: str, output: Callable[[], str] = str) -> None:
+    """Wait until a process ends. A process that hangs is killed."""
+    process.join(PATIENCE_S)
+    if process.exitcode is None:
         text = hang(f"the end of {what}", output())
         process.kill()
-        process.wait()
-        raise AssertionError(text) from None
+        process.join()
+        raise AssertionError(text)
 
 
 def output_of(process: subprocess.Popen, what: str) -> tuple[str, str]:

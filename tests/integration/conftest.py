@@ -2,20 +2,16 @@
 
 import json
 import os
-import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.commands import start_command
 from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
-from tests.waiting import text_of, wait_for, wait_for_exit
+from tests.waiting import text_of, wait_for, wait_for_end
 from unimo3.training.metrics import read_metrics
-
-ROOT = Path(__file__).parents[2]
 
 # Persistent parameters would hide errors in gathering and partitioning.
 DS_CONFIG = """{
@@ -49,25 +45,19 @@ class Program:
             faults: of the module `tests.faulty`.
         """
 
-        def limit_files():
-            if max_file_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-
         launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "10"] if num_ranks else []
+        command, *words = [*launch, module, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         environment |= {"FAULTS": json.dumps(faults)} if faults is not None else {}
         log = self.folder / "output.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *launch, module, *map(str, arguments)],
-                cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=limit_files,
-            )  # fmt: skip
-            if stop_when is not None:
-                wait_for(lambda: process.poll() is not None or stop_when(), f"the stop of {module}", text_of(log))
-                process.send_signal(signal.SIGTERM)
-            wait_for_exit(process, module, text_of(log))
+        log.write_text("")
+        process = start_command(command, words, environment, log, max_file_bytes)
+        if stop_when is not None:
+            wait_for(lambda: process.exitcode is not None or stop_when(), f"the stop of {module}", text_of(log))
+            os.kill(process.pid, signal.SIGTERM)
+        wait_for_end(process, module, text_of(log))
         self.output = log.read_text()
-        return process.returncode
+        return process.exitcode
 
     def check(self, *arguments, **options):
         """`run`, with status 0 expected."""

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.integration.conftest import ROOT
+from tests.spawn import ROOT
 
 
 @pytest.mark.integration

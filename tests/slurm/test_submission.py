@@ -8,9 +8,9 @@ import yaml
 
 from slurm import bad_nodes, history, status, submit
 from slurm.site import Site
-from tests.integration.conftest import ROOT
 from tests.slurm.jobs import NUM_STEPS
 from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice
+from tests.spawn import ROOT
 from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]

@@ -8,8 +8,8 @@ import pytest
 
 from slurm import history, status, submit
 from slurm.rivals import jobs_on
-from tests.integration.conftest import ROOT
 from tests.slurm.jobs import NUM_STEPS
+from tests.spawn import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
