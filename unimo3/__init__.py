@@ -1,7 +1,7 @@
 """UNIMO-3: vision-language pretraining with cross-layer interaction (arXiv 2305.13697)."""
 
-from unimo3 import torchvision_ops as _torchvision_ops
+from unimo3 import before_imports as _before_imports
 
-_torchvision_ops.declare_before_torchvision()
+_before_imports.prepare_imports()
 
 __version__ = "0.1.0"

@@ -4,17 +4,11 @@ Source: DeepSpeed's init_distributed; the variables are those of torchrun and of
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from unimo3.errors import ConfigError
-
-if not torch.cuda.is_available():
-    # Read when deepspeed is first imported: without it DeepSpeed probes for other accelerators.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,8 @@ def init() -> World:
         ConfigError: there are other ranks, and the environment does not say where to meet them.
     """
     import deepspeed
+    import torch
+    import torch.distributed as dist
 
     from unimo3.launch import free_port
 
@@ -63,25 +59,31 @@ def init() -> World:
     return World(dist.get_rank(), local_rank, dist.get_world_size())
 
 
+def _process_group() -> Any:
+    """`torch.distributed` in a process that has joined a group, else None; torch is not imported for the answer."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    dist = _process_group()
+    return (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
 
 
 def barrier() -> None:
     """Wait for all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    if world()[1] > 1:
+        _process_group().barrier()
 
 
 def all_gather_object(value: Any, group: Any = None) -> list[Any]:
     """Every rank's `value`, in rank order; `group` is another one of all ranks than the default."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    size = world()[1]
+    if size == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
+    values: list[Any] = [None] * size
+    _process_group().all_gather_object(values, value, group=group)
     return values
 
 

@@ -2,14 +2,13 @@
 
 import logging
 import os
-import subprocess
-import sys
 
 import psutil
 import pytest
 import torch
 
-from tests.waiting import PATIENCE_S, wait_for
+from tests.spawn import SERVER, run_alone
+from tests.waiting import wait_for
 from unimo3.apex import OPTIMIZER_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
 from unimo3.training.adam import build_adam, count_steps_by_parameter
@@ -109,61 +108,52 @@ def test_apex_asked_for_and_not_usable_is_an_error_with_its_reason():
         optimizer_of(weights(), "apex", offloaded=True)
 
 
-WITHOUT_COMPILER = """
-import logging, sys
-sys.path.insert(0, ".")
-logging.basicConfig(level=logging.INFO)
-import torch
-from unimo3.errors import ConfigError
-from unimo3.training.adam import build_adam
-def build(fused):
-    return build_adam([{"params": [torch.zeros(3, requires_grad=True)]}], (0.9, 0.98), 1e-8, fused, offloaded=True)
-print(type(build("auto")).__module__)
-try:
-    build("deepspeed")
-except ConfigError as error:
-    print(error)
-"""
+def build_one(fused):
+    """An offloaded AdamW's module, the error's text in its place if there is one, and what was logged."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    parameters = [{"params": [torch.zeros(3, requires_grad=True)]}]
+    try:
+        built = type(build_adam(parameters, BETAS, EPS, fused, offloaded=True)).__module__
+    except ConfigError as error:
+        built = str(error)
+    return built, messages
+
+
+def build_each(environment):
+    os.environ.update(environment)
+    return [build_one(fused) for fused in ("deepspeed", "auto")]
 
 
 @pytest.mark.integration
 def test_where_deepspeeds_cannot_be_built_auto_takes_torchs(tmp_path):
-    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=True
-    )
-    assert "torch.optim.adamw" in done.stdout
-    assert "optim.fused: 'deepspeed': DeepSpeedCPUAdam could not be built" in done.stdout
-    assert f"CXX is '{tmp_path / 'none'}'" in done.stdout
-    assert "torch's AdamW is used" in done.stderr
-
-
-KILLED = """
-import sys
-sys.path.insert(0, ".")
-import torch
-from unimo3.training.adam import build_adam
-build_adam([{"params": [torch.zeros(3, requires_grad=True)]}], (0.9, 0.98), 1e-8, "deepspeed")
-"""
+    environment = {"CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    (error, _), (auto, logged) = run_alone(build_each, environment)
+    assert auto.startswith("torch.optim.adamw")
+    assert any("torch's AdamW is used" in message for message in logged)
+    assert "optim.fused: 'deepspeed': DeepSpeedCPUAdam could not be built" in error
+    assert f"CXX is '{tmp_path / 'none'}'" in error
 
 
 @pytest.mark.integration
 def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    killed = subprocess.Popen([sys.executable, "-c", KILLED], env=environment, stderr=subprocess.DEVNULL)
+    killed = SERVER.Process(target=build_each, args=({"TORCH_EXTENSIONS_DIR": str(tmp_path)},))
+    killed.start()
     lock = tmp_path / "cpu_adam" / "lock"
     wait_for(lock.exists, "the lock of the compile")
     # The process first: it would take note of a compiler that fails.
-    for each in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
+    compiler = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    killed.join()
+    for each in compiler:
         each.kill()
-        each.wait()
+    psutil.wait_procs(compiler)
     assert lock.exists()
     # It is not waited for: what follows fails at once, for want of a compiler.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED], env=environment | {"CXX": "/nowhere/c++"}, capture_output=True, text=True,
-        timeout=PATIENCE_S,
-    )  # fmt: skip
-    assert "could not be built" in done.stderr
+    error, _ = run_alone(build_each, {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"})[0]
+    assert "could not be built" in error
 
 
 class CountsByGroup(torch.optim.Optimizer):

@@ -7,11 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-
 from unimo3.errors import CheckpointError
+
+# torch, NumPy and safetensors are imported where generators are read: listing checkpoints needs none of them.
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,15 @@ class TrainState:
             raise CheckpointError(f"{path}: is not a run's state ({error}); use an earlier checkpoint") from error
 
 
-Generators = tuple[dict[str, torch.Tensor], dict[str, str]]
+Generators = tuple[dict[str, Any], dict[str, str]]
 """States of the generators as `save_rng` writes them: tensors and metadata."""
 
 
 def captured_rng() -> Generators:
     """The states of Python's, NumPy's, torch's and this GPU's generators."""
+    import numpy as np
+    import torch
+
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  (libraries draw from it)
     tensors = {"torch": torch.get_rng_state()}
@@ -75,6 +76,8 @@ def captured_rng() -> Generators:
 
 def save_rng(path: Path, generators: Generators) -> None:
     """Write generators' states, without pickle."""
+    from safetensors.torch import save_file
+
     tensors, metadata = generators
     save_file(tensors, path, metadata=metadata)
 
@@ -88,7 +91,10 @@ def load_rng(path: Path, stranger: int | None = None) -> None:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
+    import numpy as np
+    import torch
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)

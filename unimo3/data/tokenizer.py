@@ -3,13 +3,17 @@
 Source: the tokenizers library's byte-level BPE; RoBERTa, arXiv 1907.11692, for special tokens and their ids.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
-
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from unimo3.errors import ConfigError
+
+if TYPE_CHECKING:
+    # Imported where a tokenizer is made or read: a conversion without one starts in half the time.
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -20,6 +24,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> i
     Every word is preceded by a space, so that it has the same id at a text's start as in its middle. Single bytes are
     always entries, so any text can be written.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,6 +59,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none, or it has no mask, padding or class token.
     """
+    from transformers import AutoTokenizer
+
     if not folder or not Path(folder).is_dir():
         raise ConfigError(
             f"data.tokenizer: '{folder}': no such folder; in fine-tuning name the exported folder that init names, in "

@@ -1,18 +1,22 @@
-"""Lets torchvision import next to a torch build it has no compiled operators for.
+"""What torchvision and deepspeed need before they are imported, done when a program first imports them.
 
-torchvision's wheel on PyPI is built against CUDA torch. Next to a CPU build of torch its extension cannot load, and
+torchvision: its wheel on PyPI is built against CUDA torch. Next to a CPU build of torch its extension cannot load, and
 ``import torchvision`` then fails at "operator torchvision::nms does not exist", taking timm and transformers' vision
 models with it. Neither of these two box operators is used here; declaring their schemas is enough for the import.
 Where the extension loads, nothing is declared.
 
-The declaration needs torch, which takes seconds to import. It is therefore made when torchvision is first looked for,
-and programs that read no images, such as ``slurm.status``, never import torch.
+deepspeed: without DS_ACCELERATOR it probes for other accelerators, so a machine without a GPU names its CPU.
+
+Both need torch, which takes seconds to import. Programs that use neither library, such as ``slurm.status``, never
+import torch.
 """
 
 import contextlib
 import importlib.abc
 import importlib.util
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _SCHEMAS = {
@@ -22,19 +26,31 @@ _SCHEMAS = {
 _library: Any = None  # the torch.library.Library that keeps the declarations alive
 
 
-class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; declares the operators when somebody looks for torchvision."""
+class _Before(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; calls a function when somebody looks for a package."""
+
+    def __init__(self, package: str, prepare: Callable[[], object]):
+        self.package, self.prepare = package, prepare
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "torchvision":
+        if name == self.package:
             sys.meta_path.remove(self)
-            declare_missing_operators()
+            self.prepare()
 
 
-def declare_before_torchvision() -> None:
-    """Have the missing operators declared when torchvision is first imported."""
-    if "torchvision" not in sys.modules:
-        sys.meta_path.insert(0, _BeforeTorchvision())
+def prepare_imports() -> None:
+    """Have torchvision and deepspeed prepared for when they are first imported."""
+    for package, prepare in (("torchvision", declare_missing_operators), ("deepspeed", choose_accelerator)):
+        if package not in sys.modules:
+            sys.meta_path.insert(0, _Before(package, prepare))
+
+
+def choose_accelerator() -> None:
+    """Set DS_ACCELERATOR to ``cpu`` where there is no GPU, unless it is set."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def declare_missing_operators() -> bool:
