@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run in several processes already; and no thread may run in the server that ranks are forked from.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A pool of compilers would import torch once for each of them, more than one test here compiles.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # DeepSpeed's AdamW takes minutes to compile: once a checkout, for these versions.
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR",

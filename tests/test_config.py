@@ -1,15 +1,15 @@
 """Settings: files and arguments, every fault at once, and help that can be read."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pretrain.train import PretrainConfig
+from tests.commands import start_command
 from tests.data.conftest import coco, source  # noqa: F401  (fixtures)
+from tests.waiting import text_of, wait_for_end
 from unimo3 import config
 from unimo3.errors import ConfigError
 
@@ -164,22 +164,23 @@ def test_a_saved_configuration_reads_back(good, tmp_path):
 
 
 @pytest.mark.integration
-def test_help_and_print_config_list_every_setting():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pretrain.train"]
-    text = subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    printed = subprocess.run(
-        [*command, "--config", str(TINY), "--print_config"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    content = yaml.safe_load(printed.stdout)
+def test_help_and_print_config_list_every_setting(tmp_path):
+    def output_of(name, *arguments):
+        output = tmp_path / name
+        process = start_command("pretrain.train", arguments, os.environ, output)
+        wait_for_end(process, name, text_of(output))
+        assert process.exitcode == 0, output.read_text()
+        return output.read_text()
+
+    text = output_of("help", "--help")
+    content = yaml.safe_load(output_of("printed", "--config", TINY, "--print_config"))
     assert content["model"]["hidden_size"] == 128
     for key in config.flatten_fields(PretrainConfig):
-        assert f"--{key} " in text.stdout, key
+        assert f"--{key} " in text, key
         place = content
         for part in key.split("."):
             place = place[part]
-    assert "Optimizer steps of the whole run" in text.stdout
+    assert "Optimizer steps of the whole run" in text
 
 
 def test_a_model_built_from_python_has_the_defaults_of_the_recipes():

@@ -60,7 +60,23 @@ for name in KERNELS:
         build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
         content, found = measure(build)
         print(json.dumps({"content": content, **asdict(build), **asdict(found)}))
+
+from benchmarks.kernel_static import Blocks, Build, Resources
+build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
+_, found = measure(build)
+print(json.dumps([found.local_bytes, found.fits(build)]))
+
+def warps(capability, num_warps, registers, shared_bytes=1024):
+    return Resources(registers, 0, shared_bytes, 1).resident_warps(capability, num_warps)
+print(json.dumps([warps(90, 4, 128), warps(90, 4, 168), warps(90, 8, 255), warps(90, 4, 32, 70_000),
+                  warps(80, 4, 32, 70_000), warps(90, 1, 24)]))
 """
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Nine entries of the table, one that spills, and resident warps; of one process, in which triton compiles."""
+    return [json.loads(line) for line in run("-c", SAMPLE).stdout.splitlines()]
 
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,37 +95,20 @@ def test_the_record_is_of_the_kernels_in_the_tree(rows):
 
 
 @pytest.mark.integration
-def test_the_record_has_what_the_compiler_gives(rows):
-    compiled = [json.loads(line) for line in run("-c", SAMPLE).stdout.splitlines()]
+def test_the_record_has_what_the_compiler_gives(rows, sample):
+    compiled = sample[:-2]
     assert len(compiled) == 9
     assert [row for row in compiled if row not in rows] == []
 
 
-SPILLING = """
-from benchmarks.kernel_static import Blocks, Build, measure
-build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
-_, found = measure(build)
-print(found.local_bytes, found.fits(build))
-"""
+@pytest.mark.integration
+def test_a_spill_is_seen(sample):
+    local_bytes, fits = sample[-2]
+    assert local_bytes > 0
+    assert not fits
 
 
 @pytest.mark.integration
-def test_a_spill_is_seen():
-    local_bytes, fits = run("-c", SPILLING).stdout.split()
-    assert int(local_bytes) > 0
-    assert fits == "False"
-
-
-OCCUPANCY = """
-from benchmarks.kernel_static import Blocks, Resources, best
-def found(registers, shared_bytes=1024):
-    return Resources(registers, 0, shared_bytes, 1)
-print(found(128).resident_warps(90, 4), found(168).resident_warps(90, 4), found(255).resident_warps(90, 8),
-      found(32, 70_000).resident_warps(90, 4), found(32, 70_000).resident_warps(80, 4), found(24).resident_warps(90, 1))
-"""
-
-
-@pytest.mark.integration
-def test_resident_warps_are_bounded_by_registers_shared_memory_and_blocks():
+def test_resident_warps_are_bounded_by_registers_shared_memory_and_blocks(sample):
     # 65536 registers, by 256 a warp; 228 KiB (100 KiB on 8.6) less 1 KiB a block; 32 blocks.
-    assert run("-c", OCCUPANCY).stdout.split() == ["16", "12", "8", "12", "4", "32"]
+    assert sample[-1] == [16, 12, 8, 12, 4, 32]
