@@ -40,17 +40,17 @@ def check_sizes(settings: Settings) -> None:
     """
     with torch.device("meta"):
         sizes = {name: num_parameters(Unimo3ForPreTraining(settings.model(name).to_config())) for name in VARIANTS}
-    faults = []
+    errors = []
     for name, size in sizes.items():
         excess = size / sizes[REFERENCE] - 1
         print(f"{name}: {size:,} parameters ({excess:+.2%})")
         if abs(excess) > MOST_SIZE_DIFFERENCE and name not in LARGER_VARIANTS:
-            faults.append(
-                f"--layers {settings.layers} --width {settings.width}: {name} has {excess:+.1%} parameters beside "
-                f"{REFERENCE}; sizes within {MOST_SIZE_DIFFERENCE:.0%} compare: use fewer layers or more width"
+            errors.append(
+                f"--layers {settings.layers} --width {settings.width}: {name} has {excess:+.1%} parameters compared "
+                f"with {REFERENCE}; sizes within {MOST_SIZE_DIFFERENCE:.0%} compare: use fewer layers or more width"
             )
-    if faults:
-        raise ConfigError(faults)
+    if errors:
+        raise ConfigError(errors)
 
 
 def do_all(runs: list[TrainingRun], work: Path, num_jobs: int) -> Iterator[TrainingRun]:
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
     """Command line; see ``--help``.
 
     Raises:
-        ConfigError: with all its faults.
+        ConfigError: with all its errors.
     """
     parser = CommandParser(prog="python benchmarks/ablation.py", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the whole way in minutes; too short to compare")
@@ -108,21 +108,21 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = replace(base, **{name: value for name, value in given.items() if value is not None})
 
-    faults = settings.faults()
+    errors = settings.validate()
     unknown = [name for name in args.variants if name not in VARIANTS]
-    faults += [f"--variants {name}: one of {', '.join(VARIANTS)} is served" for name in unknown]
+    errors += [f"--variants {name}: one of {', '.join(VARIANTS)} is served" for name in unknown]
     if REFERENCE not in args.variants:
-        faults.append(f"--variants {' '.join(args.variants)}: {REFERENCE}, which others are compared with, is missing")
+        errors.append(f"--variants {' '.join(args.variants)}: {REFERENCE}, which others are compared with, is missing")
     if not 1 <= len(set(args.seeds)) == len(args.seeds) <= MOST_SEEDS or min(args.seeds) < 0:
-        faults.append(f"--seeds {args.seeds}: 1 to {MOST_SEEDS} different numbers of 0 or more are needed")
+        errors.append(f"--seeds {args.seeds}: 1 to {MOST_SEEDS} different numbers of 0 or more are needed")
     if args.only and args.only not in (f"{variant}:{seed}" for variant in VARIANTS for seed in args.seeds):
-        faults.append(
+        errors.append(
             f"--only {args.only}: a variant and one of --seeds is needed, such as {REFERENCE}:{args.seeds[0]}"
         )
     if args.jobs < 1:
-        faults.append(f"--jobs {args.jobs}: at least 1 is needed")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--jobs {args.jobs}: at least 1 is needed")
+    if errors:
+        raise ConfigError(errors)
     return args, settings
 
 

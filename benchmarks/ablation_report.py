@@ -230,7 +230,7 @@ def _cost_table(results: Sequence[Result]) -> str:
         parameters = runs[0]["parameters"]
         times = [_spread(run[stage]["step_s"] for run in runs) for stage in ("pretraining", "vqa")]
         rows.append([name, f"{parameters:,}", f"{parameters / size - 1:+.2%}", *times])
-    header = ["", "parameters", f"beside {REFERENCE}", "pretraining, s a step", "VQA, s a step"]
+    header = ["", "parameters", f"compared with {REFERENCE}", "pretraining, s a step", "VQA, s a step"]
     return (
         f"{_markdown(header, rows)}\n\nSeconds are each run's median, one thread, without reading data, while other "
         "runs used the machine's other cores: a rough comparison."

@@ -44,7 +44,8 @@ from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.vqa import VqaTask
 from unimo3.training.evaluation import Unguarded, held_out_losses, to_device
-from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
+from unimo3.training.lr_schedule import lr_scale, set_lr
+from unimo3.training.optim import OptimArgs, build_optimizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {"interaction": "in_layer", "bridge": False},
@@ -88,8 +89,8 @@ class Settings:
     vqa_lr: float = 5e-4
     """Peak learning rate of fine-tuning."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         least = {"images": 40, "batch": 2}
         found = [
             f"{option(field.name)} {getattr(self, field.name)}: at least {least.get(field.name, 1)} is needed"
@@ -101,8 +102,9 @@ class Settings:
             for name in ("pretraining_lr", "vqa_lr")
             if getattr(self, name) <= 0
         ]
-        # What all variants have in common is said once.
-        return found or list(dict.fromkeys(fault for variant in VARIANTS for fault in self.model(variant).faults()))
+        # An error that all variants have is reported once.
+        errors = [error for variant in VARIANTS for error in self.model(variant).validate()]
+        return found or list(dict.fromkeys(errors))
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""
@@ -280,7 +282,7 @@ class TrainingRun:
             (loaded,) = next(batches)
             inputs = to_device(loaded, torch.device("cpu"))
             before = time.perf_counter()
-            set_rates(optimizer, rate_share(step, num_steps, optim.warmup_share))
+            set_lr(optimizer, lr_scale(step, num_steps, optim.warmup_ratio))
             loss = task(inputs)["loss"]
             optimizer.zero_grad()
             loss.backward()

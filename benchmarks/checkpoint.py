@@ -1,7 +1,7 @@
 """Checkpoints: export, resuming at another number of ranks, and how long a save holds a step.
 
     export    pretrain.export against DeepSpeed's zero_to_torch (checkpoint_export.py)
-    elastic   2 ranks' checkpoint taken up by 1: ours against ds_to_universal and load_universal (checkpoint_elastic.py)
+    elastic   2 ranks' checkpoint resumed by 1: ours against ds_to_universal and load_universal (checkpoint_elastic.py)
     held      seconds for which a step waits for a save: background against plain (checkpoint_held.py)
 
 Source: none.
@@ -32,23 +32,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, write the result and print it."""
     parser = CommandParser(prog="python benchmarks/checkpoint.py", description=__doc__)
     parser.add_argument("--export", type=float, nargs="+", default=[0.3e9, 1e9], help="parameters (default: 0.3e9 1e9)")
-    parser.add_argument("--elastic", type=float, nargs="+", default=[0.3e9, 1e9], help="likewise")
-    parser.add_argument("--held", type=float, nargs="+", default=[0.3e9, 0.6e9], help="likewise (default: 0.3e9 0.6e9)")
+    parser.add_argument("--elastic", type=float, nargs="+", default=[0.3e9, 1e9], help="the same")
+    parser.add_argument("--held", type=float, nargs="+", default=[0.3e9, 0.6e9], help="the same (default: 0.3e9 0.6e9)")
     parser.add_argument("--rounds", type=int, default=3, help="of each measurement (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="folder for some 40 GB of files (default: the system's)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "checkpoint.md")
     args = parser.parse_args(arguments)
     layer = WIDTH * WIDTH
-    faults = [
+    errors = [
         f"--{name} {count:g}: at least {least:g} parameters are needed"
         for name, least in (("export", 1e6), ("elastic", layer), ("held", layer))
         for count in getattr(args, name)
         if not count >= least
     ]
     if args.rounds < 1:
-        faults.append(f"--rounds {args.rounds}: at least 1 is needed")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--rounds {args.rounds}: at least 1 is needed")
+    if errors:
+        raise ConfigError(errors)
 
     def in_folder(measure: Callable[[Path], Result]) -> Result:
         with tempfile.TemporaryDirectory(dir=args.work) as work:

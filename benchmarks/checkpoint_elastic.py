@@ -1,4 +1,4 @@
-"""A checkpoint of 2 ranks taken up by 1: ours against DeepSpeed's ds_to_universal and load_universal.
+"""A checkpoint of 2 ranks resumed by 1: ours against DeepSpeed's ds_to_universal and load_universal.
 
     python -m benchmarks.checkpoint_elastic ours|universal FOLDER PARAMETERS TOLD      (the rank that loads)
 

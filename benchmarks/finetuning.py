@@ -1,6 +1,6 @@
 """Does fine-tuning learn, and does pretraining help it? On toy data in the public formats, on CPUs.
 
-Two tables: each task by its tiny recipe from an exported `tiny`, beside the best guess without the pictures; and VQA
+Two tables: each task by its tiny recipe from an exported `tiny`, next to the best guess without the pictures; and VQA
 and retrieval from those weights against random ones at equal steps, with three seeds. The first goes into the README.
 
 Source: none.
@@ -26,7 +26,7 @@ README_MARKS = ("<!-- benchmarks/finetuning.py writes this table -->\n", "<!-- e
 
 
 def blind_table(chain: Chain) -> tuple[str, list[str]]:
-    """Every task beside the best blind guess; the table, and the tasks that miss their margin."""
+    """Every task next to the best blind guess; the table, and the tasks that miss their margin."""
     lines = [
         "| task | figure on `val` | best guess without the pictures | model | margin | wanted |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -273,17 +273,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", choices=GPU_CONTESTANTS, help="only these and ours")
     parser.add_argument("--out", type=Path, help="file of the result; benchmarks/results/kernel_DEVICE.md by default")
     args = parser.parse_args(arguments)
-    faults = []
+    errors = []
     if args.rounds < 1:
-        faults.append(f"--rounds {args.rounds}: at least 1 is needed")
+        errors.append(f"--rounds {args.rounds}: at least 1 is needed")
     if not args.cpu and not torch.cuda.is_available():
-        faults.append("no GPU is found; use --cpu")
+        errors.append("no GPU is found; use --cpu")
     if args.cpu and FLEX in (args.contestants or ()):
-        faults.append(f"--contestants {FLEX}: has no backward pass on CPUs; leave it out")
+        errors.append(f"--contestants {FLEX}: has no backward pass on CPUs; leave it out")
     known = {case.name for case in (cpu_cases() if args.cpu else gpu_cases())}
-    faults += [f"--cases {name}: one of {', '.join(sorted(known))} is served" for name in set(args.cases or ()) - known]
-    if faults:
-        raise ConfigError(faults)
+    errors += [f"--cases {name}: one of {', '.join(sorted(known))} is served" for name in set(args.cases or ()) - known]
+    if errors:
+        raise ConfigError(errors)
     return args
 
 

@@ -342,7 +342,7 @@ shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x the shar
 def main(argv: list[str] | None = None) -> None:
     """Compile the table and write what came of it."""
     parser = CommandParser(prog="python benchmarks/kernel_static.py", description=__doc__)
-    parser.add_argument("--search", action="store_true", help="find the table's entries anew, in about half an hour")
+    parser.add_argument("--search", action="store_true", help="find the table's entries again, in about half an hour")
     parser.add_argument(
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
     )

@@ -352,9 +352,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     least = {name: getattr(args, name) for name in ("rounds", "seconds", "shards")}
     least |= {"workers": min(args.workers), "index-samples": min(args.index_samples)}
-    faults = [f"--{name} {value}: a number above 0 is needed" for name, value in least.items() if value <= 0]
-    if faults:
-        raise ConfigError(faults)
+    errors = [f"--{name} {value}: a number above 0 is needed" for name, value in least.items() if value <= 0]
+    if errors:
+        raise ConfigError(errors)
     return args
 
 

@@ -44,7 +44,7 @@ class Event:
 
     Attributes:
         strike: does it, given the jobs, the job's number and the run's name; when it was, if not as it is called.
-        faults: of the program, if it is the program itself that fails.
+        errors: of the program, if it is the program itself that fails.
         saves: whether the run saves before it ends.
         goes_on: whether Slurm has it again.
     """
@@ -52,7 +52,7 @@ class Event:
     name: str
     strike: Callable[[Jobs, int, str], float | None] | None
     options: tuple[str, ...] = TWO
-    faults: tuple[tuple[str, object], ...] = ()
+    errors: tuple[tuple[str, object], ...] = ()
     arguments: tuple[object, ...] = ()
     saves: bool = True
     goes_on: bool = True
@@ -80,11 +80,11 @@ EVENTS = (
     Event("preemption by a higher partition", preempt, (*TWO, "--exclusive")),
     Event(
         "time limit, steps of 5 s", come_to_the_time_limit, (*TWO, "--time=3", "--signal=USR2@60"),
-        faults=(("slow", 5.0),), arguments=("--training.steps", 24),
+        errors=(("slow", 5.0),), arguments=("--training.steps", 24),
     ),
-    Event("a rank killed", None, faults=(("kill", [AT_STEP, 1]),), saves=False),
+    Event("a rank killed", None, errors=(("kill", [AT_STEP, 1]),), saves=False),
     Event(
-        "a rank frozen, stall_after_s 5", None, faults=(("freeze", [AT_STEP, 1]),),
+        "a rank frozen, stall_after_s 5", None, errors=(("freeze", [AT_STEP, 1]),),
         arguments=("--training.stall_after_s", 5), saves=False,
     ),
     Event(
@@ -104,7 +104,7 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
     run = jobs.runs / name
     submitted = time.time()
     job = jobs.submit(
-        name, *event.arguments, options=event.options, faults={"slow": 0.5, **dict(event.faults)},
+        name, *event.arguments, options=event.options, errors={"slow": 0.5, **dict(event.errors)},
         ONCE=str(once), PREFLIGHT="yes",
     )  # fmt: skip
     jobs.wait_step(job, name, 1)
@@ -115,7 +115,7 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
     if event.strike is not None:
         struck = event.strike(jobs, job, name) or struck
     else:
-        jobs.cluster.wait(once.exists, 120, "the fault")
+        jobs.cluster.wait(once.exists, 120, "the error")
         struck = once.stat().st_mtime
     committed, resumed = None, None
     while (event.saves and committed is None) or (event.goes_on and resumed is None):

@@ -44,7 +44,8 @@ from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import ImageTextMatching
 from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Unguarded, to_device
-from unimo3.training.optim import OptimArgs, build_optimizer, rate_share, set_rates
+from unimo3.training.lr_schedule import lr_scale, set_lr
+from unimo3.training.optim import OptimArgs, build_optimizer
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
 from unimo3.training.retrieval.recall import first_places, recalls
@@ -80,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        ConfigError: something cannot be used; all faults in one message.
+        ConfigError: something cannot be used; all errors in one message.
     """
     parser = CommandParser(prog="python benchmarks/retrieval.py", description=__doc__)
     parser.add_argument("--images", type=int, default=200, help="test images; five texts each (default: %(default)s)")
@@ -93,17 +94,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "retrieval.md")
     args = parser.parse_args(arguments)
     least = {"images": 4, "steps": 1, "width": 4, "layers": 1, "threads": 1, "base_pairs": 0}
-    faults = [
+    errors = [
         f"--{name.replace('_', '-')} {getattr(args, name)}: at least {number} is needed"
         for name, number in least.items()
         if getattr(args, name) < number
     ]
     if args.width % 4:
-        faults.append(f"--width {args.width}: a multiple of 4, the number of heads, is needed")
+        errors.append(f"--width {args.width}: a multiple of 4, the number of heads, is needed")
     if min(args.shortlists) < 1:
-        faults.append(f"--shortlists {min(args.shortlists)}: at least 1 is needed; all pairs are measured anyway")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--shortlists {min(args.shortlists)}: at least 1 is needed; all pairs are measured anyway")
+    if errors:
+        raise ConfigError(errors)
     return args
 
 
@@ -146,7 +147,7 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
     progress = tqdm(range(args.steps), desc="training", unit="step")
     for step in progress:
         (loaded,) = next(batches)
-        set_rates(optimizer, rate_share(step, args.steps, optim.warmup_share))
+        set_lr(optimizer, lr_scale(step, args.steps, optim.warmup_ratio))
         report = (easy if step < EASY_SHARE * args.steps else hard)(to_device(loaded, CPU))
         optimizer.zero_grad()
         report["loss"].backward()

@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line and fill in what the size decides.
 
     Raises:
-        ConfigError: something cannot be used; all faults in one message.
+        ConfigError: something cannot be used; all errors in one message.
     """
     parser = CommandParser(prog="python benchmarks/step.py", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu", help="cpu, tiny (for tests), or base on a GPU")
@@ -75,17 +75,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.batch = BATCHES[args.size] if args.batch is None else args.batch
     args.out = args.out or ROOT / "benchmarks" / "results" / f"step_{args.size}.md"
     args.device = torch.device("cuda" if args.size == "base" else "cpu")
-    faults = []
+    errors = []
     if args.rounds < 1:
-        faults.append(f"--rounds {args.rounds}: at least 1 is needed")
+        errors.append(f"--rounds {args.rounds}: at least 1 is needed")
     if args.batch < 2:
-        faults.append(f"--batch {args.batch}: at least 2 are needed, since ITM swaps images")
+        errors.append(f"--batch {args.batch}: at least 2 are needed, since ITM swaps images")
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        faults.append("--size base: needs a GPU and none is found; use --size cpu")
+        errors.append("--size base: needs a GPU and none is found; use --size cpu")
     if args.compile_towers and args.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        faults.append("--compile-towers: needs a C++ compiler and none is found; install g++ or leave it out")
-    if faults:
-        raise ConfigError(faults)
+        errors.append("--compile-towers: needs a C++ compiler and none is found; install g++ or leave it out")
+    if errors:
+        raise ConfigError(errors)
     return args
 
 

@@ -18,8 +18,8 @@ from unimo3.training.plan.table import needs_table
 _PROGRAM = "python -m finetune.plan"
 _EPILOG = (
     "All other arguments are those of finetune.TASK: --config FILE, --init and --group.key value. vqa's head has the "
-    f"answers of --answers, else of tuned weights or of an answers.json beside --data.train, else {PUBLISHED_ANSWERS}, "
-    "the published number."
+    f"answers of --answers, else of tuned weights or of an answers.json next to --data.train, else "
+    f"{PUBLISHED_ANSWERS}, the published number."
 )
 
 
@@ -63,7 +63,7 @@ def table(args: argparse.Namespace, rest: list[str]) -> str:
     """See ``--table``.
 
     Raises:
-        ConfigError: the arguments or the first recipe are at fault.
+        ConfigError: the arguments or the first recipe are at error.
     """
     if args.task is not None or args.json:
         found = "--json" if args.task is None else f"TASK '{args.task}'"

@@ -13,7 +13,7 @@ from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.task import Task
 from finetune.vqa import Vqa, VqaConfig
-from finetune.weights import resized, task_faults
+from finetune.weights import resized, task_errors
 from unimo3 import config
 from unimo3.checkpoint.init import config_of
 from unimo3.data.answers import AnswerVocabulary
@@ -39,16 +39,16 @@ class PlannedFinetuning(FinetuneConfig):
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault; nothing is asked of the shards."""
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error; nothing is asked of the shards."""
         found = []
         if self.eval_only:
             found.append("eval_only: true: what is planned is training; leave it out")
         try:
             model = self.model_config()
         except ConfigError as error:
-            return found + error.faults
-        return found + self.data.model_faults(model)
+            return found + error.errors
+        return found + self.data.model_errors(model)
 
     def model_config(self) -> Unimo3Config:
         """The model's configuration, at the task's resolution.
@@ -64,8 +64,8 @@ class PlannedFinetuning(FinetuneConfig):
                 "such as pretrain/recipes/base.yaml"
             )
         found = config_of(self.init, self.run.folder) if self.init else model_of_recipe(self.model_recipe)
-        if faults := task_faults(self.init, found, self.task) + resized(found, self.image_size):
-            raise ConfigError(faults)
+        if errors := task_errors(self.init, found, self.task) + resized(found, self.image_size):
+            raise ConfigError(errors)
         return found
 
     def planned_run(self) -> PlannedRun:
@@ -87,9 +87,9 @@ class PlannedFinetuning(FinetuneConfig):
 class PlannedVqa(PlannedFinetuning, VqaConfig):
     """VQA, with the published number of answers where there is no vocabulary yet."""
 
-    def faults(self) -> list[str]:
+    def validate(self) -> list[str]:
         """As of any task, and of a vocabulary that is named or found."""
-        return super().faults() + (self.answers_faults() if self._has_answers else [])
+        return super().validate() + (self.answers_errors() if self._has_answers else [])
 
     def build_task(self) -> Vqa:
         """The task, with its vocabulary or one of the published size."""
@@ -146,4 +146,4 @@ def model_of_recipe(path: str) -> Unimo3Config:
     try:
         return config.parse(_ModelOfRecipe, texts, "", "").model.to_config()
     except ConfigError as error:
-        raise ConfigError([f"--model {path}: {fault}" for fault in error.faults]) from error
+        raise ConfigError([f"--model {path}: {problem}" for problem in error.errors]) from error

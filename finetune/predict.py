@@ -10,8 +10,8 @@
 
 One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text": ...}, of NLVR2 with a list of two
 paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
-of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is at fault, "error": the others are
-answered all the same, all faults are told at the end, and the exit status is 78. OUT.jsonl appears whole.
+of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is at error, "error": the others are
+answered all the same, all errors are told at the end, and the exit status is 78. OUT.jsonl appears whole.
 
 Source: none.
 """
@@ -33,11 +33,11 @@ from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
 from unimo3.inference.inputs import Row, checked_text, prepare
-from unimo3.inference.lines import Answerer, answer_file, count_lines, fault_message, images_of, text_of
+from unimo3.inference.lines import Answerer, answer_file, count_lines, error_message, images_of, text_of
 from unimo3.inference.predictors import PREDICTORS, Answers, Predictor
 from unimo3.inference.search import Search
 
-_NUM_FAULTS_SHOWN = 10
+_NUM_ERRORS_SHOWN = 10
 _RERANK = 32
 
 
@@ -86,18 +86,18 @@ def make_index(args: argparse.Namespace) -> None:
     texts = [] if args.texts is None else _read_texts(args.texts)
     names = texts or images_in(args.images)
     loaded = load(args.weights, PREDICTORS["retrieval"].model_class, args.device, args.dtype)
-    faults: list[str] = []
+    errors: list[str] = []
     with progress(len(names), "text" if texts else "image") as bar:
         if texts:
             gallery = embed_texts(loaded, texts, args.batch, bar.update)
         else:
-            gallery, faults = embed_images(loaded, args.images, names, args.batch, bar.update)
+            gallery, errors = embed_images(loaded, args.images, names, args.batch, bar.update)
     save(gallery, Path(args.weights), args.out)
     print(f"{args.out}: {len(gallery.names)} {gallery.kind}")
-    if faults:
+    if errors:
         raise DataError(
-            f"{args.images}: {len(faults)} of {len(names)} files could not be decoded; {args.out} has the others:\n  "
-            + "\n  ".join([*faults[:_NUM_FAULTS_SHOWN], *["..."] * (len(faults) > _NUM_FAULTS_SHOWN)])
+            f"{args.images}: {len(errors)} of {len(names)} files could not be decoded; {args.out} has the others:\n  "
+            + "\n  ".join([*errors[:_NUM_ERRORS_SHOWN], *["..."] * (len(errors) > _NUM_ERRORS_SHOWN)])
         )
 
 
@@ -120,9 +120,9 @@ def rank(loaded: Loaded, images: list[Path], texts: list[str], batch: int, top: 
         DataError: an image is missing, or none.
     """
     if len(texts) == 1:
-        gallery, faults = embed_images(loaded, Path(), [str(path) for path in images], batch)
-        if faults:
-            raise DataError("; ".join(faults))
+        gallery, errors = embed_images(loaded, Path(), [str(path) for path in images], batch)
+        if errors:
+            raise DataError("; ".join(errors))
         return Search(loaded, gallery, len(images), batch).find(texts[0], top)
     gallery = embed_texts(loaded, texts, batch)
     return Search(loaded, gallery, len(texts), batch).find(images[0], top)
@@ -148,10 +148,10 @@ def answer_lines(
         # One at a time: each is a batch of candidates, and one whose image is missing does not fail the others.
         how = Answerer(query, lambda queries: [find(queries[0], args.top)], 1)
     with progress(count_lines(args.input), "line") as bar:
-        num_lines, faults = answer_file(args.input, args.output, how, bar.update)
-    print(f"{args.output}: {num_lines - len(faults)} of {num_lines} lines answered")
-    if faults:
-        raise DataError(fault_message(args.input, args.output, num_lines, faults))
+        num_lines, errors = answer_file(args.input, args.output, how, bar.update)
+    print(f"{args.output}: {num_lines - len(errors)} of {num_lines} lines answered")
+    if errors:
+        raise DataError(error_message(args.input, args.output, num_lines, errors))
 
 
 def progress(total: int, unit: str) -> Any:

@@ -15,7 +15,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     """Command line; see ``--help``.
 
     Raises:
-        ConfigError: what is asked does not go together; all faults in one message.
+        ConfigError: what is asked does not go together; all errors in one message.
     """
     parser = CommandParser(
         prog="python -m finetune.predict", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,12 +37,12 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     what.add_argument("--texts", type=Path, help="file with one text a line")
     index.add_argument("--out", type=Path, required=True, help="new folder of the index")
     args = parser.parse_args(argv)
-    faults = [
+    errors = [
         f"--{name} {value}: at least 1 is needed" for name in ("batch", "top") if (value := getattr(args, name, 1)) < 1
     ]
-    faults += _index_faults(args) if args.task == "index" else _query_faults(args)
-    if faults:
-        raise ConfigError(faults)
+    errors += _index_errors(args) if args.task == "index" else _query_errors(args)
+    if errors:
+        raise ConfigError(errors)
     return args
 
 
@@ -61,12 +61,12 @@ def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
         )  # fmt: skip
 
 
-def _index_faults(args: argparse.Namespace) -> list[str]:
+def _index_errors(args: argparse.Namespace) -> list[str]:
     return [f"--out {args.out}: exists; choose a new folder"] if args.out.exists() else []
 
 
-def _query_faults(args: argparse.Namespace) -> list[str]:
-    """Say which of what is asked does not go together, one line a fault."""
+def _query_errors(args: argparse.Namespace) -> list[str]:
+    """Say which of what is asked does not go together, one line an error."""
     if args.input is not None:
         found = [f"--input {args.input}: holds what is asked; leave out --image and --text"] * bool(
             args.image + args.text
@@ -79,7 +79,7 @@ def _query_faults(args: argparse.Namespace) -> list[str]:
             found.append(f"--output {args.output}: its folder is not there; make it, or name another")
         if args.json:
             found.append("--json: --output is JSON lines in any case; leave it out")
-        return found + _rerank_faults(args)
+        return found + _rerank_errors(args)
     found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
     if args.task != "retrieval":
@@ -98,10 +98,10 @@ def _query_faults(args: argparse.Namespace) -> list[str]:
             f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
             "one to rank for the other, or --index"
         )
-    return found + _rerank_faults(args)
+    return found + _rerank_errors(args)
 
 
-def _rerank_faults(args: argparse.Namespace) -> list[str]:
+def _rerank_errors(args: argparse.Namespace) -> list[str]:
     if args.task != "retrieval" or args.rerank is None or args.index is not None:
         return []
     return [f"--rerank {args.rerank}: is for --index; without it all that is given is fused, leave it out"]

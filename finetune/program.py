@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from finetune.results import write_files
 from finetune.task import HeldOut, Reading, Task
-from finetune.weights import head_faults, resized, task_faults
+from finetune.weights import head_errors, resized, task_errors
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.init import config_of, has_begun, model_files_of, weights_of
@@ -23,7 +23,7 @@ from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import broadcast_object, world_size_from_environment
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.args import tokenizer_faults
+from unimo3.model.args import tokenizer_errors
 from unimo3.model.config import Unimo3Config
 from unimo3.model.init import initialize_weights
 from unimo3.model.pretrained import load_exported
@@ -63,14 +63,14 @@ class FinetuneConfig:
 
     task: ClassVar[type[Task]]
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault."""
-        found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
-        found += self.data.shard_faults(self.task.kind, trains=not self.eval_only)
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error."""
+        found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
+        found += self.data.shard_errors(self.task.kind, trains=not self.eval_only)
         if self.eval_only and self.data.val is None:
             found.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
         if self.eval_only:
-            found += busy_faults(self.run.folder)
+            found += busy_errors(self.run.folder)
         if self.best.patience and (self.data.val is None or not self.training.eval_every):
             found.append(
                 f"best.patience: {self.best.patience}: counts evaluations; set data.val and training.eval_every"
@@ -78,8 +78,8 @@ class FinetuneConfig:
         try:
             model = config_of(self.init, self.run.folder)
         except ConfigError as error:
-            return found + error.faults
-        found += task_faults(self.init, model, self.task)
+            return found + error.errors
+        found += task_errors(self.init, model, self.task)
         trained_at = model.vision_config.image_size
         found += resized(model, self.image_size)
         if self.eval_only and self.image_size not in (0, trained_at):
@@ -88,15 +88,15 @@ class FinetuneConfig:
                 "leave it out"
             )
         if self.eval_only and not has_begun(self.run.folder):
-            found += head_faults(self.init, model_files_of(self.init, self.run.folder), model, self.task)
-        return found + self._tokenizer_faults(model)
+            found += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        return found + self._tokenizer_errors(model)
 
-    def _tokenizer_faults(self, model: Unimo3Config) -> list[str]:
+    def _tokenizer_errors(self, model: Unimo3Config) -> list[str]:
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return []  # the data's own check has said so
-        found = tokenizer_faults(model.text_config, tokenizer, self.data.max_text_tokens)
+        found = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:
@@ -119,7 +119,7 @@ class FinetuneConfig:
         return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
 
 
-def busy_faults(run: Path) -> list[str]:
+def busy_errors(run: Path) -> list[str]:
     """Say whether another process is at a run: figures and heartbeats of two would mix."""
     beat = other_process(run)
     if beat is None:

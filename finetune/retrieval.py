@@ -80,9 +80,9 @@ class RetrievalConfig(FinetuneConfig):
 
     task = Retrieval
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault."""
-        found = super().faults()
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error."""
+        found = super().validate()
         if not self.eval_only and self.training.micro_batch * world_size_from_environment() < 2:
             found.append(
                 f"training.micro_batch: {self.training.micro_batch}: contrast and matching draw wrong partners in a "
@@ -92,7 +92,7 @@ class RetrievalConfig(FinetuneConfig):
             val = self.data.open_val()
         except DataError:
             return found  # the data's own check has said so
-        return found if val is None else found + self.ranking.fold_faults(sum(val.samples_per_shard))
+        return found if val is None else found + self.ranking.fold_errors(sum(val.samples_per_shard))
 
     def build_task(self) -> Retrieval:
         """The task, with how it ranks."""

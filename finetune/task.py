@@ -94,8 +94,8 @@ class Task(ABC):
 
     @abstractmethod
     def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
-        """What a batch has beside images and texts, for planning: on the meta device, but for what says which row is
-        which."""
+        """What a batch has in addition to images and texts, for planning: on the meta device, but for what says
+        which row is which."""
 
     @abstractmethod
     def objective(self, model: Any) -> nn.Module:

@@ -98,19 +98,19 @@ class VqaConfig(FinetuneConfig):
 
     answers: str = ""
     """Answer vocabulary. If empty: that of the run's own head or of weights that were tuned for VQA, else the
-    answers.json beside the training shards."""
+    answers.json next to the training shards."""
 
     task = Vqa
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault."""
-        found = super().faults()
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error."""
+        found = super().validate()
         # Where the vocabulary is follows from these.
-        if any(fault.startswith(("init:", "data.train:", "eval_only:")) for fault in found):
+        if any(problem.startswith(("init:", "data.train:", "eval_only:")) for problem in found):
             return found
-        return found + self.answers_faults()
+        return found + self.answers_errors()
 
-    def answers_faults(self) -> list[str]:
+    def answers_errors(self) -> list[str]:
         """Say why there is no answer vocabulary, or none that fits the weights."""
         path, tuned = self.answers_path, self._tuned_answers
         if path is None:

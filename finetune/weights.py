@@ -20,7 +20,7 @@ _TASK_CLASSES = {
 }
 
 
-def task_faults(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
+def task_errors(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
     """Say whether weights were tuned for another task, as their configuration names their class."""
     own = task.model_class.__name__
     other = [name for name in config.architectures or () if name in _TASK_CLASSES - {own}]
@@ -32,7 +32,7 @@ def task_faults(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
     ]
 
 
-def head_faults(init: str, folder: str, config: Unimo3Config, task: type[Task]) -> list[str]:
+def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) -> list[str]:
     """Say whether weights lack a task's head, which evaluation alone needs.
 
     Args:
@@ -53,9 +53,9 @@ def head_faults(init: str, folder: str, config: Unimo3Config, task: type[Task]) 
 
 
 def resized(config: Unimo3Config, image_size: int) -> list[str]:
-    """Give a configuration another image size, unless it is 0; say where that does not fit, one line a fault."""
+    """Give a configuration another image size, unless it is 0; say where that does not fit, one line an error."""
     if image_size < 0:
         return [f"image_size: {image_size}: a number of pixels is needed, or 0 for the weights' own"]
     if image_size:
         config.vision_config.image_size = image_size
-    return [fault.removeprefix("model.vision.") for fault in config.vision_config.faults()]
+    return [problem.removeprefix("model.vision.") for problem in config.vision_config.validate()]

@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("run", type=Path, help="folder of a run")
     command.add_argument("--keep-last", type=int, help="newest ones to keep, at least 1 (default: as the run's config)")
-    command.add_argument("--keep-every", type=int, help="keep multiples of this many steps (default: likewise)")
+    command.add_argument("--keep-every", type=int, help="keep multiples of this many steps (default: the same)")
     return parser.parse_args(argv)
 
 
@@ -102,15 +102,15 @@ def retention(args: argparse.Namespace) -> tuple[int, int]:
     settings = config.read_flat(path) if path.is_file() else {}
     keep_last = args.keep_last if args.keep_last is not None else settings.get("checkpoint.keep_last")
     keep_every = args.keep_every if args.keep_every is not None else settings.get("checkpoint.keep_every", 0)
-    faults = []
+    errors = []
     if keep_last is None:
-        faults.append(f"--keep-last: not given, and {path} does not say it; give a number, at least 1")
+        errors.append(f"--keep-last: not given, and {path} does not say it; give a number, at least 1")
     elif keep_last < 1:
-        faults.append(f"--keep-last {keep_last}: at least 1 must be kept, or nothing could resume")
+        errors.append(f"--keep-last {keep_last}: at least 1 must be kept, or nothing could resume")
     if keep_every < 0:
-        faults.append(f"--keep-every {keep_every}: 0 (none) or a number of steps is needed")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--keep-every {keep_every}: 0 (none) or a number of steps is needed")
+    if errors:
+        raise ConfigError(errors)
     assert keep_last is not None
     return keep_last, keep_every
 

@@ -98,7 +98,7 @@ class Demo:
         print(
             f"\nDone in {time.monotonic() - self.started:.0f} s. First and last ten steps' losses; accuracy on images"
         )
-        print("that no training step saw, beside the best guess from the question alone.\n")
+        print("that no training step saw, next to the best guess from the question alone.\n")
         for name, first, second in rows:
             print(f"  {name:<{width}}  {first:>12}  {second:>8}")
         print("\nFiles:")

@@ -79,15 +79,15 @@ def check(args: argparse.Namespace) -> int:
         Bytes that a weights file is kept below.
     """
     size = re.fullmatch(r"(\d+)\s*([KMG]?B?)", args.max_shard_size.strip().upper())
-    faults = []
+    errors = []
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        faults.append(f"--out {args.out}: exists and is no empty folder; choose a new one")
+        errors.append(f"--out {args.out}: exists and is no empty folder; choose a new one")
     if size is None or size[2] not in _UNITS or int(size[1]) == 0:
-        faults.append(f"--max-shard-size {args.max_shard_size}: a size such as 500MB or 1GB is needed")
+        errors.append(f"--max-shard-size {args.max_shard_size}: a size such as 500MB or 1GB is needed")
     if args.jobs is not None and args.jobs < 1:
-        faults.append(f"--jobs {args.jobs}: at least 1 is needed")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--jobs {args.jobs}: at least 1 is needed")
+    if errors:
+        raise ConfigError(errors)
     assert size is not None
     return int(size[1]) * _UNITS[size[2]]
 
@@ -147,10 +147,10 @@ def _zero_folder(folder: Path, tag: str | None) -> Path:
     return folder
 
 
-def _refuse_damaged(folder: Path, mend: str) -> None:
+def _refuse_damaged(folder: Path, fix: str) -> None:
     problems = store.verify(folder)
     if problems:
-        raise CheckpointError(f"{folder}: is damaged ({'; '.join(problems)}); {mend}")
+        raise CheckpointError(f"{folder}: is damaged ({'; '.join(problems)}); {fix}")
 
 
 def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) -> str:

@@ -32,9 +32,9 @@ class PlanConfig(PretrainConfig):
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault; nothing is asked of the shards."""
-        return [] if self.model.faults() else self.data.model_faults(self.model.to_config())
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error; nothing is asked of the shards."""
+        return [] if self.model.validate() else self.data.model_errors(self.model.to_config())
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from unimo3.data.conversion import MARK, Conversion, convert, folders_beside, is_output
+from unimo3.data.conversion import MARK, Conversion, convert, is_output, sibling_folders
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.indexing import index, verify
 from unimo3.data.ranks import communicator
@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m pretrain.prepare_shards", description=__doc__)
     parser.add_argument(
         "format", choices=[*sorted(CONVERTERS), "index"],
-        help="the source's format; index: tars that are shards already get an index beside them",
+        help="the source's format; index: tars that are shards already get an index next to them",
     )  # fmt: skip
     parser.add_argument("--src", type=Path, help="folder of the data set's annotation files; index: of the tars")
     parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md says (default: --src)")
@@ -55,44 +55,44 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work, all at once, before anything is read."""
-    faults = []
+    errors = []
     needed = {"src"} if args.format == "index" else {"out"} if args.verify else {"src", "out"}
     for name in ("src", "images"):
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
-            faults.append(f"--{name} {folder}: no such folder")
-    faults += [f"--{name}: not given; {_WHY[name]}" for name in sorted(needed) if getattr(args, name) is None]
+            errors.append(f"--{name} {folder}: no such folder")
+    errors += [f"--{name}: not given; {_WHY[name]}" for name in sorted(needed) if getattr(args, name) is None]
     if args.format == "index" and args.out is not None:
-        faults.append(f"--out {args.out}: an index is written beside the tars of --src; leave it out")
+        errors.append(f"--out {args.out}: an index is written next to the tars of --src; leave it out")
     elif args.verify and args.out is not None and not args.out.is_dir():
-        faults.append(f"--out {args.out}: no such folder")
+        errors.append(f"--out {args.out}: no such folder")
     elif not args.verify and args.out is not None and args.out.exists():
         if not args.overwrite:
-            faults.append(f"--out {args.out}: exists; choose a new folder or give --overwrite")
+            errors.append(f"--out {args.out}: exists; choose a new folder or give --overwrite")
         elif not is_output(args.out):
-            faults.append(f"--out {args.out}: holds other things than shards; --overwrite removes only what this wrote")
+            errors.append(f"--out {args.out}: holds other things than shards; --overwrite removes only what this wrote")
     if args.out is not None and not args.verify:
-        faults += [
+        errors += [
             f"--out {args.out}: {path} is in the way: it is not a folder this program began; move it or choose another"
-            for path in folders_beside(args.out)
+            for path in sibling_folders(args.out)
             if path.exists() and not (path / MARK).exists() and not (path.is_dir() and not any(path.iterdir()))
         ]
     if args.shard_size < 1:
-        faults.append(f"--shard-size {args.shard_size}: at least 1 is needed")
+        errors.append(f"--shard-size {args.shard_size}: at least 1 is needed")
     if args.max_side < 0:
-        faults.append(f"--max-side {args.max_side}: a number of pixels, or 0 to store images as they are")
+        errors.append(f"--max-side {args.max_side}: a number of pixels, or 0 to store images as they are")
     if not 1 <= args.quality <= 95:
-        faults.append(f"--quality {args.quality}: 1 to 95 is needed")
+        errors.append(f"--quality {args.quality}: 1 to 95 is needed")
     if not 0 <= args.max_reject_share < 1:
-        faults.append(f"--max-reject-share {args.max_reject_share}: at least 0 and below 1 is needed")
+        errors.append(f"--max-reject-share {args.max_reject_share}: at least 0 and below 1 is needed")
     if args.min_answer_count < 1:
-        faults.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")
+        errors.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")
     if args.tokenizer_vocab and args.format != "coco":
-        faults.append(f"--tokenizer-vocab {args.tokenizer_vocab}: only coco has captions to train on")
+        errors.append(f"--tokenizer-vocab {args.tokenizer_vocab}: only coco has captions to train on")
     if args.tokenizer_vocab and args.tokenizer_vocab < 300:
-        faults.append(f"--tokenizer-vocab {args.tokenizer_vocab}: at least 300 (256 bytes and the special tokens)")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--tokenizer-vocab {args.tokenizer_vocab}: at least 300 (256 bytes and the special tokens)")
+    if errors:
+        raise ConfigError(errors)
 
 
 _WHY = {"src": "name the folder of the annotation files, or of the tars", "out": "name the folder of the shards"}
@@ -121,17 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     comm = communicator()
     leads = comm is None or comm.rank == 0
-    faults: list[str] = []
+    errors: list[str] = []
     try:
         check(args)
     except ConfigError as error:
-        faults = error.faults
+        errors = error.errors
     # A node may lack what another has: what one finds ends all.
     if comm is not None:
-        faults = list(dict.fromkeys(fault for found in comm.allgather(faults) for fault in found))
-    if faults:
+        errors = list(dict.fromkeys(problem for found in comm.allgather(errors) for problem in found))
+    if errors:
         if leads:
-            raise ConfigError(faults)
+            raise ConfigError(errors)
         return
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(asctime)s %(message)s")
     try:

@@ -29,17 +29,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw into a staging folder, rename it, and print how far questions alone give their answers away."""
     args = parse_arguments(argv)
-    faults = []
+    errors = []
     if args.images < 40:
-        faults.append(f"--images {args.images}: at least 40 are needed to fill every split")
+        errors.append(f"--images {args.images}: at least 40 are needed to fill every split")
     if args.size < 32:
-        faults.append(f"--size {args.size}: at least 32 pixels are needed to tell textures apart")
+        errors.append(f"--size {args.size}: at least 32 pixels are needed to tell textures apart")
     if args.seed < 0:
-        faults.append(f"--seed {args.seed}: 0 or more is needed")
+        errors.append(f"--seed {args.seed}: 0 or more is needed")
     if args.out.exists():
-        faults.append(f"out {args.out}: exists; choose a new folder")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"out {args.out}: exists; choose a new folder")
+    if errors:
+        raise ConfigError(errors)
 
     def progress(numbers: Iterable[int], name: str) -> Iterable[int]:
         return tqdm(numbers, desc=name, unit="image", disable=not sys.stderr.isatty())

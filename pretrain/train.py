@@ -12,7 +12,7 @@ from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.args import ModelArgs, set_initial_weights, settle_tokens, tokenizer_faults
+from unimo3.model.args import ModelArgs, set_initial_weights, settle_tokens, tokenizer_errors
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
@@ -38,17 +38,17 @@ class PretrainConfig:
     kernels: KernelArgs = field(default_factory=KernelArgs)
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
 
-    def faults(self) -> list[str]:
-        """Say which settings do not fit together, one line a fault."""
-        found = self.batch_plan(world_size_from_environment()).faults() + changed_settings(self)
-        found += self.data.shard_faults("captions")
-        if self.model.faults():
+    def validate(self) -> list[str]:
+        """Say which settings do not fit together, one line an error."""
+        found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
+        found += self.data.shard_errors("captions")
+        if self.model.validate():
             return found  # its own group has said so
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return found  # likewise
-        return found + tokenizer_faults(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
+            return found  # the same
+        return found + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""

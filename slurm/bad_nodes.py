@@ -15,7 +15,7 @@ HOURS = 12.0
 
 
 def path_of() -> Path:
-    """Where the ledger is: BAD_NODES in the environment, or beside the job scripts."""
+    """Where the ledger is: BAD_NODES in the environment, or next to the job scripts."""
     return Path(os.environ.get("BAD_NODES", "") or DEFAULT)
 
 

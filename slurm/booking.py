@@ -31,7 +31,7 @@ class Booking:
 
 def of_training(args: argparse.Namespace, site: Site) -> tuple[Booking, list[str]]:
     """What a training job books, and what is wrong with it, one line each."""
-    faults: list[str] = []
+    errors: list[str] = []
     nodes = node_counts(args.nodes)
     ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
     wall = args.time or option_of(site.sbatch_options, "time") or _DEFAULT_TIME
@@ -39,35 +39,35 @@ def of_training(args: argparse.Namespace, site: Site) -> tuple[Booking, list[str
     grace_s = args.grace if args.grace is not None else int(signal[1]) if signal else _DEFAULT_GRACE_S
     time_s = seconds(wall)
     if not nodes:
-        faults.append(f"--nodes {args.nodes}: a number, or MIN-MAX with 1 <= MIN <= MAX, is needed")
+        errors.append(f"--nodes {args.nodes}: a number, or MIN-MAX with 1 <= MIN <= MAX, is needed")
     if ranks < 1:
-        faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
+        errors.append(f"--ranks-per-node {ranks}: at least 1 is needed")
     if time_s is None:
-        faults.append(_TIME.format(wall))
+        errors.append(_TIME.format(wall))
     if args.chain < 1:
-        faults.append(f"--chain {args.chain}: at least 1 link is needed")
+        errors.append(f"--chain {args.chain}: at least 1 link is needed")
     if grace_s < 1 or (time_s is not None and grace_s >= time_s):
-        faults.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
-    return Booking(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), faults
+        errors.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
+    return Booking(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), errors
 
 
-def faults_of_work(args: argparse.Namespace) -> list[str]:
+def errors_of_work(args: argparse.Namespace) -> list[str]:
     """What is wrong with what an export or a conversion books."""
-    faults: list[str] = []
+    errors: list[str] = []
     ranks = args.ranks_per_node if args.ranks_per_node is not None else 1
     if args.nodes != "1":
-        faults.append(f"--nodes {args.nodes}: {args.job} runs on 1 node")
+        errors.append(f"--nodes {args.nodes}: {args.job} runs on 1 node")
     if ranks < 1:
-        faults.append(f"--ranks-per-node {ranks}: at least 1 is needed")
+        errors.append(f"--ranks-per-node {ranks}: at least 1 is needed")
     elif args.job == "export" and ranks > 1:
-        faults.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs says how many tensors are in work")
+        errors.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs says how many tensors are in work")
     if args.time and seconds(args.time) is None:
-        faults.append(_TIME.format(args.time))
+        errors.append(_TIME.format(args.time))
     if args.grace is not None:
-        faults.append(f"--grace {args.grace}: {args.job} is not told to save; leave it out")
+        errors.append(f"--grace {args.grace}: {args.job} is not told to save; leave it out")
     if args.chain != 1:
-        faults.append(f"--chain {args.chain}: {args.job} is requeued before its time limit by itself; leave it out")
-    return faults
+        errors.append(f"--chain {args.chain}: {args.job} is requeued before its time limit by itself; leave it out")
+    return errors
 
 
 _TIME = "--time {}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed"

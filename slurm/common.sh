@@ -221,7 +221,7 @@ settle() {
     if [[ $1 == 78 ]]; then
         reason="status 78 before the start: ${2:-see its output}"
     elif ((number > 3)); then
-        reason="too often: $reason" # counted anew when the job is released
+        reason="too often: $reason" # counted again when the job is released
     else
         action=requeue
         [[ $1 != 12[67] ]] || here=${SLURMD_NODENAME:-}

@@ -28,8 +28,8 @@ def size_of(folder: Path) -> int:
     return total
 
 
-def checkpoint_faults(run: Path, settings: Any) -> list[str]:
-    """A fault if what a run keeps, and the checkpoint that is being written, find no room.
+def checkpoint_errors(run: Path, settings: Any) -> list[str]:
+    """An error if what a run keeps, and the checkpoint that is being written, find no room.
 
     Args:
         settings: of pretraining or of fine-tuning.

@@ -7,7 +7,7 @@
     requeue    start again
     exclude    start again elsewhere; the reason begins with the nodes to leave out
     left       Slurm ends or requeues the job by itself
-    hold       keep the job, held, until somebody has mended what the reason says
+    hold       keep the job, held, until somebody has fixed what the reason says
 
     python -m slurm.outcome begin --run RUN --nodes 'NODE NODE...'
     python -m slurm.outcome preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
@@ -34,8 +34,8 @@ DEFAULT_MAX_RESTARTS = 20
 _MESSAGE_CHARACTERS = 300
 _ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)))
 _REASONS = {
-    78: "a setting, a file or a checkpoint has to be mended (status 78)",
-    70: "the loss stayed not finite (status 70): start anew with a lower optim.lr under another run.name",
+    78: "a setting, a file or a checkpoint has to be fixed (status 78)",
+    70: "the loss stayed not finite (status 70): start again with a lower optim.lr under another run.name",
 }
 
 
@@ -69,7 +69,7 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"
-    return "requeue", f"{what}: taken for a fault of the machines, start {len(attempts) + 1} follows"
+    return "requeue", f"{what}: taken for an error of the machines, start {len(attempts) + 1} follows"
 
 
 def begin(

@@ -37,7 +37,7 @@ def job_problems(run: Path, num_gpus: int) -> list[str]:
 
 
 def _needed(run: Path) -> tuple[int, int]:
-    """Bytes and files that the checkpoints still to be kept, and the one being written, may take beside those there.
+    """Bytes and files that checkpoints still to be saved may take, in addition to those there.
 
     At least what the next save and the one after it take; what a new run's saves will take, `slurm.submit` estimates.
     """

@@ -1,8 +1,8 @@
 """Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
 
     RUN        of training
-    OUT.job    of an export or a conversion: beside what it makes, which must not exist before
-    SRC        of pretrain.prepare_shards index, which writes beside the tars
+    OUT.job    of an export or a conversion: next to what it makes, which must not exist before
+    SRC        of pretrain.prepare_shards index, which writes next to the tars
 
 Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch. A
 task of fine-tuning that is none ends with status 78, as wrong arguments do.
@@ -126,13 +126,13 @@ def _of_recipe(path: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Print the folder, or what is wrong with the program's name and its arguments; an exit status."""
     program, *arguments = argv
-    faults = missing_program(program)
+    errors = missing_program(program)
     try:
         folder = work_folder(program, arguments)
     except ArgumentError as error:
-        faults.append(str(error))
-    if faults:
-        print("ConfigError:", "; ".join(faults), file=sys.stderr)
+        errors.append(str(error))
+    if errors:
+        print("ConfigError:", "; ".join(errors), file=sys.stderr)
         return _CONFIG_STATUS
     print(folder)
     return 0

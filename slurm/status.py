@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     told = watched.ask_all()
     runs = args.runs or _own_runs(told)
-    faults = [fault for run in runs for fault in _folder_faults(run, told)]
+    errors = [problem for run in runs for problem in _folder_errors(run, told)]
     if not runs:
-        faults.append("no RUN is given, runs/ holds none and no job waits for one; name the folder of a run")
+        errors.append("no RUN is given, runs/ holds none and no job waits for one; name the folder of a run")
     if args.every <= 0:
-        faults.append(f"--every {args.every}: a number of seconds above 0 is needed")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"--every {args.every}: a number of seconds above 0 is needed")
+    if errors:
+        raise ConfigError(errors)
     while True:
         states = [state_of(run, told) for run in runs]
         text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
@@ -73,7 +73,7 @@ def _own_runs(told: watched.Told) -> list[Path]:
     return sorted({path.parent for path in own.glob("*/config.yaml")} | waiting)
 
 
-def _folder_faults(run: Path, told: watched.Told) -> list[str]:
+def _folder_errors(run: Path, told: watched.Told) -> list[str]:
     if run.is_dir():
         if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or told.names(run):
             return []

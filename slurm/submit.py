@@ -1,7 +1,7 @@
 """Checks a job, then submits it: ``python -m slurm.submit [OPTIONS] JOB ARGUMENTS...``.
 
 JOB is pretrain, finetune (ARGUMENTS: the task, then as in training), export or prepare_shards; ARGUMENTS are those of
-the program. What can be found wrong before a node is booked is, with all faults in one message: what the program itself
+the program. What can be found wrong before a node is booked is, with all errors in one message: what the program itself
 would refuse, for every number of nodes; disk for what it writes; grace period and wall time against what the run has
 measured; another job, queued or at work, on the same folder. Then sbatch gets the same script and arguments as a user
 would give it.
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from slurm import bad_nodes, history, queue, training_checks
-from slurm.booking import faults_of_work, of_training
+from slurm.booking import errors_of_work, of_training
 from slurm.exclusions import choose, expand
 from slurm.rivals import jobs_on
 from slurm.runs import ArgumentError, work_folder
@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     site = read_site(site_file())
     arguments = [argument for argument in args.arguments if argument != "--"]
-    folder, faults, notices = check(args, site, arguments)
-    if faults:
-        raise ConfigError(faults)
+    folder, errors, notices = check(args, site, arguments)
+    if errors:
+        raise ConfigError(errors)
     assert folder is not None
     command = sbatch_command(args, site, arguments, folder)
     if not _options(args, site):
@@ -139,7 +139,7 @@ def _excluded(args: argparse.Namespace, site: Site) -> tuple[list[str], list[str
 
 
 def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[Path | None, list[str], list[str]]:
-    """The folder that the job works on, None if it is not known; faults, for which nothing is submitted; notices."""
+    """The folder that the job works on, None if it is not known; errors, for which nothing is submitted; notices."""
     module, own = program_of(args.job, arguments)
     folder, unnamed = None, ""
     try:
@@ -147,21 +147,21 @@ def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[P
     except ArgumentError as error:
         unnamed = str(error)
     if args.job in TRAINING:
-        booking, faults = of_training(args, site)
+        booking, errors = of_training(args, site)
         missing = missing_program(module)
         found, notices = (missing, []) if missing else training_checks.check(booking, module, own, folder)
     else:
-        faults = faults_of_work(args)
+        errors = errors_of_work(args)
         is_later = args.dependency is not None
         found, notices = check_export(own, is_later) if args.job == "export" else check_shards(own)
-    faults += found
+    errors += found
     # The program may have told it in its own words.
     words = [word for word in ("--config", "run.name", "--out", "--src") if word in unnamed]
     if unnamed and not any(word in line for word in words for line in found):
-        faults.append(unnamed)
+        errors.append(unnamed)
     if folder is not None:
-        faults += _rival_faults(folder, args.dependency or "")
-    return folder, faults, notices
+        errors += _rival_errors(folder, args.dependency or "")
+    return folder, errors, notices
 
 
 def program_of(job: str, arguments: list[str]) -> tuple[str, list[str]]:
@@ -171,7 +171,7 @@ def program_of(job: str, arguments: list[str]) -> tuple[str, list[str]]:
     return ("pretrain.train" if job == "pretrain" else f"pretrain.{job}"), arguments
 
 
-def _rival_faults(folder: Path, dependency: str) -> list[str]:
+def _rival_errors(folder: Path, dependency: str) -> list[str]:
     """Other jobs on the folder, but those that this one waits for."""
     try:
         rivals = jobs_on(folder)

@@ -18,7 +18,7 @@ def tasks() -> list[str]:
 
 
 def missing_program(module: str) -> list[str]:
-    """A fault if a task of fine-tuning is none.
+    """An error if a task of fine-tuning is none.
 
     Args:
         module: a program, such as ``finetune.vqa``; without a task ``finetune.``.

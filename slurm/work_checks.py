@@ -12,7 +12,7 @@ Found = tuple[list[str], list[str]]
 
 
 def check_export(arguments: list[str], is_later: bool) -> Found:
-    """Faults, for which nothing is submitted, and notices; one line each.
+    """Errors, for which nothing is submitted, and notices; one line each.
 
     Args:
         arguments: of pretrain.export.
@@ -25,18 +25,18 @@ def check_export(arguments: list[str], is_later: bool) -> Found:
     try:
         args = export.parse_arguments(arguments)
     except ConfigError as error:
-        return error.faults, []
-    faults: list[str] = []
+        return error.errors, []
+    errors: list[str] = []
     try:
         export.check(args)
     except ConfigError as error:
-        faults = error.faults
+        errors = error.errors
     try:
         source = ZeroCheckpoint(export.choose_checkpoint(args.run, args.tag, verify=False).checkpoint)
     except CheckpointError as error:
         if is_later:
-            return faults, [f"nothing to export yet: {error}"]
-        return [*faults, str(error)], []
+            return errors, [f"nothing to export yet: {error}"]
+        return [*errors, str(error)], []
     finally:
         close_files()
     item_bytes = export.DTYPES[args.dtype].itemsize
@@ -45,11 +45,11 @@ def check_export(arguments: list[str], is_later: bool) -> Found:
         dtype = source.dtype(name)
         needed += source.shape(name).numel() * (item_bytes if dtype.is_floating_point else dtype.itemsize)
     if needed > free:
-        faults.append(
+        errors.append(
             f"--out {args.out}: the weights need {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; make room or "
             "choose another folder"
         )
-    return faults, []
+    return errors, []
 
 
 def check_shards(arguments: list[str]) -> Found:
@@ -60,7 +60,7 @@ def check_shards(arguments: list[str]) -> Found:
         args = prepare_shards.parse_arguments(arguments)
         prepare_shards.check(args)
     except ConfigError as error:
-        return error.faults, []
+        return error.errors, []
     if args.verify or args.format == "index":
         return [], []
     # Shards hold the images as they are, and little else.

@@ -1,4 +1,4 @@
-"""Settings: files and arguments, every fault at once, and help that can be read."""
+"""Settings: files and arguments, every error at once, and help that can be read."""
 
 import os
 from pathlib import Path
@@ -26,10 +26,10 @@ def good(coco):  # noqa: F811
     return ("--config", str(TINY), "--data.train", str(coco / "train"), "--data.tokenizer", str(coco / "tokenizer"))
 
 
-def faults(*arguments):
+def errors_of(*arguments):
     with pytest.raises(ConfigError) as error:
         parse(*arguments)
-    return error.value.faults
+    return error.value.errors
 
 
 def test_arguments_win_over_the_file(good):
@@ -39,8 +39,15 @@ def test_arguments_win_over_the_file(good):
     assert settings.model.hidden_size == 128
 
 
-def test_five_faults_are_five_lines_each_with_field_value_and_mend(good):
-    found = faults(
+def test_a_setting_may_be_given_by_its_old_name(good, tmp_path):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("optim:\n  warmup_share: 0.3\n")
+    settings = parse(*good, "--config", str(recipe), "--data.max-bad-share", "0.2")
+    assert (settings.optim.warmup_ratio, settings.data.max_bad_ratio) == (0.3, 0.2)
+
+
+def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
+    found = errors_of(
         *good,
         "--model.hiden_size", "64",
         "--optim.lr", "fast",
@@ -56,15 +63,15 @@ def test_five_faults_are_five_lines_each_with_field_value_and_mend(good):
         "training.global_batch": ("65", "use 64 or 96"),
         "objectives.mlm.weight": ("-1", "0 (off) or more"),
     }
-    for field, (value, mend) in expected.items():
+    for field, (value, fix) in expected.items():
         (line,) = [line for line in found if line.startswith(field)]
         assert value in line
-        assert mend in line
+        assert fix in line
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_named(good, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    (line,) = faults(*good)
+    (line,) = errors_of(*good)
     assert line.startswith("training.global_batch: 64: does not divide into micro-batches of 32 on 3 ranks; use 96")
 
 
@@ -77,12 +84,12 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_named(good, monkeypatch):
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_named(arguments, expected):
-    (line,) = faults(*arguments)
+    (line,) = errors_of(*arguments)
     assert line.startswith(expected)
 
 
 def test_missing_data_is_named_with_the_command_that_makes_it():
-    found = faults("--config", str(TINY))
+    found = errors_of("--config", str(TINY))
     assert sorted(line.split(":")[0] for line in found) == ["data.tokenizer", "data.train"]
     assert all("pretrain.prepare_shards" in line for line in found)
 
@@ -106,7 +113,7 @@ def test_missing_data_is_named_with_the_command_that_makes_it():
 def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expected):
     path = tmp_path / "ds.json"
     path.write_text(content)
-    (line,) = faults(*good, "--training.ds_config", str(path))
+    (line,) = errors_of(*good, "--training.ds_config", str(path))
     assert line.startswith(f"training.ds_config: '{path}'")
     assert expected in line
 
@@ -126,13 +133,13 @@ def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expec
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value):
-    (line,) = faults(*good, f"--{key}={value}")
+    (line,) = errors_of(*good, f"--{key}={value}")
     assert line.startswith(f"{key}: ")
     assert str(value) in line
 
 
-def test_faults_of_range_and_of_fit_are_named_together(good):
-    found = faults(
+def test_errors_of_range_and_of_fit_are_named_together(good):
+    found = errors_of(
         *good, "--model.num_attention_heads", "0", "--model.itc_size", "-1", "--model.gate_init", "2",
         "--model.num_hidden_layers", "0", "--model.vision.image_size", "60",
     )  # fmt: skip
@@ -146,13 +153,13 @@ def test_faults_of_range_and_of_fit_are_named_together(good):
     "change", [("vision.width", 130), ("vision.num_heads", 5), ("vision.architecture", "resnet50")], ids=lambda c: c[0]
 )
 def test_a_tower_that_timm_cannot_build_is_named(good, change):
-    (line,) = faults(*good, f"--model.{change[0]}={change[1]}")
+    (line,) = errors_of(*good, f"--model.{change[0]}={change[1]}")
     assert line.startswith("model.vision")
     assert str(change[1]) in line
 
 
 def test_print_config_names_a_bad_value_too(good):
-    (line,) = faults(*good, "--optim.lr", "fast", "--print_config")
+    (line,) = errors_of(*good, "--optim.lr", "fast", "--print_config")
     assert "fast" in line
 
 

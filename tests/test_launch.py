@@ -160,7 +160,7 @@ def test_a_program_that_does_not_exist_is_a_bad_setting():
     command = [sys.executable, "-m", "unimo3.launch", "-n", "0", "pretrain.trainn"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 78
-    assert process.stderr.startswith("ConfigError: 2 settings to mend:\n  - --num-ranks 0: at least 1 is needed\n")
+    assert process.stderr.startswith("ConfigError: Invalid configuration (2 errors):\n  - --num-ranks 0: at least 1 is")
     assert "module pretrain.trainn: Python finds no such program" in process.stderr
 
 
@@ -175,7 +175,7 @@ def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (ConfigError(["a: 1: mend"]), 78),
+        (ConfigError(["a: 1: fix"]), 78),
         (DataError("b"), 78),
         (CheckpointError("c"), 78),
         (DivergedError("d"), 70),

@@ -1,10 +1,10 @@
-"""Settings from a YAML file and the command line into a checked dataclass, with every fault in one message.
+"""Settings from a YAML file and the command line into a checked dataclass, with every error in one message.
 
-A program's settings are one dataclass of groups; each group stands beside the code it configures, with a docstring
-under each field that ``--help`` prints. A dataclass may have ``faults() -> list[str]``; each fault names the field, the
-value and the mend.
+A program's settings are one dataclass of groups; each group stands next to the code it configures, with a docstring
+under each field that ``--help`` prints. A dataclass may have ``validate() -> list[str]``; each error names the field,
+the value and the fix.
 
-Source: jsonargparse, https://jsonargparse.readthedocs.io; collected faults after litgpt's ``validate_args``.
+Source: jsonargparse, https://jsonargparse.readthedocs.io; collected errors after litgpt's ``validate_args``.
 """
 
 import dataclasses
@@ -24,6 +24,12 @@ from unimo3.errors import ConfigError
 Config = TypeVar("Config")
 Flat = dict[str, Any]
 
+# Settings whose names have changed: recipes, run folders and command lines from before may have the old ones.
+RENAMED = {
+    "optim.warmup_share": "optim.warmup_ratio",
+    "data.max_bad_share": "data.max_bad_ratio",
+}
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -36,7 +42,7 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         program: how users start it, for the help text.
 
     Raises:
-        ConfigError: with one line for every unknown key, value of a wrong type and fault of the settings.
+        ConfigError: with one line for every unknown key, value of a wrong type and error of the settings.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(config_class, program, description)
@@ -44,16 +50,16 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         try:
             parser.parse_args(argv)
         except ArgumentError as error:
-            raise ConfigError(f"{_type_hint(error)}; mend it before --print_config") from error
+            raise ConfigError(f"{_type_hint(error)}; fix it before --print_config") from error
     known = set(flatten_fields(config_class))
     given = _given_values(argv, known)
-    faults = []
+    errors = []
     texts: dict[str, str] = {}
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all keys"
-            faults.append(f"{key}: {value!r}: no such setting; {hint}")
+            errors.append(f"{key}: {value!r}: no such setting; {hint}")
             continue
         texts[key] = value if isinstance(value, str) else json.dumps(value, default=str)
     good: Flat = {}
@@ -67,24 +73,24 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
             try:
                 good[key] = parser.parse_args([f"--{key}={text}"])[key]
             except ArgumentError as error:
-                faults.append(f"{key}: {given[key]!r}: {_type_hint(error)}")
+                errors.append(f"{key}: {given[key]!r}: {_type_hint(error)}")
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    faults += collect_faults(built)
-    if faults:
-        raise ConfigError(faults)
+    errors += collect_errors(built)
+    if errors:
+        raise ConfigError(errors)
     return built
 
 
-def collect_faults(config: Any) -> list[str]:
-    """All faults of a dataclass: its groups' first, then its own."""
+def collect_errors(config: Any) -> list[str]:
+    """All errors of a dataclass: its groups' first, then its own."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found += collect_faults(value)
-    if hasattr(config, "faults"):
-        found += config.faults()
+            found += collect_errors(value)
+    if hasattr(config, "validate"):
+        found += config.validate()
     return found
 
 
@@ -103,6 +109,11 @@ def flatten(config: Any, prefix: str = "") -> Flat:
 def flatten_fields(config_class: type, prefix: str = "") -> list[str]:
     """The dotted names of a dataclass's settings."""
     return list(flatten(config_class(), prefix))
+
+
+def renamed(flat: Flat) -> Flat:
+    """Settings under the names that they have now."""
+    return {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 def save(config: Any, path: Path) -> None:
@@ -156,7 +167,7 @@ def _given_values(argv: list[str], known: set[str]) -> Flat:
         if key == "config":
             given |= _read_file(Path(value), known)
         else:
-            given[key.replace("-", "_")] = value
+            given |= renamed({key.replace("-", "_"): value})
     return given
 
 
@@ -169,7 +180,7 @@ def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
         raise ConfigError(f"{option} {path}: is not YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{option} {path}: must hold groups of settings, as the recipes do")
-    return _flatten_dict(content, known)
+    return renamed(_flatten_dict(content, known))
 
 
 def _flatten_dict(content: dict, known: set[str], prefix: str = "") -> Flat:

@@ -1,4 +1,4 @@
-"""Errors a user can mend, and the exit status each one gives a process.
+"""Errors a user can fix, and the exit status each one gives a process.
 
 Every message names the field or file, the value found and what to do. A program's ``main`` runs under
 `exit_with_status`, so a Slurm script can tell from the status alone whether to requeue.
@@ -39,14 +39,14 @@ class ConfigError(Unimo3Error):
     """One or more settings cannot be used.
 
     Args:
-        faults: one line per fault, each naming the field, the value and the mend.
+        errors: one line per error, each naming the field, the value and the fix.
     """
 
-    def __init__(self, faults: str | Sequence[str]):
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
-        noun = "setting" if len(self.faults) == 1 else "settings"
-        lines = "\n".join(f"  - {fault}" for fault in self.faults)
-        super().__init__(f"{len(self.faults)} {noun} to mend:\n{lines}")
+    def __init__(self, errors: str | Sequence[str]):
+        self.errors = [errors] if isinstance(errors, str) else list(errors)
+        noun = "error" if len(self.errors) == 1 else "errors"
+        lines = "\n".join(f"  - {problem}" for problem in self.errors)
+        super().__init__(f"Invalid configuration ({len(self.errors)} {noun}):\n{lines}")
 
 
 class DataError(Unimo3Error):

@@ -106,13 +106,13 @@ def main() -> None:
     parser.add_argument("module", help="program, such as pretrain.train")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args()
-    faults = []
+    errors = []
     if args.num_ranks < 1:
-        faults.append(f"--num-ranks {args.num_ranks}: at least 1 is needed")
+        errors.append(f"--num-ranks {args.num_ranks}: at least 1 is needed")
     if not _is_module(args.module):
-        faults.append(f"module {args.module}: Python finds no such program; pretrain.train and finetune.vqa are some")
-    if faults:
-        raise ConfigError(faults)
+        errors.append(f"module {args.module}: Python finds no such program; pretrain.train and finetune.vqa are some")
+    if errors:
+        raise ConfigError(errors)
     ranks: list[subprocess.Popen] = []
     early: list[int] = []
 

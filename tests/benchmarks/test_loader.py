@@ -77,8 +77,8 @@ def status_of(arguments: str, folder: Path) -> int:
 def test_bad_arguments_are_named_together(tmp_path, capsys):
     assert status_of("--rounds 0 --seconds -1 --shards 0 --workers 2 0 --index-samples 0 1000", tmp_path) == 78
     told = capsys.readouterr().err
-    for fault in ("--rounds 0", "--seconds -1.0", "--shards 0", "--workers 0", "--index-samples 0"):
-        assert f"{fault}: a number above 0 is needed" in told
+    for problem in ("--rounds 0", "--seconds -1.0", "--shards 0", "--workers 0", "--index-samples 0"):
+        assert f"{problem}: a number above 0 is needed" in told
 
 
 def test_an_unknown_augmentation_is_named(tmp_path, capsys):

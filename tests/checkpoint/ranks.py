@@ -187,7 +187,7 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     return {"state": state, "weights": weights, "moments": held, "losses": train(engine, range(4, 6))}
 
 
-def load_runs(root: Path, damaged: list[Path], faults: Path, without_rank_1: Path) -> dict[str, Any]:
+def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Path) -> dict[str, Any]:
     """`load_run` for each of `RUNS`; which checkpoint is chosen in each damaged run; and `fail_to_save`.
 
     Args:
@@ -195,7 +195,7 @@ def load_runs(root: Path, damaged: list[Path], faults: Path, without_rank_1: Pat
     """
     told: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
     told["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
-    told["faults"] = fail_to_save(faults)
+    told["errors"] = fail_to_save(errors)
     try:
         store.load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
     except CheckpointError as error:
@@ -204,7 +204,7 @@ def load_runs(root: Path, damaged: list[Path], faults: Path, without_rank_1: Pat
 
 
 def fail_to_save(root: Path) -> dict[str, Any]:
-    """Save under faults of this machine on one rank; returns what each attempt raised and what is left.
+    """Save under errors of this machine on one rank; returns what each attempt raised and what is left.
 
     Args:
         root: holds runs `full` and `vanished` with a good checkpoint each.
@@ -213,12 +213,12 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     engine = start_engine(3, bf16=True)
     told: dict[str, Any] = {}
 
-    def attempt(fault: str, run: Path) -> None:
+    def attempt(problem: str, run: Path) -> None:
         try:
             save(engine, run, state_at(9))
-            told[fault] = None
+            told[problem] = None
         except CheckpointError as error:
-            told[fault] = str(error)
+            told[problem] = str(error)
 
     blocked = root / "blocked"
     if rank == 0:

@@ -31,27 +31,27 @@ def test_casting_in_pieces_counts_what_casting_at_once_shows(stored, written, se
     assert report.num_flushed == int((wide != 0).sum()) - int((expected != 0).sum())
     assert report.largest == wide.abs().max().item()
     assert report.sha256 == hashlib.sha256(expected.view(torch.uint8).numpy().tobytes()).hexdigest()
-    assert casting.fault() == ""
+    assert casting.problem() == ""
 
 
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 5, 9])
-def test_one_value_that_is_not_finite_in_any_piece_is_a_fault(clamp, bad, place):
+def test_one_value_that_is_not_finite_in_any_piece_is_a_error(clamp, bad, place):
     values = torch.full((10,), 1e5)
     values[place] = bad
     casting, space = Casting("name", values.shape, torch.float16, torch.float16, clamp), Workspace(4)
     for piece in values.split(4):
         casting.cast(piece, space)
-    assert casting.fault().startswith("name: 1 of 10 values are not finite")
+    assert casting.problem().startswith("name: 1 of 10 values are not finite")
 
 
 def test_a_tensor_kept_in_float32_is_no_error_unless_it_overflows_too():
-    for value, fault in ((1e5, ""), (1e300, "name: 1 of 1 values, up to 1e+300, exceed 65504")):
+    for value, problem in ((1e5, ""), (1e300, "name: 1 of 1 values, up to 1e+300, exceed 65504")):
         casting = Casting("name", torch.Size([1]), torch.float16, torch.float32, clamp=False)
         casting.cast(torch.tensor([value], dtype=torch.float64), Workspace(1))
-        assert casting.fault().startswith(fault)
-        assert bool(casting.fault()) == bool(fault)
+        assert casting.problem().startswith(problem)
+        assert bool(casting.problem()) == bool(problem)
         assert casting.report("").num_over_range == 1
 
 

@@ -189,7 +189,7 @@ def test_nothing_is_left_of_a_refused_export(run_copy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16"]
 
 
-def test_all_tensors_at_fault_are_named(run_copy, tmp_path):
+def test_all_tensors_at_error_are_named(run_copy, tmp_path):
     folder = newest(run_copy("bf16"))
     saved = torch.load(folder / OPTIM, weights_only=False)
     with torch.no_grad():

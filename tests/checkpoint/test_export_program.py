@@ -1,4 +1,4 @@
-"""The export program: what it takes, from whom, what it writes beside weights, and what it refuses to open."""
+"""The export program: what it takes, from whom, what it writes in addition to weights, and what it refuses to open."""
 
 import json
 import os

@@ -122,13 +122,13 @@ def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[d
     stale_latest = root / "stale_latest"
     shutil.copytree(saved.root / "bf16", stale_latest)
     (stale_latest / "checkpoints" / "latest").write_text("step_00000099")
-    faults = root / "faults"
+    errors = root / "errors"
     for name in ("full", "vanished"):
-        shutil.copytree(saved.root / "bf16", faults / name)
+        shutil.copytree(saved.root / "bf16", errors / name)
     without = shutil.copytree(saved.root / "bf16" / "checkpoints" / "step_00000004", root / "without" / "step_00000004")
     (without / "rng_rank_1.safetensors").unlink()
     runs = [*damaged, nothing_good, stale_latest, root / "no_run"]
-    return run_ranks(2, load_runs, saved.root, runs, faults, without)
+    return run_ranks(2, load_runs, saved.root, runs, errors, without)
 
 
 def committed_checkpoint(run: Path, step: int) -> Path:
@@ -266,31 +266,31 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
 @pytest.mark.integration
 def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
     for told in loaded:
-        faults = told["faults"]
-        assert "preparing" in faults["blocked folder"]
-        assert "rank 0: FileExistsError" in faults["blocked folder"]
-        assert "writing" in faults["full disk on rank 1"]
-        assert "rank 1" in faults["full disk on rank 1"]
-        assert "rank 0" not in faults["full disk on rank 1"]
-        assert "writing" in faults["vanished folder"]
-        assert "memory runs out on rank 1" in faults
-        assert "rank 1: MemoryError: no memory for a copy" in faults["memory runs out on rank 1"]
-        assert "rank 0" not in faults["memory runs out on rank 1"]
-        assert "File too large" in faults["full disk on rank 1"]
-        assert faults["left of failed saves"] == []
-        assert "flushing" in faults["vanished file"]
-        assert f"{MODEL}" in faults["vanished file"]
-        assert names(faults["newest"]) == ["step_00000004", "step_00000004"]
-    assert loaded[0]["faults"]["full disk on rank 1"] == loaded[1]["faults"]["full disk on rank 1"]
+        errors = told["errors"]
+        assert "preparing" in errors["blocked folder"]
+        assert "rank 0: FileExistsError" in errors["blocked folder"]
+        assert "writing" in errors["full disk on rank 1"]
+        assert "rank 1" in errors["full disk on rank 1"]
+        assert "rank 0" not in errors["full disk on rank 1"]
+        assert "writing" in errors["vanished folder"]
+        assert "memory runs out on rank 1" in errors
+        assert "rank 1: MemoryError: no memory for a copy" in errors["memory runs out on rank 1"]
+        assert "rank 0" not in errors["memory runs out on rank 1"]
+        assert "File too large" in errors["full disk on rank 1"]
+        assert errors["left of failed saves"] == []
+        assert "flushing" in errors["vanished file"]
+        assert f"{MODEL}" in errors["vanished file"]
+        assert names(errors["newest"]) == ["step_00000004", "step_00000004"]
+    assert loaded[0]["errors"]["full disk on rank 1"] == loaded[1]["errors"]["full disk on rank 1"]
 
 
 @pytest.mark.integration
 def test_a_save_after_a_failed_one_succeeds_and_may_repeat_a_step(loaded):
     for told in loaded:
-        faults = told["faults"]
-        assert faults["none"] is None
-        assert faults["newest after"].name == "step_00000009"
-        again = faults["newest after the same step again"]
+        errors = told["errors"]
+        assert errors["none"] is None
+        assert errors["newest after"].name == "step_00000009"
+        again = errors["newest after the same step again"]
         assert again.name == "step_00000009"
         assert [path.name for path in again.parent.glob("*.tmp")] == []
 

@@ -57,7 +57,7 @@ ARTICLES = {
     "vitamin a": "vitamin", "theatre": "theatre",
 }  # fmt: skip
 PUNCTUATION = {
-    # Beside a space a mark vanishes, else it becomes a space.
+    # Next to a space a mark vanishes, else it becomes a space.
     "cat, dog": "cat dog", "cat,dog": "cat dog", "yes;no": "yes no", "black-and-white": "black and white",
     "black - white": "black white", "(left)": "left", '"stop"': "stop", "a/c": "c", "snow_board": "snow board",
     "<b>": "b", "x@y": "x y", "2+2=4": "2 2 4", "back\\slash": "back slash", "really?!": "really", "{x} [y]": "x y",

@@ -223,7 +223,7 @@ def test_verify_reads_every_byte_again(alone, tmp_path, capfd):
     members.write_bytes(members.read_bytes()[::-1])
     assert convert("coco", "--out", str(copy), "--verify") == 78
     error = capfd.readouterr().err
-    assert "3 faults, " in error
+    assert "3 errors, " in error
     assert "index.members: is not the one index.json was written with" in error
     assert "000001.tar: is not the shard that was indexed" in error
     assert "000000.tar: cannot be read (No such file or directory)" in error
@@ -252,4 +252,4 @@ def test_verify_names_what_an_incomplete_copy_lacks(alone, tmp_path, capfd, dama
     assert convert("coco", "--out", str(copy), "--verify") == 78
     error = capfd.readouterr().err
     assert expected in error
-    assert "DataError: 1 faults, " in error
+    assert "DataError: 1 errors, " in error

@@ -151,10 +151,10 @@ def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, s
     assert store.requests[SHARD] == 3 + 5
 
 
-@pytest.mark.parametrize(("status", "mend"), [(401, "sends no login"), (403, "sends no login"), (404, "mend the sour")])
-def test_what_another_try_cannot_mend_is_refused_at_once(store, shard, status, mend):
+@pytest.mark.parametrize(("status", "fix"), [(401, "sends no login"), (403, "sends no login"), (404, "fix the sour")])
+def test_what_another_try_cannot_fix_is_refused_at_once(store, shard, status, fix):
     store.instead[SHARD] = [status]
-    with pytest.raises(DataError, match=rf"{shard}: the server answers {status}.*{mend}"):
+    with pytest.raises(DataError, match=rf"{shard}: the server answers {status}.*{fix}"):
         received(shard)
     assert store.requests[SHARD] == 1
 
@@ -286,8 +286,8 @@ def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(served, coco, 
         train=f"{served.url}/coco/train/", window_shards=2, num_workers=workers, prefetch=1,
         cache_dir=str(tmp_path / "cache"), cache_gb=limit / 1e9,
     )  # fmt: skip
-    assert remote.faults()[1:] == []  # the tokenizer is not set
-    assert remote.shard_faults("captions") == []
+    assert remote.validate()[1:] == []  # the tokenizer is not set
+    assert remote.shard_errors("captions") == []
     assert read(remote, tokenizer) == read(local, tokenizer)
     kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.suffix == ".shard"]
     assert kept
@@ -318,14 +318,14 @@ def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(served, coco, tm
     assert "Traceback" not in str(error.value)
 
 
-def test_addresses_that_cannot_be_used_are_faults_of_the_setting(served, tmp_path):
-    def faults(source, **settings):
-        return DataArgs(train=source, **settings).shard_faults("captions")
+def test_addresses_that_cannot_be_used_are_errors_of_the_setting(served, tmp_path):
+    def errors_of(source, **settings):
+        return DataArgs(train=source, **settings).shard_errors("captions")
 
-    (fault,) = faults(f"{served.url}/coco/train")
-    assert "an address needs a cache; set data.cache_dir and data.cache_gb" in fault
-    (fault,) = faults("pipe:cat x.tar")
-    assert fault.startswith("data.train: ")
-    assert "pipe: runs a shell" in fault
-    (fault,) = faults(f"{served.url}/nowhere", cache_dir=str(tmp_path / "cache"))
-    assert "404" in fault
+    (problem,) = errors_of(f"{served.url}/coco/train")
+    assert "an address needs a cache; set data.cache_dir and data.cache_gb" in problem
+    (problem,) = errors_of("pipe:cat x.tar")
+    assert problem.startswith("data.train: ")
+    assert "pipe: runs a shell" in problem
+    (problem,) = errors_of(f"{served.url}/nowhere", cache_dir=str(tmp_path / "cache"))
+    assert "404" in problem

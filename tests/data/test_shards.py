@@ -152,12 +152,12 @@ def test_a_bad_record_is_named_and_leaves_nothing(tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_all_faults_of_the_command_line_are_named_at_once(source, tmp_path, capfd):
+def test_all_errors_of_the_command_line_are_named_at_once(source, tmp_path, capfd):
     (tmp_path / "out").mkdir()
     arguments = ("--src", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--shard-size", "0")
     assert convert("vqav2", *arguments, "--tokenizer-vocab", "400") == 78
     error = capfd.readouterr().err
-    assert error.startswith("ConfigError: 4 settings to mend")
+    assert error.startswith("ConfigError: Invalid configuration (4 errors)")
     for flag in ("--src", "--out", "--shard-size", "--tokenizer-vocab"):
         assert f"- {flag} " in error
 
@@ -229,26 +229,26 @@ def test_a_damaged_index_is_named(coco, tmp_path, damage):
     expected = damage(folder)
     with pytest.raises(DataError, match=expected):
         ShardIndex(folder).read(0, 0)
-    (fault,) = DataArgs(train=str(folder)).shard_faults("captions")
-    assert fault.startswith("data.train: ")
-    assert re.search(expected, fault)
+    (problem,) = DataArgs(train=str(folder)).shard_errors("captions")
+    assert problem.startswith("data.train: ")
+    assert re.search(expected, problem)
 
 
 def test_shards_of_another_kind_are_refused(coco, vqav2):
     data = DataArgs(train=str(coco / "train"), val=str(vqav2 / "val"))
-    (fault,) = data.shard_faults("captions")
-    assert fault.startswith("data.val: ")
-    assert "its samples have no captions (vqav2, val)" in fault
-    (fault,) = data.shard_faults("questions")
-    assert "its samples have no questions (coco, train)" in fault
+    (problem,) = data.shard_errors("captions")
+    assert problem.startswith("data.val: ")
+    assert "its samples have no captions (vqav2, val)" in problem
+    (problem,) = data.shard_errors("questions")
+    assert "its samples have no questions (coco, train)" in problem
 
 
 @pytest.mark.parametrize("train", [{"a/train": 1, "b/train": 1}, {"https://example.org/vqav2/train": 1}])
 def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
     # Without room for copies nothing is fetched.
     settings = VqaConfig(init="exported", data=DataArgs(train=train, cache_gb=0.0))
-    (fault,) = settings.answers_faults()
-    assert fault.startswith("answers: ''")
+    (problem,) = settings.answers_errors()
+    assert problem.startswith("answers: ''")
 
 
 def test_folders_of_others_beside_the_new_one_are_left_alone(source, tmp_path, capfd):

@@ -200,7 +200,7 @@ def test_the_command_prints_the_rate_of_the_data_it_drew(root, tmp_path, capfd):
 def test_bad_arguments_are_named_all_at_once_and_leave_nothing(root, tmp_path, capfd):
     assert draw(root, "--images", "3", "--size", "8", "--seed", "-1") == 78
     said = capfd.readouterr().err
-    assert "4 settings to mend" in said
+    assert "Invalid configuration (4 errors)" in said
     for start in ("--images 3:", "--size 8:", "--seed -1:", f"out {root}: exists"):
         assert f"  - {start}" in said
     assert draw(tmp_path / "new", "--images", "3") == 78

@@ -1,4 +1,4 @@
-"""``python -m finetune.plan``: what it prints, which faults it names, and the documentation's tables, which are its."""
+"""``python -m finetune.plan``: what it prints, which errors it names, and the documentation's tables, which are its."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def run_command(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The lines of faults of a command that ends with status 78."""
+    """The lines of errors of a command that ends with status 78."""
     status, output = run_command(capsys, *arguments)
     assert (status, output.out) == (78, "")
     return [line.removeprefix("  - ") for line in output.err.splitlines() if line.startswith("  - ")]
@@ -73,15 +73,15 @@ def test_a_task_must_come_first(capsys):
 
 def test_the_model_is_named_once(capsys, pretrained):
     assert refused(capsys, "nlvr2", "--gpus", 8)[0].startswith("init: '': names no weights; give --init an exported")
-    (fault,) = refused(capsys, "nlvr2", *TINY, "--init", pretrained)
-    assert fault == f"--model {TINY[1]}: init '{pretrained}' names the model too; leave one out"
-    (fault,) = refused(capsys, "nlvr2", "--gpus", 8, "--init", "nowhere")
-    assert fault.startswith("init: 'nowhere': no config.json there; name a folder")
+    (problem,) = refused(capsys, "nlvr2", *TINY, "--init", pretrained)
+    assert problem == f"--model {TINY[1]}: init '{pretrained}' names the model too; leave one out"
+    (problem,) = refused(capsys, "nlvr2", "--gpus", 8, "--init", "nowhere")
+    assert problem.startswith("init: 'nowhere': no config.json there; name a folder")
 
 
 def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    for content, fault in (
+    for content, problem in (
         ("run: {name: x}", "has no model; name a pretraining recipe, such as pretrain/recipes/base.yaml"),
         ("model: {num_attention_heads: 7}", "model.num_attention_heads: 7: must divide model.hidden_size 768"),
         ("model: {layers: 7}", "model.layers: '7': no such setting; "),
@@ -89,12 +89,12 @@ def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path)
     ):
         recipe.write_text(content)
         (found,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", recipe)
-        assert found.startswith(f"--model {recipe}: {fault}")
+        assert found.startswith(f"--model {recipe}: {problem}")
     (found,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", tmp_path / "none.yaml")
     assert found.startswith(f"--model {tmp_path / 'none.yaml'}: cannot be read (No such file or directory)")
 
 
-def test_all_faults_come_in_one_message(capsys):
+def test_all_errors_come_in_one_message(capsys):
     found = refused(
         capsys, "vqa", *TINY, "--gpus", 0, "--gpu-memory", "80 apples", "--training.steps", "many",
         "--eval_only", "true", "--image_size", 70, "--training.micro_batch", 0, "--answers", "nowhere.json",
@@ -108,8 +108,8 @@ def test_all_faults_come_in_one_message(capsys):
 
 
 def test_texts_longer_than_the_models_positions_are_named(capsys):
-    (fault,) = refused(capsys, "retrieval", *TINY, "--data.max_text_tokens", 50)
-    assert fault.startswith("data.max_text_tokens: 50: model.text.max_position_embeddings 40 allows 38")
+    (problem,) = refused(capsys, "retrieval", *TINY, "--data.max_text_tokens", 50)
+    assert problem.startswith("data.max_text_tokens: 50: model.text.max_position_embeddings 40 allows 38")
 
 
 def test_weights_of_another_task_are_named(capsys, pretrained, tmp_path):
@@ -118,8 +118,8 @@ def test_weights_of_another_task_are_named(capsys, pretrained, tmp_path):
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"architectures": ["Unimo3ForImagesAndTextClassification"]})
     )
-    (fault,) = refused(capsys, "vqa", "--gpus", 8, "--init", tmp_path / "tuned", "--data.max_text_tokens", 12)
-    assert fault.startswith(f"init: '{tmp_path / 'tuned'}': holds weights of Unimo3ForImagesAndTextClassification")
+    (problem,) = refused(capsys, "vqa", "--gpus", 8, "--init", tmp_path / "tuned", "--data.max_text_tokens", 12)
+    assert problem.startswith(f"init: '{tmp_path / 'tuned'}': holds weights of Unimo3ForImagesAndTextClassification")
 
 
 def test_a_vocabulary_other_than_that_of_tuned_weights_is_named(capsys, pretrained, tmp_path):
@@ -131,8 +131,8 @@ def test_a_vocabulary_other_than_that_of_tuned_weights_is_named(capsys, pretrain
     AnswerVocabulary(["dog", "yes"]).save_pretrained(folder)
     AnswerVocabulary(["dog", "no"]).save(tmp_path / "answers.json")
     answers = ("--answers", tmp_path / "answers.json")
-    (fault,) = refused(capsys, "vqa", "--gpus", 8, "--init", folder, "--data.max_text_tokens", 12, *answers)
-    assert fault.startswith(f"answers: '{tmp_path / 'answers.json'}': lists 2 answers that are not those of the head")
+    (problem,) = refused(capsys, "vqa", "--gpus", 8, "--init", folder, "--data.max_text_tokens", 12, *answers)
+    assert problem.startswith(f"answers: '{tmp_path / 'answers.json'}': lists 2 answers that are not those of the head")
 
 
 def test_a_batch_that_does_not_divide_is_named(capsys):
@@ -144,8 +144,8 @@ def test_what_does_not_go_with_a_table_is_named(capsys):
     entry = f"vqa={RECIPES / 'vqa_tiny.yaml'}"
     assert refused(capsys, "vqa", *TINY, "--table", entry)[0].startswith("TASK 'vqa': a table names the task of each")
     assert refused(capsys, *TINY, "--json", "--table", entry)[0].startswith("--json: a table names the task of each")
-    (fault,) = refused(capsys, *TINY, "--table", "vqa")
-    assert fault == "--table vqa: names no recipe; use vqa=finetune/recipes/vqa_base.yaml"
+    (problem,) = refused(capsys, *TINY, "--table", "vqa")
+    assert problem == "--table vqa: names no recipe; use vqa=finetune/recipes/vqa_base.yaml"
     assert refused(capsys, *TINY, "--table", f"x{entry}")[0].startswith("TASK 'xvqa': there is no such task")
     assert refused(capsys, *TINY[:2], "--table", entry)[0].startswith("--gpus: not given")
 

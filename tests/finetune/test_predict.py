@@ -378,8 +378,8 @@ def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
 
 def test_settings_that_cannot_be_come_in_one_message(tuned, photo, capsys):
     told = refused(tuned / "vqa_weights", photo, capsys, "--image", photo, "--batch", 0, "--output", "x")
-    for fault in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
-        assert fault in told
+    for problem in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
+        assert problem in told
     assert "this machine has" in refused(tuned / "vqa_weights", photo, capsys, "--device", "cuda:7")
 
 

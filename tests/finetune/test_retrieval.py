@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from finetune.retrieval import RetrievalConfig
-from unimo3.config import collect_faults
+from unimo3.config import collect_errors
 from unimo3.data.args import DataArgs
 from unimo3.training.loop import TrainingArgs
 from unimo3.training.retrieval.args import RankingArgs
@@ -29,13 +29,13 @@ def settings(coco, pretrained, tmp_path, **ranking):
     )  # fmt: skip
 
 
-def test_what_fits_has_no_fault(coco, pretrained, tmp_path):
-    assert collect_faults(settings(coco, pretrained, tmp_path, fold_images=2)) == []
+def test_what_fits_has_no_error(coco, pretrained, tmp_path):
+    assert collect_errors(settings(coco, pretrained, tmp_path, fold_images=2)) == []
 
 
 def test_folds_that_do_not_divide_and_an_empty_batch_are_named_together(coco, pretrained, tmp_path):
-    faults = collect_faults(settings(coco, pretrained, tmp_path, fold_images=3, pair_batch=0))
-    assert [fault.split(";")[0] for fault in faults] == [
+    errors = collect_errors(settings(coco, pretrained, tmp_path, fold_images=3, pair_batch=0))
+    assert [problem.split(";")[0] for problem in errors] == [
         "ranking.pair_batch: 0: at least 1 is needed",
         "ranking.fold_images: 3: the 4 images of data.val are no whole number of folds",
     ]
@@ -49,4 +49,4 @@ def test_recipes_hold_the_published_settings(path):
     assert (recipe["optim"]["fusion_factor"], recipe["optim"]["head_factor"]) == (5.0, 5.0)
     assert recipe["training"]["steps"] == round(num_epochs * num_captions / batch)
     assert recipe["image_size"] == (384 if path.stem.endswith("base") else 378)
-    assert RankingArgs(**recipe["ranking"]).faults() == []
+    assert RankingArgs(**recipe["ranking"]).validate() == []

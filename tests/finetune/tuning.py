@@ -1,7 +1,7 @@
 """Tunes all tasks for two steps in one process, without a launcher, as their programs do.
 
 WEIGHTS is an export of pretraining, SHARDS holds vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
-task's name, and beside it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
+task's name, and next to it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
 bf16.
 """
 
@@ -92,5 +92,5 @@ def tune_all(weights: Path, shards: Path, folder: Path) -> None:
     }  # fmt: skip
     for name, task in tasks.items():
         given = settings(name, weights, shards, folder)
-        assert given.faults() == [], given.faults()
+        assert given.validate() == [], given.validate()
         finetune(given, noting(task, name, folder / f"{name}.safetensors"))

@@ -37,18 +37,18 @@ class Program:
         self.folder = folder
         self.output = ""
 
-    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None, faults=None):
+    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None, inject=None):
         """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status.
 
         Args:
             max_file_bytes: where writing a file fails, as on a disk that is full.
-            faults: of the module `tests.faulty`.
+            inject: of the module `tests.inject`.
         """
 
         launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "10"] if num_ranks else []
         command, *words = [*launch, module, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        environment |= {"FAULTS": json.dumps(faults)} if faults is not None else {}
+        environment |= {"INJECT": json.dumps(inject)} if inject is not None else {}
         log = self.folder / "output.log"
         log.write_text("")
         process = start_command(command, words, environment, log, max_file_bytes)

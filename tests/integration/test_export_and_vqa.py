@@ -170,13 +170,13 @@ def test_vqa_weights_export_with_their_head_and_vocabulary(program, vqa_run, rec
     assert model.vqa_head.classifier.out_features == len(json.loads((out / "answers.json").read_text())["answers"])
 
 
-def test_vqa_without_weights_is_refused_with_the_mend(program, vqav2, tmp_path):
+def test_vqa_without_weights_is_refused_with_the_fix(program, vqav2, tmp_path):
     status = program.run(
         1, "finetune.vqa", "--init", tmp_path, "--data.train", vqav2 / "train", "--data.tokenizer", tmp_path,
         "--training.global_batch", "8", "--training.micro_batch", "8",
     )  # fmt: skip
     assert status == 78
-    assert "ConfigError: 2 settings to mend" in program.output
+    assert "ConfigError: Invalid configuration (2 errors)" in program.output
     assert "name a folder that python -m pretrain.export wrote" in program.output
 
 

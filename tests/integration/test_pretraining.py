@@ -25,8 +25,8 @@ def interrupted(program, recipe, runs):
     command = (2, "pretrain.train", "--config", recipe, "--run.name", "interrupted")
     program.check(*command, "--training.stop_after", "10")
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000006", "step_00000010"]
-    faulty = (2, "tests.faulty", *command[2:])
-    status = program.run(*faulty, stop_when=lambda: len(read_metrics(run)) >= 12, faults={"until_stop": [12]})
+    errory = (2, "tests.inject", *command[2:])
+    status = program.run(*errory, stop_when=lambda: len(read_metrics(run)) >= 12, inject={"until_stop": [12]})
     assert status == 75, program.output[-3000:]
     assert "asked to stop (SIGTERM)" in program.output
     stopped_at = store.list_checkpoints(run)[-1].name
@@ -162,7 +162,7 @@ def test_bad_settings_end_with_78_before_any_process_group(program, recipe):
         3, "pretrain.train", "--config", recipe, "--run.name", "bad", "--optim.lr", "-1", "--training.stepz", "3"
     )
     assert status == 78
-    assert "ConfigError: 3 settings to mend" in program.output
+    assert "ConfigError: Invalid configuration (3 errors)" in program.output
     assert "training.global_batch: 8: does not divide into micro-batches of 4 on 3 ranks" in program.output
     assert not (recipe.parent / "runs" / "bad").exists()
 

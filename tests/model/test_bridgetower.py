@@ -96,7 +96,7 @@ def test_a_folder_with_heads_fills_a_pretraining_model(tmp_path):
     spread(outside, 3)
     outside.save_pretrained(tmp_path)
     args = model_args(tmp_path, config.vision_config.image_size, interaction="in_layer", dropout=0.0)
-    assert args.faults() == []
+    assert args.validate() == []
     model = Unimo3ForPreTraining(args.to_config()).eval()
     set_initial_weights(model, args, seed=0)
     ids, pixels, mask = draw_inputs(rng, config.vision_config.image_size)
@@ -163,15 +163,15 @@ def test_a_missing_tensor_is_named():
         load_bridgetower(outside)
 
 
-def test_settings_that_contradict_the_folder_are_faults(tmp_path):
+def test_settings_that_contradict_the_folder_are_errors(tmp_path):
     config = draw_config(np.random.default_rng(1))
     BridgeTowerModel(config).save_pretrained(tmp_path)
     size = config.vision_config.image_size
     twice = ModelArgs(TextArgs(init="roberta"), VisionArgs(image_size=size), init=str(tmp_path), bridge=False)
-    assert [fault.split(":")[0] for fault in twice.faults()] == ["model.text.init", "model.bridge"]
+    assert [problem.split(":")[0] for problem in twice.validate()] == ["model.text.init", "model.bridge"]
     tiny_config().save_pretrained(tmp_path)
-    assert "holds a 'unimo3' model; a BridgeTower one is needed" in model_args(tmp_path, size).faults()[0]
-    assert "no config.json there" in model_args(tmp_path / "nowhere", size).faults()[0]
+    assert "holds a 'unimo3' model; a BridgeTower one is needed" in model_args(tmp_path, size).validate()[0]
+    assert "no config.json there" in model_args(tmp_path / "nowhere", size).validate()[0]
 
 
 def test_another_model_is_refused_by_its_kind():

@@ -21,7 +21,7 @@ from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.config import Unimo3VisionConfig
-from unimo3.model.pretrained import load_roberta, load_vision, vision_faults
+from unimo3.model.pretrained import load_roberta, load_vision, vision_errors
 from unimo3.model.vision import VisionTower
 
 DEPTH = 3
@@ -78,7 +78,7 @@ def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, imag
         spread(CLIPVisionModel(clip_vision())).save_pretrained(tmp_path)
     outside = CLIPVisionModel.from_pretrained(tmp_path).eval()
     tower = image_tower(image_size, num_states=DEPTH)
-    assert vision_faults(str(tmp_path), tower) == []
+    assert vision_errors(str(tmp_path), tower) == []
     load_vision(tower, str(tmp_path))
     pixels = torch.randn(2, 3, image_size, image_size)
     expected = outside(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
@@ -108,7 +108,7 @@ def test_a_timm_checkpoint_fills_the_image_tower(tmp_path, form):
     else:
         torch.save({"state_dict": state, "epoch": 3} if form.startswith("wrapped") else state, path)
     tower = image_tower(16)
-    assert vision_faults(str(path), tower) == []
+    assert vision_errors(str(path), tower) == []
     load_vision(tower, str(path))
     pixels = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(tower(pixels)[:, -1], outside.forward_features(pixels), atol=1e-6, rtol=1e-6)
@@ -122,19 +122,19 @@ def test_files_that_do_not_fit_are_named_before_anything_starts(tmp_path):
     (tmp_path / "code.pth").write_bytes(b"no pickle")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
 
-    def faults(name: str) -> list[str]:
+    def errors_of(name: str) -> list[str]:
         vision = VisionArgs(init=str(tmp_path / name), image_size=16, patch_size=8, width=32, depth=DEPTH, num_heads=2)
         text = TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        return ModelArgs(text, vision, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).faults()
+        return ModelArgs(text, vision, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).validate()
 
-    width, depth = faults("vit.safetensors")
+    width, depth = errors_of("vit.safetensors")
     assert "has width 64, model.vision has 32; use weights" in width
     assert "has depth 2, model.vision has 3" in depth
-    assert "unknown kind of file; one of .safetensors, .pth" in faults("text.txt")[0]
-    assert "is no whole safetensors file" in faults("broken.safetensors")[0]
-    assert "cannot be read as plain tensors" in faults("code.pth")[0]
-    assert "holds no 'patch_embed.proj.weight'" in faults("other.safetensors")[0]
-    assert "neither a file nor a folder with config.json" in faults("nothing")[0]
+    assert "unknown kind of file; one of .safetensors, .pth" in errors_of("text.txt")[0]
+    assert "is no whole safetensors file" in errors_of("broken.safetensors")[0]
+    assert "cannot be read as plain tensors" in errors_of("code.pth")[0]
+    assert "holds no 'patch_embed.proj.weight'" in errors_of("other.safetensors")[0]
+    assert "neither a file nor a folder with config.json" in errors_of("nothing")[0]
 
 
 def test_a_missing_tensor_of_a_timm_checkpoint_is_named(tmp_path):
@@ -154,13 +154,13 @@ def test_a_missing_tensor_of_a_timm_checkpoint_is_named(tmp_path):
         ({"unimodal_levels": 1, "interaction": "in_layer"}, "model.unimodal_levels: 1: in_layer reads the partner"),
     ],
 )
-def test_levels_that_do_not_exist_are_faults(changes, named):
+def test_levels_that_do_not_exist_are_errors(changes, named):
     args = ModelArgs(
         TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
         VisionArgs(image_size=16, patch_size=8, width=32, depth=2, num_heads=2),
         **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "bridge": False, **changes},
     )
-    assert named in args.faults()[0]
+    assert named in args.validate()[0]
 
 
 FOLDER_FIELDS = {
@@ -181,13 +181,13 @@ FOLDER_FIELDS = {
         (None, "no config.json there|nor a folder with config.json|neither a file nor a folder"),
     ],
 )
-def test_a_wrong_folder_is_a_fault_of_its_field(tmp_path, field, config, named):
+def test_a_wrong_folder_is_a_error_of_its_field(tmp_path, field, config, named):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
         save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
-    (fault,) = FOLDER_FIELDS[field](str(tmp_path)).faults()
-    assert fault.startswith(f"{field}: '{tmp_path}': ")
-    assert re.search(named, fault)
+    (problem,) = FOLDER_FIELDS[field](str(tmp_path)).validate()
+    assert problem.startswith(f"{field}: '{tmp_path}': ")
+    assert re.search(named, problem)
 
 
 @pytest.mark.parametrize("field", FOLDER_FIELDS)
@@ -201,8 +201,8 @@ def test_a_truncated_weights_file_is_named(tmp_path, field):
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
-    (fault,) = FOLDER_FIELDS[field](str(tmp_path)).faults()
-    assert fault.startswith(f"{field}: '{tmp_path}': model.safetensors is no whole safetensors file")
+    (problem,) = FOLDER_FIELDS[field](str(tmp_path)).validate()
+    assert problem.startswith(f"{field}: '{tmp_path}': model.safetensors is no whole safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
     config = clip_vision()
     config.update(changes)
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    (fault,) = vision_faults(str(tmp_path), image_tower(16))
-    assert f"has {named}, model.vision has" in fault
+    (problem,) = vision_errors(str(tmp_path), image_tower(16))
+    assert f"has {named}, model.vision has" in problem
 
 
 @pytest.mark.parametrize(
@@ -229,8 +229,8 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
         (VisionArgs(architecture="resnet18"), "timm cannot build such a vision transformer"),
     ],
 )
-def test_towers_that_cannot_serve_are_faults(vision, named):
-    assert named in ModelArgs(vision=vision).faults()[0]
+def test_towers_that_cannot_serve_are_errors(vision, named):
+    assert named in ModelArgs(vision=vision).validate()[0]
 
 
 def test_a_tensor_given_twice_is_named(tmp_path):

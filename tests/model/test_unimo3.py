@@ -1,4 +1,4 @@
-"""The assembled model: saving, loading, tying, seeded initialisation, faults, documented sizes."""
+"""The assembled model: saving, loading, tying, seeded initialisation, errors, documented sizes."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_an_answer_head_needs_answers():
         Unimo3ForVisualQuestionAnswering(tiny_config())
 
 
-def test_all_faults_of_a_configuration_are_named_at_once():
+def test_all_errors_of_a_configuration_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         Unimo3Model(
             tiny_config(
@@ -69,7 +69,7 @@ def test_all_faults_of_a_configuration_are_named_at_once():
                 gate_init=1.0,
             )
         )
-    fields = [fault.split(":")[0] for fault in error.value.faults]
+    fields = [problem.split(":")[0] for problem in error.value.errors]
     assert fields == [
         "model.vision.image_size",
         "model.num_attention_heads",
@@ -77,7 +77,7 @@ def test_all_faults_of_a_configuration_are_named_at_once():
         "model.gate",
         "model.gate_init",
     ]
-    assert "16 or 24" in error.value.faults[0]
+    assert "16 or 24" in error.value.errors[0]
 
 
 @pytest.mark.parametrize("recipe", sorted(NUM_PARAMETERS))
@@ -86,7 +86,7 @@ def test_every_recipe_builds_on_the_meta_device_with_the_documented_size(recipe)
     text, vision = settings.pop("text"), settings.pop("vision")
     defaults = ModelArgs()
     args = ModelArgs(type(defaults.text)(**text), type(defaults.vision)(**vision), **settings)
-    assert config.collect_faults(args) == []
+    assert config.collect_errors(args) == []
     with torch.device("meta"):
         model = Unimo3ForPreTraining(args.to_config())
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[recipe]

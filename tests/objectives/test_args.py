@@ -1,4 +1,4 @@
-"""Faults of the objectives' settings."""
+"""Errors of the objectives' settings."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 
 
 def test_hard_negatives_need_the_contrast_that_trains_their_similarities():
-    (fault,) = ObjectivesArgs(itm=ItmArgs(negatives="hard"), itc=ItcArgs(weight=0.0)).faults()
-    assert fault.startswith("objectives.itm.negatives: hard: ")
-    assert "objectives.itc.weight: 0" in fault
-    assert "give ITC a weight above 0, or set objectives.itm.negatives to random" in fault
+    (problem,) = ObjectivesArgs(itm=ItmArgs(negatives="hard"), itc=ItcArgs(weight=0.0)).validate()
+    assert problem.startswith("objectives.itm.negatives: hard: ")
+    assert "objectives.itc.weight: 0" in problem
+    assert "give ITC a weight above 0, or set objectives.itm.negatives to random" in problem
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,11 @@ def test_hard_negatives_need_the_contrast_that_trains_their_similarities():
         ObjectivesArgs(itm=ItmArgs(weight=0.0, negatives="hard"), itc=ItcArgs(weight=0.0)),
     ],
 )
-def test_settings_that_fit_together_have_no_fault(settings):
-    assert settings.faults() == []
+def test_settings_that_fit_together_have_no_error(settings):
+    assert settings.validate() == []
 
 
-def test_all_faults_are_named_together():
-    found = ObjectivesArgs(MlmArgs(-1.0, 2.0), ItmArgs(negatives="hard"), ItcArgs(weight=0.0)).faults()
-    fields = {fault.split(":")[0] for fault in found}
+def test_all_errors_are_named_together():
+    found = ObjectivesArgs(MlmArgs(-1.0, 2.0), ItmArgs(negatives="hard"), ItcArgs(weight=0.0)).validate()
+    fields = {problem.split(":")[0] for problem in found}
     assert fields == {"objectives.mlm.weight", "objectives.mlm.probability", "objectives.itm.negatives"}

@@ -1,4 +1,4 @@
-"""``python -m pretrain.plan``: what it prints, which faults it names, and that the documentation's table is its own."""
+"""``python -m pretrain.plan``: what it prints, which errors it names, and that the documentation's table is its own."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys,
         assert reasons["zero3_bf16.json"] == "would fit, but gathers the weights in every pass"
 
 
-def test_all_faults_come_in_one_message(capsys):
+def test_all_errors_come_in_one_message(capsys):
     status, output = run_command(
         capsys, "--gpus", 0, "--gpu-memory", "80 apples", "--mfu", 1.5, "--reserve", 1, "--peak-tflops", 0,
         "--training.steps", "many", "--objectives.mlm.weight", -1,

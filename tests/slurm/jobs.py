@@ -1,4 +1,4 @@
-"""Training jobs of the project's own scripts on a cluster, with faults; and what became of their runs."""
+"""Training jobs of the project's own scripts on a cluster, with failures; and what became of their runs."""
 
 import json
 import sys
@@ -27,10 +27,10 @@ class Jobs:
         self.runs = recipe.parent / "runs"
         self.site = folder / "site.env"
         self.site.write_text(f"RANKS_PER_NODE=1\nLOCAL_DISK={folder}/local\nSLURM_RETRY_S=2\n")
-        # Where a site names its Python; this one trains with the faults that the environment names.
+        # Where a site names its Python; this one trains with the failures that the environment names.
         self.python = folder / "python"
         self.python.write_text(
-            f'#!/bin/bash\n[[ "$*" != "-m pretrain.train "* ]] || set -- -m tests.faulty "${{@:3}}"\n'
+            f'#!/bin/bash\n[[ "$*" != "-m pretrain.train "* ]] || set -- -m tests.inject "${{@:3}}"\n'
             f'exec {sys.executable} "$@"\n'
         )
         self.python.chmod(0o755)
@@ -41,7 +41,7 @@ class Jobs:
         }  # fmt: skip
 
     def submit(
-        self, name: str, *arguments: object, options: tuple[str, ...] = (), faults: dict[str, Any] | None = None,
+        self, name: str, *arguments: object, options: tuple[str, ...] = (), inject: dict[str, Any] | None = None,
         **environment: str,
     ) -> int:  # fmt: skip
         """Submit a pretraining of `NUM_STEPS` steps as run `name`, by default without pre-flight; the job's number."""
@@ -50,7 +50,7 @@ class Jobs:
             "--config", self.recipe, "--run.name", name, "--training.steps", NUM_STEPS, "--checkpoint.every_steps", 4,
             *arguments,
         ]  # fmt: skip
-        return self.sbatch(*command, **{"PREFLIGHT": "no", "FAULTS": json.dumps(faults or {}), **environment})
+        return self.sbatch(*command, **{"PREFLIGHT": "no", "INJECT": json.dumps(inject or {}), **environment})
 
     def sbatch(self, *command: object, **environment: str) -> int:
         """Submit; the job's number."""

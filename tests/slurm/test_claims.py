@@ -49,7 +49,7 @@ def test_a_job_that_is_at_work_keeps_the_folder_until_its_start_has_ended(tmp_pa
     history.append(tmp_path, "begin", job="1", restart=0, nodes="n1", checkpoint=None)
     assert claims.take(tmp_path, "2", 0, at_work) == "1"
     history.append(tmp_path, "end", job="1", status=75, action="requeue", reason="", checkpoint=None)
-    # Its next start has it anew: the end of the last one does not free it.
+    # Its next start has it again: the end of the last one does not free it.
     assert claims.take(tmp_path, "1", 1, at_work) is None
     assert claims.take(tmp_path, "2", 0, at_work) == "1"
     assert claims.take(tmp_path, "1", 2, at_work) is None  # cut off, and started again

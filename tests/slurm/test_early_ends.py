@@ -38,14 +38,14 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
         f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nCONTAINER=(env PATH=/nowhere)\n"
     )
     is_held = jobs.folder / "one_is_held"
-    faults = {"until_file": [1, str(is_held)]}
+    inject = {"until_file": [1, str(is_held)]}
     both = [
         jobs.submit(
             "contained",
             "--training.stop_after",
             2,
             options=ONE,
-            faults=faults,
+            inject=inject,
             UNIMO3_SITE=str(jobs.folder / "container.env"),
         )
         for _ in range(2)

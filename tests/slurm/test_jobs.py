@@ -19,16 +19,16 @@ def limited(jobs):
     # The signal comes after four minutes, or up to a minute early.
     options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=5", "--signal=USR2@60")
     arguments = ("--data.ledger", "true", "--training.log_every", 1)
-    return jobs.submit("limited", *arguments, options=options, faults={"until_stop": [4]})
+    return jobs.submit("limited", *arguments, options=options, inject={"until_stop": [4]})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hung(jobs):
-    """A job that hangs until its time limit is near, and nobody else ends it; beside the others likewise."""
+    """A job that hangs until its time limit is near, and nobody else ends it; it also runs next to the others."""
     # A signal that comes early would have the next start saved and requeued: it goes to the script alone.
     options = ("--nodelist=n3", "--ntasks-per-node=2", "--overcommit", "--time=6", "--signal=B:USR2@1")
     once = str(jobs.folder / "hung_once")
-    return jobs.submit("hung", "--data.ledger", "true", options=options, faults={"freeze": [3, 1]}, ONCE=once)
+    return jobs.submit("hung", "--data.ledger", "true", options=options, inject={"freeze": [3, 1]}, ONCE=once)
 
 
 # The first test, since it needs no finished run: the two jobs above begin before one is waited for.
@@ -62,7 +62,7 @@ def asked_by_file(jobs, job):
 @pytest.mark.parametrize("event", [signalled, requeued, asked_by_file])
 def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event):
     name = f"by_{event.__name__}"
-    job = jobs.submit(name, "--data.ledger", "true", options=TWO, faults={"until_stop": [5]})
+    job = jobs.submit(name, "--data.ledger", "true", options=TWO, inject={"until_stop": [5]})
     jobs.wait_step(job, name, 5)
     num_done = len(jobs.steps(name))
     event(jobs, job)
@@ -78,7 +78,7 @@ def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
         "--data.ledger",
         "true",
         options=("--nodes=2", "--nodelist=n1,n2", "--exclusive"),
-        faults={"until_stop": [5]},
+        inject={"until_stop": [5]},
     )
     jobs.wait_step(job, "preempted", 5)
     num_done = len(jobs.steps("preempted"))
@@ -90,7 +90,7 @@ def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
 
 
 def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):
-    job = jobs.submit("cancelled", "--data.ledger", "true", options=TWO, faults={"until_stop": [5]})
+    job = jobs.submit("cancelled", "--data.ledger", "true", options=TWO, inject={"until_stop": [5]})
     jobs.wait_step(job, "cancelled", 5)
     num_done = len(jobs.steps("cancelled"))
     jobs.cluster.call("scancel", job)
@@ -104,7 +104,7 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):
 
 def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight):
     once = jobs.folder / "killed_once"
-    job = jobs.submit("killed", "--data.ledger", "true", options=TWO, faults={"kill": [6, 1]}, ONCE=str(once))
+    job = jobs.submit("killed", "--data.ledger", "true", options=TWO, inject={"kill": [6, 1]}, ONCE=str(once))
     jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "killed", straight)
     first, second = jobs.attempts("killed", number=2)
@@ -115,7 +115,7 @@ def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight)
 def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
     once = jobs.folder / "frozen_once"
     job = jobs.submit(
-        "frozen", "--data.ledger", "true", "--training.stall_after_s", 30, options=TWO, faults={"freeze": [6, 1]},
+        "frozen", "--data.ledger", "true", "--training.stall_after_s", 30, options=TWO, inject={"freeze": [6, 1]},
         ONCE=str(once),
     )  # fmt: skip
     jobs.wait_state(job, "COMPLETED")
@@ -126,7 +126,7 @@ def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
 
 def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
     job = jobs.submit(
-        "lost", "--data.ledger", "true", options=("--nodes=1-2", "--exclude=n3"), faults={"until_stop": [6]}
+        "lost", "--data.ledger", "true", options=("--nodes=1-2", "--exclude=n3"), inject={"until_stop": [6]}
     )
     jobs.wait_step(job, "lost", 6)
     jobs.cluster.lose_node("n2")
@@ -144,7 +144,7 @@ def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
 
 def test_losses_that_stay_not_finite_hold_the_job(jobs):
     nan = [[step, 0] for step in range(3, NUM_STEPS)]
-    job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, faults={"nan": nan})
+    job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, inject={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
     # Two steps were borne with before the third.
@@ -156,7 +156,7 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
 
 
 def test_a_stop_file_ends_the_job_for_good(jobs):
-    job = jobs.submit("stopped", options=TWO, faults={"until_stop": [3]})
+    job = jobs.submit("stopped", options=TWO, inject={"until_stop": [3]})
     jobs.wait_step(job, "stopped", 3)
     (jobs.runs / "stopped" / "stop").touch()
     jobs.wait_state(job, "COMPLETED")

@@ -44,8 +44,8 @@ def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
 
 def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
     assert settled_status(137, tmp_path)[0] == 137
-    (tmp_path / "rank_0").write_text("78\nConfigError: 1 setting to mend:\n  - a: b\n")
-    assert settled_status(143, tmp_path) == (78, "ConfigError: 1 setting to mend: - a: b")
+    (tmp_path / "rank_0").write_text("78\nConfigError: Invalid configuration (1 error):\n  - a: b\n")
+    assert settled_status(143, tmp_path) == (78, "ConfigError: Invalid configuration (1 error): - a: b")
     (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
     assert settled_status(137, tmp_path)[0] == 75
     assert settled_status(0, None)[0] == 0

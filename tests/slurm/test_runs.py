@@ -63,7 +63,7 @@ def test_progress_is_the_newest_checkpoint_or_finished_shards(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["finetune.", "finetune.nothing", "finetune.program", "finetune.--config"])
-def test_a_task_that_is_none_is_a_setting_to_mend(module, capsys):
+def test_a_task_that_is_none_is_a_setting_to_fix(module, capsys):
     assert main([module, "--config", "missing.yaml"]) == 78
     told = capsys.readouterr()
     assert not told.out

@@ -27,8 +27,8 @@ def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
     arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
     # The first one still runs when the last one begins.
     begun = jobs.folder / "all_eight_have_begun"
-    faults = {"until_file": [1, str(begun)]}
-    numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, faults=faults) for n in range(8)]
+    inject = {"until_file": [1, str(begun)]}
+    numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, inject=inject) for n in range(8)]
     jobs.cluster.wait(lambda: all(jobs.steps(f"eight_{n}") for n in range(8)), "a step of all eight")
     begun.touch()
     for number in numbers:
@@ -72,7 +72,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
     )  # fmt: skip
-    job = site.sbatch(*command, FAULTS='{"until_stop": [3, 6]}', PREFLIGHT="no")
+    job = site.sbatch(*command, INJECT='{"until_stop": [3, 6]}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
     )
@@ -232,7 +232,7 @@ def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source,
 
 
 def test_a_second_job_on_a_running_run_is_refused(site, capsys):
-    job = site.submit("taken", options=("--nodes=1",), faults={"until_stop": [1]})
+    job = site.submit("taken", options=("--nodes=1",), inject={"until_stop": [1]})
     site.wait_step(job, "taken", 1)
     arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", NUM_STEPS)
     assert run_program(submit, "--time", "10", "--grace", "60", *arguments) == 78

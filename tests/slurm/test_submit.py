@@ -39,15 +39,15 @@ def training(recipe, tmp_path):
     return ("pretrain", "--config", recipe, "--run.dir", tmp_path / "runs", "--run.name", "run")
 
 
-def refused(told, *faults):
+def refused(told, *errors):
     status, text = told
     assert status == 78, text
-    for fault in faults:
-        assert fault in text
+    for problem in errors:
+        assert problem in text
 
 
 @pytest.mark.integration
-def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training):
+def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training):
     status, text = checked("--dry-run", "--nodes", "1-2", *training)
     assert status == 0
     options = "--nodes=1-2 --mincpus=1 --export=ALL,UNIMO3_RANKS_PER_NODE=1"
@@ -57,7 +57,7 @@ def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training)
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("options", "fault"),
+    ("options", "error"),
     [
         (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
         (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
@@ -68,8 +68,8 @@ def test_a_command_without_faults_is_shown_and_needs_no_slurm(checked, training)
         (["--grace", "long"], "argument --grace: invalid int value: 'long'"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(checked, training, options, fault):
-    refused(checked(*options, *training), fault)
+def test_an_option_that_cannot_be_is_refused(checked, training, options, problem):
+    refused(checked(*options, *training), problem)
 
 
 @pytest.mark.integration
@@ -91,7 +91,7 @@ def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "error"),
     [
         (["--training.ds_config", "removed.json"], "has 'elasticity', which this project does not use; remove it"),
         (["--training.ds_config", "unknown.json"], "'zero_optimization.stag': DeepSpeed knows no such key"),
@@ -103,15 +103,15 @@ def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
         (["--optim.lrr", "1"], "optim.lrr: '1': no such setting; did you mean optim.lr?"),
     ],
 )
-def test_a_setting_that_would_fail_is_refused(checked, training, tmp_path, arguments, fault):
+def test_a_setting_that_would_fail_is_refused(checked, training, tmp_path, arguments, problem):
     (tmp_path / "removed.json").write_text('{"elasticity": {}, "zero_optimization": {"stage": 3}}')
     (tmp_path / "unknown.json").write_text('{"zero_optimization": {"stage": 3, "stag": 3}}')
     words = [tmp_path / word if word in ("removed.json", "unknown.json") else word for word in arguments]
-    refused(checked(*training, *words), fault)
+    refused(checked(*training, *words), problem)
 
 
 @pytest.mark.integration
-def test_all_faults_are_told_in_one_message(checked):
+def test_all_errors_are_told_in_one_message(checked):
     told = checked("--chain", "0", "finetune", "vqa", "--init", "no_weights", "--data.train", "nowhere")
     refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
     told = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
@@ -216,7 +216,7 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, trai
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "error"),
     [
         ("SBATCH_OPTIONS=(--partition=x", "site.env: bash cannot read it"),
         ("echo $NOT_SET", "site.env: bash cannot read it"),
@@ -224,9 +224,9 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, trai
         ("RANKS_PER_NODE=0", "site.env: GPUS_PER_NODE or RANKS_PER_NODE '0'"),
     ],
 )
-def test_a_site_file_that_is_none_is_refused(checked, training, tmp_path, content, fault):
+def test_a_site_file_that_is_none_is_refused(checked, training, tmp_path, content, problem):
     (tmp_path / "site.env").write_text(content + "\n")
-    refused(checked(*training), fault)
+    refused(checked(*training), problem)
 
 
 @pytest.mark.integration
@@ -265,7 +265,7 @@ def run(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("options", "arguments", "fault"),
+    ("options", "arguments", "error"),
     [
         ([], ["RUN", "--out", "RUN"], "exists and is no empty folder; choose a new one"),
         ([], ["none", "--out", "w"], "none: no such folder; name the folder of a run"),
@@ -282,10 +282,10 @@ def run(tmp_path):
         (["--time", "soon"], ["RUN", "--out", "w"], "--time soon: MINUTES"),
     ],
 )
-def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, arguments, fault):
+def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, arguments, problem):
     (tmp_path / "empty").mkdir()
     places = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
-    refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), fault)
+    refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration
@@ -300,7 +300,7 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "error"),
     [
         (["coco", "--src", "none", "--out", "o"], "--src none: no such folder"),
         (["webp", "--src", "SOURCE", "--out", "o"], "argument format: invalid choice: 'webp'"),
@@ -310,9 +310,9 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
         (["coco", "--src", "SOURCE", "--out", "o", "--quality", "0"], "--quality 0: 1 to 95 is needed"),
     ],
 )
-def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, arguments, fault):
+def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, arguments, problem):
     places = {"SOURCE": source, "o": tmp_path / "o"}
-    refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), fault)
+    refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration

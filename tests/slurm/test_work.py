@@ -45,7 +45,7 @@ def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
     for job in (export, conversion, nameless, *tasks):
         site.wait_state(job, "SPECIAL_EXIT")
     for job in (export, conversion):
-        assert "has to be mended (status 78)" in site.cluster.job(job)["Comment"]
+        assert "has to be fixed (status 78)" in site.cluster.job(job)["Comment"]
     for job in (nameless, *tasks):
         assert "status 78 before the start" in site.cluster.job(job)["Comment"]
     assert "finetune takes a task first" in site.cluster.job(tasks[0])["Comment"]

@@ -281,10 +281,10 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
 
 def test_the_batch_plan():
     assert BatchPlan(4096, 64, 8).num_accumulation == 8
-    assert BatchPlan(4096, 64, 8).faults() == []
-    assert BatchPlan(100, 8, 4).faults()[0].startswith("training.global_batch: 100: does not divide")
-    assert "use 96 or 128" in BatchPlan(100, 8, 4).faults()[0]
-    assert len(BatchPlan(0, -1, 4).faults()) == 2
+    assert BatchPlan(4096, 64, 8).validate() == []
+    assert BatchPlan(100, 8, 4).validate()[0].startswith("training.global_batch: 100: does not divide")
+    assert "use 96 or 128" in BatchPlan(100, 8, 4).validate()[0]
+    assert len(BatchPlan(0, -1, 4).validate()) == 2
 
 
 def losses_with_each_attention_kernel():

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests.tiny import tiny_config, tiny_pretraining_model
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.training.optim import OptimArgs, build_optimizer, parameter_groups, rate_share, set_rates
+from unimo3.training.lr_schedule import lr_scale, set_lr
+from unimo3.training.optim import OptimArgs, build_optimizer, parameter_groups
 
 ARGS = OptimArgs(lr=1e-3, fusion_factor=5.0, head_factor=50.0, weight_decay=0.1)
 
@@ -38,17 +39,17 @@ def test_only_weight_matrices_decay():
 
 
 def test_the_rate_rises_linearly_then_falls_to_zero():
-    shares = [rate_share(step, 100, 0.1) for step in range(101)]
-    assert shares[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert max(shares) == shares[10] == 1.0
-    assert shares[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 101)])
-    assert rate_share(0, 100, 0.0) == 1.0
+    scales = [lr_scale(step, 100, 0.1) for step in range(101)]
+    assert scales[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert max(scales) == scales[10] == 1.0
+    assert scales[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 101)])
+    assert lr_scale(0, 100, 0.0) == 1.0
 
 
 def test_rates_are_set_from_the_peak_each_time():
     optimizer = build_optimizer(tiny_pretraining_model(), ARGS)
-    set_rates(optimizer, 0.1)
-    set_rates(optimizer, 0.5)
+    set_lr(optimizer, 0.1)
+    set_lr(optimizer, 0.5)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
         {
             "tower_decay": 5e-4, "tower_no_decay": 5e-4, "fusion_decay": 2.5e-3, "fusion_no_decay": 2.5e-3,
@@ -58,6 +59,6 @@ def test_rates_are_set_from_the_peak_each_time():
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
-def test_faults_name_field_and_value():
-    found = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).faults()
+def test_errors_name_field_and_value():
+    found = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).validate()
     assert [line.split(":")[0] for line in found] == ["optim.lr", "optim.clip_norm", "optim.beta2"]

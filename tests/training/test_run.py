@@ -19,7 +19,7 @@ from unimo3.training.run import Run, RunArgs, changed_settings
 
 @pytest.fixture
 def settings(tmp_path):
-    return PretrainConfig(run=RunArgs(name="run", dir=str(tmp_path)), data=DataArgs(train="shards", max_bad_share=0.1))
+    return PretrainConfig(run=RunArgs(name="run", dir=str(tmp_path)), data=DataArgs(train="shards", max_bad_ratio=0.1))
 
 
 def start(settings):
@@ -36,8 +36,8 @@ def test_the_first_starts_settings_stay(settings):
 
 def test_a_changed_setting_is_named_with_both_values(settings):
     start(settings)
-    (fault,) = changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))
-    assert fault.startswith("optim.lr: 0.0003: this run was started with 1e-05; keep that, or choose a new run.name")
+    (problem,) = changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))
+    assert problem.startswith("optim.lr: 0.0003: this run was started with 1e-05; keep that, or choose a new run.name")
 
 
 def moved(settings, tokenizer):
@@ -51,16 +51,36 @@ def test_a_moved_run_may_change_paths_of_tokenizer_and_initial_weights(settings,
     for name in ("tokenizer", "other"):
         train_tokenizer([f"a red {name} on a blue square"], 300, tmp_path / name)
     shutil.copytree(tmp_path / "tokenizer", run.folder / "model")
-    assert [fault.split(":")[0] for fault in changed_settings(moved(settings, tmp_path / "tokenizer"))] == [
+    assert [problem.split(":")[0] for problem in changed_settings(moved(settings, tmp_path / "tokenizer"))] == [
         "model.text.init"  # no checkpoint: it would start from them
     ]
     checkpoint = store.folder_of(run.folder) / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / store.MANIFEST).write_text("{}")
     assert changed_settings(moved(settings, tmp_path / "tokenizer")) == []
-    assert [fault.split(":")[0] for fault in changed_settings(moved(settings, tmp_path / "other"))] == [
+    assert [problem.split(":")[0] for problem in changed_settings(moved(settings, tmp_path / "other"))] == [
         "data.tokenizer"
     ]  # fmt: skip
+
+
+OLD_NAMES = {"warmup_ratio": "warmup_share", "max_bad_ratio": "max_bad_share"}
+
+
+def test_a_run_from_before_a_setting_was_renamed_resumes(settings):
+    settings = replace(settings, optim=replace(settings.optim, warmup_ratio=0.3))
+    run = start(settings)
+    path = settings.run.folder / "config.yaml"
+    text = path.read_text()
+    for new, old in OLD_NAMES.items():
+        assert new in text
+        text = text.replace(new, old)
+    path.write_text(text)
+    assert changed_settings(settings) == []
+    (problem,) = changed_settings(replace(settings, optim=replace(settings.optim, warmup_ratio=0.2)))
+    assert problem.startswith("optim.warmup_ratio: 0.2: this run was started with 0.3; keep that")
+    # A checkpoint has the names of its time too.
+    saved = {"optim.warmup_share": 0.3, "data.max_bad_share": 0.1, "training.micro_batch": 8}
+    assert set(config.renamed(saved)) <= set(run.state().extra["settings"])
 
 
 def test_a_setting_the_file_lacks_had_its_default(settings):
@@ -100,13 +120,13 @@ def test_bad_samples_past_their_share_end_the_run(settings):
     run.count_bad_samples(2)
     assert run.num_bad_samples == 3
     with pytest.raises(
-        DataError, match=r"shards: 4 of 30 samples could not be used, more than data\.max_bad_share 0\.1"
+        DataError, match=r"shards: 4 of 30 samples could not be used, more than data\.max_bad_ratio 0\.1"
     ):
         run.count_bad_samples(1)
 
 
 def test_a_share_of_zero_bears_none(settings):
-    run = start(replace(settings, data=replace(settings.data, max_bad_share=0)))
+    run = start(replace(settings, data=replace(settings.data, max_bad_ratio=0)))
     run.step = 5
     run.count_bad_samples(0)
     with pytest.raises(DataError):

@@ -10,12 +10,12 @@ from unimo3.distributed import all_gather_object
 from unimo3.errors import CheckpointError, Unimo3Error
 
 
-def together(doing: str, action: Callable[[], Any], mend: str, group: Any = None) -> list[Any]:
+def together(doing: str, action: Callable[[], Any], fix: str, group: Any = None) -> list[Any]:
     """Run `action` on every rank and return all results.
 
     Args:
         doing: what it is, for the message.
-        mend: what to do, unless the errors themselves say it.
+        fix: what to do, unless the errors themselves say it.
         group: to agree through; the default group if none.
 
     Raises:
@@ -34,6 +34,6 @@ def together(doing: str, action: Callable[[], Any], mend: str, group: Any = None
     if failures:
         told = [f"rank {rank}: {message}" for rank, (message, _) in failures.items()]
         more = f"; and {len(told) - 4} more ranks" if len(told) > 4 else ""
-        end = "" if all(says_mend for _, says_mend in failures.values()) else f"; {mend}"
+        end = "" if all(says_fix for _, says_fix in failures.values()) else f"; {fix}"
         raise CheckpointError(f"{doing} failed ({'; '.join(told[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]

@@ -22,8 +22,8 @@ class CheckpointArgs:
     """Whether a save that failed ends the run with status 78, or is logged and tried again at the next one. The last
     save of a run must hold in any case."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         found = []
         if self.every_steps < 1:
             found.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")

@@ -123,7 +123,7 @@ class Casting:
             sha256,
         )
 
-    def fault(self) -> str:
+    def problem(self) -> str:
         """Why the tensor cannot be written; empty if it can."""
         count = self._shape.numel()
         if self._num_not_finite:

@@ -32,7 +32,7 @@ from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-MEND = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
+FIX = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
 
 
 def save(engine: Any, run: Path, state: TrainState) -> Path:
@@ -62,7 +62,7 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
     state = replace(state, engine=store.describe_engine(engine))
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
-    together(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, MEND)
+    together(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
     generators = captured_rng()
     if memory is None:
         held: list[Path] = _apart(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
@@ -92,9 +92,9 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
 
     def finish(group: Any) -> Path:
         try:
-            written = together(f"writing {staging}", write_all, MEND, group)
-            parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), MEND, group)
-            together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, MEND, group)
+            written = together(f"writing {staging}", write_all, FIX, group)
+            parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), FIX, group)
+            together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, FIX, group)
         except CheckpointError:
             _discard(staging, group)
             raise
@@ -107,7 +107,7 @@ def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) ->
     """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
     try:
         with apart(engine.optimizer):
-            return together(doing, action, MEND)[world()[0]]
+            return together(doing, action, FIX)[world()[0]]
     except CheckpointError:
         _discard(staging, None)
         raise
@@ -122,7 +122,7 @@ def _discard(staging: Path, group: Any) -> None:
         if world()[0] == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
-    together(f"removing {staging}", remove, MEND, group)
+    together(f"removing {staging}", remove, FIX, group)
 
 
 def _clear_staging(staging: Path) -> None:

@@ -2,7 +2,7 @@
 
 Each rank reads the elements that are its own under the new partitioning, parameter by parameter, straight from the
 files of the ranks that hold them now: float32 weights, moments, frozen parameters, buffers. Then the half-precision
-copies are made of the float32 ones, as an optimizer step does. Nothing is gathered and no file is written; beside the
+copies are made of the float32 ones, as an optimizer step does. Nothing is gathered and no file is written; next to the
 engine itself memory is bounded by the largest parameter.
 
 Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for where an optimizer keeps what.

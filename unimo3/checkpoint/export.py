@@ -30,7 +30,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 REPORT = "export_report.json"
 # An engine trains a task whose `model` attribute is what users load.
 _PREFIX = "model."
-_NUM_FAULTS_SHOWN = 10
+_NUM_ERRORS_SHOWN = 10
 
 
 def export_run(
@@ -115,12 +115,12 @@ def export_weights(
     names = {name: _public(source, name) for name in source.names()}
     options = Options(DTYPES[dtype], on_overflow, max_file_bytes, num_jobs or default_jobs(), is_read_back=verify)
     try:
-        reports, faults = write_weights(source, names, out, options)
-        if faults:
-            more = f"\n  and {len(faults) - _NUM_FAULTS_SHOWN} more" if len(faults) > _NUM_FAULTS_SHOWN else ""
+        reports, errors = write_weights(source, names, out, options)
+        if errors:
+            more = f"\n  and {len(errors) - _NUM_ERRORS_SHOWN} more" if len(errors) > _NUM_ERRORS_SHOWN else ""
             raise CheckpointError(
-                f"{checkpoint}: {len(faults)} tensors cannot be exported as {dtype}:\n  "
-                + "\n  ".join(faults[:_NUM_FAULTS_SHOWN])
+                f"{checkpoint}: {len(errors)} tensors cannot be exported as {dtype}:\n  "
+                + "\n  ".join(errors[:_NUM_ERRORS_SHOWN])
                 + more
             )
         if verify:

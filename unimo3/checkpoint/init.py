@@ -69,7 +69,7 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     Args:
         own_run: of the new run; a checkpoint is exported into ``own_run/init``, and a later start with the same `init`
             takes what is there, whether its source still is or not.
-        newest: of an `init` that is a run, whether to export anew if it has a newer checkpoint by now.
+        newest: of an `init` that is a run, whether to export again if it has a newer checkpoint by now.
 
     Raises:
         CheckpointError: on every rank; there is no good checkpoint, or it cannot be exported.

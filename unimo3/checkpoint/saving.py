@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.committing import MEND, prepare
+from unimo3.checkpoint.committing import FIX, prepare
 from unimo3.checkpoint.state import TrainState
 from unimo3.checkpoint.writing import HostMemory
 from unimo3.distributed import all_gather_object, world
@@ -113,7 +113,7 @@ class Saver:
             except CheckpointError as error:
                 self._failure = error
             except Exception as error:  # such as of the group, when another rank's process has ended
-                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {MEND}")
+                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {FIX}")
 
         if self._args.background and not self._has_told:
             log.info(

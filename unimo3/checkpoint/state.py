@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run beside DeepSpeed's tensors: ``state.json`` and one RNG file a rank."""
+"""What a checkpoint says of the run in addition to DeepSpeed's tensors: ``state.json`` and one RNG file a rank."""
 
 import base64
 import json

@@ -97,8 +97,8 @@ def load(engine: Any, folder: Path) -> TrainState:
             read its part.
     """
     rank, size = world()
-    mend = "move this checkpoint away to resume from the one before it"
-    state: TrainState = together(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), mend)[0]
+    fix = "move this checkpoint away to resume from the one before it"
+    state: TrainState = together(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)[0]
     if state.engine != describe_engine(engine):
         raise CheckpointError(
             f"{folder}: was written under {state.engine}, training.ds_config now says {describe_engine(engine)}; use a "
@@ -122,7 +122,7 @@ def load(engine: Any, folder: Path) -> TrainState:
 
     try:
         with apart(engine.optimizer):
-            together(f"loading {folder}", restore, mend)
+            together(f"loading {folder}", restore, fix)
     finally:
         gather_persistent(engine.optimizer)
     return state

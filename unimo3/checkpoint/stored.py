@@ -27,7 +27,7 @@ class _Number(int):
 
 
 class _Record:
-    """Stands likewise for one of its classes that only hold values."""
+    """Also stands for one of its classes that only hold values."""
 
 
 # DeepSpeed's own plain classes; anything else that is no plain data is refused.

@@ -86,7 +86,7 @@ def write_weights(
         total = sum(num_bytes_of(types[name], source.shape(name)) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    return [report for report, _ in written], [fault for _, fault in written if fault]
+    return [report for report, _ in written], [problem for _, problem in written if problem]
 
 
 def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
@@ -158,7 +158,7 @@ def _write_files(
     out: Path,
     options: Options,
 ) -> list[tuple[TensorReport, str]]:
-    """Write all files and force them to disk; each tensor's report, and its fault if it has one."""
+    """Write all files and force them to disk; each tensor's report, and its error if it has one."""
     file_of = {name: file for file, held in files.items() for name in held}
     spaces = _Workspaces()
     with closing(_OpenWriters(source, names, types, files, out)) as writers:
@@ -179,7 +179,7 @@ def _write_files(
                         "then export again"
                     )
             writers.release(file_of[name])
-            return casting.report(sha256), casting.fault()
+            return casting.report(sha256), casting.problem()
 
         # Left before the files are closed, so that no thread still writes to one when a flush fails.
         with closing(_in_parallel(write, list(names), options.num_jobs, "export")) as done:
@@ -269,7 +269,7 @@ def _in_parallel(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Let each of our threads compute on one core, instead of starting torch's own threads beside them."""
+    """Let each of our threads compute on one core, instead of starting torch's own threads next to them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -144,7 +144,7 @@ def write_engine_files(engine: Any, staging: Path) -> list[Path]:
 def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:
     stock = engine.checkpoint_engine
     engine.checkpoint_engine = writer
-    # Rank 0 would copy conversion scripts beside the checkpoints: not part of one.
+    # Rank 0 would copy conversion scripts next to the checkpoints: not part of one.
     engine._copy_recovery_script = lambda save_path: None
     engine.zero_nvme_offload_optimizer = lambda: False  # its files are copied afterwards
     try:

@@ -1,6 +1,6 @@
 """Reads a ZeRO checkpoint's tensors one at a time, or pieces of them, without running anything from it.
 
-DeepSpeed writes the trained parameters as flat float32 partitions and the optimizer's moments likewise, one file a rank
+DeepSpeed writes the trained parameters as flat float32 partitions and so the optimizer's moments, one file a rank
 (``*_optim_states.pt``), and their shapes, the frozen parameters and the buffers in ``*_model_states.pt`` (one a rank in
 stage 3, else one).
 
@@ -34,7 +34,7 @@ class ZeroCheckpoint:
         stage: of ZeRO, 1 to 3.
         moments: names of the optimizer's values of each element, such as ``exp_avg``.
         optimizer: of rank 0, as DeepSpeed wrote it.
-        model: of rank 0, likewise.
+        model: of rank 0, the same.
 
     Args:
         folder: with every rank's files.

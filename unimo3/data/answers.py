@@ -93,7 +93,7 @@ class AnswerVocabulary:
         path.write_text(json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n")
 
     def save_pretrained(self, save_directory: Path) -> None:
-        """Write ``answers.json`` into a folder, beside what transformers' classes write there."""
+        """Write ``answers.json`` into a folder, next to what transformers' classes write there."""
         self.save(save_directory / "answers.json")
 
     @classmethod
@@ -108,7 +108,7 @@ class AnswerVocabulary:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: holds no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
-                "writes one beside its shards"
+                "writes one next to its shards"
             ) from error
         if not answers:
             raise DataError(f"{path}: lists no answers; prepare the shards with a lower --min-answer-count")

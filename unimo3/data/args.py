@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import TEST_SPLITS, ShardIndex, index_faults
+from unimo3.data.index import TEST_SPLITS, ShardIndex, index_errors
 from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
 from unimo3.data.samples import Samples
@@ -44,7 +44,7 @@ class DataArgs:
     """Reader processes of each rank; 0 reads in the training process."""
     prefetch: int = 4
     """Micro-batches each reader prepares ahead."""
-    max_bad_share: float = 0.001
+    max_bad_ratio: float = 0.001
     """Share of unreadable samples of all read so far past which the run ends with status 78; up to it they are replaced
     and counted. A single one is borne however few were read, unless this is 0."""
     ledger: bool = False
@@ -104,15 +104,15 @@ class DataArgs:
         order = training_order(units, list(self.sources.values()), seed, self.window_shards)
         return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
 
-    def shard_faults(self, kind: str, trains: bool = True) -> list[str]:
-        """Say why the shards cannot serve a program whose samples need `kind`, one line a fault.
+    def shard_errors(self, kind: str, trains: bool = True) -> list[str]:
+        """Say why the shards cannot serve a program whose samples need `kind`, one line an error.
 
         Args:
             trains: whether it reads the training shards.
         """
         found: list[str] = []
         if not 0 < self.cache_gb < math.inf:
-            return found  # `faults` has said so
+            return found  # `errors` has said so
         for name, sources in (("data.train", list(self.sources) if trains else []), ("data.val", [self.val])):
             for source in sources:
                 if source is not None and source.startswith("{"):
@@ -125,11 +125,11 @@ class DataArgs:
                     try:
                         index = self._open(source)
                     except UnreachableError:
-                        raise  # no setting is at fault
+                        raise  # no setting is at error
                     except DataError as error:
                         found.append(f"{name}: '{source}': {error}")
                     else:
-                        found += index_faults(name, index, kind)
+                        found += index_errors(name, index, kind)
                         if name == "data.train" and index.split in TEST_SPLITS:
                             found.append(
                                 f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
@@ -141,13 +141,13 @@ class DataArgs:
         cache = ShardCache(source, Path(self.cache_dir), int(self.cache_gb * 1e9)) if self.cache_dir else None
         return ShardIndex(source, cache)
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault; `shard_faults` looks into the shards."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error; `shard_errors` looks into the shards."""
         found = []
         try:
             load_tokenizer(self.tokenizer)
         except ConfigError as error:
-            found += error.faults
+            found += error.errors
         if self.max_text_tokens < 3:
             found.append(
                 f"data.max_text_tokens: {self.max_text_tokens}: at least 3 are needed, for <s>, a word and </s>"
@@ -155,8 +155,8 @@ class DataArgs:
         for name, least in (("window_shards", 1), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 found.append(f"data.{name}: {getattr(self, name)}: at least {least} is needed")
-        if not 0 <= self.max_bad_share < 1:
-            found.append(f"data.max_bad_share: {self.max_bad_share}: at least 0 and below 1 is needed")
+        if not 0 <= self.max_bad_ratio < 1:
+            found.append(f"data.max_bad_ratio: {self.max_bad_ratio}: at least 0 and below 1 is needed")
         if not 0 < self.crop_scale <= 1:
             found.append(f"data.crop_scale: {self.crop_scale}: above 0 and at most 1 is needed")
         if not 0 < self.cache_gb < math.inf:

@@ -84,7 +84,7 @@ class Source:
         """All shards to be written.
 
         Raises:
-            DataError: a record is at fault, or there is none.
+            DataError: a record is at error, or there is none.
         """
         for job in cut(self._records(), self._wanted.shard_size):
             self.shards[job.split] += 1
@@ -129,9 +129,9 @@ def convert(wanted: Conversion, comm: Any) -> None:
 
     Raises:
         ConfigError: another process is writing there.
-        DataError: the source is at fault, or too many of its images are.
+        DataError: the source is at error, or too many of its images are.
     """
-    staging, _ = folders_beside(wanted.out)
+    staging, _ = sibling_folders(wanted.out)
     source, progress = Source(wanted), Progress("records")
 
     def work(job: ShardJob, between: Any) -> ShardDone:
@@ -172,7 +172,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
                 f"command again, or rename {staging}, which is whole"
             )
         # Moved away whole: at no moment does half of an earlier conversion stand under its name.
-        replaced = folders_beside(wanted.out)[1]
+        replaced = sibling_folders(wanted.out)[1]
         _remove(replaced)
         if wanted.out.exists():
             (wanted.out / MARK).touch()
@@ -187,15 +187,15 @@ def convert(wanted: Conversion, comm: Any) -> None:
         print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
 
 
-def folders_beside(out: Path) -> tuple[Path, Path]:
+def sibling_folders(out: Path) -> tuple[Path, Path]:
     """Where a conversion is written until it is whole, and where what it replaces is until it is removed."""
     return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder is what an earlier run wrote: splits with their index, and what goes beside, nothing else."""
-    beside = ("tokenizer", "answers.json", REJECTS, MARK)
-    return folder.is_dir() and all(path.name in beside or (path / INDEX).is_file() for path in folder.iterdir())
+    """Whether a folder is what an earlier run wrote: splits with their index, and what goes with them, nothing else."""
+    extras = ("tokenizer", "answers.json", REJECTS, MARK)
+    return folder.is_dir() and all(path.name in extras or (path / INDEX).is_file() for path in folder.iterdir())
 
 
 def _remove(folder: Path) -> None:
@@ -231,7 +231,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
             raise DataError(
                 f"--max-reject-share {wanted.max_reject_share}: {len(rejects)} of {num_records} records of {split} "
                 f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
-                f"{staging / REJECTS} lists them; check --images, mend them, or raise the share, and start the same "
+                f"{staging / REJECTS} lists them; check --images, fix them, or raise the share, and start the same "
                 "command again: finished shards are kept"
             )
 

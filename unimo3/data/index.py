@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.members import Members, header_fault, scan, sha256_of
+from unimo3.data.members import Members, header_error, scan, sha256_of
 from unimo3.data.remote import check_source, is_remote
 from unimo3.errors import DataError
 
@@ -301,14 +301,14 @@ class ShardIndex:
                 descriptor = self._cache.open(shard.name, shard.num_bytes, shard.sha256)
             else:
                 descriptor = os.open(self._file(shard.name), os.O_RDONLY)
-            if fault := self._fault_of(descriptor, number):
+            if problem := self._error_of(descriptor, number):
                 os.close(descriptor)
-                raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {fault}; {_AGAIN}")
+                raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {problem}; {_AGAIN}")
             self._open[number] = descriptor
         self._open.move_to_end(number)
         return self._open[number]
 
-    def _fault_of(self, descriptor: int, number: int) -> str:
+    def _error_of(self, descriptor: int, number: int) -> str:
         """Look whether the shard's last member begins where its table says."""
         members = self._members(number)
         if not len(members.keys):
@@ -316,12 +316,12 @@ class ShardIndex:
         row, column = divmod(int(members.offsets.argmax()), len(members.extensions))
         offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
         name = f"{members.key(row)}.{members.extensions[column]}"
-        fault = header_fault(os.pread(descriptor, 512, offset - 512), size)
-        return f"{name} of {size} bytes should begin at byte {offset}, but {fault}" if fault else ""
+        problem = header_error(os.pread(descriptor, 512, offset - 512), size)
+        return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
 
 
-def index_faults(name: str, index: ShardIndex, kind: str) -> list[str]:
-    """Say why shards cannot serve as setting `name`, which needs samples with `kind`, one line a fault."""
+def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
+    """Say why shards cannot serve as setting `name`, which needs samples with `kind`, one line an error."""
     try:
         holds = index.holds(kind)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Shards that are there already: an index beside them, and a look whether they are still as indexed.
+"""Shards that are there already: an index next to them, and a look whether they are still as indexed.
 
 Source: none.
 """
@@ -15,11 +15,11 @@ from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
     ShardDone,
-    fault_of,
+    error_of,
     finish,
     index_tar,
     left_behind,
-    members_fault,
+    members_error,
     remove_traces,
 )
 from unimo3.errors import ConfigError, DataError
@@ -89,7 +89,7 @@ def verify(folder: Path, comm: Any) -> None:
     Raises:
         DataError: on rank 0, one differs from its index.
     """
-    faults: list[str] = []
+    errors: list[str] = []
     num_shards = 0
 
     def jobs() -> Iterator[tuple[Path, Shard]]:
@@ -107,23 +107,23 @@ def verify(folder: Path, comm: Any) -> None:
             except DataError as error:
                 take(str(error))
                 continue
-            take(members_fault(split, index.members_sha256))
+            take(members_error(split, index.members_sha256))
             for name in sorted({path.name for path in split.glob("*.tar")} - {shard.name for shard in index.shards}):
                 take(f"{split / name}: is not in {INDEX}")
             for shard in index.shards:
                 num_shards += 1
                 yield split, shard
 
-    def take(fault: str | None) -> None:
-        if fault:
-            log.warning("%s", fault)
-            faults.append(fault)
+    def take(problem: str | None) -> None:
+        if problem:
+            log.warning("%s", problem)
+            errors.append(problem)
 
-    spread(comm, jobs(), lambda job, between: fault_of(*job), take)
-    if faults:
-        listed = "\n".join(f"  - {fault}" for fault in sorted(faults))
+    spread(comm, jobs(), lambda job, between: error_of(*job), take)
+    if errors:
+        listed = "\n".join(f"  - {problem}" for problem in sorted(errors))
         raise DataError(
-            f"{len(faults)} faults, {num_shards} shards read; copy or prepare again what is named:\n{listed}"
+            f"{len(errors)} errors, {num_shards} shards read; copy or prepare again what is named:\n{listed}"
         )
     if comm is None or comm.rank == 0:
         print(f"{folder}: {num_shards} shards are as indexed")

@@ -234,7 +234,7 @@ class _Batches(Dataset[Batch]):
             except BadSampleError as error:
                 if not self._replaces:
                     raise DataError(
-                        f"{shard}: sample {key} {error}; held-out samples must all be scored: mend the source and "
+                        f"{shard}: sample {key} {error}; held-out samples must all be scored: fix the source and "
                         "prepare the shards again"
                     ) from error
                 replaced.append((f"{shard}/{key}", str(error)))

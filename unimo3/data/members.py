@@ -128,7 +128,7 @@ def scan(path: Path) -> Members:
     )
 
 
-def header_fault(header: bytes, size: int) -> str:
+def header_error(header: bytes, size: int) -> str:
     """Why the 512 bytes before a member's content are not its tar header; empty if they are.
 
     Args:

@@ -2,7 +2,7 @@
 
 Only ``https:`` is spoken, without a login, and redirects stay within it. What may pass (a busy server, a connection
 that ended early, a network file system that is away) is tried again, from the start of the file; what another try
-cannot mend is refused at once.
+cannot fix is refused at once.
 
 Source: RFC 9110, section 15, for the statuses worth another try.
 """
@@ -37,7 +37,7 @@ _REASONS = {
     "http": "lets anybody on the way read and change what is sent",
 }
 _LOGIN = "this program sends no login: let the folder be read without one, or mount it"
-_MENDS = {401: _LOGIN, 403: _LOGIN, 404: "mend the source's address, or copy its folder there whole"}
+_HINTS = {401: _LOGIN, 403: _LOGIN, 404: "fix the source's address, or copy its folder there whole"}
 
 
 class _PassingError(Exception):
@@ -118,7 +118,7 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _read_url(url: str) -> Generator[bytes, None, None]:
-    # Made anew each time, so that it trusts what SSL_CERT_FILE names now.
+    # Made again each time, so that it trusts what SSL_CERT_FILE names now.
     opener = urllib.request.build_opener(
         urllib.request.HTTPSHandler(context=ssl.create_default_context()), _HttpsRedirects
     )
@@ -134,7 +134,7 @@ def _read_url(url: str) -> Generator[bytes, None, None]:
         answer = f"the server answers {error.code} {error.reason}"
         if error.code in (408, 429) or error.code >= 500:
             raise _PassingError(answer) from error
-        raise DataError(f"{url}: {answer}; {_MENDS.get(error.code, _MENDS[404])}") from error
+        raise DataError(f"{url}: {answer}; {_HINTS.get(error.code, _HINTS[404])}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):

@@ -59,7 +59,7 @@ class TextEncoder:
     """Text -> ids and mask of a fixed length; a longer text keeps its beginning and its </s>."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
-        # A copy with its lengths set once: the tokenizer's own call sets and looks them up anew for every text, which
+        # A copy with its lengths set once: the tokenizer's own call sets and looks them up again for every text, which
         # takes longer than the text.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.enable_truncation(max_tokens)
@@ -247,7 +247,7 @@ def image_of(
         try:
             return transform(members[extension], rng)
         except MemoryError:
-            raise  # the machine's fault, not the sample's
+            raise  # the machine's error, not the sample's
         except Exception as error:  # decoders meet damage with errors of any kind
             raise BadSampleError(f"its image cannot be decoded ({error})") from error
 

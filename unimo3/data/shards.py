@@ -2,7 +2,7 @@
 
 A shard is a number of consecutive records of its split, whatever becomes of their images, so shards can be written in
 any order and by anybody and are the same bytes. Each finished shard has its table and then a note that it is done
-beside it, by which a conversion that was killed knows what is left to do; at the end the index is made of them.
+next to it, by which a conversion that was killed knows what is left to do; at the end the index is made of them.
 
 Source: webdataset's TarWriter; members carry fixed owner, mode and time, so equal input gives equal bytes.
 """
@@ -27,7 +27,7 @@ from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write
 from unimo3.data.members import sha256_of
 from unimo3.errors import DataError
 
-# Names nobody else uses: they also stand beside the tars of others while these are indexed.
+# Names nobody else uses: they also stand next to the tars of others while these are indexed.
 _DONE, _TABLE = ".unimo3-done", ".unimo3-table"
 # What the loader reads; other kinds are encoded again.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
@@ -161,7 +161,7 @@ def _still_good(job: ShardJob, target: Path, digest: str, options: ImageOptions)
                 read_image(path, options)
         except UnusableImageError:
             continue
-        return None  # it has been mended
+        return None  # it has been fixed
     return rejects
 
 
@@ -195,7 +195,7 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     try:
         image = decode(content)
     except MemoryError:
-        raise  # the machine's fault, not the image's
+        raise  # the machine's error, not the image's
     except Exception as error:  # decoders meet damage with errors of any kind
         raise UnusableImageError(path, f"cannot be decoded ({error})") from error
     # By its content: names have other endings, or none.
@@ -226,7 +226,7 @@ def index_tar(path: Path) -> ShardDone:
 
 
 def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
-    """Make a folder's index of what its finished shards have left beside them; `remove_traces` comes after.
+    """Make a folder's index of what its finished shards have left next to them; `remove_traces` comes after.
 
     Returns:
         Number of samples.
@@ -245,21 +245,21 @@ def left_behind(folder: Path) -> dict[str, str]:
 
 
 def remove_traces(folder: Path, names: Sequence[str]) -> None:
-    """Remove what finished shards have left beside them."""
+    """Remove what finished shards have left next to them."""
     for name in names:
         for suffix in (_DONE, _TABLE):
             (folder / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
 def remove_strangers(folder: Path, names: Sequence[str]) -> None:
-    """Remove what an earlier attempt with other arguments has left beside a split's shards."""
+    """Remove what an earlier attempt with other arguments has left next to a split's shards."""
     stems = {name.removesuffix(".tar") for name in names}
     for path in folder.iterdir():
         if path.name not in (INDEX, MEMBERS) and not (path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)):
             path.unlink()
 
 
-def members_fault(folder: Path, expected: str) -> str | None:
+def members_error(folder: Path, expected: str) -> str | None:
     """Say how a folder's ``index.members`` differs from its index, which gives its SHA-256, if it does."""
     path = folder / MEMBERS
     try:
@@ -269,7 +269,7 @@ def members_fault(folder: Path, expected: str) -> str | None:
     return None if found == expected else f"{path}: is not the one {INDEX} was written with"
 
 
-def fault_of(folder: Path, shard: Shard) -> str | None:
+def error_of(folder: Path, shard: Shard) -> str | None:
     """Read a whole shard and say how it differs from its index, if it does."""
     path = folder / shard.name
     try:

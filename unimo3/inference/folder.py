@@ -44,7 +44,7 @@ class Loaded:
 def load(
     folder: str, model_class: type[Unimo3PreTrainedModel], device: str = "auto", dtype: DtypeName = "auto"
 ) -> Loaded:
-    """Open a folder that ``python -m pretrain.export`` wrote, or ``save_pretrained`` with a processor's beside it.
+    """Open a folder that ``python -m pretrain.export`` wrote, or ``save_pretrained`` with a processor's next to it.
 
     Args:
         model_class: whose weights are needed. Retrieval's are pretraining's too.
@@ -52,7 +52,7 @@ def load(
         dtype: to compute in. ``auto``: the weights' own; fp16 weights on a CPU compute in fp32, and the log says so.
 
     Raises:
-        ConfigError: the folder lacks a part, is of another task, or device or type cannot be had; all faults at once.
+        ConfigError: the folder lacks a part, is of another task, or device or type cannot be had; all errors at once.
         CheckpointError: its weights do not fit its configuration.
     """
     if (Path(folder) / "checkpoints").is_dir():
@@ -62,20 +62,20 @@ def load(
     config = read_config("--weights", folder, "UNIMO-3")
     if not isinstance(config, Unimo3Config):
         raise ConfigError(f"--weights '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 is needed")
-    faults = _class_faults(folder, config, model_class)
+    errors = _class_errors(folder, config, model_class)
     processor = None
     try:
         processor = _processor(folder, config)
     except ConfigError as error:
-        faults += error.faults
+        errors += error.errors
     place = computed = None
     try:
         place = device_of(device)
         computed = _dtype_of(dtype, config, place)
     except ConfigError as error:
-        faults += error.faults
-    if faults:
-        raise ConfigError(faults)
+        errors += error.errors
+    if errors:
+        raise ConfigError(errors)
     assert place is not None
     assert computed is not None
     model = _model(folder, model_class, config, computed).to(place)
@@ -112,7 +112,7 @@ def _dtype_of(name: DtypeName, config: Unimo3Config, device: torch.device) -> to
     return torch.float32
 
 
-def _class_faults(folder: str, config: Unimo3Config, model_class: type[Unimo3PreTrainedModel]) -> list[str]:
+def _class_errors(folder: str, config: Unimo3Config, model_class: type[Unimo3PreTrainedModel]) -> list[str]:
     known = config.architectures or [model_class.__name__]
     if model_class.__name__ in known:
         return []
@@ -161,7 +161,7 @@ def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3
         output_loading_info=True,
     )  # fmt: skip
     model, report = loaded
-    faults = [
+    errors = [
         f"{kind}: {', '.join(sorted(str(name) for name in names))}"
         for kind, names in (
             ("missing", report["missing_keys"]),
@@ -170,9 +170,9 @@ def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3
         )
         if names
     ]
-    if faults:
+    if errors:
         raise CheckpointError(
-            f"--weights '{folder}': its tensors do not fit {model_class.__name__}; {'; '.join(faults)}. Export the run "
+            f"--weights '{folder}': its tensors do not fit {model_class.__name__}; {'; '.join(errors)}. Export the run "
             "again"
         )
     return model

@@ -82,20 +82,20 @@ def embed_images(
     """
     task = RetrievalTask(loaded.model, seed=0)
     can_be_decoded: list[bool] = []
-    faults: list[str] = []
+    errors: list[str] = []
     embeds: list[Tensor] = []
     parts = ([root / name for name in names[start : start + batch]] for start in range(0, len(names), batch))
     for read in one_ahead(partial(_read, loaded), parts):
         images = [image for image in read if isinstance(image, Tensor)]
-        faults += [str(image) for image in read if isinstance(image, DataError)]
+        errors += [str(image) for image in read if isinstance(image, DataError)]
         can_be_decoded += [isinstance(image, Tensor) for image in read]
         if images:
             embeds.append(task({"pixel_values": torch.stack(images).to(loaded.device)})["embeds"].cpu())
         done(len(read))
     kept = [name for name, is_kept in zip(names, can_be_decoded, strict=True) if is_kept]
     if not kept:
-        raise DataError(f"{root}: none of {len(names)} files could be decoded; the first: {faults[0]}")
-    return Gallery("images", kept, root, torch.cat(embeds)), faults
+        raise DataError(f"{root}: none of {len(names)} files could be decoded; the first: {errors[0]}")
+    return Gallery("images", kept, root, torch.cat(embeds)), errors
 
 
 @torch.inference_mode()

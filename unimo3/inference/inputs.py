@@ -59,7 +59,7 @@ def _read_image(path: Path) -> Image.Image:
     try:
         return decode(content)
     except MemoryError:
-        raise  # the machine's fault, not the file's
+        raise  # the machine's error, not the file's
     except Exception as error:  # decoders meet damage with errors of any kind
         raise DataError(f"{path}: cannot be decoded ({error}); name an image file such as a JPEG or PNG") from error
 

@@ -19,7 +19,7 @@ from unimo3.inference.ahead import one_ahead
 from unimo3.inference.inputs import checked_text
 from unimo3.inference.predictors import Answers
 
-_NUM_FAULTS_SHOWN = 10
+_NUM_ERRORS_SHOWN = 10
 
 Prepared = TypeVar("Prepared")
 
@@ -42,7 +42,7 @@ class _Line(NamedTuple):
     number: int
     given: Any
     asked: Any
-    fault: str
+    problem: str
 
 
 def count_lines(source: Path) -> int:
@@ -75,13 +75,13 @@ def answer_file(
     """
     staging = target.with_name(f"{target.name}.partial")
     num_lines = 0
-    faults: list[str] = []
+    errors: list[str] = []
     try:
         with source.open("rb") as file, staging.open("w", encoding="utf-8") as out:
             for lines in one_ahead(partial(_parse, how.parse), _batches(file, how.batch)):
                 for record in _answer(lines, how.answer):
                     if "error" in record:
-                        faults.append(f"line {record['line']}: {record['error']}")
+                        errors.append(f"line {record['line']}: {record['error']}")
                     out.write(json.dumps(record, ensure_ascii=True) + "\n")
                 num_lines += len(lines)
                 done(len(lines))
@@ -94,15 +94,15 @@ def answer_file(
         ) from error
     finally:
         staging.unlink(missing_ok=True)
-    return num_lines, faults
+    return num_lines, errors
 
 
-def fault_message(source: Path, target: Path, num_lines: int, faults: list[str]) -> str:
+def error_message(source: Path, target: Path, num_lines: int, errors: list[str]) -> str:
     """What to tell of a file some of whose lines could not be answered."""
-    more = f"\n  and {len(faults) - _NUM_FAULTS_SHOWN} more" if len(faults) > _NUM_FAULTS_SHOWN else ""
+    more = f"\n  and {len(errors) - _NUM_ERRORS_SHOWN} more" if len(errors) > _NUM_ERRORS_SHOWN else ""
     return (
-        f"{source}: {len(faults)} of {num_lines} lines were not answered; {target} has the others, and each fault:\n  "
-        + "\n  ".join(faults[:_NUM_FAULTS_SHOWN])
+        f"{source}: {len(errors)} of {num_lines} lines were not answered; {target} has the others, and each error:\n  "
+        + "\n  ".join(errors[:_NUM_ERRORS_SHOWN])
         + more
     )
 
@@ -168,16 +168,16 @@ def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]
 
 def _answer(lines: list[_Line], answer: Callable[[list[Any]], list[Answers]]) -> Iterator[dict[str, Any]]:
     """The records of a batch, in order."""
-    asked = [line.asked for line in lines if not line.fault]
-    fault = ""
+    asked = [line.asked for line in lines if not line.problem]
+    problem = ""
     answers: Iterator[Answers] = iter(())
     try:
         answers = iter(answer(asked) if asked else [])
     except DataError as error:
-        fault = str(error)
+        problem = str(error)
     for line in lines:
         record = {"line": line.number, "input": line.given}
-        if line.fault or fault:
-            yield {**record, "error": line.fault or fault}
+        if line.problem or problem:
+            yield {**record, "error": line.problem or problem}
         else:
             yield {**record, "answers": next(answers)}

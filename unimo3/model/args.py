@@ -19,7 +19,7 @@ from unimo3.model.pretrained import (
     load_vision,
     read_bridgetower_config,
     read_roberta_config,
-    vision_faults,
+    vision_errors,
 )
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.model.vision import VisionTower
@@ -176,14 +176,14 @@ class ModelArgs:
             "itc_temperature_init": self.itc_temperature_init,
         }
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault: field, value and mend."""
-        found = self._range_faults()
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error: field, value and fix."""
+        found = self._range_errors()
         try:
             config = self.to_config()
         except ConfigError as error:
-            return found + error.faults + self.vision.to_config().faults()
-        found += config.faults() + self._init_faults()
+            return found + error.errors + self.vision.to_config().validate()
+        found += config.validate() + self._init_errors()
         text_width, width = config.text_config.hidden_size, config.hidden_size
         if config.tie_word_embeddings and text_width != width and min(text_width, width) > 0:
             found.append(
@@ -198,13 +198,13 @@ class ModelArgs:
                 side = config.vision_config.image_size
                 tower(torch.empty(1, 3, side, side))
         except ConfigError as error:
-            return error.faults
+            return error.errors
         except Exception as error:  # timm raises of many kinds for sizes that do not go together
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
-        found = config.depth_faults(tower.depth)
-        return found + (vision_faults(self.vision.init, tower) if self.vision.init else [])
+        found = config.depth_errors(tower.depth)
+        return found + (vision_errors(self.vision.init, tower) if self.vision.init else [])
 
-    def _init_faults(self) -> list[str]:
+    def _init_errors(self) -> list[str]:
         if not self.init:
             return []
         found = [
@@ -216,7 +216,7 @@ class ModelArgs:
             found.append("model.bridge: false: model.init is a BridgeTower, whose layers have bridges; set it to true")
         return found
 
-    def _range_faults(self) -> list[str]:
+    def _range_errors(self) -> list[str]:
         least_1 = [(f"model.{name}", getattr(self, name)) for name in _COUNTS]
         least_1 += [(f"model.text.{name}", getattr(self.text, name)) for name in _TEXT_COUNTS]
         least_1 += [("model.vision.image_size", self.vision.image_size)]
@@ -255,19 +255,19 @@ def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int)
         load_vision(model.unimo3.vision_tower, args.vision.init)
 
 
-def tokenizer_faults(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
-    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line a fault."""
+def tokenizer_errors(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
+    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line an error."""
     found = []
     if len(tokenizer) > text.vocab_size:
         found.append(
             f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
             "least that, or use the tokenizer that belongs to the weights"
         )
-    return found + length_faults(text, max_tokens)
+    return found + length_errors(text, max_tokens)
 
 
-def length_faults(text: RobertaConfig, max_tokens: int) -> list[str]:
-    """Say where a text tower's positions do not reach as far as texts are long, one line a fault."""
+def length_errors(text: RobertaConfig, max_tokens: int) -> list[str]:
+    """Say where a text tower's positions do not reach as far as texts are long, one line an error."""
     # RoBERTa counts positions from behind the padding id, which is 1.
     most = text.max_position_embeddings - 2
     if max_tokens <= most:

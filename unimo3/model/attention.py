@@ -44,7 +44,7 @@ def eager_attention(
 
     Args:
         module: unused; other implementations read settings from it.
-        query: [B, H, T, d]; `key` and `value` likewise.
+        query: [B, H, T, d]; `key` and `value` have the same shape.
         attention_mask: broadcastable to [B, H, T, T], True where a key may be read.
 
     Returns:

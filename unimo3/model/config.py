@@ -36,8 +36,8 @@ class Unimo3VisionConfig(PreTrainedConfig):
         self.overrides = dict(overrides or {})
         super().__init__(**kwargs)
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         if not timm.is_model(self.architecture):
             return [
                 f"model.vision.architecture: '{self.architecture}': timm has no such model; "
@@ -132,8 +132,8 @@ class Unimo3Config(PreTrainedConfig):
         """Top layers of each tower whose states the fusion encoder reads."""
         return max(1, self.unimodal_levels, self.num_hidden_layers if self.bridge else 0)
 
-    def depth_faults(self, image_depth: int) -> list[str]:
-        """Say where more layers of a tower are asked for than it has, one line a fault.
+    def depth_errors(self, image_depth: int) -> list[str]:
+        """Say where more layers of a tower are asked for than it has, one line an error.
 
         Args:
             image_depth: layers of the image tower, which only timm knows.
@@ -152,9 +152,9 @@ class Unimo3Config(PreTrainedConfig):
                 )
         return found
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault: field, value and mend."""
-        found = list(self.vision_config.faults())
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error: field, value and fix."""
+        found = list(self.vision_config.validate())
         text_heads = self.text_config.num_attention_heads
         if text_heads > 0 and self.text_config.hidden_size % text_heads:
             found.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")

@@ -47,7 +47,7 @@ class Unimo3RetrievalOutput(ModelOutput):
         logits: [B, 2], whether a text and its image match: (no, yes).
         logits_per_image: [B, B], every image with every text by the towers alone, over the temperature.
         text_embeds: [B, itc_size], unit vectors.
-        image_embeds: likewise.
+        image_embeds: the same.
         text_gates, image_gates: on request, see `Unimo3ModelOutput`.
     """
 

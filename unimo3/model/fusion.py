@@ -81,7 +81,7 @@ class StreamLayer(GradientCheckpointingLayer):
             partner: the other stream at the same depth, [B, V, D].
             earlier_levels: the other stream's projected levels below, nearest last.
             mask: [B, T], True where a token is real.
-            partner_mask: [B, V], likewise.
+            partner_mask: [B, V], the same.
 
         Returns:
             The new state, the partner level's keys and values for later layers, and the gates.
@@ -145,9 +145,9 @@ class FusionEncoder(nn.Module):
 
         Args:
             text_inputs: tower states mapped to the fusion width, lowest first, [B, n, T, D]: n is 1, or L with bridges.
-            image_inputs: likewise, [B, n, V, D].
+            image_inputs: the same, [B, n, V, D].
             text_states: the tower's own states, [B, m, T, W]; m is at least the number of unimodal levels.
-            image_states: likewise, [B, m, V, W].
+            image_states: the same, [B, m, V, W].
             mask: [B, T] with True where a text token is real.
         """
         text_bank, image_bank = self.text.tower_levels(text_states), self.image.tower_levels(image_states)

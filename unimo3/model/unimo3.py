@@ -34,7 +34,7 @@ class Unimo3ModelOutput(ModelOutput):
         pooler_output: [B, 2 D], both class tokens.
         text_gates: on request, one [B, T, H, S] tensor for each layer, lowest level first (None where a layer has no
             gate).
-        image_gates: likewise, [B, V, H, S].
+        image_gates: the same, [B, V, H, S].
     """
 
     text_features: Tensor | None = None
@@ -73,9 +73,9 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["StreamLayer", "RobertaLayer", "Block"]
 
     def __init__(self, config: Unimo3Config):
-        faults = config.faults()
-        if faults:
-            raise ConfigError(faults)
+        errors = config.validate()
+        if errors:
+            raise ConfigError(errors)
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -103,9 +103,9 @@ class Unimo3Model(Unimo3PreTrainedModel):
         super().__init__(config)
         self.text_tower = RobertaModel(config.text_config, add_pooling_layer=False)
         self.vision_tower = VisionTower(config.vision_config, config.num_tower_states)
-        faults = config.depth_faults(self.vision_tower.depth)
-        if faults:
-            raise ConfigError(faults)
+        errors = config.depth_errors(self.vision_tower.depth)
+        if errors:
+            raise ConfigError(errors)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.hidden_size)
         self.image_projection = nn.Linear(self.vision_tower.width, config.hidden_size)
         self.modality_embedding = nn.Embedding(2, config.hidden_size)
@@ -139,7 +139,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
 
         Args:
             text_states: of the tower, [B, n, T, W].
-            image_states: likewise, [B, n, V, W].
+            image_states: the same, [B, n, V, W].
             attention_mask: [B, T], 1 where a token is real.
             image_shift: added to the images' modality embedding, [B, D]: tells several images of a sample apart.
         """

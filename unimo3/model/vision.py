@@ -25,9 +25,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: Unimo3VisionConfig, num_states: int = 1):
         super().__init__()
-        faults = config.faults()
-        if faults:
-            raise ConfigError(faults)
+        errors = config.validate()
+        if errors:
+            raise ConfigError(errors)
         vit: Any = timm.create_model(
             config.architecture,
             pretrained=False,
@@ -41,16 +41,16 @@ class VisionTower(nn.Module):
         vit.forward = partial(_top_states, vit, num_states)
         # Of some architectures a patch is what several strides make of it.
         patch = max(vit.patch_embed.feat_ratio(as_scalar=True), vit.patch_embed.patch_size[0])
-        faults = []
+        errors = []
         if config.image_size % patch:
-            faults.append(f"model.vision.image_size: {config.image_size}: not a multiple of the patch size {patch}")
+            errors.append(f"model.vision.image_size: {config.image_size}: not a multiple of the patch size {patch}")
         if not vit.has_class_token or vit.num_prefix_tokens != 1:
-            faults.append(
+            errors.append(
                 f"model.vision.architecture: '{config.architecture}': has not one class token, which pooling and "
                 "contrast read; use a vision transformer with one, such as vit_base_patch16_clip_quickgelu_224"
             )
-        if faults:
-            raise ConfigError(faults)
+        if errors:
+            raise ConfigError(errors)
         self.vit = vit
         self.width: int = vit.num_features
         self.depth: int = len(vit.blocks)

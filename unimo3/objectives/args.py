@@ -46,8 +46,8 @@ class ObjectivesArgs:
     itm: ItmArgs = field(default_factory=ItmArgs)
     itc: ItcArgs = field(default_factory=ItcArgs)
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         weights = {name: getattr(self, name).weight for name in ("mlm", "itm", "itc")}
         found = [
             f"objectives.{name}.weight: {weight}: 0 (off) or more is needed"

@@ -26,7 +26,7 @@ class Similarities(NamedTuple):
 
     Attributes:
         text_to_image: [B, N], cosines over the temperature.
-        image_to_text: [B, N], likewise.
+        image_to_text: [B, N], the same.
         same_image: [B, N], True where both rows have one image id; a row's own partner is among them.
         own: [B], where in the whole batch this rank's rows stand.
         temperature: [1], learned.

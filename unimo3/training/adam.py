@@ -53,7 +53,7 @@ def build_adam(
             optimizer = _deepspeed(groups, options, offloaded)
         except _NotBuiltError as error:
             if fused != "auto":
-                raise ConfigError(f"optim.fused: 'deepspeed': {error}; mend that, or use torch") from error
+                raise ConfigError(f"optim.fused: 'deepspeed': {error}; fix that, or use torch") from error
             log.warning("%s; torch's AdamW is used, and its update of the offloaded states may be slower", error)
             optimizer = _torch(groups, options)
     else:
@@ -155,7 +155,7 @@ def _read_others(optimizer: Optimizer) -> None:
             return torch.as_tensor(float(step), dtype=torch.float32, device=parameter.device)
         return int(step)
 
-    def mend(optimizer: Optimizer) -> None:
+    def fix(optimizer: Optimizer) -> None:
         own = {name: value for name, value in optimizer.defaults.items() if name not in _SHARED}
         for group in optimizer.param_groups:
             group.update(own)
@@ -163,7 +163,7 @@ def _read_others(optimizer: Optimizer) -> None:
             if "step" in state:
                 state["step"] = own_form(state["step"], parameter)
 
-    optimizer.register_load_state_dict_post_hook(mend)
+    optimizer.register_load_state_dict_post_hook(fix)
 
 
 def _root_of(error: BaseException) -> str:

@@ -26,8 +26,8 @@ class BestArgs:
     patience: int = 0
     """Evaluations in a row without a better figure after which the run ends with status 0. 0: never."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         if self.patience < 0:
             return [f"best.patience: {self.patience}: 0 or a number of evaluations is needed"]
         if self.patience and not self.keep:
@@ -73,7 +73,7 @@ class Best:
             return True
         if best.data != self._fingerprint:
             log.warning(
-                "%s stays the best checkpoint: it was chosen on other held-out data; remove best.json to choose anew",
+                "%s stays the best checkpoint: it was chosen on other held-out data; remove best.json to choose again",
                 best.tag,
             )
             return False

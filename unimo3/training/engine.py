@@ -48,8 +48,8 @@ class BatchPlan:
         """Micro-steps an optimizer step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these numbers, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these numbers, one line an error."""
         found = [
             f"training.{name}: {value}: at least 1 pair is needed"
             for name, value in (("global_batch", self.global_batch), ("micro_batch", self.micro_batch))
@@ -66,12 +66,12 @@ class BatchPlan:
         return found
 
 
-def ds_config_faults(path: str) -> list[str]:
-    """Say what is wrong with a ds_config file, one line a fault."""
+def ds_config_errors(path: str) -> list[str]:
+    """Say what is wrong with a ds_config file, one line an error."""
     try:
         config = _read(path)
     except ConfigError as error:
-        return error.faults
+        return error.errors
     where = f"training.ds_config: '{path}'"
     found = [
         f"{where}: sets '{key}' to {config[key]!r}; set it to \"auto\": the recipe decides it"
@@ -87,7 +87,7 @@ def ds_config_faults(path: str) -> list[str]:
     for section in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(config.get(section, {}), dict):
             return [*found, f"{where}: '{section}': {config[section]!r}: an object is needed; see zero3_bf16.json"]
-    found += [f"{where}: {fault}" for fault in _zero_faults(config.get("zero_optimization", {}))]
+    found += [f"{where}: {problem}" for problem in _zero_errors(config.get("zero_optimization", {}))]
     if isinstance(config.get("checkpoint"), dict) and config["checkpoint"].get("use_node_local_storage"):
         found.append(
             f"{where}: 'checkpoint.use_node_local_storage' is true: parts of a checkpoint on each node's own disk "
@@ -188,7 +188,7 @@ def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
     return section.get("device", "none") != "none"
 
 
-def _zero_faults(section: dict[str, Any]) -> list[str]:
+def _zero_errors(section: dict[str, Any]) -> list[str]:
     """What DeepSpeed would refuse of a ds_config's ZeRO section, and the unknown keys it would drop silently."""
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}

@@ -18,10 +18,11 @@ from unimo3.checkpoint.saving import Saver
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
-from unimo3.training.engine import ds_config_faults, gradient_norm, step_was_skipped
+from unimo3.training.engine import ds_config_errors, gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, to_device
+from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
-from unimo3.training.optim import OptimArgs, rate_share, set_rates
+from unimo3.training.optim import OptimArgs
 from unimo3.training.preempt import STOP_FILE, CutShort, StopRequest, Wish
 from unimo3.training.run import Run
 from unimo3.training.watch import Watch
@@ -61,8 +62,8 @@ class TrainingArgs:
     log_every: int = 50
     """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         found = [
             f"training.{name}: {getattr(self, name)}: at least 1 is needed"
             for name in ("steps", "log_every")
@@ -75,7 +76,7 @@ class TrainingArgs:
         ]
         if not 0 <= self.stall_after_s < math.inf:
             found.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
-        return found + ds_config_faults(self.ds_config)
+        return found + ds_config_errors(self.ds_config)
 
 
 def train(
@@ -115,7 +116,7 @@ def train(
 
     def save_now() -> None:
         watch.beat("save", run.step)
-        if run.step > first_step:  # else it was taken up from there
+        if run.step > first_step:  # else it was resumed from there
             saver.ensure(run.state())
 
     def evaluate() -> None:
@@ -152,8 +153,8 @@ def train(
         wish = stop.agree(engine.device, must_stop=micro_batches is None and run.step < last_step)
         if wish != Wish.GO_ON or micro_batches is None:
             break
-        share = rate_share(run.step, training.steps, optim.warmup_share)
-        set_rates(engine.optimizer, share)
+        scale = lr_scale(run.step, training.steps, optim.warmup_ratio)
+        set_lr(engine.optimizer, scale)
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
             watch.beat("compute" if run.step > first_step else "start", run.step)
@@ -190,7 +191,7 @@ def train(
             "step": run.step,
             "samples": run.step * training.global_batch,
             **{name: value if math.isfinite(value) else None for name, value in means.items()},
-            "lr": optim.lr * share,
+            "lr": optim.lr * scale,
             "grad_norm": norm if math.isfinite(norm) else None,
             "pairs_per_s": training.global_batch / (now - started),
             "step_s": now - started,
@@ -266,7 +267,7 @@ def _bear_with_non_finite(run: Run, figures: Figures, num_in_a_row: int, max_ski
     if num_in_a_row > max_skipped:
         raise DivergedError(
             f"step {run.step}: the loss or its gradient is not finite ({listed}), {num_in_a_row} steps in a row; start "
-            "anew under another run.name with a lower optim.lr"
+            "again under another run.name with a lower optim.lr"
         )
     if world()[0] == 0:
         log.warning(
@@ -280,7 +281,7 @@ def _evaluation_is_due(step: int, last_step: int, every: int) -> bool:
 
 
 def _evaluation_is_missing(run: Run, evaluation: Evaluation, last_step: int, every: int) -> bool:
-    """Whether the step a run was taken up at has not been evaluated on this data: a kill or a stop came first."""
+    """Whether the step at which a run was resumed has not been evaluated on this data: a kill or a stop came first."""
     done = [
         record
         for record in read_metrics(run.folder, group="eval")

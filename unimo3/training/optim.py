@@ -1,9 +1,6 @@
-"""AdamW with one learning rate a role, and its schedule.
+"""AdamW with one learning rate per role; `lr_schedule` scales all of them.
 
-The schedule is a function of the step alone and is written into the optimizer before each step, so a resumed run has
-nothing to restore for it.
-
-Source: METER, arXiv 2111.02387 (fusion and heads at five times the towers' rate, linear warm-up and decay).
+Source: METER, arXiv 2111.02387 (fusion and heads at five times the towers' rate).
 """
 
 from collections.abc import Iterable
@@ -35,8 +32,8 @@ class OptimArgs:
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    warmup_share: float = 0.1
-    """Share of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
+    warmup_ratio: float = 0.1
+    """Fraction of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     fused: Fused = "auto"
@@ -44,8 +41,8 @@ class OptimArgs:
     ds_config offloads the optimizer or there is no GPU, else its FusedAdam; both are compiled when first used. torch:
     torch's own. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         found = []
         for name in ("lr", "fusion_factor", "head_factor", "eps"):
             if getattr(self, name) <= 0:
@@ -53,24 +50,10 @@ class OptimArgs:
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 found.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
-        for name in ("beta1", "beta2", "warmup_share"):
+        for name in ("beta1", "beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
         return found
-
-
-def rate_share(step: int, num_steps: int, warmup_share: float) -> float:
-    """Share of the peak rate at optimizer step `step` (counted from 0) of `num_steps`."""
-    num_warmup = int(num_steps * warmup_share)
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
-
-
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Give every parameter group `share` of its peak rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
 
 
 def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs, offloaded: bool = False) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
-"""A run's folder: its settings, model files, figures, checkpoints and ledger, and how it is taken up again.
+"""A run's folder: its settings, model files, figures, checkpoints and ledger, and how it is resumed.
 
 RUN/config.yaml          the resolved settings of the first start; each checkpoint's state.json has its own
-RUN/model/               config.json, tokenizer and image processor, copied beside exported weights
+RUN/model/               config.json, tokenizer and image processor, copied next to exported weights
 RUN/checkpoints/         see unimo3/checkpoint/store.py
 RUN/best.json            in fine-tuning, the best checkpoint on held-out data
 RUN/metrics.jsonl        one object a step
@@ -27,7 +27,7 @@ from unimo3.training.metrics import MetricsWriter, drop_after
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is taken up again: they alter how it runs, not what it computes. What lies at
+# Settings that may change when a run is resumed: they alter how it runs, not what it computes. What lies at
 # data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows. With
 # another number of ranks another training.micro_batch keeps what a micro-step sees; a change of that is named.
 FREE_SETTINGS = (
@@ -35,7 +35,7 @@ FREE_SETTINGS = (
     "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
     "training.stall_after_s", "training.max_skipped",
     "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
-    "data.max_bad_share", "best.", "eval_only", "ranking.",
+    "data.max_bad_ratio", "best.", "eval_only", "ranking.",
 )  # fmt: skip
 
 # Of the settings of data, those that decide what evaluation alone computes.
@@ -46,7 +46,7 @@ _FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
 
 
 def changed_settings(settings: Any) -> list[str]:
-    """Say which settings are not those the run was started with, one line a fault; none for a new run.
+    """Say which settings are not those the run was started with, one line an error; none for a new run.
 
     Args:
         settings: a program's whole configuration; its ``run`` group names the folder.
@@ -97,8 +97,8 @@ class RunArgs:
         """The run's folder."""
         return Path(self.dir) / self.name
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         found = []
         if not self.name or Path(self.name).name != self.name or self.name in (".", ".."):
             found.append(f"run.name: '{self.name}': a plain folder name is needed, without '/'")
@@ -118,7 +118,7 @@ class Saveable(Protocol):
 
 
 class Run:
-    """One run, new or taken up again.
+    """One run, new or resumed.
 
     Args:
         settings: the program's whole configuration, without `changed_settings`; its ``run`` group names the folder.
@@ -144,9 +144,9 @@ class Run:
                 config.save(settings, self.folder / "config.yaml")
 
     def write_model_files(self, *parts: Saveable) -> None:
-        """Keep what an exported folder needs beside the weights: configuration, tokenizer, image processor."""
+        """Keep what an exported folder needs next to the weights: configuration, tokenizer, image processor."""
         final, staging = self.folder / "model", self.folder / "model.tmp"
-        # A start before the first checkpoint begins anew, perhaps from other weights or with other answers.
+        # A start before the first checkpoint begins again, perhaps from other weights or with other answers.
         if self._rank != 0 or (final.exists() and store.has_folders(self.folder)):
             return
         if staging.exists():
@@ -178,9 +178,9 @@ class Run:
                     f"{newest}: was trained on shards with fingerprint {state.index_fingerprint[:12]}, data.train now "
                     f"has {self._fingerprint[:12]}; point data.train to the same shards or choose a new run.name"
                 )
-            faults = _differences(state.extra["settings"], self._settings)
-            if faults:
-                raise ConfigError(faults)
+            errors = _differences(config.renamed(state.extra["settings"]), self._settings)
+            if errors:
+                raise ConfigError(errors)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             self.num_skipped = state.extra.get("skipped_steps", 0)
             if self._fingerprint is not None:
@@ -234,15 +234,15 @@ class Run:
         """Count what all ranks replaced at this step.
 
         Raises:
-            DataError: on every rank; it is more than ``data.max_bad_share`` of all samples read.
+            DataError: on every rank; it is more than ``data.max_bad_ratio`` of all samples read.
         """
         self.num_bad_samples += number
-        share, num_read = self._settings.data.max_bad_share, self.step * self._global_batch
-        # A single bad sample among the first says nothing about their share.
-        if self.num_bad_samples > max(share * num_read, 1 if share else 0):
+        limit, num_read = self._settings.data.max_bad_ratio, self.step * self._global_batch
+        # A single bad sample among the first says nothing about their ratio.
+        if self.num_bad_samples > max(limit * num_read, 1 if limit else 0):
             raise DataError(
                 f"{self._settings.data.train}: {self.num_bad_samples} of {num_read} samples could not be used, more "
-                f"than data.max_bad_share {share}; the log names them; prepare the shards again or raise it"
+                f"than data.max_bad_ratio {limit}; the log names them; prepare the shards again or raise it"
             )
 
     def record_keys(self, micro_batches: Iterable[dict[str, Any]]) -> None:

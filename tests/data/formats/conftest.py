@@ -80,7 +80,7 @@ def lose(*path: Any) -> Callable[[Any], Any]:
     return change
 
 
-def fault_of(name: str, source: Path, images: Path | None = None) -> str:
+def error_of(name: str, source: Path, images: Path | None = None) -> str:
     """The message of the one error that reading a source ends with."""
     with pytest.raises(DataError) as caught:
         list(CONVERTERS[name](source, images or source))

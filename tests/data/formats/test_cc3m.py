@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.formats.conftest import convert, fault_of, write_json, write_lines
+from tests.data.formats.conftest import convert, error_of, write_json, write_lines
 from unimo3.data.formats import CONVERTERS
 from unimo3.errors import DataError
 
@@ -88,12 +88,12 @@ def test_a_list_of_downloads_overrides_the_table_for_each_split(tmp_path):
         (0, "caption\turl", ": line 1: is a header ('caption\\turl'); remove it, images are numbered from the first"),
     ],
 )
-def test_a_faulty_row_is_named(tmp_path, row, line, expected):
+def test_a_bad_row_is_named(tmp_path, row, line, expected):
     write_source(tmp_path)
     rows = ROWS.copy()
     rows[row] = line
     path = write_lines(tmp_path / TRAIN, rows)
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("cc3m", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("cc3m", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_a_faulty_row_is_named(tmp_path, row, line, expected):
         ("0001.png", "is '0001.png', an image of row 1 stands before it; remove one of them"),
     ],
 )
-def test_a_faulty_name_of_an_image_is_named(tmp_path, line, expected):
+def test_a_bad_name_of_an_image_is_named(tmp_path, line, expected):
     write_source(tmp_path)
     path = write_lines(tmp_path / "train_image_exist.txt", ["00000001.jpg", line])
-    assert re.match(re.escape(f"{path}: line 2: {expected}"), fault_of("cc3m", tmp_path))
+    assert re.match(re.escape(f"{path}: line 2: {expected}"), error_of("cc3m", tmp_path))
 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL, "train_image_exist.txt", "val_image_exist.txt"])
@@ -117,4 +117,4 @@ def test_a_missing_file_is_named(tmp_path, name):
     write_source(tmp_path)
     (tmp_path / name).unlink()
     expected = f"{tmp_path / name}: cannot be read (No such file or directory); --src must name"
-    assert re.match(re.escape(expected), fault_of("cc3m", tmp_path))
+    assert re.match(re.escape(expected), error_of("cc3m", tmp_path))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_json
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 
 
 def image(split: str, identity: int, *captions: str, folder: str = "val2014") -> dict:
@@ -57,7 +57,7 @@ def test_images_lie_in_the_folder_the_release_names(tmp_path):
     ]
 
 
-FAULTS = [
+ERRORS = [
     (lose("images"), ": field 'images' is missing; list expected, as in the public release"),
     (set_at("images", value={"0": 1}), ": field 'images' is {'0': 1}; list expected"),
     (set_at("images", 1, value="a.jpg"), ": images[1]: is 'a.jpg'; an object with the field 'split' expected"),
@@ -77,7 +77,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_is_named(tmp_path, change, expected):
     path = write_json(tmp_path / "dataset_coco.json", change(CONTENT))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("coco", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("coco", tmp_path))

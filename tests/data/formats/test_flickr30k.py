@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_json
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 
 CONTENT = {
     "dataset": "flickr30k",
@@ -41,7 +41,7 @@ def test_photos_lie_in_their_folder_or_in_the_images_folder(tmp_path, folder):
 
 
 NUMBER = "a photo's number of at most 12 digits expected, as in the public release"
-FAULTS = [
+ERRORS = [
     (lose("images", 1, "filename"), ": images[1]: field 'filename' is missing; str expected"),
     (set_at("images", 1, "filename", value=36979), ": images[1]: field 'filename' is 36979; str expected"),
     (set_at("images", 1, "filename", value="dog.jpg"), f": images[1]: field 'filename' is 'dog.jpg'; {NUMBER}"),
@@ -60,10 +60,10 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_is_named(tmp_path, change, expected):
     path = write_json(tmp_path / "dataset_flickr30k.json", change(CONTENT))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("flickr30k", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("flickr30k", tmp_path))
 
 
 def test_all_that_the_toy_writes_is_read(drawn):

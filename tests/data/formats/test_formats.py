@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.data.formats.conftest import fault_of
+from tests.data.formats.conftest import error_of
 from unimo3.data import formats
 from unimo3.data.formats import CONVERTERS
 
@@ -36,4 +36,4 @@ def test_every_file_with_a_converter_is_entered_under_its_name():
 def test_an_empty_source_names_the_file_that_is_missing(name, tmp_path):
     (tmp_path / "VG_100K").mkdir()
     expected = f"{tmp_path / FIRST_FILES[name]}: cannot be read (No such file or directory); --src must name"
-    assert re.match(re.escape(expected), fault_of(name, tmp_path))
+    assert re.match(re.escape(expected), error_of(name, tmp_path))

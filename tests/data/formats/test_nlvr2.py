@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_lines
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_lines
 
 TRAIN = [
     {"identifier": "train-10171-0-0", "sentence": "One case. ", "label": "True", "directory": 55, "writer": 138},
@@ -57,7 +57,7 @@ def test_images_lie_where_the_release_has_them(tmp_path):
 
 
 LABEL = "one of True, False expected"
-FAULTS = [
+ERRORS = [
     (set_at(1, value=["train"]), ": line 2: is ['train']; an object with the field 'identifier' expected"),
     (lose(1, "identifier"), ": line 2: field 'identifier' is missing; str expected"),
     (set_at(1, "identifier", value=""), ": line 2: field 'identifier' is empty; remove the record"),
@@ -74,16 +74,16 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_is_named(tmp_path, change, expected):
     path = write_lines(write_source(tmp_path) / "train.json", change(TRAIN))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("nlvr2", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("nlvr2", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])
 def test_a_missing_file_is_named(tmp_path, name):
     (write_source(tmp_path) / name).unlink()
-    assert fault_of("nlvr2", tmp_path).startswith(f"{tmp_path / name}: cannot be read")
+    assert error_of("nlvr2", tmp_path).startswith(f"{tmp_path / name}: cannot be read")
 
 
 def test_all_that_the_toy_writes_is_read(drawn):

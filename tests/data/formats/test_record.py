@@ -1,4 +1,4 @@
-"""Readers: what they accept, and that each fault is named with its place and its mend."""
+"""Readers: what they accept, and that each error is named with its place and its fix."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_json_may_begin_with_a_byte_order_mark_and_hold_any_script(tmp_path):
         (b'[{"a": 1}]', r"a\.json: is \[\{'a': 1\}\]; dict expected as the outermost value"),
     ],
 )
-def test_faulty_json_files_are_named(tmp_path, content, expected):
+def test_bad_json_files_are_named(tmp_path, content, expected):
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
@@ -99,7 +99,7 @@ def test_the_first_file_that_is_there_is_taken(tmp_path):
         (None, int, "here: is None; an object with the field 'a' expected"),
     ],
 )
-def test_a_faulty_field_is_named_with_its_value(record, kind, expected):
+def test_a_bad_field_is_named_with_its_value(record, kind, expected):
     with pytest.raises(DataError, match=f"^{re.escape(expected)}$"):
         field(record, "a", "here", kind)
 

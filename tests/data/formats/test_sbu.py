@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_json
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 
 RELEASE = {
     "user_ids": ["a", "b", "c", "d"],
@@ -62,7 +62,7 @@ def test_the_list_of_what_was_downloaded_goes_before_the_release(tmp_path):
 
 
 URL = "a URL that ends in a file name expected"
-FAULTS = [
+ERRORS = [
     (lose("captions"), ": field 'captions' is missing; list expected"),
     (lose("image_urls"), ": field 'image_urls' is missing; list expected"),
     (lose("image_urls", 3), ": has 4 captions and 3 image_urls; download it again"),
@@ -74,14 +74,14 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_of_the_release_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_of_the_release_is_named(tmp_path, change, expected):
     path = write_json(tmp_path / "sbu-captions-all.json", change(RELEASE))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("sbu", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("sbu", tmp_path))
 
 
 PAIR = "[path, caption] expected"
-ANNOT_FAULTS = [
+ANNOT_ERRORS = [
     (set_at(2, value="0000002.jpg"), f": [2]: is '0000002.jpg'; {PAIR}"),
     (set_at(2, value=["0000002.jpg"]), f": [2]: is ['0000002.jpg']; {PAIR}"),
     (set_at(2, 1, value=None), f": [2]: is ['elsewhere/0002/0000002.jpg', None]; {PAIR}"),
@@ -91,7 +91,7 @@ ANNOT_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), ANNOT_FAULTS, ids=[expected for _, expected in ANNOT_FAULTS])
-def test_a_faulty_entry_of_the_list_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ANNOT_ERRORS, ids=[expected for _, expected in ANNOT_ERRORS])
+def test_a_bad_entry_of_the_list_is_named(tmp_path, change, expected):
     path = write_json(tmp_path / "annot.json", change(ANNOT))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("sbu", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("sbu", tmp_path))

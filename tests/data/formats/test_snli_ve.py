@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_lines
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_lines
 
 
 def record(photo: str, hypothesis: str, label: str) -> dict:
@@ -75,7 +75,7 @@ def test_photos_lie_in_their_folder_or_in_the_images_folder(tmp_path, folder):
 
 
 LABELS = "one of entailment, neutral, contradiction, - expected"
-FAULTS = [
+ERRORS = [
     (lose(1, "Flickr30K_ID"), ": line 2: field 'Flickr30K_ID' is missing; str expected"),
     (set_at(1, "Flickr30K_ID", value=36979), ": line 2: field 'Flickr30K_ID' is 36979; str expected"),
     (set_at(1, "Flickr30K_ID", value="vg_1"), ": line 2: field 'Flickr30K_ID' is 'vg_1'; a photo's number of at most"),
@@ -88,17 +88,17 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_is_named(tmp_path, change, expected):
     path = write_lines(write_source(tmp_path) / "snli_ve_train.jsonl", change(TRAIN))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("snli_ve", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("snli_ve", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["train", "dev", "test"])
 def test_a_missing_file_is_named(tmp_path, name):
     path = write_source(tmp_path) / f"snli_ve_{name}.jsonl"
     path.unlink()
-    assert fault_of("snli_ve", tmp_path).startswith(f"{path}: cannot be read")
+    assert error_of("snli_ve", tmp_path).startswith(f"{path}: cannot be read")
 
 
 def test_all_that_the_toy_writes_is_read(drawn):

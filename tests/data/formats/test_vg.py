@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_json
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 
 
 def region(image: int, phrase: str, *box: int) -> dict:
@@ -80,10 +80,10 @@ def test_one_folder_of_images_is_enough(source):
 def test_images_without_their_folders_are_named(tmp_path):
     write_json(tmp_path / "region_descriptions.json", CONTENT)
     expected = f"{tmp_path}: holds neither VG_100K/ nor VG_100K_2/; --images must name the folder of both"
-    assert fault_of("vg", tmp_path) == expected
+    assert error_of("vg", tmp_path) == expected
 
 
-FAULTS = [
+ERRORS = [
     (set_at(2, value="one"), ": [2]: is 'one'; an object with the field 'regions' expected"),
     (lose(0, "regions"), ": [0]: field 'regions' is missing; list expected"),
     (set_at(0, "regions", 1, value=None), ": [0].regions[1]: is None; an object with the field 'image_id' expected"),
@@ -103,7 +103,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), FAULTS, ids=[expected for _, expected in FAULTS])
-def test_a_faulty_field_is_named(source, change, expected):
+@pytest.mark.parametrize(("change", "expected"), ERRORS, ids=[expected for _, expected in ERRORS])
+def test_a_bad_field_is_named(source, change, expected):
     path = write_json(source / "region_descriptions.json", change(CONTENT))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("vg", source))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("vg", source))

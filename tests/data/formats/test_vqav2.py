@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.conftest import convert as prepare_shards
 from tests.data.conftest import draw_jpeg
-from tests.data.formats.conftest import convert, fault_of, lose, set_at, write_json
+from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
 from unimo3.data.index import ShardIndex
@@ -113,7 +113,7 @@ def test_a_granularity_is_kept_and_a_question_type_may_be_missing(tmp_path):
     assert (entry["granularity"], entry["question_type"]) == ("fine", "")
 
 
-QUESTION_FAULTS = [
+QUESTION_ERRORS = [
     (lose("questions"), ": field 'questions' is missing; list expected"),
     (lose("questions", 1, "question_id"), ": questions[1]: field 'question_id' is missing; int expected"),
     (
@@ -125,13 +125,13 @@ QUESTION_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), QUESTION_FAULTS, ids=[expected for _, expected in QUESTION_FAULTS])
-def test_a_faulty_field_of_a_question_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), QUESTION_ERRORS, ids=[expected for _, expected in QUESTION_ERRORS])
+def test_a_bad_field_of_a_question_is_named(tmp_path, change, expected):
     path = write_json(write_source(tmp_path) / "v2_OpenEnded_mscoco_train2014_questions.json", change(QUESTIONS))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("vqav2", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("vqav2", tmp_path))
 
 
-NOTE_FAULTS = [
+NOTE_ERRORS = [
     (lose("annotations"), ": field 'annotations' is missing; list expected"),
     (lose("annotations", 0, "question_id"), ": annotations[0]: field 'question_id' is missing; int expected"),
     (lose("annotations", 0, "image_id"), ": annotations[0]: field 'image_id' is missing; int expected"),
@@ -154,10 +154,10 @@ NOTE_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), NOTE_FAULTS, ids=[expected for _, expected in NOTE_FAULTS])
-def test_a_faulty_field_of_an_annotation_is_named(tmp_path, change, expected):
+@pytest.mark.parametrize(("change", "expected"), NOTE_ERRORS, ids=[expected for _, expected in NOTE_ERRORS])
+def test_a_bad_field_of_an_annotation_is_named(tmp_path, change, expected):
     path = write_json(write_source(tmp_path) / "v2_mscoco_train2014_annotations.json", change(NOTES))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("vqav2", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("vqav2", tmp_path))
 
 
 def test_the_vocabulary_orders_frequent_answers_by_count_then_alphabet():
@@ -210,10 +210,10 @@ def test_a_test_split_is_read_only_if_its_questions_are_there(tmp_path, splits):
 def test_train_and_val_are_needed_beside_the_tests(tmp_path, year, name):
     path = write_test_questions(write_source(tmp_path)) / name.format(year)
     path.unlink()
-    assert fault_of("vqav2", tmp_path).startswith(f"{path}: cannot be read (No such file or directory)")
+    assert error_of("vqav2", tmp_path).startswith(f"{path}: cannot be read (No such file or directory)")
 
 
-TEST_FAULTS = [
+TEST_ERRORS = [
     (lose("questions"), ": field 'questions' is missing; list expected"),
     (lose("questions", 0, "question_id"), ": questions[0]: field 'question_id' is missing; int expected"),
     (lose("questions", 0, "image_id"), ": questions[0]: field 'image_id' is missing; int expected"),
@@ -222,11 +222,11 @@ TEST_FAULTS = [
 
 
 @pytest.mark.parametrize("split", ["test", "test-dev"])
-@pytest.mark.parametrize(("change", "expected"), TEST_FAULTS, ids=[expected for _, expected in TEST_FAULTS])
-def test_a_faulty_field_of_a_test_question_is_named(tmp_path, split, change, expected):
+@pytest.mark.parametrize(("change", "expected"), TEST_ERRORS, ids=[expected for _, expected in TEST_ERRORS])
+def test_a_bad_field_of_a_test_question_is_named(tmp_path, split, change, expected):
     path = write_test_questions(write_source(tmp_path)) / f"v2_OpenEnded_mscoco_{split}2015_questions.json"
     write_json(path, change(json.loads(path.read_text())))
-    assert re.match(re.escape(f"{path}{expected}"), fault_of("vqav2", tmp_path))
+    assert re.match(re.escape(f"{path}{expected}"), error_of("vqav2", tmp_path))
 
 
 # Test questions in shards.

@@ -163,8 +163,8 @@ def test_images_that_are_no_whole_number_of_folds_are_refused(shards):
 
 
 def test_bad_settings_are_named_together():
-    faults = RankingArgs(shortlist=-1, fold_images=-1, pair_batch=0, cache_gb=float("nan")).faults()
-    assert [fault.split(":")[0] for fault in faults] == [
+    errors = RankingArgs(shortlist=-1, fold_images=-1, pair_batch=0, cache_gb=float("nan")).validate()
+    assert [problem.split(":")[0] for problem in errors] == [
         "ranking.shortlist", "ranking.fold_images", "ranking.pair_batch", "ranking.cache_gb"
     ]  # fmt: skip
 

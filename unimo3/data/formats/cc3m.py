@@ -6,7 +6,7 @@
     SOURCE/{train,val}_annot.json, if there is one, goes first: the [path, caption] of what was downloaded
 
 Source: https://ai.google.com/research/ConceptualCaptions/download; write_conceptual_caption.py of
-https://github.com/microsoft/BridgeTower and https://github.com/dandelin/ViLT for what lies beside the release.
+https://github.com/microsoft/BridgeTower and https://github.com/dandelin/ViLT for what lies next to the release.
 """
 
 import reprlib

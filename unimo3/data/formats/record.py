@@ -1,6 +1,6 @@
 """What a converter gives, and the readers of a source's records that all converters share.
 
-Every fault is a `DataError` that names the file, the record, the field, its value and the mend.
+Every error is a `DataError` that names the file, the record, the field, its value and the fix.
 
 Source: RFC 8259 (JSON) and https://jsonlines.org for the two kinds of file.
 """

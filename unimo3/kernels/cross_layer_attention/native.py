@@ -3,7 +3,7 @@
 The library is compiled once, in one to three seconds, into ``$XDG_CACHE_HOME/unimo3`` (by default ``~/.cache/unimo3``).
 Its name holds a hash of source, compiler and processor, so nodes of several kinds can share a home.
 
-Source: native.cpp beside this file; the interface is C's, so that no header of torch has to be compiled.
+Source: native.cpp next to this file; the interface is C's, so that no header of torch has to be compiled.
 """
 
 import ctypes

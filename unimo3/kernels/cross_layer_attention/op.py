@@ -110,7 +110,7 @@ def make_operator(
     forward.register_autograd(gradients, setup_context=save)
     operators = torch.ops.unimo3
     register_flop_formula(getattr(operators, name))(lambda q, k, *_, **__: 2 * _flops_of_a_product(q, k))
-    # The scores anew, and four products for the gradients.
+    # The scores again, and four products for the gradients.
     register_flop_formula(getattr(operators, f"{name}_backward"))(
         lambda grad_out, q, k, *_, **__: 5 * _flops_of_a_product(q, k)
     )

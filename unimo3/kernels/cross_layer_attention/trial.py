@@ -4,7 +4,7 @@ A GPU, driver or triton they were never run with may refuse them or get them wro
 and head width, in some seconds, and falls back to the reference with a warning. What a trial cannot catch is an access
 to memory that is not theirs, after which a process can use its GPU no more.
 
-Source: none; the C++ kernel's build falls back likewise.
+Source: none; the C++ kernel's build falls back in the same way.
 """
 
 # Shapes: B batch, H heads, T queries, V keys of a level, d head width.

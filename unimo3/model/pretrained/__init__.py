@@ -8,7 +8,7 @@ from unimo3.model.pretrained.bridgetower import (
 )
 from unimo3.model.pretrained.exported import load_exported, read_exported_config
 from unimo3.model.pretrained.roberta import load_roberta, read_roberta_config
-from unimo3.model.pretrained.vision import load_vision, vision_faults
+from unimo3.model.pretrained.vision import load_vision, vision_errors
 
 __all__ = [
     "bridgetower_config",
@@ -20,5 +20,5 @@ __all__ = [
     "read_bridgetower_config",
     "read_exported_config",
     "read_roberta_config",
-    "vision_faults",
+    "vision_errors",
 ]

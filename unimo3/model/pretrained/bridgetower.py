@@ -161,7 +161,7 @@ def read_bridgetower_config(folder: str, image_size: int | None = None) -> Unimo
         return bridgetower_config(read_config("model.init", folder, "BridgeTower"), image_size)
     except ConfigError as error:
         prefix = f"model.init: '{folder}': "
-        raise ConfigError([line if line.startswith("model.init") else prefix + line for line in error.faults]) from None
+        raise ConfigError([line if line.startswith("model.init") else prefix + line for line in error.errors]) from None
 
 
 def load_bridgetower(path_or_model: str | Path | PreTrainedModel, image_size: int | None = None) -> Unimo3Model:

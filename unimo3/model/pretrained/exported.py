@@ -14,7 +14,7 @@ from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 
 
 def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
-    """Read an exported folder's configuration, or that of a run's ``model``, which has no weights beside it.
+    """Read an exported folder's configuration, or that of a run's ``model``, which has no weights next to it.
 
     Raises:
         ConfigError: there is none, or it is another model's.

@@ -91,7 +91,7 @@ def fill(
         pieces[name].add(part)
         if len(pieces[name]) == num_parts:
             missing.discard(first_names[parameter])
-    faults = [
+    errors = [
         f"{kind}: {_shown(sorted(names))}"
         for kind, names in (
             ("missing", missing),
@@ -101,9 +101,9 @@ def fill(
         )
         if names
     ]
-    if faults:
+    if errors:
         raise CheckpointError(
-            f"{source}: its tensors do not fit {type(module).__name__}; {'; '.join(faults)}. "
+            f"{source}: its tensors do not fit {type(module).__name__}; {'; '.join(errors)}. "
             "Use weights of the same architecture and sizes"
         )
 
@@ -118,7 +118,7 @@ def read_config(field: str, folder: str, kind: str, has_weights: bool = True) ->
 
     Args:
         field: setting that named the folder, for errors.
-        kind: what the folder is to hold, likewise.
+        kind: what the folder is to hold, the same.
         has_weights: whether they lie there too.
 
     Raises:

@@ -45,13 +45,13 @@ _WRAPPERS = ("state_dict", "model")
 _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
 
-def vision_faults(path: str, tower: VisionTower) -> list[str]:
-    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line a fault."""
+def vision_errors(path: str, tower: VisionTower) -> list[str]:
+    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line an error."""
     where = f"model.vision.init: '{path}'"
     try:
         theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))
     except ConfigError as error:
-        return error.faults
+        return error.errors
     except CheckpointError as error:
         return [f"{where}: {error}"]
     vit: Any = tower.vit

@@ -87,20 +87,20 @@ def print_plan(args: argparse.Namespace, rest: list[str], read_run: Callable[[li
         read_run: makes a run of settings.
 
     Raises:
-        ConfigError: machine or settings are at fault, all in one message; or the plan cannot be, see `make_plan`.
+        ConfigError: machine or settings are at error, all in one message; or the plan cannot be, see `make_plan`.
     """
     if args.ds_config is not None:
         rest = [*rest, "--training.ds_config", args.ds_config]  # checked with the rest
-    faults = []
+    errors = []
     try:
         machine = machine_of(args)
     except ConfigError as error:
-        faults += error.faults
+        errors += error.errors
     try:
         run = read_run(rest)
     except ConfigError as error:
-        faults += error.faults
-    if faults:
-        raise ConfigError(faults)
+        errors += error.errors
+    if errors:
+        raise ConfigError(errors)
     plan = make_plan(run, machine, args.ds_config)
     print(json.dumps(plan, indent=2) if args.json else plan_text(plan))

@@ -94,7 +94,7 @@ def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch:
         needed_bytes(batch.micro_batch),
         largest=max(fitting, default=0),
         largest_dividing=max((size for size in fitting if share % size == 0), default=0),
-        fits=batch.micro_batch in fitting and not batch.faults(),
+        fits=batch.micro_batch in fitting and not batch.validate(),
     )
 
 

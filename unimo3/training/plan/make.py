@@ -45,8 +45,8 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
         ConfigError: the global batch does not divide over the GPUs, or not even one pair fits.
     """
     training = run.training
-    if faults := BatchPlan(training.global_batch, 1, machine.num_gpus).faults():
-        raise ConfigError(faults)
+    if errors := BatchPlan(training.global_batch, 1, machine.num_gpus).validate():
+        raise ConfigError(errors)
     batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus)
     own = Path(training.ds_config)
     candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}

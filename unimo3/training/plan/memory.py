@@ -100,7 +100,7 @@ class RankMemory:
 
     Attributes:
         device: on the GPU, by what they are for.
-        host: in host memory, likewise.
+        host: in host memory, the same.
         pass_bytes: on the GPU during the forward and backward pass alone.
         step_bytes: on the GPU during the optimizer's step alone.
     """

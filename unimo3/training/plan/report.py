@@ -57,7 +57,7 @@ def plan_figures(
         },
         "micro_batch": {
             "recipe": batch.micro_batch,
-            "recipe_divides": not batch.faults(),
+            "recipe_divides": not batch.validate(),
             "recipe_fits": choice.fit.fits,
             "recipe_fits_with_checkpointing": True in costs and _recipe_fits(choice, costs[True], batch, machine),
             "share": batch.global_batch // batch.world_size,
@@ -78,7 +78,7 @@ def plan_figures(
 
 def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Machine) -> bool:
     needed_bytes = choice.fit.memory.peak_bytes(batch.micro_batch * cost.peak_bytes + cost.fixed_bytes)
-    return needed_bytes <= machine.usable_bytes and not batch.faults()
+    return needed_bytes <= machine.usable_bytes and not batch.validate()
 
 
 def plan_text(plan: Figures) -> str:
@@ -129,8 +129,8 @@ def _memory_lines(rank: Figures, usable: str) -> list[str]:
 def _micro_batch_line(sizes: Figures) -> str:
     fits = "fits"
     if not sizes["recipe_fits"]:
-        fault = "does not fit" if sizes["recipe_divides"] else "does not divide the global batch over the ranks"
-        fits = f"{fault}; set training.micro_batch to {sizes['planned']}"
+        problem = "does not fit" if sizes["recipe_divides"] else "does not divide the global batch over the ranks"
+        fits = f"{problem}; set training.micro_batch to {sizes['planned']}"
         if sizes["recipe_fits_with_checkpointing"]:
             fits += " or training.activation_checkpointing to true"
     if sizes["largest"] == sizes["share"]:

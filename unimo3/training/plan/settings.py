@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.model.args import length_faults, tokenizer_faults
+from unimo3.model.args import length_errors, tokenizer_errors
 from unimo3.model.config import Unimo3Config
 from unimo3.training.loop import TrainingArgs
 
@@ -17,9 +17,9 @@ from unimo3.training.loop import TrainingArgs
 class PlannedData(DataArgs):
     """Data that need not exist yet."""
 
-    def faults(self) -> list[str]:
+    def validate(self) -> list[str]:
         """As when training, but for a tokenizer that is not there."""
-        found = super().faults()
+        found = super().validate()
         return found if self.has_tokenizer else [line for line in found if not line.startswith("data.tokenizer:")]
 
     @property
@@ -27,22 +27,22 @@ class PlannedData(DataArgs):
         """Whether the tokenizer's folder exists."""
         return bool(self.tokenizer) and Path(self.tokenizer).is_dir()
 
-    def model_faults(self, model: Unimo3Config) -> list[str]:
-        """Say where the length of texts, and the tokenizer if there is one, do not fit a model, one line a fault."""
-        if self.faults():
+    def model_errors(self, model: Unimo3Config) -> list[str]:
+        """Say where the length of texts, and the tokenizer if there is one, do not fit a model, one line an error."""
+        if self.validate():
             return []  # these settings' own check has said so
         if not self.has_tokenizer:
-            return length_faults(model.text_config, self.max_text_tokens)
-        return tokenizer_faults(model.text_config, load_tokenizer(self.tokenizer), self.max_text_tokens)
+            return length_errors(model.text_config, self.max_text_tokens)
+        return tokenizer_errors(model.text_config, load_tokenizer(self.tokenizer), self.max_text_tokens)
 
 
 @dataclass(frozen=True)
 class PlannedTraining(TrainingArgs):
     """A training that takes place on another machine."""
 
-    def faults(self) -> list[str]:
+    def validate(self) -> list[str]:
         """As when training, but for what this machine lacks, and with a micro-batch."""
-        found = [line for line in super().faults() if "fp16 needs a GPU" not in line]
+        found = [line for line in super().validate() if "fp16 needs a GPU" not in line]
         if self.micro_batch < 1:
             found.append(f"training.micro_batch: {self.micro_batch}: at least 1 pair is needed")
         return found

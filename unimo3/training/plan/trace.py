@@ -63,7 +63,7 @@ class StepCost:
 
     Attributes:
         forward_flops: floating-point operations a row; a multiplication and an addition are two.
-        backward_flops: likewise; with activation checkpointing, what is computed again is among them.
+        backward_flops: the same; with activation checkpointing, what is computed again is among them.
         kept_bytes: a row's tensors alive between forward and backward pass.
         peak_bytes: a row's share of the most that is alive at once.
         fixed_bytes: what is alive then whatever the number of rows: mostly the largest gradient.

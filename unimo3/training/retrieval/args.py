@@ -23,8 +23,8 @@ class RankingArgs:
     which every rank holds. States beyond it are computed again, images' once, texts' once for each such share of the
     images. At least one batch of each is held."""
 
-    def faults(self) -> list[str]:
-        """Say what is wrong with these settings, one line a fault."""
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
         found = [
             f"ranking.{name}: {getattr(self, name)}: 0 or more is needed"
             for name in ("shortlist", "fold_images")
@@ -36,8 +36,8 @@ class RankingArgs:
             found.append(f"ranking.cache_gb: {self.cache_gb}: 0 or a number of 10^9 bytes is needed")
         return found
 
-    def fold_faults(self, num_images: int) -> list[str]:
-        """Say why `num_images` held-out images cannot be ranked so, one line a fault."""
+    def fold_errors(self, num_images: int) -> list[str]:
+        """Say why `num_images` held-out images cannot be ranked so, one line an error."""
         if self.fold_images > 0 and num_images % self.fold_images:
             return [
                 f"ranking.fold_images: {self.fold_images}: the {num_images} images of data.val are no whole number of "

@@ -47,9 +47,9 @@ def held_out_recall(
         ConfigError: the images are no whole number of folds.
     """
     engine.eval()
-    faults = ranking.fold_faults(sum(samples.units_per_shard))
-    if faults:
-        raise ConfigError(faults)
+    errors = ranking.fold_errors(sum(samples.units_per_shard))
+    if errors:
+        raise ConfigError(errors)
     towers = Towers(engine, samples, world, batch, reader, ranking.cache_gb * 1e9, guard)
     found = towers.embed()
     if found is None:

@@ -36,7 +36,7 @@ def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
 
 
 def places_of_shortlist(scores: Tensor, is_right: Tensor, tower_places: Tensor) -> Tensor:
-    """Where each query's best right candidate stands when a shortlist is put in order anew and goes before the others.
+    """Where each query's best right candidate stands when a shortlist is put in order again and goes before the others.
 
     Args:
         scores: of the shortlist, [Q, k].

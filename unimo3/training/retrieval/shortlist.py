@@ -25,7 +25,7 @@ class Embeddings(NamedTuple):
 
     Attributes:
         images: [I, D], unit vectors.
-        texts: [X, D], likewise, an image's texts together and in the images' order.
+        texts: [X, D], the same, an image's texts together and in the images' order.
         image_of: [X] int64, the image each text belongs to.
     """
 
@@ -39,7 +39,7 @@ class Shortlists(NamedTuple):
 
     Attributes:
         queries: [Q] int64, their numbers in the held-out set.
-        candidates: [Q, k] int64, likewise; a view of one row where it is all of the gallery.
+        candidates: [Q, k] int64, the same; a view of one row where it is all of the gallery.
         places: [Q], `first_places` by the towers among the whole gallery.
     """
 
