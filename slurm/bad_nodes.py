@@ -1,14 +1,28 @@
-"""Nodes that failed a check: a ledger that all jobs share, whose entries expire.
+"""Nodes that failed a check, and which nodes a job excludes when it starts again.
 
-    {"node", "reason", "job", "until"}, one object a line; until: seconds since 1970
+    python -m slurm.bad_nodes --run RUN --excluded NODES        prints ``set NODES`` or ``keep``
 
-Source: none.
+The ledger of bad nodes is shared by all jobs, and its entries expire. Each line is one object; until is in seconds
+since 1970:
+
+    {"node", "reason", "job", "until"}
+
+A job always excludes the nodes that its user excluded, and those that the ledger has now. A node that was excluded
+for the ledger alone is used again once its entry has expired. The run's history records these at each change:
+
+    {"event": "exclude", "time", "job", "nodes"}
+
+Source: scontrol(1), ExcNodeList.
 """
 
+import argparse
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
+
+from slurm import history
 
 DEFAULT = Path("slurm") / "bad_nodes.jsonl"
 HOURS = 12.0
@@ -38,3 +52,48 @@ def current() -> dict[str, str]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def choose(excluded: list[str], ours: list[str], bad: list[str]) -> tuple[list[str], list[str]]:
+    """Nodes to exclude now, and those of them that are excluded for the ledger's sake alone.
+
+    Args:
+        excluded: nodes that the job excludes.
+        ours: those that it excludes for the ledger's sake.
+        bad: those in the ledger.
+    """
+    of_the_user = [node for node in excluded if node not in ours]
+    added = [node for node in bad if node not in of_the_user]
+    return sorted(of_the_user + added), sorted(added)
+
+
+def expand(nodes: str) -> list[str]:
+    """Single names of nodes listed as ``n[1-3],m7``."""
+    if "[" not in nodes:
+        return [node for node in nodes.split(",") if node]
+    return _output_of("scontrol", "show", "hostnames", nodes).split()
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def main() -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m slurm.bad_nodes", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--excluded", default="", help="what the job excludes now, as single names with commas")
+    args = parser.parse_args()
+    job = os.environ["JOB"]
+    excluded = [node for node in args.excluded.split(",") if node]
+    ours = history.excluded(args.run, job)
+    nodes, added = choose(excluded, ours, sorted(current()))
+    if nodes == sorted(excluded):
+        print("keep")
+        return
+    history.append(args.run, "exclude", job=job, nodes=added)
+    print("set", ",".join(nodes))
+
+
+if __name__ == "__main__":
+    main()

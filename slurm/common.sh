@@ -132,24 +132,24 @@ fresh_statuses() {
 }
 
 end() {
-    settle_by tool slurm.outcome end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
+    settle_by tool slurm.requeue_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
 }
 
 # Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
 take() {
-    local folder early comment said status
+    local folder early comment stderr status
     # What it says of wrong arguments is shown, and kept for the job's comment.
-    said=$(mktemp)
-    folder=$(tool slurm.runs "$@" 2>"$said") || { status=$? && cat "$said" >&2 && settle "$status" "$(tail -n 1 "$said")"; }
-    rm -f "$said"
+    stderr=$(mktemp)
+    folder=$(tool slurm.runs "$@" 2>"$stderr") || { status=$? && cat "$stderr" >&2 && settle "$status" "$(tail -n 1 "$stderr")"; }
+    rm -f "$stderr"
     HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
     comment=$(patiently squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
     # Nodes that could not even start Python, where this one can.
     [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
-    settle_by tool slurm.outcome begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
-    # What was said of an earlier start; the user's own comment stays.
+    settle_by tool slurm.requeue_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
+    # The reason of an earlier start; the user's own comment stays.
     [[ -z $early && $comment != "held: "* ]] || patiently scontrol update JobId="$JOB" Comment=""
 }
 
@@ -185,7 +185,7 @@ preflight() {
     if ((status == 0 && NUM_RANKS > 1)); then
         ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
     fi
-    settle_by tool slurm.outcome preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
+    settle_by tool slurm.requeue_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
 }
 
 # Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job goes on. A command
@@ -239,19 +239,19 @@ early_ends() {
 # A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work, and
 # another job that is only being ended soon is not.
 state_of() {
-    local told try
+    local state try
     for try in {1..20}; do
-        if told=$(squeue --noheader --states=all --jobs="$1" --format=%T 2>&1); then
-            told=${told%%$'\n'*}
-            if [[ $told != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
-                echo "$told"
+        if state=$(squeue --noheader --states=all --jobs="$1" --format=%T 2>&1); then
+            state=${state%%$'\n'*}
+            if [[ $state != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
+                echo "$state"
                 return
             fi
             sleep "${SLURM_RETRY_S:-15}"
             continue
         fi
-        [[ $told != *"Invalid job id"* ]] || return 0
-        say "squeue failed ($try of 20): $told"
+        [[ $state != *"Invalid job id"* ]] || return 0
+        say "squeue failed ($try of 20): $state"
         sleep "${SLURM_RETRY_S:-15}"
     done
     echo RUNNING
@@ -283,7 +283,7 @@ act() {
     if [[ -n $here ]]; then
         change="set $excluded${excluded:+,}$here"
     elif [[ -n ${RUN:-} ]]; then
-        change=$(tool slurm.exclusions --run "$RUN" --excluded "$excluded") || change=keep
+        change=$(tool slurm.bad_nodes --run "$RUN" --excluded "$excluded") || change=keep
     fi
     read -r change nodes <<<"$change"
     trap 'is_ended=yes' TERM

@@ -3,7 +3,7 @@
     {"problems": [...], "gbps", "nodes": {NODE: problem}}     network.json, written by rank 0
 
 Only if all of them together are below the floor are pairs of neighbouring nodes timed, each node with the one before
-and the one after it: a node both of whose pairs are slow is a slow one. Of two nodes none can be told.
+and the one after it: a node both of whose pairs are slow is a slow one. Of two, none can be identified.
 
 Source: the pairwise checks of NVIDIA's nccl-tests, for the idea.
 """
@@ -64,9 +64,9 @@ def slow_nodes(gbps: dict[tuple[str, str], float], floor_gbps: float) -> dict[st
     found = {}
     nodes = dict.fromkeys(node for pair in gbps for node in pair)
     for node in nodes:
-        told = {(set(pair) - {node}).pop(): rate for pair, rate in gbps.items() if node in pair}
-        if len(told) > 1 and all(rate < floor_gbps for rate in told.values()):
-            others = " and ".join(f"{rate:.2f} GB/s with {other}" for other, rate in told.items())
+        rates = {(set(pair) - {node}).pop(): rate for pair, rate in gbps.items() if node in pair}
+        if len(rates) > 1 and all(rate < floor_gbps for rate in rates.values()):
+            others = " and ".join(f"{rate:.2f} GB/s with {other}" for other, rate in rates.items())
             found[node] = f"an all-reduce runs at {others}, below MIN_ALLREDUCE_GBPS {floor_gbps:g}"
     return found if len(found) < len(nodes) else {}
 
@@ -81,9 +81,9 @@ def _time_pairs(nodes: list[str], names: list[str]) -> dict[tuple[str, str], flo
             group = dist.new_group(ranks)  # every rank makes every group
             if dist.get_rank() in ranks:
                 mine = (nodes[first], nodes[second]), group
-        told: list[Any] = [None] * len(names)
-        dist.all_gather_object(told, (mine[0], _gbps(mine[1])) if mine else None)
-        for pair, rate in (entry for entry in told if entry):
+        results: list[Any] = [None] * len(names)
+        dist.all_gather_object(results, (mine[0], _gbps(mine[1])) if mine else None)
+        for pair, rate in (entry for entry in results if entry):
             found[pair] = min(rate, found.get(pair, rate))
     return found
 
@@ -105,6 +105,6 @@ def _gbps(group: Any) -> float:
 
 def _slowest(gbps: float) -> float:
     """The least of all ranks' figures."""
-    told: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(told, gbps)
-    return min(told)
+    rates: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(rates, gbps)
+    return min(rates)

@@ -10,6 +10,7 @@ task of fine-tuning that is none ends with status 78, as wrong arguments do.
 Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for how arguments are given.
 """
 
+import ast
 import json
 import re
 import sys
@@ -18,14 +19,14 @@ from typing import Any
 
 import yaml
 
-from slurm.tasks import missing_program
-
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
 _CONFIG_STATUS = 78
 _BESIDE = ".job"
 # As unimo3/data/conversion.py and shards.py name them, which cannot be imported without the libraries they use.
 _STAGING, _SHARD_DONE = ".partial", "*.unimo3-done"
+_PACKAGE = "finetune"
+_FOLDER = Path(__file__).parents[1] / _PACKAGE
 
 
 class ArgumentError(ValueError):
@@ -121,6 +122,32 @@ def _of_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(group, dict):
         return {}
     return {key: group[key.removeprefix("run.")] for key in _DEFAULTS if key.removeprefix("run.") in group}
+
+
+def tasks() -> list[str]:
+    """Names of the fine-tuning tasks: the modules of finetune/ that have settings and a ``main``.
+
+    Their text is read, not imported: a job script asks before anything else, and importing torch takes seconds.
+    """
+    return sorted(path.stem for path in _FOLDER.glob("*.py") if _trains(path))
+
+
+def missing_program(module: str) -> list[str]:
+    """An error if a task of fine-tuning is none.
+
+    Args:
+        module: a program, such as ``finetune.vqa``; without a task ``finetune.``.
+    """
+    package, _, task = module.partition(".")
+    if package != _PACKAGE or task in tasks():
+        return []
+    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(tasks())}"]
+
+
+def _trains(path: Path) -> bool:
+    parts = ast.parse(path.read_text()).body
+    has_main = any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in parts)
+    return has_main and any(isinstance(part, ast.ClassDef) and part.name.endswith("Config") for part in parts)
 
 
 def main(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from slurm import bad_nodes, history, watched
+from slurm import bad_nodes, history, squeue
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import read_heartbeats
@@ -43,9 +43,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print the state of runs."""
     args = parse_arguments(argv)
-    told = watched.ask_all()
-    runs = args.runs or _own_runs(told)
-    errors = [problem for run in runs for problem in _folder_errors(run, told)]
+    queue = squeue.read_queue()
+    runs = args.runs or _own_runs(queue)
+    errors = [problem for run in runs for problem in _folder_errors(run, queue)]
     if not runs:
         errors.append("no RUN is given, runs/ holds none and no job waits for one; name the folder of a run")
     if args.every <= 0:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if errors:
         raise ConfigError(errors)
     while True:
-        states = [state_of(run, told) for run in runs]
+        states = [state_of(run, queue) for run in runs]
         text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
         if args.watch and sys.stdout.isatty():
             print("\033[2J\033[H", end="")
@@ -64,29 +64,29 @@ def main(argv: list[str] | None = None) -> None:
             time.sleep(args.every)
         except KeyboardInterrupt:
             return
-        told = watched.ask_all()
+        queue = squeue.read_queue()
 
 
-def _own_runs(told: watched.Told) -> list[Path]:
+def _own_runs(queue: squeue.Queue) -> list[Path]:
     own = Path("runs")
-    waiting = {own / one.folder.name for one in told.queued or [] if one.folder.parent == own.resolve()}
+    waiting = {own / one.folder.name for one in queue.jobs or [] if one.folder.parent == own.resolve()}
     return sorted({path.parent for path in own.glob("*/config.yaml")} | waiting)
 
 
-def _folder_errors(run: Path, told: watched.Told) -> list[str]:
+def _folder_errors(run: Path, queue: squeue.Queue) -> list[str]:
     if run.is_dir():
-        if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or told.names(run):
+        if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or queue.names(run):
             return []
         return [f"{run}: is no run's folder, it has neither config.yaml nor slurm/, and no job is queued for it"]
-    if told.names(run):
+    if queue.names(run):
         return []
-    return [f"{run}: no such folder, and {told.silence or 'no job is queued for it'}; name the folder of a run"]
+    return [f"{run}: no such folder, and {queue.error or 'no job is queued for it'}; name the folder of a run"]
 
 
-def state_of(run: Path, told: watched.Told) -> dict[str, Any]:
+def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
     """All that is known of a run, as plain values; what is not known is None."""
     attempts = history.read(run)
-    jobs = watched.of_run(run, attempts, told)
+    jobs = squeue.jobs_of(run, attempts, queue)
     steps = _records(run / "metrics.jsonl")
     last = steps[-1] if steps else {}
     num_steps = _num_steps(run)
@@ -104,10 +104,10 @@ def state_of(run: Path, told: watched.Told) -> dict[str, Any]:
         "skipped_steps": last.get("skipped_steps"),
         "checkpoint": _checkpoint(run),
         "starts": len(attempts),
-        "restarts": _ends(attempts, watched.may_run(jobs, told)),
+        "restarts": _ends(attempts, squeue.may_run(jobs, queue)),
         "stop": (run / "stop").exists(),
         "ranks": (ranks := _ranks(run, attempts[-1].time if attempts else 0.0)),
-        "goes_on": (not jobs or watched.may_run(jobs, told)) and (ranks is None or not ranks["silent"]),
+        "goes_on": (not jobs or squeue.may_run(jobs, queue)) and (ranks is None or not ranks["silent"]),
         "bad_nodes": bad_nodes.current(),
     }
     if recent and before:

@@ -17,14 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slurm import bad_nodes, history, queue, training_checks
-from slurm.booking import errors_of_work, of_training
-from slurm.exclusions import choose, expand
-from slurm.rivals import jobs_on
-from slurm.runs import ArgumentError, work_folder
-from slurm.site import Site, option_of, read_site, site_file
-from slurm.tasks import missing_program
-from slurm.work_checks import check_export, check_shards
+from slurm import bad_nodes, history, squeue
+from slurm.bad_nodes import choose, expand
+from slurm.resources import errors_of_work, of_training
+from slurm.runs import ArgumentError, missing_program, work_folder
+from slurm.site_config import Site, option_of, read_site, site_file
+from slurm.squeue import jobs_on
+from slurm.submit_checks import check_export, check_shards, check_training
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--time", help="wall time, as sbatch takes it (default: the site's, else the script's)")
     options.add_argument(
         "--grace", type=int,
-        help="seconds before its end at which the run is told to save (default: the site's --signal, else 300)",
+        help="seconds before its end at which the run is signalled to save (default: the site's --signal, else 300)",
     )  # fmt: skip
     options.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
                         "wall time where jobs may not be requeued (default: 1)")  # fmt: skip
@@ -147,15 +146,15 @@ def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[P
     except ArgumentError as error:
         unnamed = str(error)
     if args.job in TRAINING:
-        booking, errors = of_training(args, site)
+        resources, errors = of_training(args, site)
         missing = missing_program(module)
-        found, notices = (missing, []) if missing else training_checks.check(booking, module, own, folder)
+        found, notices = (missing, []) if missing else check_training(resources, module, own, folder)
     else:
         errors = errors_of_work(args)
         is_later = args.dependency is not None
         found, notices = check_export(own, is_later) if args.job == "export" else check_shards(own)
     errors += found
-    # The program may have told it in its own words.
+    # The program may have reported it in its own words.
     words = [word for word in ("--config", "run.name", "--out", "--src") if word in unnamed]
     if unnamed and not any(word in line for word in words for line in found):
         errors.append(unnamed)
@@ -179,7 +178,7 @@ def _rival_errors(folder: Path, dependency: str) -> list[str]:
         return [f"squeue: gives no answer ({error}), so it is not known which jobs work on {folder}; try again later"]
     awaited = awaited_jobs(dependency)
     return [
-        f"{folder}: job {job} {'works on it' if state in queue.AT_WORK else f'waits to work on it ({state})'}; cancel "
+        f"{folder}: job {job} {'works on it' if state in squeue.AT_WORK else f'waits to work on it ({state})'}; cancel "
         f"that one, choose another folder, or come after it with --dependency=afterany:{job}"
         for job, state in rivals.items()
         if job not in awaited

@@ -10,7 +10,7 @@ from tests.spawn import ROOT
 
 LIGHT = """
 import json, sys
-import pretrain.checkpoints, slurm.outcome, slurm.runs, slurm.status, slurm.submit, unimo3.launch
+import pretrain.checkpoints, slurm.requeue_policy, slurm.runs, slurm.status, slurm.submit, unimo3.launch
 print(json.dumps({"modules": len(sys.modules), "torch": "torch" in sys.modules}))
 """
 RANK = """

@@ -12,7 +12,7 @@ from tests.integration.conftest import recipe, runs  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.jobs import Jobs
 
-pytest.register_assert_rewrite("tests.slurm.undisturbed")
+pytest.register_assert_rewrite("tests.slurm.compare")
 
 
 @pytest.fixture(scope="session")

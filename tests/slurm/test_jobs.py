@@ -4,8 +4,8 @@ import pytest
 
 from slurm.runs import newest_step
 from tests.integration.conftest import losses
+from tests.slurm.compare import assert_as_if_undisturbed, assert_no_step_was_done_twice, assert_saved, ledger
 from tests.slurm.jobs import NUM_STEPS
-from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice, assert_saved, ledger
 from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_jobs")]

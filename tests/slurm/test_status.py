@@ -1,4 +1,4 @@
-"""What the state of a run is told from, without a Slurm."""
+"""What the state of a run is output from, without a Slurm."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from slurm import history, status, watched
+from slurm import history, squeue, status
 from unimo3.training.heartbeat import Heartbeat
 
 
@@ -21,7 +21,7 @@ def run(tmp_path, monkeypatch):
 
 
 def state_of(run):
-    return status.state_of(run, watched.ask_all())
+    return status.state_of(run, squeue.read_queue())
 
 
 def write_steps(run, *speeds):
@@ -52,7 +52,7 @@ def test_step_speed_trend_and_end_come_from_the_figures(run):
     assert "in 32.0 min" in screen
 
 
-def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
+def test_starts_checkpoints_ranks_and_bad_nodes_are_shown(run, tmp_path):
     history.append(run, "begin", job="7", restart=0, nodes="n[1-2]", checkpoint=None)
     history.append(run, "end", job="7", status=137, action="requeue", reason="status 137: ...", checkpoint=10)
     begin = {"event": "begin", "time": time.time() - 1000, "job": "7", "restart": 1, "nodes": "n1", "checkpoint": 10}
@@ -86,19 +86,19 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_told(run, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_file_that_asks_to_stop_is_told_and_a_held_job_has_its_reason(run, squeue):
+def test_a_file_that_asks_to_stop_is_shown_and_a_held_job_has_its_reason(run, fake_squeue):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     (run / "stop").touch()
     for comment, line in (("held: a setting", "  held for    a setting"), ("mine", "  comment     mine")):
-        squeue(f"case $* in *=7*) echo 'SPECIAL_EXIT|JobHeldUser||{comment}';; esac")
-        told = status.screen(state_of(run))
-        assert line in told
-        assert "/stop is there: every start saves and ends at once" in told
-        assert "ends  " not in told
+        fake_squeue(f"case $* in *=7*) echo 'SPECIAL_EXIT|JobHeldUser||{comment}';; esac")
+        output = status.screen(state_of(run))
+        assert line in output
+        assert "/stop is there: every start saves and ends at once" in output
+        assert "ends  " not in output
 
 
 @pytest.fixture
-def squeue(tmp_path, monkeypatch):
+def fake_squeue(tmp_path, monkeypatch):
     """Has a program in squeue's place that says what a test wants; for answers a Slurm gives only when it is ill."""
 
     def answers(script):
@@ -112,14 +112,14 @@ def squeue(tmp_path, monkeypatch):
 
 
 @pytest.mark.integration
-def test_a_start_that_was_cut_off_is_among_the_restarts(run, squeue):
+def test_a_start_that_was_cut_off_is_among_the_restarts(run, fake_squeue):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     history.append(run, "begin", job="7", restart=1, nodes="n1", checkpoint=4)
     history.append(run, "end", job="7", status=75, action="requeue", reason="asked to stop", checkpoint=8)
     history.append(run, "begin", job="7", restart=2, nodes="n1", checkpoint=8)
     actions = [restart["action"] for restart in state_of(run)["restarts"]]
     assert actions == ["cut off", "requeue"]  # the last one may be at work
-    squeue("case $* in *7*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac")
+    fake_squeue("case $* in *7*) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1;; esac")
     state = state_of(run)
     assert [job["state"] for job in state["jobs"]] == ["ENDED"]
     assert [restart["action"] for restart in state["restarts"]] == ["cut off", "requeue", "cut off"]
@@ -127,9 +127,9 @@ def test_a_start_that_was_cut_off_is_among_the_restarts(run, squeue):
 
 
 @pytest.mark.integration
-def test_a_slurm_that_does_not_answer_is_said_to(run, squeue, capsys):
+def test_a_slurm_that_does_not_answer_is_said_to(run, fake_squeue, capsys):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
-    squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    fake_squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     assert "7 UNKNOWN, Slurm does not answer (slurm_load_jobs error: Unable" in status.screen(state_of(run))
     refused(run.parent / "none", capsys, "no such folder, and Slurm does not answer (slurm_load_jobs error: Unable")
 
@@ -142,6 +142,6 @@ def refused(folder, capsys, text):
 
 
 @pytest.mark.integration
-def test_a_folder_that_is_none_is_refused(tmp_path, squeue, capsys):
-    squeue("exit 0")
+def test_a_folder_that_is_none_is_refused(tmp_path, fake_squeue, capsys):
+    fake_squeue("exit 0")
     refused(tmp_path / "none", capsys, "no such folder, and no job is queued for it; name the folder of a run")

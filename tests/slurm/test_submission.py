@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from slurm import bad_nodes, history, status, submit
-from slurm.site import Site
+from slurm.site_config import Site
+from tests.slurm.compare import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from tests.slurm.jobs import NUM_STEPS
-from tests.slurm.undisturbed import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from tests.spawn import ROOT
 from unimo3.training.heartbeat import read_heartbeats
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from slurm import bad_nodes, disk, submit
+from slurm import bad_nodes, submit, submit_checks
 
 # Has no room: what the kernel shows there takes none.
 FULL = Path("/sys/kernel")
@@ -57,7 +57,7 @@ def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training)
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "problem"),
     [
         (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
         (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
@@ -91,7 +91,7 @@ def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "problem"),
     [
         (["--training.ds_config", "removed.json"], "has 'elasticity', which this project does not use; remove it"),
         (["--training.ds_config", "unknown.json"], "'zero_optimization.stag': DeepSpeed knows no such key"),
@@ -156,7 +156,7 @@ def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, 
     with safe_open(pretrained / "model.safetensors", "pt") as weights:
         elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
     # To 0.1 MB, as the message tells it in the place of GB.
-    monkeypatch.setattr(disk, "_GB", 1e6)
+    monkeypatch.setattr(submit_checks, "_GB", 1e6)
     checkpoints = 12 * elements / 1e6
     full = ("--run.dir", FULL)
     # keep_last, the best one, and the one being written.
@@ -216,7 +216,7 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, trai
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("content", "error"),
+    ("content", "problem"),
     [
         ("SBATCH_OPTIONS=(--partition=x", "site.env: bash cannot read it"),
         ("echo $NOT_SET", "site.env: bash cannot read it"),
@@ -265,7 +265,7 @@ def run(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("options", "arguments", "error"),
+    ("options", "arguments", "problem"),
     [
         ([], ["RUN", "--out", "RUN"], "exists and is no empty folder; choose a new one"),
         ([], ["none", "--out", "w"], "none: no such folder; name the folder of a run"),
@@ -300,7 +300,7 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("arguments", "problem"),
     [
         (["coco", "--src", "none", "--out", "o"], "--src none: no such folder"),
         (["webp", "--src", "SOURCE", "--out", "o"], "argument format: invalid choice: 'webp'"),

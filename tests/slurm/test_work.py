@@ -7,7 +7,7 @@ import time
 import pytest
 
 from slurm import history, status, submit
-from slurm.rivals import jobs_on
+from slurm.squeue import jobs_on
 from tests.slurm.jobs import NUM_STEPS
 from tests.spawn import ROOT
 
@@ -82,7 +82,7 @@ def test_a_killed_conversion_is_requeued_and_goes_on_within_its_budget(site, sou
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
-    begin = 'settle_by tool slurm.outcome begin --run "$RUN" --nodes n1'
+    begin = 'settle_by tool slurm.requeue_policy begin --run "$RUN" --nodes n1'
     stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
     script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
     jobs = [batch(site, script) for _ in range(2)]

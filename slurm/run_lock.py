@@ -20,8 +20,8 @@ FOLDER = "starts"
 _NUM_LOOKS, _LOOK_S = 50, 0.1
 
 
-def take(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]) -> str | None:
-    """Claim the folder for a start of a job.
+def acquire(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]) -> str | None:
+    """Acquire the folder for a start of a job.
 
     Args:
         restart: how often Slurm has started the job before.

@@ -3,7 +3,7 @@
 import pytest
 
 from slurm import history
-from slurm.exclusions import choose
+from slurm.bad_nodes import choose
 
 
 @pytest.mark.parametrize(

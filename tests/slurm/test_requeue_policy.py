@@ -3,7 +3,7 @@
 import pytest
 
 from slurm import bad_nodes, history
-from slurm.outcome import begin, decide, end, settled_status
+from slurm.requeue_policy import begin, decide, end, final_status
 
 
 def attempts(*records, action="requeue"):
@@ -43,12 +43,12 @@ def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
 
 
 def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
-    assert settled_status(137, tmp_path)[0] == 137
+    assert final_status(137, tmp_path)[0] == 137
     (tmp_path / "rank_0").write_text("78\nConfigError: Invalid configuration (1 error):\n  - a: b\n")
-    assert settled_status(143, tmp_path) == (78, "ConfigError: Invalid configuration (1 error): - a: b")
+    assert final_status(143, tmp_path) == (78, "ConfigError: Invalid configuration (1 error): - a: b")
     (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
-    assert settled_status(137, tmp_path)[0] == 75
-    assert settled_status(0, None)[0] == 0
+    assert final_status(137, tmp_path)[0] == 75
+    assert final_status(0, None)[0] == 0
 
 
 def ends(folder, *statuses):
@@ -71,7 +71,7 @@ def ends(folder, *statuses):
 )
 def test_before_training_the_first_rank_that_ended_knows_why(tmp_path, statuses, status):
     ends(tmp_path, *statuses)
-    assert settled_status(9, tmp_path)[0] == status
+    assert final_status(9, tmp_path)[0] == status
 
 
 def test_another_jobs_state_is_asked_for_and_one_at_work_keeps_the_folder(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from slurm import claims, history
+from slurm import history, run_lock
 from tests.waiting import PATIENCE_S
 
 # As many as there are cores, for all to be at it in the same microsecond.
@@ -17,7 +17,7 @@ def race(number, folder, start, won):
     for n in range(_NUM_ROUNDS):
         while time.monotonic() < start + n * _ROUND_S:
             pass
-        other = claims.take(folder / f"run_{n}", str(number), 0, is_at_work=lambda job: job != "dead")
+        other = run_lock.acquire(folder / f"run_{n}", str(number), 0, is_at_work=lambda job: job != "dead")
         won[number * _NUM_ROUNDS + n] = other is None
 
 
@@ -27,7 +27,7 @@ def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_p
     for n in range(_NUM_ROUNDS):
         (tmp_path / f"run_{n}" / "slurm" / "starts").mkdir(parents=True)
         if before:
-            assert claims.take(tmp_path / f"run_{n}", before, 0, lambda job: True) is None
+            assert run_lock.acquire(tmp_path / f"run_{n}", before, 0, lambda job: True) is None
     context = multiprocessing.get_context("fork")
     won = context.Array("b", _NUM_PROCESSES * _NUM_ROUNDS)
     start = time.monotonic() + 0.5
@@ -44,19 +44,19 @@ def test_a_job_that_is_at_work_keeps_the_folder_until_its_start_has_ended(tmp_pa
     def at_work(job):
         return True
 
-    assert claims.take(tmp_path, "1", 0, at_work) is None
-    assert claims.take(tmp_path, "2", 0, at_work) == "1"
+    assert run_lock.acquire(tmp_path, "1", 0, at_work) is None
+    assert run_lock.acquire(tmp_path, "2", 0, at_work) == "1"
     history.append(tmp_path, "begin", job="1", restart=0, nodes="n1", checkpoint=None)
-    assert claims.take(tmp_path, "2", 0, at_work) == "1"
+    assert run_lock.acquire(tmp_path, "2", 0, at_work) == "1"
     history.append(tmp_path, "end", job="1", status=75, action="requeue", reason="", checkpoint=None)
     # Its next start has it again: the end of the last one does not free it.
-    assert claims.take(tmp_path, "1", 1, at_work) is None
-    assert claims.take(tmp_path, "2", 0, at_work) == "1"
-    assert claims.take(tmp_path, "1", 2, at_work) is None  # cut off, and started again
-    assert claims.take(tmp_path, "2", 0, lambda job: False) is None
+    assert run_lock.acquire(tmp_path, "1", 1, at_work) is None
+    assert run_lock.acquire(tmp_path, "2", 0, at_work) == "1"
+    assert run_lock.acquire(tmp_path, "1", 2, at_work) is None  # cut off, and started again
+    assert run_lock.acquire(tmp_path, "2", 0, lambda job: False) is None
 
 
 def test_nothing_but_claims_is_left_behind(tmp_path):
-    claims.take(tmp_path, "1", 0, lambda job: True)
-    claims.take(tmp_path, "2", 0, lambda job: True)
+    run_lock.acquire(tmp_path, "1", 0, lambda job: True)
+    run_lock.acquire(tmp_path, "2", 0, lambda job: True)
     assert [path.name for path in (tmp_path / "slurm" / "starts").iterdir()] == ["000001"]

@@ -7,19 +7,19 @@ import argparse
 import re
 from dataclasses import dataclass
 
-from slurm.site import Site, option_of
+from slurm.site_config import Site, option_of
 
 _DEFAULT_TIME, _DEFAULT_GRACE_S = "24:00:00", 300
 
 
 @dataclass(frozen=True)
-class Booking:
+class Resources:
     """A job's size.
 
     Attributes:
         nodes: numbers of nodes that it may get.
         time_s: None: not known.
-        grace_s: how long before its end it is told to save.
+        grace_s: how long before its end it is signalled to save.
     """
 
     nodes: list[int]
@@ -29,8 +29,8 @@ class Booking:
     chain: int
 
 
-def of_training(args: argparse.Namespace, site: Site) -> tuple[Booking, list[str]]:
-    """What a training job books, and what is wrong with it, one line each."""
+def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[str]]:
+    """The resources of a training job, and what is wrong with it, one line each."""
     errors: list[str] = []
     nodes = node_counts(args.nodes)
     ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
@@ -48,11 +48,11 @@ def of_training(args: argparse.Namespace, site: Site) -> tuple[Booking, list[str
         errors.append(f"--chain {args.chain}: at least 1 link is needed")
     if grace_s < 1 or (time_s is not None and grace_s >= time_s):
         errors.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
-    return Booking(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), errors
+    return Resources(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), errors
 
 
 def errors_of_work(args: argparse.Namespace) -> list[str]:
-    """What is wrong with what an export or a conversion books."""
+    """What is wrong with an export's or a conversion's resources."""
     errors: list[str] = []
     ranks = args.ranks_per_node if args.ranks_per_node is not None else 1
     if args.nodes != "1":
@@ -64,7 +64,7 @@ def errors_of_work(args: argparse.Namespace) -> list[str]:
     if args.time and seconds(args.time) is None:
         errors.append(_TIME.format(args.time))
     if args.grace is not None:
-        errors.append(f"--grace {args.grace}: {args.job} is not told to save; leave it out")
+        errors.append(f"--grace {args.grace}: {args.job} is not signalled to save; leave it out")
     if args.chain != 1:
         errors.append(f"--chain {args.chain}: {args.job} is requeued before its time limit by itself; leave it out")
     return errors

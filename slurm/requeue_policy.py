@@ -9,9 +9,9 @@
     left       Slurm ends or requeues the job by itself
     hold       keep the job, held, until somebody has fixed what the reason says
 
-    python -m slurm.outcome begin --run RUN --nodes 'NODE NODE...'
-    python -m slurm.outcome preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
-    python -m slurm.outcome end --run RUN --status N [--statuses DIR]
+    python -m slurm.requeue_policy begin --run RUN --nodes 'NODE NODE...'
+    python -m slurm.requeue_policy preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
+    python -m slurm.requeue_policy end --run RUN --status N [--statuses DIR]
 
 Without torch, and without anything of the project that needs it: this has to work where the rest does not.
 
@@ -24,7 +24,7 @@ import os
 import signal
 from pathlib import Path
 
-from slurm import bad_nodes, claims, history, queue
+from slurm import bad_nodes, history, run_lock, squeue
 from slurm.runs import progress
 
 # Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
@@ -69,7 +69,7 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"
-    return "requeue", f"{what}: taken for an error of the machines, start {len(attempts) + 1} follows"
+    return "requeue", f"{what}: taken for a failure of the machines, start {len(attempts) + 1} follows"
 
 
 def begin(
@@ -78,12 +78,12 @@ def begin(
     """Before a program starts: whether it may; if so the start is noted.
 
     Args:
-        known: states of other jobs, as Slurm tells them; of one that is not in it the action is ``ask``.
+        known: states of other jobs, as Slurm reports them; of one that is not in it the action is ``ask``.
         early: ``NODES: REASON``, where the job's last starts could not begin.
     """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
     try:
-        other = claims.take(run, job, restart, lambda other: known[other] in queue.AT_WORK)
+        other = run_lock.acquire(run, job, restart, lambda other: known[other] in squeue.AT_WORK)
     except KeyError as unknown:
         return "ask", str(unknown.args[0])
     if other:
@@ -118,31 +118,31 @@ def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
     return "exclude", f"{','.join(sorted(bad_nodes.current()))} {why}"
 
 
-def settled_status(status: int, folder: Path | None) -> tuple[int, str]:
-    """The status that counts, and what a rank said of it.
+def final_status(status: int, folder: Path | None) -> tuple[int, str]:
+    """The status that counts, and what a rank reported of it.
 
     srun's own is the highest of all, and ranks that were ended for another's sake have high ones.
 
     Args:
         folder: where ranks that ended by themselves have left theirs.
     """
-    told: dict[int, str] = {}
+    messages: dict[int, str] = {}
     for path in sorted(folder.glob("rank_*")) if folder else []:
         code, _, message = path.read_text().partition("\n")
-        if code.isdigit() and not told.get(int(code)):
-            told[int(code)] = " ".join(message.split())
+        if code.isdigit() and not messages.get(int(code)):
+            messages[int(code)] = " ".join(message.split())
     for decisive in (*_REASONS, 71):
-        if decisive in told:
-            return decisive, told[decisive]
+        if decisive in messages:
+            return decisive, messages[decisive]
     # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
-    if 75 in told:
+    if 75 in messages:
         return 75, ""
     # The first rank that ended knows why; the others were ended by srun. One that was asked to stop before it trained
     # says 75 here and nothing else, or is ended by the signal while it is still being loaded.
     ends = [path.read_text().replace(",", ".").split() for path in folder.glob("end_*")] if folder else []
     in_order = sorted((float(end[0]), int(end[1])) for end in ends if len(end) == 2)
     first = next((code for _, code in in_order if code), status)
-    return (75, "") if first in _ASKED_TO_STOP else (first, told.get(first, ""))
+    return (75, "") if first in _ASKED_TO_STOP else (first, messages.get(first, ""))
 
 
 def end(
@@ -151,7 +151,7 @@ def end(
     """After a program has ended: what follows, which is noted.
 
     Args:
-        message: what the program said of it.
+        message: what the program reported of it.
         state: of the job; in another one Slurm ends or requeues it by itself.
     """
     checkpoint = progress(run)
@@ -174,21 +174,21 @@ def end(
 
 def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, max_restarts: int) -> tuple[str, str]:
     """After the checks of the nodes: bad ones are noted, and the job goes elsewhere."""
-    told = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
-    measured = told.pop("network", {"problems": [], "nodes": {}})
+    answers = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
+    measured = answers.pop("network", {"problems": [], "nodes": {}})
     network = measured["problems"]
-    own = list(dict.fromkeys(problem for answer in told.values() for problem in answer.get("job", [])))
+    own = list(dict.fromkeys(problem for answer in answers.values() for problem in answer.get("job", [])))
     bad = {
-        host: "; ".join(told[host]["problems"]) if host in told else "gave no answer"
+        host: "; ".join(answers[host]["problems"]) if host in answers else "gave no answer"
         for host in hosts
-        if host not in told or told[host]["problems"]
+        if host not in answers or answers[host]["problems"]
     } | measured["nodes"]
     if not bad and not network and not own and status == 0:
         return "go", ""
     checkpoint, attempts = progress(run), history.read(run)
     if own:
         action, reason = "hold", "; ".join(own)
-    elif not told or not bad:
+    elif not answers or not bad:
         # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
         what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
         action, reason = _again(what, attempts, checkpoint, max_restarts)
@@ -205,7 +205,7 @@ def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, ma
 
 def main() -> None:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m slurm.outcome", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m slurm.requeue_policy", description=__doc__)
     parser.add_argument("event", choices=("begin", "preflight", "end"))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--nodes", default="")
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument(
         "--known", default="", metavar="JOB=STATE", help="what Slurm says of the job that was asked for"
     )
-    parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm tells it")
+    parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm reports it")
     parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")
     args = parser.parse_args()
     job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
@@ -228,7 +228,7 @@ def main() -> None:
     elif args.event == "preflight":
         action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
     else:
-        status, message = settled_status(args.status, args.statuses)
+        status, message = final_status(args.status, args.statuses)
         action, reason = end(args.run, job, status, max_restarts, message, args.state)
     print(action, reason)
 
