@@ -6,8 +6,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= demo
 
-# Two of them compute most of the time while two wait for Slurm; tests/conftest.py says which tests share a process.
-PYTEST := $(RUN) -m pytest --numprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Two of them wait for Slurm a part of the time; tests/conftest.py says which tests share a process.
+PYTEST := $(RUN) -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo lint test test-quick check clean
 

@@ -7,13 +7,10 @@
 Source: none.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoint_elastic import elastic_table, measure_elastic
 from benchmarks.checkpoint_engine import WIDTH
@@ -30,7 +27,7 @@ Result = TypeVar("Result")
 @exit_with_status
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write the result and print it."""
-    parser = CommandParser(prog="python benchmarks/checkpoint.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.checkpoint", description=__doc__)
     parser.add_argument("--export", type=float, nargs="+", default=[0.3e9, 1e9], help="parameters (default: 0.3e9 1e9)")
     parser.add_argument("--elastic", type=float, nargs="+", default=[0.3e9, 1e9], help="the same")
     parser.add_argument("--held", type=float, nargs="+", default=[0.3e9, 0.6e9], help="the same (default: 0.3e9 0.6e9)")

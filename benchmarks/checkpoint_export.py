@@ -22,7 +22,6 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 OURS, OURS_UNVERIFIED, DEEPSPEED = "ours", "ours, --no-verify", "zero_to_torch"
 CONTESTANTS = (OURS, OURS_UNVERIFIED, DEEPSPEED)

@@ -9,15 +9,12 @@ Source: torch.nn.functional.scaled_dot_product_attention; torch.nn.attention.fle
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -266,7 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: something cannot be used.
     """
-    parser = CommandParser(prog="python benchmarks/kernel.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.kernel", description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="the CPU's sizes, in float32")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each case (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", help="only cases of these names")

@@ -18,7 +18,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,6 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 # As launch.py has it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Kept in the project, not in the home.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "triton"))
 
@@ -341,7 +339,7 @@ shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x the shar
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Compile the table and write what came of it."""
-    parser = CommandParser(prog="python benchmarks/kernel_static.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.kernel_static", description=__doc__)
     parser.add_argument("--search", action="store_true", help="find the table's entries again, in about half an hour")
     parser.add_argument(
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"

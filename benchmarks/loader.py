@@ -26,8 +26,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import webdataset
@@ -277,8 +275,8 @@ def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[in
     for size in tqdm(sizes, desc="index", unit="size"):
         folder = scratch / f"index_{size}"
         synthesise_index(folder, setting.folder / "train", size)
-        command = [sys.executable, __file__, "--probe", str(folder)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-m", "benchmarks.loader", "--probe", str(folder)]
+        output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         used, ready = json.loads(output)
         found[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, MEMBERS)))
     return found
@@ -334,7 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: something cannot be used.
     """
-    parser = CommandParser(prog="python benchmarks/loader.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.loader", description=__doc__)
     parser.add_argument("--rounds", type=int, default=8, help="rounds of each contestant (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a contestant's turn (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=16, help="of 256 samples each (default: %(default)s)")

@@ -71,7 +71,10 @@ def _commit() -> str:
 
 def _command() -> str:
     script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(ROOT).as_posix() if script.is_relative_to(ROOT) else script.name
+    if script.is_relative_to(ROOT):
+        name = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
+    else:
+        name = [script.name]
     # An absolute path says nothing on another machine.
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", name, *arguments])
+    return shlex.join(["python", *name, *arguments])

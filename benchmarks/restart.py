@@ -20,8 +20,6 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.report import ROOT, write_report
 from tests.integration.conftest import DS_CONFIG, MODEL
 from tests.slurm.cluster import Cluster
@@ -193,7 +191,7 @@ def report(rows: list[tuple[str, float, float | None, float | None]]) -> str:
 
 def main() -> None:
     """Measure, write the result and print it."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/restart.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.restart", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "restart.md")
     names = [event.name for event in EVENTS]
     parser.add_argument("--event", choices=names, help="measure this one alone, and write no result")

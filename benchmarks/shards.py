@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tqdm import tqdm
 
 from benchmarks.loader import NUM_PICTURES, picture
@@ -54,7 +52,7 @@ def rate_of(source: Path, out: Path, ranks: int, arguments: tuple[str, ...]) -> 
 @exit_with_status
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write the result and print it."""
-    parser = CommandParser(prog="python benchmarks/shards.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.shards", description=__doc__)
     parser.add_argument("--images", type=int, default=3000, help="to convert each time (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="conversions of each kind (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "shards.md")

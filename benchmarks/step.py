@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
 from benchmarks.contestants import (
     BRIDGETOWER,
@@ -62,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: something cannot be used; all errors in one message.
     """
-    parser = CommandParser(prog="python benchmarks/step.py", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="cpu", help="cpu, tiny (for tests), or base on a GPU")
     parser.add_argument("--rounds", type=int, help="rounds of one step each; more narrow the spread")
     parser.add_argument("--batch", type=int, help="pairs a step")
@@ -117,8 +115,8 @@ def memory_of_each(args: argparse.Namespace) -> dict[str, int]:
     options += ["--compile-towers"] if args.compile_towers else []
     found = {}
     for name in tqdm(CONTESTANTS, desc="peak memory", unit="model"):
-        command = [sys.executable, __file__, "--only", name, *options]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        command = [sys.executable, "-m", "benchmarks.step", "--only", name, *options]
+        answer = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
         found[name] = json.loads(answer.splitlines()[-1])["peak_bytes"]
     return found
 

@@ -18,7 +18,7 @@ SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000
 def report(tmp_path_factory) -> str:
     """Of one run, in a process of its own: it forks readers and sets the number of threads."""
     out = tmp_path_factory.mktemp("loader") / "loader.md"
-    command = [sys.executable, "benchmarks/loader.py", *SMALLEST, "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.loader", *SMALLEST, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return out.read_text()
@@ -64,7 +64,7 @@ def test_each_size_of_the_index_has_its_memory_time_and_bytes(report):
 
 @pytest.mark.integration
 def test_the_report_says_how_and_where_it_was_made(report):
-    assert f"python benchmarks/loader.py {' '.join(SMALLEST)} --out loader.md" in report
+    assert f"python -m benchmarks.loader {' '.join(SMALLEST)} --out loader.md" in report
     assert dict(rows_under("Measured on", report))["processor"]
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks.finetuning import README_MARKS
+from experiments.finetuning import README_MARKS
 from tests.data.conftest import draw_jpeg
 from tests.spawn import ROOT
 from unimo3.inference.folder import load
@@ -20,10 +20,10 @@ def example() -> str:
     return str(block)
 
 
-def test_the_readmes_table_of_tasks_is_the_benchmarks():
+def test_the_readmes_table_of_tasks_is_the_experiments():
     table = (ROOT / "README.md").read_text().partition(README_MARKS[0])[2].partition(README_MARKS[1])[0]
     assert table.count("\n") == 6
-    assert table in (ROOT / "benchmarks" / "results" / "finetuning.md").read_text()
+    assert table in (ROOT / "experiments" / "results" / "finetuning.md").read_text()
 
 
 def test_the_readmes_example_has_about_ten_lines_and_predicts(tuned, tmp_path, capsys):

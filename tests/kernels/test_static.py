@@ -25,7 +25,7 @@ def run(*command):
 def rows(tmp_path_factory):
     """The whole table: figures of the record, compiled where it has none for what is in the tree now."""
     path = tmp_path_factory.mktemp("static") / "rows.jsonl"
-    run("benchmarks/kernel_static.py", "--json", path)
+    run("-m", "benchmarks.kernel_static", "--json", path)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -91,7 +91,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_the_record_is_of_the_kernels_in_the_tree(rows):
     recorded = [json.loads(line)["content"] for line in (RESULTS / "kernel_static.jsonl").read_text().splitlines()]
     missing = {row["content"] for row in rows} - set(recorded)
-    assert not missing, f"{len(missing)} entries changed: run `python benchmarks/kernel_static.py`, commit its results"
+    assert not missing, f"{len(missing)} entries changed: run `python -m benchmarks.kernel_static`, commit its results"
 
 
 @pytest.mark.integration

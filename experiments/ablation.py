@@ -20,11 +20,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.ablation_report import MOST_SEEDS, MOST_SIZE_DIFFERENCE, REFERENCE, write_ablation
-from benchmarks.ablation_run import LARGER_VARIANTS, VARIANTS, Data, Settings, TrainingRun, num_parameters, option
 from benchmarks.report import ROOT
+from experiments.ablation_report import MOST_SEEDS, MOST_SIZE_DIFFERENCE, REFERENCE, write_ablation
+from experiments.ablation_run import LARGER_VARIANTS, VARIANTS, Data, Settings, TrainingRun, num_parameters, option
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
@@ -65,7 +63,9 @@ def do_all(runs: list[TrainingRun], work: Path, num_jobs: int) -> Iterator[Train
         while waiting or running:
             while waiting and len(running) < num_jobs:
                 run = waiting.pop(0)
-                running[run] = subprocess.Popen(command_of(run, work), env=os.environ | {"OMP_NUM_THREADS": "1"})
+                running[run] = subprocess.Popen(
+                    command_of(run, work), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                )
             for run, process in list(running.items()):
                 if process.poll() is not None:
                     del running[run]
@@ -83,7 +83,7 @@ def command_of(run: TrainingRun, work: Path) -> list[str]:
     """The command line of one run."""
     given = [word for name, value in asdict(run.settings).items() for word in (option(name), str(value))]
     only = ("--seeds", str(run.seed), "--only", f"{run.variant}:{run.seed}")
-    return [sys.executable, __file__, *only, "--work", str(work), *given]
+    return [sys.executable, "-m", "experiments.ablation", *only, "--work", str(work), *given]
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
@@ -92,13 +92,13 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
     Raises:
         ConfigError: with all its errors.
     """
-    parser = CommandParser(prog="python benchmarks/ablation.py", description=__doc__)
+    parser = CommandParser(prog="python -m experiments.ablation", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the whole way in minutes; too short to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the repetitions (default: 0 1 2)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (default: 2)")
     parser.add_argument("--work", type=Path, help="folder of data and finished runs (default: runs/ablation[_quick])")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the report")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results", help="folder of the report")
     parser.add_argument("--only", metavar="VARIANT:SEED", help="do this run alone, on data that is there; no report")
     for field in fields(Settings):
         full, quick = getattr(FULL, field.name), getattr(QUICK, field.name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import retrieval, retrieval_cost
+from experiments import retrieval, retrieval_cost
 
 
 def run(*arguments):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, ablation_report, ablation_run
-from benchmarks.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
+from experiments import ablation, ablation_report, ablation_run
+from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from unimo3.errors import ConfigError
 
 TINY = ablation_run.Settings(

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.ablation_report import REFERENCE
 from benchmarks.report import ROOT, machine
+from experiments.ablation_report import REFERENCE
 from finetune.task import score_batch
 from finetune.vqa import Vqa
 from pretrain.toy import blind_rates

@@ -7,13 +7,10 @@ Source: none.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.finetuning_chain import NLVR2, PRETRAINING_STEPS, RETRIEVAL, SNLI_VE, VQA, Chain, ToyTask
 from benchmarks.report import ROOT, write_report
+from experiments.finetuning_chain import NLVR2, PRETRAINING_STEPS, RETRIEVAL, SNLI_VE, VQA, Chain, ToyTask
 
 SEEDS = (0, 1, 2)
 # The least by which a task's figure must pass the blind guess.
@@ -22,7 +19,7 @@ COMPARED_STEPS = {VQA: 150, RETRIEVAL: 60}
 # Pretraining's own rate: random weights may need a larger one than trained weights do.
 RANDOM_LR = "1e-3"
 README = ROOT / "README.md"
-README_MARKS = ("<!-- benchmarks/finetuning.py writes this table -->\n", "<!-- end -->\n")
+README_MARKS = ("<!-- experiments/finetuning.py writes this table -->\n", "<!-- end -->\n")
 
 
 def blind_table(chain: Chain) -> tuple[str, list[str]]:
@@ -109,7 +106,7 @@ on (`unimo3/data/blind.py`); for retrieval it is one order of all candidates for
 
 The figure is the one above. A seed draws the order of the data, the task's head and the random weights; the pretrained
 ones are the same. Nothing else differs between the lines of a task but the rate."""
-    write_report(ROOT / "benchmarks" / "results" / "finetuning.md", "Fine-tuning on toy data", body)
+    write_report(ROOT / "experiments" / "results" / "finetuning.md", "Fine-tuning on toy data", body)
     write_readme(tasks)
     print(f"{tasks}\n{below}\n\n{starts}\n{ahead}")
 

@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
-from benchmarks.ablation_run import on_cpu
 from benchmarks.report import ROOT, usable_cores, write_report
-from benchmarks.retrieval_cost import cost_of_base
+from experiments.ablation_run import on_cpu
+from experiments.retrieval_cost import cost_of_base
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
@@ -83,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: something cannot be used; all errors in one message.
     """
-    parser = CommandParser(prog="python benchmarks/retrieval.py", description=__doc__)
+    parser = CommandParser(prog="python -m experiments.retrieval", description=__doc__)
     parser.add_argument("--images", type=int, default=200, help="test images; five texts each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of the model (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="of towers and fusion encoder (default: %(default)s)")
@@ -91,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shortlists", type=int, nargs="+", default=[4, 8, 16], help="numbers of candidates")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of one process (default: all cores)")
     parser.add_argument("--base-pairs", type=int, default=8, help="pairs a batch of `base`; 0 leaves it out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "retrieval.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "retrieval.md")
     args = parser.parse_args(arguments)
     least = {"images": 4, "steps": 1, "width": 4, "layers": 1, "threads": 1, "base_pairs": 0}
     errors = [
