@@ -260,7 +260,7 @@ def _fill(path: Path, moments: bool, seed: int) -> None:
     """Put normal values where the file has holes: weights, and squares of small ones as moments."""
     import torch
 
-    from unimo3.checkpoint.stored import load_structure
+    from unimo3.checkpoint.torch_file import load_structure
 
     generator = torch.Generator().manual_seed(seed)
     partition = load_structure(path)["optimizer_state_dict"]

@@ -45,7 +45,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
     import torch
 
     from unimo3.checkpoint.args import CheckpointArgs
-    from unimo3.checkpoint.saving import Saver
+    from unimo3.checkpoint.saver import Saver
     from unimo3.checkpoint.state import TrainState
     from unimo3.distributed import barrier, world
 
@@ -67,7 +67,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
             start = time.perf_counter()
             saver.save(TrainState(number + 1, 0, "", "", world()[1], 2))
             held[kind].append(time.perf_counter() - start)
-            saver.settle()
+            saver.wait()
             if kind == "background":
                 whole.append(time.perf_counter() - start)
     files = sum(path.stat().st_size for path in (folder / "plain").rglob("*.pt")) / world()[1]

@@ -84,7 +84,7 @@ class BridgeTowerForPreTraining(nn.Module):
     def set_attention(self, implementation: str) -> None:
         """Choose how text and fusion layers attend: eager or sdpa.
 
-        transformers offers this model eager attention alone, but its layers look the function up by name and serve
+        transformers offers this model eager attention alone, but its layers look the function up by name and support
         sdpa as well; the comparison lets them.
         """
         config = self.bridgetower.config

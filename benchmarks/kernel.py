@@ -278,7 +278,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if args.cpu and FLEX in (args.contestants or ()):
         errors.append(f"--contestants {FLEX}: has no backward pass on CPUs; leave it out")
     known = {case.name for case in (cpu_cases() if args.cpu else gpu_cases())}
-    errors += [f"--cases {name}: one of {', '.join(sorted(known))} is served" for name in set(args.cases or ()) - known]
+    errors += [
+        f"--cases {name}: one of {', '.join(sorted(known))} is supported" for name in set(args.cases or ()) - known
+    ]
     if errors:
         raise ConfigError(errors)
     return args

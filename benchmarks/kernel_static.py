@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled to, with no GPU at hand: registers, spills, shared memory, matrix instructions.
+"""What the Triton kernels are compiled to, with no GPU: registers, spills, shared memory, matrix instructions.
 
 The report has every entry of the table of blocks for compute capabilities 8.0, 9.0 and 10.0, with seven levels, gate,
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
@@ -116,7 +116,7 @@ class Resources:
 
 
 def table_builds(widths: Sequence[int]) -> list[Build]:
-    """Every entry of the table, for each dtype and each of these head widths it serves."""
+    """Every entry of the table, for each dtype and each of these head widths it supports."""
     found = {
         build: None
         for capability, dtype, width, name, length in itertools.product(
@@ -241,17 +241,17 @@ def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resour
 
 
 def candidates(name: str, dtypes: Sequence[str], width: int, capabilities: Sequence[int]) -> dict[Blocks, list[Build]]:
-    """Blocks that `best` chooses from, each with all builds that it would serve.
+    """Blocks that `best` chooses from, each with all builds that it would support.
 
     Args:
-        width: one of `WIDTHS`; heads that are padded to it are served.
+        width: one of `WIDTHS`; heads that are padded to it are supported.
     """
     sizes = (16, 32, 64) if "fp32" in dtypes else (32, 64)
-    served = [head for head in HEAD_WIDTHS if triton.next_power_of_2(head) == width]
+    supported = [head for head in HEAD_WIDTHS if triton.next_power_of_2(head) == width]
     return {
         blocks: [
             build
-            for dtype, head, capability in itertools.product(dtypes, served, capabilities)
+            for dtype, head, capability in itertools.product(dtypes, supported, capabilities)
             for build in variants(Build(name, dtype, head, capability, blocks))
         ]
         for blocks in itertools.starmap(Blocks, itertools.product(sizes, sizes, (4, 8), (2,)))
@@ -264,7 +264,7 @@ def best(name: str, measured: dict[Blocks, list[tuple[Build, Resources]]], owned
     """The largest of blocks that fit; then the most warps resident; then the fewest registers.
 
     Args:
-        measured: by `blocks`, what it takes of each build it would serve; none where one does not fit.
+        measured: by `blocks`, what it takes of each build it would support; none where one does not fit.
         owned: size of the block a program owns, if there is one of that size; else any, but none above it.
     """
 
@@ -294,9 +294,9 @@ def search() -> None:
         builds = candidates(name, dtypes, width, capabilities)
         flat = measure_all(list(itertools.chain(*builds.values())), f"{dtypes} {capabilities} {name} {width}")
         measured: dict[Blocks, list[tuple[Build, Resources]]] = {}
-        for blocks, served in builds.items():
-            fitting = [(build, found) for build in served if (found := flat[build][1]) and found.fits(build)]
-            measured[blocks] = fitting if len(fitting) == len(served) else []
+        for blocks, supported in builds.items():
+            fitting = [(build, found) for build in supported if (found := flat[build][1]) and found.fits(build)]
+            measured[blocks] = fitting if len(fitting) == len(supported) else []
         owned = (None,) if dtypes == ("fp32",) else (SHORT_LENGTH, 64)
         chosen = ", ".join(str(best(name, measured, size)) for size in owned)
         print(f"{dtypes} {capabilities} {(name, width)}: {chosen}", flush=True)
@@ -328,7 +328,7 @@ def table(measured: dict[Build, Resources]) -> str:
 INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
 {LEVELS} levels, gate, padding and dropout; head width {RECIPE_WIDTH} in bf16 was compiled for {RECIPE_LEVELS} levels,
 without padding and without dropout as well, and none of these spills either. Where a kernel has two rows, the first is
-for up to {SHORT_LENGTH} queries (keys for backward_key), the second for more; a single row serves both.
+for up to {SHORT_LENGTH} queries (keys for backward_key), the second for more; a single row supports both.
 
 Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and
 shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x the shared memory is that of 8.6 and 8.9,

@@ -1,6 +1,6 @@
 """Converting images to shards: images a second of prepare_shards with one rank and with two.
 
-Source: none; the command's own log says how many records a second it wrote, start-up and index left out.
+Source: none; the command's own log says how many records a second it wrote, start-up and index excluded.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines.append(f"| {way} | {median(alone):.0f} | {median(both):.0f} | {times} |")
     text = "\n".join(lines) + (
         f"\n\nMedians of {args.rounds} conversions of {args.images} JPEGs of 640 x 480 pixels and 70 to 80 kB, each "
-        "decoded once;\nstart-up and the index left out."
+        "decoded once;\nstart-up and the index excluded."
     )
     write_report(args.out, "Converting images to shards", text)
     print(f"\n{text}\n\n{args.out}")

@@ -3,7 +3,7 @@
 All variants of a seed get the same batches in the same order and, where they share a parameter, the same initial
 values; their sizes agree to 2 %, but for the one whose further levels have keys and values of their own. Each (variant,
 seed) is a process of one thread. A finished run is kept in the work folder and not done again, so an ablation that was
-killed goes on where it stopped.
+killed continues where it stopped.
 
 Source: METER, arXiv 2111.02387 (in_layer); BridgeTower, arXiv 2206.08657 (bridge); arXiv 2305.13697 (cross_layer).
 """
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
 
     errors = settings.validate()
     unknown = [name for name in args.variants if name not in VARIANTS]
-    errors += [f"--variants {name}: one of {', '.join(VARIANTS)} is served" for name in unknown]
+    errors += [f"--variants {name}: one of {', '.join(VARIANTS)} is supported" for name in unknown]
     if REFERENCE not in args.variants:
         errors.append(f"--variants {' '.join(args.variants)}: {REFERENCE}, which others are compared with, is missing")
     if not 1 <= len(set(args.seeds)) == len(args.seeds) <= MOST_SEEDS or min(args.seeds) < 0:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         variant, seed = args.only.split(":")
         TrainingRun(settings, variant, int(seed)).do(work)
         return
-    # A stop ends the runs too: they would go on unseen, and a second start would do them twice.
+    # A stop ends the runs too: they would continue unseen, and a second start would do them twice.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     check_sizes(settings)

@@ -35,10 +35,10 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import DivergedError
-from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, settle_tokens
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, resolve_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
@@ -308,7 +308,7 @@ class TrainingRun:
 def build_pretraining_model(args: ModelArgs, data: Data, seed: int) -> Unimo3ForPreTraining:
     """A model with its initial values, which depend on (seed, module name) alone."""
     config = args.to_config()
-    settle_tokens(config, data.tokenizer())
+    resolve_tokens(config, data.tokenizer())
     model = Unimo3ForPreTraining(config)
     initialize_weights(model, seed, args.initializer_range)
     return model

@@ -14,7 +14,7 @@ from benchmarks.report import ROOT
 from pretrain.toy import blind_rates
 from unimo3.data.blind import BlindGuesser
 from unimo3.data.index import ShardIndex
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import read_exported_config
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining

@@ -34,9 +34,9 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
-from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, settle_tokens
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, resolve_tokens
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import ImageTextMatching
@@ -131,7 +131,7 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
         dropout=0.0, itc_size=64,
     )  # fmt: skip
     model_config = size.to_config()
-    settle_tokens(model_config, tokenizer)
+    resolve_tokens(model_config, tokenizer)
     model = Unimo3ForImageAndTextRetrieval(model_config)
     initialize_weights(model, 0, size.initializer_range)
     # Random negatives first: hard ones alone teach nothing about most of the pairs that METER's way compares.

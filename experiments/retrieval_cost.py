@@ -14,7 +14,7 @@ from tqdm import tqdm
 from benchmarks.report import ROOT
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.objectives.retrieval import RetrievalTask
 
 # COCO's test split by Karpathy: five captions an image, ten images with one more.

@@ -15,7 +15,7 @@ from finetune.task import Task
 from finetune.vqa import Vqa, VqaConfig
 from finetune.weights import resized, task_errors
 from unimo3 import config
-from unimo3.checkpoint.init import config_of
+from unimo3.checkpoint.initial_weights import config_of
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import ConfigError
 from unimo3.model.args import ModelArgs
@@ -54,7 +54,7 @@ class PlannedFinetuning(FinetuneConfig):
         """The model's configuration, at the task's resolution.
 
         Raises:
-            ConfigError: there is none, or it does not serve the task.
+            ConfigError: there is none, or it does not fit the task.
         """
         if self.init and self.model_recipe:
             raise ConfigError(f"--model {self.model_recipe}: init '{self.init}' names the model too; leave one out")

@@ -15,7 +15,7 @@ from finetune.task import HeldOut, Reading, Task
 from finetune.weights import head_errors, resized, task_errors
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.init import config_of, has_begun, model_files_of, weights_of
+from unimo3.checkpoint.initial_weights import config_of, has_begun, model_files_of, weights_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import TEST_SPLITS
 from unimo3.data.tokenizer import load_tokenizer
@@ -25,10 +25,10 @@ from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import tokenizer_errors
 from unimo3.model.config import Unimo3Config
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_exported
 from unimo3.model.processor import Unimo3Processor
-from unimo3.training.best import Best, BestArgs
+from unimo3.training.early_stopping import Best, BestArgs
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, Guard
 from unimo3.training.heartbeat import other_process
@@ -186,7 +186,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
-    # Of a run that goes on, the checkpoint has all weights.
+    # Of a run that continues, the checkpoint has all weights.
     begins = broadcast_object(not has_begun(settings.run.folder))
     weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
     training = settings.training

@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
-from unimo3.checkpoint.init import config_of, model_files_of
+from unimo3.checkpoint.initial_weights import config_of, model_files_of
 from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
 from unimo3.data.blind import accuracy_by_group
 from unimo3.data.index import ShardIndex
@@ -144,7 +144,7 @@ class VqaConfig(FinetuneConfig):
 
     @property
     def _tuned_answers(self) -> Path | None:
-        """The vocabulary of the head that the run goes on with or that `init`'s weights have, if there is one."""
+        """The vocabulary of the head that the run continues with or that `init`'s weights have, if there is one."""
         try:
             has_head = config_of(self.init, self.run.folder).num_answers > 0
         except ConfigError:

@@ -33,14 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if not args.run.is_dir():
         raise CheckpointError(f"{args.run}: no such folder; name the folder of a run")
-    checkpoints, aside = store.list_folders(args.run), store.set_aside(args.run)
+    checkpoints, aside = store.list_folders(args.run), store.quarantined_folders(args.run)
     if not checkpoints and not aside:
         raise CheckpointError(f"{args.run}: has no committed checkpoint in {store.folder_of(args.run)}")
     if args.command == "ls":
         for folder in checkpoints:
             print(describe(folder))
         for folder in aside:
-            print(f"{folder.name}  kept aside as damaged; verify says why")
+            print(f"{folder.name}  quarantined as damaged; verify says why")
     elif args.command == "verify":
         verify(checkpoints, aside)
     else:
@@ -71,10 +71,10 @@ def verify(checkpoints: list[Path], aside: list[Path]) -> None:
     """Print each one's condition.
 
     Raises:
-        CheckpointError: one is damaged that is not kept aside.
+        CheckpointError: one is damaged that is not quarantined.
     """
     for folder in aside:
-        print(f"{folder.name}  kept aside: {'; '.join(store.verify(folder)) or 'good now; rename it to use it'}")
+        print(f"{folder.name}  quarantined: {'; '.join(store.verify(folder)) or 'good now; rename it to use it'}")
     damaged = []
     for folder in checkpoints:
         problems = store.verify(folder)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.best import BEST, read_best
+from unimo3.checkpoint.best_record import BEST, read_best
 from unimo3.checkpoint.casting import TensorReport
 from unimo3.checkpoint.export import DTYPES, export_run
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status

@@ -1,6 +1,6 @@
 """Public data sets -> WebDataset shards with an index, one folder a split.
 
-Under mpirun or srun the ranks share the work. A conversion that was killed goes on when it is started again.
+Under mpirun or srun the ranks share the work. A conversion that was killed continues when it is started again.
 """
 
 import argparse
@@ -9,9 +9,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from unimo3.data.build_index import index, verify
 from unimo3.data.conversion import MARK, Conversion, convert, is_output, sibling_folders
 from unimo3.data.formats import CONVERTERS
-from unimo3.data.indexing import index, verify
 from unimo3.data.ranks import communicator
 from unimo3.data.shards import ImageOptions
 from unimo3.errors import CommandParser, ConfigError, Unimo3Error, exit_with_status

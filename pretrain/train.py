@@ -12,7 +12,7 @@ from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.args import ModelArgs, set_initial_weights, settle_tokens, tokenizer_errors
+from unimo3.model.args import ModelArgs, resolve_tokens, set_initial_weights, tokenizer_errors
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = config.parse(PretrainConfig, argv, "python -m pretrain.train", __doc__ or "")
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
-    settle_tokens(model_config, tokenizer)
+    resolve_tokens(model_config, tokenizer)
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, stop, watch = start_process(settings.run, settings.training.stall_after_s)

@@ -20,7 +20,7 @@ setup() {
     ROOT=$PWD
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
-    # Exported, for the programs to see it; and not under -u, which modules' own scripts do not bear.
+    # Exported, for the programs to see it; and not under -u, which modules' own scripts do not support.
     set -a +u
     # shellcheck source=slurm/site.env.example
     [[ ! -f $site ]] || source "$site"
@@ -40,14 +40,14 @@ setup() {
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
     # The address that Slurm itself uses for the node: its name need not be known to the others.
-    MASTER_ADDR=$(patiently scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    MASTER_ADDR=$(with_retries scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$(free_port)
     export MASTER_ADDR MASTER_PORT
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
 
 # Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
-patiently() {
+with_retries() {
     local try
     for try in {1..20}; do
         ! "$@" || return 0
@@ -57,11 +57,11 @@ patiently() {
     return 1
 }
 
-# As `patiently`, while Slurm ends all processes of the job for what the command itself asks.
-unhurt() { (trap '' TERM && patiently "$@"); }
+# As `with_retries`, while Slurm ends all processes of the job for what the command itself asks.
+ignoring_term() { (trap '' TERM && with_retries "$@"); }
 
 # A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
-# ports they try first; one that something else holds is passed over.
+# ports they try first; one that something else holds is skipped.
 free_port() {
     local port try
     for try in {0..49}; do
@@ -142,15 +142,15 @@ take() {
     stderr=$(mktemp)
     folder=$(tool slurm.runs "$@" 2>"$stderr") || { status=$? && cat "$stderr" >&2 && settle "$status" "$(tail -n 1 "$stderr")"; }
     rm -f "$stderr"
-    HOSTS=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+    HOSTS=$(with_retries scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
-    comment=$(patiently squeue --noheader --jobs="$JOB" --format=%k)
+    comment=$(with_retries squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
     # Nodes that could not even start Python, where this one can.
     [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
     settle_by tool slurm.requeue_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
     # The reason of an earlier start; the user's own comment stays.
-    [[ -z $early && $comment != "held: "* ]] || patiently scontrol update JobId="$JOB" Comment=""
+    [[ -z $early && $comment != "held: "* ]] || with_retries scontrol update JobId="$JOB" Comment=""
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
@@ -188,7 +188,7 @@ preflight() {
     settle_by tool slurm.requeue_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
 }
 
-# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job goes on. A command
+# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job continues. A command
 # that has to know of another job first says ``ask JOB``: it may run in a container, where no Slurm is.
 settle_by() {
     local answer action="" reason known=()
@@ -225,7 +225,7 @@ settle() {
     else
         action=requeue
         [[ $1 != 12[67] ]] || here=${SLURMD_NODENAME:-}
-        patiently scontrol update JobId="$JOB" Comment="$reason"
+        with_retries scontrol update JobId="$JOB" Comment="$reason"
     fi
     say "$action: $reason"
     act "$action" "$reason" "$here"
@@ -233,7 +233,7 @@ settle() {
 
 # Starts in a row that ended before they could be judged, as ``NUMBER NODES: REASON``; nothing if there are none.
 early_ends() {
-    patiently squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
+    with_retries squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
 }
 
 # A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work, and
@@ -260,26 +260,26 @@ state_of() {
 # Until the job's time limit, as it is now.
 seconds_left() {
     local ends
-    ends=$(patiently squeue --noheader --jobs="$JOB" --format=%e)
+    ends=$(with_retries squeue --noheader --jobs="$JOB" --format=%e)
     [[ $ends == *:* ]] || return 1 # there is none
     echo $(($(date --date="$ends" +%s) - $(date +%s)))
 }
 
-# Does what was decided: ACTION REASON [NODE]; the node is left out at the next start, for this job alone.
+# Does what was decided: ACTION REASON [NODE]; the node is skipped at the next start, for this job alone.
 act() {
     local action=$1 reason=$2 here=${3:-} state
     IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
     [[ $action != left ]] || exit 1
-    state=$(patiently squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
+    state=$(with_retries squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
         say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
     local change=keep nodes="" is_ended="" excluded
-    excluded=$(patiently squeue --noheader --jobs="$JOB" --format=%x)
+    excluded=$(with_retries squeue --noheader --jobs="$JOB" --format=%x)
     excluded=${excluded%%$'\n'*}
-    [[ -z $excluded ]] || excluded=$(patiently scontrol show hostnames "$excluded" | paste -sd,)
+    [[ -z $excluded ]] || excluded=$(with_retries scontrol show hostnames "$excluded" | paste -sd,)
     if [[ -n $here ]]; then
         change="set $excluded${excluded:+,}$here"
     elif [[ -n ${RUN:-} ]]; then
@@ -288,17 +288,17 @@ act() {
     read -r change nodes <<<"$change"
     trap 'is_ended=yes' TERM
     case $action in
-    requeue | exclude) unhurt scontrol requeue "$JOB" ;;
+    requeue | exclude) ignoring_term scontrol requeue "$JOB" ;;
     hold)
-        patiently scontrol update JobId="$JOB" Comment="held: $reason" || true
+        with_retries scontrol update JobId="$JOB" Comment="held: $reason" || true
         # The links that have not begun, too; release them with the array's number.
         [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scontrol hold "$SLURM_ARRAY_JOB_ID" || true
-        unhurt scontrol requeuehold State=SpecialExit "$JOB"
+        ignoring_term scontrol requeuehold State=SpecialExit "$JOB"
         ;;
     *) exit 1 ;;
     esac
     # Only of a job that waits.
-    [[ $change != "set" ]] || unhurt scontrol update JobId="$JOB" ExcNodeList="$nodes"
+    [[ $change != "set" ]] || ignoring_term scontrol update JobId="$JOB" ExcNodeList="$nodes"
     # Slurm ends this script now; if it exited by itself before, the job would be taken for finished.
     [[ -n $is_ended ]] || sleep 120
     exit 1

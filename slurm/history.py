@@ -59,7 +59,7 @@ def append(run: Path, event: str, **fields: Any) -> None:
 
 
 def read(run: Path) -> list[Attempt]:
-    """All starts, oldest first; a line cut off by a crash is left out."""
+    """All starts, oldest first; a line cut off by a crash is skipped."""
     attempts: list[Attempt] = []
     for record in _records(run):
         event, when = record.pop("event"), record.pop("time")

@@ -3,7 +3,7 @@
     go         continue
     ask        say what Slurm makes of another job, the reason, and ask again
     done       the run has ended well
-    link       this link of an array ends, the next goes on
+    link       this link of an array ends, the next continues
     requeue    start again
     exclude    start again elsewhere; the reason begins with the nodes to leave out
     left       Slurm ends or requeues the job by itself
@@ -65,7 +65,7 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     attempts = history.since_the_last_hold(attempts)
     in_vain = history.starts_without_progress(attempts, checkpoint)
     if in_vain > MAX_WITHOUT_PROGRESS:
-        return "hold", f"{what}: {in_vain} starts in a row ended with nothing new to go on from"
+        return "hold", f"{what}: {in_vain} starts in a row ended without new progress"
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"

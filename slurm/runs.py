@@ -95,7 +95,7 @@ def newest_step(run: Path) -> int | None:
 
 
 def progress(folder: Path) -> int | None:
-    """What there is to go on from: step of a run's newest checkpoint, or number of a conversion's finished shards."""
+    """What a start resumes from: step of a run's newest checkpoint, or number of a conversion's finished shards."""
     step = newest_step(folder)
     if step is not None:
         return step

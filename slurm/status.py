@@ -130,7 +130,7 @@ def screen(state: dict[str, Any]) -> str:
         elif job["comment"]:
             line("comment", job["comment"])
     if state["stop"]:
-        line("stop", f"{state['run']}/stop is there: every start saves and ends at once; remove it to go on")
+        line("stop", f"{state['run']}/stop is there: every start saves and ends at once; remove it to continue")
     if not state["jobs"]:
         line("job", "none of Slurm's is queued or has begun here")
     if state["step"] is None:

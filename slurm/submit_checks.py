@@ -112,7 +112,7 @@ def check_export(arguments: list[str], is_later: bool) -> Found:
         is_later: whether the job waits for another, which may bring the checkpoint.
     """
     from pretrain import export
-    from unimo3.checkpoint.stored import close_files
+    from unimo3.checkpoint.torch_file import close_files
     from unimo3.checkpoint.zero import ZeroCheckpoint
 
     try:
@@ -214,7 +214,7 @@ def _only_evaluates(settings: Any) -> bool:
 
 def _num_parameters(run: Path, settings: Any) -> int:
     """Of the model that a recipe of pretraining describes, or whose weights fine-tuning starts from."""
-    from unimo3.checkpoint.init import config_of
+    from unimo3.checkpoint.initial_weights import config_of
     from unimo3.training.plan.memory import model_sizes
     from unimo3.training.plan.trace import build_on_meta
 
@@ -224,6 +224,6 @@ def _num_parameters(run: Path, settings: Any) -> int:
 
 def _exports_init(run: Path, settings: Any) -> bool:
     """Whether fine-tuning starts from a run, whose weights it exports into its own folder first, and has not yet."""
-    from unimo3.checkpoint.init import exports
+    from unimo3.checkpoint.initial_weights import exports
 
     return exports(getattr(settings, "init", ""), run)

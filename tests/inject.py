@@ -27,11 +27,11 @@ from unimo3.data.loader import TrainingLoader
 from unimo3.distributed import world
 from unimo3.objectives.base import PretrainingTask
 from unimo3.training import loop
-from unimo3.training.preempt import StopRequest
+from unimo3.training.preempt import StopListener
 
 INJECT: dict[str, Any] = json.loads(os.environ.get("INJECT", "{}"))
 _step = 0
-_requests: list[StopRequest] = []
+_requests: list[StopListener] = []
 
 
 def _is_due(failure: str) -> bool:
@@ -51,7 +51,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)  # between two looks
 
 
-def install(self: StopRequest) -> StopRequest:
+def install(self: StopListener) -> StopListener:
     """The request's own, remembered."""
     _requests.append(self)
     return stock_install(self)
@@ -94,7 +94,7 @@ def iterate(self: TrainingLoader) -> Iterator[Any]:
 
 
 stock_lr_scale, loop.lr_scale = loop.lr_scale, lr_scale
-stock_install, StopRequest.install = StopRequest.install, install  # type: ignore[method-assign]
+stock_install, StopListener.install = StopListener.install, install  # type: ignore[method-assign]
 stock_forward, PretrainingTask.forward = PretrainingTask.forward, forward  # type: ignore[method-assign]
 stock_iterate, TrainingLoader.__iter__ = TrainingLoader.__iter__, iterate  # type: ignore[method-assign]
 

@@ -5,7 +5,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def kept_by_a_real_step(task: nn.Module, batch: dict) -> int:
-    """Bytes of the tensors that a forward pass saves, weights left out."""
+    """Bytes of the tensors that a forward pass saves, without weights."""
     storages = {}
 
     def note(tensor: Tensor) -> Tensor:

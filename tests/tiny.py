@@ -4,7 +4,7 @@ import torch
 
 from unimo3.model.attention import LevelGate
 from unimo3.model.config import Unimo3Config
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 VOCABULARY = 60

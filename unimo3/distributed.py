@@ -5,10 +5,11 @@ Source: DeepSpeed's init_distributed; the variables are those of torchrun and of
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from unimo3.errors import ConfigError
+from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,34 @@ def all_gather_object(value: Any, group: Any = None) -> list[Any]:
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`."""
     return all_gather_object(value)[0]
+
+
+def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = None) -> list[Any]:
+    """Run `action` on every rank and return all results; it succeeds on every rank or fails on every rank.
+
+    No rank is left waiting for one that failed: this is the vote of a two-phase commit.
+
+    Args:
+        doing: what it is, for the message.
+        fix: what to do, unless the errors themselves say it.
+        group: to agree through; the default group if none.
+
+    Raises:
+        CheckpointError: on every rank, if it failed on any.
+    """
+    result: Any = None
+    failure: tuple[str, bool] | None = None
+    try:
+        result = action()
+    except Unimo3Error as error:
+        failure = (str(error), True)
+    except Exception as error:  # whatever it was, the other ranks must hear of it
+        failure = (f"{type(error).__name__}: {error}", False)
+    outcomes = all_gather_object((result, failure), group)
+    failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
+    if failures:
+        lines = [f"rank {rank}: {message}" for rank, (message, _) in failures.items()]
+        more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
+        end = "" if all(has_fix for _, has_fix in failures.values()) else f"; {fix}"
+        raise CheckpointError(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
+    return [outcome for outcome, _ in outcomes]

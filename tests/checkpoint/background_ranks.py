@@ -9,7 +9,7 @@ from tests.checkpoint.ranks import draw, every_value, start_engine, state_at, tr
 from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saving import Saver
+from unimo3.checkpoint.saver import Saver
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
 
@@ -26,17 +26,17 @@ def save_in_background(root: Path) -> dict[str, Any]:
     train(engine, range(2, 4))  # what is being written must not follow
     saver.save(state_at(4))  # waits for the first
     told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
-    saver.settle()
+    saver.wait()
     barrier()
     own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
     told["kept bytes"], told["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
-    told["settled"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+    told["finished"] = [folder.name for folder in store.list_checkpoints(root / "good")]
 
     if rank == 0:
         store.prune, prune = (lambda *_, **__: 1 / 0), store.prune
     saver.save(state_at(5))
     try:
-        saver.settle()
+        saver.wait()
     except CheckpointError as error:
         told["on rank 0 alone"] = str(error)
     if rank == 0:
@@ -52,7 +52,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
         wait_for(lambda saver=saver: saver.has_failed, "the failure of a save")
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         try:
-            saver.settle()
+            saver.wait()
             told[on_error] = None
         except CheckpointError as error:
             told[on_error] = str(error)

@@ -7,7 +7,7 @@ import torch
 
 from tests.checkpoint.ranks import draw, every_value, start_engine, state_at
 from unimo3.checkpoint import store
-from unimo3.checkpoint.committing import save
+from unimo3.checkpoint.commit import save
 from unimo3.distributed import world
 from unimo3.errors import CheckpointError
 

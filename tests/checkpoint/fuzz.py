@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.checkpoint.ranks import full_moment, state_at
 from tests.spawn import run_ranks
 from unimo3.checkpoint import store
-from unimo3.checkpoint.committing import save
+from unimo3.checkpoint.commit import save
 from unimo3.distributed import world
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}
@@ -71,7 +71,7 @@ def start(example: dict[str, Any], size: int, seed: int) -> Any:
 
 
 def values_of(engine: Any) -> dict[str, Any]:
-    """All that training goes on from, gathered."""
+    """All that training resumes from, gathered."""
     values: dict[str, Any] = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_id"):

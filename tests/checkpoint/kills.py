@@ -20,7 +20,7 @@ from tests.checkpoint.ranks import start_engine, state_at, train
 from tests.spawn import run_ranks, run_ranks_to_any_end
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saving import Saver
+from unimo3.checkpoint.saver import Saver
 from unimo3.distributed import world
 
 # What changes files, or opens one.
@@ -58,8 +58,8 @@ def own_save(engine: Any, run: Path, step: int, background: bool) -> None:
     saver = Saver(engine, run, CheckpointArgs(background=background))
     saver.save(state_at(step))
     if background:
-        train(engine, range(step, step + 1))  # goes on meanwhile; a run that is killed has lost it
-    saver.settle()
+        train(engine, range(step, step + 1))  # continues meanwhile; a run that is killed has lost it
+    saver.wait()
 
 
 def own_load(engine: Any, run: Path) -> int:

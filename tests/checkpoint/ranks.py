@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tests.tiny import tiny_batch, tiny_config
 from unimo3.checkpoint import store
-from unimo3.checkpoint.committing import save
+from unimo3.checkpoint.commit import save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
@@ -283,7 +283,7 @@ def draw() -> list[float]:
 
 
 def every_value(engine: Any) -> dict[str, Any]:
-    """Weights in both precisions, moments, steps, groups, counters: all that training goes on from."""
+    """Weights in both precisions, moments, steps, groups, counters: all that training resumes from."""
     optimizer = engine.optimizer
     values: dict[str, Any] = {f"fp32 {name}": value for name, value in full_weights(engine).items()}
     for name, parameter in engine.module.named_parameters():

@@ -77,7 +77,7 @@ def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
 @pytest.mark.integration
 def test_an_order_of_parameters_that_is_deepspeeds_own_is_refused(legs):
     told = legs[1][0]["zero2"]["round robin"]
-    assert "not served with round_robin_gradients" in told
+    assert "not supported with round_robin_gradients" in told
     assert told.endswith("start with 2 ranks, or set it to false)")
 
 

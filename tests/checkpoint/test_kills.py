@@ -1,4 +1,4 @@
-"""A rank killed at any moment of a save: the run goes on from a whole checkpoint as if nothing had been.
+"""A rank killed at any moment of a save: the run resumes from a whole checkpoint as if nothing had been.
 
 The same kills with DeepSpeed's own save and load, as the control, leave runs that cannot be resumed.
 """

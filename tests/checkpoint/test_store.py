@@ -55,7 +55,7 @@ def delete_manifest(folder: Path) -> None:
     (folder / MANIFEST).unlink()
 
 
-def add_a_stranger(folder: Path) -> None:
+def add_an_unlisted_file(folder: Path) -> None:
     shutil.copy(folder / MODEL, folder / MODEL.replace("rank_0", "rank_2"))
 
 
@@ -99,7 +99,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     empty_manifest: f"{MANIFEST} cannot be read",
     manifest_without_files: f"{MANIFEST} does not list state.json",
     delete_manifest: f"{MANIFEST} cannot be read",
-    add_a_stranger: "is not listed",
+    add_an_unlisted_file: "is not listed",
     lead_out_of_the_folder: "leads out of the folder",
     name_what_cannot_be_a_file: f"{MANIFEST} cannot be read (ValueError: 'half\\ud800\\x00' is no name",
     plant_a_pickle: "holds more than tensors and plain data, refused",
@@ -174,7 +174,7 @@ def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("run", RUNS)
-def test_training_goes_on_as_if_never_stopped(saved, loaded, run):
+def test_training_continues_as_if_never_stopped(saved, loaded, run):
     for before, after in zip(saved.told, loaded, strict=True):
         assert after[run]["losses"] == before[run]["losses"]
 
@@ -240,23 +240,23 @@ def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path,
         good, damaged = store.choose(run)
         assert good == checkpoints / "step_00000002"
         # One that is good after all stays.
-        store.set_damaged_aside([*damaged, good])
+        store.quarantine([*damaged, good])
         assert names(store.list_checkpoints(run)) == ["step_00000002"]
         assert (checkpoints / name).is_dir()
         shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000004")
     shutil.rmtree(checkpoints / "step_00000004")
     assert run_program("ls", str(run)) == 0
-    assert "step_00000004.damaged2  kept aside as damaged" in capsys.readouterr().out
+    assert "step_00000004.damaged2  quarantined as damaged" in capsys.readouterr().out
     assert run_program("verify", str(run)) == 0
-    assert f"step_00000004.damaged  kept aside: {MODEL} is missing" in capsys.readouterr().out
-    # Somebody takes the good one away: what was kept aside still tells that this is no new run.
+    assert f"step_00000004.damaged  quarantined: {MODEL} is missing" in capsys.readouterr().out
+    # Somebody takes the good one away: what was quarantined still tells that this is no new run.
     shutil.rmtree(checkpoints / "step_00000002")
     assert store.has_folders(run)
 
 
 @pytest.mark.integration
 def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
-    """Gathering persistent parameters is collective: a rank that went on would wait for ever."""
+    """Gathering persistent parameters is collective: a rank that continued would wait forever."""
     assert loaded[0]["one rank"] == loaded[1]["one rank"]
     assert "rank 1: " in loaded[0]["one rank"]
     assert "rank 0" not in loaded[0]["one rank"]

@@ -170,7 +170,7 @@ def test_overwrite_replaces_a_finished_folder(source, tmp_path):
     assert ShardIndex(out / "train").samples_per_shard == [np.sum([i % 6 < 4 for i in range(23)])]
 
 
-def test_overwrite_goes_on_where_a_kill_left_half_of_what_it_replaced(source, tmp_path):
+def test_overwrite_continues_where_a_kill_left_half_of_what_it_replaced(source, tmp_path):
     out, replaced = tmp_path / "out", tmp_path / "out.replaced"
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
     whole = {path.name: path.read_bytes() for path in (out / "train").iterdir()}

@@ -20,7 +20,7 @@ from unimo3.data.statements import EntailmentSamples, ImagePairSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, normalise
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForImageTextClassification
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.objectives.classification import ClassificationTask
 from unimo3.training.evaluation import to_device
 

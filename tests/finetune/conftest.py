@@ -13,7 +13,7 @@ from tests.spawn import run_alone
 from tests.tiny import tiny_config, tiny_pretraining_model
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import image_processor
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.processor import Unimo3Processor
 
 # A sentence of two pairs, and others of one; numbers of examples that 2 and 3 do not divide.

@@ -13,7 +13,7 @@ from unimo3.data.loader import ReaderArgs
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, world
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
 from unimo3.training.evaluation import Unguarded

@@ -19,7 +19,7 @@ from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.training.evaluation import to_device
 from unimo3.training.plan.memory import model_sizes
 from unimo3.training.plan.trace import trace_step

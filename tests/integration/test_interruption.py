@@ -52,7 +52,7 @@ def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(errory, pro
     assert errory("stopped", {}) == 0
     assert len(read_metrics(run)) == 3
     (run / "stop").unlink()
-    # Asked to be requeued: the file is taken away, so that the next start goes on.
+    # Asked to be requeued: the file is taken away, so that the next start continues.
     when(lambda: len(read_metrics(run)) >= 5, (run / "requeue").touch)
     assert errory("stopped", {"until_stop": [5]}) == 75
     assert "asked to stop (the file" in program.output

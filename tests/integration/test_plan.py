@@ -43,7 +43,7 @@ def num_bytes(tensors) -> int:
 def held_by_an_engine(name):
     """Bytes by kind on this rank, in the last of some steps."""
     from unimo3.distributed import world
-    from unimo3.model.init import initialize_weights
+    from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask

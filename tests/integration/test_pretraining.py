@@ -106,10 +106,10 @@ def test_a_failed_background_save_ends_the_run_or_is_retried(program, recipe, ru
     assert "CheckpointError: writing" in program.output
     assert "step_00000002.tmp failed (rank 0: " in program.output
     assert 2 <= len(read_metrics(runs / "full")) < 8
-    # With warn the run goes on, but not past its end.
+    # With warn the run continues, but not past its end.
     warn = ("--run.name", "warned", "--checkpoint.on_save_error", "warn")
     assert program.run(*command, *warn, max_file_bytes=room) == 78
-    assert program.output.count("training goes on (checkpoint.on_save_error: warn)") >= 2
+    assert program.output.count("training continues (checkpoint.on_save_error: warn)") >= 2
     assert len(read_metrics(runs / "warned")) == 8
     assert store.list_checkpoints(runs / "warned") == []
     # There is room again.

@@ -56,7 +56,7 @@ FITTING = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
         ({"key_padding_mask": FITTING[4].int()}, r"^key_padding_mask: torch.int32 on cpu; torch.bool on cpu is needed"),
         ({"key_padding_mask": [FITTING[4]]}, r"^key_padding_mask: 1 given; one for all levels, or one for each of 2"),
         ({"dropout_p": 1.0}, r"^dropout_p: 1.0; a probability"),
-        ({"impl": "fast"}, r"^impl: 'fast'; one of triton, native, reference is served"),
+        ({"impl": "fast"}, r"^impl: 'fast'; one of triton, native, reference is supported"),
         ({"impl": "triton"}, r"^impl: 'triton' with q of torch.float64 on cpu, head width 4; needs .* 32, 64, 96, 128"),
         ({"impl": "native"}, r"^impl: 'native' with q of torch.float64 on cpu, head width 4; needs float32 .* of 16"),
     ],

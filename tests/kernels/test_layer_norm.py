@@ -59,7 +59,7 @@ def test_a_norm_of_another_dimension_stays():
 
 def test_a_kernel_that_does_not_serve_the_model_is_refused():
     # Its heads are 16 wide.
-    with pytest.raises(ConfigError, match=r"kernels.cross_layer_attention: 'triton': serves head widths .* is 16"):
+    with pytest.raises(ConfigError, match=r"kernels.cross_layer_attention: 'triton': supports head widths .* is 16"):
         prepared(cross_layer_attention="triton")
 
 

@@ -9,7 +9,7 @@ from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.model import attention
 from unimo3.model.attention import CrossLayerAttention, LevelGate
 from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 
 
 def draw_streams(batch=2, tokens=6, patches=5, width=32):
@@ -252,7 +252,7 @@ def test_activation_checkpointing_changes_neither_outputs_nor_gradients(changes)
 
 def test_reentrant_checkpointing_is_refused():
     model = tiny_pretraining_model()
-    with pytest.raises(ValueError, match="use_reentrant=True: not served"):
+    with pytest.raises(ValueError, match="use_reentrant=True: not supported"):
         model.activation_checkpointing_enable({"use_reentrant": True})
 
 

@@ -12,7 +12,7 @@ from unimo3 import config
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_exported, load_roberta, load_vision
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 

@@ -144,7 +144,7 @@ class Cluster:
         # their environment.
         mark = f"SLURMD_NODENAME={name}\0".encode()
         conf = f"SLURM_CONF={self.folder / 'slurm.conf'}\0".encode()
-        doomed = [daemon.pid]
+        to_delete = [daemon.pid]
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -154,8 +154,8 @@ class Cluster:
                 continue
             is_step = command.startswith(b"slurmstepd") and self._runs_on(int(entry.name), name)
             if is_step or (mark in environment and conf in environment):
-                doomed.append(int(entry.name))
-        for process in doomed:
+                to_delete.append(int(entry.name))
+        for process in to_delete:
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:

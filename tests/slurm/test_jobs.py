@@ -60,7 +60,7 @@ def asked_by_file(jobs, job):
 
 
 @pytest.mark.parametrize("event", [signalled, requeued, asked_by_file])
-def test_an_interrupted_job_goes_on_as_if_nothing_had_been(jobs, straight, event):
+def test_an_interrupted_job_continues_as_if_nothing_had_been(jobs, straight, event):
     name = f"by_{event.__name__}"
     job = jobs.submit(name, "--data.ledger", "true", options=TWO, inject={"until_stop": [5]})
     jobs.wait_step(job, name, 5)
@@ -124,7 +124,7 @@ def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
     assert (jobs.attempts("frozen")[0].status, jobs.attempts("frozen")[0].action) == (71, "requeue")
 
 
-def test_a_lost_node_requeues_and_the_job_goes_on_with_fewer(jobs, straight):
+def test_a_lost_node_requeues_and_the_job_continues_with_fewer(jobs, straight):
     job = jobs.submit(
         "lost", "--data.ledger", "true", options=("--nodes=1-2", "--exclude=n3"), inject={"until_stop": [6]}
     )
@@ -147,7 +147,7 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, inject={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
-    # Two steps were borne with before the third.
+    # Two steps were tolerated before the third.
     steps = jobs.steps("nan")
     assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 2
     assert steps[-1]["skipped_steps"] == 2

@@ -1,4 +1,4 @@
-"""Which folder a command works on, and what there is in it to go on from."""
+"""Which folder a command works on, and what a start resumes from."""
 
 from pathlib import Path
 

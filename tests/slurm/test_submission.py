@@ -143,7 +143,7 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
         "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="100000", UNIMO3_PYTHON=str(python),
         UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
     )  # fmt: skip
-    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", "n2 left out")
+    jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", "n2 excluded")
     jobs.cluster.call("scancel", job)
     (attempt,) = jobs.attempts("avoids_slow", number=1)
     assert (attempt.nodes, attempt.action) == ("n1 n2 n3", "exclude")

@@ -64,7 +64,7 @@ def test_a_job_submitted_outside_the_projects_folder_is_held_and_says_so(site, t
     site.cluster.call("scancel", *numbers)
 
 
-def test_a_killed_conversion_is_requeued_and_goes_on_within_its_budget(site, source, tmp_path):
+def test_a_killed_conversion_is_requeued_and_continues_within_its_budget(site, source, tmp_path):
     once = python_that(site, "dies_once", f"mkdir {tmp_path}/once 2>/dev/null && kill -9 $$")
     always = python_that(site, "dies", "kill -9 $$")
     job = batch(

@@ -1,4 +1,4 @@
-"""Whose AdamW runs, that all of them compute the same, and that each goes on from another's state."""
+"""Whose AdamW runs, that all of them compute the same, and that each resumes from another's state."""
 
 import logging
 import os
@@ -78,7 +78,7 @@ def test_each_implementation_computes_adamw(fused):
 
 
 @pytest.mark.integration
-def test_each_goes_on_from_the_others_state():
+def test_each_continues_from_the_others_state():
     others = ["deepspeed"] if NO_APEX else ["deepspeed", "apex"]
     for before, after in [("torch", other) for other in others] + [(other, "torch") for other in others]:
         parameters = weights()

@@ -48,7 +48,7 @@ def test_a_ds_config_has_no_key_deepspeed_does_not_know():
 
 def losses_under_each_config():
     from unimo3.distributed import world
-    from unimo3.model.init import initialize_weights
+    from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask
@@ -91,7 +91,7 @@ def test_two_ranks_agree_under_each_config_and_configs_with_each_other():
 
 
 def losses_with_each_optimizer():
-    from unimo3.model.init import initialize_weights
+    from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask
@@ -126,7 +126,7 @@ BRIDGED = {"bridge": True, "unimodal_levels": 2, "num_hidden_layers": 2}
 
 def losses_with_and_without_checkpointing():
     from unimo3.distributed import world
-    from unimo3.model.init import initialize_weights
+    from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask
@@ -292,7 +292,7 @@ def losses_with_each_attention_kernel():
 
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
     from unimo3.distributed import world
-    from unimo3.model.init import initialize_weights
+    from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
     from unimo3.objectives.base import PretrainingTask
@@ -302,7 +302,7 @@ def losses_with_each_attention_kernel():
     ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(4, share, size), clip_norm=0.0)
     found = []
     for kernel, checkpointing in (("reference", False), ("triton", False), ("triton", True)):
-        # Heads 32 wide, which the kernels serve.
+        # Heads 32 wide, which the kernels support.
         model = build_model(
             ds_config, lambda: Unimo3ForPreTraining(tiny_config(num_attention_heads=1, num_hidden_layers=2))
         )

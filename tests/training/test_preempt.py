@@ -10,7 +10,7 @@ import pytest
 
 from unimo3.errors import EXIT_REQUEUE
 from unimo3.launch import STOP_SIGNALS
-from unimo3.training.preempt import StopRequest
+from unimo3.training.preempt import StopListener
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_stop_signal_is_noted_once(number, tmp_path):
     before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     try:
-        stop = StopRequest().install()
+        stop = StopListener().install()
         stop.watch(tmp_path)
         assert not stop.received
         os.kill(os.getpid(), number)
@@ -33,8 +33,8 @@ def test_a_stop_signal_is_noted_once(number, tmp_path):
 @pytest.mark.integration
 def test_before_training_it_ends_the_process_to_be_started_again():
     program = (
-        "import os, signal; from unimo3.training.preempt import StopRequest; kept = StopRequest().install(); "
-        "os.kill(os.getpid(), signal.SIGUSR2); print('goes on')"
+        "import os, signal; from unimo3.training.preempt import StopListener; kept = StopListener().install(); "
+        "os.kill(os.getpid(), signal.SIGUSR2); print('continues')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (EXIT_REQUEUE, "")

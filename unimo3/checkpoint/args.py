@@ -13,7 +13,7 @@ class CheckpointArgs:
     keep_last: int = 3
     """Newest checkpoints to keep, at least 1."""
     keep_every: int = 0
-    """Steps; checkpoints at multiples of it are kept for ever. 0: none."""
+    """Steps; checkpoints at multiples of it are kept forever. 0: none."""
 
     background: bool = False
     """Whether files are written behind the training, from a copy in host memory: a step is held for the copy alone, and

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from unimo3.checkpoint.stored import StoredTensor, close_files
+from unimo3.checkpoint.torch_file import StoredTensor, close_files
 from unimo3.checkpoint.zero import WEIGHTS, ZeroCheckpoint
 from unimo3.distributed import world
 from unimo3.errors import CheckpointError
@@ -57,17 +57,17 @@ def _check(source: ZeroCheckpoint, engine: Any) -> None:
     kind = DeepSpeedZeroOptimizer_Stage3 if source.stage == 3 else DeepSpeedZeroOptimizer
     if not isinstance(optimizer, kind):
         raise CheckpointError(
-            f"{source.folder}: resuming at another number of ranks is served for ZeRO-2 and ZeRO-3, not for "
+            f"{source.folder}: resuming at another number of ranks is supported for ZeRO-2 and ZeRO-3, not for "
             f"DeepSpeed's {type(optimizer).__name__}; start with {source.world_size} ranks"
         )
     if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
         raise CheckpointError(
-            f"{source.folder}: resuming at another number of ranks is not served with values on NVMe; start with "
+            f"{source.folder}: resuming at another number of ranks is not supported with values on NVMe; start with "
             f"{source.world_size} ranks, or offload to the CPU's memory"
         )
     if getattr(optimizer, "round_robin_gradients", False):
         raise CheckpointError(
-            f"{source.folder}: resuming at another number of ranks is not served with round_robin_gradients, under "
+            f"{source.folder}: resuming at another number of ranks is not supported with round_robin_gradients, under "
             f"which DeepSpeed places parameters otherwise; start with {source.world_size} ranks, or set it to false"
         )
     own = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}

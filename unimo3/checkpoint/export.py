@@ -21,7 +21,7 @@ import torch
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable
-from unimo3.checkpoint.stored import close_files
+from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError

@@ -139,7 +139,7 @@ def _content_problem(path: Path) -> str:
         return ""
     # Whoever can write here can write the manifest too. DeepSpeed unpickles these files without restriction, so they
     # are looked through first, restricted.
-    from unimo3.checkpoint.stored import load_structure  # imports torch, which listing need not
+    from unimo3.checkpoint.torch_file import load_structure  # imports torch, which listing need not
 
     try:
         load_structure(path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from unimo3.checkpoint.block_sums import BlockSums
-from unimo3.checkpoint.uncached import CHUNK_BYTES, UncachedFile
+from unimo3.checkpoint.direct_io import CHUNK_BYTES, DirectFile
 from unimo3.errors import CheckpointError
 
 # In the order in which the library lays tensors out: the last ones first.
@@ -89,7 +89,7 @@ class SafetensorsWriter:
         self.path = path
         header, self._places = _layout(tensors)
         end = max((place.start + place.num_bytes for place in self._places.values()), default=len(header))
-        self._file = UncachedFile(path, end)
+        self._file = DirectFile(path, end)
         try:
             self._file.write(memoryview(header), 0)
         except BaseException:

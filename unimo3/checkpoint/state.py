@@ -18,7 +18,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        samples_consumed: the position in the sample order at which the run goes on.
+        samples_consumed: the position in the sample order at which the run continues.
         config_hash: of the run's settings.
         index_fingerprint: of the training data.
         world_size: ranks that wrote the checkpoint.
@@ -82,11 +82,11 @@ def save_rng(path: Path, generators: Generators) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
-def load_rng(path: Path, stranger: int | None = None) -> None:
+def load_rng(path: Path, new_rank: int | None = None) -> None:
     """Restore what `save_rng` wrote.
 
     Args:
-        stranger: a rank that had no generators then: its own are seeded with this rank's and its number.
+        new_rank: a rank that had no generators then: its own are seeded with this rank's and its number.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -110,8 +110,8 @@ def load_rng(path: Path, stranger: int | None = None) -> None:
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-    if stranger is not None:
-        seeds = np.random.SeedSequence([*words_array.tolist()[:8], random.getrandbits(32), stranger]).generate_state(3)
+    if new_rank is not None:
+        seeds = np.random.SeedSequence([*words_array.tolist()[:8], random.getrandbits(32), new_rank]).generate_state(3)
         random.seed(int(seeds[0]))
         np.random.seed(int(seeds[1]))  # noqa: NPY002
         torch.manual_seed(int(seeds[2]))  # the GPUs' too

@@ -15,11 +15,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from unimo3.checkpoint.agree import together
-from unimo3.checkpoint.best import read_best
+from unimo3.checkpoint.best_record import read_best
 from unimo3.checkpoint.manifest import MANIFEST, STATE, verify
 from unimo3.checkpoint.state import TrainState, load_rng
-from unimo3.distributed import world
+from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError
 
 __all__ = [
@@ -33,8 +32,8 @@ __all__ = [
     "load",
     "newest_good",
     "prune",
-    "set_aside",
-    "set_damaged_aside",
+    "quarantine",
+    "quarantined_folders",
     "tag_of",
     "verify",
 ]
@@ -63,11 +62,11 @@ def folder_of(run: Path) -> Path:
 
 def has_folders(run: Path) -> bool:
     """Whether anything is named as a checkpoint, good or not."""
-    return bool(_candidates(run) or set_aside(run))
+    return bool(_candidates(run) or quarantined_folders(run))
 
 
-def set_aside(run: Path) -> list[Path]:
-    """Damaged checkpoints that `set_damaged_aside` has renamed, oldest first."""
+def quarantined_folders(run: Path) -> list[Path]:
+    """Damaged checkpoints that `quarantine` has renamed, oldest first."""
     return _folders(run, _SET_ASIDE)
 
 
@@ -98,7 +97,7 @@ def load(engine: Any, folder: Path) -> TrainState:
     """
     rank, size = world()
     fix = "move this checkpoint away to resume from the one before it"
-    state: TrainState = together(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)[0]
+    state: TrainState = on_all_ranks(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)[0]
     if state.engine != describe_engine(engine):
         raise CheckpointError(
             f"{folder}: was written under {state.engine}, training.ds_config now says {describe_engine(engine)}; use a "
@@ -116,13 +115,13 @@ def load(engine: Any, folder: Path) -> TrainState:
 
         load_elastic(engine, folder)
         kept = rank % state.world_size
-        load_rng(folder / f"rng_rank_{kept}.safetensors", stranger=rank if kept != rank else None)
+        load_rng(folder / f"rng_rank_{kept}.safetensors", new_rank=rank if kept != rank else None)
 
-    from unimo3.checkpoint.apart import apart, gather_persistent  # imports deepspeed
+    from unimo3.checkpoint.engine_files import gather_persistent, without_barriers  # imports deepspeed
 
     try:
-        with apart(engine.optimizer):
-            together(f"loading {folder}", restore, fix)
+        with without_barriers(engine.optimizer):
+            on_all_ranks(f"loading {folder}", restore, fix)
     finally:
         gather_persistent(engine.optimizer)
     return state
@@ -143,24 +142,24 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
     """
     damaged: list[Path] = []
     # Rank 0's listing holds for all: on a shared file system others may still see an older one.
-    listed = together(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
+    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
     for folder in reversed(listed):
         if not (problems := _problems(folder)):
             return folder, damaged
         damaged.append(folder)
         if world()[0] == 0:
-            log.warning("%s is damaged and passed over: %s", folder, "; ".join(problems))
+            log.warning("%s is damaged and skipped: %s", folder, "; ".join(problems))
     return None, damaged
 
 
 def _problems(folder: Path) -> list[str]:
     """What all ranks' shares of a verification find; every rank calls it."""
     rank, size = world()
-    shares = together(f"verifying {folder}", lambda: verify(folder, rank, size), _LOOK)
+    shares = on_all_ranks(f"verifying {folder}", lambda: verify(folder, rank, size), _LOOK)
     return list(dict.fromkeys(problem for share in shares for problem in share))
 
 
-def set_damaged_aside(damaged: list[Path]) -> None:
+def quarantine(damaged: list[Path]) -> None:
     """Rename checkpoints that `choose` found damaged, if they still are: they are then neither counted nor replaced.
 
     For a run that has loaded a good one. Where nothing is good it may be the mount that fails.
@@ -168,10 +167,10 @@ def set_damaged_aside(damaged: list[Path]) -> None:
     for folder in damaged:
         # A read that failed once is no damage.
         if _problems(folder) and world()[0] == 0:
-            _set_aside(folder)
+            _quarantine(folder)
 
 
-def _set_aside(folder: Path) -> None:
+def _quarantine(folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.damaged")
     number = 1
     while aside.exists():
@@ -179,9 +178,9 @@ def _set_aside(folder: Path) -> None:
         aside = folder.with_name(f"{folder.name}.damaged{number}")
     try:
         folder.rename(aside)
-        log.warning("%s is kept aside as %s; remove it when nobody needs it", folder, aside.name)
+        log.warning("%s is quarantined as %s; remove it when nobody needs it", folder, aside.name)
     except OSError as error:
-        log.warning("%s cannot be kept aside (%s)", folder, error)
+        log.warning("%s cannot be quarantined (%s)", folder, error)
 
 
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
@@ -230,7 +229,7 @@ def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     # Renamed first, so that a kill half way leaves nothing that passes for a checkpoint.
-    doomed = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again, where somebody still reads from it
+    to_delete = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(to_delete, ignore_errors=True)
+    folder.rename(to_delete)
+    shutil.rmtree(to_delete, ignore_errors=True)  # the next save tries again, where somebody still reads from it

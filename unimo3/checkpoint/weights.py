@@ -1,6 +1,6 @@
 """A ZeRO checkpoint's weights -> safetensors files, in bounded memory and in parallel.
 
-Types, files and places of all tensors are settled first. Then threads take a tensor each, read it in pieces, cast,
+Types, files and offsets of all tensors are fixed first. Then threads take a tensor each, read it in pieces, cast,
 check and hash them, and write them where they belong. Memory is bounded by a few pieces a thread, and the bytes do not
 depend on the number of threads. Threads, not processes: torch alone takes 220 MB of each process, and reading, casting,
 hashing and writing all run outside Python's lock.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimo3.checkpoint.stored import StoredTensor, load_structure
+from unimo3.checkpoint.torch_file import StoredTensor, load_structure
 from unimo3.errors import CheckpointError
 
 # Name of the float32 weights among a parameter's values; the others are the optimizer's, such as ``exp_avg``.

@@ -46,7 +46,7 @@ class DataArgs:
     """Micro-batches each reader prepares ahead."""
     max_bad_ratio: float = 0.001
     """Share of unreadable samples of all read so far past which the run ends with status 78; up to it they are replaced
-    and counted. A single one is borne however few were read, unless this is 0."""
+    and counted. A single one is tolerated however few were read, unless this is 0."""
     ledger: bool = False
     """Whether to write the sample keys of each step and rank into the run's folder."""
 
@@ -105,7 +105,7 @@ class DataArgs:
         return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
 
     def shard_errors(self, kind: str, trains: bool = True) -> list[str]:
-        """Say why the shards cannot serve a program whose samples need `kind`, one line an error.
+        """Errors of the shards for a program whose samples need `kind`, one line each.
 
         Args:
             trains: whether it reads the training shards.

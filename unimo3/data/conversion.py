@@ -1,6 +1,6 @@
 """A public data set -> shards with their index, one folder a split, by all ranks of a job.
 
-    OUT.partial/    what is being written; an interrupted conversion goes on from what is there
+    OUT.partial/    what is being written; an interrupted conversion resumes from what is there
     OUT.replaced/   what stood under the name before, for the moment until it is removed
 
 Source: none.
@@ -30,8 +30,8 @@ from unimo3.data.shards import (
     ShardJob,
     cut,
     finish,
-    remove_strangers,
     remove_traces,
+    remove_unlisted,
     write_shard,
 )
 from unimo3.data.tokenizer import train_tokenizer
@@ -163,7 +163,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
         counts = {}
         names = {split: [f"{number:06d}.tar" for number in range(count)] for split, count in source.shards.items()}
         for split in names:
-            remove_strangers(staging / split, names[split])
+            remove_unlisted(staging / split, names[split])
             counts[split] = finish(staging / split, wanted.format, split, names[split])
             remove_traces(staging / split, names[split])
         if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
@@ -182,7 +182,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
     for split, count in counts.items():
         print(f"{wanted.out / split}: {count} samples in {source.shards[split]} shards")
     for reason, count in source.omitted.items():
-        print(f"left out: {count} records: {reason}")
+        print(f"skipped {count} records: {reason}")
     if progress.rejects:
         print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
 
@@ -209,7 +209,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def _kept_if_filled(staging: Path) -> Iterator[None]:
-    """Leave a folder behind only if there is something in it to go on from."""
+    """Leave a folder behind only if there is something in it to resume from."""
     try:
         yield
     finally:

@@ -251,7 +251,7 @@ def remove_traces(folder: Path, names: Sequence[str]) -> None:
             (folder / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
-def remove_strangers(folder: Path, names: Sequence[str]) -> None:
+def remove_unlisted(folder: Path, names: Sequence[str]) -> None:
     """Remove what an earlier attempt with other arguments has left next to a split's shards."""
     stems = {name.removesuffix(".tar") for name in names}
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""Which kernels a run uses, and their choice for the machine at hand."""
+"""Which kernels a run uses, and their choice for this machine."""
 
 import logging
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class KernelArgs:
 
     cross_layer_attention: Literal["auto", "triton", "reference"] = "auto"
     """triton: the fused kernels; reference: plain operations. auto: triton on a GPU, after a trial of it, and on CPUs
-    the C++ kernel; the reference where these do not serve."""
+    the C++ kernel; the reference where these do not support."""
     layer_norm: Literal["auto", "apex", "torch"] = "auto"
     """apex: NVIDIA apex's FusedLayerNorm, in towers and fusion; torch: torch's own. auto: apex where it is installed
     with its CUDA extensions and there is a GPU."""
@@ -30,7 +30,7 @@ class KernelArgs:
         """The `impl` of `cross_layer_attention` for heads of this width.
 
         Raises:
-            ConfigError: the one asked for does not serve them, or not on this machine.
+            ConfigError: the one asked for does not support them, or not on this machine.
         """
         self.serves_on_gpu(width)
         if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
@@ -41,12 +41,12 @@ class KernelArgs:
         """Whether a GPU runs the fused kernels for heads of this width.
 
         Raises:
-            ConfigError: they are asked for and do not serve it.
+            ConfigError: they are asked for and do not support it.
         """
         if self.cross_layer_attention == "triton" and width not in HEAD_WIDTHS:
             raise ConfigError(
-                f"kernels.cross_layer_attention: 'triton': serves head widths {', '.join(map(str, HEAD_WIDTHS))}, and "
-                f"model.hidden_size / model.num_attention_heads is {width}; use auto, or other heads"
+                f"kernels.cross_layer_attention: 'triton': supports head widths {', '.join(map(str, HEAD_WIDTHS))}, "
+                f"and model.hidden_size / model.num_attention_heads is {width}; use auto, or other heads"
             )
         return self.cross_layer_attention != "reference" and width in HEAD_WIDTHS
 

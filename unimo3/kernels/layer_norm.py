@@ -27,15 +27,15 @@ def use_apex_layer_norm(model: nn.Module) -> int:
     """Let every layer norm of a model run apex's kernel, and return how many there are.
 
     Args:
-        model: of torch's layers or timm's; a norm without weight or bias, which the kernel does not serve, stays as it
-            is.
+        model: of torch's layers or timm's; a norm without weight or bias, which the kernel does not support, is not
+            replaced.
     """
     # These classes alone: a further subclass may norm another dimension.
-    served = (nn.LayerNorm, layers.LayerNorm)
+    supported = (nn.LayerNorm, layers.LayerNorm)
     found = [
         module
         for module in model.modules()
-        if type(module) in served and module.weight is not None and module.bias is not None
+        if type(module) in supported and module.weight is not None and module.bias is not None
     ]
     for module in found:
         # The class alone changes: hooks, parameters and what ZeRO-3 knows of them stay.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, RobertaConfig
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
 from unimo3.model.heads import TEMPERATURE_BOUNDS
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import (
     fill_from_bridgetower,
     load_roberta,
@@ -278,7 +278,7 @@ def length_errors(text: RobertaConfig, max_tokens: int) -> list[str]:
     ]
 
 
-def settle_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def resolve_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a configuration the tokenizer's special ids, and the tokenizer the length that the positions allow."""
     text = config.text_config
     text.pad_token_id = tokenizer.pad_token_id

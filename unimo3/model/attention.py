@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
         """x [B, T, D], padding_mask [B, T] with True where a token may be read -> [B, T, D]."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None if padding_mask is None else padding_mask[:, None, None, :]
-        # None outside a PreTrainedModel, which settles it.
+        # None outside a PreTrainedModel, which decides.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "sdpa", eager_attention)
         dropout_p = self.attention_dropout if self.training else 0.0
         attended, _ = attend(self, q, k, v, mask, dropout=dropout_p, scaling=self.scaling)

@@ -166,9 +166,9 @@ class Unimo3Config(PreTrainedConfig):
         if self.num_hidden_layers < 1:
             found.append(f"model.num_hidden_layers: {self.num_hidden_layers}: at least one fusion layer is needed")
         if self.interaction not in INTERACTIONS:
-            found.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is served")
+            found.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is supported")
         if self.gate not in GATES:
-            found.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is served")
+            found.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is supported")
         if not 0 < self.gate_init < 1:
             found.append(f"model.gate_init: {self.gate_init}: a share strictly between 0 and 1 is needed")
         if self.unimodal_levels < 0:

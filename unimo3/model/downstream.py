@@ -1,6 +1,6 @@
 """The model with a downstream task's head: question answering, NLVR2, visual entailment, retrieval.
 
-Each loads the weights of a pretraining export directly: heads that the task lacks are left out, its own start fresh.
+Each loads the weights of a pretraining export directly: heads that the task lacks are skipped, its own start fresh.
 
 Source: METER, arXiv 2111.02387, for the classifiers and NLVR2's two passes; ALBEF, arXiv 2107.07651, for retrieval by
 contrast and matching.

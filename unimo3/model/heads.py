@@ -18,7 +18,7 @@ TEMPERATURE_BOUNDS = (0.001, 0.5)
 
 
 class _ClampWithReturn(torch.autograd.Function):
-    """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there for ever."""
+    """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there forever."""
 
     @staticmethod
     def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:

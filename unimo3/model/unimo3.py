@@ -20,7 +20,7 @@ from unimo3.model.attention import CrossLayerAttention
 from unimo3.model.config import Unimo3Config
 from unimo3.model.fusion import FusionEncoder, FusionOutput
 from unimo3.model.heads import ItcHead, ItcOutput, ItmHead, MlmHead
-from unimo3.model.init import initialize_module
+from unimo3.model.initialization import initialize_module
 from unimo3.model.vision import VisionTower
 
 
@@ -86,7 +86,7 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     ) -> None:
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             # It sees only tensors among a layer's arguments: the levels' gradients would be lost.
-            raise ValueError("use_reentrant=True: not served; leave it out or set it to False")
+            raise ValueError("use_reentrant=True: not supported; leave it out or set it to False")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules():
             if isinstance(module, VisionTower):

@@ -59,7 +59,7 @@ class ImageTextMatching(Objective):
         assert text is not None
         chosen = self._draw_hard(states, first_position)
         found = chosen >= 0
-        # A row without a possible partner meets its own, which takes no travel, and is left out of the loss.
+        # A row without a possible partner meets its own, which takes no travel, and is skipped of the loss.
         image_source, text_source = torch.where(found, chosen, torch.arange(len(chosen))[:, None]).unbind(1)
         own = _own_rows(states)
         wrong = torch.where(found[own].T.flatten(), 0, LEFT_OUT)

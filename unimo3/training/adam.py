@@ -1,7 +1,7 @@
 """AdamW in the implementation that suits the machine: NVIDIA apex's, DeepSpeed's, or torch's fused one.
 
 All keep the same state, ``step``, ``exp_avg`` and ``exp_avg_sq`` a parameter, and each reads what another has saved, so
-a run may go on where a package is missing.
+a run may continue where a package is missing.
 
 Source: apex.optimizers.FusedAdam; deepspeed.ops.adam's FusedAdam and DeepSpeedCPUAdam; torch.optim.AdamW.
 """

@@ -125,7 +125,7 @@ def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrai
                 model = construct()
         else:
             model = construct()
-    model.tie_weights()  # transformers ties while it initialises, which was left out above
+    model.tie_weights()  # transformers ties while it initialises, which was skipped above
     return model
 
 
@@ -135,7 +135,7 @@ def prepare_layers(
     """Choose how layers run, before the engine is built around the model.
 
     Raises:
-        ConfigError: a kernel asked for does not serve the model or this machine.
+        ConfigError: a kernel asked for does not support the model or this machine.
     """
     width = model.config.hidden_size // model.config.num_attention_heads
     cast(Unimo3Model, model.unimo3).use_attention_kernel(kernels.attention_impl(width))

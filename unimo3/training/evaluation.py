@@ -10,7 +10,7 @@ from unimo3.data.samples import Samples
 from unimo3.data.transforms import normalise
 from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
-from unimo3.training.best import Best
+from unimo3.training.early_stopping import Best
 from unimo3.training.metrics import Figures
 
 Batch = TypeVar("Batch")

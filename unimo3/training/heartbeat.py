@@ -66,7 +66,7 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
-    """Every rank's last heartbeat, in the order of ranks; what cannot be read is left out."""
+    """Every rank's last heartbeat, in the order of ranks; what cannot be read is skipped."""
     found = []
     for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
         try:

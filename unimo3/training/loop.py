@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saving import Saver
+from unimo3.checkpoint.saver import Saver
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.objectives.exchange import sum_over_ranks
@@ -23,7 +23,7 @@ from unimo3.training.evaluation import Evaluation, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Figures, peak_memory_bytes, read_metrics
 from unimo3.training.optim import OptimArgs
-from unimo3.training.preempt import STOP_FILE, CutShort, StopRequest, Wish
+from unimo3.training.preempt import STOP_FILE, StopListener, StopRequest, StopRequested
 from unimo3.training.run import Run
 from unimo3.training.watch import Watch
 
@@ -86,7 +86,7 @@ def train(
     training: TrainingArgs,
     optim: OptimArgs,
     checkpoint: CheckpointArgs,
-    stop: StopRequest,
+    stop: StopListener,
     watch: Watch,
     evaluation: Evaluation | None = None,
     only_evaluates: bool = False,
@@ -145,13 +145,13 @@ def train(
         micro_batches = None
         try:
             if run.step < last_step:
-                with stop.cutting_in():
+                with stop.interruptible():
                     micro_batches = next(steps)
-        except CutShort:
+        except StopRequested:
             pass
         watch.beat("wait", run.step)
-        wish = stop.agree(engine.device, must_stop=micro_batches is None and run.step < last_step)
-        if wish != Wish.GO_ON or micro_batches is None:
+        request = stop.agree(engine.device, must_stop=micro_batches is None and run.step < last_step)
+        if request != StopRequest.NONE or micro_batches is None:
             break
         scale = lr_scale(run.step, training.steps, optim.warmup_ratio)
         set_lr(engine.optimizer, scale)
@@ -184,7 +184,7 @@ def train(
         num_in_a_row = 0 if is_finite else num_in_a_row + 1
         run.num_skipped += step_was_skipped(engine)
         if not is_finite:
-            _bear_with_non_finite(run, {**means, "grad_norm": norm}, num_in_a_row, training.max_skipped)
+            _handle_non_finite_loss(run, {**means, "grad_norm": norm}, num_in_a_row, training.max_skipped)
 
         now = time.perf_counter()
         figures = {
@@ -206,7 +206,7 @@ def train(
 
         run.record_saves(saver.take_finished())
         if save_failed:
-            saver.settle()
+            saver.wait()
         if run.step == last_step or run.step % checkpoint.every_steps == 0:
             watch.beat("save", run.step)
             saver.save(run.state(), is_last=run.step == last_step)
@@ -221,7 +221,7 @@ def train(
     where = f"step {run.step} of {training.steps} is saved in {run.folder}"
     if only_evaluates:
         where = f"of step {run.step} in {run.folder}"
-    if wish == Wish.REQUEUE and (run.step < last_step or is_cut_short):
+    if request == StopRequest.REQUEUE and (run.step < last_step or is_cut_short):
         stop.done()
         asked = f"asked to stop ({stop.name or 'by another rank'})"
         if only_evaluates:
@@ -229,8 +229,8 @@ def train(
                 f"{asked} amid the evaluation {where}, of which nothing is kept; start the same command to do it again"
             )
         raise Interrupted(f"{asked}; {where}; start the same command to continue")
-    if rank == 0 and wish == Wish.STOP and run.step < last_step:
-        log.info("stopped by the file %s; %s; remove it to go on", run.folder / STOP_FILE, where)
+    if rank == 0 and request == StopRequest.STOP and run.step < last_step:
+        log.info("stopped by the file %s; %s; remove it to continue", run.folder / STOP_FILE, where)
     elif rank == 0 and only_evaluates:
         log.info("done: the evaluation %s", where)
     elif rank == 0:
@@ -240,7 +240,7 @@ def train(
 class _EvaluationGuard:
     """Hands evaluation batches on, unless a rank was asked to stop; the wait for one is cut short as in training."""
 
-    def __init__(self, stop: StopRequest, watch: Watch, step: int, device: torch.device):
+    def __init__(self, stop: StopListener, watch: Watch, step: int, device: torch.device):
         self.is_cut = False
         self._stop, self._watch, self._step, self._device = stop, watch, step, device
 
@@ -250,19 +250,19 @@ class _EvaluationGuard:
             batch, is_waiting = None, True
             self._watch.beat("evaluate", self._step)
             try:
-                with self._stop.cutting_in():
+                with self._stop.interruptible():
                     batch = next(batches, None)
                     is_waiting = False
-            except CutShort:
+            except StopRequested:
                 pass
-            wish = self._stop.agree(self._device, must_stop=is_waiting)
-            self.is_cut = wish != Wish.GO_ON
+            request = self._stop.agree(self._device, must_stop=is_waiting)
+            self.is_cut = request != StopRequest.NONE
             if self.is_cut or batch is None:
                 return
             yield batch
 
 
-def _bear_with_non_finite(run: Run, figures: Figures, num_in_a_row: int, max_skipped: int) -> None:
+def _handle_non_finite_loss(run: Run, figures: Figures, num_in_a_row: int, max_skipped: int) -> None:
     listed = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     if num_in_a_row > max_skipped:
         raise DivergedError(

@@ -2,10 +2,10 @@
 
     RUN/requeue    save and end with status 75; rank 0 removes the file, and one that is older than the process is none.
                    A rank that got a signal makes it, for those that wait for data and heard nothing
-    RUN/stop       save and end with status 0; it stays, so that no later start goes on
+    RUN/stop       save and end with status 0; it stays, so that no later start continues
 
 Once a run trains, a signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks
-would wait there for ever for the one that has none. Before that nothing can be lost, and a signal ends the process.
+would wait there forever for the one that has none. Before that nothing can be lost, and a signal ends the process.
 
 Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the grace time).
 """
@@ -30,19 +30,19 @@ from unimo3.objectives.exchange import sum_over_ranks
 REQUEUE_FILE, STOP_FILE = "requeue", "stop"
 
 
-class Wish(IntEnum):
+class StopRequest(IntEnum):
     """What was asked for; the largest of all ranks' counts."""
 
-    GO_ON = 0
+    NONE = 0
     REQUEUE = 1
     STOP = 2
 
 
-class CutShort(BaseException):
+class StopRequested(BaseException):
     """Raised while waiting for data when a request comes; no `Exception`, so that nothing takes it for bad data."""
 
 
-class StopRequest:
+class StopListener:
     """Remembers the first request this process got since `install`.
 
     Attributes:
@@ -51,13 +51,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._wish = Wish.GO_ON
+        self._request = StopRequest.NONE
         self._folder: Path | None = None
         self._started = 0.0
         self._is_passed_on = False
         self._cuts_in = False
 
-    def install(self) -> "StopRequest":
+    def install(self) -> "StopListener":
         """Take over the stop signals: until `watch` they end the process, to be started again."""
         self._started = time.time()
         for number in STOP_SIGNALS:
@@ -72,20 +72,20 @@ class StopRequest:
     @property
     def received(self) -> bool:
         """Whether this process was asked."""
-        return self._wish != Wish.GO_ON
+        return self._request != StopRequest.NONE
 
     def look(self) -> None:
         """Look for the files, and pass a signal on; any thread may call it now and then."""
-        if self._folder is None or self._wish == Wish.STOP:
+        if self._folder is None or self._request == StopRequest.STOP:
             return
-        if self._wish == Wish.REQUEUE and not self._is_passed_on:
+        if self._request == StopRequest.REQUEUE and not self._is_passed_on:
             self._is_passed_on = True
             with suppress(OSError):  # most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
-        for name, wish in ((STOP_FILE, Wish.STOP), (REQUEUE_FILE, Wish.REQUEUE)):
-            if wish > self._wish and self._is_there(self._folder / name):
+        for name, request in ((STOP_FILE, StopRequest.STOP), (REQUEUE_FILE, StopRequest.REQUEUE)):
+            if request > self._request and self._is_there(self._folder / name):
                 self._is_passed_on = True
-                self._wish, self.name = wish, f"the file {self._folder / name}"
+                self._request, self.name = request, f"the file {self._folder / name}"
                 if signal.getsignal(signal.SIGUSR1) == self._note:
                     os.kill(os.getpid(), signal.SIGUSR1)  # the main thread may be waiting for data
                 return
@@ -97,16 +97,16 @@ class StopRequest:
             return False
         return path.name == STOP_FILE or made >= self._started
 
-    def agree(self, device: torch.device, must_stop: bool = False) -> Wish:
+    def agree(self, device: torch.device, must_stop: bool = False) -> StopRequest:
         """What all ranks do now; every rank calls it.
 
         Args:
-            must_stop: whether this rank cannot go on, having been cut short.
+            must_stop: whether this rank cannot continue, having been cut short.
         """
-        own = max(self._wish, Wish.REQUEUE) if must_stop else self._wish
-        counts = torch.tensor([own == Wish.REQUEUE, own == Wish.STOP], dtype=torch.int32, device=device)
+        own = max(self._request, StopRequest.REQUEUE) if must_stop else self._request
+        counts = torch.tensor([own == StopRequest.REQUEUE, own == StopRequest.STOP], dtype=torch.int32, device=device)
         requeue, stop = sum_over_ranks(counts).tolist()
-        return Wish.STOP if stop else Wish.REQUEUE if requeue else Wish.GO_ON
+        return StopRequest.STOP if stop else StopRequest.REQUEUE if requeue else StopRequest.NONE
 
     def done(self) -> None:
         """Remove the file that asked for a requeue: it has been heard."""
@@ -114,12 +114,12 @@ class StopRequest:
             (self._folder / REQUEUE_FILE).unlink(missing_ok=True)
 
     @contextmanager
-    def cutting_in(self) -> Iterator[None]:
-        """While in it, a request raises `CutShort`."""
+    def interruptible(self) -> Iterator[None]:
+        """While in it, a request raises `StopRequested`."""
         self._cuts_in = True
         try:
             if self.received:
-                raise CutShort
+                raise StopRequested
             yield
         finally:
             self._cuts_in = False
@@ -135,8 +135,8 @@ class StopRequest:
             end_process(EXIT_REQUEUE, is_recorded=False)  # the signal may come because another rank has failed
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
-        if self._wish == Wish.GO_ON:
-            self._wish, self.name = Wish.REQUEUE, signal.Signals(number).name
+        if self._request == StopRequest.NONE:
+            self._request, self.name = StopRequest.REQUEUE, signal.Signals(number).name
         if self._cuts_in:
             self._cuts_in = False  # a second one must not raise where nobody catches it
-            raise CutShort
+            raise StopRequested

@@ -184,7 +184,7 @@ class Run:
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             self.num_skipped = state.extra.get("skipped_steps", 0)
             if self._fingerprint is not None:
-                store.set_damaged_aside(damaged)
+                store.quarantine(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         # What does not train drops nothing of what training left.

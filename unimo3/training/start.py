@@ -9,7 +9,7 @@ import torch
 
 from unimo3 import distributed
 from unimo3.apex import warn_of_wrong_apex
-from unimo3.training.preempt import StopRequest
+from unimo3.training.preempt import StopListener
 from unimo3.training.run import RunArgs
 from unimo3.training.watch import Watch
 
@@ -18,7 +18,7 @@ class Started(NamedTuple):
     """A process that has joined the others."""
 
     world: distributed.World
-    stop: StopRequest
+    stop: StopListener
     watch: Watch
 
 
@@ -30,7 +30,7 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
         stall_after_s: see `TrainingArgs`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stop = StopRequest().install()
+    stop = StopListener().install()
     watch = Watch(run.folder, stall_after_s, stop.look)
     world = distributed.init()
     logging.basicConfig(

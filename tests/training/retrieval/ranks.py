@@ -12,7 +12,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.model.init import initialize_weights
+from unimo3.model.initialization import initialize_weights
 from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs

@@ -22,7 +22,7 @@ _TABLES = {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Valid
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample a row, with its caption; empty captions and images that were not downloaded are left out."""
+    """One sample a row, with its caption; empty captions and images that were not downloaded are skipped."""
     omitted = Counter() if omitted is None else omitted
     for split, name in _TABLES.items():
         annot = source / f"{split}_annot.json"

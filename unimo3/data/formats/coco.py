@@ -15,7 +15,7 @@ from unimo3.data.formats.record import Sample, field
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``captions``; empty captions are left out."""
+    """One sample an image, with all its ``captions``; empty captions are skipped."""
     for where, image, split, captions in read_captions(source / "dataset_coco.json", omitted):
         identity = field(image, "cocoid", where, int)
         file = images / field(image, "filepath", where, str) / field(image, "filename", where, str)

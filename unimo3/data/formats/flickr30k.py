@@ -19,7 +19,7 @@ _KEY_DIGITS = 12
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``captions``; empty captions are left out."""
+    """One sample an image, with all its ``captions``; empty captions are skipped."""
     folder = photo_folder(images)
     for where, image, split, captions in read_captions(source / "dataset_flickr30k.json", omitted):
         photo = photo_number(image, "filename", where)

@@ -18,7 +18,7 @@ _SPLITS = (("train", "train", "images/train"), ("val", "dev", "dev"), ("test", "
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample a ``statement``, with its ``label``, true or false; nothing is left out.
+    """One sample a ``statement``, with its ``label``, true or false; nothing is skipped.
 
     ``image_id`` names the pair, of which there may be another statement; ``identifier`` is the release's.
     """

@@ -16,7 +16,7 @@ Pair = tuple[int, Path, str]
 
 
 def pair_samples(split: str, pairs: Iterable[Pair], omitted: Counter[str]) -> Iterator[tuple[str, Sample]]:
-    """One sample a pair, with its row as ``image_id``; empty captions are left out."""
+    """One sample a pair, with its row as ``image_id``; empty captions are skipped."""
     for row, file, caption in pairs:
         stripped = caption.strip()
         if stripped:

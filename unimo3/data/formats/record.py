@@ -42,7 +42,7 @@ class Converter(Protocol):
         Args:
             source: folder of the annotation files.
             images: folder of the image files, which are named and not opened.
-            omitted: gets, by reason, the number of records that the format allows to be unusable and that are left out.
+            omitted: gets, by reason, the number of records that the format allows to be unusable and that are skipped.
 
         Raises:
             DataError: a file or a record is not what the format says.
@@ -82,7 +82,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record's place in a file of JSON lines, for messages, and the record; blank lines are passed over."""
+    """Each record's place in a file of JSON lines, for messages, and the record; blank lines are skipped."""
     for where, line in read_lines(path):
         if not line.strip():
             continue

@@ -18,7 +18,7 @@ from unimo3.errors import DataError
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One training sample a row, with its caption; empty captions are left out."""
+    """One training sample a row, with its caption; empty captions are skipped."""
     omitted = Counter() if omitted is None else omitted
     annot = source / "annot.json"
     pairs = read_annot(annot, images) if annot.is_file() else _read_release(source / "sbu-captions-all.json", images)

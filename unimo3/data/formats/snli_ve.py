@@ -21,7 +21,7 @@ _LABELS = ("entailment", "neutral", "contradiction", _NO_AGREEMENT)
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
     """One sample an image and split, with its ``hypotheses``, each a ``text``, a ``label`` and its ``pair_id``.
 
-    Hypotheses on whose label the annotators did not agree are left out.
+    Hypotheses on whose label the annotators did not agree are skipped.
     """
     omitted = Counter() if omitted is None else omitted
     folder = photo_folder(images)

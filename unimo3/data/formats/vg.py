@@ -20,7 +20,7 @@ _BOX = ("x", "y", "width", "height")
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
     """One training sample an image: its distinct phrases are ``captions``, their first boxes ``regions``.
 
-    A region is [x, y, width, height] in pixels. Empty phrases and images that have no other are left out.
+    A region is [x, y, width, height] in pixels. Empty phrases and images that have no other are skipped.
     """
     omitted = Counter() if omitted is None else omitted
     path = source / "region_descriptions.json"

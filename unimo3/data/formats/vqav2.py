@@ -26,9 +26,9 @@ _SPLITS = (
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
-    """One sample an image, with all its ``questions``, those of train and val with their answers; nothing is left out.
+    """One sample an image, with all its ``questions``, those of train and val with their answers; nothing is skipped.
 
-    A test split whose questions are not there is passed over: training needs none.
+    A test split whose questions are not there is skipped: training needs none.
     """
     for split, part, folder, has_answers in _SPLITS:
         path = source / f"v2_OpenEnded_mscoco_{part}_questions.json"

@@ -17,7 +17,7 @@ from unimo3.kernels.cross_layer_attention.trial import triton_works
 __all__ = ["cross_layer_attention", "cross_layer_attention_reference"]
 
 IMPLEMENTATIONS = ("triton", "native", "reference")
-# What the Triton kernels serve.
+# What the Triton kernels support.
 HEAD_WIDTHS = (32, 64, 96, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WHAT = {"triton": "Triton kernels", "native": "the C++ kernel", "reference": "plain operations (reference)"}
@@ -47,14 +47,14 @@ def cross_layer_attention(
             level of which a sample has no readable key adds zeros.
         impl: ``triton``, for CUDA tensors of head width 32, 64, 96 or 128 (CPU tensors under TRITON_INTERPRET=1);
             ``native``, the C++ kernel for float32 on CPUs; ``reference``, for everything. None: by the device, the
-            first of these that serves; ``triton`` after a trial on the GPU at hand.
+            first of these that supports; ``triton`` after a trial on this GPU.
         dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
 
     Returns:
         [B, H, T, d] in q's dtype.
 
     Raises:
-        ValueError: the tensors do not fit together, or `impl` does not serve them.
+        ValueError: the tensors do not fit together, or `impl` does not support them.
     """
     keys, values = _levels("k", k), _levels("v", v)
     masks = [key_padding_mask] * len(keys) if isinstance(key_padding_mask, Tensor) else key_padding_mask
@@ -88,17 +88,17 @@ def _levels(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def _choose(impl: str | None, q: Tensor) -> str:
     if impl not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"impl: '{impl}'; one of {', '.join(IMPLEMENTATIONS)} is served")
+        raise ValueError(f"impl: '{impl}'; one of {', '.join(IMPLEMENTATIONS)} is supported")
     if impl is None:
-        if native.serves(q):
+        if native.supports(q):
             return "native"
         return (
             "triton"
-            if q.is_cuda and _triton_serves(q) and triton_works(q.device, q.dtype, q.shape[-1])
+            if q.is_cuda and _triton_supports(q) and triton_works(q.device, q.dtype, q.shape[-1])
             else "reference"
         )
-    serving = {"triton": _triton_serves, "native": native.serves, "reference": lambda q: True}
-    if not serving[impl](q):
+    supporting = {"triton": _triton_supports, "native": native.supports, "reference": lambda q: True}
+    if not supporting[impl](q):
         needed = {
             "triton": "float16, bfloat16 or float32 on a GPU (on a CPU under TRITON_INTERPRET=1) and a head width of "
             f"{', '.join(map(str, HEAD_WIDTHS))}",
@@ -113,7 +113,7 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_serves(q: Tensor) -> bool:
+def _triton_supports(q: Tensor) -> bool:
     # On the meta device there is nothing to run.
     runs = q.is_cuda or q.is_meta or (q.device.type == "cpu" and interprets_triton())
     return runs and q.dtype in DTYPES and q.shape[-1] in HEAD_WIDTHS

@@ -2,13 +2,13 @@
 
 How the entries were found: none has been timed on a GPU. ``benchmarks/kernel_static.py --search`` compiles every
 candidate (blocks of 32 and 64 for half types, of 16 to 64 for float32; 4 and 8 warps; two stages) for all it would
-serve, with seven levels, gate, padding and dropout, and for heads of 64, the recipes' width, with fewer levels and
+support, with seven levels, gate, padding and dropout, and for heads of 64, the recipes' width, with fewer levels and
 without padding or dropout too. It drops those that spill registers, exceed a block's shared memory or leave fewer than
 8 warps to a multiprocessor. Of the rest it takes the largest block; among equals the one with most warps resident, then
 the one with fewest registers. Blocks of 128 are not among them: texts of 50 tokens and images of 197 to 442 would fill
 them badly.
 
-``UNIMO3_AUTOTUNE=1`` times candidates on the GPU at hand instead, see launch.py.
+``UNIMO3_AUTOTUNE=1`` times candidates on this GPU instead, see launch.py.
 
 Source: triton 3.9's compiler; the programming guide of CUDA for limits of each compute capability.
 """
@@ -109,7 +109,7 @@ def blocks_for(kernel: str, q: Tensor, longest: int) -> Blocks:
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    """Whose entries serve a device."""
+    """Whose entries support a device."""
     if device.type != "cuda":
         return CAPABILITIES[0]
     major, _ = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""The Triton kernels, launched: with the blocks of the table, or with those that are fastest on the GPU at hand.
+"""The Triton kernels, launched: with the blocks of the table, or with those that are fastest on this GPU.
 
 ``UNIMO3_AUTOTUNE=1`` has triton time every candidate at the first call of each kind and keep the result in its cache.
 A run that tunes again may take other blocks, and so other roundings: leave it off where runs are to be bitwise equal.

@@ -51,8 +51,8 @@ class _Tensors(ctypes.Structure):
     _fields_ += [("levels", ctypes.POINTER(_Level))]
 
 
-def serves(q: Tensor) -> bool:
-    """Whether the kernel can take these queries: float32 on a CPU, a head width it knows, and a compiler at hand."""
+def supports(q: Tensor) -> bool:
+    """Whether the kernel can take these queries: float32 on a CPU, a head width it knows, and a compiler available."""
     return (
         q.device.type == "cpu"
         and q.dtype == torch.float32

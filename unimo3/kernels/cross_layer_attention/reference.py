@@ -5,7 +5,7 @@
 
 Level by level: scores, a softmax in float32 or better, the gate folded into the probabilities, and a product that adds
 to the result. A level whose gate is zero adds exact zeros, so gates that are one-hot give that level's result to the
-bit. It serves every type and device, and is the oracle for the fused kernels.
+bit. It supports every type and device, and is the oracle for the fused kernels.
 
 Source: the cross-layer interaction of arXiv 2305.13697; the gate is this project's own (docs/architecture.md).
 """

@@ -1,4 +1,4 @@
-"""A trial of the Triton kernels on the GPU at hand, before anything is trusted to them.
+"""A trial of the Triton kernels on this GPU, before anything is trusted to them.
 
 A GPU, driver or triton they were never run with may refuse them or get them wrong. Each process asks once for a dtype
 and head width, in some seconds, and falls back to the reference with a warning. What a trial cannot catch is an access

@@ -116,7 +116,9 @@ def bridgetower_config(theirs: PreTrainedConfig, image_size: int | None = None) 
     ]
     depth = vision.num_hidden_layers - bool(vision.remove_last_layer)
     found = [
-        f"its {field} is {value!r}; only {served!r} is served" for field, value, served in needed if value != served
+        f"its {field} is {value!r}; only {supported!r} is supported"
+        for field, value, supported in needed
+        if value != supported
     ]
     if depth < text.num_hidden_layers:
         found.append(
@@ -155,7 +157,7 @@ def read_bridgetower_config(folder: str, image_size: int | None = None) -> Unimo
     """The same from a folder.
 
     Raises:
-        ConfigError: the folder is missing, holds another model or a form that is not served.
+        ConfigError: the folder is missing, holds another model or a form that is not supported.
     """
     try:
         return bridgetower_config(read_config("model.init", folder, "BridgeTower"), image_size)

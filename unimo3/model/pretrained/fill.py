@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from unimo3.errors import CheckpointError, ConfigError
-from unimo3.model.init import gathered
+from unimo3.model.initialization import gathered
 
 NO_WEIGHTS = (
     "no model.safetensors there, nor its index; convert older formats with transformers' "

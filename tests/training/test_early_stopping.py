@@ -5,10 +5,10 @@ import pytest
 from pretrain.export import choose_checkpoint
 from pretrain.train import PretrainConfig
 from unimo3.checkpoint import store
-from unimo3.checkpoint.best import read_best
+from unimo3.checkpoint.best_record import read_best
 from unimo3.checkpoint.manifest import flush_and_hash, write_manifest
 from unimo3.errors import CheckpointError
-from unimo3.training.best import Best, BestArgs
+from unimo3.training.early_stopping import Best, BestArgs
 from unimo3.training.metrics import MetricsWriter
 from unimo3.training.run import Run, RunArgs
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from unimo3.checkpoint.init import exports, model_files_of, weights_of
+from unimo3.checkpoint.initial_weights import exports, model_files_of, weights_of
 from unimo3.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ def test_a_run_and_its_checkpoints_are_exported_once_for_each_source(run_copy, t
     earlier_source = run / "checkpoints" / "step_00000002"
     earlier = load_file(f"{weights_of(str(earlier_source), own)}/model.safetensors")
     assert not newest["embed.weight"].equal(earlier["embed.weight"])
-    # Retention may remove the source: a later start goes on from what was made of it.
+    # Retention may remove the source: a later start resumes from what was made of it.
     shutil.rmtree(earlier_source)
     assert weights_of(str(earlier_source), own) == model_files_of(str(earlier_source), own) == str(own / "init")
     # Half an export is none.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.best import BestRecord, read_best, write_best
+from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
 from unimo3.distributed import broadcast_object, world
 from unimo3.training.metrics import Figures, read_metrics
 from unimo3.training.run import Run

@@ -24,7 +24,7 @@ def told(root: Path) -> list[dict[str, Any]]:
 def test_a_second_save_waits_for_the_first(told):
     for rank in told:
         assert rank["after the second"] == ["step_00000002"]
-        assert rank["settled"] == ["step_00000002", "step_00000004"]
+        assert rank["finished"] == ["step_00000002", "step_00000004"]
 
 
 @pytest.mark.integration
@@ -60,7 +60,7 @@ def test_the_copy_takes_no_more_memory_than_the_files(told):
 
 
 @pytest.mark.integration
-def test_with_warn_training_goes_on_but_the_last_save_must_hold(told):
+def test_with_warn_training_continues_but_the_last_save_must_succeed(told):
     for rank in told:
         assert rank["warn"] is None
         assert "rank 1: " in rank["last"]

@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.agree import together
 from unimo3.checkpoint.export import export_run
-from unimo3.distributed import world
+from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.pretrained import read_exported_config
@@ -25,7 +24,7 @@ _SOURCE = "source.txt"
 
 
 def has_begun(own_run: Path) -> bool:
-    """Whether a run goes on from checkpoints of its own, good or not, and no longer from what ``init`` names."""
+    """Whether a run resumes from checkpoints of its own, good or not, and no longer from what ``init`` names."""
     return store.has_folders(own_run) and (own_run / "model" / "config.json").is_file()
 
 
@@ -38,7 +37,7 @@ def run_of(init: str) -> Path | None:
 
 
 def model_files_of(init: str, own_run: Path) -> str:
-    """Folder with the configuration and the tokenizer of the weights that the run starts from or goes on with."""
+    """Folder with the configuration and the tokenizer of the weights that the run starts from or continues with."""
     if has_begun(own_run):
         return str(own_run / "model")
     run = run_of(init)
@@ -48,7 +47,7 @@ def model_files_of(init: str, own_run: Path) -> str:
 
 
 def config_of(init: str, own_run: Path) -> Unimo3Config:
-    """The configuration of the weights that the run starts from or goes on with.
+    """The configuration of the weights that the run starts from or continues with.
 
     Raises:
         ConfigError: there is none, or it is another model's.
@@ -76,7 +75,7 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     """
     rank, size = world()
     out, run = own_run / "init", run_of(init)
-    kept = together(f"looking for {out}", lambda: _kept(init, own_run), "check the run's folder")[0]
+    kept = on_all_ranks(f"looking for {out}", lambda: _kept(init, own_run), "check the run's folder")[0]
     if kept and not (newest and run == Path(init)):
         return str(out)
     if run is None:
@@ -89,7 +88,9 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
             return str(out)
     else:
         checkpoint = Path(init)
-        shares = together(f"verifying {checkpoint}", lambda: store.verify(checkpoint, rank, size), "name another one")
+        shares = on_all_ranks(
+            f"verifying {checkpoint}", lambda: store.verify(checkpoint, rank, size), "name another one"
+        )
         if problems := [problem for share in shares for problem in share]:
             raise CheckpointError(f"init: '{init}': is damaged ({'; '.join(problems)}); name another checkpoint")
 
@@ -100,7 +101,7 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
             (out / _SOURCE).write_text(f"{_name_of(init)}\n{checkpoint.name}")
             log.info("init: %s exported to %s", checkpoint, out)
 
-    together(f"exporting {checkpoint}", export, "name an exported folder or another checkpoint")
+    on_all_ranks(f"exporting {checkpoint}", export, "name an exported folder or another checkpoint")
     return str(out)
 
 

@@ -8,9 +8,9 @@ import resource
 
 import pytest
 
-from unimo3.checkpoint import uncached
+from unimo3.checkpoint import direct_io
 from unimo3.checkpoint.block_sums import BlockSums
-from unimo3.checkpoint.uncached import UncachedFile
+from unimo3.checkpoint.direct_io import DirectFile
 
 SIZE = 50_000
 
@@ -19,7 +19,7 @@ SIZE = 50_000
 def way(request, monkeypatch):
     """With O_DIRECT; where the kernel refuses each transfer of that size; where the file system has no such thing."""
     if request.param == "refused":
-        monkeypatch.setattr(uncached, "BLOCK_BYTES", 100)
+        monkeypatch.setattr(direct_io, "BLOCK_BYTES", 100)
     if request.param == "absent":
         opened = os.open
 
@@ -34,13 +34,13 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [2**22, 8192])
 def test_what_is_written_anywhere_in_any_order_is_what_is_read(tmp_path, way, chunk, monkeypatch):
-    monkeypatch.setattr(uncached, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(direct_io, "CHUNK_BYTES", chunk)
     draw = random.Random(chunk)
     content = draw.randbytes(SIZE)
     cuts = [0, 8, 4096, 8192, 8200, *sorted(draw.sample(range(8201, SIZE), 12)), SIZE]
     parts = list(itertools.pairwise(cuts))
     draw.shuffle(parts)
-    file = UncachedFile(tmp_path / "file", SIZE)
+    file = DirectFile(tmp_path / "file", SIZE)
     for first, last in parts:
         file.write(memoryview(content)[first:last], first)
     for first, last in parts:
@@ -49,7 +49,7 @@ def test_what_is_written_anywhere_in_any_order_is_what_is_read(tmp_path, way, ch
     file.flush()
     file.close()
     assert (tmp_path / "file").read_bytes() == content
-    again = UncachedFile(tmp_path / "file")
+    again = DirectFile(tmp_path / "file")
     assert bytes(again.read(SIZE - 10, 100)) == content[-10:]
     again.close()
 
@@ -59,7 +59,7 @@ def test_a_full_disk_is_an_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 1, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            UncachedFile(tmp_path / "file", SIZE)
+            DirectFile(tmp_path / "file", SIZE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -1,19 +1,53 @@
 """What DeepSpeed's save would write: written by each rank by itself, or kept in memory to be written later.
 
-Source: DeepSpeed 0.19, runtime/engine.py (save_checkpoint) and runtime/checkpoint_engine.
+DeepSpeed's saves and loads synchronize all ranks; here one that fails leaves no other waiting.
+
+Source: DeepSpeed 0.19, runtime/engine.py (save_checkpoint, load_checkpoint), runtime/checkpoint_engine and
+runtime/zero/stage3.py.
 """
 
 import copy
 import itertools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from unimo3.distributed import world
+
+_EPILOGUE = "checkpoint_event_epilogue"
+
+
+@contextmanager
+def without_barriers(optimizer: Any) -> Iterator[None]:
+    """Within this context, barriers do nothing and persistent parameters stay partitioned.
+
+    Between the barriers of DeepSpeed's save, and before persistent parameters are gathered at the end of a save or a
+    load, a rank may fail, and the others would wait for it forever. Here every rank does its own part alone. The caller
+    synchronizes the ranks afterwards, and only then gathers persistent parameters.
+    """
+    barrier = comm.barrier
+    comm.barrier = lambda *_, **__: None
+    if hasattr(optimizer, _EPILOGUE):
+        setattr(optimizer, _EPILOGUE, lambda: None)
+    try:
+        yield
+    finally:
+        comm.barrier = barrier
+        if _EPILOGUE in vars(optimizer):
+            delattr(optimizer, _EPILOGUE)
+
+
+def gather_persistent(optimizer: Any) -> None:
+    """Gather persistent parameters again; every rank calls it, whether or not its save or load failed."""
+    if hasattr(optimizer, _EPILOGUE):
+        getattr(optimizer, _EPILOGUE)()
 
 
 class FileWriter(TorchCheckpointEngine):
@@ -102,7 +136,7 @@ class HostMemory:
 
 
 def capture_engine_files(engine: Any, staging: Path, memory: HostMemory) -> None:
-    """Keep in `memory` what DeepSpeed would write into the folder `staging`, within `apart`."""
+    """Keep in `memory` what DeepSpeed would write into the folder `staging`, within `without_barriers`."""
     memory.begin()
     _save(engine, staging, FileWriter(memory))
 
@@ -120,7 +154,7 @@ def write_captured(memory: HostMemory) -> list[Path]:
 
 
 def write_engine_files(engine: Any, staging: Path) -> list[Path]:
-    """Have DeepSpeed write its files into the folder `staging`, within `apart`.
+    """Have DeepSpeed write its files into the folder `staging`, within `without_barriers`.
 
     Returns:
         The files this rank wrote.

@@ -73,7 +73,7 @@ class StoredTensor:
         if target.dtype != self.dtype:
             raise CheckpointError(
                 f"{self.path}: holds {self.dtype} where {target.dtype} is expected; master weights and moments of "
-                "another type than float32 are not served"
+                "another type than float32 are not supported"
             )
         _read(self.path, self.start + (self.skipped + first) * self.dtype.itemsize, target)
 

@@ -18,7 +18,7 @@ BLOCK_BYTES = max(4096, mmap.PAGESIZE)
 CHUNK_BYTES = 2**22
 
 
-class UncachedFile:
+class DirectFile:
     """One open file, for several threads.
 
     Args:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.committing import FIX, prepare
+from unimo3.checkpoint.commit import FIX, prepare
+from unimo3.checkpoint.engine_files import HostMemory
 from unimo3.checkpoint.state import TrainState
-from unimo3.checkpoint.writing import HostMemory
 from unimo3.distributed import all_gather_object, world
 from unimo3.errors import CheckpointError
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Of the slowest rank's writing.
 _TIMEOUT = timedelta(hours=12)
-# For a save under way when the run ends by an error; a node that is gone must not hold the others for ever.
+# For a save under way when the run ends by an error; a node that is gone must not hold the others forever.
 _EXIT_WAIT_S = 600.0
 
 
@@ -76,11 +76,11 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank and nobody was told; `settle` tells."""
+        """Whether a save in the background has failed on this rank and nobody has been notified; `wait` raises it."""
         return self._failure is not None
 
     def save(self, state: TrainState, is_last: bool = False) -> None:
-        """Save a checkpoint; return when it is committed or, in the background, when training may go on.
+        """Save a checkpoint; return when it is committed or, in the background, when training may continue.
 
         Args:
             is_last: whether the run ends with it: then it is waited for, and must hold.
@@ -91,7 +91,7 @@ class Saver:
         """
         before: CheckpointError | None = None
         try:
-            self.settle()
+            self.wait()
         except CheckpointError as error:
             if not is_last:
                 raise
@@ -101,7 +101,7 @@ class Saver:
             finish = prepare(self._engine, self._run, state, self._memory if self._args.background else None)
         except CheckpointError as error:
             self._failure = error
-            self.settle(must_hold=is_last)
+            self.wait(must_succeed=is_last)
             return
 
         def work() -> None:
@@ -125,7 +125,7 @@ class Saver:
             self._thread.start()
             return
         work()
-        self.settle(must_hold=is_last)
+        self.wait(must_succeed=is_last)
         if before is not None:
             raise before
 
@@ -139,11 +139,11 @@ class Saver:
         if not all(all_gather_object(self._committed_step == state.step and self._failure is None)):
             self.save(state, is_last=True)
 
-    def settle(self, must_hold: bool = False) -> None:
-        """Wait for the save under way and tell of one that failed; every rank calls it.
+    def wait(self, must_succeed: bool = False) -> None:
+        """Wait for the save under way and raise the error of one that failed; every rank calls it.
 
         Args:
-            must_hold: whether a failure is an error whatever ``checkpoint.on_save_error`` says.
+            must_succeed: whether a failure is an error whatever ``checkpoint.on_save_error`` says.
 
         Raises:
             CheckpointError: on every rank; a save has failed.
@@ -155,16 +155,18 @@ class Saver:
         if not failures:
             return
         failure = own or CheckpointError(failures[0])
-        if must_hold or self._args.on_save_error == "stop":
+        if must_succeed or self._args.on_save_error == "stop":
             raise failure
         if world()[0] == 0:
-            log.error("%s; training goes on (checkpoint.on_save_error: warn)", failure)
+            log.error("%s; training continues (checkpoint.on_save_error: warn)", failure)
 
     def _wait_at_exit(self) -> None:
         if self._thread is not None:
             self._thread.join(_EXIT_WAIT_S)
             if self._thread.is_alive() or self._failure is not None:
-                log.error("the save under way has failed or been given up (%s)", self._failure or "no end in sight")
+                log.error(
+                    "the save under way failed or did not end in time (%s)", self._failure or f"{_EXIT_WAIT_S:g} s"
+                )
 
     def _wait(self) -> None:
         if self._thread is not None:

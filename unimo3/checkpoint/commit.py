@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.agree import together
-from unimo3.checkpoint.apart import apart, gather_persistent
+from unimo3.checkpoint.engine_files import (
+    HostMemory,
+    capture_engine_files,
+    gather_persistent,
+    without_barriers,
+    write_captured,
+    write_engine_files,
+)
 from unimo3.checkpoint.manifest import (
     STATE,
     flush_and_hash,
@@ -26,8 +32,7 @@ from unimo3.checkpoint.manifest import (
     write_manifest,
 )
 from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
-from unimo3.checkpoint.writing import HostMemory, capture_engine_files, write_captured, write_engine_files
-from unimo3.distributed import world
+from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
 
 
 def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
-    """Do what has to be done before training goes on; every rank calls it.
+    """Do what has to be done before training continues; every rank calls it.
 
     Args:
         memory: keeps a copy of what is to be written, so that training may change it. None: it is written at once.
@@ -62,10 +67,12 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
     state = replace(state, engine=store.describe_engine(engine))
     # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
-    together(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
+    on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
     generators = captured_rng()
     if memory is None:
-        held: list[Path] = _apart(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
+        held: list[Path] = _without_barriers(
+            engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging)
+        )
 
         def write() -> list[Path]:
             return held
@@ -75,7 +82,7 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
         def capture() -> None:
             capture_engine_files(engine, staging, kept)
 
-        _apart(engine, staging, f"copying for {staging}", capture)
+        _without_barriers(engine, staging, f"copying for {staging}", capture)
 
         def write() -> list[Path]:
             return write_captured(kept)
@@ -92,9 +99,11 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
 
     def finish(group: Any) -> Path:
         try:
-            written = together(f"writing {staging}", write_all, FIX, group)
-            parts = together(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), FIX, group)
-            together(f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, FIX, group)
+            written = on_all_ranks(f"writing {staging}", write_all, FIX, group)
+            parts = on_all_ranks(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), FIX, group)
+            on_all_ranks(
+                f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, FIX, group
+            )
         except CheckpointError:
             _discard(staging, group)
             raise
@@ -103,11 +112,11 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
     return finish
 
 
-def _apart(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+def _without_barriers(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
     """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
     try:
-        with apart(engine.optimizer):
-            return together(doing, action, FIX)[world()[0]]
+        with without_barriers(engine.optimizer):
+            return on_all_ranks(doing, action, FIX)[world()[0]]
     except CheckpointError:
         _discard(staging, None)
         raise
@@ -122,7 +131,7 @@ def _discard(staging: Path, group: Any) -> None:
         if world()[0] == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
-    together(f"removing {staging}", remove, FIX, group)
+    on_all_ranks(f"removing {staging}", remove, FIX, group)
 
 
 def _clear_staging(staging: Path) -> None:
