@@ -28,14 +28,15 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_exported
 from unimo3.model.processor import Unimo3Processor
+from unimo3.training.args import TrainingArgs
 from unimo3.training.early_stopping import Best, BestArgs
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, Guard
 from unimo3.training.heartbeat import other_process
-from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
+from unimo3.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
             "data.val: '%s' is trained on as well: its figures, and the best checkpoint by them, tell nothing of other "
             "data", val_index.source,
         )  # fmt: skip
-    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
+    world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
@@ -178,10 +179,10 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     if val_index is not None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
-    train(
-        run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch,
-        evaluation,         only_evaluates=settings.eval_only,
-    )  # fmt: skip
+    Trainer(
+        run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation,
+        only_evaluates=settings.eval_only,
+    ).train()  # fmt: skip
     run.close()
 
 

@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
-        """Figures and files of held-out data; None if the run must end before.
+        """Metrics and files of held-out data; None if the run must end before.
 
         Every rank calls it, and must call the engine's modules as often as the others: batches go through `guard`.
         """
@@ -123,7 +123,7 @@ class RowTask(Task):
 
     @abstractmethod
     def results(self, rows: list[Row]) -> Results:
-        """Figures and files of all rows, each unit's once, in no particular order."""
+        """Metrics and files of all rows, each unit's once, in no particular order."""
 
     def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.

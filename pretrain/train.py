@@ -17,12 +17,13 @@ from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
+from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import BatchPlan, build_engine, build_model, prepare_layers, read_ds_config
 from unimo3.training.evaluation import Evaluation, held_out_losses
-from unimo3.training.loop import TrainingArgs, train
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
+from unimo3.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     resolve_tokens(model_config, tokenizer)
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
-    world, stop, watch = start_process(settings.run, settings.training.stall_after_s)
+    world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
@@ -99,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
             val_index.fingerprint,
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
-    train(run, engine, loader, settings.training, settings.optim, settings.checkpoint, stop, watch, evaluation)
+    Trainer(
+        run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
+    ).train()
     run.close()
 
 

@@ -26,8 +26,8 @@ from pretrain import train
 from unimo3.data.loader import TrainingLoader
 from unimo3.distributed import world
 from unimo3.objectives.base import PretrainingTask
-from unimo3.training import loop
 from unimo3.training.preempt import StopListener
+from unimo3.training.trainer import Trainer
 
 INJECT: dict[str, Any] = json.loads(os.environ.get("INJECT", "{}"))
 _step = 0
@@ -57,10 +57,10 @@ def install(self: StopListener) -> StopListener:
     return stock_install(self)
 
 
-def lr_scale(step: int, *arguments: Any) -> float:
-    """Called by the loop at every step."""
+def train_step(self: Trainer, micro_batches: list[dict[str, Any]]) -> None:
+    """The trainer's own, after what is to happen at this step."""
     global _step
-    _step = step
+    _step = step = self.run.step
     if step in INJECT.get("until_stop", []) and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         _wait_until(lambda: _requests[-1].received)
     if INJECT.get("until_file", [None])[0] == step:
@@ -69,8 +69,7 @@ def lr_scale(step: int, *arguments: Any) -> float:
         os.kill(os.getpid(), signal.SIGKILL)
     if _is_due("freeze"):
         os.kill(os.getpid(), signal.SIGSTOP)
-    scale: float = stock_lr_scale(step, *arguments)
-    return scale
+    stock_train_step(self, micro_batches)
 
 
 def forward(self: PretrainingTask, batch: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def iterate(self: TrainingLoader) -> Iterator[Any]:
         yield batches
 
 
-stock_lr_scale, loop.lr_scale = loop.lr_scale, lr_scale
+stock_train_step, Trainer.train_step = Trainer.train_step, train_step  # type: ignore[method-assign]
 stock_install, StopListener.install = StopListener.install, install  # type: ignore[method-assign]
 stock_forward, PretrainingTask.forward = PretrainingTask.forward, forward  # type: ignore[method-assign]
 stock_iterate, TrainingLoader.__iter__ = TrainingLoader.__iter__, iterate  # type: ignore[method-assign]

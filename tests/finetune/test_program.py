@@ -22,9 +22,9 @@ from unimo3 import config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
+from unimo3.training.args import TrainingArgs
 from unimo3.training.early_stopping import BestArgs
 from unimo3.training.heartbeat import Heartbeat
-from unimo3.training.loop import TrainingArgs
 from unimo3.training.run import RunArgs
 
 BATCH = {"global_batch": 8, "micro_batch": 4}

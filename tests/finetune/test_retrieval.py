@@ -8,7 +8,7 @@ import yaml
 from finetune.retrieval import RetrievalConfig
 from unimo3.config import collect_errors
 from unimo3.data.args import DataArgs
-from unimo3.training.loop import TrainingArgs
+from unimo3.training.args import TrainingArgs
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.run import RunArgs
 

@@ -21,8 +21,8 @@ from finetune.vqa import Vqa, VqaConfig
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
+from unimo3.training.args import TrainingArgs
 from unimo3.training.evaluation import Guard
-from unimo3.training.loop import TrainingArgs
 from unimo3.training.optim import OptimArgs
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.run import RunArgs

@@ -80,7 +80,7 @@ def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(errory, pro
     assert errory("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
     assert "no progress for 30 s (training.stall_after_s); the others wait for rank 1 on " in program.output
     assert "its process is T (stopped)" in program.output
-    assert "loop.py" in (run / "stacks" / "rank_00000.txt").read_text()
+    assert "trainer.py" in (run / "stacks" / "rank_00000.txt").read_text()
     assert "inject.py" in (run / "stacks" / "asked_00001.txt").read_text()  # the stopped rank was woken for it alone
 
 

@@ -1,4 +1,4 @@
-"""Figures on disk: one record a step, also after a kill and a resume; signals are noted."""
+"""Metrics on disk: one record a step, also after a kill and a resume; signals are noted."""
 
 import io
 import json

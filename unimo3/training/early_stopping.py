@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
 from unimo3.distributed import broadcast_object, world
-from unimo3.training.metrics import Figures, read_metrics
+from unimo3.training.metrics import Metrics, read_metrics
 from unimo3.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Best:
     def __init__(self, args: BestArgs, figure: str, fingerprint: str | None, every: int):
         self._args, self._figure, self._fingerprint, self._every = args, figure, fingerprint, every
 
-    def consider(self, run: Run, figures: Figures, save: Callable[[], None]) -> None:
+    def consider(self, run: Run, figures: Metrics, save: Callable[[], None]) -> None:
         """Have the run's present state saved, and noted as the best, if its figure is better than any before.
 
         Args:

@@ -1,4 +1,4 @@
-"""Figures on held-out data, with every unit counted once over all ranks."""
+"""Metrics on held-out data, with every unit counted once over all ranks."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -11,23 +11,23 @@ from unimo3.data.transforms import normalise
 from unimo3.distributed import World
 from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.early_stopping import Best
-from unimo3.training.metrics import Figures
+from unimo3.training.metrics import Metrics
 
 Batch = TypeVar("Batch")
 
 
 class Evaluation(NamedTuple):
-    """Held-out data, known by its index's fingerprint, and the figures of a step on it; every rank computes them.
+    """Held-out data, known by its index's fingerprint, and its metrics at a step; every rank computes them.
 
-    Their batches go through a `Guard`, on every rank as many; if the run must end there are no figures.
+    Their batches go through a `Guard`, on every rank as many; if the run must end there are no metrics.
 
     Attributes:
         split: the data's, for the record.
-        best: chooses the best checkpoint by the figures. None: nothing is chosen on this data.
+        best: chooses the best checkpoint by the metrics. None: nothing is chosen on this data.
     """
 
     fingerprint: str
-    figures: Callable[[int, "Guard"], Figures | None]
+    metrics: Callable[[int, "Guard"], Metrics | None]
     split: str = ""
     best: Best | None = None
 
@@ -59,7 +59,7 @@ class Unguarded:
 @torch.no_grad()
 def held_out_losses(
     engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
-) -> Figures | None:
+) -> Metrics | None:
     """Mean of the task's figures over whole batches of `samples`; every rank calls it. None if the run must end.
 
     The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if

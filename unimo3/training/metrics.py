@@ -6,6 +6,7 @@ stands there once.
 
 import json
 import logging
+import math
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class MetricsWriter:
             purge_step = None if resumed_step is None else resumed_step + 1
             self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
-    def write(self, figures: Figures, group: str = "train") -> None:
+    def write(self, figures: Metrics, group: str = "train") -> None:
         """Append one record, and the same as events.
 
         Args:
@@ -75,7 +76,7 @@ class MetricsWriter:
             self._board = None
             log.warning("no more events for TensorBoard from step %s on (%s)", figures["step"], error)
 
-    def _add_events(self, board: "SummaryWriter", figures: Figures, group: str) -> None:
+    def _add_events(self, board: "SummaryWriter", figures: Metrics, group: str) -> None:
         for name, value in figures.items():
             if name != "step" and isinstance(value, (int, float)):
                 board.add_scalar(f"{group}/{name}", value, figures["step"])
@@ -97,7 +98,7 @@ def heat_map(shares: list) -> np.ndarray:
     return np.kron(values, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
 
 
-def read_metrics(folder: Path, group: str | None = None) -> list[Figures]:
+def read_metrics(folder: Path, group: str | None = None) -> list[Metrics]:
     """Records of ``metrics.jsonl``: the training steps' (`group` None) or another group's."""
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -115,7 +116,7 @@ def drop_after(path: Path, step: int) -> None:
     staging.replace(path)
 
 
-def _whole_records(path: Path) -> list[Figures]:
+def _whole_records(path: Path) -> list[Metrics]:
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -123,6 +124,26 @@ def _whole_records(path: Path) -> list[Figures]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def step_metrics(step: int, global_batch: int, means: Metrics, lr: float, grad_norm: float, step_s: float) -> Metrics:
+    """What is logged of an optimizer step: a metric is added here.
+
+    Args:
+        means: losses and other scalars of the task, means over all ranks; one that is not finite is logged as None.
+        lr: of the towers.
+        step_s: seconds since the step before, the wait for data included.
+    """
+    return {
+        "step": step,
+        "samples": step * global_batch,
+        **{name: value if math.isfinite(value) else None for name, value in means.items()},
+        "lr": lr,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "pairs_per_s": global_batch / step_s,
+        "step_s": step_s,
+        "memory_bytes": peak_memory_bytes(),
+    }
 
 
 def peak_memory_bytes() -> int:

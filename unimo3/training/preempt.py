@@ -31,11 +31,16 @@ REQUEUE_FILE, STOP_FILE = "requeue", "stop"
 
 
 class StopRequest(IntEnum):
-    """What was asked for; the largest of all ranks' counts."""
+    """What a rank was asked for; the largest of all ranks' requests counts."""
 
     NONE = 0
     REQUEUE = 1
     STOP = 2
+
+    @classmethod
+    def of_counts(cls, requeue: float, stop: float) -> "StopRequest":
+        """What all ranks do, by the numbers of ranks that ask for each."""
+        return cls.STOP if stop else cls.REQUEUE if requeue else cls.NONE
 
 
 class StopRequested(BaseException):
@@ -97,16 +102,19 @@ class StopListener:
             return False
         return path.name == STOP_FILE or made >= self._started
 
-    def agree(self, device: torch.device, must_stop: bool = False) -> StopRequest:
-        """What all ranks do now; every rank calls it.
+    def counts(self, must_stop: bool = False) -> tuple[bool, bool]:
+        """What this rank adds to the numbers of ranks that ask for a requeue and for a stop.
 
         Args:
-            must_stop: whether this rank cannot continue, having been cut short.
+            must_stop: whether this rank cannot continue, having been interrupted.
         """
-        own = max(self._request, StopRequest.REQUEUE) if must_stop else self._request
-        counts = torch.tensor([own == StopRequest.REQUEUE, own == StopRequest.STOP], dtype=torch.int32, device=device)
-        requeue, stop = sum_over_ranks(counts).tolist()
-        return StopRequest.STOP if stop else StopRequest.REQUEUE if requeue else StopRequest.NONE
+        request = max(self._request, StopRequest.REQUEUE) if must_stop else self._request
+        return request == StopRequest.REQUEUE, request == StopRequest.STOP
+
+    def agree(self, device: torch.device, must_stop: bool = False) -> StopRequest:
+        """What all ranks do now; every rank calls it. For `must_stop` see `counts`."""
+        counts = torch.tensor(self.counts(must_stop), dtype=torch.int32, device=device)
+        return StopRequest.of_counts(*sum_over_ranks(counts).tolist())
 
     def done(self) -> None:
         """Remove the file that asked for a requeue: it has been heard."""

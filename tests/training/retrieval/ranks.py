@@ -118,7 +118,7 @@ def scores_of(task, shards, ranking):
 
 
 def figures_and_cuts(shards, names, numbers):
-    """Figures with some of the settings, and the scores of one; whether evaluations were cut, and are without figures,
+    """Metrics with some of the settings, and the scores of one; whether evaluations were cut, and are without figures,
     that are to be cut after so many batches."""
     task = plain_task(shards)
     samples, _ = captioned(shards)

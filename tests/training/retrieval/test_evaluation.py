@@ -54,7 +54,7 @@ def evaluate(shards, ranking, task=None, guard=None):
 
 @pytest.fixture(scope="module")
 def alone(shards):
-    """Figures of one process, by the settings' name."""
+    """Metrics of one process, by the settings' name."""
     return {name: evaluate(shards, ranking) for name, ranking in SETTINGS.items()}
 
 

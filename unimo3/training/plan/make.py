@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from unimo3.errors import ConfigError
+from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
-from unimo3.training.loop import TrainingArgs
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import Sharding, model_sizes
-from unimo3.training.plan.report import Figures, plan_figures
+from unimo3.training.plan.report import Metrics, plan_figures
 from unimo3.training.plan.trace import Step, StepCost, trace_step
 
 
@@ -31,10 +31,10 @@ class PlannedRun:
     step: Step
     training: TrainingArgs
     clip_norm: float
-    words: Figures = field(default_factory=dict)
+    words: Metrics = field(default_factory=dict)
 
 
-def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares: bool = True) -> Figures:
+def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares: bool = True) -> Metrics:
     """The plan, see `plan_figures`.
 
     Args:

@@ -7,7 +7,7 @@ from unimo3.training.plan.estimate import Choice, Machine, gigabytes
 from unimo3.training.plan.memory import ModelSizes
 from unimo3.training.plan.trace import StepCost
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 _NOT_COUNTED = ["waiting for ranks and data"]
 
@@ -21,7 +21,7 @@ def plan_figures(
     batch: BatchPlan,
     num_steps: int,
     machine: Machine,
-) -> Figures:
+) -> Metrics:
     """Everything a plan says, in bytes, operations and seconds.
 
     Args:
@@ -81,7 +81,7 @@ def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Mach
     return needed_bytes <= machine.usable_bytes and not batch.validate()
 
 
-def plan_text(plan: Figures) -> str:
+def plan_text(plan: Metrics) -> str:
     """The figures of `plan_figures` for readers.
 
     Args:
@@ -109,7 +109,7 @@ def plan_text(plan: Figures) -> str:
     return "\n".join(lines)
 
 
-def _time_line(machine: Figures, time: Figures, not_counted: list[str]) -> str:
+def _time_line(machine: Metrics, time: Metrics, not_counted: list[str]) -> str:
     peak = f"{machine['peak_flops'] / 1e12:,.0f} TFLOP/s in {machine['precision']}"
     return (
         f"time at {machine['utilization']:.0%} of {peak}: {time['step_s']:.2f} s a step, {time['hours']:,.1f} hours "
@@ -117,7 +117,7 @@ def _time_line(machine: Figures, time: Figures, not_counted: list[str]) -> str:
     )
 
 
-def _memory_lines(rank: Figures, usable: str) -> list[str]:
+def _memory_lines(rank: Metrics, usable: str) -> list[str]:
     rows = [(name, size, "GPU") for name, size in rank["gpu"].items()]
     rows += [(name, size, "GPU, forward and backward pass") for name, size in rank["gpu_during_pass"].items()]
     rows += [("gradient and temporary", rank["gpu_during_optimizer_step"], "GPU, optimizer step")]
@@ -126,7 +126,7 @@ def _memory_lines(rank: Figures, usable: str) -> list[str]:
     return [*lines, f"    {'at most at once':26}{rank['gpu_at_most'] / 1e9:8.2f}  GPU, of {usable} usable"]
 
 
-def _micro_batch_line(sizes: Figures) -> str:
+def _micro_batch_line(sizes: Metrics) -> str:
     fits = "fits"
     if not sizes["recipe_fits"]:
         problem = "does not fit" if sizes["recipe_divides"] else "does not divide the global batch over the ranks"

@@ -10,7 +10,7 @@ from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.model.args import length_errors, tokenizer_errors
 from unimo3.model.config import Unimo3Config
-from unimo3.training.loop import TrainingArgs
+from unimo3.training.args import TrainingArgs
 
 
 @dataclass(frozen=True)

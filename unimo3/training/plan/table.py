@@ -6,7 +6,7 @@ Source: docs/architecture.md and docs/finetuning.md, whose tables tests compare 
 import torch
 
 from unimo3.training.plan.memory import model_sizes
-from unimo3.training.plan.report import Figures
+from unimo3.training.plan.report import Metrics
 from unimo3.training.plan.trace import Step, trace_step
 
 
@@ -27,7 +27,7 @@ def sizes_table(recipes: dict[str, Step]) -> str:
     return "\n".join(lines)
 
 
-def needs_table(plans: dict[str, Figures]) -> str:
+def needs_table(plans: dict[str, Metrics]) -> str:
     """A markdown table of what runs need, with one row a plan of `plan_figures`, in the given order."""
     lines = [
         "| recipe | ds_config | micro-batch | GB a rank at most | GFLOPs a unit | hours |",

@@ -12,7 +12,7 @@ from unimo3.data.loader import ReaderArgs
 from unimo3.distributed import World, all_gather_object
 from unimo3.errors import ConfigError
 from unimo3.training.evaluation import Guard
-from unimo3.training.metrics import Figures
+from unimo3.training.metrics import Metrics
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.matching import final_places, own_pairs, score
 from unimo3.training.retrieval.recall import mean_of, recalls
@@ -29,7 +29,7 @@ def held_out_recall(
     reader: ReaderArgs,
     ranking: RankingArgs,
     guard: Guard,
-) -> Figures | None:
+) -> Metrics | None:
     """Recall at 1, 5 and 10 both ways; every rank calls it. None if the run must end.
 
     The figures are the same at any number of ranks.
@@ -66,9 +66,9 @@ def held_out_recall(
     return _figures(by_fusion) | _figures(by_towers, "_towers") | {"num_pairs": num_pairs}
 
 
-def _figures(galleries: list[dict[str, float]], suffix: str = "") -> Figures:
+def _figures(galleries: list[dict[str, float]], suffix: str = "") -> Metrics:
     whole, *folds = galleries
-    found: Figures = {f"{name}{suffix}": value for name, value in whole.items()}
+    found: Metrics = {f"{name}{suffix}": value for name, value in whole.items()}
     if folds:
         found |= {f"{name}{suffix}_fold": value for name, value in mean_of(folds).items()}
     return found

@@ -1,0 +1,53 @@
+"""Settings of the training loop."""
+
+import math
+from dataclasses import dataclass
+
+from unimo3.training.engine import ds_config_errors
+
+
+@dataclass(frozen=True)
+class TrainingArgs:
+    """Length, batch and engine of the run."""
+
+    steps: int = 100_000
+    """Optimizer steps of the whole run; the learning rate falls to zero over them."""
+    stop_after: int = 0
+    """Optimizer steps after which this process saves and ends with status 0, short of `steps`. 0: at `steps`."""
+    global_batch: int = 4096
+    """Pairs an optimizer step, over all ranks; constant in a run."""
+    micro_batch: int = 32
+    """Pairs one rank computes at a time."""
+    ds_config: str = "ds_configs/zero3_bf16.json"
+    """DeepSpeed configuration file."""
+    activation_checkpointing: bool = False
+    """Whether layers keep their inputs alone for the backward pass and compute the rest again: less memory, about a
+    third more time."""
+    compile_towers: bool = False
+    """Whether both towers are compiled with torch.compile at the first step; needs a compiler on every node."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
+    stall_after_s: float = 900.0
+    """Seconds without progress after which a rank writes its stacks and the process ends with status 71, to be started
+    again; four times as long while starting or saving. More than the longest step. 0: never."""
+    max_skipped: int = 10
+    """Optimizer steps in a row that are skipped for a loss or gradient that is not finite; one more ends the run with
+    status 70. Under fp16 a gradient alone does not count: its loss scaling expects that."""
+    log_every: int = 50
+    """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
+
+    def validate(self) -> list[str]:
+        """Say what is wrong with these settings, one line an error."""
+        found = [
+            f"training.{name}: {getattr(self, name)}: at least 1 is needed"
+            for name in ("steps", "log_every")
+            if getattr(self, name) < 1
+        ]
+        found += [
+            f"training.{name}: {getattr(self, name)}: 0 or a number of steps is needed"
+            for name in ("stop_after", "eval_every", "max_skipped")
+            if getattr(self, name) < 0
+        ]
+        if not 0 <= self.stall_after_s < math.inf:
+            found.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
+        return found + ds_config_errors(self.ds_config)
