@@ -20,7 +20,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     parser = CommandParser(
         prog="python -m finetune.predict", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = CommandParser(add_help=False)
     common.add_argument("--weights", required=True, help="folder that python -m pretrain.export wrote")
     common.add_argument("--batch", type=int, default=32, help="images, texts or pairs at a time (default: %(default)s)")
     common.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")

@@ -202,7 +202,7 @@ def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Conf
 
 
 def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, held_out: HeldOut) -> Evaluation:
-    index, world = held_out.index, held_out.world
+    index, world = held_out.shards, held_out.world
 
     def evaluate(step: int, guard: Guard) -> dict[str, float] | None:
         results = task.evaluate(engine, held_out, guard)

@@ -63,7 +63,7 @@ class Retrieval(Task):
     def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
         """Recall; see `held_out_recall`."""
         reading = held_out.reading
-        samples = CaptionedImages(held_out.index, reading.tokenizer, reading.max_text_tokens, reading.transform)
+        samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)
         figures = held_out_recall(
             engine, samples, held_out.world, held_out.batch, held_out.reader, self._ranking, guard
         )  # fmt: skip

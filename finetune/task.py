@@ -41,7 +41,7 @@ class HeldOut(NamedTuple):
         batch: rows one rank computes at a time.
     """
 
-    index: ShardIndex
+    shards: ShardIndex
     reading: Reading
     world: World
     batch: int
@@ -131,9 +131,9 @@ class RowTask(Task):
         Raises:
             DataError: there is no row to score.
         """
-        samples = self.samples(held_out.index, held_out.reading)
+        samples = self.samples(held_out.shards, held_out.reading)
         if not sum(samples.units_per_shard):
-            raise DataError(f"data.val: '{held_out.index.source}': holds no {self.kind} to score; name other shards")
+            raise DataError(f"data.val: '{held_out.shards.source}': holds no {self.kind} to score; name other shards")
         batches = evaluation_batches(
             samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader
         )  # fmt: skip

@@ -85,7 +85,7 @@ class Vqa(RowTask):
         scored = [row for row in rows if row["accuracy"] is not None]
         if not scored:
             return Results({}, files)
-        accuracies = {}
+        accuracies: dict[str, float] = {}
         for kind in range(2):
             accuracies |= accuracy_by_group((row["groups"][kind], row["accuracy"]) for row in scored)
         files["accuracy.json"] = json.dumps(accuracies, indent=1) + "\n"
@@ -140,6 +140,7 @@ class VqaConfig(FinetuneConfig):
 
     def build_task(self) -> Vqa:
         """The task, with its vocabulary."""
+        assert self.answers_path is not None, "`validate` refuses settings without a vocabulary"
         return Vqa(AnswerVocabulary.load(self.answers_path))
 
     @property

@@ -124,7 +124,7 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wrap a program's main so that its errors end the process with the documented status and one message."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         resume_collections()
         try:
             status = main(*args, **kwargs)

@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, CommandParser, ConfigError, exit_with_status
 
@@ -37,7 +38,7 @@ def free_port() -> int:
                 return port
 
 
-def start_ranks(num_ranks: int, command: list[str], **popen_arguments) -> list[subprocess.Popen]:
+def start_ranks(num_ranks: int, command: list[str], **popen_arguments: Any) -> list[subprocess.Popen]:
     """Start `command` once a rank, with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
     cores = len(os.sched_getaffinity(0))
     shared = {

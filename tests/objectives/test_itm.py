@@ -102,8 +102,8 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
 
 def disagreeing_rank():
     """Every rank has similarities of its own making; states and masks tell which row they are of."""
+    from unimo3.collectives import gather_rows
     from unimo3.distributed import world
-    from unimo3.objectives.exchange import gather_rows
 
     rank, size = world()
     share = 4

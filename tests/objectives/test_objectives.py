@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from tests.spawn import run_ranks
 from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
+from unimo3.collectives import take_rows
 from unimo3.model.fusion import mean_shares
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.objectives.exchange import take_rows
 
 BATCH = 8
 
@@ -147,8 +147,8 @@ def test_rows_travel_between_three_ranks_with_their_gradient(exchanges):
 
 
 def losses_on_rank(negatives):
+    from unimo3.collectives import sum_over_ranks
     from unimo3.distributed import world
-    from unimo3.objectives.exchange import sum_over_ranks
 
     rank, size = world()
     share = BATCH // size

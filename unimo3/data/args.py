@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class DataArgs:
 
     def training_loader(
         self,
-        sources: list[Samples],
+        sources: Sequence[Samples],
         global_batch: int,
         micro_batch: int,
         rank: int,

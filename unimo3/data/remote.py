@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
 
 from unimo3.errors import DataError, UnreachableError
@@ -108,7 +108,7 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
 
 
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if not is_remote(newurl):
             raise DataError(
                 f"{req.full_url}: the server redirects to {_without_secrets(newurl)}; only https: is followed, so name "

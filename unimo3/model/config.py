@@ -29,7 +29,7 @@ class Unimo3VisionConfig(PreTrainedConfig):
         architecture: str = "vit_base_patch16_clip_quickgelu_224",
         image_size: int = 288,
         overrides: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.architecture = architecture
         self.image_size = image_size
@@ -100,7 +100,7 @@ class Unimo3Config(PreTrainedConfig):
         itc_temperature_init: float = 0.07,
         num_answers: int = 0,
         tie_word_embeddings: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         if not isinstance(text_config, RobertaConfig):
             text_config = RobertaConfig(**(text_config or {}))

@@ -6,7 +6,7 @@ projections.
 
 # Shapes: B batch, N any number of tokens, n tower states kept (the last one on top), D fusion width.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ class _ClampWithReturn(torch.autograd.Function):
     """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there forever."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.bounds = low, high
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         low, high = ctx.bounds
         # A step goes against the gradient.

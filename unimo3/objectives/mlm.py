@@ -5,11 +5,11 @@ Source: BERT, arXiv 1810.04805; on fused states as METER, arXiv 2111.02387.
 
 from torch.nn.functional import cross_entropy
 
+from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import world
 from unimo3.model.fusion import FusionOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
-from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.objectives.similarity import ContrastedModel
 
 

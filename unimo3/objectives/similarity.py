@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unimo3.collectives import gather_rows
 from unimo3.distributed import world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.exchange import gather_rows
 
 ContrastedModel = Unimo3ForPreTraining | Unimo3ForImageAndTextRetrieval
 """A model with a contrastive and a matching head."""

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -27,6 +27,8 @@ from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, build_optimizer
+
+Model = TypeVar("Model", bound=Unimo3PreTrainedModel)
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 """Folder of the configurations that come with the project."""
@@ -117,7 +119,7 @@ def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, A
     )
 
 
-def build_model(ds_config: dict[str, Any], construct: Callable[[], Unimo3PreTrainedModel]) -> Unimo3PreTrainedModel:
+def build_model(ds_config: dict[str, Any], construct: Callable[[], Model]) -> Model:
     """Construct a model, sharded from its first parameter on under ZeRO-3, with its values still to be set."""
     with no_init_weights():
         if ds_config.get("zero_optimization", {}).get("stage") == 3:

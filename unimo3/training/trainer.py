@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.saver import Saver
+from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import broadcast_object, world
 from unimo3.errors import DivergedError, Interrupted
-from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, to_device

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import all_gather_object
-from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.evaluation import Guard
 from unimo3.training.retrieval.recall import places_of_shortlist
 from unimo3.training.retrieval.shortlist import Embeddings, Gallery, Shortlists

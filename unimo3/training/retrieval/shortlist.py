@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import world
-from unimo3.objectives.exchange import sum_over_ranks
 from unimo3.training.retrieval.recall import first_places
 
 _BLOCK_QUERIES = 256

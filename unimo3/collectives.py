@@ -8,6 +8,8 @@ Source: ALBEF, arXiv 2107.07651, gathers features the same way but without a gra
 
 # Shapes: R ranks, B samples a rank (equal on all ranks).
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -62,7 +64,7 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rank, size = world()
         ctx.batch = x.shape[0]
         rows = [torch.empty_like(x) for _ in range(size)]
@@ -70,7 +72,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.rank * ctx.batch : (ctx.rank + 1) * ctx.batch]
@@ -78,14 +80,14 @@ class _GatherRows(torch.autograd.Function):
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
         ctx.receive_sizes, ctx.send_sizes = receive_sizes, send_sizes
         received = x.new_empty(sum(receive_sizes), *x.shape[1:])
         dist.all_to_all_single(received, x.contiguous(), receive_sizes, send_sizes)
         return received
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         returned = grad.new_empty(sum(ctx.send_sizes), *grad.shape[1:])
         dist.all_to_all_single(returned, grad.contiguous(), ctx.send_sizes, ctx.receive_sizes)
         return returned, None, None
