@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from finetune.planned import PLANNED, PUBLISHED_ANSWERS
+from finetune.plan_settings import planned
+from finetune.tasks import TASKS
+from finetune.vqa import PUBLISHED_ANSWERS
 from unimo3 import config
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.training.plan.command import machine_of, machine_parser, print_plan
@@ -29,7 +31,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ConfigError: no task, or one that there is not.
     """
-    parser = machine_parser(f"{_PROGRAM} TASK", f"TASK is one of {', '.join(PLANNED)}. {__doc__}", _EPILOG)
+    parser = machine_parser(f"{_PROGRAM} TASK", f"TASK is one of {', '.join(TASKS)}. {__doc__}", _EPILOG)
     parser.add_argument(
         "--model", metavar="RECIPE", help="pretraining recipe whose model is tuned, before there are weights for --init"
     )
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(args, rest))
         return
     if args.task is None:
-        raise ConfigError(f"TASK: not given; name one of {', '.join(PLANNED)} before all else")
+        raise ConfigError(f"TASK: not given; name one of {', '.join(TASKS)} before all else")
     check_task(args.task)
     print_plan(args, rest, lambda settings: read_run(args.task, settings))
 
@@ -63,7 +65,7 @@ def table(args: argparse.Namespace, rest: list[str]) -> str:
     """See ``--table``.
 
     Raises:
-        ConfigError: the arguments or the first recipe are at error.
+        ConfigError: the arguments or the first recipe are wrong.
     """
     if args.task is not None or args.json:
         found = "--json" if args.task is None else f"TASK '{args.task}'"
@@ -84,13 +86,13 @@ def table(args: argparse.Namespace, rest: list[str]) -> str:
 
 def check_task(task: str) -> None:
     """Raises ConfigError if there is no such task."""
-    if task not in PLANNED:
-        raise ConfigError(f"TASK '{task}': there is no such task; name one of {', '.join(PLANNED)}")
+    if task not in TASKS:
+        raise ConfigError(f"TASK '{task}': there is no such task; name one of {', '.join(TASKS)}")
 
 
 def read_run(task: str, argv: list[str]) -> PlannedRun:
     """The run of a task that settings describe."""
-    return config.parse(PLANNED[task], argv, f"{_PROGRAM} {task}", __doc__ or "").planned_run()
+    return config.parse(planned(TASKS[task]), argv, f"{_PROGRAM} {task}", __doc__ or "").planned_run()
 
 
 if __name__ == "__main__":

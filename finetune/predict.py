@@ -34,7 +34,7 @@ from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
 from unimo3.inference.inputs import Row, checked_text, prepare
 from unimo3.inference.lines import Answerer, answer_file, count_lines, error_message, images_of, text_of
-from unimo3.inference.predictors import PREDICTORS, Answers, Predictor
+from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
 
 _NUM_ERRORS_SHOWN = 10
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.task == "index":
         make_index(args)
         return
-    kind = PREDICTORS[args.task]
+    kind = Predictor.by_task[args.task]
     loaded = load(args.weights, kind.model_class, args.device, args.dtype)
     predictor = kind(loaded)
     find = _searcher(args, loaded)
@@ -85,7 +85,7 @@ def make_index(args: argparse.Namespace) -> None:
     """``predict index``."""
     texts = [] if args.texts is None else _read_texts(args.texts)
     names = texts or images_in(args.images)
-    loaded = load(args.weights, PREDICTORS["retrieval"].model_class, args.device, args.dtype)
+    loaded = load(args.weights, Predictor.by_task["retrieval"].model_class, args.device, args.dtype)
     errors: list[str] = []
     with progress(len(names), "text" if texts else "image") as bar:
         if texts:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unimo3.errors import CommandParser, ConfigError
 from unimo3.inference.folder import DTYPES
-from unimo3.inference.predictors import PREDICTORS
+from unimo3.inference.predictors import Predictor
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -28,8 +28,10 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
         "--dtype", choices=("auto", *DTYPES), default="auto",
         help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, and a notice says so)",
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK", help=f"{', '.join(PREDICTORS)}, index")
-    for task, kind in PREDICTORS.items():
+    commands = parser.add_subparsers(
+        dest="task", required=True, metavar="TASK", help=f"{', '.join(Predictor.by_task)}, index"
+    )
+    for task, kind in Predictor.by_task.items():
         _add_task(commands.add_parser(task, parents=[common], help=(kind.__doc__ or "").splitlines()[0]), task)
     index = commands.add_parser("index", parents=[common], help="Make an index that retrieval searches.")
     what = index.add_mutually_exclusive_group(required=True)
@@ -83,7 +85,7 @@ def _query_errors(args: argparse.Namespace) -> list[str]:
     found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
     if args.task != "retrieval":
-        needed = PREDICTORS[args.task].num_images
+        needed = Predictor.by_task[args.task].num_images
         if num_images != needed:
             found.append(f"--image: given {num_images} times; {args.task} takes {needed}")
         if num_texts != 1:

@@ -115,6 +115,14 @@ class FinetuneConfig:
         """The task, with what of it the settings decide."""
         return self.task()
 
+    def planned_task(self) -> Task:
+        """The task of a run that is planned, whose files need not exist yet."""
+        return self.build_task()
+
+    def planned_errors(self) -> list[str]:
+        """Errors of a task's own settings when a run is planned."""
+        return []
+
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
         return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)

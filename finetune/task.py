@@ -18,6 +18,7 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, all_gather_object
 from unimo3.errors import DataError
 from unimo3.model.config import Unimo3Config
+from unimo3.model.heads import PRETRAINING_HEADS
 from unimo3.model.unimo3 import Unimo3PreTrainedModel
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.run import Saveable
@@ -78,7 +79,7 @@ class Task(ABC):
     num_images: ClassVar[int] = 1
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     fresh: ClassVar[str] = r"^$"
-    unused: ClassVar[str] = r"^(mlm|itm|itc)_head\."
+    unused: ClassVar[str] = PRETRAINING_HEADS
     best_figure: ClassVar[str]
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)

@@ -28,6 +28,9 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaTask
 
+PUBLISHED_ANSWERS = 3129
+"""Of VQAv2: what was given as an answer at least nine times, and METER's classes."""
+
 
 class Vqa(RowTask):
     """Questions about images, answered from a vocabulary."""
@@ -142,6 +145,20 @@ class VqaConfig(FinetuneConfig):
         """The task, with its vocabulary."""
         assert self.answers_path is not None, "`validate` refuses settings without a vocabulary"
         return Vqa(AnswerVocabulary.load(self.answers_path))
+
+    def planned_task(self) -> Vqa:
+        """The task, with its vocabulary or, before there is one, with one of the published size."""
+        if self._has_answers:
+            return self.build_task()
+        return Vqa(AnswerVocabulary([str(number) for number in range(PUBLISHED_ANSWERS)]))
+
+    def planned_errors(self) -> list[str]:
+        """Errors of a vocabulary that is named or found."""
+        return self.answers_errors() if self._has_answers else []
+
+    @property
+    def _has_answers(self) -> bool:
+        return bool(self.answers) or (self.answers_path is not None and self.answers_path.is_file())
 
     @property
     def _tuned_answers(self) -> Path | None:

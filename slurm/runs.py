@@ -22,7 +22,7 @@ import yaml
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
 _CONFIG_STATUS = 78
-_BESIDE = ".job"
+_JOB_SUFFIX = ".job"
 # As unimo3/data/conversion.py and shards.py name them, which cannot be imported without the libraries they use.
 _STAGING, _SHARD_DONE = ".partial", "*.unimo3-done"
 _PACKAGE = "finetune"
@@ -55,7 +55,7 @@ def work_folder(program: str, arguments: list[str], start: Path = Path()) -> Pat
     if not value.isprintable() or Path(value).name in ("", ".."):
         raise ArgumentError(f"{key} {value!r}: the printable name of a folder is needed")
     folder = start / value
-    return folder if in_place else folder.with_name(folder.name + _BESIDE)
+    return folder if in_place else folder.with_name(folder.name + _JOB_SUFFIX)
 
 
 def run_folder(arguments: list[str], start: Path = Path()) -> Path:
@@ -99,8 +99,8 @@ def progress(folder: Path) -> int | None:
     step = newest_step(folder)
     if step is not None:
         return step
-    staging = folder.with_name(folder.name.removesuffix(_BESIDE) + _STAGING)
-    finished = [*folder.glob(_SHARD_DONE), *(staging.glob(f"*/{_SHARD_DONE}") if folder.suffix == _BESIDE else [])]
+    staging = folder.with_name(folder.name.removesuffix(_JOB_SUFFIX) + _STAGING)
+    finished = [*folder.glob(_SHARD_DONE), *(staging.glob(f"*/{_SHARD_DONE}") if folder.suffix == _JOB_SUFFIX else [])]
     return len(finished) or None
 
 

@@ -10,11 +10,19 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "slurm" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "experiments" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 MAX_CELL = 120
 # CONTRIBUTING.md lists them with what to write instead.
-BANNED = re.compile(r"\b(mend(s|ed|ing)?|faults?|anew|likewise|taken up|beside|told)\b", re.IGNORECASE)
+BANNED_IN_CODE = re.compile(r"\b(mend(s|ed|ing)?|faults?|anew|likewise|taken up|beside|for ever)\b", re.IGNORECASE)
+BANNED = re.compile(rf"{BANNED_IN_CODE.pattern}|\btold\b", re.IGNORECASE)
+FOLDERS = ("unimo3", "pretrain", "finetune", "slurm", "benchmarks", "experiments", "tests")
+CODE = [
+    path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".yaml") and path != Path(__file__)
+]  # fmt: skip
 
 
 def lines_outside_code(page: Path) -> list[str]:
@@ -62,3 +70,13 @@ def test_words_are_the_fields(page):
     if page.name == "CONTRIBUTING.md":
         lines = [line for line in lines if not line.startswith("|")]
     assert [line for line in lines if BANNED.search(line)] == []
+
+
+def test_words_in_code_are_the_fields():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in CODE
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if BANNED_IN_CODE.search(line.replace("_", " "))
+    ]
+    assert found == []

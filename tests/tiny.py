@@ -2,9 +2,9 @@
 
 import torch
 
-from unimo3.model.attention import LevelGate
 from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
+from unimo3.model.level_gate import LevelGate
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 VOCABULARY = 60

@@ -151,7 +151,7 @@ def neighbours_of_one_shard(units) -> float:
 
 
 @pytest.mark.parametrize(("window", "buffer_shards", "least"), [(8, 8, 0.45), (16, 8, 0.95)])
-def test_shuffle_quality_beside_webdatasets(window, buffer_shards, least):
+def test_shuffle_quality_against_webdatasets(window, buffer_shards, least):
     """Two measures: how far a sample is moved, and how seldom neighbours are of one shard.
 
     At the same buffer webdataset's moves samples twice as far: some stay in it for long. Ours holds numbers instead of

@@ -88,7 +88,7 @@ def test_rejects_are_listed_and_missing_from_the_shards(spoiled, alone, capsys):
     assert index.samples_per_shard[:2] == [2, 4]
 
 
-def test_too_many_rejects_end_it_and_a_mended_source_continues(tmp_path, capfd):
+def test_too_many_rejects_end_it_and_a_fixed_source_continues(tmp_path, capfd):
     root, out = write_source(tmp_path / "source", num_images=40), tmp_path / "out"
     names = spoil(root)
     arguments = ("coco", "--src", str(root), "--out", str(out), "--shard-size", "4")

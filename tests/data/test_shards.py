@@ -251,7 +251,7 @@ def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
     assert problem.startswith("answers: ''")
 
 
-def test_folders_of_others_beside_the_new_one_are_left_alone(source, tmp_path, capfd):
+def test_folders_of_others_next_to_the_new_one_are_left_alone(source, tmp_path, capfd):
     out = tmp_path / "new"
     for name in ("new.partial", "new.replaced"):
         (tmp_path / name).mkdir()

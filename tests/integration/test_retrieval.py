@@ -77,7 +77,7 @@ def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(
         stop_when=lambda: sum(beat.phase == "evaluate" for beat in read_heartbeats(run)) == 2,
     )  # fmt: skip
     assert status == 75, program.output[-4000:]
-    assert "asked to stop (SIGTERM) amid the evaluation of step 0 in" in program.output
+    assert "asked to stop (SIGTERM) during the evaluation of step 0 in" in program.output
     assert not list(run.glob("recall*.json"))
     assert read_metrics(run, group="eval") == []
     program.check(*command)

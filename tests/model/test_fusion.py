@@ -7,9 +7,10 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBert
 
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.model import attention
-from unimo3.model.attention import CrossLayerAttention, LevelGate
+from unimo3.model.attention import CrossLayerAttention
 from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
 from unimo3.model.initialization import initialize_weights
+from unimo3.model.level_gate import LevelGate
 
 
 def draw_streams(batch=2, tokens=6, patches=5, width=32):

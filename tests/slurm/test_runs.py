@@ -35,7 +35,7 @@ def test_the_run_folder_is_the_one_the_program_uses(tmp_path):
         ("pretrain.prepare_shards", ["index", "--src", "s/train"], "s/train"),
     ],
 )
-def test_exports_and_conversions_keep_their_history_beside_what_they_make(program, arguments, folder):
+def test_exports_and_conversions_keep_their_history_next_to_the_output(program, arguments, folder):
     assert work_folder(program, arguments) == Path(folder)
     assert work_folder(program, arguments, Path("/there")) == Path("/there") / folder
 

@@ -84,11 +84,11 @@ def test_each_continues_from_the_others_state():
         parameters = weights()
         first = optimizer_of(parameters, before)
         take_steps(first, parameters, 0, 3)
-        taken_up = [parameter.detach().clone().requires_grad_() for parameter in parameters]
-        second = optimizer_of(taken_up, after)
+        resumed = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+        second = optimizer_of(resumed, after)
         second.load_state_dict(first.state_dict())
-        take_steps(second, taken_up, 3, 6)
-        assert_equal(taken_up, textbook(weights(), 6))
+        take_steps(second, resumed, 3, 6)
+        assert_equal(resumed, textbook(weights(), 6))
 
 
 @pytest.mark.integration

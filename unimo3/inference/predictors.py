@@ -31,13 +31,21 @@ Answers = list[dict[str, Any]]
 class Predictor(ABC):
     """One task's answers.
 
+    A subclass names its task: ``class VqaPredictor(Classes, task="vqa")``.
+
     Attributes:
+        by_task: the predictor of each task.
         model_class: has the task's head.
         num_images: a row has.
     """
 
+    by_task: ClassVar[dict[str, type["Predictor"]]] = {}
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     num_images: ClassVar[int] = 1
+
+    def __init_subclass__(cls, task: str = "") -> None:
+        if task:
+            Predictor.by_task[task] = cls
 
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
@@ -76,11 +84,11 @@ class Classes(Predictor):
         return [names[number] for number in sorted(names)]
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """[B, C] logits -> what is told to users; here shares that sum to one."""
+        """[B, C] logits -> what users get; here probabilities that sum to one."""
         return logits.softmax(dim=-1)
 
 
-class VqaPredictor(Classes):
+class VqaPredictor(Classes, task="vqa"):
     """Answers to questions; a score is the accuracy the model expects of the answer, for each by itself."""
 
     model_class = Unimo3ForVisualQuestionAnswering
@@ -105,20 +113,20 @@ class VqaPredictor(Classes):
         return logits.sigmoid()
 
 
-class Nlvr2Predictor(Classes):
+class Nlvr2Predictor(Classes, task="nlvr2"):
     """Whether a statement is true of two images."""
 
     model_class = Unimo3ForImagesAndTextClassification
     num_images = 2
 
 
-class SnliVePredictor(Classes):
+class SnliVePredictor(Classes, task="snli_ve"):
     """Whether an image entails a hypothesis."""
 
     model_class = Unimo3ForImageTextClassification
 
 
-class MatchPredictor(Predictor):
+class MatchPredictor(Predictor, task="retrieval"):
     """Whether image and text belong together: ``match``, a probability, and ``similarity`` of the towers, a cosine."""
 
     model_class = Unimo3ForImageAndTextRetrieval
@@ -132,11 +140,3 @@ class MatchPredictor(Predictor):
             [{"match": match, "similarity": similarity}]
             for match, similarity in zip(matches, similarities, strict=True)
         ]
-
-
-PREDICTORS: dict[str, type[Predictor]] = {
-    "vqa": VqaPredictor,
-    "nlvr2": Nlvr2Predictor,
-    "snli_ve": SnliVePredictor,
-    "retrieval": MatchPredictor,
-}

@@ -5,18 +5,18 @@ Source: METER, arXiv 2111.02387, section 3; transformers' BridgeTowerBertCrossLa
 
 # Shapes: B batch, T tokens of this stream, V tokens of the other, D width, H heads, d = D / H, S visible levels.
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 from unimo3.model.config import Unimo3Config
+from unimo3.model.level_gate import LevelGate
 
 
 class KeyValue(NamedTuple):
@@ -102,40 +102,6 @@ class LevelKeyValue(nn.Module):
         # Contiguous, once: else the products of every layer that reads the level would copy it again.
         heads = (split_heads(part, self.num_heads).contiguous() for part in (key, value))
         return KeyValue(*heads)
-
-
-class LevelGate(nn.Module):
-    """How much each visible level counts: softmax over levels of W h + b, for every token and head.
-
-    W starts at zero and b so that the in-layer level, the last one, has the share `gate_init` and the others split
-    the rest. With ``static`` there is no W: one learned distribution a head.
-    """
-
-    def __init__(self, config: Unimo3Config, num_levels: int):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_levels = num_levels
-        self.in_layer_logit = math.log(config.gate_init / (1 - config.gate_init) * (num_levels - 1))
-        self.bias = nn.Parameter(torch.zeros(self.num_heads * num_levels))
-        self.weight = (
-            nn.Parameter(torch.zeros(self.num_heads * num_levels, config.hidden_size))
-            if config.gate == "token"
-            else None
-        )
-
-    def initial_bias(self) -> Tensor:
-        """[H * S], the logits that give the initial shares."""
-        bias = torch.zeros(self.num_heads, self.num_levels)
-        bias[:, -1] = self.in_layer_logit
-        return bias.flatten()
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h [B, T, D] -> shares [B, T, H, S] in float32."""
-        if self.weight is None:
-            logits = self.bias.expand(*h.shape[:2], -1)
-        else:
-            logits = linear(h, self.weight, self.bias)
-        return logits.unflatten(-1, (self.num_heads, self.num_levels)).float().softmax(dim=-1)
 
 
 class CrossLayerAttention(nn.Module):

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config
-from unimo3.model.heads import ClassifierHead, ItcHead, ItcOutput, ItmHead, SecondImageShift
+from unimo3.model.heads import PRETRAINING_HEADS, ClassifierHead, ItcHead, ItcOutput, ItmHead, SecondImageShift
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 
 
@@ -63,7 +63,7 @@ class Unimo3RetrievalOutput(ModelOutput):
 class Unimo3ForVisualQuestionAnswering(Unimo3PreTrainedModel):
     """The model with a classifier over an answer vocabulary of `num_answers`."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm|itm|itc)_head\."]
+    _keys_to_ignore_on_load_unexpected = [PRETRAINING_HEADS]
 
     def __init__(self, config: Unimo3Config):
         super().__init__(config)
@@ -98,7 +98,7 @@ class Unimo3ForVisualQuestionAnswering(Unimo3PreTrainedModel):
 class Unimo3ForImageTextClassification(Unimo3PreTrainedModel):
     """The model with a classifier of image-text pairs into `num_labels` classes, as SNLI-VE asks for (three)."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm|itm|itc)_head\."]
+    _keys_to_ignore_on_load_unexpected = [PRETRAINING_HEADS]
 
     def __init__(self, config: Unimo3Config):
         super().__init__(config)
@@ -128,7 +128,7 @@ class Unimo3ForImagesAndTextClassification(Unimo3PreTrainedModel):
     starts at zero, so that the head can tell the images' places.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(mlm|itm|itc)_head\."]
+    _keys_to_ignore_on_load_unexpected = [PRETRAINING_HEADS]
 
     def __init__(self, config: Unimo3Config):
         super().__init__(config)

@@ -16,6 +16,9 @@ from unimo3.model.config import Unimo3Config
 
 TEMPERATURE_BOUNDS = (0.001, 0.5)
 
+PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
+"""Pattern of the parameters that only pretraining's objectives use."""
+
 
 class _ClampWithReturn(torch.autograd.Function):
     """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there forever."""

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from unimo3.model.attention import LevelGate
 from unimo3.model.heads import ItcHead, SecondImageShift
+from unimo3.model.level_gate import LevelGate
 
 
 def initialize_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:

@@ -207,7 +207,7 @@ def test_a_test_split_is_read_only_if_its_questions_are_there(tmp_path, splits):
 
 @pytest.mark.parametrize("name", ["v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json"])
 @pytest.mark.parametrize("year", ["train2014", "val2014"])
-def test_train_and_val_are_needed_beside_the_tests(tmp_path, year, name):
+def test_train_and_val_are_needed_with_the_tests(tmp_path, year, name):
     path = write_test_questions(write_source(tmp_path)) / name.format(year)
     path.unlink()
     assert error_of("vqav2", tmp_path).startswith(f"{path}: cannot be read (No such file or directory)")

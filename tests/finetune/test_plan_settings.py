@@ -9,8 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.planned import PLANNED, PUBLISHED_ANSWERS, model_of_recipe
+from finetune.plan_settings import model_of_recipe, planned
 from finetune.task import Reading
+from finetune.tasks import TASKS
+from finetune.vqa import PUBLISHED_ANSWERS
 from tests.kept import kept_by_a_real_step
 from unimo3 import config
 from unimo3.data.args import DataArgs
@@ -28,16 +30,16 @@ TOKENS, SIDE = 12, 16
 FIXTURES = {"vqa": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "retrieval": "coco"}
 
 
-def planned(task, weights, *arguments):
+def settings_of(task, weights, *arguments):
     shape = ("--data.max_text_tokens", str(TOKENS), "--image_size", str(SIDE))
-    return config.parse(PLANNED[task], ["--init", str(weights), *shape, *map(str, arguments)], "", "")
+    return config.parse(planned(TASKS[task]), ["--init", str(weights), *shape, *map(str, arguments)], "", "")
 
 
-@pytest.fixture(params=PLANNED)
+@pytest.fixture(params=TASKS)
 def run(request, pretrained):
     """Settings of a task, its step, and a maker of batches from its shards by the real loader."""
     shards: Path = request.getfixturevalue(FIXTURES[request.param])
-    settings = planned(request.param, pretrained, "--data.train", shards / "train")
+    settings = settings_of(request.param, pretrained, "--data.train", shards / "train")
     reading = Reading(load_tokenizer(str(pretrained)), TOKENS, ImageTransform(SIDE), 0)
     samples = settings.build_task().samples(ShardIndex(str(shards / "train")), reading)
 
@@ -59,7 +61,7 @@ def real_task(step):
 
 @functools.cache
 def cost_of(task, weights, *arguments):
-    return trace_step(planned(task, weights, *arguments).planned_run().step, torch.float32, False)
+    return trace_step(settings_of(task, weights, *arguments).planned_run().step, torch.float32, False)
 
 
 def test_a_batch_has_the_shapes_that_the_loader_yields(run):
@@ -85,7 +87,7 @@ def test_operations_and_kept_memory_are_those_of_a_real_step(run):
 
 
 def test_nlvr2_runs_images_and_fusion_twice_and_the_text_once(pretrained):
-    model = planned("snli_ve", pretrained).model_config()
+    model = settings_of("snli_ve", pretrained).model_config()
     pair, single = cost_of("nlvr2", pretrained), cost_of("snli_ve", pretrained)
     width, layers = model.text_config.hidden_size, model.text_config.num_hidden_layers
     inner = model.text_config.intermediate_size
@@ -98,16 +100,16 @@ def test_nlvr2_runs_images_and_fusion_twice_and_the_text_once(pretrained):
 
 def test_a_head_of_more_answers_costs_more(pretrained, vqa):
     few, published = (cost_of("vqa", pretrained, *extra) for extra in (("--data.train", vqa / "train"), ()))
-    model = planned("vqa", pretrained).planned_run().step.model
+    model = settings_of("vqa", pretrained).planned_run().step.model
     assert model.num_answers == PUBLISHED_ANSWERS == 3129
-    own = planned("vqa", pretrained, "--data.train", vqa / "train").planned_run().step.model.num_answers
+    own = settings_of("vqa", pretrained, "--data.train", vqa / "train").planned_run().step.model.num_answers
     assert 0 < own < 100
     further = 2 * 2 * model.hidden_size * (PUBLISHED_ANSWERS - own)
     assert published.forward_flops - few.forward_flops == further
 
 
 def test_an_image_size_is_the_tasks(pretrained):
-    assert planned("nlvr2", pretrained, "--image_size", 32).planned_run().step.batch(5)["pixel_values"].shape == (
+    assert settings_of("nlvr2", pretrained, "--image_size", 32).planned_run().step.batch(5)["pixel_values"].shape == (
         5, 2, 3, 32, 32,
     )  # fmt: skip
     large, small = cost_of("snli_ve", pretrained, "--image_size", 32), cost_of("snli_ve", pretrained)
@@ -119,7 +121,7 @@ def test_an_exported_folder_and_a_run_give_the_model(pretrained, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copytree(pretrained, run / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    found = [model_sizes(planned("vqa", init).planned_run().step.build()) for init in (pretrained, run)]
+    found = [model_sizes(settings_of("vqa", init).planned_run().step.build()) for init in (pretrained, run)]
     assert found[0] == found[1]
     # Two layers from 64 to 64 to as many answers as were published, and a layer norm.
     assert found[0].roles["heads"] == 64 * 65 + 65 * PUBLISHED_ANSWERS + 2 * 64
@@ -133,8 +135,8 @@ def test_a_recipes_model_is_that_of_pretraining():
         assert model_of_recipe(path).to_dict() == parse_settings(["--config", path]).model.to_config().to_dict()
 
 
-@pytest.mark.parametrize("task", PLANNED)
+@pytest.mark.parametrize("task", TASKS)
 def test_settings_of_planning_are_those_of_training_and_the_models_recipe(task):
-    (_, trained, *_) = PLANNED[task].__mro__[1:]
+    trained = TASKS[task]
     assert trained.task.__name__.lower() == task.replace("_", "")
-    assert set(config.flatten_fields(PLANNED[task])) == {*config.flatten_fields(trained), "model_recipe"}
+    assert set(config.flatten_fields(planned(trained))) == {*config.flatten_fields(trained), "model_recipe"}

@@ -1,22 +1,17 @@
 """Fine-tuning runs that are yet to come: their settings, their model before there are weights, and their step.
 
-Source: METER, arXiv 2111.02387, for the number of VQAv2's answers.
+Source: none.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
-from finetune.nlvr2 import Nlvr2Config
 from finetune.program import FinetuneConfig
-from finetune.retrieval import RetrievalConfig
-from finetune.snli_ve import SnliVeConfig
 from finetune.task import Task
-from finetune.vqa import Vqa, VqaConfig
 from finetune.weights import resized, task_errors
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of
-from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import ConfigError
 from unimo3.model.args import ModelArgs
 from unimo3.model.config import Unimo3Config
@@ -24,8 +19,6 @@ from unimo3.training.plan.make import PlannedRun
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
 from unimo3.training.plan.trace import Batch, Step, blank_inputs
 
-PUBLISHED_ANSWERS = 3129
-"""Of VQAv2: what was given as an answer at least nine times, and METER's classes."""
 _NOT_COUNTED = ["waiting for ranks and data", "evaluation"]
 _MODEL = "model."
 
@@ -45,10 +38,10 @@ class PlannedFinetuning(FinetuneConfig):
         if self.eval_only:
             found.append("eval_only: true: what is planned is training; leave it out")
         try:
-            model = self.model_config()
+            found += self.data.model_errors(self.model_config())
         except ConfigError as error:
-            return found + error.errors
-        return found + self.data.model_errors(model)
+            found += error.errors
+        return found + self.planned_errors()
 
     def model_config(self) -> Unimo3Config:
         """The model's configuration, at the task's resolution.
@@ -70,7 +63,7 @@ class PlannedFinetuning(FinetuneConfig):
 
     def planned_run(self) -> PlannedRun:
         """What decides the plan."""
-        model, task = self.model_config(), self.build_task()
+        model, task = self.model_config(), self.planned_task()
         task.configure(model)
         words = {"unit": task.unit, "not_counted": _NOT_COUNTED}
         return PlannedRun(self._step(model, task), self.training, self.optim.clip_norm, words)
@@ -83,46 +76,9 @@ class PlannedFinetuning(FinetuneConfig):
         return Step(model, task.model_class, task.objective, batch, self.kernels)
 
 
-@dataclass(frozen=True)
-class PlannedVqa(PlannedFinetuning, VqaConfig):
-    """VQA, with the published number of answers where there is no vocabulary yet."""
-
-    def validate(self) -> list[str]:
-        """As of any task, and of a vocabulary that is named or found."""
-        return super().validate() + (self.answers_errors() if self._has_answers else [])
-
-    def build_task(self) -> Vqa:
-        """The task, with its vocabulary or one of the published size."""
-        if self._has_answers:
-            return super().build_task()
-        return Vqa(AnswerVocabulary([str(number) for number in range(PUBLISHED_ANSWERS)]))
-
-    @property
-    def _has_answers(self) -> bool:
-        return bool(self.answers) or (self.answers_path is not None and self.answers_path.is_file())
-
-
-@dataclass(frozen=True)
-class PlannedNlvr2(PlannedFinetuning, Nlvr2Config):
-    """NLVR2."""
-
-
-@dataclass(frozen=True)
-class PlannedSnliVe(PlannedFinetuning, SnliVeConfig):
-    """SNLI-VE."""
-
-
-@dataclass(frozen=True)
-class PlannedRetrieval(PlannedFinetuning, RetrievalConfig):
-    """Retrieval."""
-
-
-PLANNED: dict[str, type[PlannedFinetuning]] = {
-    "vqa": PlannedVqa,
-    "nlvr2": PlannedNlvr2,
-    "snli_ve": PlannedSnliVe,
-    "retrieval": PlannedRetrieval,
-}
+def planned(config_class: type[FinetuneConfig]) -> type[PlannedFinetuning]:
+    """A task's settings as those of a run that is planned."""
+    return make_dataclass(f"Planned{config_class.__name__}", [], bases=(PlannedFinetuning, config_class), frozen=True)
 
 
 @dataclass(frozen=True)
