@@ -171,7 +171,7 @@ def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, 
 def test_a_new_runs_notice_says_that_nothing_was_measured(checked, training):
     status, text = checked("--dry-run", *training)
     assert status == 0
-    assert "note: the run has no steps yet: --grace, --time and --chain were held against no figures of it" in text
+    assert "note: the run has no steps yet: --grace, --time and --chain could not be checked" in text
 
 
 def test_only_a_wait_for_the_end_of_a_job_counts_as_one():
@@ -277,7 +277,7 @@ def run(tmp_path):
         ([], ["RUN", "--out", "w", "--jobs", "0"], "--jobs 0: at least 1 is needed"),
         (["--nodes", "2"], ["RUN", "--out", "w"], "--nodes 2: export runs on 1 node"),
         (["--ranks-per-node", "2"], ["RUN", "--out", "w"], "--ranks-per-node 2: export is 1 process"),
-        (["--grace", "60"], ["RUN", "--out", "w"], "--grace 60: export is not told to save"),
+        (["--grace", "60"], ["RUN", "--out", "w"], "--grace 60: export is not signalled to save"),
         (["--chain", "2"], ["RUN", "--out", "w"], "--chain 2: export is requeued before its time limit by itself"),
         (["--time", "soon"], ["RUN", "--out", "w"], "--time soon: MINUTES"),
     ],
