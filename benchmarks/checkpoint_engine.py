@@ -57,11 +57,11 @@ def in_ranks(num_ranks: int, module: str, *arguments: object) -> dict[str, Any]:
         RuntimeError: a rank failed.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        told, output = Path(scratch) / "told.json", Path(scratch) / "output.txt"
-        command = [sys.executable, "-m", module, *map(str, arguments), str(told)]
+        result, output = Path(scratch) / "result.json", Path(scratch) / "output.txt"
+        command = [sys.executable, "-m", module, *map(str, arguments), str(result)]
         with output.open("w") as file:
             ranks = start_ranks(num_ranks, command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             if status := wait_for_ranks(ranks, grace_s=5):
                 raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{output.read_text()[-3000:]}")
-        found: dict[str, Any] = json.loads(told.read_text())
+        found: dict[str, Any] = json.loads(result.read_text())
         return found

@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
     )
     parser.add_argument("--recompile", action="store_true", help="compile the recorded entries, too")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON lines to this file, and no report")
+    parser.add_argument("--json", type=Path, help="write the metrics as JSON lines to this file, and no report")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
         help="report to write (default: %(default)s)",

@@ -2,7 +2,7 @@
 
 For each event a run of the tiny recipe of the tests is interrupted in its middle. Measured are the time until its
 checkpoint is committed (of those that save), until the job runs again, and until its first step after that. What Slurm
-itself waits for, such as the detection of a lost node, is in these times and is told by the clock of its own log.
+itself waits for, such as the detection of a lost node, is in these times and is read from its own log.
 
 Source: none.
 """

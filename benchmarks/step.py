@@ -161,7 +161,7 @@ def ratios(faster: list[tuple[float, ...]], slower: list[tuple[float, ...]]) -> 
 
 
 def tables(found: dict[str, Any], num_pairs: int) -> str:
-    """The figures as two markdown tables."""
+    """The metrics as two markdown tables."""
     shares = " | ".join(PHASES)
     lines = [
         f"| model | parameters | pairs/s | ms a step | {shares} | peak memory, MiB | loss, first to last |",
@@ -213,9 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({"peak_bytes": memory(args)}))
         return
     found = measure(args)
-    figures = tables(found, args.batch)
-    write_report(args.out, f"A training step, size {args.size}", f"{figures}\n\n{method(found, args)}")
-    print(f"\n{figures}\n\n{args.out}")
+    metrics = tables(found, args.batch)
+    write_report(args.out, f"A training step, size {args.size}", f"{metrics}\n\n{method(found, args)}")
+    print(f"\n{metrics}\n\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
-from unimo3.data.scoring import pair_figures
+from unimo3.data.scoring import pair_metrics
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
 from unimo3.errors import exit_with_status
 from unimo3.model.config import Unimo3Config
@@ -34,7 +34,7 @@ class Nlvr2(RowTask):
     num_images = 2
     model_class = Unimo3ForImagesAndTextClassification
     fresh = r"^(pair_head|image_shift)\."
-    best_figure = "accuracy"
+    best_metric = "accuracy"
 
     def configure(self, config: Unimo3Config) -> None:
         """Two classes, false and true."""
@@ -62,11 +62,11 @@ class Nlvr2(RowTask):
         ]
 
     def results(self, rows: list[Row]) -> Results:
-        """The official figures and the file that the official program reads."""
-        figures = pair_figures((row["identifier"], row["is_right"]) for row in rows)
+        """The official metrics and the file that the official program reads."""
+        metrics = pair_metrics((row["identifier"], row["is_right"]) for row in rows)
         lines = sorted(f"{row['identifier']},{row['label']}\n" for row in rows)
         return Results(
-            figures, {"predictions.csv": "".join(lines), "accuracy.json": json.dumps(figures, indent=1) + "\n"}
+            metrics, {"predictions.csv": "".join(lines), "accuracy.json": json.dumps(metrics, indent=1) + "\n"}
         )
 
 

@@ -11,7 +11,7 @@
 One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text": ...}, of NLVR2 with a list of two
 paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
 of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is at error, "error": the others are
-answered all the same, all errors are told at the end, and the exit status is 78. OUT.jsonl appears whole.
+answered all the same, all errors are reported at the end, and the exit status is 78. OUT.jsonl appears whole.
 
 Source: none.
 """
@@ -168,11 +168,11 @@ def show(answers: Answers, args: argparse.Namespace) -> None:
     for answer in answers:
         numbers = {name: value for name, value in answer.items() if name in ("score", "match", "similarity")}
         words = [str(value) for name, value in answer.items() if name not in numbers]
-        told = [
+        fields = [
             f"{value:.4f}" if name == "score" else f"{name} {'-' if value is None else f'{value:.4f}'}"
             for name, value in numbers.items()
         ]
-        print("  ".join(told + words))
+        print("  ".join(fields + words))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The program that all fine-tuning tasks share: exported weights -> a tuned run, its figures and its predictions.
+"""The program that all fine-tuning tasks share: exported weights -> a tuned run, its metrics and its predictions.
 
 Started once a rank; starting it again resumes. `Task` says what a task has of its own.
 
@@ -53,7 +53,7 @@ class FinetuneConfig:
     """Height and width of the input in pixels, a multiple of the patch size; position tables are resized to it. 0: as
     the weights were trained."""
     eval_only: bool = False
-    """Whether to write figures and predictions for data.val and train no step: of the run's newest checkpoint, or, in a
+    """Whether to write metrics and predictions for data.val and train no step: of the run's newest checkpoint, or, in a
     new run, of the tuned weights that init names."""
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
@@ -129,7 +129,7 @@ class FinetuneConfig:
 
 
 def busy_errors(run: Path) -> list[str]:
-    """Say whether another process is at a run: figures and heartbeats of two would mix."""
+    """Say whether another process is at a run: metrics and heartbeats of two would mix."""
     beat = other_process(run)
     if beat is None:
         return []
@@ -159,7 +159,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
         log.warning(
-            "data.val: '%s' is trained on as well: its figures, and the best checkpoint by them, tell nothing of other "
+            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, tell nothing of other "
             "data", val_index.source,
         )  # fmt: skip
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
@@ -218,12 +218,12 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, hel
             return None
         if world.rank == 0:
             written = write_files(run.folder, results.files, index.split, index.fingerprint)
-            kind = "figures and answers" if results.figures else "answers"
+            kind = "metrics and answers" if results.metrics else "answers"
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
-        return results.figures
+        return results.metrics
 
     chooses_on = None if settings.eval_only or index.split in TEST_SPLITS else index.fingerprint
     best = None
     if settings.best.keep:
-        best = Best(settings.best, task.best_figure, chooses_on, settings.training.eval_every)
+        best = Best(settings.best, task.best_metric, chooses_on, settings.training.eval_every)
     return Evaluation(index.fingerprint, evaluate, index.split, best)

@@ -22,7 +22,7 @@ def names_of(folder: Path, files: dict[str, str], split: str, fingerprint: str) 
     """Where a run keeps an evaluation's files.
 
     Args:
-        folder: of the run, whose figures tell which data had a split's name first.
+        folder: of the run, whose metrics tell which data had a split's name first.
         files: as a task names them.
         split, fingerprint: of the held-out data.
     """

@@ -40,7 +40,7 @@ class Retrieval(Task):
     unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
     unused = r"^mlm_head\."
-    best_figure = "recall_mean"
+    best_metric = "recall_mean"
 
     def __init__(self, ranking: RankingArgs, seed: int):
         self._ranking = ranking
@@ -64,12 +64,12 @@ class Retrieval(Task):
         """Recall; see `held_out_recall`."""
         reading = held_out.reading
         samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)
-        figures = held_out_recall(
+        metrics = held_out_recall(
             engine, samples, held_out.world, held_out.batch, held_out.reader, self._ranking, guard
         )  # fmt: skip
-        if figures is None:
+        if metrics is None:
             return None
-        return Results(figures, {"recall.json": json.dumps(figures, indent=1) + "\n"})
+        return Results(metrics, {"recall.json": json.dumps(metrics, indent=1) + "\n"})
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class SnliVe(RowTask):
     unit = "hypothesis"
     model_class = Unimo3ForImageTextClassification
     fresh = r"^entailment_head\."
-    best_figure = "accuracy_overall"
+    best_metric = "accuracy_overall"
 
     def configure(self, config: Unimo3Config) -> None:
         """Three classes."""

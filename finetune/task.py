@@ -53,11 +53,11 @@ class Results(NamedTuple):
     """Of one evaluation, the same on every rank.
 
     Attributes:
-        figures: by name; of data whose answers are not known there are none.
+        metrics: by name; of data whose answers are not known there are none.
         files: contents by name, such as ``predictions.json``; the name gets the split's before its ending.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     files: dict[str, str]
 
 
@@ -71,7 +71,7 @@ class Task(ABC):
         model_class: has the task's head.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
         unused: pattern of pretraining's tensors that the model has no place for.
-        best_figure: by which the best checkpoint is chosen; larger is better.
+        best_metric: by which the best checkpoint is chosen; larger is better.
     """
 
     kind: ClassVar[str]
@@ -80,7 +80,7 @@ class Task(ABC):
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     fresh: ClassVar[str] = r"^$"
     unused: ClassVar[str] = PRETRAINING_HEADS
-    best_figure: ClassVar[str]
+    best_metric: ClassVar[str]
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)
         """Give the model's configuration the head's classes."""
@@ -100,7 +100,7 @@ class Task(ABC):
 
     @abstractmethod
     def objective(self, model: Any) -> nn.Module:
-        """The module an engine trains: batch -> ``loss`` and further figures; its `model` attribute is `model`."""
+        """The module an engine trains: batch -> ``loss`` and further metrics; its `model` attribute is `model`."""
 
     @abstractmethod
     def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:

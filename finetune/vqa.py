@@ -39,7 +39,7 @@ class Vqa(RowTask):
     unit = "question"
     model_class = Unimo3ForVisualQuestionAnswering
     fresh = r"^vqa_head\."
-    best_figure = "accuracy_overall"
+    best_metric = "accuracy_overall"
 
     def __init__(self, answers: AnswerVocabulary):
         self._answers = answers

@@ -1,4 +1,4 @@
-"""Whether the weights that ``init`` names fit a task and its image size, told before anything is built.
+"""Whether the weights that ``init`` names fit a task and its image size, checked before anything is built.
 
 Source: none.
 """

@@ -104,7 +104,7 @@ class Demo:
         print("\nFiles:")
         for path, about in (
             (runs / "tiny" / "checkpoints", "sharded ZeRO-3 checkpoints"),
-            (runs / "tiny" / "metrics.jsonl", "every step's figures"),
+            (runs / "tiny" / "metrics.jsonl", "every step's metrics"),
             (weights, "fp16 weights for from_pretrained"),
             (runs / "vqa_tiny" / "predictions.json", "answers in VQAv2's submission format"),
         ):

@@ -104,7 +104,7 @@ def _gbps(group: Any) -> float:
 
 
 def _slowest(gbps: float) -> float:
-    """The least of all ranks' figures."""
+    """The least of all ranks' metrics."""
     rates: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(rates, gbps)
     return min(rates)

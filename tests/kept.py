@@ -1,4 +1,4 @@
-"""What a real step keeps for its backward pass, to hold the planner's figures against."""
+"""What a real step keeps for its backward pass, to hold the planner's metrics against."""
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

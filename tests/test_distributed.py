@@ -29,8 +29,8 @@ def fail_on_rank_0() -> None:
 
 @pytest.mark.integration
 def test_ranks_know_their_place_and_exchange_objects():
-    told = run_ranks(2, describe_world)
-    for rank, one in enumerate(told):
+    printed = run_ranks(2, describe_world)
+    for rank, one in enumerate(printed):
         assert one["world"] == (rank, 2)
         assert one["environment"] == 2
         assert one["gathered"] == [{"rank": 0}, {"rank": 1}]
@@ -48,7 +48,7 @@ def test_a_process_alone_needs_no_group(monkeypatch):
     distributed.barrier()
 
 
-def test_ranks_that_cannot_know_where_to_meet_are_told(monkeypatch):
+def test_ranks_that_cannot_know_where_to_meet_get_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for name in ("MASTER_ADDR", "MASTER_PORT"):

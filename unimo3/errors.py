@@ -94,7 +94,7 @@ def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoR
 
     Args:
         message: why, for the job script.
-        is_recorded: whether the job script is told that the rank ended so by itself and not for another's sake.
+        is_recorded: whether the job script learns that the rank ended so by itself and not for another's sake.
     """
     if is_recorded:
         record_end(status, message)
@@ -139,7 +139,7 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             )  # fmt: skip
             end_process(1)
         except (Unimo3Error, Interrupted) as error:
-            # What all ranks of a host find alike is said once a host.
+            # What all ranks of a host find alike is reported once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             end_process(error.exit_status, f"{type(error).__name__}: {error}")

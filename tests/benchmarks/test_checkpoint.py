@@ -43,6 +43,6 @@ def test_a_load_that_does_not_fit_counts_as_no_time():
 
 def test_sizes_that_cannot_be_measured_are_refused_together(capsys):
     assert run("--export", 5, "--held", 7, "--rounds", 0) == 78
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for problem in ("--export 5: at least 1e+06", "--held 7: at least", "--rounds 0: at least 1"):
-        assert problem in told
+        assert problem in printed

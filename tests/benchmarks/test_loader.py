@@ -38,8 +38,8 @@ def test_each_contestant_has_a_rate_and_ours_is_compared_with_it(report):
     ours, *others = [float(row[2]) for row in rows]
     assert min(ours, *others) > 0
     assert rows[0][3:] == ["", ""]
-    for (_, _, _, told, spread), other in zip(rows[1:], others, strict=True):
-        ratio = float(told.removesuffix(" times as fast"))
+    for (_, _, _, printed, spread), other in zip(rows[1:], others, strict=True):
+        ratio = float(printed.removesuffix(" times as fast"))
         # Rates are rounded to whole numbers, ratios to two decimals.
         assert (ours - 0.5) / (other + 0.5) - 0.006 < ratio < (ours + 0.5) / (other - 0.5) + 0.006
         assert spread == f"{ratio:.2f} to {ratio:.2f}"  # of one round
@@ -76,9 +76,9 @@ def status_of(arguments: str, folder: Path) -> int:
 
 def test_bad_arguments_are_named_together(tmp_path, capsys):
     assert status_of("--rounds 0 --seconds -1 --shards 0 --workers 2 0 --index-samples 0 1000", tmp_path) == 78
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for problem in ("--rounds 0", "--seconds -1.0", "--shards 0", "--workers 0", "--index-samples 0"):
-        assert f"{problem}: a number above 0 is needed" in told
+        assert f"{problem}: a number above 0 is needed" in printed
 
 
 def test_an_unknown_augmentation_is_named(tmp_path, capsys):

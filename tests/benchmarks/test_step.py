@@ -1,4 +1,4 @@
-"""The step benchmark: contestants are comparable, its figures are what was timed, a tiny run writes its report."""
+"""The step benchmark: contestants are comparable, its metrics are what was timed, a tiny run writes its report."""
 
 import pytest
 import torch
@@ -84,6 +84,6 @@ def test_a_tiny_run_writes_its_report(tmp_path, capsys):
 
 def test_bad_arguments_are_named_together(capsys):
     assert run("--rounds", 0, "--batch", 1, *(() if torch.cuda.is_available() else ("--size", "base"))) == 78
-    told = capsys.readouterr().err
-    assert "--rounds 0: at least 1" in told
-    assert "--batch 1: at least 2" in told
+    printed = capsys.readouterr().err
+    assert "--rounds 0: at least 1" in printed
+    assert "--batch 1: at least 2" in printed

@@ -17,20 +17,20 @@ from unimo3.errors import CheckpointError
 def save_in_background(root: Path) -> dict[str, Any]:
     """Save behind the training; tell what was held at the save, what is committed when, and what failures do."""
     rank, _ = world()
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     engine = start_engine(3, bf16=True)
     saver = Saver(engine, root / "good", CheckpointArgs(background=True, keep_last=2))
     train(engine, range(2))
     saver.save(state_at(2))
-    told["saved"], told["drawn"] = every_value(engine), draw()
+    results["saved"], results["drawn"] = every_value(engine), draw()
     train(engine, range(2, 4))  # what is being written must not follow
     saver.save(state_at(4))  # waits for the first
-    told["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+    results["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
     saver.wait()
     barrier()
     own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
-    told["kept bytes"], told["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
-    told["finished"] = [folder.name for folder in store.list_checkpoints(root / "good")]
+    results["kept bytes"], results["files bytes"] = saver.kept_bytes, sum(path.stat().st_size for path in own_files)
+    results["finished"] = [folder.name for folder in store.list_checkpoints(root / "good")]
 
     if rank == 0:
         store.prune, prune = (lambda *_, **__: 1 / 0), store.prune
@@ -38,7 +38,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
     try:
         saver.wait()
     except CheckpointError as error:
-        told["on rank 0 alone"] = str(error)
+        results["on rank 0 alone"] = str(error)
     if rank == 0:
         store.prune = prune
     shutil.rmtree(root / "good" / "checkpoints" / "step_00000005", ignore_errors=True)
@@ -53,10 +53,10 @@ def save_in_background(root: Path) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         try:
             saver.wait()
-            told[on_error] = None
+            results[on_error] = None
         except CheckpointError as error:
-            told[on_error] = str(error)
-    # A failure before does not keep the last save from being tried, and is told after it.
+            results[on_error] = str(error)
+    # A failure before does not keep the last save from being tried, and is results after it.
     other = Saver(engine, root / "last", CheckpointArgs(background=True))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
@@ -66,18 +66,18 @@ def save_in_background(root: Path) -> dict[str, Any]:
     try:
         other.save(state_at(7), is_last=True)
     except CheckpointError:
-        told["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
-    told["left"] = [path.name for path in store.list_checkpoints(root / "good")]
+        results["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
+    results["left"] = [path.name for path in store.list_checkpoints(root / "good")]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
         saver.save(state_at(8), is_last=True)
     except CheckpointError as error:
-        told["last"] = str(error)
+        results["last"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     saver.save(state_at(8), is_last=True)
-    told["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
-    return told
+    results["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
+    return results
 
 
 def load_good(root: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from tests.spawn import run_ranks
 
 @dataclass
 class SavedRuns:
-    """`root` holds a folder for each of `RUNS`, and `unimo`; `told[rank]` is what that rank said of them."""
+    """`root` holds a folder for each of `RUNS`, and `unimo`; `results[rank]` is what that rank said of them."""
 
     root: Path
-    told: list[dict[str, Any]]
+    results: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +26,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedRuns:
     stale = root / "bf16" / "checkpoints" / "step_00000001.tmp"
     stale.mkdir(parents=True)
     (stale / "left_by_a_killed_save.pt").write_text("half")
-    told = run_ranks(2, save_runs, root)
+    results = run_ranks(2, save_runs, root)
     for name in RUNS:
         (root / name / "model").mkdir()
         (root / name / "model" / "config.json").write_text('{"model_type": "odd"}')
         (root / name / "model" / "tokenizer.json").write_text("{}")
-    return SavedRuns(root, told)
+    return SavedRuns(root, results)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
     Returns:
         For each run, every value right after loading and right before saving, and the losses of all steps.
     """
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (stage, bf16) in ELASTIC_RUNS.items():
         engine = start_engine(stage, bf16, seed=step, rows=ELASTIC_ROWS // world()[1])  # other weights each time
         engine.module.model.dropout.p = 0.0
@@ -50,8 +50,8 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
         found["drawn"] = draw()
         if step == 0:
             found["losses"] += train_together(engine, range(2, 10))
-        told[name] = found
-    return told
+        results[name] = found
+    return results
 
 
 def train_together(engine: Any, steps: range) -> list[float]:

@@ -20,9 +20,9 @@ def newest(run: Path) -> Path:
     return run / "checkpoints" / "step_00000004"
 
 
-def expected_weights(told: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def expected_weights(results: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """What ranks gathered, as it should be written: cast, without the second name of the tied weight."""
-    weights = {name.removeprefix("model."): weight for name, weight in told["weights"].items()}
+    weights = {name.removeprefix("model."): weight for name, weight in results["weights"].items()}
     return {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
 
 

@@ -133,7 +133,7 @@ def save_runs(root: Path) -> dict[str, Any]:
     Returns:
         For each run, the losses of steps 4 and 5 and the weights and moments at step 4.
     """
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (stage, bf16) in RUNS.items():
         engine = start_engine(stage, bf16)
         torch.manual_seed(7 + world()[0])
@@ -141,9 +141,13 @@ def save_runs(root: Path) -> dict[str, Any]:
         save(engine, root / name, state_at(2))
         train(engine, range(2, 4))
         save(engine, root / name, state_at(4))
-        told[name] = {"weights": full_weights(engine), "moments": moments(engine), "losses": train(engine, range(4, 6))}
-    told["unimo"] = save_unimo(root / "unimo")
-    return told
+        results[name] = {
+            "weights": full_weights(engine),
+            "moments": moments(engine),
+            "losses": train(engine, range(4, 6)),
+        }
+    results["unimo"] = save_unimo(root / "unimo")
+    return results
 
 
 def save_unimo(run: Path) -> Tensor:
@@ -193,14 +197,14 @@ def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Pat
     Args:
         without_rank_1: a checkpoint that rank 1 cannot load.
     """
-    told: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
-    told["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
-    told["errors"] = fail_to_save(errors)
+    results: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
+    results["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
+    results["errors"] = fail_to_save(errors)
     try:
         store.load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
     except CheckpointError as error:
-        told["one rank"] = str(error)
-    return told
+        results["one rank"] = str(error)
+    return results
 
 
 def fail_to_save(root: Path) -> dict[str, Any]:
@@ -211,14 +215,14 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     """
     rank, _ = world()
     engine = start_engine(3, bf16=True)
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def attempt(problem: str, run: Path) -> None:
         try:
             save(engine, run, state_at(9))
-            told[problem] = None
+            results[problem] = None
         except CheckpointError as error:
-            told[problem] = str(error)
+            results[problem] = str(error)
 
     blocked = root / "blocked"
     if rank == 0:
@@ -260,16 +264,16 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     attempt("memory runs out on rank 1", root / "full")
     if rank == 1:
         engine.optimizer.state_dict = stock
-    told["left of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
+    results["left of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
     barrier()
 
-    told["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
+    results["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
     attempt("none", root / "full")
-    told["newest after"] = store.newest_good(root / "full")
+    results["newest after"] = store.newest_good(root / "full")
     train(engine, range(1))
     save(engine, root / "full", state_at(9))
-    told["newest after the same step again"] = store.newest_good(root / "full")
-    return told
+    results["newest after the same step again"] = store.newest_good(root / "full")
+    return results
 
 
 def draw() -> list[float]:

@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def legs(root: Path) -> list[list[dict[str, Any]]]:
-    """What each rank of each leg told."""
+    """What each rank of each leg results."""
     return [run_ranks(size, elastic_leg, root, 2 * number) for number, size in enumerate(SIZES)]
 
 
@@ -68,17 +68,17 @@ def test_losses_are_those_of_a_run_that_never_changed(legs, run):
 @pytest.mark.parametrize("run", ELASTIC_RUNS)
 def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
     for before, after in itertools.pairwise(legs):
-        told = [rank[run]["drawn at first"] for rank in after]
+        results = [rank[run]["drawn at first"] for rank in after]
         kept = min(len(before), len(after))
-        assert told[:kept] == [rank[run]["drawn"] for rank in before[:kept]]
-        assert len({tuple(drawn) for drawn in told}) == len(told)
+        assert results[:kept] == [rank[run]["drawn"] for rank in before[:kept]]
+        assert len({tuple(drawn) for drawn in results}) == len(results)
 
 
 @pytest.mark.integration
 def test_an_order_of_parameters_that_is_deepspeeds_own_is_refused(legs):
-    told = legs[1][0]["zero2"]["round robin"]
-    assert "not supported with round_robin_gradients" in told
-    assert told.endswith("start with 2 ranks, or set it to false)")
+    results = legs[1][0]["zero2"]["round robin"]
+    assert "not supported with round_robin_gradients" in results
+    assert results.endswith("start with 2 ranks, or set it to false)")
 
 
 @pytest.mark.integration

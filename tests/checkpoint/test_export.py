@@ -40,7 +40,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 )
 def test_exported_tensors_equal_the_gathered_ones(saved, tmp_path, run, dtype):
     reports = export_weights(newest(saved.root / run), tmp_path, dtype, "error", MB)
-    expected = expected_weights(saved.told[0][run], DTYPES[dtype])
+    expected = expected_weights(saved.results[0][run], DTYPES[dtype])
     exported = load_file(tmp_path / "model.safetensors")
     assert exported.keys() == expected.keys()
     for name, weight in expected.items():
@@ -53,15 +53,15 @@ def test_exported_tensors_equal_the_gathered_ones(saved, tmp_path, run, dtype):
     for report in reports:
         assert report.shape == list(expected[report.name].shape)
         assert report.largest == pytest.approx(
-            saved.told[0][run]["weights"][f"model.{report.name}"].abs().max().item()
+            saved.results[0][run]["weights"][f"model.{report.name}"].abs().max().item()
             if expected[report.name].is_floating_point()
             else 0.0
         )
 
 
 def test_the_ranks_gathered_alike(saved):
-    for name, weight in saved.told[0]["bf16"]["weights"].items():
-        torch.testing.assert_close(saved.told[1]["bf16"]["weights"][name], weight, rtol=0, atol=0)
+    for name, weight in saved.results[0]["bf16"]["weights"].items():
+        torch.testing.assert_close(saved.results[1]["bf16"]["weights"][name], weight, rtol=0, atol=0)
 
 
 def test_large_weights_are_split_into_files_with_an_index(saved, tmp_path):
@@ -77,7 +77,7 @@ def test_large_weights_are_split_into_files_with_an_index(saved, tmp_path):
         found |= tensors
         with safe_open(tmp_path / file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-    expected = expected_weights(saved.told[0]["fp32"], torch.float32)
+    expected = expected_weights(saved.results[0]["fp32"], torch.float32)
     assert found.keys() == expected.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
     for name, weight in expected.items():
@@ -314,7 +314,7 @@ def test_from_pretrained_computes_what_the_engine_computed(saved, tmp_path):
     model, loading = Unimo3ForPreTraining.from_pretrained(out, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.mlm_head.decoder.weight is model.unimo3.text_tower.embeddings.word_embeddings.weight
-    torch.testing.assert_close(unimo_output(model), saved.told[0]["unimo"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(unimo_output(model), saved.results[0]["unimo"], rtol=1e-6, atol=1e-6)
 
 
 def test_from_pretrained_loads_split_fp16_weights(saved, tmp_path):

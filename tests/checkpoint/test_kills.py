@@ -15,7 +15,7 @@ POINTS = 30
 
 def is_whole(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
     """Whether both ranks took up the same step and computed what the uninterrupted run did."""
-    if any(isinstance(told, str) for told in outcome["resumed"]):
+    if any(isinstance(results, str) for results in outcome["resumed"]):
         return False
     (step, _), (other, _) = outcome["resumed"]
     return step == other and step in (2, 4) and [losses for _, losses in outcome["resumed"]] == [

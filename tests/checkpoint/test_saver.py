@@ -16,21 +16,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(root: Path) -> list[dict[str, Any]]:
+def results(root: Path) -> list[dict[str, Any]]:
     return run_ranks(2, save_in_background, root)
 
 
 @pytest.mark.integration
-def test_a_second_save_waits_for_the_first(told):
-    for rank in told:
+def test_a_second_save_waits_for_the_first(results):
+    for rank in results:
         assert rank["after the second"] == ["step_00000002"]
         assert rank["finished"] == ["step_00000002", "step_00000004"]
 
 
 @pytest.mark.integration
-def test_what_is_written_is_the_state_at_the_save(told, root):
+def test_what_is_written_is_the_state_at_the_save(results, root):
     """Not what training made of it meanwhile."""
-    before, after = told[0]["saved"], run_ranks(2, load_good, root)[0]
+    before, after = results[0]["saved"], run_ranks(2, load_good, root)[0]
     assert before.keys() == after.keys()
     for name, value in before.items():
         if isinstance(value, torch.Tensor):
@@ -40,28 +40,28 @@ def test_what_is_written_is_the_state_at_the_save(told, root):
 
 
 @pytest.mark.integration
-def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(told):
-    for rank in told:
+def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(results):
+    for rank in results:
         assert "rank 1: " in rank["stop"]
         assert "earlier checkpoints are untouched" in rank["stop"]
         assert rank["left"] == ["step_00000002", "step_00000004"]
 
 
 @pytest.mark.integration
-def test_a_failure_that_one_rank_alone_knows_of_is_told_on_every_rank(told):
-    for rank in told:
+def test_a_failure_that_one_rank_alone_knows_of_is_told_on_every_rank(results):
+    for rank in results:
         assert "saving step_00000005 failed (division by zero)" in rank["on rank 0 alone"]
 
 
 @pytest.mark.integration
-def test_the_copy_takes_no_more_memory_than_the_files(told):
-    for rank in told:
+def test_the_copy_takes_no_more_memory_than_the_files(results):
+    for rank in results:
         assert 0 < rank["kept bytes"] <= rank["files bytes"]
 
 
 @pytest.mark.integration
-def test_with_warn_training_continues_but_the_last_save_must_succeed(told):
-    for rank in told:
+def test_with_warn_training_continues_but_the_last_save_must_succeed(results):
+    for rank in results:
         assert rank["warn"] is None
         assert "rank 1: " in rank["last"]
         assert rank["last after a failure"] == ["step_00000007"]

@@ -159,7 +159,7 @@ def test_a_save_leaves_deepspeeds_files_state_generators_and_manifest(saved):
 @pytest.mark.integration
 @pytest.mark.parametrize("run", RUNS)
 def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
-    for before, after in zip(saved.told, loaded, strict=True):
+    for before, after in zip(saved.results, loaded, strict=True):
         assert after[run]["state"] == TrainState(
             4, 32, "config", "index", 2, 8, {"note": "kept"},
             engine={"bf16": "ZeRO-3 bf16", "fp32": "ZeRO-3 fp32", "zero2": "ZeRO-2 bf16", "zero1": "ZeRO-1 fp32"}[run],
@@ -175,7 +175,7 @@ def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
 @pytest.mark.integration
 @pytest.mark.parametrize("run", RUNS)
 def test_training_continues_as_if_never_stopped(saved, loaded, run):
-    for before, after in zip(saved.told, loaded, strict=True):
+    for before, after in zip(saved.results, loaded, strict=True):
         assert after[run]["losses"] == before[run]["losses"]
 
 
@@ -216,7 +216,7 @@ def test_verify_names_the_damaged_file(run_copy, damage):
 @pytest.mark.integration
 def test_all_ranks_choose_the_same_earlier_checkpoint(loaded):
     expected = ["step_00000002"] * len(DAMAGES) + [None, "step_00000004", None]
-    assert [told["chosen"] for told in loaded] == [expected, expected]
+    assert [results["chosen"] for results in loaded] == [expected, expected]
 
 
 def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
@@ -265,8 +265,8 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
 
 @pytest.mark.integration
 def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
-    for told in loaded:
-        errors = told["errors"]
+    for results in loaded:
+        errors = results["errors"]
         assert "preparing" in errors["blocked folder"]
         assert "rank 0: FileExistsError" in errors["blocked folder"]
         assert "writing" in errors["full disk on rank 1"]
@@ -286,8 +286,8 @@ def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
 
 @pytest.mark.integration
 def test_a_save_after_a_failed_one_succeeds_and_may_repeat_a_step(loaded):
-    for told in loaded:
-        errors = told["errors"]
+    for results in loaded:
+        errors = results["errors"]
         assert errors["none"] is None
         assert errors["newest after"].name == "step_00000009"
         again = errors["newest after the same step again"]

@@ -155,7 +155,7 @@ def test_texts_of_other_makers_and_of_any_length_are_read(tmp_path, tokenizer, m
     assert inputs["attention_mask"].sum() >= 3
 
 
-def test_a_truncated_tar_is_not_indexed_and_its_name_is_told(coco, tmp_path, capfd):
+def test_a_truncated_tar_is_not_indexed_and_it_is_named(coco, tmp_path, capfd):
     shutil.copy(coco / "train" / "000001.tar", tmp_path / "cut.tar")
     content = (tmp_path / "cut.tar").read_bytes()
     for length in (len(content) // 2, 700):

@@ -1,8 +1,8 @@
-"""NLVR2's figures against a run of the official program's steps by hand."""
+"""NLVR2's metrics against a run of the official program's steps by hand."""
 
 import pytest
 
-from unimo3.data.scoring import pair_figures, sentence_of
+from unimo3.data.scoring import pair_metrics, sentence_of
 
 
 def test_a_sentence_is_an_identifier_without_its_pair():
@@ -24,4 +24,4 @@ def test_a_sentence_is_an_identifier_without_its_pair():
     ],
 )
 def test_accuracy_is_over_examples_and_consistency_over_sentences(marks, accuracy, consistency):
-    assert pair_figures(marks.items()) == pytest.approx({"accuracy": accuracy, "consistency": consistency})
+    assert pair_metrics(marks.items()) == pytest.approx({"accuracy": accuracy, "consistency": consistency})

@@ -59,7 +59,7 @@ def finished(work):
 
 
 @pytest.mark.integration
-def test_an_ablation_continues_after_the_finished_runs_and_writes_its_report(work, finished, tmp_path, capfd):
+def test_an_ablation_continues_after_finished_runs_and_writes_its_report(work, finished, tmp_path, capfd):
     file = finished.file(work)
     before = file.stat().st_mtime_ns
     assert run(arguments(work, tmp_path)) == 0

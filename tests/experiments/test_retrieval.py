@@ -26,7 +26,7 @@ def test_a_small_run_writes_its_report(tmp_path, capsys):
     assert meter[0] == exact[0] == "180"
     assert meter[3:] == exact[3:]
     assert int(rows["shortlist of 2"][0]) < 180
-    assert "the same six figures as METER's way" in report
+    assert "the same six metrics as METER's way" in report
     assert "6 images and 30 texts" in report
     assert str(tmp_path) not in report
 
@@ -44,7 +44,7 @@ def test_hours_are_those_of_towers_and_pairs():
 
 def test_bad_arguments_are_named_together(capsys):
     assert run("--images", 1, "--shortlists", 0, "--width", 6) == 78
-    told = capsys.readouterr().err
-    assert "--images 1: at least 4" in told
-    assert "--shortlists 0: at least 1" in told
-    assert "--width 6: a multiple of 4" in told
+    printed = capsys.readouterr().err
+    assert "--images 1: at least 4" in printed
+    assert "--shortlists 0: at least 1" in printed
+    assert "--width 6: a multiple of 4" in printed

@@ -1,4 +1,4 @@
-"""Checkers of prediction files and figures, written from the official programs' definitions, not from our writers."""
+"""Checkers of prediction files and metrics, written from the official programs' definitions, not from our writers."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def check_vqa(text: str, questions: list[dict]) -> None:
     )
 
 
-def nlvr2_figures(text: str, examples: list[dict]) -> dict[str, float]:
+def nlvr2_metrics(text: str, examples: list[dict]) -> dict[str, float]:
     """What NLVR2's program prints: it splits each line at its commas into identifier and label, without a header.
 
     A sentence is what an identifier says besides its third part, the pair; it is consistent if all its pairs are right.
@@ -42,7 +42,7 @@ def nlvr2_figures(text: str, examples: list[dict]) -> dict[str, float]:
     }
 
 
-def snli_ve_figures(text: str, examples: list[dict]) -> dict[str, float]:
+def snli_ve_metrics(text: str, examples: list[dict]) -> dict[str, float]:
     """Accuracy over all and of each gold label, of JSON lines with a pair's id and its label."""
     said = {}
     for line in text.splitlines():

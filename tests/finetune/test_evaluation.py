@@ -1,4 +1,4 @@
-"""Evaluation of each task: the same figures on any number of ranks, every unit once, official figures and files."""
+"""Evaluation of each task: the same metrics on any number of ranks, every unit once, official metrics and files."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
 from tests.finetune.evaluating import evaluate
-from tests.finetune.formats import check_vqa, nlvr2_figures, read_lines, snli_ve_figures
+from tests.finetune.formats import check_vqa, nlvr2_metrics, read_lines, snli_ve_metrics
 from tests.spawn import run_ranks
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -29,7 +29,7 @@ def asked(vqa):
 
 @pytest.fixture(scope="module")
 def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
-    """By number of ranks, for each rank, what it found of each task: figures and files."""
+    """By number of ranks, for each rank, what it found of each task: metrics and files."""
     folder = tmp_path_factory.mktemp("evaluated")
     for name, shards in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve)):
         (folder / name).symlink_to(shards)
@@ -37,7 +37,7 @@ def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
 
 
 @pytest.mark.integration
-def test_one_two_and_three_ranks_give_the_same_figures_and_files(evaluated, asked):
+def test_one_two_and_three_ranks_give_the_same_metrics_and_files(evaluated, asked):
     assert all(number % ranks for number in (len(asked), len(NLVR2), NUM_HYPOTHESES) for ranks in (2, 3))
     (alone,) = evaluated[1]
     assert set(alone) == {"vqa", "nlvr2", "snli_ve"}
@@ -60,21 +60,21 @@ def test_vqa_predictions_are_a_submission(evaluated, asked):
 
 
 @pytest.mark.integration
-def test_nlvr2_predictions_give_the_official_programs_figures(evaluated, nlvr2):
-    figures, files = evaluated[3][0]["nlvr2"]
+def test_nlvr2_predictions_give_the_official_programs_metrics(evaluated, nlvr2):
+    metrics, files = evaluated[3][0]["nlvr2"]
     examples = read_lines(nlvr2.parent / "source" / "dev.json")
-    assert figures == pytest.approx(nlvr2_figures(files["predictions.csv"], examples))
-    assert json.loads(files["accuracy.json"]) == figures
+    assert metrics == pytest.approx(nlvr2_metrics(files["predictions.csv"], examples))
+    assert json.loads(files["accuracy.json"]) == metrics
 
 
 @pytest.mark.integration
-def test_snli_ve_predictions_give_the_figures_of_each_class(evaluated, snli_ve):
-    figures, files = evaluated[3][0]["snli_ve"]
+def test_snli_ve_predictions_give_the_metrics_of_each_class(evaluated, snli_ve):
+    metrics, files = evaluated[3][0]["snli_ve"]
     examples = read_lines(snli_ve.parent / "source" / "snli_ve_dev.jsonl")
-    expected = snli_ve_figures(files["predictions.jsonl"], examples)
+    expected = snli_ve_metrics(files["predictions.jsonl"], examples)
     assert len(expected) == 4
     assert json.loads(files["accuracy.json"]) == pytest.approx(expected)
-    assert figures == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
+    assert metrics == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
 
 
 def rows(*entries):
@@ -84,7 +84,7 @@ def rows(*entries):
 def test_questions_without_answers_give_predictions_and_no_accuracy():
     task = Vqa(AnswerVocabulary(["yes"]))
     found = task.results(rows((2, "yes", ("", ""), None), (1, "yes", ("", ""), None)))
-    assert found.figures == {}
+    assert found.metrics == {}
     assert list(found.files) == ["predictions.json"]
     check_vqa(found.files["predictions.json"], [{"question_id": 1}, {"question_id": 2}])
 
@@ -94,7 +94,7 @@ def test_vqa_accuracy_is_over_all_and_of_each_answer_type_and_granularity():
     kinds = ("yes/no", "fine"), ("other", "scene"), ("other", "fine")
     found = task.results(rows(*((i, "yes", kinds[i], accuracy) for i, accuracy in enumerate((1.0, 0.3, 0.6)))))
     expected = {"overall": 1.9 / 3, "yes/no": 1.0, "other": 0.45, "fine": 0.8, "scene": 0.3}
-    assert found.figures == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
+    assert found.metrics == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
 
 
 def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
@@ -106,7 +106,7 @@ def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
         ("test1-7-0-0", True), ("test1-7-1-0", True), ("test1-7-0-1", True), ("test1-7-1-1", False),
         ("test1-8-0-0", True),
     )  # fmt: skip
-    assert Nlvr2().results(judged(*marks)).figures == {"accuracy": 0.8, "consistency": pytest.approx(2 / 3)}
+    assert Nlvr2().results(judged(*marks)).metrics == {"accuracy": 0.8, "consistency": pytest.approx(2 / 3)}
 
 
 def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp_path):

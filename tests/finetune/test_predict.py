@@ -148,7 +148,7 @@ def test_a_search_ranks_images_as_the_runs_evaluation_does(tuned, searched, tmp_
         assert sum(place < k for place in places) / len(places) == pytest.approx(recall[f"ir_at_{k}"])
 
 
-def test_an_image_finds_texts_and_a_pair_has_the_searchs_figures(tuned, searched, capsys):
+def test_an_image_finds_texts_and_a_pair_has_the_searchs_metrics(tuned, searched, capsys):
     folder, _ = searched
     image = sorted((folder / "images").iterdir())[0]
     weights = ("--weights", tuned / "retrieval_weights", "--json")
@@ -206,8 +206,8 @@ def test_an_undecodable_image_is_named_and_the_others_are_indexed(tuned, photo, 
     photo.unlink()
     search = ("retrieval", "--weights", tuned / "retrieval_weights", "--index", tmp_path / "index", "--text", "a dog")
     assert run(*search) == 78
-    assert "photo.jpg: cannot be read" in (told := capsys.readouterr().err)
-    assert "it is in the index: put it back, or make the index again" in told
+    assert "photo.jpg: cannot be read" in (printed := capsys.readouterr().err)
+    assert "it is in the index: put it back, or make the index again" in printed
     assert run(*search, "--rerank", 0) == 0  # reads no image
     (tmp_path / "index").rename(tmp_path / "moved")
     assert run(*search) == 78
@@ -229,15 +229,15 @@ def test_a_bad_line_is_named_by_its_number_and_the_others_are_answered(tuned, ph
     records = read_lines(out)
     assert [record["line"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8, 10]
     assert scores_of(records[0]) == pytest.approx(scores_of(records[-1]), abs=1e-5)
-    told = capsys.readouterr().err
-    assert f"{source}: 7 of 9 lines were not answered; {out} has the others" in told
+    printed = capsys.readouterr().err
+    assert f"{source}: 7 of 9 lines were not answered; {out} has the others" in printed
     reasons = (
         "is no JSON", "is a list", 'has no "text"', "is empty", "gone.jpg: cannot be read", "no image of a known kind",
         "a path is needed",
     )  # fmt: skip
     for record, reason in zip(records[1:-1], reasons, strict=True):
         assert reason in record["error"]
-        assert f"line {record['line']}: {record['error']}" in told
+        assert f"line {record['line']}: {record['error']}" in printed
     assert list(tmp_path.glob("*.partial")) == []
 
 
@@ -246,9 +246,9 @@ def test_top_answers_are_printed_with_their_scores(tuned, photo, capsys):
     assert run(*command) == 0
     printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert run(*command, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["input"] == {"image": [str(photo)], "text": ["is it?"]}
-    assert printed == [[f"{answer['score']:.4f}", answer["answer"]] for answer in told["answers"]]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["input"] == {"image": [str(photo)], "text": ["is it?"]}
+    assert printed == [[f"{answer['score']:.4f}", answer["answer"]] for answer in printed["answers"]]
     assert len(printed) == 2
 
 
@@ -294,16 +294,16 @@ def broken(tuned, tmp_path, **changes):
 
 
 def refused(weights, photo, capsys, *options, task="vqa", text="is it?"):
-    """What is told of a command that ends with status 78."""
+    """What is printed of a command that ends with status 78."""
     assert run(task, "--weights", weights, "--image", photo, "--text", text, *options) == 78
     return capsys.readouterr().err
 
 
 def test_weights_of_another_task_are_named(tuned, pretrained, photo, capsys):
     for weights, kind in (("vqa_weights", "Unimo3ForVisualQuestionAnswering"), (pretrained, "Unimo3ForPreTraining")):
-        told = refused(tuned / weights, photo, capsys, task="snli_ve")
-        assert f"holds weights of {kind}, Unimo3ForImageTextClassification is needed" in told
-        assert told.count("  - ") == 1
+        printed = refused(tuned / weights, photo, capsys, task="snli_ve")
+        assert f"holds weights of {kind}, Unimo3ForImageTextClassification is needed" in printed
+        assert printed.count("  - ") == 1
 
 
 def test_pretrainings_weights_retrieve(pretrained, photo):
@@ -326,8 +326,8 @@ def test_a_run_given_as_weights_and_a_missing_folder_are_named(tuned, photo, tmp
 
 def test_a_missing_image_one_that_is_none_and_an_empty_text_are_named(tuned, photo, capsys):
     weights = tuned / "vqa_weights"
-    told = refused(weights, photo.with_name("gone.jpg"), capsys)
-    assert told.endswith("gone.jpg: cannot be read (No such file or directory); name an image file\n")
+    printed = refused(weights, photo.with_name("gone.jpg"), capsys)
+    assert printed.endswith("gone.jpg: cannot be read (No such file or directory); name an image file\n")
     photo.write_bytes(b"no image")
     assert "photo.jpg: cannot be decoded (it is no image of a known kind)" in refused(weights, photo, capsys)
     assert "DataError: --text: '  ': is empty" in refused(weights, photo, capsys, text="  ")
@@ -367,9 +367,9 @@ def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     torch.save({}, folder / "pytorch_model.bin")
     assert run("vqa", "--weights", folder, "--image", photo, "--text", "is it?") == 78
-    told = capsys.readouterr()
-    assert "custom code" in told.err
-    assert told.out == ""  # nobody is asked whether to run it
+    printed = capsys.readouterr()
+    assert "custom code" in printed.err
+    assert printed.out == ""  # nobody is asked whether to run it
     (folder / "config.json").write_text((tuned / "vqa_weights" / "config.json").read_text())
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors there" in refused(folder, photo, capsys)
@@ -377,15 +377,15 @@ def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
 
 
 def test_settings_that_cannot_be_come_in_one_message(tuned, photo, capsys):
-    told = refused(tuned / "vqa_weights", photo, capsys, "--image", photo, "--batch", 0, "--output", "x")
+    printed = refused(tuned / "vqa_weights", photo, capsys, "--image", photo, "--batch", 0, "--output", "x")
     for problem in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
-        assert problem in told
+        assert problem in printed
     assert "this machine has" in refused(tuned / "vqa_weights", photo, capsys, "--device", "cuda:7")
 
 
 def test_options_that_would_do_nothing_are_refused(tuned, photo, tmp_path, capsys):
-    told = refused(tuned / "retrieval_weights", photo, capsys, "--rerank", 3, task="retrieval", text="a dog")
-    assert "--rerank 3: is for --index" in told
+    printed = refused(tuned / "retrieval_weights", photo, capsys, "--rerank", 3, task="retrieval", text="a dog")
+    assert "--rerank 3: is for --index" in printed
     source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
     weights = tuned / "vqa_weights"
     assert run("vqa", "--weights", weights, "--input", source, "--output", tmp_path / "out", "--json") == 78

@@ -135,7 +135,7 @@ def test_evaluation_alone_takes_any_settings_of_training(nlvr2, pretrained, tmp_
     assert started_with(eval_only=True, image_size=24) == ["image_size"]
 
 
-def test_what_follows_from_another_error_is_not_told(vqav2, pretrained, tmp_path):
+def test_what_follows_from_another_error_is_not_reported(vqav2, pretrained, tmp_path):
     gone = {"train": str(tmp_path / "gone" / "train")}
     (problem,) = settings(VqaConfig, vqav2, pretrained, tmp_path, gone).validate()
     assert problem.startswith("data.train: ")

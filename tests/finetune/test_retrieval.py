@@ -1,4 +1,4 @@
-"""Settings of retrieval that cannot be, and its recipes: told before anything starts."""
+"""Settings of retrieval that cannot be, and its recipes: reported before anything starts."""
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.conftest import coco  # noqa: F401  (fixture)
 from tests.finetune.conftest import nlvr2, pretrained, snli_ve, tokenizer  # noqa: F401  (fixtures)
-from tests.finetune.formats import nlvr2_figures, read_lines, snli_ve_figures
+from tests.finetune.formats import nlvr2_metrics, read_lines, snli_ve_metrics
 from unimo3.checkpoint import store
 from unimo3.model.downstream import Unimo3ForImageTextClassification
 from unimo3.training.metrics import read_metrics
@@ -58,9 +58,9 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(tuned):
 def test_figures_are_those_of_the_prediction_file(tuned, snli_ve):  # noqa: F811
     _, run = tuned
     examples = read_lines(snli_ve.parent / "source" / "snli_ve_dev.jsonl")
-    figures = snli_ve_figures((run / "predictions.jsonl").read_text(), examples)
-    assert json.loads((run / "accuracy.json").read_text()) == pytest.approx(figures)
-    assert read_metrics(run, group="eval")[-1]["accuracy_overall"] == pytest.approx(figures["overall"])
+    metrics = snli_ve_metrics((run / "predictions.jsonl").read_text(), examples)
+    assert json.loads((run / "accuracy.json").read_text()) == pytest.approx(metrics)
+    assert read_metrics(run, group="eval")[-1]["accuracy_overall"] == pytest.approx(metrics["overall"])
 
 
 def test_another_split_gets_its_own_file_and_no_further_step(program, tuned, snli_ve):  # noqa: F811
@@ -70,7 +70,7 @@ def test_another_split_gets_its_own_file_and_no_further_step(program, tuned, snl
     program.check(0, *command, "--data.val", snli_ve / "test")
     assert len(read_metrics(run)) == 3
     examples = read_lines(snli_ve.parent / "source" / "snli_ve_test.jsonl")
-    snli_ve_figures((run / "predictions_test.jsonl").read_text(), examples)
+    snli_ve_metrics((run / "predictions_test.jsonl").read_text(), examples)
     assert ((run / "predictions.jsonl").read_text(), (run / "best.json").read_text()) == before
 
 
@@ -105,5 +105,5 @@ def test_nlvr2_trains_on_pairs_of_images(program, common, folder, pretrained, nl
     assert first["loss"] != second["loss"]
     assert {"gates_text", "gates_image"} <= set(first)
     examples = read_lines(nlvr2.parent / "source" / "dev.json")
-    figures = nlvr2_figures((run / "predictions.csv").read_text(), examples)
-    assert json.loads((run / "accuracy.json").read_text()) == pytest.approx(figures)
+    metrics = nlvr2_metrics((run / "predictions.csv").read_text(), examples)
+    assert json.loads((run / "accuracy.json").read_text()) == pytest.approx(metrics)

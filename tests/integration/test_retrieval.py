@@ -50,7 +50,7 @@ def test_it_trains_and_measures_recall(run):
     assert json.loads((run / "best.json").read_text())["figure"] == "recall_mean"
 
 
-def test_its_exported_weights_give_its_figures(program, run, coco, recipe):  # noqa: F811
+def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # noqa: F811
     out = recipe.parent / "retrieval_weights"
     program.check(0, "pretrain.export", run, "--out", out, "--dtype", "fp32")
     task = RetrievalTask(Unimo3ForImageAndTextRetrieval.from_pretrained(out), seed=0)

@@ -23,7 +23,7 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The whole table: figures of the record, compiled where it has none for what is in the tree now."""
+    """The whole table: metrics of the record, compiled where it has none for what is in the tree now."""
     path = tmp_path_factory.mktemp("static") / "rows.jsonl"
     run("-m", "benchmarks.kernel_static", "--json", path)
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -88,7 +88,7 @@ def test_losses_are_those_of_the_logits(exported):
     assert Unimo3ForImageTextClassification.from_pretrained(exported)(ids, pixels, mask).loss is None
 
 
-def test_two_images_are_fused_apart_and_told_apart_by_the_shift(exported):
+def test_two_images_are_fused_apart_and_distinguished_by_the_shift(exported):
     model = Unimo3ForImagesAndTextClassification.from_pretrained(exported).eval()
     spread_gates(model)
     ids, first, mask = inputs()

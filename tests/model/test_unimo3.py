@@ -37,7 +37,7 @@ def test_saved_and_loaded_models_agree_exactly(tmp_path, changes):
     assert torch.equal(base(*inputs()).pooler_output, model.unimo3(*inputs()).pooler_output)
 
 
-def test_the_mlm_decoder_is_tied_unless_told_otherwise(tmp_path):
+def test_the_mlm_decoder_is_tied_unless_set_otherwise(tmp_path):
     tied = tiny_pretraining_model()
     assert tied.mlm_head.decoder.weight is tied.unimo3.get_input_embeddings().weight
     untied = tiny_pretraining_model(tie_word_embeddings=False)

@@ -161,9 +161,9 @@ def losses_on_rank(negatives):
     task = PretrainingTask(model, args(negatives=negatives).build(seed=0))
     report = task(rows(batch, rank * share, (rank + 1) * share))
     report["loss"].backward()
-    # What the gates did is each rank's own figure; the rest are means.
-    figures = {name: value.detach() for name, value in report.items() if not name.startswith("gates")}
-    means = {name: float(sum_over_ranks(value.reshape(1))) / size for name, value in figures.items()}
+    # What the gates did is each rank's own metric; the rest are means.
+    metrics = {name: value.detach() for name, value in report.items() if not name.startswith("gates")}
+    means = {name: float(sum_over_ranks(value.reshape(1))) / size for name, value in metrics.items()}
     gradients = {name: sum_over_ranks(p.grad) / size for name, p in model.named_parameters() if p.grad is not None}
     return means, gradients
 

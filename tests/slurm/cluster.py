@@ -204,8 +204,8 @@ class Cluster:
 
     def job(self, number: int) -> dict[str, str]:
         """What ``scontrol show job`` tells of a job."""
-        told = self.call("scontrol", "show", "job", number, "--oneliner")
-        return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s[A-Za-z/:]+=|\s*$)", told))
+        printed = self.call("scontrol", "show", "job", number, "--oneliner")
+        return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s[A-Za-z/:]+=|\s*$)", printed))
 
     def signalled(self, number: int, signal_number: int) -> float | None:
         """When Slurm has sent a signal to a job's ranks first, as its nodes' logs say; seconds since 1970."""

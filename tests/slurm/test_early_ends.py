@@ -28,9 +28,9 @@ def test_a_node_that_cannot_start_python_is_excluded_and_noted(jobs):
     jobs.wait_state(job, "COMPLETED")
     assert jobs.attempts("first_node")[-1].nodes == "n2"
     assert json.loads(ledger.read_text())["node"] == "n1"
-    told = jobs.cluster.job(job)
-    assert sorted(told["ExcNodeList"].split(",")) == ["n1", "n3"]
-    assert "ended early" not in told.get("Comment", "")
+    printed = jobs.cluster.job(job)
+    assert sorted(printed["ExcNodeList"].split(",")) == ["n1", "n3"]
+    assert "ended early" not in printed.get("Comment", "")
 
 
 def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
@@ -62,7 +62,7 @@ def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
 
 def test_a_start_that_fails_early_is_retried_three_times_then_held(jobs, broken):
     jobs.wait_state(broken, "SPECIAL_EXIT")
-    told = jobs.cluster.job(broken)
-    assert "held: too often: 4 starts ended early on " in told["Comment"]
-    assert told["Restarts"] == "4"
+    printed = jobs.cluster.job(broken)
+    assert "held: too often: 4 starts ended early on " in printed["Comment"]
+    assert printed["Restarts"] == "4"
     jobs.cluster.call("scancel", broken)

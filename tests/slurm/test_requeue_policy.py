@@ -89,7 +89,7 @@ def test_a_node_that_could_not_start_the_job_is_noted_after_another_could(tmp_pa
     assert history.excluded(tmp_path, "7") == ["n1"]
 
 
-def test_an_end_that_slurm_has_already_decided_is_told_as_such(tmp_path):
+def test_an_end_that_slurm_has_already_decided_is_reported_as_such(tmp_path):
     history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     action, reason = end(tmp_path, "7", 143, 9, state="COMPLETING")
     assert action == "left"

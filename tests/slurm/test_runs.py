@@ -65,11 +65,12 @@ def test_progress_is_the_newest_checkpoint_or_finished_shards(tmp_path):
 @pytest.mark.parametrize("module", ["finetune.", "finetune.nothing", "finetune.program", "finetune.--config"])
 def test_a_task_that_is_none_is_a_setting_to_fix(module, capsys):
     assert main([module, "--config", "missing.yaml"]) == 78
-    told = capsys.readouterr()
-    assert not told.out
+    printed = capsys.readouterr()
+    assert not printed.out
     assert (
-        f"'{module}': there is no such program; finetune takes a task first: nlvr2, retrieval, snli_ve, vqa" in told.err
+        f"'{module}': there is no such program; finetune takes a task first: nlvr2, retrieval, snli_ve, vqa"
+        in printed.err
     )
-    assert "--config missing.yaml: cannot be read" in told.err
+    assert "--config missing.yaml: cannot be read" in printed.err
     assert main(["finetune.vqa"]) == 0
     assert capsys.readouterr().out == "runs/run\n"

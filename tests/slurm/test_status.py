@@ -39,7 +39,7 @@ def test_a_run_that_has_not_begun_says_so(run):
     assert state_of(run)["left_s"] is None
 
 
-def test_step_speed_trend_and_end_come_from_the_figures(run):
+def test_step_speed_trend_and_end_come_from_the_metrics(run):
     write_steps(run, *[8.0] * 20, *[4.0] * 20)
     state = state_of(run)
     assert (state["step"], state["steps"], state["loss"]) == (40, 1000, pytest.approx(1 / 40))

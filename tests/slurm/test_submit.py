@@ -16,7 +16,7 @@ FULL = Path("/sys/kernel")
 
 @pytest.fixture
 def checked(recipe, tmp_path, monkeypatch, capsys):
-    """Runs submit as a user without Slurm; its status and what it has told."""
+    """Runs submit as a user without Slurm; its status and what it has printed."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "bash").symlink_to(shutil.which("bash"))
@@ -27,8 +27,8 @@ def checked(recipe, tmp_path, monkeypatch, capsys):
     def run(*words):
         with pytest.raises(SystemExit) as ended:
             submit.main([str(word) for word in words])
-        told = capsys.readouterr()
-        return ended.value.code, told.err + told.out
+        printed = capsys.readouterr()
+        return ended.value.code, printed.err + printed.out
 
     return run
 
@@ -39,8 +39,8 @@ def training(recipe, tmp_path):
     return ("pretrain", "--config", recipe, "--run.dir", tmp_path / "runs", "--run.name", "run")
 
 
-def refused(told, *errors):
-    status, text = told
+def refused(printed, *errors):
+    status, text = printed
     assert status == 78, text
     for problem in errors:
         assert problem in text
@@ -82,10 +82,10 @@ def test_a_run_that_was_asked_to_stop_is_not_submitted_again(checked, training, 
 
 @pytest.mark.integration
 def test_the_batch_has_to_divide_for_every_number_of_nodes(checked, training):
-    told = checked("--nodes", "1-4", *training)
-    refused(told, "(3 nodes)", "(4 nodes)")
-    assert "(1 nodes)" not in told[1]
-    assert "(2 nodes)" not in told[1]
+    printed = checked("--nodes", "1-4", *training)
+    refused(printed, "(3 nodes)", "(4 nodes)")
+    assert "(1 nodes)" not in printed[1]
+    assert "(2 nodes)" not in printed[1]
     refused(checked("--ranks-per-node", "3", *training), "does not divide")
 
 
@@ -111,12 +111,14 @@ def test_a_setting_that_would_fail_is_refused(checked, training, tmp_path, argum
 
 
 @pytest.mark.integration
-def test_all_errors_are_told_in_one_message(checked):
-    told = checked("--chain", "0", "finetune", "vqa", "--init", "no_weights", "--data.train", "nowhere")
-    refused(told, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
-    told = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
-    refused(told, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read")
-    assert "takes a task first: nlvr2, retrieval, snli_ve, vqa" in told[1]
+def test_all_errors_are_reported_in_one_message(checked):
+    printed = checked("--chain", "0", "finetune", "vqa", "--init", "no_weights", "--data.train", "nowhere")
+    refused(printed, "--chain 0", "data.train: 'nowhere'", "init: 'no_weights'")
+    printed = checked("--nodes", "0", "finetune", "nothing", "--config", "missing.yaml")
+    refused(
+        printed, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read"
+    )
+    assert "takes a task first: nlvr2, retrieval, snli_ve, vqa" in printed[1]
 
 
 @pytest.mark.integration
@@ -152,7 +154,7 @@ def tuning(pretrained, vqav2, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_new_fine_tunings_disk_is_told_by_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
+def test_a_new_fine_tunings_disk_follows_from_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
     with safe_open(pretrained / "model.safetensors", "pt") as weights:
         elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
     # To 0.1 MB, as the message tells it in the place of GB.
@@ -194,7 +196,7 @@ def write_figures(run):
 
 
 @pytest.mark.integration
-def test_grace_and_wall_time_are_held_against_the_runs_own_figures(checked, training, tmp_path):
+def test_grace_and_wall_time_are_held_against_the_runs_own_metrics(checked, training, tmp_path):
     write_figures(tmp_path / "runs" / "run")
     refused(
         checked("--grace", "461", *training),
@@ -316,7 +318,7 @@ def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, argu
 
 
 @pytest.mark.integration
-def test_a_conversions_source_is_told_as_the_room_it_needs(checked, tmp_path):
+def test_a_conversions_source_is_reported_as_the_room_it_needs(checked, tmp_path):
     source = tmp_path / "big"
     source.mkdir()
     with (source / "images.bin").open("wb") as file:

@@ -149,8 +149,8 @@ def test_a_second_job_on_a_folder_is_refused_unless_it_waits(site, source, tmp_p
     def submitted(*options):
         with pytest.raises(SystemExit) as ended:
             submit.main([*options, *words])
-        told = capsys.readouterr()
-        return ended.value.code, told.out + told.err
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out + printed.err
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIMO3_SITE", str(site.site.with_name("cpu.env")))

@@ -42,7 +42,7 @@ def test_what_does_not_train_drops_nothing(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path, group="eval")] == [7, 5]
 
 
-def test_tensorboard_shows_the_same_figures(tmp_path):
+def test_tensorboard_shows_the_same_metrics(tmp_path):
     write(tmp_path, range(1, 5))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "eval/accuracy"}
@@ -65,7 +65,7 @@ def test_shares_are_shown_as_a_heat_map(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_full_disk_delays_figures_and_does_not_end_the_run(tmp_path, caplog):
+def test_a_full_disk_delays_metrics_and_does_not_end_the_run(tmp_path, caplog):
     writer = MetricsWriter(tmp_path, 0, enabled=True)
     writer.write({"step": 1, "loss": 2.0})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -74,7 +74,7 @@ def test_a_full_disk_delays_figures_and_does_not_end_the_run(tmp_path, caplog):
         writer.write({"step": 2, "loss": 2.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "figures of step 2 cannot be written yet (" in caplog.text
+    assert "metrics of step 2 cannot be written yet (" in caplog.text
     writer.write({"step": 3, "loss": 2.0})
     writer.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]

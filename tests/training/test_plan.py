@@ -1,4 +1,4 @@
-"""The planner's figures against formulas done by hand and real runs on the CPU."""
+"""The planner's metrics against formulas done by hand and real runs on the CPU."""
 
 import json
 from pathlib import Path

@@ -86,9 +86,9 @@ def wait_for_heartbeat(run):
 @pytest.mark.integration
 def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
     process = stuck("0.3", "join", RANK="0", WORLD_SIZE="2")
-    _, told = output_of(process, "the process that is stuck")
+    _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
-    assert "the others wait for rank 1, which has given no heartbeat since this start" in told
+    assert "the others wait for rank 1, which has given no heartbeat since this start" in printed
     assert "stuck_here" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
 
 
@@ -98,9 +98,9 @@ def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
     (tmp_path / "run" / "heartbeats").mkdir(parents=True)
     os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.tmp")
     process = stuck("0.5", "compute")
-    _, told = output_of(process, "the process that is stuck")
+    _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
-    assert "no progress for 0.5 s" in told
+    assert "no progress for 0.5 s" in printed
 
 
 @pytest.mark.integration
@@ -108,11 +108,11 @@ def test_a_folder_that_hangs_for_the_stacks_too_is_named(stuck, tmp_path):
     process = stuck("2", "compute")
     wait_for_heartbeat(tmp_path / "run")
     os.mkfifo(tmp_path / "run" / "stacks" / "rank_00000.txt")
-    _, told = output_of(process, "the process that is stuck")
+    _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
-    assert "in phase 'compute' of step 5, and" in told
-    assert "does not answer" in told
-    assert "stuck_here" in told
+    assert "in phase 'compute' of step 5, and" in printed
+    assert "does not answer" in printed
+    assert "stuck_here" in printed
 
 
 @pytest.mark.integration
@@ -127,6 +127,6 @@ def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
 
     wait_for(ask, "the stacks", stacks, poll_s=0.2)
     assert process.poll() is None
-    told = stacks()
-    assert told.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
-    assert "stuck_here" in told
+    printed = stacks()
+    assert printed.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
+    assert "stuck_here" in printed

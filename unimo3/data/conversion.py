@@ -38,7 +38,7 @@ from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 
 REJECTS = "rejects.jsonl"
-# What tells this program's folders from others, which are never removed.
+# What distinguishes this program's folders from others, which are never removed.
 MARK = ".unimo3-shards"
 
 
@@ -146,7 +146,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
         staging.mkdir(parents=True, exist_ok=True)
         (staging / MARK).touch()
     except (Timeout, OSError) as error:
-        # The others wait for jobs: they are told through the same channel.
+        # The others wait for jobs: they are notified through the same channel.
         reason = "another process is writing there" if isinstance(error, Timeout) else f"cannot be made ({error})"
         spread(comm, failing(ConfigError(f"--out {wanted.out}: {reason}")), work, progress.add)
         return

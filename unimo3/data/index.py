@@ -119,7 +119,7 @@ def write_index(folder: Path, dataset: str, split: str, tables: Iterable[ShardTa
         "members_sha256": digest.hexdigest(),
         "shards": shards,
     }
-    # In this order: an old index.json with new members is told by its checksums.
+    # In this order: an old index.json with new members is detected by its checksums.
     staging.replace(folder / MEMBERS)
     staging = folder / f"{INDEX}.tmp"
     staging.write_text(json.dumps(content, indent=1) + "\n")

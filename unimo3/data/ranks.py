@@ -75,7 +75,7 @@ def spread(comm: Any, jobs: Iterator[Job], work: Work[Job, Result], take: Callab
 
 
 def failing(error: Exception) -> Iterator[Any]:
-    """Jobs for `spread` that fail before the first: the other ranks are told through the same channel."""
+    """Jobs for `spread` that fail before the first: the other ranks are notified through the same channel."""
     raise error
     yield
 

@@ -1,4 +1,4 @@
-"""How often statements about image pairs are judged right: NLVR2's official figures.
+"""How often statements about image pairs are judged right: NLVR2's official metrics.
 
 Source: nlvr2/eval/metrics.py of https://github.com/lil-lab/nlvr, and NLVR2, arXiv 1811.00491.
 """
@@ -20,7 +20,7 @@ def sentence_of(identifier: str) -> str:
     return "-".join([*parts[:_PAIR_PLACE], *parts[_PAIR_PLACE + 1 :]])
 
 
-def pair_figures(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
+def pair_metrics(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """``accuracy``, the share of examples judged right, and ``consistency``, of sentences right for all their pairs.
 
     Args:

@@ -281,7 +281,7 @@ def error_of(folder: Path, shard: Shard) -> str | None:
 
 def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:
     content = json.dumps(sample.content, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")
-    # Several images of a sample are told apart by a number before their extension.
+    # Several images of a sample are distinguished by a number before their extension.
     names = [extension if len(images) == 1 else f"{number}.{extension}" for number, (extension, _) in enumerate(images)]
     return {name: data for name, (_, data) in zip(names, images, strict=True)} | {"json": content}
 

@@ -30,7 +30,7 @@ class Unimo3Processor(ProcessorMixin):
 
         Args:
             images: a PIL image, an array, or a list of them.
-            text: a text or a list of them; padded to the longest and cut at the tokenizer's limit unless told
+            text: a text or a list of them; padded to the longest and cut at the tokenizer's limit unless requested
                 otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
         """

@@ -65,7 +65,7 @@ class Objective(ABC):
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
-        """A ``loss`` with gradient and any further figures, unweighted; `fused` is what became of `request`."""
+        """A ``loss`` with gradient and any further metrics, unweighted; `fused` is what became of `request`."""
 
 
 def gate_shares(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
@@ -95,7 +95,7 @@ class PretrainingTask(nn.Module):
                 ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
 
         Returns:
-            ``loss``, the weighted sum, each objective's own figures under its name, and, where the model has gates,
+            ``loss``, the weighted sum, each objective's own metrics under its name, and, where the model has gates,
             ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_shares`.
         """
         states = self._encode(batch)

@@ -24,7 +24,7 @@ class BestArgs:
     """Whether the state of the best evaluation so far is saved, kept whatever checkpoint.keep_last says, and named in
     RUN/best.json; python -m pretrain.export RUN --tag best takes it. Not on splits named test or test-dev."""
     patience: int = 0
-    """Evaluations in a row without a better figure after which the run ends with status 0. 0: never."""
+    """Evaluations in a row without a better metric after which the run ends with status 0. 0: never."""
 
     def validate(self) -> list[str]:
         """Say what is wrong with these settings, one line an error."""
@@ -36,30 +36,30 @@ class BestArgs:
 
 
 class Best:
-    """A run's best checkpoint by one figure on one set of held-out data; every rank has one and calls it alike.
+    """A run's best checkpoint by one metric on one set of held-out data; every rank has one and calls it alike.
 
     Args:
-        figure: larger is better.
+        metric: larger is better.
         fingerprint: of the held-out data. None: nothing is chosen on this data; what was chosen before still counts.
         every: steps between evaluations. Patience counts those alone: not one where a start ended early, nor a second
             one of the same state.
     """
 
-    def __init__(self, args: BestArgs, figure: str, fingerprint: str | None, every: int):
-        self._args, self._figure, self._fingerprint, self._every = args, figure, fingerprint, every
+    def __init__(self, args: BestArgs, metric: str, fingerprint: str | None, every: int):
+        self._args, self._metric, self._fingerprint, self._every = args, metric, fingerprint, every
 
-    def consider(self, run: Run, figures: Metrics, save: Callable[[], None]) -> None:
-        """Have the run's present state saved, and noted as the best, if its figure is better than any before.
+    def consider(self, run: Run, metrics: Metrics, save: Callable[[], None]) -> None:
+        """Have the run's present state saved, and noted as the best, if its metric is better than any before.
 
         Args:
             save: returns when the state is committed.
         """
-        value, data = figures.get(self._figure), self._fingerprint
+        value, data = metrics.get(self._metric), self._fingerprint
         if value is None or data is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
             return
         save()
         if world()[0] == 0:
-            record = BestRecord(store.tag_of(run.step), run.step, self._figure, value, data)
+            record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
             write_best(run.folder, record)
 
     def last_step(self, run: Run, planned: int) -> int:

@@ -60,7 +60,7 @@ class Unguarded:
 def held_out_losses(
     engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
 ) -> Metrics | None:
-    """Mean of the task's figures over whole batches of `samples`; every rank calls it. None if the run must end.
+    """Mean of the task's metrics over whole batches of `samples`; every rank calls it. None if the run must end.
 
     The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if
     not even the first is, it counts as it is, filled up with repeated rows.

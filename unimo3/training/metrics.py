@@ -1,4 +1,4 @@
-"""The run's figures: one JSON object a step in ``metrics.jsonl``, and the same as TensorBoard events.
+"""The run's metrics: one JSON object a step in ``metrics.jsonl``, and the same as TensorBoard events.
 
 A resumed run continues both files: what was written for steps after the checkpoint is dropped first, so each step
 stands there once.
@@ -51,43 +51,43 @@ class MetricsWriter:
             purge_step = None if resumed_step is None else resumed_step + 1
             self._board = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
-    def write(self, figures: Metrics, group: str = "train") -> None:
+    def write(self, metrics: Metrics, group: str = "train") -> None:
         """Append one record, and the same as events.
 
         Args:
-            figures: ``step``, plain numbers, texts (which TensorBoard is not shown), and nested lists of shares in
+            metrics: ``step``, plain numbers, texts (which TensorBoard is not shown), and nested lists of shares in
                 [0, 1], [layers, heads, levels], which it is shown as heat maps of layers by levels.
             group: heads the names in TensorBoard.
         """
         if self._file is None:
             return
-        record = json.dumps(figures if group == "train" else {"group": group, **figures}) + "\n"
+        record = json.dumps(metrics if group == "train" else {"group": group, **metrics}) + "\n"
         try:
             # After a line that was cut off, on one of its own.
             self._file.write("\n" + record if self._is_cut_off else record)
             self._is_cut_off = False
         except OSError as error:
             self._is_cut_off = True
-            log.warning("figures of step %s cannot be written yet (%s)", figures["step"], error)
+            log.warning("metrics of step %s cannot be written yet (%s)", metrics["step"], error)
         try:
             if self._board is not None:
-                self._add_events(self._board, figures, group)
+                self._add_events(self._board, metrics, group)
         except OSError as error:  # its thread has ended with the error, and will not begin again
             self._board = None
-            log.warning("no more events for TensorBoard from step %s on (%s)", figures["step"], error)
+            log.warning("no more events for TensorBoard from step %s on (%s)", metrics["step"], error)
 
-    def _add_events(self, board: "SummaryWriter", figures: Metrics, group: str) -> None:
-        for name, value in figures.items():
+    def _add_events(self, board: "SummaryWriter", metrics: Metrics, group: str) -> None:
+        for name, value in metrics.items():
             if name != "step" and isinstance(value, (int, float)):
-                board.add_scalar(f"{group}/{name}", value, figures["step"])
+                board.add_scalar(f"{group}/{name}", value, metrics["step"])
             elif isinstance(value, list):
-                board.add_image(f"{group}/{name}", heat_map(value), figures["step"], dataformats="HW")
+                board.add_image(f"{group}/{name}", heat_map(value), metrics["step"], dataformats="HW")
 
     def close(self) -> None:
         """Flush and close both."""
         if self._file is not None:
             self._file.close()
-        with suppress(OSError):  # told before
+        with suppress(OSError):  # reported before
             if self._board is not None:
                 self._board.close()
 

@@ -1,4 +1,4 @@
-"""A run's folder: its settings, model files, figures, checkpoints and ledger, and how it is resumed.
+"""A run's folder: its settings, model files, metrics, checkpoints and ledger, and how it is resumed.
 
 RUN/config.yaml          the resolved settings of the first start; each checkpoint's state.json has its own
 RUN/model/               config.json, tokenizer and image processor, copied next to exported weights
@@ -159,7 +159,7 @@ class Run:
         staging.rename(final)
 
     def resume(self, engine: Any) -> None:
-        """Load the newest good checkpoint, if there is one, and continue the figures from there.
+        """Load the newest good checkpoint, if there is one, and continue the metrics from there.
 
         Raises:
             CheckpointError: there are checkpoints but no good one; or the newest good one was made from other data,
@@ -259,7 +259,7 @@ class Run:
                 log.info("step %d saved in %.1f s", step, seconds)
 
     def close(self) -> None:
-        """Close the figures' files."""
+        """Close the metrics' files."""
         self.metrics.close()
         if self._ledger is not None:
             self._ledger.close()

@@ -132,12 +132,12 @@ class Watch:
         alive = [beat.rank for beat in beats if time.time() - beat.time < 10 * self._interval_s]
         if self._rank == min(alive, default=self._rank):
             suspects = describe_suspects(beats, self._size, self._started, 5 * self._interval_s)
-            told = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
+            message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
                 "%s. Every rank's stacks are in %s; ending, to start again from the last checkpoint",
-                told, self._run / STACKS,
+                message, self._run / STACKS,
             )  # fmt: skip
-            record_end(EXIT_STALLED, told)
+            record_end(EXIT_STALLED, message)
         if any(_wake(beat) for beat in beats if beat.time > self._started and beat.rank != self._rank):
             time.sleep(1.0)
         logging.shutdown()

@@ -42,7 +42,7 @@ def source(tmp_path) -> Path:
     return tmp_path
 
 
-def test_phrases_are_told_once_with_their_first_boxes(source):
+def test_phrases_are_listed_once_with_their_first_boxes(source):
     read = convert("vg", source)
     assert [(split, sample.key) for split, sample in read.samples] == [
         ("train", "000000000001"),

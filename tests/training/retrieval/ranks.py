@@ -59,7 +59,7 @@ def plain_task(shards):
 
 
 def figures_of_engine(shards, name):
-    """Evaluate and train a step, twice: figures and losses."""
+    """Evaluate and train a step, twice: metrics and losses."""
     from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
     from unimo3.training.optim import OptimArgs
 
@@ -70,15 +70,15 @@ def figures_of_engine(shards, name):
     model = build_model(ds_config, lambda: Unimo3ForImageAndTextRetrieval(config(vocab_size)))
     initialize_weights(model, 3, std=0.2)
     engine = build_engine(RetrievalTask(model, 0), model, ds_config, OptimArgs(lr=1e-12))
-    figures, losses = [], []
+    metrics, losses = [], []
     for _ in range(2):
-        figures.append(held_out_recall(engine, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()))
+        metrics.append(held_out_recall(engine, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()))
         engine.train()
         report = engine(_training_batch(rank))
         engine.backward(report["loss"])
         engine.step()
         losses.append(report["loss"].item())
-    return figures, losses
+    return metrics, losses
 
 
 def _training_batch(rank):
@@ -118,11 +118,11 @@ def scores_of(task, shards, ranking):
 
 
 def figures_and_cuts(shards, names, numbers):
-    """Metrics with some of the settings, and the scores of one; whether evaluations were cut, and are without figures,
+    """Metrics with some of the settings, and the scores of one; whether evaluations were cut, and are without metrics,
     that are to be cut after so many batches."""
     task = plain_task(shards)
     samples, _ = captioned(shards)
-    figures = {
+    metrics = {
         name: held_out_recall(task, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()) for name in names
     }
     cuts = []
@@ -130,7 +130,7 @@ def figures_and_cuts(shards, names, numbers):
         guard = CutAfter(number)
         found = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
         cuts.append((guard.is_cut, found is None))
-    return figures, scores_of(task, shards, SETTINGS["some_blocks"]), cuts
+    return metrics, scores_of(task, shards, SETTINGS["some_blocks"]), cuts
 
 
 def here():

@@ -117,7 +117,7 @@ def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortli
     assert shortlist or found["num_pairs"] == NUM_IMAGES * len(image_of)
 
 
-def test_little_memory_gives_the_same_figures_and_scores(shards, alone):
+def test_little_memory_gives_the_same_metrics_and_scores(shards, alone):
     task = plain_task(shards)
     roomy, *others = (scores_of(task, shards, SETTINGS[name]) for name in ("shortlist", "blocks", "some_blocks"))
     for found in others:
@@ -169,7 +169,7 @@ def test_bad_settings_are_named_together():
     ]  # fmt: skip
 
 
-def test_a_cut_evaluation_has_no_figures(shards):
+def test_a_cut_evaluation_has_no_metrics(shards):
     task = plain_task(shards)
     # In the images, in the texts, among the pairs, never.
     for number, is_cut in ((0, True), (4, True), (9, True), (40, True), (10_000, False)):
@@ -180,19 +180,19 @@ def test_a_cut_evaluation_has_no_figures(shards):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("world_size", "names"), [(2, ["some_blocks"]), (3, list(SETTINGS))])
-def test_ranks_give_the_figures_of_one_process_and_are_cut_together(shards, alone, world_size, names):
+def test_ranks_give_the_metrics_of_one_process_and_are_cut_together(shards, alone, world_size, names):
     ranks = run_ranks(world_size, figures_and_cuts, shards, names, [0, 4, 12])
     expected = scores_of(plain_task(shards), shards, SETTINGS["some_blocks"])
     pairs, order = torch.cat([scored.pairs for _, scored, _ in ranks]).sort()
     assert torch.equal(pairs, expected.pairs)
     assert torch.equal(torch.cat([scored.scores for _, scored, _ in ranks])[order], expected.scores)
-    for figures, _, cuts in ranks:
-        assert figures == {name: alone[name] for name in names}
+    for metrics, _, cuts in ranks:
+        assert metrics == {name: alone[name] for name in names}
         assert cuts == [(True, True)] * 3
 
 
 @pytest.mark.integration
-def test_a_zero3_engine_gives_the_same_figures_between_its_steps(shards, alone):
-    for figures, losses in run_ranks(2, figures_of_engine, shards, "few_batches"):
-        assert figures == [alone["few_batches"]] * 2
+def test_a_zero3_engine_gives_the_same_metrics_between_its_steps(shards, alone):
+    for metrics, losses in run_ranks(2, figures_of_engine, shards, "few_batches"):
+        assert metrics == [alone["few_batches"]] * 2
         assert losses == pytest.approx([losses[0]] * 2)

@@ -74,5 +74,5 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
     choice.reasons.update(refused)
     own_costs = costs[choice.fit.sharding.dtype]
     recipes_own = None if ds_config else own_name
-    figures = plan_figures(sizes, own_costs, checkpointing, choice, recipes_own, batch, training.steps, machine)
-    return run.words | figures
+    metrics = plan_figures(sizes, own_costs, checkpointing, choice, recipes_own, batch, training.steps, machine)
+    return run.words | metrics

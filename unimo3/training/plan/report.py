@@ -1,4 +1,4 @@
-"""A plan as plain figures, for JSON, and as a text for readers."""
+"""A plan as plain metrics, for JSON, and as a text for readers."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Mach
 
 
 def plan_text(plan: Metrics) -> str:
-    """The figures of `plan_figures` for readers.
+    """The metrics of `plan_figures` for readers.
 
     Args:
         plan: with ``unit``, what a pair is, and ``not_counted``, what takes time besides, where they are not

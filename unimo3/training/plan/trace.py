@@ -40,7 +40,7 @@ class Step:
     Attributes:
         model: configuration, with the heads' classes.
         model_class: which has the heads.
-        objective: model -> the module that an engine trains: batch -> ``loss`` and further figures.
+        objective: model -> the module that an engine trains: batch -> ``loss`` and further metrics.
         batch: B -> a batch as the objective gets it, on the meta device; only what says where tokens and rows stand has
             values.
         kernels: which the run is to use; by default what a GPU uses.

@@ -32,7 +32,7 @@ def held_out_recall(
 ) -> Metrics | None:
     """Recall at 1, 5 and 10 both ways; every rank calls it. None if the run must end.
 
-    The figures are the same at any number of ranks.
+    The metrics are the same at any number of ranks.
 
     Args:
         engine: over a `RetrievalTask`.

@@ -63,5 +63,5 @@ def recalls(text_places: Tensor, image_places: Tensor) -> dict[str, float]:
 
 
 def mean_of(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure over folds."""
+    """The mean of every metric over folds."""
     return {name: sum(fold[name] for fold in folds) / len(folds) for name in folds[0]}
