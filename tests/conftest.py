@@ -40,7 +40,7 @@ _STARTS_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"
 # Shared fixtures that start some.
 _PROCESS_FIXTURES = {"cluster", "program", "saved", "tuned"}
 # What takes longest begins first.
-_FIRST_GROUPS = ("slurm_jobs", "slurm_submission", "commands", "test_static", "test_kills")
+_FIRST_GROUPS = ("slurm_jobs", "slurm_submission", "commands", "test_interruption", "test_plan", "test_triton")
 _started: list[str] = []
 
 
