@@ -40,7 +40,15 @@ _STARTS_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"
 # Shared fixtures that start some.
 _PROCESS_FIXTURES = {"cluster", "program", "saved", "tuned"}
 # What takes longest begins first.
-_FIRST_GROUPS = ("slurm_jobs", "slurm_submission", "commands", "test_interruption", "test_plan", "test_triton")
+_FIRST_GROUPS = (
+    "slurm_jobs",
+    "slurm_submission",
+    "commands",
+    "test_interruption",
+    "test_plan",
+    "test_triton",
+    "test_engine",
+)
 _started: list[str] = []
 
 
