@@ -25,7 +25,7 @@ README_MARKS = ("<!-- experiments/finetuning.py writes this table -->\n", "<!-- 
 def blind_table(chain: Chain) -> tuple[str, list[str]]:
     """Every task next to the best blind guess; the table, and the tasks that miss their margin."""
     lines = [
-        "| task | figure on `val` | best guess without the pictures | model | margin | wanted |",
+        "| task | metric on `val` | best guess without the pictures | model | margin | wanted |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     missed = []

@@ -1,4 +1,6 @@
-"""What a fine-tuning task is: its model, samples, loss and evaluation. Adding a task adds one file that has these.
+"""What a fine-tuning task is: its model, samples, loss and evaluation.
+
+A new task is a file that has these and its settings; `finetune/tasks.py` lists it.
 
 Source: open_clip's open_clip_train/task for the idea that a task owns batch -> losses and its report.
 """

@@ -2,7 +2,7 @@
 
     {"event": "begin", "time", "job", "restart", "nodes", "checkpoint"}
     {"event": "end", "time", "job", "status", "action", "reason", "checkpoint"}
-    {"event": "exclude", "time", "job", "nodes"}: see exclusions.py
+    {"event": "exclude", "time", "job", "nodes"}: see bad_nodes.py
 
 A begin without an end was cut off: by the loss of a node, a preemption without grace, a kill.
 

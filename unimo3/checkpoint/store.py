@@ -4,7 +4,7 @@
     RUN/checkpoints/step_00001000.damaged  one that a resuming run found damaged, for people to look at
     RUN/checkpoints/latest           name of the newest one, for people and for DeepSpeed's own tools
 
-A folder without a valid manifest is no checkpoint. Saves are in saving.py and committing.py.
+A folder without a valid manifest is no checkpoint. Saves are in saver.py and commit.py.
 
 Source: DeepSpeed's engine.load_checkpoint for the tensors.
 """
@@ -186,7 +186,7 @@ def _quarantine(folder: Path) -> None:
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
     """Remove old checkpoints and return them; the newest good one always stays, and all do if none is good.
 
-    So does the one that `best.py` has noted as the best.
+    So does the one that `best_record.py` has recorded as the best.
 
     Args:
         keep_last: newest ones to keep, at least 1.

@@ -126,13 +126,16 @@ def _whole_records(path: Path) -> list[Metrics]:
     return records
 
 
-def step_metrics(step: int, global_batch: int, means: Metrics, lr: float, grad_norm: float, step_s: float) -> Metrics:
+def step_metrics(
+    step: int, global_batch: int, means: Metrics, lr: float, grad_norm: float, step_s: float, counts: Metrics
+) -> Metrics:
     """What is logged of an optimizer step: a metric is added here.
 
     Args:
         means: losses and other scalars of the task, means over all ranks; one that is not finite is logged as None.
         lr: of the towers.
         step_s: seconds since the step before, the wait for data included.
+        counts: of the whole run.
     """
     return {
         "step": step,
@@ -142,6 +145,7 @@ def step_metrics(step: int, global_batch: int, means: Metrics, lr: float, grad_n
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "pairs_per_s": global_batch / step_s,
         "step_s": step_s,
+        **counts,
         "memory_bytes": peak_memory_bytes(),
     }
 

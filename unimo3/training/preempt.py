@@ -1,11 +1,11 @@
 """Notice of a request to stop, by a signal or a file, acted on by all ranks together between steps.
 
-    RUN/requeue    save and end with status 75; rank 0 removes the file, and one that is older than the process is none.
-                   A rank that got a signal makes it, for those that wait for data and heard nothing
+    RUN/requeue    save and end with status 75. Rank 0 removes the file; one that is older than the process is ignored.
+                   A rank that got a signal makes it, for ranks that got none and wait for data
     RUN/stop       save and end with status 0; it stays, so that no later start continues
 
-Once a run trains, a signal handler only notes. Waiting for data is the one place where a note cuts in: other ranks
-would wait there forever for the one that has none. Before that nothing can be lost, and a signal ends the process.
+Once a run trains, a signal handler only records the request. Only a wait for data is interrupted: otherwise a rank
+without data would make all others wait forever. Before a run trains nothing can be lost, and a signal ends the process.
 
 Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the grace time).
 """
@@ -84,9 +84,9 @@ class StopListener:
         if self._folder is None or self._request == StopRequest.STOP:
             return
         if self._request == StopRequest.REQUEUE and not self._is_passed_on:
-            self._is_passed_on = True
-            with suppress(OSError):  # most often all ranks got the signal
+            with suppress(OSError):  # tried again at the next look; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
+                self._is_passed_on = True
         for name, request in ((STOP_FILE, StopRequest.STOP), (REQUEUE_FILE, StopRequest.REQUEUE)):
             if request > self._request and self._is_there(self._folder / name):
                 self._is_passed_on = True
@@ -102,18 +102,13 @@ class StopListener:
             return False
         return path.name == STOP_FILE or made >= self._started
 
-    def counts(self, must_stop: bool = False) -> tuple[bool, bool]:
-        """What this rank adds to the numbers of ranks that ask for a requeue and for a stop.
+    def counts(self) -> tuple[bool, bool]:
+        """What this rank adds to the numbers of ranks that ask for a requeue and for a stop."""
+        return self._request == StopRequest.REQUEUE, self._request == StopRequest.STOP
 
-        Args:
-            must_stop: whether this rank cannot continue, having been interrupted.
-        """
-        request = max(self._request, StopRequest.REQUEUE) if must_stop else self._request
-        return request == StopRequest.REQUEUE, request == StopRequest.STOP
-
-    def agree(self, device: torch.device, must_stop: bool = False) -> StopRequest:
-        """What all ranks do now; every rank calls it. For `must_stop` see `counts`."""
-        counts = torch.tensor(self.counts(must_stop), dtype=torch.int32, device=device)
+    def agree(self, device: torch.device) -> StopRequest:
+        """What all ranks do now; every rank calls it."""
+        counts = torch.tensor(self.counts(), dtype=torch.int32, device=device)
         return StopRequest.of_counts(*sum_over_ranks(counts).tolist())
 
     def done(self) -> None:

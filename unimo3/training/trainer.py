@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +123,12 @@ class Trainer:
         """The micro-batches of the next step; None, on every rank, at the end or when any rank is asked to stop."""
         self.watch.beat("data", self.run.step)
         micro_batches = None
-        has_next = self.request == StopRequest.NONE and self.run.step < self.last_step
-        if has_next:
-            try:
-                with self.listener.interruptible():
-                    micro_batches = next(self.batches)
-            except StopRequested:
-                pass
+        if self.request == StopRequest.NONE and self.run.step < self.last_step:
+            with suppress(StopRequested), self.listener.interruptible():
+                micro_batches = next(self.batches)
         self.watch.beat("wait", self.run.step)
         # After the data has come: a rank without any must not leave the others waiting for it in the next step.
-        self.synchronize(must_stop=has_next and micro_batches is None)
+        self.synchronize()
         return micro_batches if self.request == StopRequest.NONE else None
 
     def train_step(self, micro_batches: list[Batch]) -> None:
@@ -163,14 +160,10 @@ class Trainer:
         )
         self._started = now
 
-    def synchronize(self, must_stop: bool = False) -> None:
-        """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it.
-
-        Args:
-            must_stop: whether this rank cannot continue, because its wait for data was interrupted.
-        """
+    def synchronize(self) -> None:
+        """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it."""
         step, self._unlogged = self._unlogged, None
-        flags = [*self.listener.counts(must_stop), self.saver.has_failed, step.num_bad if step else 0]
+        flags = [*self.listener.counts(), self.saver.has_failed, step.num_bad if step else 0]
         vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         if step:
             vector = torch.cat([torch.stack(list(step.means.values())), vector])
@@ -188,8 +181,8 @@ class Trainer:
     def log_step(self, step: _Step, means: dict[str, float]) -> None:
         """Write the metrics of the step just taken, and show them on rank 0."""
         run, training = self.run, self.training
-        metrics = step_metrics(run.step, training.global_batch, means, step.lr, step.grad_norm, step.seconds)
-        metrics |= {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
+        counts = {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
+        metrics = step_metrics(run.step, training.global_batch, means, step.lr, step.grad_norm, step.seconds, counts)
         is_shown = run.step % training.log_every == 0 or run.step in (1, training.steps)
         gates = {name: value.tolist() for name, value in step.gates.items()} if is_shown else {}
         run.metrics.write(metrics | gates)
@@ -233,6 +226,8 @@ class Trainer:
         run.record_saves(self.saver.take_finished())
         self.watch.close()
         where = f"step {run.step} of {self.training.steps} is saved in {run.folder}"
+        if run.step == 0:
+            where = "before the first step, so nothing is lost"
         if self.only_evaluates:
             where = f"of step {run.step} in {run.folder}"
         if self.request == StopRequest.REQUEUE and (run.step < self.last_step or self._is_evaluation_cut):
@@ -246,8 +241,9 @@ class Trainer:
             raise Interrupted(f"{asked}; {where}; start the same command to continue")
         if self.rank != 0:
             return
-        if self.request == StopRequest.STOP and run.step < self.last_step:
-            log.info("stopped by the file %s; %s; remove it to continue", run.folder / STOP_FILE, where)
+        if self.request == StopRequest.STOP and (run.step < self.last_step or self._is_evaluation_cut):
+            what = "the evaluation is not finished" if self._is_evaluation_cut else where
+            log.info("stopped by the file %s; %s; remove it to continue", run.folder / STOP_FILE, what)
         elif self.only_evaluates:
             log.info("done: the evaluation %s", where)
         else:
@@ -313,16 +309,11 @@ class _EvaluationGuard:
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; every rank takes as many."""
         while True:
-            batch, is_waiting = None, True
+            batch = None
             self._watch.beat("evaluate", self._step)
-            try:
-                with self._listener.interruptible():
-                    batch = next(batches, None)
-                    is_waiting = False
-            except StopRequested:
-                pass
-            request = self._listener.agree(self._device, must_stop=is_waiting)
-            self.is_cut = request != StopRequest.NONE
+            with suppress(StopRequested), self._listener.interruptible():
+                batch = next(batches, None)
+            self.is_cut = self._listener.agree(self._device) != StopRequest.NONE
             if self.is_cut or batch is None:
                 return
             yield batch
