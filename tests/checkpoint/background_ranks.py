@@ -56,7 +56,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
             results[on_error] = None
         except CheckpointError as error:
             results[on_error] = str(error)
-    # A failure before does not keep the last save from being tried, and is results after it.
+    # A failure before does not keep the last save from being tried, and is reported after it.
     other = Saver(engine, root / "last", CheckpointArgs(background=True))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
@@ -70,12 +70,13 @@ def save_in_background(root: Path) -> dict[str, Any]:
     results["left"] = [path.name for path in store.list_checkpoints(root / "good")]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    results["best that failed"] = saver.ensure(state_at(8), is_last=False)
     try:
         saver.save(state_at(8), is_last=True)
     except CheckpointError as error:
         results["last"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    saver.save(state_at(8), is_last=True)
+    results["best"] = saver.ensure(state_at(8), is_last=False)
     results["in the end"] = [path.name for path in store.list_checkpoints(root / "good")]
     return results
 

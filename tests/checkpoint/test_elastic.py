@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def legs(root: Path) -> list[list[dict[str, Any]]]:
-    """What each rank of each leg results."""
+    """What each rank of each leg reports."""
     return [run_ranks(size, elastic_leg, root, 2 * number) for number, size in enumerate(SIZES)]
 
 

@@ -63,6 +63,7 @@ def test_the_copy_takes_no_more_memory_than_the_files(results):
 def test_with_warn_training_continues_but_the_last_save_must_succeed(results):
     for rank in results:
         assert rank["warn"] is None
+        assert (rank["best that failed"], rank["best"]) == (False, True)
         assert "rank 1: " in rank["last"]
         assert rank["last after a failure"] == ["step_00000007"]
         assert rank["in the end"] == ["step_00000002", "step_00000004", "step_00000008"]

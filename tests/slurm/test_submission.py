@@ -67,7 +67,7 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
         "--training.log_every",
         1,
     ]
-    # As on a site that lets no job run for longer: each link is printed to stop on its way.
+    # As on a site that lets no job run for longer: each link is asked to stop on its way.
     command = submit.sbatch_command(
         submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
         Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,

@@ -79,11 +79,12 @@ class Saver:
         """Whether a save in the background has failed on this rank and nobody has been notified; `wait` raises it."""
         return self._failure is not None
 
-    def save(self, state: TrainState, is_last: bool = False) -> None:
+    def save(self, state: TrainState, is_last: bool = False, in_foreground: bool = False) -> None:
         """Save a checkpoint; return when it is committed or, in the background, when training may continue.
 
         Args:
-            is_last: whether the run ends with it: then it is waited for, and must hold.
+            is_last: whether the run ends with it: then it is waited for, and must succeed.
+            in_foreground: whether it is waited for in any case.
 
         Raises:
             CheckpointError: on every rank; this save or the one before failed, and it was the last one or
@@ -120,7 +121,7 @@ class Saver:
                 "copies for saves in the background keep %.0f MB of this host's memory a rank", self.kept_bytes / 1e6
             )
             self._has_told = True
-        if self._args.background and not is_last:
+        if self._args.background and not (is_last or in_foreground):
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
             return
@@ -129,15 +130,20 @@ class Saver:
         if before is not None:
             raise before
 
-    def ensure(self, state: TrainState) -> None:
+    def ensure(self, state: TrainState, is_last: bool = True) -> bool:
         """Have a state saved when this returns, now or by a save that is done or under way; every rank calls it.
 
+        Returns:
+            Whether it is committed; always true for the run's last save, which must succeed.
+
         Raises:
-            CheckpointError: on every rank; a save has failed.
+            CheckpointError: on every rank; a save has failed, and it was the last one or ``checkpoint.on_save_error``
+                says stop.
         """
         self._wait()
         if not all(all_gather_object(self._committed_step == state.step and self._failure is None)):
-            self.save(state, is_last=True)
+            self.save(state, is_last, in_foreground=True)
+        return all(all_gather_object(self._committed_step == state.step))
 
     def wait(self, must_succeed: bool = False) -> None:
         """Wait for the save under way and raise the error of one that failed; every rank calls it.

@@ -48,17 +48,16 @@ class Best:
     def __init__(self, args: BestArgs, metric: str, fingerprint: str | None, every: int):
         self._args, self._metric, self._fingerprint, self._every = args, metric, fingerprint, every
 
-    def consider(self, run: Run, metrics: Metrics, save: Callable[[], None]) -> None:
+    def consider(self, run: Run, metrics: Metrics, save: Callable[[], bool]) -> None:
         """Have the run's present state saved, and noted as the best, if its metric is better than any before.
 
         Args:
-            save: returns when the state is committed.
+            save: saves the state, and returns whether it is committed.
         """
         value, data = metrics.get(self._metric), self._fingerprint
         if value is None or data is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
             return
-        save()
-        if world()[0] == 0:
+        if save() and world()[0] == 0:
             record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
             write_best(run.folder, record)
 

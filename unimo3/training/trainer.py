@@ -207,10 +207,9 @@ class Trainer:
         metrics = evaluation.metrics(self.run.step, guard)
         self._is_evaluation_cut = guard.is_cut  # the next start evaluates again
         if metrics is not None:
-            if evaluation.best is not None:
-                evaluation.best.consider(self.run, metrics, self._ensure_saved)
             self._record_evaluation(evaluation, metrics)
             if evaluation.best is not None:
+                evaluation.best.consider(self.run, metrics, lambda: self._ensure_saved(is_last=False))
                 self.last_step = evaluation.best.last_step(self.run, self.last_step)
         self.engine.train()
 
@@ -251,10 +250,10 @@ class Trainer:
                 "done: step %d of %d; checkpoints and metrics are in %s", run.step, self.training.steps, run.folder
             )
 
-    def _ensure_saved(self) -> None:
+    def _ensure_saved(self, is_last: bool = True) -> bool:
         self.watch.beat("save", self.run.step)
-        if self.run.step > self.first_step:  # else it was resumed from there
-            self.saver.ensure(self.run.state())
+        # A step that the run was resumed at is saved.
+        return self.run.step == self.first_step or self.saver.ensure(self.run.state(), is_last)
 
     def _check_finite(self, step: _Step, loss: float, shown: Metrics) -> None:
         """Count steps in a row whose loss or gradient is not finite; under fp16 a gradient alone does not count."""
