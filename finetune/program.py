@@ -21,6 +21,7 @@ from unimo3.data.index import TEST_SPLITS
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import broadcast_object, world_size_from_environment
+from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import tokenizer_errors
@@ -209,7 +210,7 @@ def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Conf
     return build_engine(task.objective(model), model, ds_config, settings.optim)
 
 
-def _evaluation(settings: FinetuneConfig, task: Task, engine: Any, run: Run, held_out: HeldOut) -> Evaluation:
+def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, held_out: HeldOut) -> Evaluation:
     index, world = held_out.shards, held_out.world
 
     def evaluate(step: int, guard: Guard) -> dict[str, float] | None:

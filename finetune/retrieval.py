@@ -8,7 +8,6 @@ BridgeTower, arXiv 2206.08657, for the settings.
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.distributed import world_size_from_environment
+from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
@@ -60,7 +60,7 @@ class Retrieval(Task):
         """Contrast, and matching with hard negatives."""
         return RetrievalTask(model, self._seed)
 
-    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+    def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """Recall; see `held_out_recall`."""
         reading = held_out.reading
         samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)

@@ -18,6 +18,7 @@ from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, all_gather_object
+from unimo3.engine import Engine
 from unimo3.errors import DataError
 from unimo3.model.config import Unimo3Config
 from unimo3.model.heads import PRETRAINING_HEADS
@@ -105,7 +106,7 @@ class Task(ABC):
         """The module an engine trains: batch -> ``loss`` and further metrics; its `model` attribute is `model`."""
 
     @abstractmethod
-    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+    def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """Metrics and files of held-out data; None if the run must end before.
 
         Every rank calls it, and must call the engine's modules as often as the others: batches go through `guard`.
@@ -128,7 +129,7 @@ class RowTask(Task):
     def results(self, rows: list[Row]) -> Results:
         """Metrics and files of all rows, each unit's once, in no particular order."""
 
-    def evaluate(self, engine: Any, held_out: HeldOut, guard: Guard) -> Results | None:
+    def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.
 
         Raises:
@@ -149,7 +150,7 @@ class RowTask(Task):
 
 
 @torch.no_grad()
-def score_batch(task: RowTask, engine: Any, loaded: dict[str, Any], counts: Tensor) -> list[Row]:
+def score_batch(task: RowTask, engine: Engine, loaded: dict[str, Any], counts: Tensor) -> list[Row]:
     """The rows of a batch that count.
 
     Args:

@@ -33,6 +33,7 @@ from unimo3.checkpoint.manifest import (
 )
 from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
 from unimo3.distributed import on_all_ranks, world
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 FIX = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
 
 
-def save(engine: Any, run: Path, state: TrainState) -> Path:
+def save(engine: Engine, run: Path, state: TrainState) -> Path:
     """Save and commit a checkpoint; every rank calls it.
 
     Raises:
@@ -49,7 +50,7 @@ def save(engine: Any, run: Path, state: TrainState) -> Path:
     return prepare(engine, run, state, None)(None)
 
 
-def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
+def prepare(engine: Engine, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
     """Do what has to be done before training continues; every rank calls it.
 
     Args:
@@ -112,7 +113,7 @@ def prepare(engine: Any, run: Path, state: TrainState, memory: HostMemory | None
     return finish
 
 
-def _without_barriers(engine: Any, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
     """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
     try:
         with without_barriers(engine.optimizer):

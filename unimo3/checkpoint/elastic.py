@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from unimo3.checkpoint.torch_file import StoredTensor, close_files
 from unimo3.checkpoint.zero import WEIGHTS, ZeroCheckpoint
 from unimo3.distributed import world
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 # How an optimizer computes its step, not what: the engine's own choice stays.
 _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
-def load_elastic(engine: Any, folder: Path) -> None:
+def load_elastic(engine: Engine, folder: Path) -> None:
     """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
 
     Persistent parameters are whole again only after the optimizer's ``checkpoint_event_epilogue``, which is collective.
@@ -52,7 +53,7 @@ def load_elastic(engine: Any, folder: Path) -> None:
     close_files()  # what is pruned later is to leave the disk
 
 
-def _check(source: ZeroCheckpoint, engine: Any) -> None:
+def _check(source: ZeroCheckpoint, engine: Engine) -> None:
     optimizer = engine.optimizer
     kind = DeepSpeedZeroOptimizer_Stage3 if source.stage == 3 else DeepSpeedZeroOptimizer
     if not isinstance(optimizer, kind):

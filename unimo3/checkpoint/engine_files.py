@@ -20,6 +20,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor
 
 from unimo3.distributed import world
+from unimo3.engine import Engine
 
 _EPILOGUE = "checkpoint_event_epilogue"
 
@@ -135,7 +136,7 @@ class HostMemory:
             torch.cuda.synchronize()
 
 
-def capture_engine_files(engine: Any, staging: Path, memory: HostMemory) -> None:
+def capture_engine_files(engine: Engine, staging: Path, memory: HostMemory) -> None:
     """Keep in `memory` what DeepSpeed would write into the folder `staging`, within `without_barriers`."""
     memory.begin()
     _save(engine, staging, FileWriter(memory))
@@ -153,7 +154,7 @@ def write_captured(memory: HostMemory) -> list[Path]:
     return writer.written
 
 
-def write_engine_files(engine: Any, staging: Path) -> list[Path]:
+def write_engine_files(engine: Engine, staging: Path) -> list[Path]:
     """Have DeepSpeed write its files into the folder `staging`, within `without_barriers`.
 
     Returns:

@@ -22,6 +22,7 @@ from unimo3.checkpoint.commit import FIX, prepare
 from unimo3.checkpoint.engine_files import HostMemory
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import all_gather_object, world
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Saver:
         CheckpointError: the engine keeps values on NVMe and saves are to be made in the background.
     """
 
-    def __init__(self, engine: Any, run: Path, args: CheckpointArgs):
+    def __init__(self, engine: Engine, run: Path, args: CheckpointArgs):
         self._engine = engine
         self._run = run
         self._args = args

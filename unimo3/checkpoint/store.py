@@ -13,12 +13,12 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from unimo3.checkpoint.best_record import read_best
 from unimo3.checkpoint.manifest import MANIFEST, STATE, verify
 from unimo3.checkpoint.state import TrainState, load_rng
 from unimo3.distributed import on_all_ranks, world
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 __all__ = [
@@ -80,13 +80,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [folder for folder in _candidates(run) if (folder / MANIFEST).is_file()]
 
 
-def describe_engine(engine: Any) -> str:
+def describe_engine(engine: Engine) -> str:
     """What decides the form of an engine's files, such as ``ZeRO-3 bf16``."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     return f"ZeRO-{engine.zero_optimization_stage()} {precision}"
 
 
-def load(engine: Any, folder: Path) -> TrainState:
+def load(engine: Engine, folder: Path) -> TrainState:
     """Restore engine and generators from a verified checkpoint of any number of ranks; every rank calls it.
 
     DeepSpeed wants an engine that has not saved before.

@@ -10,6 +10,7 @@ from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
 from unimo3.data.transforms import normalise
 from unimo3.distributed import World
+from unimo3.engine import Engine
 from unimo3.training.early_stopping import Best
 from unimo3.training.metrics import Metrics
 
@@ -58,7 +59,7 @@ class Unguarded:
 
 @torch.no_grad()
 def held_out_losses(
-    engine: Any, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
+    engine: Engine, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
 ) -> Metrics | None:
     """Mean of the task's metrics over whole batches of `samples`; every rank calls it. None if the run must end.
 

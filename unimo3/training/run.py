@@ -22,6 +22,7 @@ from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import broadcast_object, world
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.training.metrics import MetricsWriter, drop_after
 
@@ -158,7 +159,7 @@ class Run:
             shutil.rmtree(final)
         staging.rename(final)
 
-    def resume(self, engine: Any) -> None:
+    def resume(self, engine: Engine) -> None:
         """Load the newest good checkpoint, if there is one, and continue the metrics from there.
 
         Raises:

@@ -18,6 +18,7 @@ from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.saver import Saver
 from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import broadcast_object, world
+from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
@@ -66,7 +67,7 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, engine: Any, batches: Iterable[list[Batch]], training: TrainingArgs, optim: OptimArgs,
+        self, run: Run, engine: Engine, batches: Iterable[list[Batch]], training: TrainingArgs, optim: OptimArgs,
         checkpoint: CheckpointArgs, listener: StopListener, watch: Watch, evaluation: Evaluation | None = None,
         only_evaluates: bool = False,
     ):  # fmt: skip

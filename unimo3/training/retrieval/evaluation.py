@@ -3,13 +3,12 @@
 Source: ALBEF, arXiv 2107.07651, section 4; METER, arXiv 2111.02387, which scores all pairs.
 """
 
-from typing import Any
-
 import torch
 
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs
 from unimo3.distributed import World, all_gather_object
+from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.training.evaluation import Guard
 from unimo3.training.metrics import Metrics
@@ -22,7 +21,7 @@ from unimo3.training.retrieval.states import Towers
 
 @torch.no_grad()
 def held_out_recall(
-    engine: Any,
+    engine: Engine,
     samples: CaptionedImages,
     world: World,
     batch: int,

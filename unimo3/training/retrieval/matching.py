@@ -9,13 +9,14 @@ Source: ALBEF, arXiv 2107.07651, section 4.
 # Shapes: I images, X texts, P pairs of a rank, Q queries, k of a shortlist.
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import all_gather_object
+from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard
 from unimo3.training.retrieval.recall import places_of_shortlist
 from unimo3.training.retrieval.shortlist import Embeddings, Gallery, Shortlists
@@ -58,7 +59,7 @@ def own_pairs(galleries: Sequence[Gallery], own_images: Tensor, num_images: int,
 
 @torch.no_grad()
 def score(
-    engine: Any, towers: Towers, pairs: Tensor, num_texts: int, batch: int, pair_batch: int, guard: Guard
+    engine: Engine, towers: Towers, pairs: Tensor, num_texts: int, batch: int, pair_batch: int, guard: Guard
 ) -> PairScores:
     """Score this rank's pairs; every rank calls it. What it returns does not count if the guard was cut.
 

@@ -10,7 +10,7 @@ Source: the two-tower part of ALBEF, arXiv 2107.07651.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs, planned_batches
 from unimo3.data.order import whole_batch_positions
 from unimo3.distributed import World, all_gather_object
+from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.retrieval.shortlist import Embeddings
 
@@ -58,7 +59,7 @@ class Towers:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         samples: CaptionedImages,
         world: World,
         batch: int,
