@@ -208,14 +208,14 @@ def table(found: dict[str, Found], reference: Found) -> str:
 def verdict(found: dict[str, Found], reference: Found, exact: str) -> str:
     """Whether the exact way agrees with METER's, and what the shortlists do."""
     same = all(found[exact].figures[name] == reference.figures[name] for name in NAMES)
-    lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six figures as METER's way."]
+    lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six metrics as METER's way."]
     for name, one in found.items():
         if name.startswith("shortlist"):
             gaps = {figure: one.figures[figure] - reference.figures[figure] for figure in NAMES}
             figure = max(gaps, key=lambda figure: abs(gaps[figure]))
             reached = "reached" if reference.seconds / one.seconds >= TARGET else "not reached"
             gap = f"{figure} differs most from METER's way, by {gaps[figure]:+.3f}"
-            gap = gap if gaps[figure] else "the same six figures as METER's way"
+            gap = gap if gaps[figure] else "the same six metrics as METER's way"
             lines.append(f"{name.capitalize()}: {TARGET:.0f} times less time {reached}; {gap}.")
     return "\n".join(f"- {line}" for line in lines)
 

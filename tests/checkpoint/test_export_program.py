@@ -86,7 +86,7 @@ def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp
     for path in out.glob("*.safetensors"):
         exported |= load_file(path)
     # Names are another program's own, whatever they begin with.
-    expected = saved.printed[0]["bf16"]["weights"]
+    expected = saved.results[0]["bf16"]["weights"]
     assert exported.keys() == expected.keys()
     for name, weight in expected.items():
         wanted = weight.half() if weight.is_floating_point() else weight

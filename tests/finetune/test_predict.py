@@ -246,9 +246,9 @@ def test_top_answers_are_printed_with_their_scores(tuned, photo, capsys):
     assert run(*command) == 0
     printed = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert run(*command, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["input"] == {"image": [str(photo)], "text": ["is it?"]}
-    assert printed == [[f"{answer['score']:.4f}", answer["answer"]] for answer in printed["answers"]]
+    record = json.loads(capsys.readouterr().out)
+    assert record["input"] == {"image": [str(photo)], "text": ["is it?"]}
+    assert printed == [[f"{answer['score']:.4f}", answer["answer"]] for answer in record["answers"]]
     assert len(printed) == 2
 
 
