@@ -90,7 +90,7 @@ class Settings:
     """Peak learning rate of fine-tuning."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         least = {"images": 40, "batch": 2}
         found = [
             f"{option(field.name)} {getattr(self, field.name)}: at least {least.get(field.name, 1)} is needed"

@@ -33,7 +33,7 @@ class PlannedFinetuning(FinetuneConfig):
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error; nothing is asked of the shards."""
+        """Say which settings do not fit together, one line per error; nothing is asked of the shards."""
         found = []
         if self.eval_only:
             found.append("eval_only: true: what is planned is training; leave it out")

@@ -68,7 +68,7 @@ def _index_errors(args: argparse.Namespace) -> list[str]:
 
 
 def _query_errors(args: argparse.Namespace) -> list[str]:
-    """Say which of what is asked does not go together, one line an error."""
+    """Say which of what is asked does not go together, one line per error."""
     if args.input is not None:
         found = [f"--input {args.input}: holds what is asked; leave out --image and --text"] * bool(
             args.image + args.text

@@ -66,7 +66,7 @@ class FinetuneConfig:
     task: ClassVar[type[Task]]
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error."""
+        """Say which settings do not fit together, one line per error."""
         found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
         found += self.data.shard_errors(self.task.kind, trains=not self.eval_only)
         if self.eval_only and self.data.val is None:
@@ -97,7 +97,7 @@ class FinetuneConfig:
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return []  # the data's own check has said so
+            return []  # the data's own check reports it
         found = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))

@@ -81,7 +81,7 @@ class RetrievalConfig(FinetuneConfig):
     task = Retrieval
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error."""
+        """Say which settings do not fit together, one line per error."""
         found = super().validate()
         if not self.eval_only and self.training.micro_batch * world_size_from_environment() < 2:
             found.append(
@@ -91,7 +91,7 @@ class RetrievalConfig(FinetuneConfig):
         try:
             val = self.data.open_val()
         except DataError:
-            return found  # the data's own check has said so
+            return found  # the data's own check reports it
         return found if val is None else found + self.ranking.fold_errors(sum(val.samples_per_shard))
 
     def build_task(self) -> Retrieval:

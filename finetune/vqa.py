@@ -106,7 +106,7 @@ class VqaConfig(FinetuneConfig):
     task = Vqa
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error."""
+        """Say which settings do not fit together, one line per error."""
         found = super().validate()
         # Where the vocabulary is follows from these.
         if any(problem.startswith(("init:", "data.train:", "eval_only:")) for problem in found):
@@ -166,7 +166,7 @@ class VqaConfig(FinetuneConfig):
         try:
             has_head = config_of(self.init, self.run.folder).num_answers > 0
         except ConfigError:
-            return None  # the check of the weights has said so
+            return None  # the check of the weights reports it
         path = Path(model_files_of(self.init, self.run.folder)) / "answers.json"
         return path if has_head and path.is_file() else None
 

@@ -53,7 +53,7 @@ def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) 
 
 
 def resized(config: Unimo3Config, image_size: int) -> list[str]:
-    """Give a configuration another image size, unless it is 0; say where that does not fit, one line an error."""
+    """Give a configuration another image size, unless it is 0; say where that does not fit, one line per error."""
     if image_size < 0:
         return [f"image_size: {image_size}: a number of pixels is needed, or 0 for the weights' own"]
     if image_size:

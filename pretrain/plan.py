@@ -33,7 +33,7 @@ class PlanConfig(PretrainConfig):
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error; nothing is asked of the shards."""
+        """Say which settings do not fit together, one line per error; nothing is asked of the shards."""
         return [] if self.model.validate() else self.data.model_errors(self.model.to_config())
 
 

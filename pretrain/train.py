@@ -40,11 +40,11 @@ class PretrainConfig:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line an error."""
+        """Say which settings do not fit together, one line per error."""
         found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
         found += self.data.shard_errors("captions")
         if self.model.validate():
-            return found  # its own group has said so
+            return found  # its own group reports it
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:

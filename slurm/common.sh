@@ -20,7 +20,7 @@ setup() {
     ROOT=$PWD
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
-    # Exported, for the programs to see it; and not under -u, which modules' own scripts do not support.
+    # Exported, for the programs to see it; and not under -u, which modules' own scripts may fail under.
     set -a +u
     # shellcheck source=slurm/site.env.example
     [[ ! -f $site ]] || source "$site"
@@ -265,7 +265,7 @@ seconds_left() {
     echo $(($(date --date="$ends" +%s) - $(date +%s)))
 }
 
-# Does what was decided: ACTION REASON [NODE]; the node is skipped at the next start, for this job alone.
+# Does what was decided: ACTION REASON [NODE]; the node is excluded at the next start, for this job alone.
 act() {
     local action=$1 reason=$2 here=${3:-} state
     IS_DECIDED=yes

@@ -23,7 +23,7 @@ class CheckpointArgs:
     save of a run must hold in any case."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         found = []
         if self.every_steps < 1:
             found.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")

@@ -113,7 +113,7 @@ class DataArgs:
         """
         found: list[str] = []
         if not 0 < self.cache_gb < math.inf:
-            return found  # `errors` has said so
+            return found  # `validate` reports it
         for name, sources in (("data.train", list(self.sources) if trains else []), ("data.val", [self.val])):
             for source in sources:
                 if source is not None and source.startswith("{"):
@@ -126,7 +126,7 @@ class DataArgs:
                     try:
                         index = self._open(source)
                     except UnreachableError:
-                        raise  # no setting is at error
+                        raise  # no setting is wrong
                     except DataError as error:
                         found.append(f"{name}: '{source}': {error}")
                     else:
@@ -143,7 +143,7 @@ class DataArgs:
         return ShardIndex(source, cache)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error; `shard_errors` looks into the shards."""
+        """Say what is wrong with these settings, one line per error; `shard_errors` looks into the shards."""
         found = []
         try:
             load_tokenizer(self.tokenizer)

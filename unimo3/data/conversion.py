@@ -84,7 +84,7 @@ class Source:
         """All shards to be written.
 
         Raises:
-            DataError: a record is at error, or there is none.
+            DataError: a record is invalid, or there is none.
         """
         for job in cut(self._records(), self._wanted.shard_size):
             self.shards[job.split] += 1
@@ -129,7 +129,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
 
     Raises:
         ConfigError: another process is writing there.
-        DataError: the source is at error, or too many of its images are.
+        DataError: the source is invalid, or too many of its images are.
     """
     staging, _ = sibling_folders(wanted.out)
     source, progress = Source(wanted), Progress("records")

@@ -321,7 +321,7 @@ class ShardIndex:
 
 
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
-    """Errors of shards as setting `name`, which needs samples with `kind`, one line an error."""
+    """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
     try:
         holds = index.holds(kind)
     except DataError as error:

@@ -21,7 +21,7 @@ class KernelArgs:
 
     cross_layer_attention: Literal["auto", "triton", "reference"] = "auto"
     """triton: the fused kernels; reference: plain operations. auto: triton on a GPU, after a trial of it, and on CPUs
-    the C++ kernel; the reference where these do not support."""
+    the C++ kernel; the reference elsewhere."""
     layer_norm: Literal["auto", "apex", "torch"] = "auto"
     """apex: NVIDIA apex's FusedLayerNorm, in towers and fusion; torch: torch's own. auto: apex where it is installed
     with its CUDA extensions and there is a GPU."""

@@ -177,7 +177,7 @@ class ModelArgs:
         }
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error: field, value and fix."""
+        """Say what is wrong with these settings, one line per error: field, value and fix."""
         found = self._range_errors()
         try:
             config = self.to_config()
@@ -256,7 +256,7 @@ def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int)
 
 
 def tokenizer_errors(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
-    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line an error."""
+    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line per error."""
     found = []
     if len(tokenizer) > text.vocab_size:
         found.append(
@@ -267,7 +267,7 @@ def tokenizer_errors(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, ma
 
 
 def length_errors(text: RobertaConfig, max_tokens: int) -> list[str]:
-    """Say where a text tower's positions do not reach as far as texts are long, one line an error."""
+    """Say where a text tower's positions do not reach as far as texts are long, one line per error."""
     # RoBERTa counts positions from behind the padding id, which is 1.
     most = text.max_position_embeddings - 2
     if max_tokens <= most:

@@ -37,7 +37,7 @@ class Unimo3VisionConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         if not timm.is_model(self.architecture):
             return [
                 f"model.vision.architecture: '{self.architecture}': timm has no such model; "
@@ -133,7 +133,7 @@ class Unimo3Config(PreTrainedConfig):
         return max(1, self.unimodal_levels, self.num_hidden_layers if self.bridge else 0)
 
     def depth_errors(self, image_depth: int) -> list[str]:
-        """Say where more layers of a tower are asked for than it has, one line an error.
+        """Say where more layers of a tower are asked for than it has, one line per error.
 
         Args:
             image_depth: layers of the image tower, which only timm knows.
@@ -153,7 +153,7 @@ class Unimo3Config(PreTrainedConfig):
         return found
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error: field, value and fix."""
+        """Say what is wrong with these settings, one line per error: field, value and fix."""
         found = list(self.vision_config.validate())
         text_heads = self.text_config.num_attention_heads
         if text_heads > 0 and self.text_config.hidden_size % text_heads:

@@ -37,7 +37,7 @@ class TrainingArgs:
     """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         found = [
             f"training.{name}: {getattr(self, name)}: at least 1 is needed"
             for name in ("steps", "log_every")

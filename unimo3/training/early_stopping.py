@@ -27,7 +27,7 @@ class BestArgs:
     """Evaluations in a row without a better metric after which the run ends with status 0. 0: never."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         if self.patience < 0:
             return [f"best.patience: {self.patience}: 0 or a number of evaluations is needed"]
         if self.patience and not self.keep:

@@ -51,7 +51,7 @@ class BatchPlan:
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these numbers, one line an error."""
+        """Say what is wrong with these numbers, one line per error."""
         found = [
             f"training.{name}: {value}: at least 1 pair is needed"
             for name, value in (("global_batch", self.global_batch), ("micro_batch", self.micro_batch))
@@ -69,7 +69,7 @@ class BatchPlan:
 
 
 def ds_config_errors(path: str) -> list[str]:
-    """Say what is wrong with a ds_config file, one line an error."""
+    """Say what is wrong with a ds_config file, one line per error."""
     try:
         config = _read(path)
     except ConfigError as error:

@@ -42,7 +42,7 @@ class OptimArgs:
     torch's own. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         found = []
         for name in ("lr", "fusion_factor", "head_factor", "eps"):
             if getattr(self, name) <= 0:

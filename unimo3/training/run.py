@@ -47,7 +47,7 @@ _FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
 
 
 def changed_settings(settings: Any) -> list[str]:
-    """Say which settings are not those the run was started with, one line an error; none for a new run.
+    """Say which settings are not those the run was started with, one line per error; none for a new run.
 
     Args:
         settings: a program's whole configuration; its ``run`` group names the folder.
@@ -99,7 +99,7 @@ class RunArgs:
         return Path(self.dir) / self.name
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         found = []
         if not self.name or Path(self.name).name != self.name or self.name in (".", ".."):
             found.append(f"run.name: '{self.name}': a plain folder name is needed, without '/'")

@@ -46,7 +46,7 @@ _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
 
 def vision_errors(path: str, tower: VisionTower) -> list[str]:
-    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line an error."""
+    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line per error."""
     where = f"model.vision.init: '{path}'"
     try:
         theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))

@@ -87,7 +87,7 @@ def print_plan(args: argparse.Namespace, rest: list[str], read_run: Callable[[li
         read_run: makes a run of settings.
 
     Raises:
-        ConfigError: machine or settings are at error, all in one message; or the plan cannot be, see `make_plan`.
+        ConfigError: the machine or the settings are invalid, all in one message; or there is no plan, see `make_plan`.
     """
     if args.ds_config is not None:
         rest = [*rest, "--training.ds_config", args.ds_config]  # checked with the rest

@@ -28,9 +28,9 @@ class PlannedData(DataArgs):
         return bool(self.tokenizer) and Path(self.tokenizer).is_dir()
 
     def model_errors(self, model: Unimo3Config) -> list[str]:
-        """Say where the length of texts, and the tokenizer if there is one, do not fit a model, one line an error."""
+        """Say where the length of texts, and the tokenizer if there is one, do not fit a model, one line per error."""
         if self.validate():
-            return []  # these settings' own check has said so
+            return []  # these settings' own check reports it
         if not self.has_tokenizer:
             return length_errors(model.text_config, self.max_text_tokens)
         return tokenizer_errors(model.text_config, load_tokenizer(self.tokenizer), self.max_text_tokens)

@@ -24,7 +24,7 @@ class RankingArgs:
     images. At least one batch of each is held."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line an error."""
+        """Say what is wrong with these settings, one line per error."""
         found = [
             f"ranking.{name}: {getattr(self, name)}: 0 or more is needed"
             for name in ("shortlist", "fold_images")
@@ -37,7 +37,7 @@ class RankingArgs:
         return found
 
     def fold_errors(self, num_images: int) -> list[str]:
-        """Say why `num_images` held-out images cannot be ranked so, one line an error."""
+        """Say why `num_images` held-out images cannot be ranked so, one line per error."""
         if self.fold_images > 0 and num_images % self.fold_images:
             return [
                 f"ranking.fold_images: {self.fold_images}: the {num_images} images of data.val are no whole number of "
