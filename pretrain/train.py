@@ -48,7 +48,7 @@ class PretrainConfig:
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return found  # the same
+            return found  # the data group reports it
         return found + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
 
     def batch_plan(self, world_size: int) -> BatchPlan:

@@ -116,6 +116,13 @@ def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
     assert max(len(list(group)) for _, group in itertools.groupby(sources)) < 40
 
 
+def test_each_window_of_a_mixture_has_a_sequence_of_sources_of_its_own():
+    mixed = mixture([50_000, 50_000], [1.0, 1.0])
+    first, second = ([mixed[window * MIX_WINDOW + i].source for i in range(MIX_WINDOW)] for window in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_a_mixture_is_reached_anywhere_at_once_and_differs_by_seed():
     order = mixture([50, 70], [1, 3])
     assert mixture([50, 70], [1, 3])[10**13 + 7] == order[10**13 + 7]
