@@ -59,12 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
     exports = {int(n): in_folder(lambda work, n=n: export(work, int(n))) for n in args.export}
     elastic = {int(n): in_folder(lambda work, n=n: measure_elastic(int(n), args.rounds, work)) for n in args.elastic}
     held = {int(n): in_folder(lambda work, n=n: measure_held(int(n), args.rounds, work)) for n in args.held}
-    text = "\n\n".join([
-        "## Export", table(exports),
-        "Half precision, files in the page cache; peaks are of the whole process tree, imports included.",
-        "## Another number of ranks", elastic_table(elastic),
-        "## How long a save holds a step", *(held_table(count, saves) for count, saves in held.items()), TARGETS,
-    ])  # fmt: skip
+    text = "\n\n".join(
+        [
+            "## Export",
+            table(exports),
+            "Half precision, files in the page cache; peaks are of the whole process tree, imports included.",
+            "## Another number of ranks",
+            elastic_table(elastic),
+            "## How long a save holds a step",
+            *(held_table(count, saves) for count, saves in held.items()),
+            TARGETS,
+        ]
+    )
     write_report(args.out, "Checkpoints", text)
     print(f"\n{text}\n\n{args.out}")
 

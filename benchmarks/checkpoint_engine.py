@@ -34,11 +34,14 @@ def start_engine(num_parameters: int, universal: bool = False) -> Any:
 
     world = distributed.init()
     config = {
-        "train_batch_size": world.size, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+        "train_batch_size": world.size,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
         "checkpoint": {"load_universal": universal},
-    }  # fmt: skip
+    }
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(num_layers(num_parameters))))
     return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]

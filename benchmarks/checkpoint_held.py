@@ -28,15 +28,18 @@ def held_table(num_parameters: int, saves: dict[str, Any]) -> str:
     plain, background = (median(saves["held"][kind][1:]) for kind in ("plain", "background"))
     earliest = saves["held"]["background"][0]
     lines = [
-        f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.", "",
-        "| | step held, s | of the plain save's |", "| --- | ---: | ---: |",
+        f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.",
+        "",
+        "| | step held, s | of the plain save's |",
+        "| --- | ---: | ---: |",
         f"| plain | {plain:.2f} | 1 |",
         f"| background, the first of a run | {earliest:.2f} | {earliest / plain:.2f} |",
-        f"| background, later | {background:.2f} | {background / plain:.2f} |", "",
+        f"| background, later | {background:.2f} | {background / plain:.2f} |",
+        "",
         f"A background save is committed {median(saves['whole'][1:]):.2f} s after it began. Its copy takes",
         f"{saves['kept_bytes'] / 1e6:.0f} MB of a rank's memory; all saves together left rank 0 with"
         f" {saves['more_bytes'] / 1e6:.0f} MB more.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 

@@ -145,10 +145,16 @@ def source_of(build: Build) -> ASTSource:
     """What is compiled, as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
     fn = _FUNCTIONS[build.kernel]
     constants = {
-        "LEVELS": build.levels, "WIDTH": build.width, "BLOCK_T": build.blocks.queries, "BLOCK_V": build.blocks.keys,
-        "BLOCK_D": triton.next_power_of_2(build.width), "HAS_GATE": True, "HAS_MASK": build.masked,
-        "DROPOUT": build.dropout, "PRECISION": "ieee",
-    }  # fmt: skip
+        "LEVELS": build.levels,
+        "WIDTH": build.width,
+        "BLOCK_T": build.blocks.queries,
+        "BLOCK_V": build.blocks.keys,
+        "BLOCK_D": triton.next_power_of_2(build.width),
+        "HAS_GATE": True,
+        "HAS_MASK": build.masked,
+        "DROPOUT": build.dropout,
+        "PRECISION": "ieee",
+    }
     pointer, levels = f"*{build.dtype}", build.levels
     by_level = {
         **dict.fromkeys(("ks", "vs", "grad_ks", "grad_vs"), (pointer,) * levels),
@@ -347,9 +353,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recompile", action="store_true", help="compile the recorded entries, too")
     parser.add_argument("--json", type=Path, help="write the metrics as JSON lines to this file, and no report")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernel_static.md",
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "kernel_static.md",
         help="report to write (default: %(default)s)",
-    )  # fmt: skip
+    )
     args: argparse.Namespace = parser.parse_args(argv)
     if tuple(args.widths) != HEAD_WIDTHS and not args.json:
         parser.error("--widths: the report and the record have all widths; give --json FILE as well")

@@ -77,18 +77,24 @@ EVENTS = (
     Event("scancel", call("scancel"), goes_on=False),
     Event("preemption by a higher partition", preempt, (*TWO, "--exclusive")),
     Event(
-        "time limit, steps of 5 s", come_to_the_time_limit, (*TWO, "--time=3", "--signal=USR2@60"),
-        errors=(("slow", 5.0),), arguments=("--training.steps", 24),
+        "time limit, steps of 5 s",
+        come_to_the_time_limit,
+        (*TWO, "--time=3", "--signal=USR2@60"),
+        errors=(("slow", 5.0),),
+        arguments=("--training.steps", 24),
     ),
     Event("a rank killed", None, errors=(("kill", [AT_STEP, 1]),), saves=False),
     Event(
-        "a rank frozen, stall_after_s 5", None, errors=(("freeze", [AT_STEP, 1]),),
-        arguments=("--training.stall_after_s", 5), saves=False,
+        "a rank frozen, stall_after_s 5",
+        None,
+        errors=(("freeze", [AT_STEP, 1]),),
+        arguments=("--training.stall_after_s", 5),
+        saves=False,
     ),
     Event(
         "a node lost", lambda jobs, job, run: jobs.cluster.kill_node("n2"), ("--nodes=1-2", "--exclude=n3"), saves=False
     ),
-)  # fmt: skip
+)
 
 
 def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None, float | None]:
@@ -102,9 +108,13 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
     run = jobs.runs / name
     submitted = time.time()
     job = jobs.submit(
-        name, *event.arguments, options=event.options, errors={"slow": 0.5, **dict(event.errors)},
-        ONCE=str(once), PREFLIGHT="yes",
-    )  # fmt: skip
+        name,
+        *event.arguments,
+        options=event.options,
+        errors={"slow": 0.5, **dict(event.errors)},
+        ONCE=str(once),
+        PREFLIGHT="yes",
+    )
     jobs.wait_step(job, name, 1)
     first = time.time() - submitted
     if event.strike is not None:
@@ -150,18 +160,31 @@ def prepare(folder: Path) -> Path:
     """Shards of drawn data and a small recipe on them."""
     for command in (
         ["pretrain.toy", str(folder / "toy"), "--images", "60", "--size", "32"],
-        ["pretrain.prepare_shards", "coco", "--src", str(folder / "toy" / "coco"), "--out", str(folder / "coco"),
-         "--tokenizer-vocab", "300"],
-    ):  # fmt: skip
+        [
+            "pretrain.prepare_shards",
+            "coco",
+            "--src",
+            str(folder / "toy" / "coco"),
+            "--out",
+            str(folder / "coco"),
+            "--tokenizer-vocab",
+            "300",
+        ],
+    ):
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True)
     (folder / "bf16.json").write_text(DS_CONFIG % "true")
     coco = folder / "coco"
     recipe = {
-        "run": {"dir": str(folder / "runs")}, "model": MODEL,
-        "data": {"train": str(coco / "train"), "tokenizer": str(coco / "tokenizer"), "max_text_tokens": 16,
-                 "num_workers": 1},
+        "run": {"dir": str(folder / "runs")},
+        "model": MODEL,
+        "data": {
+            "train": str(coco / "train"),
+            "tokenizer": str(coco / "tokenizer"),
+            "max_text_tokens": 16,
+            "num_workers": 1,
+        },
         "training": {"global_batch": 8, "micro_batch": 4, "ds_config": str(folder / "bf16.json")},
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
@@ -174,7 +197,8 @@ def seconds(value: float | None) -> str:
 def report(rows: list[tuple[str, float, float | None, float | None]]) -> str:
     """The result in markdown."""
     lines = [
-        "| event | committed, s | next step, s | first start, s |", "| --- | ---: | ---: | ---: |",
+        "| event | committed, s | next step, s | first start, s |",
+        "| --- | ---: | ---: | ---: |",
         *(
             f"| {name} | {seconds(committed)} | {seconds(resumed)} | {seconds(first)} |"
             for name, first, committed, resumed in rows
@@ -185,7 +209,7 @@ def report(rows: list[tuple[str, float, float | None, float | None]]) -> str:
         "with pre-flight and the start of Python for two nodes on two cores; for comparison from submission to the",
         "very first step. Slurm detects a lost node after SlurmdTimeout, here 10 s, and starts a requeued job after",
         "some seconds.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 

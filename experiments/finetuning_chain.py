@@ -69,20 +69,45 @@ class Chain:
         for source, images in sources.items():
             vocabulary = ("--tokenizer-vocab", "512") if source == "coco" else ()
             self._run(
-                self._shards(source) / "val" / "index.json", "pretrain.prepare_shards", source, "--src",
-                str(toy / source), "--images", str(toy / images), "--out", str(self._shards(source)), "--shard-size",
-                "256", *vocabulary,
-            )  # fmt: skip
+                self._shards(source) / "val" / "index.json",
+                "pretrain.prepare_shards",
+                source,
+                "--src",
+                str(toy / source),
+                "--images",
+                str(toy / images),
+                "--out",
+                str(self._shards(source)),
+                "--shard-size",
+                "256",
+                *vocabulary,
+            )
         self._run(
-            self._runs / "tiny" / "checkpoints" / f"step_{PRETRAINING_STEPS:08d}", "unimo3.launch", "-n",
-            str(NUM_RANKS), "pretrain.train", "--config", "pretrain/recipes/tiny.yaml", "--run.dir", str(self._runs),
-            "--training.steps", str(PRETRAINING_STEPS), "--data.train", str(coco / "train"), "--data.tokenizer",
+            self._runs / "tiny" / "checkpoints" / f"step_{PRETRAINING_STEPS:08d}",
+            "unimo3.launch",
+            "-n",
+            str(NUM_RANKS),
+            "pretrain.train",
+            "--config",
+            "pretrain/recipes/tiny.yaml",
+            "--run.dir",
+            str(self._runs),
+            "--training.steps",
+            str(PRETRAINING_STEPS),
+            "--data.train",
+            str(coco / "train"),
+            "--data.tokenizer",
             str(coco / "tokenizer"),
-        )  # fmt: skip
+        )
         self._run(
-            self.pretrained, "pretrain.export", str(self._runs / "tiny"), "--out", str(self.pretrained), "--dtype",
+            self.pretrained,
+            "pretrain.export",
+            str(self._runs / "tiny"),
+            "--out",
+            str(self.pretrained),
+            "--dtype",
             "fp16",
-        )  # fmt: skip
+        )
 
     def random_weights(self, seed: int) -> Path:
         """An exported folder as `pretrained`, with the values that a pretraining run of `seed` starts from."""
@@ -99,11 +124,27 @@ class Chain:
         """Train a task by its tiny recipe from `init` in a run called `name`; its figure on val."""
         shards, made = self._shards(task.source), self._runs / name / task.file
         self._run(
-            made, "unimo3.launch", "-n", str(NUM_RANKS), f"finetune.{task.name}", "--config",
-            f"finetune/recipes/{task.name}_tiny.yaml", "--init", str(init), "--run.dir", str(self._runs), "--run.name",
-            name, "--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--data.tokenizer",
-            str(init), *settings,
-        )  # fmt: skip
+            made,
+            "unimo3.launch",
+            "-n",
+            str(NUM_RANKS),
+            f"finetune.{task.name}",
+            "--config",
+            f"finetune/recipes/{task.name}_tiny.yaml",
+            "--init",
+            str(init),
+            "--run.dir",
+            str(self._runs),
+            "--run.name",
+            name,
+            "--data.train",
+            str(shards / "train"),
+            "--data.val",
+            str(shards / "val"),
+            "--data.tokenizer",
+            str(init),
+            *settings,
+        )
         return float(json.loads(made.read_text())[task.figure])
 
     def blind(self, task: ToyTask) -> float:
@@ -139,6 +180,8 @@ def _statements(shards: Path) -> Iterator[dict[str, Any]]:
             for statement in said:
                 label = str(statement["label"]).lower()
                 yield {
-                    "question": statement["text"], "question_type": "", "multiple_choice_answer": label,
+                    "question": statement["text"],
+                    "question_type": "",
+                    "multiple_choice_answer": label,
                     "answers": [label] * 10,
-                }  # fmt: skip
+                }

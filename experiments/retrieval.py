@@ -123,13 +123,22 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
     heads = 4
     size = ModelArgs(
         text=TextArgs(
-            vocab_size=VOCABULARY, hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=heads,
-            intermediate_size=4 * args.width, max_position_embeddings=40, dropout=0.0,
+            vocab_size=VOCABULARY,
+            hidden_size=args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * args.width,
+            max_position_embeddings=40,
+            dropout=0.0,
         ),
         vision=VisionArgs(image_size=IMAGE_SIZE, patch_size=16, width=args.width, depth=args.layers, num_heads=heads),
-        hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=heads, initializer_range=0.08,
-        dropout=0.0, itc_size=64,
-    )  # fmt: skip
+        hidden_size=args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        initializer_range=0.08,
+        dropout=0.0,
+        itc_size=64,
+    )
     model_config = size.to_config()
     resolve_tokens(model_config, tokenizer)
     model = Unimo3ForImageAndTextRetrieval(model_config)
@@ -239,9 +248,18 @@ def main(arguments: list[str] | None = None) -> None:
         num_texts = reference.num_pairs // sum(samples.units_per_shard)
     figures = f"{table(found, reference)}\n\n{verdict(found, reference, exact)}"
     method = METHOD.format(
-        images=sum(samples.units_per_shard), texts=num_texts, width=args.width, layers=args.layers, pixels=IMAGE_SIZE,
-        tokens=TOKENS, easy=EASY_SHARE, steps=args.steps, batch=2 * BATCH, rounds=ROUNDS, pair_batch=PAIR_BATCH,
-    )  # fmt: skip
+        images=sum(samples.units_per_shard),
+        texts=num_texts,
+        width=args.width,
+        layers=args.layers,
+        pixels=IMAGE_SIZE,
+        tokens=TOKENS,
+        easy=EASY_SHARE,
+        steps=args.steps,
+        batch=2 * BATCH,
+        rounds=ROUNDS,
+        pair_batch=PAIR_BATCH,
+    )
     base = f"\n\n{cost_of_base(args.base_pairs)}" if args.base_pairs else ""
     write_report(args.out, "Retrieval: kept states and a shortlist", f"{figures}\n\n{method}{base}")
     print(f"\n{figures}{base}\n\n{args.out}")

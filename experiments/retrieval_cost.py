@@ -63,9 +63,14 @@ def cost_of_base(num_pairs: int) -> str:
     with FlopCounterMode(display=False) as counter:
         task(pair)
     return BASE.format(
-        pixels=pixels, tokens=tokens, batch=num_pairs, table=hours(seconds, tuning["ranking"]["shortlist"]), **seconds,
-        threads=torch.get_num_threads(), flops=counter.get_total_flops() / num_pairs / 1e9,
-    )  # fmt: skip
+        pixels=pixels,
+        tokens=tokens,
+        batch=num_pairs,
+        table=hours(seconds, tuning["ranking"]["shortlist"]),
+        **seconds,
+        threads=torch.get_num_threads(),
+        flops=counter.get_total_flops() / num_pairs / 1e9,
+    )
 
 
 def hours(seconds: dict[str, float], shortlist: int) -> str:

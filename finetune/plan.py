@@ -36,9 +36,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--model", metavar="RECIPE", help="pretraining recipe whose model is tuned, before there are weights for --init"
     )
     parser.add_argument(
-        "--table", nargs="+", metavar="TASK=RECIPE",
+        "--table",
+        nargs="+",
+        metavar="TASK=RECIPE",
         help="in place of TASK: print the table of what recipes need, each with its own ds_config or --ds-config",
-    )  # fmt: skip
+    )
     # By hand: argparse takes the value of a setting that it does not know for the task.
     task = argv[0] if argv and not argv[0].startswith("-") else None
     args, rest = parser.parse_known_args(argv[task is not None :])

@@ -25,9 +25,11 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     common.add_argument("--batch", type=int, default=32, help="images, texts or pairs at a time (default: %(default)s)")
     common.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     common.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto",
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
         help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, and a notice says so)",
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(
         dest="task", required=True, metavar="TASK", help=f"{', '.join(Predictor.by_task)}, index"
     )
@@ -58,9 +60,10 @@ def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
     if task == "retrieval":
         parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
         parser.add_argument(
-            "--rerank", type=int,
+            "--rerank",
+            type=int,
             help="candidates of the towers in --index that the fusion encoder puts in order; 0: none (default: 32)",
-        )  # fmt: skip
+        )
 
 
 def _index_errors(args: argparse.Namespace) -> list[str]:

@@ -103,8 +103,9 @@ class FinetuneConfig:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:
             return [
-                *found, f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote"
-            ]  # fmt: skip
+                *found,
+                f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote",
+            ]
         if trained.get_vocab() != tokenizer.get_vocab():
             found.append(
                 f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
@@ -161,8 +162,9 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
         log.warning(
             "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, tell nothing of other "
-            "data", val_index.source,
-        )  # fmt: skip
+            "data",
+            val_index.source,
+        )
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
@@ -182,16 +184,29 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     if not settings.eval_only:
         loader = settings.data.training_loader(
             [task.samples(index, trained) for index in indexes],
-            batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step,
-        )  # fmt: skip
+            batch.global_batch,
+            batch.micro_batch,
+            world.rank,
+            world.size,
+            settings.run.seed,
+            run.step,
+        )
     evaluation = None
     if val_index is not None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
     Trainer(
-        run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation,
+        run,
+        engine,
+        loader,
+        settings.training,
+        settings.optim,
+        settings.checkpoint,
+        listener,
+        watch,
+        evaluation,
         only_evaluates=settings.eval_only,
-    ).train()  # fmt: skip
+    ).train()
     run.close()
 
 

@@ -66,7 +66,7 @@ class Retrieval(Task):
         samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)
         metrics = held_out_recall(
             engine, samples, held_out.world, held_out.batch, held_out.reader, self._ranking, guard
-        )  # fmt: skip
+        )
         if metrics is None:
             return None
         return Results(metrics, {"recall.json": json.dumps(metrics, indent=1) + "\n"})

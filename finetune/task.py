@@ -138,9 +138,7 @@ class RowTask(Task):
         samples = self.samples(held_out.shards, held_out.reading)
         if not sum(samples.units_per_shard):
             raise DataError(f"data.val: '{held_out.shards.source}': holds no {self.kind} to score; name other shards")
-        batches = evaluation_batches(
-            samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader
-        )  # fmt: skip
+        batches = evaluation_batches(samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader)
         own: list[Row] = []
         for loaded, counts in guard.batches(batches):
             own += score_batch(self, engine, loaded, counts)

@@ -46,19 +46,44 @@ class Demo:
         data, shards, runs = self.folder / "data", self.folder / "shards", self.folder / "runs"
         self.run("pretrain.toy", str(data), "--images", "4000", "--size", "64", "--seed", "0")
         self.run(
-            "pretrain.prepare_shards", "coco", "--src", str(data / "coco"), "--out", str(shards / "coco"),
-            "--tokenizer-vocab", "512", "--shard-size", "512",
-        )  # fmt: skip
+            "pretrain.prepare_shards",
+            "coco",
+            "--src",
+            str(data / "coco"),
+            "--out",
+            str(shards / "coco"),
+            "--tokenizer-vocab",
+            "512",
+            "--shard-size",
+            "512",
+        )
         self.run(
-            "pretrain.prepare_shards", "vqav2", "--src", str(data / "vqav2"), "--images", str(data / "coco"),
-            "--out", str(shards / "vqav2"), "--shard-size", "512",
-        )  # fmt: skip
+            "pretrain.prepare_shards",
+            "vqav2",
+            "--src",
+            str(data / "vqav2"),
+            "--images",
+            str(data / "coco"),
+            "--out",
+            str(shards / "vqav2"),
+            "--shard-size",
+            "512",
+        )
 
         pretraining = (
-            *LAUNCH, "pretrain.train", "--config", "pretrain/recipes/tiny.yaml", "--run.dir", str(runs),
-            "--data.train", str(shards / "coco" / "train"), "--data.val", str(shards / "coco" / "val"),
-            "--data.tokenizer", str(shards / "coco" / "tokenizer"),
-        )  # fmt: skip
+            *LAUNCH,
+            "pretrain.train",
+            "--config",
+            "pretrain/recipes/tiny.yaml",
+            "--run.dir",
+            str(runs),
+            "--data.train",
+            str(shards / "coco" / "train"),
+            "--data.val",
+            str(shards / "coco" / "val"),
+            "--data.tokenizer",
+            str(shards / "coco" / "tokenizer"),
+        )
         half = self.steps_of("pretrain/recipes/tiny.yaml") // 2
         self.run(*pretraining, expected=EXIT_REQUEUE, stop_at_step=half, run_folder=runs / "tiny")
         self.run(*pretraining)
@@ -66,10 +91,21 @@ class Demo:
         weights = self.folder / "weights"
         self.run("pretrain.export", str(runs / "tiny"), "--out", str(weights), "--dtype", "fp16")
         self.run(
-            *LAUNCH, "finetune.vqa", "--config", "finetune/recipes/vqa_tiny.yaml", "--init", str(weights),
-            "--run.dir", str(runs), "--data.train", str(shards / "vqav2" / "train"),
-            "--data.val", str(shards / "vqav2" / "val"), "--data.tokenizer", str(weights),
-        )  # fmt: skip
+            *LAUNCH,
+            "finetune.vqa",
+            "--config",
+            "finetune/recipes/vqa_tiny.yaml",
+            "--init",
+            str(weights),
+            "--run.dir",
+            str(runs),
+            "--data.train",
+            str(shards / "vqav2" / "train"),
+            "--data.val",
+            str(shards / "vqav2" / "val"),
+            "--data.tokenizer",
+            str(weights),
+        )
         self.report(data, runs, weights)
 
     @staticmethod

@@ -46,14 +46,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of the weights (default: fp16)")
     parser.add_argument(
-        "--on-overflow", choices=("error", "clamp", "keep-fp32"), default="error",
+        "--on-overflow",
+        choices=("error", "clamp", "keep-fp32"),
+        default="error",
         help="values that do not fit the type (default: error, which names the tensors)",
-    )  # fmt: skip
+    )
     parser.add_argument("--max-shard-size", default="1GB", help="largest weights file (default: %(default)s)")
     parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="read the files back and compare them with the report (default: yes)",
-    )  # fmt: skip
+    )
     parser.add_argument("--jobs", type=int, help="tensors in work at a time (default: two a core, at most 8)")
     return parser.parse_args(argv)
 
@@ -66,9 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     max_file_bytes = check(args)
     choice = choose_checkpoint(args.run, args.tag)
     reports = export_run(
-        choice.run, choice.checkpoint, args.out, args.dtype, args.on_overflow, max_file_bytes,
-        num_jobs=args.jobs, verify=args.verify,
-    )  # fmt: skip
+        choice.run,
+        choice.checkpoint,
+        args.out,
+        args.dtype,
+        args.on_overflow,
+        max_file_bytes,
+        num_jobs=args.jobs,
+        verify=args.verify,
+    )
     print(summary(args.out, choice, args.dtype, reports))
 
 

@@ -21,35 +21,49 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
     parser = CommandParser(prog="python -m pretrain.prepare_shards", description=__doc__)
     parser.add_argument(
-        "format", choices=[*sorted(CONVERTERS), "index"],
+        "format",
+        choices=[*sorted(CONVERTERS), "index"],
         help="the source's format; index: tars that are shards already get an index next to them",
-    )  # fmt: skip
+    )
     parser.add_argument("--src", type=Path, help="folder of the data set's annotation files; index: of the tars")
     parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md says (default: --src)")
     parser.add_argument("--out", type=Path, help="new folder for the shards")
     parser.add_argument("--shard-size", type=int, default=1024, help="records a shard (default: %(default)s)")
     parser.add_argument(
-        "--max-side", type=int, default=0, metavar="PIXELS",
+        "--max-side",
+        type=int,
+        default=0,
+        metavar="PIXELS",
         help="scale larger images to this by their longer side, as JPEG (default: store images as they are)",
-    )  # fmt: skip
+    )
     parser.add_argument("--quality", type=int, default=95, help="of that JPEG, 1 to 95 (default: %(default)s)")
     parser.add_argument(
-        "--max-reject-share", type=float, default=0.001, metavar="SHARE",
+        "--max-reject-share",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
         help="of a split's records without a usable image, past which it ends with status 78 (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tokenizer-vocab", type=int, default=0, metavar="N",
+        "--tokenizer-vocab",
+        type=int,
+        default=0,
+        metavar="N",
         help="coco: also train a byte-level BPE of N entries on the training captions, into OUT/tokenizer",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--min-answer-count", type=int, default=9, metavar="N",
+        "--min-answer-count",
+        type=int,
+        default=9,
+        metavar="N",
         help="vqav2: answers given at least N times form OUT/answers.json (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, or an index whose tars have changed")
     parser.add_argument(
-        "--verify", action="store_true",
+        "--verify",
+        action="store_true",
         help="convert nothing: read every shard of OUT again and compare it with its index",
-    )  # fmt: skip
+    )
     return parser.parse_args(argv)
 
 
@@ -108,11 +122,19 @@ def run(args: argparse.Namespace, comm: Any) -> None:
         options = ImageOptions(args.max_side, args.quality)
         convert(
             Conversion(
-                args.format, args.src, args.images or args.src, args.out, args.overwrite, args.shard_size, options,
-                args.max_reject_share, args.tokenizer_vocab, args.min_answer_count,
+                args.format,
+                args.src,
+                args.images or args.src,
+                args.out,
+                args.overwrite,
+                args.shard_size,
+                options,
+                args.max_reject_share,
+                args.tokenizer_vocab,
+                args.min_answer_count,
             ),
             comm,
-        )  # fmt: skip
+        )
 
 
 @exit_with_status

@@ -68,9 +68,16 @@ def read(run: Path) -> list[Attempt]:
         elif event == "end" and attempts:
             last = attempts[-1]
             attempts[-1] = Attempt(
-                last.time, last.job, last.restart, last.nodes, last.checkpoint, when, record["status"],
-                record["action"], record["reason"],
-            )  # fmt: skip
+                last.time,
+                last.job,
+                last.restart,
+                last.nodes,
+                last.checkpoint,
+                when,
+                record["status"],
+                record["action"],
+                record["reason"],
+            )
     return attempts
 
 

@@ -160,9 +160,7 @@ def end(
     attempts = history.read(run)
     if attempts:
         last = attempts[-1]
-        attempts[-1] = history.Attempt(
-            last.time, last.job, last.restart, last.nodes, last.checkpoint, status=status
-        )  # fmt: skip
+        attempts[-1] = history.Attempt(last.time, last.job, last.restart, last.nodes, last.checkpoint, status=status)
     action, reason = decide(status, attempts, checkpoint, max_restarts, in_array)
     if state != "RUNNING" and action != "done":
         action, reason = "left", f"status {status}, saved at {checkpoint}; Slurm cancels or requeues the job ({state})"

@@ -44,11 +44,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     options.add_argument("--time", help="wall time, as sbatch takes it (default: the site's, else the script's)")
     options.add_argument(
-        "--grace", type=int,
+        "--grace",
+        type=int,
         help="seconds before its end at which the run is signalled to save (default: the site's --signal, else 300)",
-    )  # fmt: skip
-    options.add_argument("--chain", type=int, default=1, help="links, one after the other, for a run longer than the "
-                        "wall time where jobs may not be requeued (default: 1)")  # fmt: skip
+    )
+    options.add_argument(
+        "--chain",
+        type=int,
+        default=1,
+        help="links, one after the other, for a run longer than the "
+        "wall time where jobs may not be requeued (default: 1)",
+    )
     options.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
     options.add_argument("--job-name", help="default: the folder's name")
     options.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")

@@ -60,9 +60,10 @@ def check_training(resources: Resources, module: str, training: list[str], run: 
 def _parse(program: Any, training: list[str], world_size: int) -> tuple[Any, list[str]]:
     """The program's settings as it would read them on so many ranks, None if it refuses them; and its errors."""
     kind = next(
-        value for name, value in vars(program).items()
+        value
+        for name, value in vars(program).items()
         if name.endswith("Config") and getattr(value, "__module__", "") == program.__name__
-    )  # fmt: skip
+    )
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)
     try:

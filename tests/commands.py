@@ -25,9 +25,12 @@ _POPEN = subprocess.Popen
 
 
 def start_command(
-    module: str, arguments: Sequence[object], environment: Mapping[str, str], output: Path,
+    module: str,
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    output: Path,
     max_file_bytes: int | None = None,
-) -> BaseProcess:  # fmt: skip
+) -> BaseProcess:
     """Start a module as a command.
 
     Args:

@@ -20,10 +20,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR",
     str(
-        Path(__file__).parents[1] / ".cache" / "torch_extensions"
+        Path(__file__).parents[1]
+        / ".cache"
+        / "torch_extensions"
         / f"python{sys.version_info[0]}.{sys.version_info[1]}_torch{version('torch')}_deepspeed{version('deepspeed')}"
     ),
-)  # fmt: skip
+)
 
 import pytest
 import torch

@@ -49,12 +49,17 @@ def test_a_setting_may_be_given_by_its_old_name(good, tmp_path):
 def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
     found = errors_of(
         *good,
-        "--model.hiden_size", "64",
-        "--optim.lr", "fast",
-        "--model.vision.image_size", "60",
-        "--training.global_batch", "65",
-        "--objectives.mlm.weight", "-1",
-    )  # fmt: skip
+        "--model.hiden_size",
+        "64",
+        "--optim.lr",
+        "fast",
+        "--model.vision.image_size",
+        "60",
+        "--training.global_batch",
+        "65",
+        "--objectives.mlm.weight",
+        "-1",
+    )
     assert len(found) == 5
     expected = {
         "model.hiden_size": ("64", "did you mean model.hidden_size?"),
@@ -121,17 +126,36 @@ def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expec
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model.hidden_size", 0), ("model.num_attention_heads", 0), ("model.num_attention_heads", 5),
-        ("model.num_hidden_layers", 0), ("model.itc_size", 0), ("model.initializer_range", -1),
-        ("model.itc_temperature_init", 0), ("model.itc_temperature_init", 7), ("model.dropout", 1),
-        ("model.text.num_attention_heads", 0), ("model.text.vocab_size", -5), ("model.text.vocab_size", 299),
-        ("model.text.num_hidden_layers", 0), ("model.text.intermediate_size", 0), ("model.text.dropout", -1),
-        ("model.vision.image_size", 0), ("model.vision.image_size", -64), ("model.vision.patch_size", -16),
-        ("model.vision.depth", -1), ("model.vision.init", "/nowhere"), ("model.text.init", "/nowhere"),
-        ("data.max_text_tokens", 39), ("data.window_shards", 0), ("run.name", "a/b"), ("run.dir", ""),
-        ("optim.lr", "nan"), ("checkpoint.keep_last", 0), ("training.steps", 0),
+        ("model.hidden_size", 0),
+        ("model.num_attention_heads", 0),
+        ("model.num_attention_heads", 5),
+        ("model.num_hidden_layers", 0),
+        ("model.itc_size", 0),
+        ("model.initializer_range", -1),
+        ("model.itc_temperature_init", 0),
+        ("model.itc_temperature_init", 7),
+        ("model.dropout", 1),
+        ("model.text.num_attention_heads", 0),
+        ("model.text.vocab_size", -5),
+        ("model.text.vocab_size", 299),
+        ("model.text.num_hidden_layers", 0),
+        ("model.text.intermediate_size", 0),
+        ("model.text.dropout", -1),
+        ("model.vision.image_size", 0),
+        ("model.vision.image_size", -64),
+        ("model.vision.patch_size", -16),
+        ("model.vision.depth", -1),
+        ("model.vision.init", "/nowhere"),
+        ("model.text.init", "/nowhere"),
+        ("data.max_text_tokens", 39),
+        ("data.window_shards", 0),
+        ("run.name", "a/b"),
+        ("run.dir", ""),
+        ("optim.lr", "nan"),
+        ("checkpoint.keep_last", 0),
+        ("training.steps", 0),
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value):
     (line,) = errors_of(*good, f"--{key}={value}")
     assert line.startswith(f"{key}: ")
@@ -140,13 +164,25 @@ def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value)
 
 def test_errors_of_range_and_of_fit_are_named_together(good):
     found = errors_of(
-        *good, "--model.num_attention_heads", "0", "--model.itc_size", "-1", "--model.gate_init", "2",
-        "--model.num_hidden_layers", "0", "--model.vision.image_size", "60",
-    )  # fmt: skip
+        *good,
+        "--model.num_attention_heads",
+        "0",
+        "--model.itc_size",
+        "-1",
+        "--model.gate_init",
+        "2",
+        "--model.num_hidden_layers",
+        "0",
+        "--model.vision.image_size",
+        "60",
+    )
     assert sorted(line.split(":")[0] for line in found) == [
-        "model.gate_init", "model.itc_size", "model.num_attention_heads", "model.num_hidden_layers",
+        "model.gate_init",
+        "model.itc_size",
+        "model.num_attention_heads",
+        "model.num_hidden_layers",
         "model.vision.image_size",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +232,19 @@ def test_a_model_built_from_python_has_the_defaults_of_the_recipes():
 
     ours, theirs = Unimo3Config(), ModelArgs().to_config()
     for name in (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "interaction", "gate", "gate_init", "bridge",
-        "unimodal_levels", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "itc_size",
-        "itc_temperature_init", "tie_word_embeddings",
-    ):  # fmt: skip
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "interaction",
+        "gate",
+        "gate_init",
+        "bridge",
+        "unimodal_levels",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "initializer_range",
+        "itc_size",
+        "itc_temperature_init",
+        "tie_word_embeddings",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name

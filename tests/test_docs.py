@@ -20,9 +20,11 @@ BANNED_IN_CODE = re.compile(r"\b(mend(s|ed|ing)?|faults?|anew|likewise|taken up|
 BANNED = re.compile(rf"{BANNED_IN_CODE.pattern}|\btold\b", re.IGNORECASE)
 FOLDERS = ("unimo3", "pretrain", "finetune", "slurm", "benchmarks", "experiments", "tests")
 CODE = [
-    path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".yaml") and path != Path(__file__)
-]  # fmt: skip
+]
 
 
 def lines_outside_code(page: Path) -> list[str]:

@@ -37,9 +37,13 @@ def launch(tmp_path, body, *arguments, **options):
     (tmp_path / "program.py").write_text(RANK.format(body=body))
     return subprocess.Popen(
         [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
-        cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"}, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def read_lines(process, expected):

@@ -9,9 +9,14 @@ ROOT = Path(__file__).parents[1]
 
 # A layer may import itself, the layers after it in this order, and the modules at the top of unimo3/.
 ORDER = (
-    "unimo3.training", "unimo3.inference", "unimo3.objectives", "unimo3.checkpoint", "unimo3.data", "unimo3.model",
+    "unimo3.training",
+    "unimo3.inference",
+    "unimo3.objectives",
+    "unimo3.checkpoint",
+    "unimo3.data",
+    "unimo3.model",
     "unimo3.kernels",
-)  # fmt: skip
+)
 SIBLINGS = {"unimo3.objectives", "unimo3.checkpoint", "unimo3.data"}
 
 

@@ -135,8 +135,9 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             print(
                 f"ReaderDied: a reader process ended before its time ({died[0]}); the system's log says why, most "
                 "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
             end_process(1)
         except (Unimo3Error, Interrupted) as error:
             # What all ranks of a host find alike is reported once a host.

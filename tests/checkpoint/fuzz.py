@@ -49,13 +49,18 @@ class AnyModel(nn.Module):
 def start(example: dict[str, Any], size: int, seed: int) -> Any:
     """An engine over it, with the example's stage, precision and parameter groups."""
     config = {
-        "train_batch_size": size, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": example["bf16"]},
+        "train_batch_size": size,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": example["bf16"]},
         "zero_optimization": {
-            "stage": example["stage"], "stage3_param_persistence_threshold": example["persistent"],
-            "sub_group_size": example["sub_group"], "reduce_bucket_size": 64,
+            "stage": example["stage"],
+            "stage3_param_persistence_threshold": example["persistent"],
+            "sub_group_size": example["sub_group"],
+            "reduce_bucket_size": 64,
         },
-        "zero_allow_untested_optimizer": True, "steps_per_print": 10**9,
-    }  # fmt: skip
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
     if example["stage"] == 3:
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = AnyModel(example, seed)

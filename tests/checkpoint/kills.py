@@ -106,8 +106,13 @@ def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str,
             shutil.copytree(folder / "run", run)
             killed = run_ranks_to_any_end(2, _save_and_die, run, protocol, background, victim, point, byte)
             outcome = {
-                "background": background, "victim": victim, "point": point, "of": count, "byte": byte, "killed": killed
-            }  # fmt: skip
+                "background": background,
+                "victim": victim,
+                "point": point,
+                "of": count,
+                "byte": byte,
+                "killed": killed,
+            }
             yield outcome | {"resumed": run_ranks_to_any_end(2, _resume, run, protocol)}
             shutil.rmtree(run)
 

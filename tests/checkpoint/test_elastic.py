@@ -98,8 +98,9 @@ def test_deepspeeds_own_conversion_loses_what_ours_keeps(legs, root, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     before, after = legs[0][0]["zero3"]["saved"], run_ranks(1, load_universal, tmp_path / "universal")[0]
     wrong = {
-        name for name, value in before.items()
+        name
+        for name, value in before.items()
         if not (value.equal(after[name]) if isinstance(value, torch.Tensor) else value == after[name])
-    }  # fmt: skip
+    }
     assert wrong >= {"fp32 model.frozen.weight", "groups"}
     assert wrong & {"fp32 model.count", "fp32 model.shift"}

@@ -26,8 +26,12 @@ def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy
     (tmp_path / "out.partial" / "left_by_a_killed_export").write_text("half")
     assert run_program(run, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        "answers.json", "config.json", "export_report.json", "model.safetensors", "tokenizer.json"
-    ]  # fmt: skip
+        "answers.json",
+        "config.json",
+        "export_report.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert json.loads((out / "config.json").read_text()) == {"model_type": "odd", "dtype": "float16"}
     assert not (tmp_path / "out.partial").exists()
     umask = os.umask(0)
@@ -80,8 +84,10 @@ def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp
     assert run_program(*place, "--out", out, "--max-shard-size", "100") == 0
     assert "weights, index and report only" in capsys.readouterr().out
     assert {path.name.split("-")[0] for path in out.iterdir()} == {
-        "model", "model.safetensors.index.json", "export_report.json"
-    }  # fmt: skip
+        "model",
+        "model.safetensors.index.json",
+        "export_report.json",
+    }
     exported: dict[str, Tensor] = {}
     for path in out.glob("*.safetensors"):
         exported |= load_file(path)

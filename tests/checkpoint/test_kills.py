@@ -18,9 +18,11 @@ def is_whole(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
     if any(isinstance(results, str) for results in outcome["resumed"]):
         return False
     (step, _), (other, _) = outcome["resumed"]
-    return step == other and step in (2, 4) and [losses for _, losses in outcome["resumed"]] == [
-        losses[step:] for losses in straight
-    ]  # fmt: skip
+    return (
+        step == other
+        and step in (2, 4)
+        and [losses for _, losses in outcome["resumed"]] == [losses[step:] for losses in straight]
+    )
 
 
 @pytest.mark.integration

@@ -9,15 +9,26 @@ from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
 from unimo3.errors import CheckpointError
 
 TYPES = [
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.float16, torch.bfloat16, torch.int32,
-    torch.uint32, torch.float32, torch.float64, torch.int64, torch.uint64,
-]  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.uint32,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.uint64,
+]
 TENSORS = {
     **{f"all.{dtype}": torch.arange(5).remainder(2).to(dtype) for dtype in TYPES},
     "scalar": torch.tensor(3.5),
     "empty": torch.empty(0, 4),
-    "a matrix, with a \"quoted\" name and an é": torch.rand(3, 7).half(),
-}  # fmt: skip
+    'a matrix, with a "quoted" name and an é': torch.rand(3, 7).half(),
+}
 
 
 def write(path: Path) -> None:

@@ -161,9 +161,15 @@ def test_a_save_leaves_deepspeeds_files_state_generators_and_manifest(saved):
 def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
     for before, after in zip(saved.results, loaded, strict=True):
         assert after[run]["state"] == TrainState(
-            4, 32, "config", "index", 2, 8, {"note": "kept"},
+            4,
+            32,
+            "config",
+            "index",
+            2,
+            8,
+            {"note": "kept"},
             engine={"bf16": "ZeRO-3 bf16", "fp32": "ZeRO-3 fp32", "zero2": "ZeRO-2 bf16", "zero1": "ZeRO-1 fp32"}[run],
-        )  # fmt: skip
+        )
         assert after[run]["weights"].keys() == before[run]["weights"].keys()
         for name, weight in before[run]["weights"].items():
             torch.testing.assert_close(after[run]["weights"][name], weight, rtol=0, atol=0)

@@ -31,10 +31,14 @@ def write_source(root: Path, num_images: int = 23) -> Path:
         captions = [f"picture number {number} seen from place {place}" for place in range(5)] + ["a picture"] * 2
         images.append(
             {
-                "filepath": year, "filename": name, "split": split, "cocoid": number + 1, "imgid": number,
+                "filepath": year,
+                "filename": name,
+                "split": split,
+                "cocoid": number + 1,
+                "imgid": number,
                 "sentences": [{"raw": caption, "tokens": caption.split()} for caption in captions],
             }
-        )  # fmt: skip
+        )
         for place in range(1 + number % 3):
             identity = (number + 1) * 100 + place
             answer = "yes" if (number + place) % 2 else "a dog"
@@ -43,12 +47,15 @@ def write_source(root: Path, num_images: int = 23) -> Path:
             )
             notes[year].append(
                 {
-                    "question_id": identity, "image_id": number + 1, "question_type": "is",
-                    "answer_type": "yes/no" if answer == "yes" else "other", "multiple_choice_answer": answer,
+                    "question_id": identity,
+                    "image_id": number + 1,
+                    "question_type": "is",
+                    "answer_type": "yes/no" if answer == "yes" else "other",
+                    "multiple_choice_answer": answer,
                     "answers": [{"answer": answer, "answer_id": i + 1} for i in range(9)]
                     + [{"answer": "no", "answer_id": 10}],
                 }
-            )  # fmt: skip
+            )
     (root / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
     for year in questions:
         (root / f"v2_OpenEnded_mscoco_{year}_questions.json").write_text(json.dumps({"questions": questions[year]}))

@@ -66,16 +66,19 @@ ODD_IMAGES = {
     "palette with transparency": (lambda: saved(gradient().quantize(256), "PNG", transparency=0), gradient, 8),
     "alpha": (lambda: saved(gradient().convert("RGBA"), "PNG"), gradient, 0),
     "animated PNG": (
-        lambda: saved(gradient(), "PNG", save_all=True, append_images=[Image.new("RGB", (60, 40))]), gradient, 0,
+        lambda: saved(gradient(), "PNG", save_all=True, append_images=[Image.new("RGB", (60, 40))]),
+        gradient,
+        0,
     ),
     "animated WebP": (
         lambda: saved(gradient(), "WEBP", save_all=True, append_images=[Image.new("RGB", (60, 40))], quality=95),
-        gradient, 6,
+        gradient,
+        6,
     ),
     "turned by 180": (lambda: turned(3), gradient, 3),
     "turned to the left": (lambda: turned(6), gradient, 3),
     "turned to the right": (lambda: turned(8), gradient, 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ODD_IMAGES)

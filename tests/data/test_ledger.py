@@ -115,8 +115,9 @@ def test_kills_and_other_numbers_of_ranks_and_readers_change_nothing(sources, tm
         assert stopped.steps[step] == straight.steps[step], step
     # Samples of two sources may have the same keys.
     assert {key.rsplit("/", 1)[0] for step in straight.steps.values() for key, *_ in step} == {
-        str(first / "train"), str(second / "train")
-    }  # fmt: skip
+        str(first / "train"),
+        str(second / "train"),
+    }
     # More than an epoch of the first source and several of the second: the captions, masks and crops are others.
     rows = [tuple(row) for step in straight.steps.values() for row in step]
     assert len({row[0] for row in rows}) < len(set(rows)) == len(rows)

@@ -30,9 +30,13 @@ def command(*arguments, ranks=1):
 
 def run(*arguments, ranks=1, environment=None):
     return subprocess.run(
-        command(*arguments, ranks=ranks), cwd=ROOT, env=os.environ | (environment or {}), capture_output=True,
-        text=True, timeout=PATIENCE_S,
-    )  # fmt: skip
+        command(*arguments, ranks=ranks),
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -119,8 +123,9 @@ def test_a_killed_conversion_continues_where_it_stopped(tmp_path, ranks):
         staging = tmp_path / "out.partial"
         wait_for(
             lambda: len(list(staging.glob("train/*.unimo3-done"))) >= 3 or process.poll() is not None,
-            "three finished shards", poll_s=0.002,
-        )  # fmt: skip
+            "three finished shards",
+            poll_s=0.002,
+        )
         # mpirun's ranks are groups of their own.
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()

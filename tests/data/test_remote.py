@@ -283,9 +283,13 @@ def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(served, coco, 
     tokenizer, limit = str(coco / "tokenizer"), 40_000
     local = DataArgs(train=str(coco / "train"), window_shards=2, num_workers=0)
     remote = DataArgs(
-        train=f"{served.url}/coco/train/", window_shards=2, num_workers=workers, prefetch=1,
-        cache_dir=str(tmp_path / "cache"), cache_gb=limit / 1e9,
-    )  # fmt: skip
+        train=f"{served.url}/coco/train/",
+        window_shards=2,
+        num_workers=workers,
+        prefetch=1,
+        cache_dir=str(tmp_path / "cache"),
+        cache_gb=limit / 1e9,
+    )
     assert remote.validate()[1:] == []  # the tokenizer is not set
     assert remote.shard_errors("captions") == []
     assert read(remote, tokenizer) == read(local, tokenizer)

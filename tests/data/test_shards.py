@@ -297,6 +297,8 @@ def test_what_webdataset_takes_for_no_sample_is_none(tmp_path):
     index = ShardIndex(tmp_path)
     assert [index.key(0, sample) for sample in range(3)] == ["a", "b", "a"]
     assert [index.read(0, sample) for sample in range(3)] == [
-        {"jpg": b"3", "txt": b"4"}, {"jpg": b"5", "txt": b"6"}, {"jpg": b"7", "txt": b"8"}
-    ]  # fmt: skip
+        {"jpg": b"3", "txt": b"4"},
+        {"jpg": b"5", "txt": b"6"},
+        {"jpg": b"7", "txt": b"8"},
+    ]
     assert index.samples_per_shard == [3]

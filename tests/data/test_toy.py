@@ -134,14 +134,18 @@ def true_answer(scene, text: str) -> str:
     if text.startswith("is the"):
         one, other = sorted(named, key=lambda thing: text.index(thing.name))
         holds = {
-            "left of": one.x < other.x, "right of": one.x > other.x,
-            "above": one.y < other.y, "below": one.y > other.y,
-        }  # fmt: skip
+            "left of": one.x < other.x,
+            "right of": one.x > other.x,
+            "above": one.y < other.y,
+            "below": one.y > other.y,
+        }
         return "yes" if next(value for word, value in holds.items() if word in text) else "no"
     place = {
-        "left": lambda thing: thing.x, "right": lambda thing: -thing.x,
-        "top": lambda thing: thing.y, "bottom": lambda thing: -thing.y,
-    }[words[-1]]  # fmt: skip
+        "left": lambda thing: thing.x,
+        "right": lambda thing: -thing.x,
+        "top": lambda thing: thing.y,
+        "bottom": lambda thing: -thing.y,
+    }[words[-1]]
     return min(scene, key=place).colour
 
 
@@ -178,12 +182,15 @@ def test_captions_and_statements_are_true_of_the_picture():
 def test_a_question_gives_little_of_its_answer_away():
     records = [
         {
-            "question": question.text, "question_type": question.kind, "multiple_choice_answer": question.answer,
-            "answers": [question.answer] * 10, "granularity": question.granularity,
+            "question": question.text,
+            "question_type": question.kind,
+            "multiple_choice_answer": question.answer,
+            "answers": [question.answer] * 10,
+            "granularity": question.granularity,
         }
         for scene, rng in scenes(4000)
         for question in questions(scene, rng)
-    ]  # fmt: skip
+    ]
     half = len(records) // 2
     rates = BlindGuesser(records[:half]).accuracy(records[half:])
     for group, most in MOST_BLIND.items():

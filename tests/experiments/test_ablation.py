@@ -13,9 +13,7 @@ from experiments import ablation, ablation_report, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from unimo3.errors import ConfigError
 
-TINY = ablation_run.Settings(
-    images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8
-)  # fmt: skip
+TINY = ablation_run.Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
 VARIANTS = ("in_layer", "cross_layer_token")
 
 
@@ -171,10 +169,17 @@ def result(variant, seed, shift):
     if variant == "with_towers":
         gates = [[0.25, 0.25, 0.5], [0.25] * 4]
     return {
-        "variant": variant, "seed": seed, "settings": {"batch": 64}, "figures": figures, "parameters": 100,
-        "gates": {"text": gates, "image": gates}, "pretraining": {"step_s": 1.0}, "vqa": {"step_s": 0.5},
-        "model": {"gate_init": 0.5 if variant.endswith("even") else 0.9}, "machine": {"commit": "abc"},
-    }  # fmt: skip
+        "variant": variant,
+        "seed": seed,
+        "settings": {"batch": 64},
+        "figures": figures,
+        "parameters": 100,
+        "gates": {"text": gates, "image": gates},
+        "pretraining": {"step_s": 1.0},
+        "vqa": {"step_s": 0.5},
+        "model": {"gate_init": 0.5 if variant.endswith("even") else 0.9},
+        "machine": {"commit": "abc"},
+    }
 
 
 def test_differences_are_taken_within_a_seed():

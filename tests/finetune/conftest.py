@@ -48,10 +48,12 @@ def write_snli_ve(root: Path) -> Path:
             (root / "flickr30k-images" / f"{photo}.jpg").write_bytes(draw_jpeg(int(photo)))
             lines.append(
                 {
-                    "Flickr30K_ID": photo, "sentence2": f"{number} dogs", "gold_label": LABELS[number % 3],
+                    "Flickr30K_ID": photo,
+                    "sentence2": f"{number} dogs",
+                    "gold_label": LABELS[number % 3],
                     "pairID": f"{photo}.jpg#{number}r1e",
                 }
-            )  # fmt: skip
+            )
         (root / f"snli_ve_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
 

@@ -103,9 +103,12 @@ def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
 
     # Two sentences about the set 7 with two pairs each, one about the set 8.
     marks = (
-        ("test1-7-0-0", True), ("test1-7-1-0", True), ("test1-7-0-1", True), ("test1-7-1-1", False),
+        ("test1-7-0-0", True),
+        ("test1-7-1-0", True),
+        ("test1-7-0-1", True),
+        ("test1-7-1-1", False),
         ("test1-8-0-0", True),
-    )  # fmt: skip
+    )
     assert Nlvr2().results(judged(*marks)).metrics == {"accuracy": 0.8, "consistency": pytest.approx(2 / 3)}
 
 

@@ -13,9 +13,11 @@ from unimo3.data.answers import AnswerVocabulary
 RECIPES = ROOT / "finetune" / "recipes"
 TINY = ("--model", ROOT / "pretrain" / "recipes" / "tiny.yaml", "--gpus", 2)
 NAMES = {
-    "vqa": ("vqa",), "nlvr2": ("nlvr2",), "snli_ve": ("snli_ve",),
+    "vqa": ("vqa",),
+    "nlvr2": ("nlvr2",),
+    "snli_ve": ("snli_ve",),
     "retrieval": ("retrieval_coco", "retrieval_flickr30k"),
-}  # fmt: skip
+}
 
 
 def run_command(capsys, *arguments):
@@ -50,9 +52,19 @@ def test_a_task_is_planned_without_data_weights_or_gpu(capsys):
 def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
     recipe = ("--config", RECIPES / "snli_ve_tiny.yaml")
     status, output = run_command(
-        capsys, "snli_ve", *recipe, *TINY, "--ds-config", "ds_configs/zero3_fp32.json", "--gpu-memory", "800MB",
-        "--training.global_batch", 4096, "--training.micro_batch", 2048,
-    )  # fmt: skip
+        capsys,
+        "snli_ve",
+        *recipe,
+        *TINY,
+        "--ds-config",
+        "ds_configs/zero3_fp32.json",
+        "--gpu-memory",
+        "800MB",
+        "--training.global_batch",
+        4096,
+        "--training.micro_batch",
+        2048,
+    )
     assert status == 0
     assert "operations a hypothesis: " in output.out
     assert "activations a hypothesis, MB          kept  at most at once" in output.out
@@ -96,14 +108,36 @@ def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path)
 
 def test_all_errors_come_in_one_message(capsys):
     found = refused(
-        capsys, "vqa", *TINY, "--gpus", 0, "--gpu-memory", "80 apples", "--training.steps", "many",
-        "--eval_only", "true", "--image_size", 70, "--training.micro_batch", 0, "--answers", "nowhere.json",
-        "--ds-config", "none.json",
-    )  # fmt: skip
+        capsys,
+        "vqa",
+        *TINY,
+        "--gpus",
+        0,
+        "--gpu-memory",
+        "80 apples",
+        "--training.steps",
+        "many",
+        "--eval_only",
+        "true",
+        "--image_size",
+        70,
+        "--training.micro_batch",
+        0,
+        "--answers",
+        "nowhere.json",
+        "--ds-config",
+        "none.json",
+    )
     assert [line.split(": ")[0] for line in found] == [
-        "--gpus 0", "--gpu-memory 80 apples", "training.steps", "training.ds_config", "training.micro_batch",
-        "eval_only", "image_size", "answers",
-    ]  # fmt: skip
+        "--gpus 0",
+        "--gpu-memory 80 apples",
+        "training.steps",
+        "training.ds_config",
+        "training.micro_batch",
+        "eval_only",
+        "image_size",
+        "answers",
+    ]
     assert found[-2] == "image_size: 70: not a multiple of the patch size 16; use 64 or 80"
 
 

@@ -110,8 +110,12 @@ def test_a_head_of_more_answers_costs_more(pretrained, vqa):
 
 def test_an_image_size_is_the_tasks(pretrained):
     assert settings_of("nlvr2", pretrained, "--image_size", 32).planned_run().step.batch(5)["pixel_values"].shape == (
-        5, 2, 3, 32, 32,
-    )  # fmt: skip
+        5,
+        2,
+        3,
+        32,
+        32,
+    )
     large, small = cost_of("snli_ve", pretrained, "--image_size", 32), cost_of("snli_ve", pretrained)
     # 17 image tokens for 5, with 12 of text.
     assert (12 + 17) / (12 + 5) < large.forward_flops / small.forward_flops < 17 / 5

@@ -97,10 +97,11 @@ def test_nlvr2_answers_are_those_of_the_runs_predictions(tuned, nlvr2, tmp_path)
     entries = [
         {
             "image": [image_of(tmp_path, f"{key}.{side}") for side in range(2)],
-            "text": sample["statement"], "id": sample["identifier"],
+            "text": sample["statement"],
+            "id": sample["identifier"],
         }
         for key, sample in unpack(nlvr2 / "val", tmp_path).items()
-    ]  # fmt: skip
+    ]
     found = answers_to("nlvr2", tuned, tmp_path, entries, "--batch", "4")
     lines = (tuned / "nlvr2" / "predictions.csv").read_text().splitlines()
     assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == dict(
@@ -218,9 +219,14 @@ def test_a_bad_line_is_named_by_its_number_and_the_others_are_answered(tuned, ph
     good = {"image": "photo.jpg", "text": "is it?"}
     (tmp_path / "no.jpg").write_bytes(b"no image")
     bad = [
-        "{", "[1]", {"image": "photo.jpg"}, good | {"text": " "}, good | {"image": "gone.jpg"},
-        good | {"image": "no.jpg"}, good | {"image": ["a", "b"]},
-    ]  # fmt: skip
+        "{",
+        "[1]",
+        {"image": "photo.jpg"},
+        good | {"text": " "},
+        good | {"image": "gone.jpg"},
+        good | {"image": "no.jpg"},
+        good | {"image": ["a", "b"]},
+    ]
     lines = [good, *bad, "", good]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
@@ -232,9 +238,14 @@ def test_a_bad_line_is_named_by_its_number_and_the_others_are_answered(tuned, ph
     printed = capsys.readouterr().err
     assert f"{source}: 7 of 9 lines were not answered; {out} has the others" in printed
     reasons = (
-        "is no JSON", "is a list", 'has no "text"', "is empty", "gone.jpg: cannot be read", "no image of a known kind",
+        "is no JSON",
+        "is a list",
+        'has no "text"',
+        "is empty",
+        "gone.jpg: cannot be read",
+        "no image of a known kind",
         "a path is needed",
-    )  # fmt: skip
+    )
     for record, reason in zip(records[1:-1], reasons, strict=True):
         assert reason in record["error"]
         assert f"line {record['line']}: {record['error']}" in printed

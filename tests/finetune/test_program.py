@@ -200,12 +200,20 @@ def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_pat
 
 def test_all_errors_come_at_once(nlvr2, pretrained, tmp_path):
     found = settings(
-        Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": str(nlvr2 / "test"), "val": "nowhere"},
-        {"micro_batch": 3}, image_size=30,
-    ).validate()  # fmt: skip
+        Nlvr2Config,
+        nlvr2,
+        pretrained,
+        tmp_path,
+        {"train": str(nlvr2 / "test"), "val": "nowhere"},
+        {"micro_batch": 3},
+        image_size=30,
+    ).validate()
     assert [problem.partition(":")[0] for problem in found] == [
-        "training.global_batch", "data.train", "data.val", "image_size",
-    ]  # fmt: skip
+        "training.global_batch",
+        "data.train",
+        "data.val",
+        "image_size",
+    ]
 
 
 def test_labels_are_in_the_configuration_under_their_names():

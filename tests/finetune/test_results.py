@@ -16,8 +16,10 @@ def test_each_split_has_files_of_its_own_and_val_the_plain_names(tmp_path):
     write_files(tmp_path, FILES, "val", "aaaaaaaaaa")
     write_files(tmp_path, {"predictions.json": "[1]"}, "test-dev", "bbbbbbbbbb")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "predictions.json": "[]", "accuracy.json": "{}", "predictions_test-dev.json": "[1]",
-    }  # fmt: skip
+        "predictions.json": "[]",
+        "accuracy.json": "{}",
+        "predictions_test-dev.json": "[1]",
+    }
 
 
 def test_other_shards_of_a_splits_name_do_not_overwrite_the_first(tmp_path):

@@ -21,12 +21,10 @@ def settings(coco, pretrained, tmp_path, **ranking):
     return RetrievalConfig(
         run=RunArgs(dir=str(tmp_path / "runs")),
         init=str(pretrained),
-        data=DataArgs(
-            train=str(coco / "train"), val=str(coco / "val"), tokenizer=str(pretrained), max_text_tokens=12
-        ),
+        data=DataArgs(train=str(coco / "train"), val=str(coco / "val"), tokenizer=str(pretrained), max_text_tokens=12),
         training=TrainingArgs(global_batch=8, micro_batch=4),
         ranking=RankingArgs(**ranking),
-    )  # fmt: skip
+    )
 
 
 def test_what_fits_has_no_error(coco, pretrained, tmp_path):

@@ -38,9 +38,7 @@ def fixed_batch(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, 6:] = 0
     shape = (3, 2, 3, 16, 16) if name == "nlvr2" else (3, 3, 16, 16)
-    return {
-        "input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(shape, generator=generator).to(dtype)
-    }  # fmt: skip
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(shape, generator=generator).to(dtype)}
 
 
 def settings(name: str, weights: Path, shards: Path, folder: Path) -> FinetuneConfig:
@@ -87,9 +85,11 @@ def noting(task: Task, name: str, path: Path) -> Task:
 def tune_all(weights: Path, shards: Path, folder: Path) -> None:
     """See the module's text."""
     tasks = {
-        "vqa": Vqa(AnswerVocabulary.load(shards / "vqa" / "answers.json")), "nlvr2": Nlvr2(), "snli_ve": SnliVe(),
+        "vqa": Vqa(AnswerVocabulary.load(shards / "vqa" / "answers.json")),
+        "nlvr2": Nlvr2(),
+        "snli_ve": SnliVe(),
         "retrieval": Retrieval(RankingArgs(shortlist=0), 0),
-    }  # fmt: skip
+    }
     for name, task in tasks.items():
         given = settings(name, weights, shards, folder)
         assert given.validate() == [], given.validate()

@@ -22,12 +22,21 @@ DS_CONFIG = """{
 
 MODEL = {
     "text": {
-        "vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-        "max_position_embeddings": 20, "dropout": 0.1,
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 20,
+        "dropout": 0.1,
     },
     "vision": {"image_size": 32, "patch_size": 16, "width": 32, "depth": 2, "num_heads": 2},
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.1, "itc_size": 16,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "dropout": 0.1,
+    "itc_size": 16,
+}
 
 
 class Program:
@@ -80,14 +89,24 @@ def recipe(coco, tmp_path_factory):  # noqa: F811
         "run": {"dir": str(folder / "runs")},
         "model": MODEL,
         "data": {
-            "train": str(coco / "train"), "val": str(coco / "val"), "tokenizer": str(coco / "tokenizer"),
-            "max_text_tokens": 16, "num_workers": 1, "window_shards": 2, "ledger": True,
+            "train": str(coco / "train"),
+            "val": str(coco / "val"),
+            "tokenizer": str(coco / "tokenizer"),
+            "max_text_tokens": 16,
+            "num_workers": 1,
+            "window_shards": 2,
+            "ledger": True,
         },
         "optim": {"lr": 3.0e-3, "fusion_factor": 2.0, "head_factor": 2.0},
-        "training": {"steps": 20, "global_batch": 8, "micro_batch": 4, "ds_config": str(folder / "bf16.json"),
-                     "eval_every": 4},
+        "training": {
+            "steps": 20,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "ds_config": str(folder / "bf16.json"),
+            "eval_every": 4,
+        },
         "checkpoint": {"every_steps": 6, "keep_last": 2},
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

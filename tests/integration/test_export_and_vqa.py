@@ -106,12 +106,37 @@ def test_an_existing_folder_or_a_missing_checkpoint_is_refused(program, straight
 @pytest.fixture(scope="module")
 def vqa_run(program, weights, vqav2, recipe, runs):
     status = program.run(
-        2, "finetune.vqa", "--init", weights, "--run.dir", runs, "--run.name", "vqa",
-        "--data.train", vqav2 / "train", "--data.val", vqav2 / "val", "--data.tokenizer", weights,
-        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
-        "--training.global_batch", "8", "--training.micro_batch", "4", "--training.eval_every", "3",
-        "--training.ds_config", recipe.parent / "fp32.json",
-    )  # fmt: skip
+        2,
+        "finetune.vqa",
+        "--init",
+        weights,
+        "--run.dir",
+        runs,
+        "--run.name",
+        "vqa",
+        "--data.train",
+        vqav2 / "train",
+        "--data.val",
+        vqav2 / "val",
+        "--data.tokenizer",
+        weights,
+        "--data.max_text_tokens",
+        "12",
+        "--data.num_workers",
+        "1",
+        "--optim.lr",
+        "1e-3",
+        "--training.steps",
+        "6",
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "4",
+        "--training.eval_every",
+        "3",
+        "--training.ds_config",
+        recipe.parent / "fp32.json",
+    )
     assert status == 0, program.output[-4000:]
     return runs / "vqa"
 
@@ -147,12 +172,35 @@ def test_a_run_continues_from_its_own_model_and_answers(program, vqa_run, vqav2,
     answers = AnswerVocabulary.load(vqav2 / "answers.json").answers
     AnswerVocabulary(answers[::-1]).save(tmp_path / "shards" / "answers.json")
     command = (
-        1, "finetune.vqa", "--run.dir", runs, "--run.name", "vqa", "--init", tmp_path / "gone", "--data.train",
-        tmp_path / "shards" / "train", "--data.val", vqav2 / "val", "--data.tokenizer", vqa_run / "model",
-        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
-        "--training.global_batch", "8", "--training.micro_batch", "4", "--training.ds_config",
+        1,
+        "finetune.vqa",
+        "--run.dir",
+        runs,
+        "--run.name",
+        "vqa",
+        "--init",
+        tmp_path / "gone",
+        "--data.train",
+        tmp_path / "shards" / "train",
+        "--data.val",
+        vqav2 / "val",
+        "--data.tokenizer",
+        vqa_run / "model",
+        "--data.max_text_tokens",
+        "12",
+        "--data.num_workers",
+        "1",
+        "--optim.lr",
+        "1e-3",
+        "--training.steps",
+        "6",
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "4",
+        "--training.ds_config",
         recipe.parent / "fp32.json",
-    )  # fmt: skip
+    )
     before = json.loads((vqa_run / "predictions.json").read_text())
     steps = read_metrics(vqa_run)
     program.check(*command, "--eval-only", "true")
@@ -172,9 +220,19 @@ def test_vqa_weights_export_with_their_head_and_vocabulary(program, vqa_run, rec
 
 def test_vqa_without_weights_is_refused_with_the_fix(program, vqav2, tmp_path):
     status = program.run(
-        1, "finetune.vqa", "--init", tmp_path, "--data.train", vqav2 / "train", "--data.tokenizer", tmp_path,
-        "--training.global_batch", "8", "--training.micro_batch", "8",
-    )  # fmt: skip
+        1,
+        "finetune.vqa",
+        "--init",
+        tmp_path,
+        "--data.train",
+        vqav2 / "train",
+        "--data.tokenizer",
+        tmp_path,
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "8",
+    )
     assert status == 78
     assert "ConfigError: Invalid configuration (2 errors)" in program.output
     assert "name a folder that python -m pretrain.export wrote" in program.output
@@ -182,12 +240,35 @@ def test_vqa_without_weights_is_refused_with_the_fix(program, vqav2, tmp_path):
 
 def test_vqa_starts_from_a_run_as_from_its_export(program, straight, vqa_run, vqav2, recipe, runs):
     status = program.run(
-        2, "finetune.vqa", "--init", straight, "--run.dir", runs, "--run.name", "vqa_of_a_run",
-        "--data.train", vqav2 / "train", "--data.tokenizer", straight / "model",
-        "--data.max_text_tokens", "12", "--data.num_workers", "1", "--optim.lr", "1e-3", "--training.steps", "6",
-        "--training.stop_after", "1", "--training.global_batch", "8", "--training.micro_batch", "4",
-        "--training.ds_config", recipe.parent / "fp32.json",
-    )  # fmt: skip
+        2,
+        "finetune.vqa",
+        "--init",
+        straight,
+        "--run.dir",
+        runs,
+        "--run.name",
+        "vqa_of_a_run",
+        "--data.train",
+        vqav2 / "train",
+        "--data.tokenizer",
+        straight / "model",
+        "--data.max_text_tokens",
+        "12",
+        "--data.num_workers",
+        "1",
+        "--optim.lr",
+        "1e-3",
+        "--training.steps",
+        "6",
+        "--training.stop_after",
+        "1",
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "4",
+        "--training.ds_config",
+        recipe.parent / "fp32.json",
+    )
     assert status == 0, program.output[-4000:]
     assert read_metrics(runs / "vqa_of_a_run")[0]["loss"] == read_metrics(vqa_run)[0]["loss"]
     assert (runs / "vqa_of_a_run" / "init" / "model.safetensors").is_file()

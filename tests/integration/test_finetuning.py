@@ -28,20 +28,48 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def common(folder, pretrained):  # noqa: F811
     return (
-        "--run.dir", folder / "runs", "--data.tokenizer", pretrained, "--data.max_text_tokens", 12,
-        "--data.num_workers", 0, "--training.global_batch", 4, "--training.micro_batch", 2,
-        "--training.ds_config", folder / "fp32.json",
-    )  # fmt: skip
+        "--run.dir",
+        folder / "runs",
+        "--data.tokenizer",
+        pretrained,
+        "--data.max_text_tokens",
+        12,
+        "--data.num_workers",
+        0,
+        "--training.global_batch",
+        4,
+        "--training.micro_batch",
+        2,
+        "--training.ds_config",
+        folder / "fp32.json",
+    )
 
 
 @pytest.fixture(scope="module")
 def tuned(program, common, folder, pretrained, snli_ve):  # noqa: F811
     """A run that gets no better, at a rate that changes no answer: two evaluations after the first it ends."""
     command = (
-        "finetune.snli_ve", *common, "--run.name", "tuned", "--init", pretrained, "--image_size", IMAGE_SIZE,
-        "--data.train", snli_ve / "train", "--optim.lr", 1e-12, "--training.steps", 8, "--training.eval_every", 1,
-        "--best.patience", 2, "--checkpoint.keep_last", 1,
-    )  # fmt: skip
+        "finetune.snli_ve",
+        *common,
+        "--run.name",
+        "tuned",
+        "--init",
+        pretrained,
+        "--image_size",
+        IMAGE_SIZE,
+        "--data.train",
+        snli_ve / "train",
+        "--optim.lr",
+        1e-12,
+        "--training.steps",
+        8,
+        "--training.eval_every",
+        1,
+        "--best.patience",
+        2,
+        "--checkpoint.keep_last",
+        1,
+    )
     program.check(2, *command, "--data.val", snli_ve / "val")
     return command, folder / "runs" / "tuned"
 
@@ -75,8 +103,12 @@ def test_another_split_gets_its_own_file_and_no_further_step(program, tuned, snl
 
 
 def test_the_best_export_answers_alone_as_the_run_did(
-    program, tuned, common, folder, snli_ve  # noqa: F811
-):  # fmt: skip
+    program,
+    tuned,
+    common,
+    folder,
+    snli_ve,  # noqa: F811
+):
     _, run = tuned
     weights = folder / "best"
     program.check(0, "pretrain.export", run, "--out", weights, "--dtype", "fp32", "--tag", "best")
@@ -85,9 +117,18 @@ def test_the_best_export_answers_alone_as_the_run_did(
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert json.loads((weights / "export_report.json").read_text())["checkpoint"] == "step_00000001"
     program.check(
-        0, "finetune.snli_ve", *common, "--run.name", "alone", "--init", weights, "--eval-only", "true", "--data.val",
+        0,
+        "finetune.snli_ve",
+        *common,
+        "--run.name",
+        "alone",
+        "--init",
+        weights,
+        "--eval-only",
+        "true",
+        "--data.val",
         snli_ve / "val",
-    )  # fmt: skip
+    )
     alone = folder / "runs" / "alone"
     assert (alone / "predictions.jsonl").read_text() == (run / "predictions.jsonl").read_text()
     assert read_metrics(alone) == []
@@ -97,9 +138,22 @@ def test_the_best_export_answers_alone_as_the_run_did(
 
 def test_nlvr2_trains_on_pairs_of_images(program, common, folder, pretrained, nlvr2):  # noqa: F811
     program.check(
-        0, "finetune.nlvr2", *common, "--run.name", "pairs", "--init", pretrained, "--training.steps", 2,
-        "--data.train", nlvr2 / "train", "--data.val", nlvr2 / "val", "--optim.lr", 1e-3,
-    )  # fmt: skip
+        0,
+        "finetune.nlvr2",
+        *common,
+        "--run.name",
+        "pairs",
+        "--init",
+        pretrained,
+        "--training.steps",
+        2,
+        "--data.train",
+        nlvr2 / "train",
+        "--data.val",
+        nlvr2 / "val",
+        "--optim.lr",
+        1e-3,
+    )
     run = folder / "runs" / "pairs"
     first, second = read_metrics(run)
     assert first["loss"] != second["loss"]

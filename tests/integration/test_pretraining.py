@@ -98,9 +98,17 @@ def test_two_ranks_train_as_one_does(program, recipe, runs):
 
 def test_a_failed_background_save_ends_the_run_or_is_retried(program, recipe, runs):
     command = (
-        2, "pretrain.train", "--config", recipe, "--training.steps", "8", "--checkpoint.background", "true",
-        "--checkpoint.every_steps", "2",
-    )  # fmt: skip
+        2,
+        "pretrain.train",
+        "--config",
+        recipe,
+        "--training.steps",
+        "8",
+        "--checkpoint.background",
+        "true",
+        "--checkpoint.every_steps",
+        "2",
+    )
     room = 150_000  # more than anything but the optimizer's files takes
     assert program.run(*command, "--run.name", "full", max_file_bytes=room) == 78
     assert "CheckpointError: writing" in program.output
@@ -126,9 +134,19 @@ def test_a_finished_run_is_left_as_it_is(program, recipe, straight):
 
 def test_figures_are_complete_and_held_out_losses_are_written(straight):
     expected = {
-        "step", "samples", "loss", "loss_mlm", "loss_itm", "loss_itc", "lr", "grad_norm", "pairs_per_s", "step_s",
-        "bad_samples", "memory_bytes",
-    }  # fmt: skip
+        "step",
+        "samples",
+        "loss",
+        "loss_mlm",
+        "loss_itm",
+        "loss_itc",
+        "lr",
+        "grad_norm",
+        "pairs_per_s",
+        "step_s",
+        "bad_samples",
+        "memory_bytes",
+    }
     for record in read_metrics(straight):
         assert expected <= set(record)
         assert all(isinstance(record[name], (int, float)) for name in expected)
@@ -169,9 +187,17 @@ def test_bad_settings_end_with_78_before_any_process_group(program, recipe):
 
 def test_changed_settings_of_a_run_are_named(program, recipe, straight):
     status = program.run(
-        1, "pretrain.train", "--config", recipe, "--run.name", "straight", "--optim.lr", "5e-4",
-        "--objectives.itc.weight", "2",
-    )  # fmt: skip
+        1,
+        "pretrain.train",
+        "--config",
+        recipe,
+        "--run.name",
+        "straight",
+        "--optim.lr",
+        "5e-4",
+        "--objectives.itc.weight",
+        "2",
+    )
     assert status == 78
     assert "optim.lr: 0.0005: this run was started with 0.003" in program.output
     assert "objectives.itc.weight: 2.0: this run was started with 1.0" in program.output

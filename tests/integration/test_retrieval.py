@@ -26,13 +26,41 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
 @pytest.fixture(scope="module")
 def run(program, weights, coco, recipe, runs):  # noqa: F811
     program.check(
-        2, "finetune.retrieval", "--init", weights, "--run.dir", runs, "--run.name", "retrieval",
-        "--data.train", coco / "train", "--data.val", coco / "val", "--data.tokenizer", weights,
-        "--data.max_text_tokens", "16", "--data.num_workers", "1", "--optim.lr", "1e-3",
-        "--training.steps", "4", "--training.global_batch", "8", "--training.micro_batch", "4",
-        "--training.eval_every", "2", "--training.ds_config", recipe.parent / "fp32.json",
-        "--ranking.shortlist", "2", "--ranking.fold_images", "1",
-    )  # fmt: skip
+        2,
+        "finetune.retrieval",
+        "--init",
+        weights,
+        "--run.dir",
+        runs,
+        "--run.name",
+        "retrieval",
+        "--data.train",
+        coco / "train",
+        "--data.val",
+        coco / "val",
+        "--data.tokenizer",
+        weights,
+        "--data.max_text_tokens",
+        "16",
+        "--data.num_workers",
+        "1",
+        "--optim.lr",
+        "1e-3",
+        "--training.steps",
+        "4",
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "4",
+        "--training.eval_every",
+        "2",
+        "--training.ds_config",
+        recipe.parent / "fp32.json",
+        "--ranking.shortlist",
+        "2",
+        "--ranking.fold_images",
+        "1",
+    )
     return runs / "retrieval"
 
 
@@ -62,20 +90,48 @@ def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # n
 
 
 def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(
-    program, weights, coco, recipe, runs  # noqa: F811
-):  # fmt: skip
+    program,
+    weights,
+    coco,
+    recipe,
+    runs,  # noqa: F811
+):
     # All pairs of the training split, one at a time: thousands of batches.
     command = (
-        2, "finetune.retrieval", "--eval-only", "true", "--init", weights, "--run.dir", runs, "--run.name", "cut_off",
-        "--data.val", coco / "train", "--data.tokenizer", weights, "--data.max_text_tokens", "16", "--data.num_workers",
-        "1", "--training.global_batch", "8", "--training.micro_batch", "4", "--training.ds_config",
-        recipe.parent / "fp32.json", "--ranking.shortlist", "0",
-    )  # fmt: skip
+        2,
+        "finetune.retrieval",
+        "--eval-only",
+        "true",
+        "--init",
+        weights,
+        "--run.dir",
+        runs,
+        "--run.name",
+        "cut_off",
+        "--data.val",
+        coco / "train",
+        "--data.tokenizer",
+        weights,
+        "--data.max_text_tokens",
+        "16",
+        "--data.num_workers",
+        "1",
+        "--training.global_batch",
+        "8",
+        "--training.micro_batch",
+        "4",
+        "--training.ds_config",
+        recipe.parent / "fp32.json",
+        "--ranking.shortlist",
+        "0",
+    )
     run = runs / "cut_off"
     status = program.run(
-        *command, "--ranking.pair_batch", "1",
+        *command,
+        "--ranking.pair_batch",
+        "1",
         stop_when=lambda: sum(beat.phase == "evaluate" for beat in read_heartbeats(run)) == 2,
-    )  # fmt: skip
+    )
     assert status == 75, program.output[-4000:]
     assert "asked to stop (SIGTERM) during the evaluation of step 0 in" in program.output
     assert not list(run.glob("recall*.json"))

@@ -27,14 +27,21 @@ def draw_config(rng: np.random.Generator, **changes) -> BridgeTowerConfig:
     width, image_width = int(rng.choice([32, 64, 96])), int(rng.choice([64, 128]))
     patch = int(rng.choice([4, 8]))
     text = {
-        "hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": int(rng.choice([2, 4])),
-        "intermediate_size": int(rng.choice([48, 80])), "vocab_size": 70, "max_position_embeddings": 24,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": int(rng.choice([2, 4])),
+        "intermediate_size": int(rng.choice([48, 80])),
+        "vocab_size": 70,
+        "max_position_embeddings": 24,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     vision = {
-        "hidden_size": image_width, "num_hidden_layers": depth + int(rng.integers(0, 3)), "patch_size": patch,
+        "hidden_size": image_width,
+        "num_hidden_layers": depth + int(rng.integers(0, 3)),
+        "patch_size": patch,
         "image_size": patch * int(rng.integers(2, 5)),
-    }  # fmt: skip
+    }
     return BridgeTowerConfig(
         hidden_size=width,
         num_hidden_layers=int(rng.integers(2, depth + 1)),

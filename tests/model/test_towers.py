@@ -43,9 +43,13 @@ def image_tower(image_size: int, num_states: int = 1) -> VisionTower:
 
 def clip_vision(image_size: int = 16) -> CLIPVisionConfig:
     return CLIPVisionConfig(
-        hidden_size=32, intermediate_size=128, num_hidden_layers=DEPTH, num_attention_heads=2, patch_size=8,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=2,
+        patch_size=8,
         image_size=image_size,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -207,9 +211,13 @@ def test_a_truncated_weights_file_is_named(tmp_path, field):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"num_attention_heads": 4}, "num_heads 4"), ({"hidden_act": "gelu"}, "activation gelu"),
-     ({"intermediate_size": 64}, "inner width 64"), ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06")],
-)  # fmt: skip
+    [
+        ({"num_attention_heads": 4}, "num_heads 4"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"intermediate_size": 64}, "inner width 64"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06"),
+    ],
+)
 def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
     config = clip_vision()
     config.update(changes)

@@ -116,9 +116,13 @@ def test_a_roberta_folder_fills_the_text_tower(roberta_folder):
 @pytest.mark.parametrize("image_size", [16, 24])
 def test_a_clip_folder_fills_the_image_tower_also_at_another_resolution(tmp_path, image_size):
     vision = {
-        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     outside = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     for parameter in outside.vision_model.parameters():
@@ -126,9 +130,10 @@ def test_a_clip_folder_fills_the_image_tower_also_at_another_resolution(tmp_path
     outside.save_pretrained(tmp_path)
     model = tiny_pretraining_model(
         vision_config={
-            "image_size": image_size, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+            "image_size": image_size,
+            "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
         }
-    ).eval()  # fmt: skip
+    ).eval()
     load_vision(model.unimo3.vision_tower, str(tmp_path))
     pixels = torch.randn(2, 3, image_size, image_size)
     states = outside.vision_model(pixel_values=pixels, interpolate_pos_encoding=image_size != 16).last_hidden_state
@@ -138,9 +143,12 @@ def test_a_clip_folder_fills_the_image_tower_also_at_another_resolution(tmp_path
 
 def test_weights_that_do_not_fit_are_named(tmp_path, roberta_folder):
     with pytest.raises(CheckpointError, match=r"of another shape: roberta\.embeddings"):
-        load_roberta(tiny_pretraining_model(text_config={
-            **tiny_config().text_config.to_diff_dict(), "hidden_size": 64, "num_hidden_layers": 2
-        }).unimo3.text_tower, str(roberta_folder))  # fmt: skip
+        load_roberta(
+            tiny_pretraining_model(
+                text_config={**tiny_config().text_config.to_diff_dict(), "hidden_size": 64, "num_hidden_layers": 2}
+            ).unimo3.text_tower,
+            str(roberta_folder),
+        )
     with pytest.raises(CheckpointError, match=r"missing: .*unexpected: "):
         load_vision(tiny_pretraining_model().unimo3.vision_tower, str(roberta_folder))
     with pytest.raises(CheckpointError, match=r"no model\.safetensors there, nor its index"):

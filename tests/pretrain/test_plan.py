@@ -21,9 +21,19 @@ def run_command(capsys, *arguments):
 
 def test_the_command_plans_without_data_or_gpu(capsys):
     status, output = run_command(
-        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "40GiB", "--json",
-        "--data.train", "/none", "--training.steps", 36,
-    )  # fmt: skip
+        capsys,
+        "--config",
+        RECIPES / "tiny.yaml",
+        "--gpus",
+        2,
+        "--gpu-memory",
+        "40GiB",
+        "--json",
+        "--data.train",
+        "/none",
+        "--training.steps",
+        36,
+    )
     assert status == 0
     found = json.loads(output.out)
     assert found["ds_config"] == "zero2_bf16.json"
@@ -39,10 +49,20 @@ def test_the_command_plans_without_data_or_gpu(capsys):
 
 def test_a_named_ds_config_is_used_and_the_text_says_what_does_not_fit(capsys):
     status, output = run_command(
-        capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--gpu-memory", "300MB",
-        "--ds-config", ROOT / "ds_configs" / "zero3_fp16.json", "--training.global_batch", 4096,
-        "--training.micro_batch", 2048,
-    )  # fmt: skip
+        capsys,
+        "--config",
+        RECIPES / "tiny.yaml",
+        "--gpus",
+        2,
+        "--gpu-memory",
+        "300MB",
+        "--ds-config",
+        ROOT / "ds_configs" / "zero3_fp16.json",
+        "--training.global_batch",
+        4096,
+        "--training.micro_batch",
+        2048,
+    )
     assert status == 0
     assert "* zero3_fp16.json" in output.out
     assert "TFLOP/s in fp16" in output.out
@@ -85,9 +105,22 @@ def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys,
 
 def test_all_errors_come_in_one_message(capsys):
     status, output = run_command(
-        capsys, "--gpus", 0, "--gpu-memory", "80 apples", "--mfu", 1.5, "--reserve", 1, "--peak-tflops", 0,
-        "--training.steps", "many", "--objectives.mlm.weight", -1,
-    )  # fmt: skip
+        capsys,
+        "--gpus",
+        0,
+        "--gpu-memory",
+        "80 apples",
+        "--mfu",
+        1.5,
+        "--reserve",
+        1,
+        "--peak-tflops",
+        0,
+        "--training.steps",
+        "many",
+        "--objectives.mlm.weight",
+        -1,
+    )
     assert status == 78
     for field in ("--gpus", "--gpu-memory", "--mfu", "--reserve", "--peak-tflops", "training.steps", "mlm.weight"):
         assert field in output.err

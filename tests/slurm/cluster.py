@@ -78,16 +78,20 @@ class Cluster:
     """
 
     def __init__(
-        self, folder: Path, nodes: tuple[str, ...] = ("n1", "n2", "n3"), slurmd_timeout_s: int = 300,
+        self,
+        folder: Path,
+        nodes: tuple[str, ...] = ("n1", "n2", "n3"),
+        slurmd_timeout_s: int = 300,
         cred_expire_s: int = 15,
-    ):  # fmt: skip
+    ):
         self.folder, self.nodes = folder, nodes
         self._timings = {"slurmd_timeout_s": slurmd_timeout_s, "cred_expire_s": cred_expire_s}
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         self.environment = {
-            name: value for name, value in self.environment.items()
+            name: value
+            for name, value in self.environment.items()
             if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
-        }  # fmt: skip
+        }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -111,17 +115,25 @@ class Cluster:
         host = subprocess.run(["hostname", "-s"], check=True, capture_output=True, text=True).stdout.strip()
         # Jobs of two clusters on this host meet at different ports: those follow from the jobs' numbers.
         head = CONF.format(
-            folder=self.folder, port=free_port(), first_job=1 + 1000 * WORKER, user=getpass.getuser(), host=host,
+            folder=self.folder,
+            port=free_port(),
+            first_job=1 + 1000 * WORKER,
+            user=getpass.getuser(),
+            host=host,
             **self._timings,
-        )  # fmt: skip
+        )
         (self.folder / "slurm.conf").write_text(head + "\n".join(lines) + "\n")
         files = {
             kind: f"--{kind}={self.folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file")
         }
         self._daemon(
-            "munged", "--foreground", "--force", f"--key-file={key}", f"--seed-file={self.folder}/munge.seed",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--seed-file={self.folder}/munge.seed",
             *files.values(),
-        )  # fmt: skip
+        )
         self.wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket")
         self._daemon("slurmctld", "-D", "-i")
         for name in self.nodes:
@@ -224,9 +236,13 @@ class Cluster:
         log = (self.folder / f"{name}.out").open("ab")
         command = [shutil.which(program or name, path=_path()) or name, *arguments]
         self._processes[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            command,
+            env=self.environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
             start_new_session=True,
-        )  # fmt: skip
+        )
         log.close()
 
 

@@ -14,9 +14,16 @@ from unimo3.training.metrics import read_metrics
 
 NUM_STEPS = 8
 _FINAL_STATES = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "SPECIAL_EXIT",
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "SPECIAL_EXIT",
     "TIMEOUT",
-}  # fmt: skip
+}
 
 
 class Jobs:
@@ -35,21 +42,42 @@ class Jobs:
         )
         self.python.chmod(0o755)
         self.environment = {
-            "UNIMO3_SITE": str(self.site), "UNIMO3_PYTHON": str(self.python), "OMP_NUM_THREADS": "1",
-            "BAD_NODES": str(folder / "bad_nodes.jsonl"), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        }  # fmt: skip
+            "UNIMO3_SITE": str(self.site),
+            "UNIMO3_PYTHON": str(self.python),
+            "OMP_NUM_THREADS": "1",
+            "BAD_NODES": str(folder / "bad_nodes.jsonl"),
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        }
 
     def submit(
-        self, name: str, *arguments: object, options: tuple[str, ...] = (), inject: dict[str, Any] | None = None,
+        self,
+        name: str,
+        *arguments: object,
+        options: tuple[str, ...] = (),
+        inject: dict[str, Any] | None = None,
         **environment: str,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Submit a pretraining of `NUM_STEPS` steps as run `name`, by default without pre-flight; the job's number."""
         command = [
-            "sbatch", "--parsable", "--time=120", *options, f"--output={self.folder}/%j.log", "slurm/pretrain.sbatch",
-            "--config", self.recipe, "--run.name", name, "--training.steps", NUM_STEPS, "--checkpoint.every_steps", 4,
+            "sbatch",
+            "--parsable",
+            "--time=120",
+            *options,
+            f"--output={self.folder}/%j.log",
+            "slurm/pretrain.sbatch",
+            "--config",
+            self.recipe,
+            "--run.name",
+            name,
+            "--training.steps",
+            NUM_STEPS,
+            "--checkpoint.every_steps",
+            4,
             *arguments,
-        ]  # fmt: skip
+        ]
         return self.sbatch(*command, **{"PREFLIGHT": "no", "INJECT": json.dumps(inject or {}), **environment})
 
     def sbatch(self, *command: object, **environment: str) -> int:

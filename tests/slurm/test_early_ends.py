@@ -22,9 +22,13 @@ def test_a_node_that_cannot_start_python_is_excluded_and_noted(jobs):
     python.chmod(0o755)
     ledger = jobs.folder / "bad_first.jsonl"
     job = jobs.submit(
-        "first_node", "--training.stop_after", 1, options=("--nodes=1-2", "--exclude=n3"), UNIMO3_PYTHON=str(python),
+        "first_node",
+        "--training.stop_after",
+        1,
+        options=("--nodes=1-2", "--exclude=n3"),
+        UNIMO3_PYTHON=str(python),
         BAD_NODES=str(ledger),
-    )  # fmt: skip
+    )
     jobs.wait_state(job, "COMPLETED")
     assert jobs.attempts("first_node")[-1].nodes == "n2"
     assert json.loads(ledger.read_text())["node"] == "n1"

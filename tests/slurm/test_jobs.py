@@ -115,9 +115,15 @@ def test_a_killed_rank_is_an_infrastructure_failure_and_requeued(jobs, straight)
 def test_a_frozen_rank_is_named_ended_and_the_job_requeued(jobs, straight):
     once = jobs.folder / "frozen_once"
     job = jobs.submit(
-        "frozen", "--data.ledger", "true", "--training.stall_after_s", 30, options=TWO, inject={"freeze": [6, 1]},
+        "frozen",
+        "--data.ledger",
+        "true",
+        "--training.stall_after_s",
+        30,
+        options=TWO,
+        inject={"freeze": [6, 1]},
         ONCE=str(once),
-    )  # fmt: skip
+    )
     jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / "frozen", straight)
     assert "the others wait for rank 1 on " in jobs.log(job)

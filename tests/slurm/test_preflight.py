@@ -26,9 +26,7 @@ def ring(*rates):
 
 def test_the_node_that_is_slow_with_both_neighbours_is_named():
     found = slow_nodes(ring(9.0, 1.0, 2.0, 9.0), 5.0)
-    assert found == {
-        "c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"
-    }  # fmt: skip
+    assert found == {"c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"}
 
 
 def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():

@@ -34,8 +34,11 @@ def write_steps(run, *speeds):
 
 def test_a_run_that_has_not_begun_says_so(run):
     assert [line.split()[0] for line in status.screen(state_of(run)).splitlines()[1:]] == [
-        "job", "step", "checkpoint", "starts"
-    ]  # fmt: skip
+        "job",
+        "step",
+        "checkpoint",
+        "starts",
+    ]
     assert state_of(run)["left_s"] is None
 
 

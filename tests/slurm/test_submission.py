@@ -43,9 +43,11 @@ def test_a_range_of_nodes_gives_as_many_as_there_are(site):
     words = ["--config", str(site.recipe), "--run.name", "wide", "--training.global_batch", "6"]
     words += ["--training.micro_batch", "2", "--training.steps", "1"]
     command = submit.sbatch_command(
-        submit.parse_arguments(["--nodes", "2-3", "pretrain", *words]), Site(1, [f"--output={site.folder}/%j.log"]),
-        words, site.runs / "wide",
-    )  # fmt: skip
+        submit.parse_arguments(["--nodes", "2-3", "pretrain", *words]),
+        Site(1, [f"--output={site.folder}/%j.log"]),
+        words,
+        site.runs / "wide",
+    )
     job = site.sbatch(*command, PREFLIGHT="no")
     site.wait_state(job, "COMPLETED")
     assert site.attempts("wide")[0].nodes == "n1 n2 n3"
@@ -70,8 +72,10 @@ def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
     # As on a site that lets no job run for longer: each link is asked to stop on its way.
     command = submit.sbatch_command(
         submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
-        Site(1, [f"--output={site.folder}/links-%a.log"]), list(map(str, arguments[1:])), site.runs / name,
-    )  # fmt: skip
+        Site(1, [f"--output={site.folder}/links-%a.log"]),
+        list(map(str, arguments[1:])),
+        site.runs / name,
+    )
     job = site.sbatch(*command, INJECT='{"until_stop": [3, 6]}', PREFLIGHT="no")
     site.cluster.wait(
         lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
@@ -119,9 +123,14 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
     )
     python.chmod(0o755)
     job = jobs.submit(
-        "avoids_n2", "--training.stop_after", 1, options=("--nodes=2",), PREFLIGHT="yes", UNIMO3_PYTHON=str(python),
+        "avoids_n2",
+        "--training.stop_after",
+        1,
+        options=("--nodes=2",),
+        PREFLIGHT="yes",
+        UNIMO3_PYTHON=str(python),
         BAD_NODES=str(jobs.folder / "bad_n2.jsonl"),
-    )  # fmt: skip
+    )
     jobs.wait_state(job, "COMPLETED")
     first, *_, last = jobs.attempts("avoids_n2")
     assert (first.nodes, first.action) == ("n1 n2", "exclude")
@@ -140,9 +149,14 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
         f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nMIN_ALLREDUCE_GBPS=0.00001\n"
     )
     job = jobs.submit(
-        "avoids_slow", options=("--nodes=3",), PREFLIGHT="yes", SLOW_S="100000", UNIMO3_PYTHON=str(python),
-        UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"), BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
-    )  # fmt: skip
+        "avoids_slow",
+        options=("--nodes=3",),
+        PREFLIGHT="yes",
+        SLOW_S="100000",
+        UNIMO3_PYTHON=str(python),
+        UNIMO3_SITE=str(jobs.folder / "site_with_a_floor.env"),
+        BAD_NODES=str(jobs.folder / "bad_network.jsonl"),
+    )
     jobs.cluster.wait(lambda: jobs.cluster.job(job)["ExcNodeList"] == "n2", "n2 excluded")
     jobs.cluster.call("scancel", job)
     (attempt,) = jobs.attempts("avoids_slow", number=1)
@@ -155,9 +169,12 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
 def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
     (jobs.folder / "site_with_gpus.env").write_text(f"GPUS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\n")
     job = jobs.submit(
-        "no_gpus", options=("--nodes=1",), PREFLIGHT="yes", UNIMO3_SITE=str(jobs.folder / "site_with_gpus.env"),
+        "no_gpus",
+        options=("--nodes=1",),
+        PREFLIGHT="yes",
+        UNIMO3_SITE=str(jobs.folder / "site_with_gpus.env"),
         BAD_NODES=str(jobs.folder / "bad_for_gpus.jsonl"),
-    )  # fmt: skip
+    )
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the job has 0 GPUs a node" in jobs.cluster.job(job)["Comment"]
     assert not (jobs.folder / "bad_for_gpus.jsonl").exists()
@@ -221,10 +238,26 @@ def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source,
     tuning = {key: recipe[key] for key in ("optim", "training", "checkpoint")}
     (folder / "vqa.yaml").write_text(yaml.safe_dump(tuning | {"data": {"max_text_tokens": 16, "num_workers": 0}}))
     five = chained(
-        four, ("--nodes=2", "slurm/finetune.sbatch"), "vqa", "--config", folder / "vqa.yaml", "--init", weights_out,
-        "--run.dir", folder / "runs", "--run.name", "tuned", "--data.train", vqa_out / "train", "--data.val",
-        vqa_out / "val", "--data.tokenizer", weights_out, "--training.steps", 4,
-    )  # fmt: skip
+        four,
+        ("--nodes=2", "slurm/finetune.sbatch"),
+        "vqa",
+        "--config",
+        folder / "vqa.yaml",
+        "--init",
+        weights_out,
+        "--run.dir",
+        folder / "runs",
+        "--run.name",
+        "tuned",
+        "--data.train",
+        vqa_out / "train",
+        "--data.val",
+        vqa_out / "val",
+        "--data.tokenizer",
+        weights_out,
+        "--training.steps",
+        4,
+    )
     for job in (one, two, three, four, five):
         jobs.wait_state(job, "COMPLETED")
     assert (folder / "runs" / "tuned" / "predictions.json").is_file()

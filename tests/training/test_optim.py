@@ -52,10 +52,14 @@ def test_rates_are_set_from_the_peak_each_time():
     set_lr(optimizer, 0.5)
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == pytest.approx(
         {
-            "tower_decay": 5e-4, "tower_no_decay": 5e-4, "fusion_decay": 2.5e-3, "fusion_no_decay": 2.5e-3,
-            "head_decay": 2.5e-2, "head_no_decay": 2.5e-2,
+            "tower_decay": 5e-4,
+            "tower_no_decay": 5e-4,
+            "fusion_decay": 2.5e-3,
+            "fusion_no_decay": 2.5e-3,
+            "head_decay": 2.5e-2,
+            "head_no_decay": 2.5e-2,
         }
-    )  # fmt: skip
+    )
     assert isinstance(optimizer, torch.optim.AdamW)
 
 

@@ -60,7 +60,7 @@ def test_a_moved_run_may_change_paths_of_tokenizer_and_initial_weights(settings,
     assert changed_settings(moved(settings, tmp_path / "tokenizer")) == []
     assert [problem.split(":")[0] for problem in changed_settings(moved(settings, tmp_path / "other"))] == [
         "data.tokenizer"
-    ]  # fmt: skip
+    ]
 
 
 OLD_NAMES = {"warmup_ratio": "warmup_share", "max_bad_ratio": "max_bad_share"}

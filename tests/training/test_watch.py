@@ -67,8 +67,11 @@ def stuck(tmp_path):
     def start(*arguments, **environment):
         process = subprocess.Popen(
             [sys.executable, "-c", STUCK, str(tmp_path / "run"), *arguments],
-            cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         processes.append(process)
         return process
 

@@ -76,10 +76,11 @@ def _check(source: ZeroCheckpoint, engine: Engine) -> None:
     # Under ZeRO-2 DeepSpeed notes no frozen parameters that lie whole among the module's values.
     wrong = [
         f"{name} is {tuple(kept[name]) if name in kept else 'missing'} there, {tuple(own[name])} here"
-        if name in own else f"{name} is no part of this model"
+        if name in own
+        else f"{name} is no part of this model"
         for name in sorted(own.keys() | kept.keys())
         if own.get(name) != kept.get(name)
-    ]  # fmt: skip
+    ]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source.folder}: was written by another model: {'; '.join(wrong[:3])}{more}")

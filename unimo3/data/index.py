@@ -152,11 +152,15 @@ class ShardIndex:
             self.members_sha256: str = content["members_sha256"]
             self.shards = [
                 Shard(
-                    entry["name"], entry["bytes"], entry["sha256"], entry["num_samples"], entry["num_items"],
+                    entry["name"],
+                    entry["bytes"],
+                    entry["sha256"],
+                    entry["num_samples"],
+                    entry["num_items"],
                     *entry["table"],
                 )
                 for entry in content["shards"]
-            ]  # fmt: skip
+            ]
         except (KeyError, TypeError) as error:
             raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {_AGAIN}") from error
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()

@@ -44,5 +44,10 @@ class Progress:
         rate = (self.done - self._reused) / max(self._shown - self._started, 1e-9)
         log.info(
             "%d shards, %d %s (%d were there already), %.0f a second, %d rejected",
-            self.num_shards, self.done, self._unit, self._reused, rate, len(self.rejects),
-        )  # fmt: skip
+            self.num_shards,
+            self.done,
+            self._unit,
+            self._reused,
+            rate,
+            len(self.rejects),
+        )

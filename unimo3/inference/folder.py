@@ -157,9 +157,14 @@ def _pixels(size: tuple[Any, Any]) -> str:
 
 def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, dtype: torch.dtype) -> Any:
     loaded: Any = model_class.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True,
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
         output_loading_info=True,
-    )  # fmt: skip
+    )
     model, report = loaded
     errors = [
         f"{kind}: {', '.join(sorted(str(name) for name in names))}"

@@ -59,9 +59,7 @@ def images_in(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; name a folder of images")
-    found = sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
-    )  # fmt: skip
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if not found:
         raise ConfigError(f"--images {folder}: holds no image file ({', '.join(IMAGE_ENDINGS)}); name another folder")
     return found
@@ -125,9 +123,11 @@ def save(gallery: Gallery, weights: Path, out: Path) -> None:
         staging.mkdir(parents=True)
         save_file({"embeds": gallery.embeds}, staging / "embeds.safetensors")
         described = {
-            "kind": gallery.kind, "root": str(gallery.root.resolve()), "weights": digest_of(weights),
+            "kind": gallery.kind,
+            "root": str(gallery.root.resolve()),
+            "weights": digest_of(weights),
             "names": gallery.names,
-        }  # fmt: skip
+        }
         (staging / "index.json").write_text(json.dumps(described, indent=0) + "\n")
         staging.rename(out)
     except OSError as error:

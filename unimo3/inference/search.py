@@ -92,9 +92,10 @@ class Search:
                 text, image = self._task(made)["states"], states
             rows = len(numbers)
             batch = {
-                "text_states": text.expand(rows, -1, -1, -1), "image_states": image.expand(rows, -1, -1, -1),
+                "text_states": text.expand(rows, -1, -1, -1),
+                "image_states": image.expand(rows, -1, -1, -1),
                 "attention_mask": mask.expand(rows, -1),
-            }  # fmt: skip
+            }
             parts.append(self._task(batch)["scores"].cpu())
         return torch.cat(parts)
 

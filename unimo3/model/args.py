@@ -26,9 +26,13 @@ from unimo3.model.vision import VisionTower
 
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
 _TEXT_COUNTS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
     "max_position_embeddings",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ class Best:
             return False
         log.info(
             "ends early: %d evaluations since %s have brought no better %s than %.4f (best.patience)",
-            len(later), best.tag, best.figure, best.value,
-        )  # fmt: skip
+            len(later),
+            best.tag,
+            best.figure,
+            best.value,
+        )
         return True

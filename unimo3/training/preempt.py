@@ -133,8 +133,9 @@ class StopListener:
                 print(
                     f"Interrupted: asked to stop ({signal.Signals(number).name}) before training began, nothing is "
                     "lost; start the same command to continue",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    file=sys.stderr,
+                    flush=True,
+                )
             end_process(EXIT_REQUEUE, is_recorded=False)  # the signal may come because another rank has failed
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt

@@ -32,12 +32,29 @@ log = logging.getLogger(__name__)
 # data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows. With
 # another number of ranks another training.micro_batch keeps what a micro-step sees; a change of that is named.
 FREE_SETTINGS = (
-    "run.dir", "checkpoint.", "kernels.", "optim.fused",
-    "training.stop_after", "training.eval_every", "training.log_every", "training.ds_config", "training.micro_batch",
-    "training.stall_after_s", "training.max_skipped",
-    "data.train", "data.val", "data.num_workers", "data.prefetch", "data.cache_dir", "data.cache_gb", "data.ledger",
-    "data.max_bad_ratio", "best.", "eval_only", "ranking.",
-)  # fmt: skip
+    "run.dir",
+    "checkpoint.",
+    "kernels.",
+    "optim.fused",
+    "training.stop_after",
+    "training.eval_every",
+    "training.log_every",
+    "training.ds_config",
+    "training.micro_batch",
+    "training.stall_after_s",
+    "training.max_skipped",
+    "data.train",
+    "data.val",
+    "data.num_workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.ledger",
+    "data.max_bad_ratio",
+    "best.",
+    "eval_only",
+    "ranking.",
+)
 
 # Of the settings of data, those that decide what evaluation alone computes.
 _READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
@@ -209,8 +226,11 @@ class Run:
             log.warning(
                 "a micro-step now sees %d pairs over all ranks, before %d; contrastive and matching losses compare "
                 "within it: training.micro_batch %g with %d ranks keeps it",
-                now, before, before / self._world_size, self._world_size,
-            )  # fmt: skip
+                now,
+                before,
+                before / self._world_size,
+                self._world_size,
+            )
         return "" if state.world_size == self._world_size else f", from {state.world_size} ranks to {self._world_size}"
 
     def state(self) -> TrainState:

@@ -67,10 +67,18 @@ class Trainer:
     """
 
     def __init__(
-        self, run: Run, engine: Engine, batches: Iterable[list[Batch]], training: TrainingArgs, optim: OptimArgs,
-        checkpoint: CheckpointArgs, listener: StopListener, watch: Watch, evaluation: Evaluation | None = None,
+        self,
+        run: Run,
+        engine: Engine,
+        batches: Iterable[list[Batch]],
+        training: TrainingArgs,
+        optim: OptimArgs,
+        checkpoint: CheckpointArgs,
+        listener: StopListener,
+        watch: Watch,
+        evaluation: Evaluation | None = None,
         only_evaluates: bool = False,
-    ):  # fmt: skip
+    ):
         self.run, self.engine = run, engine
         self.training, self.optim, self.checkpoint = training, optim, checkpoint
         self.listener, self.watch = listener, watch
@@ -193,9 +201,13 @@ class Trainer:
         if self.rank == 0 and self._progress.disable and is_shown:
             log.info(
                 "step %d/%d  %s  lr %.2e  %.1f pairs/s  %.0f s left",
-                run.step, training.steps, " ".join(f"{name} {value:.4f}" for name, value in losses.items()),
-                metrics["lr"], metrics["pairs_per_s"], (training.steps - run.step) * metrics["step_s"],
-            )  # fmt: skip
+                run.step,
+                training.steps,
+                " ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+                metrics["lr"],
+                metrics["pairs_per_s"],
+                (training.steps - run.step) * metrics["step_s"],
+            )
 
     def save(self) -> None:
         """Save a checkpoint of the step just taken."""
@@ -273,8 +285,11 @@ class Trainer:
         if self.rank == 0:
             log.warning(
                 "step %d is skipped: the loss or its gradient is not finite (%s), %d in a row of at most %d",
-                self.run.step, listed, self._num_not_finite, self.training.max_skipped,
-            )  # fmt: skip
+                self.run.step,
+                listed,
+                self._num_not_finite,
+                self.training.max_skipped,
+            )
 
     def _is_evaluation_due(self) -> bool:
         every, step = self.training.eval_every, self.run.step

@@ -135,8 +135,9 @@ class Watch:
             message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
                 "%s. Every rank's stacks are in %s; ending, to start again from the last checkpoint",
-                message, self._run / STACKS,
-            )  # fmt: skip
+                message,
+                self._run / STACKS,
+            )
             record_end(EXIT_STALLED, message)
         if any(_wake(beat) for beat in beats if beat.time > self._started and beat.rank != self._rank):
             time.sleep(1.0)
@@ -147,8 +148,12 @@ class Watch:
         log.error(
             "rank %d: no progress for %g s (training.stall_after_s) in phase '%s' of step %d, and %s does not answer: "
             "see its file system; the stacks follow. Ending, to start again from the last checkpoint",
-            self._rank, self._bound_s, self._phase, self._step, self._run,
-        )  # fmt: skip
+            self._rank,
+            self._bound_s,
+            self._phase,
+            self._step,
+            self._run,
+        )
         faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_STALLED)
 

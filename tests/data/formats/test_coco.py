@@ -9,9 +9,14 @@ from tests.data.formats.conftest import convert, error_of, lose, set_at, write_j
 
 def image(split: str, identity: int, *captions: str, folder: str = "val2014") -> dict:
     return {
-        "filepath": folder, "filename": f"COCO_{folder}_{identity:012d}.jpg", "split": split, "cocoid": identity,
-        "sentids": [1], "imgid": 0, "sentences": [{"raw": caption, "tokens": [], "sentid": 1} for caption in captions],
-    }  # fmt: skip
+        "filepath": folder,
+        "filename": f"COCO_{folder}_{identity:012d}.jpg",
+        "split": split,
+        "cocoid": identity,
+        "sentids": [1],
+        "imgid": 0,
+        "sentences": [{"raw": caption, "tokens": [], "sentid": 1} for caption in captions],
+    }
 
 
 CONTENT = {

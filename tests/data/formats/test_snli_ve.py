@@ -12,9 +12,13 @@ from tests.data.formats.conftest import convert, error_of, lose, set_at, write_l
 
 def record(photo: str, hypothesis: str, label: str) -> dict:
     return {
-        "Flickr30K_ID": photo, "sentence1": "A premise.", "sentence2": hypothesis, "gold_label": label,
-        "pairID": f"{photo}.jpg#2r1n", "annotator_labels": [label],
-    }  # fmt: skip
+        "Flickr30K_ID": photo,
+        "sentence1": "A premise.",
+        "sentence2": hypothesis,
+        "gold_label": label,
+        "pairID": f"{photo}.jpg#2r1n",
+        "annotator_labels": [label],
+    }
 
 
 TRAIN = [

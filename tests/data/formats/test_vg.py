@@ -10,9 +10,7 @@ from tests.data.formats.conftest import convert, error_of, lose, set_at, write_j
 
 def region(image: int, phrase: str, *box: int) -> dict:
     x, y, width, height = box
-    return {
-        "region_id": 1382, "image_id": image, "phrase": phrase, "x": x, "y": y, "width": width, "height": height
-    }  # fmt: skip
+    return {"region_id": 1382, "image_id": image, "phrase": phrase, "x": x, "y": y, "width": width, "height": height}
 
 
 CONTENT = [

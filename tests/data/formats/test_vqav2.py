@@ -31,12 +31,15 @@ QUESTIONS = {
 
 def note(image: int, question: int, *answers: str) -> dict:
     return {
-        "question_id": question, "image_id": image, "question_type": "what", "answer_type": "other",
+        "question_id": question,
+        "image_id": image,
+        "question_type": "what",
+        "answer_type": "other",
         "multiple_choice_answer": answers[0],
         "answers": [
             {"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i, answer in enumerate(answers)
         ],
-    }  # fmt: skip
+    }
 
 
 NOTES = {
@@ -267,8 +270,13 @@ def questions_in(folder: Path) -> list[dict]:
 def test_test_splits_get_shards_of_their_own_and_change_nothing_else(vqav2, shards_with_tests):
     assert sorted(path.name for path in vqav2.iterdir()) == [".unimo3-shards", "answers.json", "train", "val"]
     assert sorted(path.name for path in shards_with_tests.iterdir()) == [
-        ".unimo3-shards", "answers.json", "test", "test-dev", "train", "val"
-    ]  # fmt: skip
+        ".unimo3-shards",
+        "answers.json",
+        "test",
+        "test-dev",
+        "train",
+        "val",
+    ]
     for path in (path for path in vqav2.rglob("*") if path.is_file()):
         assert (shards_with_tests / path.relative_to(vqav2)).read_bytes() == path.read_bytes(), path
     assert questions_in(shards_with_tests / "test") == [
@@ -307,9 +315,11 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
     assert prepare_shards(*arguments_of(source, out), "--max-reject-share", "0.5") == 0
     (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
     assert reject == {
-        "split": "test", "key": "000000262144", "image": str(missing),
+        "split": "test",
+        "key": "000000262144",
+        "image": str(missing),
         "reason": "cannot be read (No such file or directory)",
-    }  # fmt: skip
+    }
     assert [question["question_id"] for question in questions_in(out / "test")] == [1000]
 
 

@@ -105,12 +105,14 @@ def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortli
 
     by_image = naive_recall(
         lambda image: order(similarities[image], scores[image], lambda text: image == image_of[text]),
-        lambda image, text: image == image_of[text], len(scores),
-    )  # fmt: skip
+        lambda image, text: image == image_of[text],
+        len(scores),
+    )
     by_text = naive_recall(
         lambda text: order(similarities[:, text], scores[:, text], lambda image: image == image_of[text]),
-        lambda text, image: image == image_of[text], len(image_of),
-    )  # fmt: skip
+        lambda text, image: image == image_of[text],
+        len(image_of),
+    )
     assert [found[f"tr_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_image)
     assert [found[f"ir_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_text)
     assert 0 < found["ir_at_10"] < 1
@@ -165,8 +167,11 @@ def test_images_that_are_no_whole_number_of_folds_are_refused(shards):
 def test_bad_settings_are_named_together():
     errors = RankingArgs(shortlist=-1, fold_images=-1, pair_batch=0, cache_gb=float("nan")).validate()
     assert [problem.split(":")[0] for problem in errors] == [
-        "ranking.shortlist", "ranking.fold_images", "ranking.pair_batch", "ranking.cache_gb"
-    ]  # fmt: skip
+        "ranking.shortlist",
+        "ranking.fold_images",
+        "ranking.pair_batch",
+        "ranking.cache_gb",
+    ]
 
 
 def test_a_cut_evaluation_has_no_metrics(shards):

@@ -99,9 +99,14 @@ class _Call:
                 return
             blocks = blocks_for(name, self._inputs.q, longest)
             _FUNCTIONS[name][grid](
-                *arguments, *self.sizes, **self._switches, BLOCK_T=blocks.queries, BLOCK_V=blocks.keys,
-                num_warps=blocks.warps, num_stages=blocks.stages,
-            )  # fmt: skip
+                *arguments,
+                *self.sizes,
+                **self._switches,
+                BLOCK_T=blocks.queries,
+                BLOCK_V=blocks.keys,
+                num_warps=blocks.warps,
+                num_stages=blocks.stages,
+            )
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -155,14 +160,28 @@ def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
     call = _Call(inputs)
     call.launch(
-        "backward_query", *call.tensors, grad_out, lse, grads.q, grads.offsets,
-        *call.strides, grad_out.stride(), grads.q.stride(),
-    )  # fmt: skip
+        "backward_query",
+        *call.tensors,
+        grad_out,
+        lse,
+        grads.q,
+        grads.offsets,
+        *call.strides,
+        grad_out.stride(),
+        grads.q.stride(),
+    )
     if inputs.longest:
         call.launch(
-            "backward_key", *call.tensors, grad_out, lse, grads.offsets, tuple(grads.k), tuple(grads.v),
-            *call.strides, grad_out.stride(),
-        )  # fmt: skip
+            "backward_key",
+            *call.tensors,
+            grad_out,
+            lse,
+            grads.offsets,
+            tuple(grads.k),
+            tuple(grads.v),
+            *call.strides,
+            grad_out.stride(),
+        )
 
 
 attend = make_operator("cross_layer_attention_triton", _fill_outputs, _fill_grads)

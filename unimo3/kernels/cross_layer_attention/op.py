@@ -70,9 +70,14 @@ def make_operator(
 
     @torch.library.custom_op(f"unimo3::{name}", mutates_args=())
     def forward(
-        q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor], seed: Tensor | None,
+        q: Tensor,
+        k: list[Tensor],
+        v: list[Tensor],
+        gate: Tensor | None,
+        masks: list[Tensor],
+        seed: Tensor | None,
         dropout_p: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         outputs = _empty_outputs(q, k)
         if q.numel():
             fill_outputs(Inputs(q, k, v, gate, masks, seed, dropout_p), outputs)
@@ -80,9 +85,16 @@ def make_operator(
 
     @torch.library.custom_op(f"unimo3::{name}_backward", mutates_args=())
     def backward(
-        grad_out: Tensor, q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor | None, masks: list[Tensor],
-        lse: Tensor, seed: Tensor | None, dropout_p: float,
-    ) -> list[Tensor]:  # fmt: skip
+        grad_out: Tensor,
+        q: Tensor,
+        k: list[Tensor],
+        v: list[Tensor],
+        gate: Tensor | None,
+        masks: list[Tensor],
+        lse: Tensor,
+        seed: Tensor | None,
+        dropout_p: float,
+    ) -> list[Tensor]:
         grads = _empty_grads(q, k, v, lse)
         if q.numel():
             fill_grads(Inputs(q, k, v, gate, masks, seed, dropout_p), dense_rows(grad_out), lse, grads)

@@ -55,8 +55,11 @@ def _succeeds(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     log.warning(
         "cross-layer attention runs in plain operations, slower and with more memory: the Triton kernels failed their "
         "trial on %s with %s and head width %d; %s",
-        torch.cuda.get_device_name(device) if device.type == "cuda" else device, dtype, width, problem,
-    )  # fmt: skip
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device,
+        dtype,
+        width,
+        problem,
+    )
     return False
 
 

@@ -25,10 +25,21 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 # The architecture whose blocks are BridgeTower's; every size of it is overridden.
 _ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
 _TEXT_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
-    "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 _UNUSED = (
     r"^(bridgetower\.)?(text_model\.pooler\.|text_model\.embeddings\.(position_ids|token_type_ids)$"
     r"|vision_model\.visual\.(ln_separate\.|embeddings\.position_ids$))|^itc_\w+_head\.|^logit_scale$"

@@ -31,20 +31,25 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
     parser.add_argument("--gpus", type=int, help="GPUs of all nodes, one rank each")
     parser.add_argument("--gpu-memory", default="80GB", help="of one GPU, such as 80GB or 40GiB (default: %(default)s)")
     parser.add_argument(
-        "--reserve", type=float, default=0.1,
+        "--reserve",
+        type=float,
+        default=0.1,
         help="share of it to stay free, for CUDA, NCCL and fragmentation (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--ds-config", help=f"the only DeepSpeed configuration to consider (default: all of {DS_CONFIGS.name}/)"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4,
+        "--mfu",
+        type=float,
+        default=0.4,
         help="share of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--peak-tflops", type=float,
+        "--peak-tflops",
+        type=float,
         help="of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, operations and seconds")
     return parser
 
