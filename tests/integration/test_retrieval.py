@@ -92,9 +92,9 @@ def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # n
 def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(
     program,
     weights,
-    coco,
+    coco,  # noqa: F811
     recipe,
-    runs,  # noqa: F811
+    runs,
 ):
     # All pairs of the training split, one at a time: thousands of batches.
     command = (
