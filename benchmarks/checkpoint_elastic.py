@@ -86,10 +86,10 @@ def elastic_table(results: dict[int, dict[str, Loaded]]) -> str:
             )
     lines += [
         "",
-        "Before the load ours verifies all files, DeepSpeed's program converts them. A load that does not fit this machine",
-        "counts as no time at all. Where both ran they ended with the same sums of weights and moments. Memory is the",
-        "load's peak beyond the engine's own, or the conversion's whole peak if that is larger. Of each load's, 8 bytes a",
-        "parameter are the engine's moments, which it does not have before its first step.",
+        "Before the load ours verifies all files, DeepSpeed's program converts them. A load that does not fit this",
+        "machine counts as no time at all. Where both ran they ended with the same sums of weights and moments. Memory",
+        "is the load's peak beyond the engine's own, or the conversion's whole peak if that is larger. Of each load's,",
+        "8 bytes a parameter are the engine's moments, which it does not have before its first step.",
     ]
     return "\n".join(lines)
 
