@@ -1,4 +1,4 @@
-"""Checkpoints: export, resuming at another number of ranks, and how long a save holds a step.
+"""Checkpoints: export, resuming at another number of ranks, and how long a save blocks a step.
 
     export    pretrain.export against DeepSpeed's zero_to_torch (checkpoint_export.py)
     elastic   2 ranks' checkpoint resumed by 1: ours against ds_to_universal and load_universal (checkpoint_elastic.py)
@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
         [
             "## Export",
             table(exports),
-            "Half precision, files in the page cache; peaks are of the whole process tree, imports included.",
+            "Half precision, files in the page cache; peaks are of the complete process tree, imports included.",
             "## Another number of ranks",
             elastic_table(elastic),
-            "## How long a save holds a step",
+            "## How long a save blocks a step",
             *(held_table(count, saves) for count, saves in held.items()),
             TARGETS,
         ]

@@ -28,12 +28,12 @@ _UNIVERSAL_BYTES = 27
 
 @dataclass(frozen=True)
 class Loaded:
-    """One way to take up a checkpoint, in seconds.
+    """One way to resume from a checkpoint, in seconds.
 
     Attributes:
         before_s: what has to be done before the load: verification, or conversion.
         load_s: None if the load was not run for want of memory.
-        peak_bytes: the load's peak beyond the engine's own memory, or the conversion's whole if that is larger.
+        peak_bytes: the load's peak beyond the engine's memory, or the conversion's full peak if that is larger.
     """
 
     before_s: float
@@ -88,7 +88,7 @@ def elastic_table(results: dict[int, dict[str, Loaded]]) -> str:
         "",
         "Before the load ours verifies all files, DeepSpeed's program converts them. A load that does not fit this",
         "machine counts as no time at all. Where both ran they ended with the same sums of weights and moments. Memory",
-        "is the load's peak beyond the engine's own, or the conversion's whole peak if that is larger. Of each load's,",
+        "is the load's peak beyond the engine's, or the conversion's full peak if that is larger. Of each load's,",
         "8 bytes a parameter are the engine's moments, which it does not have before its first step.",
     ]
     return "\n".join(lines)
@@ -143,7 +143,7 @@ def _digest(engine: Any) -> list[float]:
     flats = engine.optimizer.fp32_partitioned_groups_flat
     states = engine.optimizer.optimizer.state
     parts = [*flats, *(states[flat][key] for flat in flats for key in ("exp_avg", "exp_avg_sq"))]
-    # Piece by piece: a whole partition in float64 would need twice its memory.
+    # Piece by piece: a full partition in float64 would need twice its memory.
     return [sum(piece.double().sum().item() for piece in part.detach().split(2**24)) for part in parts]
 
 
@@ -155,5 +155,5 @@ def _median(runs: list[Loaded]) -> Loaded:
 
 
 if __name__ == "__main__":
-    found = load_role(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
-    Path(sys.argv[4]).write_text(json.dumps(found))
+    result = load_role(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    Path(sys.argv[4]).write_text(json.dumps(result))

@@ -1,4 +1,4 @@
-"""An engine of a chosen size, and programs that are one of its ranks and tell what they measured.
+"""An engine of a chosen size, and programs that are one of its ranks and write what they measured.
 
 Source: DeepSpeed 0.19 for the engine; ZeRO-3 in bf16 with AdamW, nothing persistent.
 """
@@ -66,5 +66,5 @@ def in_ranks(num_ranks: int, module: str, *arguments: object) -> dict[str, Any]:
             ranks = start_ranks(num_ranks, command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             if status := wait_for_ranks(ranks, grace_s=5):
                 raise RuntimeError(f"{' '.join(command)} ended with {status}:\n{output.read_text()[-3000:]}")
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+        measured: dict[str, Any] = json.loads(result.read_text())
+        return measured

@@ -1,9 +1,9 @@
 """Export of a ZeRO-3 checkpoint: ours against DeepSpeed's zero_to_torch.py --dtype fp16 --safe_serialization.
 
-The checkpoint is made here, in DeepSpeed's own layout and for 2 ranks: training a model of 1B parameters would not fit
-the machine. Its shapes are those of a transformer with an embedding. Both programs run as processes of their own, by
-turns, on the same files and from the page cache; a time includes starting Python. DeepSpeed's program neither flushes
-its files to disk nor reads them back; ours does both, and is measured without reading back too.
+The checkpoint is made here, in DeepSpeed's layout and for 2 ranks: training a model of 1B parameters would not fit
+the machine. Its shapes are those of a transformer with an embedding. Both programs run as separate processes, by turns,
+on the same files and from the page cache; a time includes starting Python. DeepSpeed's program neither flushes its
+files to disk nor reads them back; ours does both, and is measured without reading back too.
 
 Source: DeepSpeed 0.19, runtime/engine.py (_get_zero_model_states, _save_zero_checkpoint) for the files.
 """
@@ -54,11 +54,11 @@ def shapes_of(num_parameters: int) -> list[dict[str, Any]]:
     rows = min(_VOCABULARY, num_parameters // (2 * _WIDTH))
     matrices: dict[str, torch.Size] = OrderedDict({"embed.weight": torch.Size([rows, _WIDTH])})
     vectors: dict[str, torch.Size] = OrderedDict()
-    left = num_parameters - rows * _WIDTH
+    remaining = num_parameters - rows * _WIDTH
     layer = 0
-    while left > 0:
-        # The last layer's inner width takes up what is left.
-        inner = min(4 * _WIDTH, max(1, (left - 4 * _WIDTH**2) // (2 * _WIDTH)))
+    while remaining > 0:
+        # The last layer's inner width takes the remaining parameters.
+        inner = min(4 * _WIDTH, max(1, (remaining - 4 * _WIDTH**2) // (2 * _WIDTH)))
         name = f"layers.{layer}"
         for part in ("query", "key", "value", "output"):
             matrices[f"{name}.{part}.weight"] = torch.Size([_WIDTH, _WIDTH])
@@ -66,7 +66,7 @@ def shapes_of(num_parameters: int) -> list[dict[str, Any]]:
         matrices[f"{name}.up.weight"] = torch.Size([inner, _WIDTH])
         matrices[f"{name}.down.weight"] = torch.Size([_WIDTH, inner])
         vectors[f"{name}.norm.weight"] = torch.Size([_WIDTH])
-        left -= 4 * _WIDTH**2 + 5 * _WIDTH + 2 * inner * _WIDTH
+        remaining -= 4 * _WIDTH**2 + 5 * _WIDTH + 2 * inner * _WIDTH
         layer += 1
     return [matrices, vectors]
 
@@ -165,7 +165,7 @@ def measure(command: Sequence[str], output: Path) -> Measured:
 
 
 def tree_bytes(process_id: int) -> int:
-    """Resident memory of a process and of all below it; pages they share count once for each."""
+    """Resident memory of a process and of all below it; shared pages count once for each."""
     total, waiting = 0, [process_id]
     while waiting:
         current = waiting.pop()
@@ -194,7 +194,7 @@ def compare(folder: Path, work: Path, rounds: int, contestants: Sequence[str] = 
     """Run the contestants by turns on one checkpoint.
 
     Args:
-        folder: holds ``latest``.
+        folder: contains ``latest``.
         work: gets the exported folders; each is removed after its run.
 
     Returns:
@@ -204,7 +204,7 @@ def compare(folder: Path, work: Path, rounds: int, contestants: Sequence[str] = 
     for _ in range(rounds):
         for contestant in contestants:
             out = work / "exported"
-            # What the run before left to be written must not slow this one down; and the system drops pages between.
+            # Unwritten pages of the previous run must not slow this one down, and the system drops pages in between.
             os.sync()
             for path in sorted((folder / TAG).iterdir()):
                 _read_once(path)

@@ -1,6 +1,6 @@
 """Seconds for which a training step waits for a save, in the background and plain, on 2 ranks.
 
-    python -m benchmarks.checkpoint_held FOLDER PARAMETERS ROUNDS TOLD      (one rank of it)
+    python -m benchmarks.checkpoint_held FOLDER PARAMETERS ROUNDS RESULT    (one rank of it)
 
 Source: none.
 """
@@ -19,7 +19,7 @@ NUM_RANKS = 2
 
 
 def measure_held(num_parameters: int, rounds: int, work: Path) -> dict[str, Any]:
-    """Seconds each kind of save holds a step, by round, the first of a run among them."""
+    """Seconds each kind of save blocks a step, by round, including the first of a run."""
     return in_ranks(NUM_RANKS, "benchmarks.checkpoint_held", work, num_parameters, rounds)
 
 
@@ -30,7 +30,7 @@ def held_table(num_parameters: int, saves: dict[str, Any]) -> str:
     lines = [
         f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.",
         "",
-        "| | step held, s | of the plain save's |",
+        "| | step blocked, s | of the plain save's |",
         "| --- | ---: | ---: |",
         f"| plain | {plain:.2f} | 1 |",
         f"| background, the first of a run | {earliest:.2f} | {earliest / plain:.2f} |",
@@ -60,8 +60,8 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
         kind: Saver(engine, folder / kind, CheckpointArgs(background=kind == "background", keep_last=1))
         for kind in ("plain", "background")
     }
-    held: dict[str, list[float]] = {kind: [] for kind in savers}
-    whole: list[float] = []
+    blocked: dict[str, list[float]] = {kind: [] for kind in savers}
+    total: list[float] = []
     before = memory_bytes("VmRSS")
     for number in range(rounds + 1):
         for kind, saver in savers.items():
@@ -69,16 +69,16 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
             os.sync()
             start = time.perf_counter()
             saver.save(TrainState(number + 1, 0, "", "", world()[1], 2))
-            held[kind].append(time.perf_counter() - start)
+            blocked[kind].append(time.perf_counter() - start)
             saver.wait()
             if kind == "background":
-                whole.append(time.perf_counter() - start)
+                total.append(time.perf_counter() - start)
     files = sum(path.stat().st_size for path in (folder / "plain").rglob("*.pt")) / world()[1]
-    more, kept = memory_bytes("VmRSS") - before, savers["background"].kept_bytes
-    return {"held": held, "whole": whole, "more_bytes": more, "kept_bytes": kept, "files_bytes": files}
+    more, buffer_bytes = memory_bytes("VmRSS") - before, savers["background"].kept_bytes
+    return {"held": blocked, "whole": total, "more_bytes": more, "kept_bytes": buffer_bytes, "files_bytes": files}
 
 
 if __name__ == "__main__":
-    found = save_by_turns(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    result = save_by_turns(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     if os.environ["RANK"] == "0":
-        Path(sys.argv[4]).write_text(json.dumps(found))
+        Path(sys.argv[4]).write_text(json.dumps(result))

@@ -1,7 +1,7 @@
-"""The models whose training steps are compared, at equal sizes and on equal batches.
+"""The models compared by their training steps, at equal sizes and on equal batches.
 
-BridgeTower is trained as METER and its authors train it: one whole pass through towers and fusion for MLM and another
-for ITM, MLM scores for every token. Ours shares the towers' pass and scores masked tokens alone.
+BridgeTower is trained as METER and its authors train it: one full pass through towers and fusion for MLM and another
+for ITM, MLM scores for every token. Ours runs the towers once for both and scores masked tokens alone.
 
 Source: transformers' modeling_bridgetower.py; METER, arXiv 2111.02387; BridgeTower, arXiv 2206.08657.
 """
@@ -27,7 +27,7 @@ BRIDGETOWER, IN_LAYER, CROSS_LAYER = CONTESTANTS = ("bridgetower", "in_layer", "
 HEAD_WIDTH = 64  # BridgeTower's image tower has no other.
 IMPLEMENTATIONS = ("eager", "sdpa")
 PADDING, MASK_ID, FIRST_WORD_ID = 1, 4, 5
-MASKED_SHARE, WRONG_SHARE = 0.15, 0.5
+MASKED_FRACTION, WRONG_FRACTION = 0.15, 0.5
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Size:
 
     @property
     def text(self) -> dict[str, Any]:
-        """RoBERTa's settings, which BridgeTower's text configuration shares."""
+        """RoBERTa's settings, which BridgeTower's text configuration has too."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.width,
@@ -97,7 +97,7 @@ class BridgeTowerForPreTraining(nn.Module):
         masked = self.bridgetower(batch["mlm_input_ids"], mask, pixel_values=pixels)
         scores = self.mlm_score(masked.text_features)
         mlm = cross_entropy(scores.flatten(0, 1), batch["mlm_labels"].flatten())
-        is_wrong = torch.arange(len(pixels), device=pixels.device) < len(pixels) * WRONG_SHARE
+        is_wrong = torch.arange(len(pixels), device=pixels.device) < len(pixels) * WRONG_FRACTION
         images = torch.where(is_wrong[:, None, None, None], pixels.roll(1, dims=0), pixels)
         matched = self.bridgetower(batch["input_ids"], mask, pixel_values=images)
         itm = cross_entropy(self.itm_score(matched.pooler_output), (~is_wrong).long())
@@ -154,7 +154,7 @@ def draw_batch(size: Size, num_pairs: int, seed: int) -> dict[str, Any]:
     lengths = torch.randint(size.num_tokens // 2, size.num_tokens + 1, (num_pairs, 1), generator=generator)
     mask = (torch.arange(size.num_tokens) < lengths).long()
     ids[mask == 0] = PADDING
-    to_predict = (torch.rand(shape, generator=generator) < MASKED_SHARE) & (mask == 1)
+    to_predict = (torch.rand(shape, generator=generator) < MASKED_FRACTION) & (mask == 1)
     to_predict[:, 1] = True  # at least one a text
     return {
         "pixel_values": torch.randn(num_pairs, 3, size.image_size, size.image_size, generator=generator),

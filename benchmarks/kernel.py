@@ -54,10 +54,10 @@ class Case:
     @property
     def num_bytes(self) -> int:
         """Of q, k, v, the result and their gradients, each moved once: the least that forward and backward can."""
-        own = self.queries * self.width
+        query_values = self.queries * self.width
         levels = 2 * self.keys * self.width * self.levels
         # Forward reads q, k and v and writes the result; backward reads these and its gradient and writes three.
-        return self.batch * self.heads * self.dtype.itemsize * (5 * own + 3 * levels)
+        return self.batch * self.heads * self.dtype.itemsize * (5 * query_values + 3 * levels)
 
     @property
     def label(self) -> str:
@@ -119,9 +119,9 @@ def ours(q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor, mask: Tensor
 def separate(q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor, mask: Tensor | None) -> Tensor:
     """A call for each level."""
     bias = None if mask is None else mask[:, None, None, :]
-    shares = gate.to(q.dtype).transpose(1, 2).unsqueeze(-1).unbind(3)
-    each = zip(shares, k, v, strict=True)
-    return sum(share * scaled_dot_product_attention(q, key, value, bias) for share, key, value in each)  # type: ignore[return-value]
+    gates = gate.to(q.dtype).transpose(1, 2).unsqueeze(-1).unbind(3)
+    each = zip(gates, k, v, strict=True)
+    return sum(weight * scaled_dot_product_attention(q, key, value, bias) for weight, key, value in each)  # type: ignore[return-value]
 
 
 def stacked(q: Tensor, k: list[Tensor], v: list[Tensor], gate: Tensor, mask: Tensor | None) -> Tensor:
@@ -152,10 +152,10 @@ def _flex() -> Callable[..., Tensor]:
         def padding(score: Tensor, b: Tensor, h: Tensor, t: Tensor, key: Tensor) -> Tensor:
             return torch.where(mask[b, key], score, -torch.inf)  # type: ignore[index]
 
-        shares = gate.to(q.dtype).transpose(1, 2).unsqueeze(-1).unbind(3)
-        each = zip(shares, k, v, strict=True)
+        gates = gate.to(q.dtype).transpose(1, 2).unsqueeze(-1).unbind(3)
+        each = zip(gates, k, v, strict=True)
         change = None if mask is None else padding
-        return sum(share * compiled(q, key, value, change) for share, key, value in each)  # type: ignore[return-value]
+        return sum(weight * compiled(q, key, value, change) for weight, key, value in each)  # type: ignore[return-value]
 
     return attend
 
@@ -229,13 +229,13 @@ def roof(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * side**3 / product, 2 * count / copy
 
 
-def table(found: dict[Case, dict[str, Timing]]) -> str:
+def table(results: dict[Case, dict[str, Timing]]) -> str:
     """A row a case and contestant, and how many times the best other's speed ours has."""
     lines = [
         "| case | | forward, ms | backward, ms | both, ms | TFLOP/s | GB/s | extra memory, MiB | ours is |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for case, timings in found.items():
+    for case, timings in results.items():
         for name, timing in timings.items():
             times = [f"{value * 1e3:.3f}" for value in (timing.forward_s, timing.backward_s, timing.both_s)]
             memory = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.1f}"
@@ -295,13 +295,13 @@ def main(arguments: list[str] | None = None) -> None:
     all_names = CPU_CONTESTANTS if args.cpu else GPU_CONTESTANTS
     names = tuple(name for name in all_names if name == OURS or not args.contestants or name in args.contestants)
     cases = [case for case in (cpu_cases() if args.cpu else gpu_cases()) if not args.cases or case.name in args.cases]
-    found = {case: measure(case, names, args.rounds, device) for case in tqdm(cases, unit="case")}
+    results = {case: measure(case, names, args.rounds, device) for case in tqdm(cases, unit="case")}
     flops, bandwidth = roof(device, cases[0].dtype)
     method = METHOD.format(rounds=args.rounds, flops=flops / 1e12, bandwidth=bandwidth / 1e9)
     kind = "cpu" if args.cpu else torch.cuda.get_device_name().lower().replace(" ", "_")
     out = args.out or ROOT / "benchmarks" / "results" / f"kernel_{kind}.md"
-    write_report(out, "Cross-layer attention by itself", f"{table(found)}\n\n{method}")
-    print(f"\n{table(found)}\n\n{out}")
+    write_report(out, "Cross-layer attention by itself", f"{table(results)}\n\n{method}")
+    print(f"\n{table(results)}\n\n{out}")
 
 
 if __name__ == "__main__":

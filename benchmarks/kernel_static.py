@@ -4,7 +4,7 @@ The report has every entry of the table of blocks for compute capabilities 8.0, 
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
 others too. The numbers are read from the machine code.
 
-An entry compiles in seconds. `RECORD` has the numbers of each entry by Triton's own cache key: source, options, target,
+An entry compiles in seconds. `RECORD` has the numbers of each entry by Triton's cache key: source, options, target,
 variables, and versions of Triton and ptxas. Entries without a record are compiled. ``--recompile`` compiles all.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
@@ -28,7 +28,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"
 # As launch.py has it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-# Kept in the project, not in the home.
+# Saved in the project, not in the home.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "triton"))
 
 import torch
@@ -96,7 +96,7 @@ class Resources:
     matrix_instructions: int
 
     def resident_warps(self, capability: int, warps: int) -> int:
-        """Warps a multiprocessor holds at once; registers are given out by 256 a warp."""
+        """Warps resident on a multiprocessor at once; registers are allocated by 256 a warp."""
         warp_registers = -(-self.registers * 32 // 256) * 256
         blocks = min(
             SM_REGISTERS // (warp_registers * warps),
@@ -117,7 +117,7 @@ class Resources:
 
 def table_builds(widths: Sequence[int]) -> list[Build]:
     """Every entry of the table, for each dtype and each of these head widths it supports."""
-    found = {
+    builds = {
         build: None
         for capability, dtype, width, name, length in itertools.product(
             CAPABILITIES, TYPES, widths, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
@@ -126,7 +126,7 @@ def table_builds(widths: Sequence[int]) -> list[Build]:
             Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability))
         )
     }
-    return list(found)
+    return list(builds)
 
 
 def variants(build: Build) -> list[Build]:
@@ -142,7 +142,7 @@ def variants(build: Build) -> list[Build]:
 
 
 def source_of(build: Build) -> ASTSource:
-    """What is compiled, as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
+    """The source to compile, as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
     fn = _FUNCTIONS[build.kernel]
     constants = {
         "LEVELS": build.levels,
@@ -176,16 +176,16 @@ def source_of(build: Build) -> ASTSource:
     signature = {name: (by_level | plain).get(name, "constexpr") for name in fn.arg_names}
     even = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], list] = {}
-    for place, name in enumerate(fn.arg_names):
+    for index, name in enumerate(fn.arg_names):
         kind = signature[name]
         if name in ("ks", "vs", "grad_ks", "grad_vs"):
-            attributes |= {(place, level): even for level in range(levels)}
+            attributes |= {(index, level): even for level in range(levels)}
         elif name in ("k_strides", "v_strides"):
-            attributes |= {(place, level, axis): even for level in range(levels) for axis in range(3)}
+            attributes |= {(index, level, axis): even for level in range(levels) for axis in range(3)}
         elif name.endswith("_strides") and name not in ("gate_strides", "mask_strides"):
-            attributes |= {(place, axis): even for axis in range(3)}
+            attributes |= {(index, axis): even for axis in range(3)}
         elif isinstance(kind, str) and kind.startswith("*"):
-            attributes[place,] = even
+            attributes[index,] = even
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -234,9 +234,9 @@ def _read(cubin: bytes, shared_bytes: int) -> Resources:
         file.flush()
         usage = read("cuobjdump", "--dump-resource-usage")
         code = read("nvdisasm", "-c", "-ndf")  # without dataflow analysis, which is not read
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
     count = len(_MATRIX_INSTRUCTION.findall(code))
-    return Resources(found["REG"], found["LOCAL"] + found["STACK"], shared_bytes, count)
+    return Resources(numbers["REG"], numbers["LOCAL"] + numbers["STACK"], shared_bytes, count)
 
 
 def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resources | None]]:
@@ -274,18 +274,18 @@ def best(name: str, measured: dict[Blocks, list[tuple[Build, Resources]]], owned
         owned: size of the block a program owns, if there is one of that size; else any, but none above it.
     """
 
-    def own(blocks: Blocks) -> int:
+    def owned_by(blocks: Blocks) -> int:
         return blocks.keys if name == "backward_key" else blocks.queries
 
     def rank(blocks: Blocks) -> tuple[int, int, int]:
-        registers = max(found.registers for _, found in measured[blocks])
-        resident = min(found.resident_warps(build.capability, blocks.warps) for build, found in measured[blocks])
+        registers = max(usage.registers for _, usage in measured[blocks])
+        resident = min(usage.resident_warps(build.capability, blocks.warps) for build, usage in measured[blocks])
         return blocks.queries * blocks.keys, resident, -registers
 
     fitting = [blocks for blocks in measured if measured[blocks]]
     if owned:
-        fitting = [blocks for blocks in fitting if own(blocks) == owned] or [
-            blocks for blocks in fitting if own(blocks) < owned
+        fitting = [blocks for blocks in fitting if owned_by(blocks) == owned] or [
+            blocks for blocks in fitting if owned_by(blocks) < owned
         ]
     return max(fitting, key=rank, default=None)
 
@@ -301,7 +301,7 @@ def search() -> None:
         flat = measure_all(list(itertools.chain(*builds.values())), f"{dtypes} {capabilities} {name} {width}")
         measured: dict[Blocks, list[tuple[Build, Resources]]] = {}
         for blocks, supported in builds.items():
-            fitting = [(build, found) for build in supported if (found := flat[build][1]) and found.fits(build)]
+            fitting = [(build, usage) for build in supported if (usage := flat[build][1]) and usage.fits(build)]
             measured[blocks] = fitting if len(fitting) == len(supported) else []
         owned = (None,) if dtypes == ("fp32",) else (SHORT_LENGTH, 64)
         chosen = ", ".join(str(best(name, measured, size)) for size in owned)
@@ -319,13 +319,13 @@ def table(measured: dict[Build, Resources]) -> str:
             "matrix instructions | resident warps |",
             "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        for build, found in measured.items():
+        for build, usage in measured.items():
             if build.capability == capability and build == replace(build, levels=LEVELS, masked=True, dropout=True):
-                blocks, resident = build.blocks, found.resident_warps(capability, build.blocks.warps)
+                blocks, resident = build.blocks, usage.resident_warps(capability, build.blocks.warps)
                 lines.append(
                     f"| {build.kernel} | {build.dtype} | {build.width} | {blocks.queries} x {blocks.keys} | "
-                    f"{blocks.warps} | {found.registers} | {found.local_bytes} | {found.shared_bytes:,} | "
-                    f"{found.matrix_instructions} | {resident} |"
+                    f"{blocks.warps} | {usage.registers} | {usage.local_bytes} | {usage.shared_bytes:,} | "
+                    f"{usage.matrix_instructions} | {resident} |"
                 )
         lines.append("")
     return "\n".join(lines)
@@ -337,7 +337,7 @@ without padding and without dropout as well, and none of these spills either. Wh
 for up to {SHORT_LENGTH} queries (keys for backward_key), the second for more; a single row supports both.
 
 Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and
-shared memory let a multiprocessor hold at once, of {SM_WARPS}; for 8.x the shared memory is that of 8.6 and 8.9,
+shared memory let a multiprocessor run at once, of {SM_WARPS}; for 8.x the shared memory is that of 8.6 and 8.9,
 {BLOCK_BYTES[80]:,} bytes a block. Float32 is multiplied without tensor cores, so as not to be cut to TF32.
 """
 
@@ -368,14 +368,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     measured = measure_all(table_builds(args.widths), "compiling")
     rows = [
-        {"content": content, **asdict(build), **(asdict(found) if found else {})}
-        for build, (content, found) in measured.items()
+        {"content": content, **asdict(build), **(asdict(usage) if usage else {})}
+        for build, (content, usage) in measured.items()
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if args.json:
         args.json.write_text(lines)
         return
-    good = {build: found for build, (_, found) in measured.items() if found and found.fits(build)}
+    good = {build: usage for build, (_, usage) in measured.items() if usage and usage.fits(build)}
     if failed := [build for build in measured if build not in good]:
         raise SystemExit("\n".join(f"does not fit: {build}: {measured[build][1]}" for build in failed))
     write_report(args.out, "The Triton kernels' machine code", INTRODUCTION + "\n" + table(good))

@@ -78,11 +78,11 @@ def make_shards(folder: Path, num_shards: int) -> None:
         first = shard * SAMPLES_PER_SHARD
         samples = tuple(
             Sample(
-                f"{place:09d}",
-                (folder / f"{place % NUM_PICTURES}.jpg",),
-                {"image_id": place, "captions": captions[2 * place : 2 * place + 2]},
+                f"{index:09d}",
+                (folder / f"{index % NUM_PICTURES}.jpg",),
+                {"image_id": index, "captions": captions[2 * index : 2 * index + 2]},
             )
-            for place in range(first, first + SAMPLES_PER_SHARD)
+            for index in range(first, first + SAMPLES_PER_SHARD)
         )
         write_shard(ShardJob("train", shard, samples), folder, ImageOptions())
     tars = sorted((folder / "train").glob("*.tar"))
@@ -198,23 +198,23 @@ def measure_rates(setting: Setting, workers: int, rounds: int, seconds: float) -
         WEBDATASET: Stream(usual(setting, workers), workers),
         BARE: BareLoop(setting, workers),
     }
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
     for number in tqdm(range(rounds + 1), desc=f"{workers} readers", unit="round"):
         for name, contestant in contestants.items():
             rate = contestant.rate(seconds)
             if number:  # the first warms up
-                found[name].append(rate)
+                rates[name].append(rate)
     del contestants
     gc.collect()
-    return found
+    return rates
 
 
 def measure_resume(setting: Setting, workers: int) -> dict[str, tuple[float, float]]:
-    """Seconds to the first batch at a share of an epoch: ours, and what webdataset needs to read its way there."""
+    """Seconds to the first batch at a fraction of an epoch: ours, and webdataset's to read up to there."""
     num_samples = sum(ShardIndex(setting.folder / "train").samples_per_shard)
-    found = {}
-    for share in (0.0, 0.5, 0.99):
-        position = int(share * num_samples)
+    seconds = {}
+    for fraction in (0.0, 0.5, 0.99):
+        position = int(fraction * num_samples)
 
         def first_batch(position: int = position) -> None:
             batches = ours(setting, workers, position // BATCH)
@@ -226,8 +226,8 @@ def measure_resume(setting: Setting, workers: int) -> dict[str, tuple[float, flo
                 if number >= position:
                     break
 
-        found[f"{share:.0%}"] = (_median_time(first_batch), _median_time(replay))
-    return found
+        seconds[f"{fraction:.0%}"] = (_median_time(first_batch), _median_time(replay))
+    return seconds
 
 
 def _median_time(work: Callable[[], None]) -> float:
@@ -247,8 +247,8 @@ def synthesise_index(folder: Path, real: Path, num_samples: int) -> None:
     folder.mkdir(parents=True)
 
     def tables() -> Iterator[ShardTable]:
-        for place in range(number):
-            name = f"{place:06d}.tar"
+        for shard in range(number):
+            name = f"{shard:06d}.tar"
             (folder / name).symlink_to(tar)
             yield ShardTable(name, table.num_bytes, table.sha256, table.num_samples, table.num_items, table.table)
 
@@ -261,8 +261,8 @@ def probe(folder: Path) -> None:
     index = ShardIndex(folder)
     order = SampleOrder(index.samples_per_shard, 0, WINDOW)
     ready = time.perf_counter() - start
-    for place in np.linspace(0, order.num_units - 1, 512).astype(int).tolist():
-        unit = order[place]
+    for position in np.linspace(0, order.num_units - 1, 512).astype(int).tolist():
+        unit = order[position]
         index.read(unit.shard, unit.unit)
     status = Path("/proc/self/status").read_text().splitlines()
     used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
@@ -271,15 +271,15 @@ def probe(folder: Path) -> None:
 
 def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[int, tuple[float, float, int]]:
     """Memory and seconds to open of a reader, and bytes of the index on disk, by samples."""
-    found = {}
+    by_size = {}
     for size in tqdm(sizes, desc="index", unit="size"):
         folder = scratch / f"index_{size}"
         synthesise_index(folder, setting.folder / "train", size)
         command = [sys.executable, "-m", "benchmarks.loader", "--probe", str(folder)]
         output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         used, ready = json.loads(output)
-        found[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, MEMBERS)))
-    return found
+        by_size[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, MEMBERS)))
+    return by_size
 
 
 def report(
@@ -291,9 +291,9 @@ def report(
 ) -> str:
     """The result in markdown."""
     lines = ["| readers | | samples/s | ours is | by round |", "| ---: | --- | ---: | ---: | --- |"]
-    for workers, found in rates.items():
-        for name, values in found.items():
-            ratios = [one / other for one, other in zip(found[OURS], values, strict=True)]
+    for workers, by_contestant in rates.items():
+        for name, values in by_contestant.items():
+            ratios = [one / other for one, other in zip(by_contestant[OURS], values, strict=True)]
             spread = "" if name == OURS else f"{min(ratios):.2f} to {max(ratios):.2f}"
             ratio = "" if name == OURS else f"{median(ratios):.2f} times as fast"
             lines.append(f"| {workers} | {name} | {median(values):.0f} | {ratio} | {spread} |")
@@ -308,7 +308,7 @@ def report(
         "| at | ours, s to the first batch | webdataset, s to read its way there, nothing decoded |",
         "| ---: | ---: | ---: |",
     ]
-    lines += [f"| {share} of an epoch | {own:.2f} | {theirs:.2f} |" for share, (own, theirs) in resume.items()]
+    lines += [f"| {fraction} of an epoch | {ours:.2f} | {usual:.2f} |" for fraction, (ours, usual) in resume.items()]
     lines += [
         "",
         "Ours opens the index, loads the tokenizer and starts two readers. webdataset's grows with the epoch; these",

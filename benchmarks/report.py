@@ -1,4 +1,4 @@
-"""A measurement's result as a markdown file that says where, when and with what it was made.
+"""A measurement's result as a markdown file that records where, when and with what it was made.
 
 Source: the results of torchtitan and flash-linear-attention, which name hardware, versions and date.
 """
@@ -75,6 +75,6 @@ def _command() -> str:
         name = ["-m", ".".join(script.relative_to(ROOT).with_suffix("").parts)]
     else:
         name = [script.name]
-    # An absolute path says nothing on another machine.
+    # An absolute path means nothing on another machine.
     arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["python", *name, *arguments])

@@ -2,7 +2,7 @@
 
 For each event a run of the tiny recipe of the tests is interrupted in its middle. Measured are the time until its
 checkpoint is committed (of those that save), until the job runs again, and until its first step after that. What Slurm
-itself waits for, such as the detection of a lost node, is in these times and is read from its own log.
+itself waits for, such as the detection of a lost node, is in these times and is read from its log.
 
 Source: none.
 """
@@ -31,7 +31,7 @@ TWO = ("--nodes=2", "--exclude=n3")
 
 
 def come_to_the_time_limit(jobs: Jobs, job: int, run: str) -> float | None:
-    """Wait for the signal that Slurm sends before it, and say when it was sent."""
+    """Wait for the signal that Slurm sends before it, and return when it was sent."""
     jobs.cluster.wait(lambda: jobs.cluster.signalled(job, signal.SIGUSR2), 180, "Slurm's signal")
     return jobs.cluster.signalled(job, signal.SIGUSR2)
 
@@ -41,8 +41,8 @@ class Event:
     """What interrupts a job.
 
     Attributes:
-        strike: does it, given the jobs, the job's number and the run's name; when it was, if not as it is called.
-        errors: of the program, if it is the program itself that fails.
+        strike: interrupts it, from the jobs, the job's number and the run's name; returns when, if not at the call.
+        errors: of the program, if the program itself fails.
         saves: whether the run saves before it ends.
         goes_on: whether Slurm has it again.
     """
@@ -57,7 +57,7 @@ class Event:
 
 
 def call(*words: str) -> Callable[[Jobs, int, str], None]:
-    """One of Slurm's commands, given the job."""
+    """One of Slurm's commands, with the job as its last word."""
 
     def strike(jobs: Jobs, job: int, run: str) -> None:
         jobs.cluster.call(*words, job)
@@ -204,11 +204,11 @@ def report(rows: list[tuple[str, float, float | None, float | None]]) -> str:
             for name, first, committed, resumed in rows
         ),
         "",
-        "Committed: from the event to a committed checkpoint, where the run saves; a step takes 0.6 s if nothing else",
-        "is said, and a file is seen within a second. Next step: from the event to the end of the first step after it,",
-        "with pre-flight and the start of Python for two nodes on two cores; for comparison from submission to the",
-        "very first step. Slurm detects a lost node after SlurmdTimeout, here 10 s, and starts a requeued job after",
-        "some seconds.",
+        "Committed: from the event to a committed checkpoint, where the run saves; a step takes 0.6 s unless the",
+        "event names another time, and a file is seen within a second. Next step: from the event to the end of the",
+        "first step after it, with pre-flight and the start of Python for two nodes on two cores; first start: from",
+        "submission to the very first step. Slurm detects a lost node after SlurmdTimeout, here 10 s, and starts a",
+        "requeued job after some seconds.",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Converting images to shards: images a second of prepare_shards with one rank and with two.
 
-Source: none; the command's own log says how many records a second it wrote, start-up and index excluded.
+Source: none; the command logs how many records a second it wrote, start-up and index excluded.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def make_source(folder: Path, num_images: int) -> None:
     for number in range(num_images):
         name = f"{number}.jpg"
         (folder / "train2014" / name).write_bytes(pictures[number % len(pictures)])
-        sentences = [{"raw": f"caption {place} of picture {number}"} for place in range(5)]
+        sentences = [{"raw": f"caption {index} of picture {number}"} for index in range(5)]
         images.append(
             {"filepath": "train2014", "filename": name, "split": "train", "cocoid": number, "sentences": sentences}
         )
@@ -45,8 +45,8 @@ def rate_of(source: Path, out: Path, ranks: int, arguments: tuple[str, ...]) -> 
     command = (launcher if ranks > 1 else []) + program + ["--shard-size", "64", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     shutil.rmtree(out)
-    found = _RATE.findall(done.stderr)
-    return float(found[-1][1])
+    rates = _RATE.findall(done.stderr)
+    return float(rates[-1][1])
 
 
 @exit_with_status

@@ -1,6 +1,6 @@
 """A training step's speed and peak memory: UNIMO-3 against transformers' BridgeTower, and its two interactions.
 
-Source: `benchmarks/contestants.py` for what is compared, `benchmarks/timing.py` for how.
+Source: `benchmarks/contestants.py` for the models, `benchmarks/timing.py` for how.
 """
 
 import argparse
@@ -47,7 +47,7 @@ METHOD = """\
 One step is MLM and ITM on the same pairs: forward, backward, AdamW. {precision}. Dropout 0.1, batches of {batch} pairs,
 {width} wide, {towers} text, {towers} image and {fusion} fusion layers, {pixels} pixels, {tokens} text tokens, {vocab}
 words, random weights and data. Times are medians of {rounds} rounds in which all take a step in turn; a ratio is the
-median over rounds, its range in brackets. Memory is the peak of a process of its own in {memory_steps} steps{less}.
+median over rounds, its range in brackets. Memory is the peak of a separate process in {memory_steps} steps{less}.
 
 `bridgetower` is transformers' model under its MLM and ITM heads, trained as METER: a pass for each objective, MLM
 scores for every token, decoder tied to the word embedding. Its attention is {attention}, {choice}.
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="cpu", help="cpu, tiny (for tests), or base on a GPU")
     parser.add_argument("--rounds", type=int, help="rounds of one step each; more narrow the spread")
     parser.add_argument("--batch", type=int, help="pairs a step")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="BridgeTower's; the faster one is found otherwise")
+    parser.add_argument("--attention", choices=IMPLEMENTATIONS, help="BridgeTower's (default: the faster one)")
     parser.add_argument("--compile-towers", action="store_true", help="torch.compile the towers of ours")
     parser.add_argument("--only", choices=CONTESTANTS, help="print this one's peak memory as JSON, nothing else")
     parser.add_argument("--out", type=Path, help="file of the result; benchmarks/results/step_SIZE.md by default")
@@ -110,15 +110,15 @@ def memory(args: argparse.Namespace) -> int:
 
 
 def memory_of_each(args: argparse.Namespace) -> dict[str, int]:
-    """Bytes of every contestant, each in a process of its own."""
+    """Bytes of every contestant, each in a separate process."""
     options = ["--size", args.size, "--batch", str(args.batch), "--attention", args.attention]
     options += ["--compile-towers"] if args.compile_towers else []
-    found = {}
+    peaks = {}
     for name in tqdm(CONTESTANTS, desc="peak memory", unit="model"):
         command = [sys.executable, "-m", "benchmarks.step", "--only", name, *options]
         answer = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-        found[name] = json.loads(answer.splitlines()[-1])["peak_bytes"]
-    return found
+        peaks[name] = json.loads(answer.splitlines()[-1])["peak_bytes"]
+    return peaks
 
 
 def faster_attention(bridgetower: Trainee, args: argparse.Namespace) -> dict[str, float]:
@@ -135,7 +135,7 @@ def faster_attention(bridgetower: Trainee, args: argparse.Namespace) -> dict[str
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time all contestants, then take their memory; sets `args.attention` where it was left open."""
+    """Time all contestants, then take their memory; sets `args.attention` if it is None."""
     trainees = {name: trainee(name, args) for name in CONTESTANTS}
     choice = {} if args.attention else faster_attention(trainees[BRIDGETOWER], args)
     args.attention = args.attention or next(iter(choice))
@@ -160,32 +160,32 @@ def ratios(faster: list[tuple[float, ...]], slower: list[tuple[float, ...]]) -> 
     return median(each), min(each), max(each)
 
 
-def tables(found: dict[str, Any], num_pairs: int) -> str:
+def tables(measured: dict[str, Any], num_pairs: int) -> str:
     """The metrics as two markdown tables."""
-    shares = " | ".join(PHASES)
+    phase_names = " | ".join(PHASES)
     lines = [
-        f"| model | parameters | pairs/s | ms a step | {shares} | peak memory, MiB | loss, first to last |",
+        f"| model | parameters | pairs/s | ms a step | {phase_names} | peak memory, MiB | loss, first to last |",
         "| --- |" + " ---: |" * (len(PHASES) + 5),
     ]
-    for name, steps in found["seconds"].items():
+    for name, steps in measured["seconds"].items():
         total = median(map(sum, steps))
         phases = [f"{median(step[i] / sum(step) for step in steps):.0%}" for i in range(len(PHASES))]
-        first, last = found["losses"][name]
-        cells = [name, f"{found['parameters'][name]:,}", f"{num_pairs / total:.1f}", f"{total * 1e3:.0f}", *phases]
-        cells += [f"{found['peak_bytes'][name] / 2**20:.0f}", f"{first:.2f} to {last:.2f}"]
+        first, last = measured["losses"][name]
+        cells = [name, f"{measured['parameters'][name]:,}", f"{num_pairs / total:.1f}", f"{total * 1e3:.0f}", *phases]
+        cells += [f"{measured['peak_bytes'][name] / 2**20:.0f}", f"{first:.2f} to {last:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| speed of | over | target | measured | |", "| --- | --- | ---: | ---: | --- |"]
     for faster, slower, target in TARGETS:
-        middle, least, most = ratios(found["seconds"][faster], found["seconds"][slower])
+        middle, least, most = ratios(measured["seconds"][faster], measured["seconds"][slower])
         verdict = "reached" if middle >= target else "not reached"
         lines.append(f"| {faster} | {slower} | {target} | {middle:.2f} ({least:.2f} to {most:.2f}) | {verdict} |")
     return "\n".join(lines)
 
 
-def method(found: dict[str, Any], args: argparse.Namespace) -> str:
+def method(measured: dict[str, Any], args: argparse.Namespace) -> str:
     """What was measured, in words."""
     size, on_gpu = SIZES[args.size], args.device.type == "cuda"
-    timed = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in found["choice"].items())
+    timed = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in measured["choice"].items())
     return METHOD.format(
         precision="bfloat16 by autocast, weights in float32" if on_gpu else "float32",
         batch=args.batch,
@@ -199,7 +199,7 @@ def method(found: dict[str, Any], args: argparse.Namespace) -> str:
         memory_steps=STEPS_OF_MEMORY,
         less="" if on_gpu else ", less what the libraries take",
         attention=args.attention,
-        choice=f"the faster ({timed} a step)" if timed else "as the command says",
+        choice=f"the faster ({timed} a step)" if timed else "as in the command",
         compiled=", towers compiled" if args.compile_towers else "",
     )
 
@@ -212,9 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.only:
         print(json.dumps({"peak_bytes": memory(args)}))
         return
-    found = measure(args)
-    metrics = tables(found, args.batch)
-    write_report(args.out, f"A training step, size {args.size}", f"{metrics}\n\n{method(found, args)}")
+    measured = measure(args)
+    metrics = tables(measured, args.batch)
+    write_report(args.out, f"A training step, size {args.size}", f"{metrics}\n\n{method(measured, args)}")
     print(f"\n{metrics}\n\n{args.out}")
 
 

@@ -1,6 +1,6 @@
 """Timed training steps of several models in turns, and the peak memory of one.
 
-Whatever else the machine does then hits all models alike, and what is compared is taken within one round.
+Whatever else the machine does then hits all models alike, and comparisons are within one round.
 
 Source: torch's timing advice (warm-up, synchronise, medians); proc(5) for VmHWM.
 """
@@ -87,11 +87,11 @@ def time_in_turns(
     Args:
         turns: name -> what readies and returns that name's trainee; called before each of its steps, untimed.
         batch_of: round -> the batch on which all step in it.
-        num_rounds: rounds to keep, after `NUM_WARM_UP` further ones.
+        num_rounds: rounds to measure, after `NUM_WARM_UP` further ones.
         label: for the progress bar.
 
     Returns:
-        name -> seconds of each kept round's step, one number a phase.
+        name -> seconds of each measured round's step, one number a phase.
     """
     seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in turns}
     with tqdm(total=(NUM_WARM_UP + num_rounds) * len(turns), desc=label, unit="step") as bar:

@@ -1,9 +1,9 @@
 """Does cross-layer interaction help? Fusion encoders trained alike on toy data, pretraining and then VQA.
 
-All variants of a seed get the same batches in the same order and, where they share a parameter, the same initial
-values; their sizes agree to 2 %, but for the one whose further levels have keys and values of their own. Each (variant,
-seed) is a process of one thread. A finished run is kept in the work folder and not done again, so an ablation that was
-killed continues where it stopped.
+All variants of a seed get the same batches in the same order and, for parameters in common, the same initial values;
+their sizes agree to 2 %, except for the one whose further levels have separate keys and values. Each (variant, seed) is
+a process of one thread. A finished run is saved in the work folder and not done again, so an ablation that was killed
+continues where it stopped.
 
 Source: METER, arXiv 2111.02387 (in_layer); BridgeTower, arXiv 2206.08657 (bridge); arXiv 2305.13697 (cross_layer).
 """
@@ -81,9 +81,9 @@ def do_all(runs: list[TrainingRun], work: Path, num_jobs: int) -> Iterator[Train
 
 def command_of(run: TrainingRun, work: Path) -> list[str]:
     """The command line of one run."""
-    given = [word for name, value in asdict(run.settings).items() for word in (option(name), str(value))]
+    options = [word for name, value in asdict(run.settings).items() for word in (option(name), str(value))]
     only = ("--seeds", str(run.seed), "--only", f"{run.variant}:{run.seed}")
-    return [sys.executable, "-m", "experiments.ablation", *only, "--work", str(work), *given]
+    return [sys.executable, "-m", "experiments.ablation", *only, "--work", str(work), *options]
 
 
 def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
@@ -93,7 +93,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
         ConfigError: with all its errors.
     """
     parser = CommandParser(prog="python -m experiments.ablation", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the whole way in minutes; too short to compare")
+    parser.add_argument("--quick", action="store_true", help="all stages in minutes; too short to compare")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the repetitions (default: 0 1 2)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"some of {', '.join(VARIANTS)}")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each of one thread (default: 2)")
@@ -105,8 +105,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
         parser.add_argument(option(field.name), type=type(full), help=f"default: {full}, with --quick {quick}")
     args = parser.parse_args(argv)
     base = QUICK if args.quick else FULL
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    settings = replace(base, **{name: value for name, value in given.items() if value is not None})
+    overrides = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    settings = replace(base, **{name: value for name, value in overrides.items() if value is not None})
 
     errors = settings.validate()
     unknown = [name for name in args.variants if name not in VARIANTS]
@@ -128,7 +128,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, Settings]:
 
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
-    """Do what is missing of the ablation, then write its report."""
+    """Do the missing runs of the ablation, then write its report."""
     args, settings = parse(argv)
     name = "ablation_quick" if args.quick else "ablation"
     work = (args.work or ROOT / "runs" / name).resolve()

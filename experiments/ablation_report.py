@@ -1,7 +1,7 @@
-"""What the ablation's runs say: tables with their spread, paired differences, and a picture of the gates.
+"""The report of the ablation: tables with their spread, paired differences, and a picture of the gates.
 
-Runs of one seed share batches and initial values, so variants are compared within a seed: the differences to the
-reference have a mean and, from their own spread, a 95 % interval by Student's t. With the few seeds of an ablation that
+Runs of one seed have the same batches and initial values, so variants are compared within a seed: the differences to
+the reference have a mean and, from their spread, a 95 % interval by Student's t. With the few seeds of an ablation that
 interval is wide; a difference whose interval includes zero shows nothing either way.
 
 Source: Student's t for paired samples; its quantiles from any statistical table.
@@ -21,7 +21,7 @@ from benchmarks.report import write_report
 Result = dict[str, Any]
 
 REFERENCE = "in_layer"
-# Share of the reference's parameters up to which a variant is of equal size.
+# Relative difference to the reference's parameters up to which a variant is of equal size.
 MOST_SIZE_DIFFERENCE = 0.02
 # Two-sided 95 % quantiles for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -57,14 +57,14 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     return Difference(mean(differences), T_QUANTILES[len(differences) - 2] * error)
 
 
-def paired_differences(results: Sequence[Result], variant: str, reference: str, figure: str) -> list[float]:
-    """A figure of a variant less another's, for each seed in ascending order."""
+def paired_differences(results: Sequence[Result], variant: str, reference: str, metric: str) -> list[float]:
+    """A metric of a variant minus another's, for each seed in ascending order."""
     ours, theirs = _by_seed(results, variant), _by_seed(results, reference)
-    return [ours[seed]["figures"][figure] - theirs[seed]["figures"][figure] for seed in sorted(ours)]
+    return [ours[seed]["figures"][metric] - theirs[seed]["figures"][metric] for seed in sorted(ours)]
 
 
 def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float], is_quick: bool) -> None:
-    """Write the report, its figures as lines of JSON, and the picture of the gates, all by the report's name.
+    """Write the report, its metrics as lines of JSON, and the picture of the gates, all by the report's name.
 
     Args:
         path: of the report, ``.md``.
@@ -79,13 +79,13 @@ def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float
     seeds = sorted({result["seed"] for result in results})
     settings = results[0]["settings"]
     listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
-    quick = "**A quick run: it shows that the ablation works, its figures are too short to compare.**\n\n"
+    quick = "**A quick run: it shows that the ablation works, its runs are too short to compare.**\n\n"
     commits = ", ".join(sorted({result["machine"]["commit"] for result in results}))
     spread = "mean ± standard deviation over seeds" if len(seeds) > 1 else "one seed, so no spread"
     parts = [
         (quick if is_quick else "")
         + "The variants differ in what a fusion layer reads of the other modality; data, batches, steps and the "
-        "initial values of shared parameters are equal for each seed. All figures are of held-out data; cells hold "
+        "initial values of shared parameters are equal for each seed. All metrics are of held-out data; cells contain "
         f"{spread}.\n\nSeeds: {', '.join(map(str, seeds))}. Settings: {listed}. Runs made at: {commits}.",
         f"## Pretraining\n\n{_table(results, PRETRAINING)}",
         f"## VQA accuracy after fine-tuning\n\n{_table(results, VQA, _blind_row(blind))}\n\n{_winner(results)}",
@@ -94,23 +94,23 @@ def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float
     ]
     if gated:
         parts.append(
-            f"## Gates\n\n![Shares of the levels]({picture.name})\n\nShare of each level in each layer after "
+            f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after "
             "pretraining, mean over held-out tokens, heads and seeds. The last level of a row is the layer's partner; "
-            f"it starts at {_initial_shares(results)} and the others split the rest. t1 and above are tower layers, 0 "
-            f"and above states of the fusion encoder. {path.stem}.jsonl holds every seed's."
+            f"it starts at {_initial_gates(results)} and the others split the rest. t1 and above are tower layers, 0 "
+            f"and above states of the fusion encoder. {path.stem}.jsonl contains every seed's."
         )
     write_report(path, "Does cross-layer interaction help?", "\n\n".join(parts))
 
 
 def draw_gates(path: Path, results: Sequence[Result]) -> bool:
-    """Draw each gated variant's shares, layer by level, a map for each stream; False and no file if none has gates."""
+    """Draw each gated variant's gates, layer by level, a map for each stream; False and no file if none has gates."""
     variants = [name for name in _variants(results) if _by_seed(results, name)[_first_seed(results)]["gates"]["text"]]
     if not variants:
         path.unlink(missing_ok=True)
         return False
     maps = {(name, stream): _mean_gates(results, name, stream) for name in variants for stream in ("text", "image")}
     num_layers = len(next(iter(maps.values())))
-    num_levels = max(len(shares[-1]) for shares in maps.values())
+    num_levels = max(len(gates[-1]) for gates in maps.values())
     rows_px, columns_px = CELL * num_layers, CELL * num_levels
     width, height = LABEL + 2 * (columns_px + GAP), 2 * GAP + len(variants) * (rows_px + 2 * GAP)
     image = Image.new("RGB", (width, height), "white")
@@ -123,13 +123,13 @@ def draw_gates(path: Path, results: Sequence[Result]) -> bool:
             left = LABEL + column * (columns_px + GAP)
             other = "image" if stream == "text" else "text"
             draw.text((left, top - 6), f"{stream} reads {other}", "black", font, anchor="ls")
-            shares_of_layers = maps[name, stream]
-            for level, label in enumerate(_level_names(len(shares_of_layers[-1]), num_layers)):
+            gates_of_layers = maps[name, stream]
+            for level, label in enumerate(_level_names(len(gates_of_layers[-1]), num_layers)):
                 draw.text((left + (level + 0.5) * CELL, top + rows_px + 4), label, "grey", font, anchor="mt")
-            for layer, shares in enumerate(shares_of_layers):
+            for layer, gates in enumerate(gates_of_layers):
                 draw.text((left - 6, top + (layer + 0.5) * CELL), f"{layer + 1}", "grey", font, anchor="rm")
-                for level, share in enumerate(shares):
-                    _draw_cell(draw, font, (left + level * CELL, top + layer * CELL), share)
+                for level, gate in enumerate(gates):
+                    _draw_cell(draw, font, (left + level * CELL, top + layer * CELL), gate)
     draw.text((8, GAP), "rows: fusion layers, columns: levels", "grey", font, anchor="ls")
     image.save(path)
     return True
@@ -142,31 +142,31 @@ def _level_names(num_levels: int, num_layers: int) -> list[str]:
 
 
 def _draw_cell(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, corner: tuple[int, int], share: float
+    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, corner: tuple[int, int], gate: float
 ) -> None:
     # White to dark blue.
-    colour = tuple(round(255 + (end - 255) * share) for end in (8, 48, 107))
+    colour = tuple(round(255 + (end - 255) * gate) for end in (8, 48, 107))
     x, y = corner
     draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill=colour)
-    draw.text((x + CELL / 2, y + CELL / 2), f"{share:.2f}", "white" if share > 0.5 else "black", font, anchor="mm")
+    draw.text((x + CELL / 2, y + CELL / 2), f"{gate:.2f}", "white" if gate > 0.5 else "black", font, anchor="mm")
 
 
 def _mean_gates(results: Sequence[Result], variant: str, stream: str) -> list[list[float]]:
     gates = [result["gates"][stream] for result in _by_seed(results, variant).values()]
-    return [[mean(shares) for shares in zip(*rows, strict=True)] for rows in zip(*gates, strict=True)]
+    return [[mean(values) for values in zip(*rows, strict=True)] for rows in zip(*gates, strict=True)]
 
 
-def _table(results: Sequence[Result], figures: dict[str, str], *extra_rows: list[str]) -> str:
+def _table(results: Sequence[Result], metrics: dict[str, str], *extra_rows: list[str]) -> str:
     rows = [
         [name]
-        + [_spread(result["figures"][figure] for result in _by_seed(results, name).values()) for figure in figures]
+        + [_spread(result["figures"][metric] for result in _by_seed(results, name).values()) for metric in metrics]
         for name in _variants(results)
     ]
-    return _markdown(["", *figures.values()], [*rows, *extra_rows])
+    return _markdown(["", *metrics.values()], [*rows, *extra_rows])
 
 
 def _winner(results: Sequence[Result]) -> str:
-    """The variants of equal size with the best task figure, the first of which the project's defaults follow."""
+    """The variants of equal size with the best task metric, the first of which the project's defaults follow."""
     size = _by_seed(results, REFERENCE)[_first_seed(results)]["parameters"]
     means = {
         name: mean(result["figures"]["vqa_overall"] for result in runs.values())
@@ -179,14 +179,14 @@ def _winner(results: Sequence[Result]) -> str:
 
 
 def _blind_row(blind: dict[str, float]) -> list[str]:
-    return ["best guess without the image", *(f"{blind[figure.removeprefix('vqa_')]:.4f}" for figure in VQA)]
+    return ["best guess without the image", *(f"{blind[metric.removeprefix('vqa_')]:.4f}" for metric in VQA)]
 
 
-def _initial_shares(results: Sequence[Result]) -> str:
-    """The partner's share before training, of each gated variant."""
-    shares = {result["variant"]: result["model"]["gate_init"] for result in results if result["gates"]["text"]}
-    common = mode(shares.values())
-    return ", ".join([f"{common}", *(f"{share} in {name}" for name, share in shares.items() if share != common)])
+def _initial_gates(results: Sequence[Result]) -> str:
+    """The partner's gate before training, of each gated variant."""
+    gates = {result["variant"]: result["model"]["gate_init"] for result in results if result["gates"]["text"]}
+    common = mode(gates.values())
+    return ", ".join([f"{common}", *(f"{gate} in {name}" for name, gate in gates.items() if gate != common)])
 
 
 def _difference_parts(results: Sequence[Result], num_seeds: int) -> list[str]:
@@ -203,15 +203,15 @@ def _difference_parts(results: Sequence[Result], num_seeds: int) -> list[str]:
 
 def _difference_text(results: Sequence[Result], reference: str, others: Sequence[str], num_seeds: int) -> str:
     rows, clear = [], []
-    for figure, label in (PRETRAINING | {name: f"VQA {label}" for name, label in VQA.items()}).items():
+    for metric, label in (PRETRAINING | {name: f"VQA {label}" for name, label in VQA.items()}).items():
         for name in others:
-            each = paired_differences(results, name, reference, figure)
-            found = paired_difference(each)
-            interval = "" if math.isnan(found.half_width) else f" ± {found.half_width:.4f}"
-            rows.append([label, name, f"{found.mean:+.4f}{interval}", ", ".join(f"{value:+.4f}" for value in each)])
-            if found.excludes_zero:
-                clear.append(f"{name} in {label} ({found.mean:+.4f})")
-    table = _markdown(["figure", "variant", "mean, 95 % interval", "each seed"], rows)
+            each = paired_differences(results, name, reference, metric)
+            paired = paired_difference(each)
+            interval = "" if math.isnan(paired.half_width) else f" ± {paired.half_width:.4f}"
+            rows.append([label, name, f"{paired.mean:+.4f}{interval}", ", ".join(f"{value:+.4f}" for value in each)])
+            if paired.excludes_zero:
+                clear.append(f"{name} in {label} ({paired.mean:+.4f})")
+    table = _markdown(["metric", "variant", "mean, 95 % interval", "each seed"], rows)
     if num_seeds < 2:
         return f"{table}\n\nOne seed has no spread: nothing can be said of significance."
     return (

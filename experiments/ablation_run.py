@@ -1,6 +1,6 @@
-"""One run of the ablation: a variant's model, its data, pretraining, VQA fine-tuning, and their figures.
+"""One run of the ablation: a variant's model, its data, pretraining, VQA fine-tuning, and their metrics.
 
-A plain loop in one process of one thread, on the library's own parts: what is compared is the model, not the engine.
+A plain loop in one process of one thread, on the library's parts: the model is compared, not the engine.
 
 Source: METER, arXiv 2111.02387 (in_layer); BridgeTower, arXiv 2206.08657 (bridge); arXiv 2305.13697 (cross_layer).
 """
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Keys and values of tower layers are parameters that no other variant has a use for.
 LARGER_VARIANTS = ("cross_layer_unimodal",)
 VOCABULARY, PATCH_SIZE, CAPTION_TOKENS, QUESTION_TOKENS = 512, 16, 20, 24
-MASKED_SHARE = 0.15
+MASKED_FRACTION = 0.15
 WINDOW_SHARDS = 8
 READER = ReaderArgs(num_workers=0, prefetch=1)
 PROGRESS_EVERY_S = 15.0
@@ -90,21 +90,21 @@ class Settings:
     """Peak learning rate of fine-tuning."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
+        """Return the errors of these settings, one line each."""
         least = {"images": 40, "batch": 2}
-        found = [
+        errors = [
             f"{option(field.name)} {getattr(self, field.name)}: at least {least.get(field.name, 1)} is needed"
             for field in fields(self)
             if field.type is int and getattr(self, field.name) < least.get(field.name, 1)
         ]
-        found += [
+        errors += [
             f"{option(name)} {getattr(self, name)}: a number above 0 is needed"
             for name in ("pretraining_lr", "vqa_lr")
             if getattr(self, name) <= 0
         ]
         # An error that all variants have is reported once.
-        errors = [error for variant in VARIANTS for error in self.model(variant).validate()]
-        return found or list(dict.fromkeys(errors))
+        of_models = [error for variant in VARIANTS for error in self.model(variant).validate()]
+        return errors or list(dict.fromkeys(of_models))
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""
@@ -141,7 +141,7 @@ class Data:
         self._shards = self._folder / "shards"
 
     def make(self) -> None:
-        """Draw and shard what is not there yet; each command leaves a whole folder or none."""
+        """Draw and shard the data that is not there yet; each command makes a complete folder or none."""
         drawn = self._folder / "drawn"
         toy = ("toy", str(drawn), "--images", str(self._settings.images), "--size", str(self._settings.image_size))
         coco = ("prepare_shards", "coco", "--src", str(drawn / "coco"), "--tokenizer-vocab", str(VOCABULARY))
@@ -161,7 +161,7 @@ class Data:
             self.tokenizer(),
             CAPTION_TOKENS,
             ImageTransform(self._settings.image_size),
-            MASKED_SHARE,
+            MASKED_FRACTION,
             seed,
         )
 
@@ -203,17 +203,17 @@ class TrainingRun:
         return {"variant": self.variant, "seed": self.seed, "settings": asdict(self.settings), "model": model}
 
     def file(self, work: Path) -> Path:
-        """Where its result is kept."""
+        """Where its result is saved."""
         return work / "finished" / f"{self.variant}-{self.seed}.json"
 
     def result(self, work: Path) -> dict[str, Any] | None:
-        """Its figures if it is done, with these settings."""
+        """Its result if it is done, with these settings."""
         file = self.file(work)
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        return found if self.identity().items() <= found.items() else None
+        saved: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return saved if self.identity().items() <= saved.items() else None
 
     def do(self, work: Path) -> None:
-        """Pretrain, evaluate, fine-tune, evaluate, and keep the figures."""
+        """Pretrain, evaluate, fine-tune, evaluate, and save the result."""
         torch.manual_seed(self.seed)
         data = Data(work, self.settings)
         model = build_pretraining_model(self.settings.model(self.variant), data, self.seed)
@@ -244,9 +244,9 @@ class TrainingRun:
         ]
         accuracy = accuracy_by_group((entry["groups"][1], entry["accuracy"]) for entry in scored)
 
-        figures = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
+        metrics = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
         result = self.identity() | {
-            "figures": figures,
+            "figures": metrics,
             "gates": gates,
             "parameters": num_parameters(model),
             "pretraining": pretraining,
@@ -344,7 +344,7 @@ def shares_by_layer(
         gates: [gated layers, H, most levels], padded with zeros; a layer that sees its partner alone has none.
 
     Returns:
-        For each of the layers the shares of the levels it sees, the partner's last.
+        For each of the layers the gates of the levels it sees, the partner's last.
     """
     if gates is None:
         return None

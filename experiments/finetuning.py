@@ -13,10 +13,10 @@ from benchmarks.report import ROOT, write_report
 from experiments.finetuning_chain import NLVR2, PRETRAINING_STEPS, RETRIEVAL, SNLI_VE, VQA, Chain, ToyTask
 
 SEEDS = (0, 1, 2)
-# The least by which a task's figure must pass the blind guess.
+# The least by which a task's metric must pass the blind guess.
 MARGINS = {VQA: 0.1, NLVR2: 0.05, SNLI_VE: 0.1, RETRIEVAL: 0.3}
 COMPARED_STEPS = {VQA: 150, RETRIEVAL: 60}
-# Pretraining's own rate: random weights may need a larger one than trained weights do.
+# Pretraining's rate: random weights may need a larger one than trained weights do.
 RANDOM_LR = "1e-3"
 README = ROOT / "README.md"
 README_MARKS = ("<!-- experiments/finetuning.py writes this table -->\n", "<!-- end -->\n")
@@ -30,11 +30,11 @@ def blind_table(chain: Chain) -> tuple[str, list[str]]:
     ]
     missed = []
     for task, wanted in MARGINS.items():
-        figure, blind = chain.tune(task, f"{task.name}_tiny", chain.pretrained), chain.blind(task)
+        value, blind = chain.tune(task, f"{task.name}_tiny", chain.pretrained), chain.blind(task)
         lines.append(
-            f"| `{task.name}` | `{task.figure}` | {blind:.3f} | {figure:.3f} | {figure - blind:+.3f} | {wanted:+.3f} |"
+            f"| `{task.name}` | `{task.figure}` | {blind:.3f} | {value:.3f} | {value - blind:+.3f} | {wanted:+.3f} |"
         )
-        missed += [task.name] if figure - blind < wanted else []
+        missed += [task.name] if value - blind < wanted else []
     return "\n".join(lines), missed
 
 
@@ -51,12 +51,12 @@ def initial_weights_table(chain: Chain) -> tuple[str, list[str]]:
             [_tune(chain, task, kind, seed, chain.random_weights(seed), *settings) for seed in SEEDS]
             for kind, settings in (("random", ()), ("random_fast", ("--optim.lr", RANDOM_LR)))
         )
-        for start, rate, figures in (
+        for start, rate, values in (
             ("pretrained", "the recipe's", pretrained),
             ("random", "the recipe's", random),
             ("random", RANDOM_LR, at_own_rate),
         ):
-            shown = " | ".join(f"{figure:.3f}" for figure in figures)
+            shown = " | ".join(f"{value:.3f}" for value in values)
             lines.append(f"| `{task.name}` | {COMPARED_STEPS[task]} | {start} | {rate} | {shown} |")
         lost += [task.name] if min(pretrained) <= max(random + at_own_rate) else []
     return "\n".join(lines), lost
@@ -64,8 +64,8 @@ def initial_weights_table(chain: Chain) -> tuple[str, list[str]]:
 
 def _tune(chain: Chain, task: ToyTask, kind: str, seed: int, init: Path, *settings: str) -> float:
     steps = str(COMPARED_STEPS[task])
-    own = ("--training.steps", steps, "--checkpoint.every_steps", steps, "--best.keep", "false", *settings)
-    return chain.tune(task, f"{task.name}_{kind}_{seed}", init, "--run.seed", str(seed), *own)
+    overrides = ("--training.steps", steps, "--checkpoint.every_steps", steps, "--best.keep", "false", *settings)
+    return chain.tune(task, f"{task.name}_{kind}_{seed}", init, "--run.seed", str(seed), *overrides)
 
 
 def write_readme(table: str) -> None:
@@ -104,7 +104,7 @@ on (`unimo3/data/blind.py`); for retrieval it is one order of all candidates for
 
 {ahead}
 
-The figure is the one above. A seed draws the order of the data, the task's head and the random weights; the pretrained
+The metric is the one above. A seed draws the order of the data, the task's head and the random weights; the pretrained
 ones are the same. Nothing else differs between the lines of a task but the rate."""
     write_report(ROOT / "experiments" / "results" / "finetuning.md", "Fine-tuning on toy data", body)
     write_readme(tasks)

@@ -1,4 +1,4 @@
-"""The commands from toy data to tuned runs, as a user would type them; what is in the work folder is not made again.
+"""The commands from toy data to tuned runs, as a user would type them; a result in the work folder is not made again.
 
 Source: none.
 """
@@ -31,8 +31,8 @@ class ToyTask(NamedTuple):
         name: of the program and its recipe.
         source: of the shards.
         images: folder of the pictures.
-        file: of the run, with its figures.
-        figure: in it.
+        file: of the run, with its metrics.
+        figure: name of the metric in it.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Chain:
     """The commands, in a work folder.
 
     Args:
-        work: holds all they make.
+        work: contains all that they make.
     """
 
     def __init__(self, work: Path):
@@ -121,7 +121,7 @@ class Chain:
         return folder
 
     def tune(self, task: ToyTask, name: str, init: Path, *settings: str) -> float:
-        """Train a task by its tiny recipe from `init` in a run called `name`; its figure on val."""
+        """Train a task by its tiny recipe from `init` in a run called `name`; its metric on val."""
         shards, made = self._shards(task.source), self._runs / name / task.file
         self._run(
             made,
@@ -148,7 +148,7 @@ class Chain:
         return float(json.loads(made.read_text())[task.figure])
 
     def blind(self, task: ToyTask) -> float:
-        """The figure on val of the best guess without the pictures."""
+        """The metric on val of the best guess without the pictures."""
         if task == VQA:
             return blind_rates(self._work / "toy" / "vqav2")["overall"]
         if task == RETRIEVAL:
@@ -163,7 +163,7 @@ class Chain:
         return self._work / "shards" / source
 
     def _run(self, made: Path, *words: str) -> None:
-        """``python -m words``, unless what it makes is there."""
+        """``python -m words``, unless its result is there."""
         if made.exists():
             return
         print(f"python -m {' '.join(words)}", flush=True)
@@ -176,8 +176,8 @@ def _statements(shards: Path) -> Iterator[dict[str, Any]]:
     for shard, number in enumerate(index.samples_per_shard):
         for sample in range(number):
             content = json.loads(index.read(shard, sample)["json"])
-            said = content.get("hypotheses") or [{"text": content.get("statement"), "label": str(content.get("label"))}]
-            for statement in said:
+            rows = content.get("hypotheses") or [{"text": content.get("statement"), "label": str(content.get("label"))}]
+            for statement in rows:
                 label = str(statement["label"]).lower()
                 yield {
                     "question": statement["text"],

@@ -1,9 +1,9 @@
-"""Ranking 200 images and 1000 texts: kept tower states and a shortlist against the whole model on every pair.
+"""Ranking 200 images and 1000 texts: cached tower states and a shortlist against the full model on every pair.
 
 A small model is trained by contrast and hard-negative matching on toy images and ranks those of the test split. METER's
 way runs towers and fusion encoder for each of the 200,000 pairs. What a pair costs the `base` model is measured apart.
 
-Source: METER, arXiv 2111.02387, and its evaluation of retrieval, which scores every pair with the whole model.
+Source: METER, arXiv 2111.02387, and its evaluation of retrieval, which scores every pair with the full model.
 """
 
 import argparse
@@ -51,24 +51,24 @@ from unimo3.training.retrieval.recall import first_places, recalls
 CPU = torch.device("cpu")
 VOCABULARY, IMAGE_SIZE, TOKENS, BATCH, PAIR_BATCH = 512, 64, 20, 32, 64
 READER = ReaderArgs(num_workers=0, prefetch=1)
-TEST_SHARE = 0.08  # of the toy's images
+TEST_FRACTION = 0.08  # of the toy's images
 ROUNDS = 3
 TARGET = 20.0
-EASY_SHARE = 0.8  # of the training steps: with random negatives
+EASY_FRACTION = 0.8  # of the training steps: with random negatives
 NAMES = tuple(f"{way}_at_{k}" for way in ("tr", "ir") for k in (1, 5, 10))
 
 METHOD = """\
 {images} images and {texts} texts of the toy's test split. The model is {width} wide with {layers} layers in each tower
 and in the fusion encoder, {pixels} pixels, {tokens} text tokens, float32, trained for {steps} steps of {batch} pairs,
 the first {easy:.0%} of them with random negatives, the others with hard ones.
-Times are the processor's for the whole evaluation, reading included, so that other programs count less;
+Times are the processor's for the full evaluation, reading included, so that other programs count less;
 those of shortlists are medians of {rounds}. METER's way takes the pairs of an image in batches of {pair_batch}, all
-with a pass of both towers, and reads no image twice. A right candidate comes after all wrong ones of equal score, in
-every row of the table. `towers` is the order without fusion."""
+with a pass of both towers, and reads no image twice. A correct candidate ranks after all incorrect ones of equal score,
+in every row of the table. `towers` is the order without fusion."""
 
 
 class Found(NamedTuple):
-    """An evaluation's processor seconds, pairs and figures."""
+    """An evaluation's processor seconds, pairs and metrics."""
 
     seconds: float
     num_pairs: int
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def make_shards(folder: Path, num_test_images: int) -> Path:
     """Draw toy images, so many that the test split has those asked for, and shard them."""
-    num_images = max(50, math.ceil(num_test_images / TEST_SHARE))
+    num_images = max(50, math.ceil(num_test_images / TEST_FRACTION))
     drawn, shards = folder / "drawn", folder / "shards"
     toy = ("toy", str(drawn), "--images", str(num_images), "--size", str(IMAGE_SIZE))
     coco = ("prepare_shards", "coco", "--src", str(drawn / "coco"), "--out", str(shards))
@@ -155,7 +155,7 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
     for step in progress:
         (loaded,) = next(batches)
         set_lr(optimizer, lr_scale(step, args.steps, optim.warmup_ratio))
-        report = (easy if step < EASY_SHARE * args.steps else hard)(to_device(loaded, CPU))
+        report = (easy if step < EASY_FRACTION * args.steps else hard)(to_device(loaded, CPU))
         optimizer.zero_grad()
         report["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
@@ -166,65 +166,65 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
 
 @torch.no_grad()
 def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Found:
-    """Score every pair with the whole model."""
+    """Score every pair with the full model."""
     started = time.process_time()
     pixels: list[Tensor] = []
-    said: list[tuple[int, Tensor, Tensor]] = []
+    captions: list[tuple[int, Tensor, Tensor]] = []
     for loaded, counts in evaluation_batches(samples, 0, 1, BATCH, READER):
         images = to_device({"images": loaded["images"]}, CPU)["pixel_values"]
         for image, texts, is_counted in zip(images, loaded["texts"], counts.tolist(), strict=True):
             if is_counted:
-                said += [(len(pixels), torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in texts]
+                captions += [(len(pixels), torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in texts]
                 pixels.append(image)
-    image_of = torch.tensor([image for image, _, _ in said])
-    ids, mask = torch.stack([ids for _, ids, _ in said]), torch.stack([mask for _, _, mask in said])
+    image_of = torch.tensor([image for image, _, _ in captions])
+    ids, mask = torch.stack([ids for _, ids, _ in captions]), torch.stack([mask for _, _, mask in captions])
     task.eval()
-    scores = torch.empty(len(pixels), len(said))
+    scores = torch.empty(len(pixels), len(captions))
     for row, image in enumerate(tqdm(pixels, desc="METER's way", unit="image")):
-        for texts in torch.arange(len(said)).split(PAIR_BATCH):
+        for texts in torch.arange(len(captions)).split(PAIR_BATCH):
             logits = task.model(ids[texts], image.expand(len(texts), -1, -1, -1), mask[texts]).logits
             scores[row, texts] = logits[:, 1] - logits[:, 0]
     is_right = torch.arange(len(pixels))[:, None] == image_of
-    figures = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
-    return Found(time.process_time() - started, scores.numel(), figures)
+    metrics = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
+    return Found(time.process_time() - started, scores.numel(), metrics)
 
 
 def ours(task: RetrievalTask, samples: CaptionedImages, shortlist: int) -> Found:
     """Evaluate with a shortlist, or exactly (0)."""
     started = time.process_time()
     ranking = RankingArgs(shortlist=shortlist, pair_batch=PAIR_BATCH)
-    found = held_out_recall(task, samples, World(0, 0, 1), BATCH, READER, ranking, Unguarded())
-    assert found is not None
-    return Found(time.process_time() - started, found.pop("num_pairs"), found)
+    metrics = held_out_recall(task, samples, World(0, 0, 1), BATCH, READER, ranking, Unguarded())
+    assert metrics is not None
+    return Found(time.process_time() - started, metrics.pop("num_pairs"), metrics)
 
 
 def median_of(evaluate: Callable[[], Found]) -> Found:
-    """The same evaluation several times: its figures, and the median of the seconds."""
+    """The same evaluation several times: its metrics, and the median of the seconds."""
     runs = [evaluate() for _ in range(ROUNDS)]
     return runs[0]._replace(seconds=median(run.seconds for run in runs))
 
 
-def table(found: dict[str, Found], reference: Found) -> str:
-    """The figures as a markdown table."""
+def table(evaluations: dict[str, Found], reference: Found) -> str:
+    """The metrics as a markdown table."""
     lines = [f"| way | pairs fused | processor seconds | times less | {' | '.join(NAMES)} |", "| --- |" + " ---: |" * 9]
-    for name, (seconds, num_pairs, figures) in found.items():
+    for name, (seconds, num_pairs, metrics) in evaluations.items():
         cells = [name, f"{num_pairs:,}", f"{seconds:.1f}", f"{reference.seconds / seconds:.1f}"]
-        lines.append(f"| {' | '.join(cells + [f'{figures[figure]:.3f}' for figure in NAMES])} |")
-    towers = [f"{next(reversed(found.values())).figures[f'{name}_towers']:.3f}" for name in NAMES]
+        lines.append(f"| {' | '.join(cells + [f'{metrics[metric]:.3f}' for metric in NAMES])} |")
+    towers = [f"{next(reversed(evaluations.values())).figures[f'{name}_towers']:.3f}" for name in NAMES]
     return "\n".join([*lines, f"| {' | '.join(['towers', '0', '', '', *towers])} |"])
 
 
-def verdict(found: dict[str, Found], reference: Found, exact: str) -> str:
+def verdict(evaluations: dict[str, Found], reference: Found, exact: str) -> str:
     """Whether the exact way agrees with METER's, and what the shortlists do."""
-    same = all(found[exact].figures[name] == reference.figures[name] for name in NAMES)
+    same = all(evaluations[exact].figures[name] == reference.figures[name] for name in NAMES)
     lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six metrics as METER's way."]
-    for name, one in found.items():
+    for name, one in evaluations.items():
         if name.startswith("shortlist"):
-            gaps = {figure: one.figures[figure] - reference.figures[figure] for figure in NAMES}
-            figure = max(gaps, key=lambda figure: abs(gaps[figure]))
+            gaps = {metric: one.figures[metric] - reference.figures[metric] for metric in NAMES}
+            metric = max(gaps, key=lambda metric: abs(gaps[metric]))
             reached = "reached" if reference.seconds / one.seconds >= TARGET else "not reached"
-            gap = f"{figure} differs most from METER's way, by {gaps[figure]:+.3f}"
-            gap = gap if gaps[figure] else "the same six metrics as METER's way"
+            gap = f"{metric} differs most from METER's way, by {gaps[metric]:+.3f}"
+            gap = gap if gaps[metric] else "the same six metrics as METER's way"
             lines.append(f"{name.capitalize()}: {TARGET:.0f} times less time {reached}; {gap}.")
     return "\n".join(f"- {line}" for line in lines)
 
@@ -242,11 +242,11 @@ def main(arguments: list[str] | None = None) -> None:
         samples = CaptionedImages(ShardIndex(shards / "test"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE))
         exact = "kept states, all pairs (exact)"
         reference = meters_way(task, samples)
-        found: dict[str, Found] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
+        evaluations: dict[str, Found] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
         for size in tqdm(sorted(args.shortlists), desc="shortlists", unit="size"):
-            found[f"shortlist of {size}"] = median_of(lambda size=size: ours(task, samples, size))  # type: ignore[misc]
+            evaluations[f"shortlist of {size}"] = median_of(lambda size=size: ours(task, samples, size))  # type: ignore[misc]
         num_texts = reference.num_pairs // sum(samples.units_per_shard)
-    figures = f"{table(found, reference)}\n\n{verdict(found, reference, exact)}"
+    tables = f"{table(evaluations, reference)}\n\n{verdict(evaluations, reference, exact)}"
     method = METHOD.format(
         images=sum(samples.units_per_shard),
         texts=num_texts,
@@ -254,15 +254,15 @@ def main(arguments: list[str] | None = None) -> None:
         layers=args.layers,
         pixels=IMAGE_SIZE,
         tokens=TOKENS,
-        easy=EASY_SHARE,
+        easy=EASY_FRACTION,
         steps=args.steps,
         batch=2 * BATCH,
         rounds=ROUNDS,
         pair_batch=PAIR_BATCH,
     )
     base = f"\n\n{cost_of_base(args.base_pairs)}" if args.base_pairs else ""
-    write_report(args.out, "Retrieval: kept states and a shortlist", f"{figures}\n\n{method}{base}")
-    print(f"\n{figures}{base}\n\n{args.out}")
+    write_report(args.out, "Retrieval: kept states and a shortlist", f"{tables}\n\n{method}{base}")
+    print(f"\n{tables}{base}\n\n{args.out}")
 
 
 if __name__ == "__main__":

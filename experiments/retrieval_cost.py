@@ -77,7 +77,7 @@ def hours(seconds: dict[str, float], shortlist: int) -> str:
     """How long COCO's test takes each way, as a markdown table.
 
     Args:
-        seconds: of an ``image``, a ``text`` and a ``pair`` of kept states.
+        seconds: of an ``image``, a ``text`` and a ``pair`` of cached states.
     """
     num_queries, num_all = COCO_IMAGES + COCO_TEXTS, COCO_IMAGES * COCO_TEXTS
     towers_s = COCO_IMAGES * seconds["image"] + COCO_TEXTS * seconds["text"]

@@ -1,6 +1,6 @@
 """What a fine-tuning recipe needs, before a node is booked: memory, micro-batch, ds_config, operations and hours.
 
-Everything is computed from the task's own model and loss without values; no GPU, no data and no weights are needed.
+Everything is computed from the task's model and loss without values; no GPU, no data and no weights are needed.
 Hours are those of training: evaluation, of rows and by ranking, is not counted.
 """
 
@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line, and the settings on it; see ``--help``.
 
     Raises:
-        ConfigError: no task, or one that there is not.
+        ConfigError: no task, or an unknown one.
     """
     parser = machine_parser(f"{_PROGRAM} TASK", f"TASK is one of {', '.join(TASKS)}. {__doc__}", _EPILOG)
     parser.add_argument(
@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--table",
         nargs="+",
         metavar="TASK=RECIPE",
-        help="in place of TASK: print the table of what recipes need, each with its own ds_config or --ds-config",
+        help="instead of TASK: print the table of what recipes need, each with its own ds_config or --ds-config",
     )
     # By hand: argparse takes the value of a setting that it does not know for the task.
     task = argv[0] if argv and not argv[0].startswith("-") else None
@@ -67,11 +67,11 @@ def table(args: argparse.Namespace, rest: list[str]) -> str:
     """See ``--table``.
 
     Raises:
-        ConfigError: the arguments or the first recipe are wrong.
+        ConfigError: the arguments or a recipe are invalid.
     """
     if args.task is not None or args.json:
-        found = "--json" if args.task is None else f"TASK '{args.task}'"
-        raise ConfigError(f"{found}: a table names the task of each recipe, and is markdown; leave it or --table out")
+        option = "--json" if args.task is None else f"TASK '{args.task}'"
+        raise ConfigError(f"{option}: a table names the task of each recipe, and is markdown; leave it or --table out")
     machine = machine_of(args)
     if args.ds_config is not None:
         rest = [*rest, "--training.ds_config", args.ds_config]

@@ -1,4 +1,4 @@
-"""Fine-tuning runs that are yet to come: their settings, their model before there are weights, and their step.
+"""Planned fine-tuning runs: their settings, their model before there are weights, and their step.
 
 Source: none.
 """
@@ -28,20 +28,20 @@ class PlannedFinetuning(FinetuneConfig):
     """Settings of a run of any task, whose shards and weights need not exist yet."""
 
     model_recipe: str = ""
-    """Pretraining recipe whose model is to be tuned, in place of init."""
+    """Pretraining recipe whose model is to be tuned, instead of init."""
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error; nothing is asked of the shards."""
-        found = []
+        """Return which settings do not fit together, one line per error; the shards are not read."""
+        errors = []
         if self.eval_only:
-            found.append("eval_only: true: what is planned is training; leave it out")
+            errors.append("eval_only: true: only training is planned; leave it out")
         try:
-            found += self.data.model_errors(self.model_config())
+            errors += self.data.model_errors(self.model_config())
         except ConfigError as error:
-            found += error.errors
-        return found + self.planned_errors()
+            errors += error.errors
+        return errors + self.planned_errors()
 
     def model_config(self) -> Unimo3Config:
         """The model's configuration, at the task's resolution.
@@ -56,10 +56,10 @@ class PlannedFinetuning(FinetuneConfig):
                 "init: '': names no weights; give --init an exported folder or a run, or --model a pretraining recipe, "
                 "such as pretrain/recipes/base.yaml"
             )
-        found = config_of(self.init, self.run.folder) if self.init else model_of_recipe(self.model_recipe)
-        if errors := task_errors(self.init, found, self.task) + resized(found, self.image_size):
+        model = config_of(self.init, self.run.folder) if self.init else model_of_recipe(self.model_recipe)
+        if errors := task_errors(self.init, model, self.task) + resized(model, self.image_size):
             raise ConfigError(errors)
-        return found
+        return model
 
     def planned_run(self) -> PlannedRun:
         """What decides the plan."""
@@ -90,10 +90,10 @@ def model_of_recipe(path: str) -> Unimo3Config:
     """The configuration that a pretraining recipe's ``model`` gives.
 
     Raises:
-        ConfigError: it cannot be read, has none, or it cannot be.
+        ConfigError: it cannot be read, has no model, or an invalid one.
     """
-    given = config.read_flat(Path(path), option="--model")
-    settings = {name: value for name, value in given.items() if name.startswith(_MODEL)}
+    recipe = config.read_flat(Path(path), option="--model")
+    settings = {name: value for name, value in recipe.items() if name.startswith(_MODEL)}
     if not settings:
         raise ConfigError(
             f"--model {path}: has no model; name a pretraining recipe, such as pretrain/recipes/base.yaml"

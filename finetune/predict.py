@@ -11,7 +11,7 @@
 One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text": ...}, of NLVR2 with a list of two
 paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
 of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is invalid, "error": the others are
-answered all the same, all errors are reported at the end, and the exit status is 78. OUT.jsonl appears whole.
+answered all the same, all errors are reported at the end, and the exit status is 78. OUT.jsonl is written atomically.
 
 Source: none.
 """
@@ -136,14 +136,14 @@ def answer_lines(
     how: Answerer[Any]
     if find is None:
 
-        def row(given: dict[str, Any]) -> Any:
-            return prepare(predictor.loaded, Row(images_of(given, predictor.num_images, folder), text_of(given)))
+        def row(line: dict[str, Any]) -> Any:
+            return prepare(predictor.loaded, Row(images_of(line, predictor.num_images, folder), text_of(line)))
 
         how = Answerer(row, lambda rows: predictor.predict(rows, args.top), args.batch)
     else:
 
-        def query(given: dict[str, Any]) -> str | Path:
-            return text_of(given) if args.searched == "images" else images_of(given, 1, folder)[0]
+        def query(line: dict[str, Any]) -> str | Path:
+            return text_of(line) if args.searched == "images" else images_of(line, 1, folder)[0]
 
         # One at a time: each is a batch of candidates, and one whose image is missing does not fail the others.
         how = Answerer(query, lambda queries: [find(queries[0], args.top)], 1)

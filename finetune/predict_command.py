@@ -1,4 +1,4 @@
-"""Command line of finetune.predict, and what of it does not go together.
+"""Command line of finetune.predict, and which of its arguments do not fit together.
 
 Source: none.
 """
@@ -15,7 +15,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     """Command line; see ``--help``.
 
     Raises:
-        ConfigError: what is asked does not go together; all errors in one message.
+        ConfigError: arguments do not fit together; all errors in one message.
     """
     parser = CommandParser(
         prog="python -m finetune.predict", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -28,7 +28,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, and a notice says so)",
+        help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, with a notice)",
     )
     commands = parser.add_subparsers(
         dest="task", required=True, metavar="TASK", help=f"{', '.join(Predictor.by_task)}, index"
@@ -71,42 +71,42 @@ def _index_errors(args: argparse.Namespace) -> list[str]:
 
 
 def _query_errors(args: argparse.Namespace) -> list[str]:
-    """Say which of what is asked does not go together, one line per error."""
+    """Return which arguments do not fit together, one line per error."""
     if args.input is not None:
-        found = [f"--input {args.input}: holds what is asked; leave out --image and --text"] * bool(
+        errors = [f"--input {args.input}: contains the inputs; leave out --image and --text"] * bool(
             args.image + args.text
         )
         if args.output is None:
-            found.append(f"--input {args.input}: needs --output, a file for the answers")
+            errors.append(f"--input {args.input}: needs --output, a file for the answers")
         elif args.output.resolve() == args.input.resolve():
-            found.append(f"--output {args.output}: is --input; name another file")
+            errors.append(f"--output {args.output}: is --input; name another file")
         elif not args.output.resolve().parent.is_dir():
-            found.append(f"--output {args.output}: its folder is not there; make it, or name another")
+            errors.append(f"--output {args.output}: its folder is not there; make it, or name another")
         if args.json:
-            found.append("--json: --output is JSON lines in any case; leave it out")
-        return found + _rerank_errors(args)
-    found = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
+            errors.append("--json: --output is JSON lines in any case; leave it out")
+        return errors + _rerank_errors(args)
+    errors = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
     if args.task != "retrieval":
         needed = Predictor.by_task[args.task].num_images
         if num_images != needed:
-            found.append(f"--image: given {num_images} times; {args.task} takes {needed}")
+            errors.append(f"--image: given {num_images} times; {args.task} takes {needed}")
         if num_texts != 1:
-            found.append(f"--text: given {num_texts} times; {args.task} takes one")
+            errors.append(f"--text: given {num_texts} times; {args.task} takes one")
     elif args.index is not None:
         if num_images + num_texts != 1:
-            found.append(
+            errors.append(
                 f"--index {args.index}: needs one --text, or one --image; {num_texts} and {num_images} are given"
             )
     elif not num_images or not num_texts or min(num_images, num_texts) > 1:
-        found.append(
+        errors.append(
             f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
             "one to rank for the other, or --index"
         )
-    return found + _rerank_errors(args)
+    return errors + _rerank_errors(args)
 
 
 def _rerank_errors(args: argparse.Namespace) -> list[str]:
     if args.task != "retrieval" or args.rerank is None or args.index is not None:
         return []
-    return [f"--rerank {args.rerank}: is for --index; without it all that is given is fused, leave it out"]
+    return [f"--rerank {args.rerank}: is for --index; without it all inputs are fused, leave it out"]

@@ -1,6 +1,6 @@
 """The program that all fine-tuning tasks share: exported weights -> a tuned run, its metrics and its predictions.
 
-Started once a rank; starting it again resumes. `Task` says what a task has of its own.
+Started once a rank; starting it again resumes. `Task` defines what is specific to a task.
 
 Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 """
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Settings that fine-tuning runs of all tasks have; a task's own add to them."""
+    """Settings that fine-tuning runs of all tasks have; those of a task add to them."""
 
     run: RunArgs = field(default_factory=RunArgs)
     init: str = ""
@@ -66,52 +66,52 @@ class FinetuneConfig:
     task: ClassVar[type[Task]]
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error."""
-        found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        found += self.data.shard_errors(self.task.kind, trains=not self.eval_only)
+        """Return which settings do not fit together, one line per error."""
+        errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
+        errors += self.data.shard_errors(self.task.kind, trains=not self.eval_only)
         if self.eval_only and self.data.val is None:
-            found.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
+            errors.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
         if self.eval_only:
-            found += busy_errors(self.run.folder)
+            errors += busy_errors(self.run.folder)
         if self.best.patience and (self.data.val is None or not self.training.eval_every):
-            found.append(
+            errors.append(
                 f"best.patience: {self.best.patience}: counts evaluations; set data.val and training.eval_every"
             )
         try:
             model = config_of(self.init, self.run.folder)
         except ConfigError as error:
-            return found + error.errors
-        found += task_errors(self.init, model, self.task)
+            return errors + error.errors
+        errors += task_errors(self.init, model, self.task)
         trained_at = model.vision_config.image_size
-        found += resized(model, self.image_size)
+        errors += resized(model, self.image_size)
         if self.eval_only and self.image_size not in (0, trained_at):
-            found.append(
+            errors.append(
                 f"image_size: {self.image_size}: the weights were tuned at {trained_at}, and none are trained here; "
                 "leave it out"
             )
         if self.eval_only and not has_begun(self.run.folder):
-            found += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
-        return found + self._tokenizer_errors(model)
+            errors += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        return errors + self._tokenizer_errors(model)
 
     def _tokenizer_errors(self, model: Unimo3Config) -> list[str]:
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return []  # the data's own check reports it
-        found = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
+            return []  # the data group reports it
+        errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:
             return [
-                *found,
+                *errors,
                 f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote",
             ]
         if trained.get_vocab() != tokenizer.get_vocab():
-            found.append(
+            errors.append(
                 f"data.tokenizer: '{self.data.tokenizer}': has another vocabulary than the weights were trained with; "
                 f"use {model_files_of(self.init, self.run.folder)}"
             )
-        return found
+        return errors
 
     def build_task(self) -> Task:
         """The task, with what of it the settings decide."""
@@ -131,7 +131,7 @@ class FinetuneConfig:
 
 
 def busy_errors(run: Path) -> list[str]:
-    """Say whether another process is at a run: metrics and heartbeats of two would mix."""
+    """Return an error if another process uses a run: metrics and heartbeats of two would mix."""
     beat = other_process(run)
     if beat is None:
         return []
@@ -139,7 +139,7 @@ def busy_errors(run: Path) -> list[str]:
     init = newest[0] if newest else "CHECKPOINT"
     return [
         f"eval_only: true: {run} is in use, rank {beat.rank} is at step {beat.step} (pid {beat.pid} on {beat.host}); "
-        f"evaluate in a run of its own, --run.name NAME --init {init}, or wait for the end"
+        f"evaluate in a separate run, --run.name NAME --init {init}, or wait for the end"
     ]
 
 
@@ -151,7 +151,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         Unimo3Error: see `train`; or the weights do not fit.
     """
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    # Who loads the exported folder cuts texts where this run does.
+    # Programs that load the exported folder truncate texts where this run does.
     tokenizer.model_max_length = settings.data.max_text_tokens
     model_config = config_of(settings.init, settings.run.folder)
     resized(model_config, settings.image_size)
@@ -161,8 +161,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
         log.warning(
-            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, tell nothing of other "
-            "data",
+            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, say nothing about "
+            "other data",
             val_index.source,
         )
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
@@ -211,7 +211,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
-    # Of a run that continues, the checkpoint has all weights.
+    # If a run continues, the checkpoint has all weights.
     begins = broadcast_object(not has_begun(settings.run.folder))
     weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
     training = settings.training

@@ -22,7 +22,7 @@ def names_of(folder: Path, files: dict[str, str], split: str, fingerprint: str) 
     """Where a run keeps an evaluation's files.
 
     Args:
-        folder: of the run, whose metrics tell which data had a split's name first.
+        folder: of the run, whose metrics record which data had a split's name first.
         files: as a task names them.
         split, fingerprint: of the held-out data.
     """
@@ -30,11 +30,11 @@ def names_of(folder: Path, files: dict[str, str], split: str, fingerprint: str) 
     evaluated = [record["data"] for record in read_metrics(folder, group="eval") if record.get("split") == split]
     if evaluated and evaluated[0] != fingerprint:
         parts = [split, fingerprint[:_FINGERPRINT_DIGITS]]
-    found = {}
+    paths = {}
     for name in files:
         stem, dot, ending = name.partition(".")
-        found[name] = folder / ("_".join([stem, *parts]) + dot + ending)
-    return found
+        paths[name] = folder / ("_".join([stem, *parts]) + dot + ending)
+    return paths
 
 
 def write_files(folder: Path, files: dict[str, str], split: str, fingerprint: str) -> list[Path]:

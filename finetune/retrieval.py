@@ -53,7 +53,7 @@ class Retrieval(Task):
         )
 
     def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
-        """Which image a row has, all of them different, and the rows' places in the sample order."""
+        """Which image a row has, all of them different, and the rows' positions in the sample order."""
         return {"image_id": torch.arange(num_rows), "positions": torch.arange(num_rows)}
 
     def objective(self, model: Unimo3ForImageAndTextRetrieval) -> RetrievalTask:
@@ -81,18 +81,18 @@ class RetrievalConfig(FinetuneConfig):
     task = Retrieval
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error."""
-        found = super().validate()
+        """Return which settings do not fit together, one line per error."""
+        errors = super().validate()
         if not self.eval_only and self.training.micro_batch * world_size_from_environment() < 2:
-            found.append(
+            errors.append(
                 f"training.micro_batch: {self.training.micro_batch}: contrast and matching draw wrong partners in a "
                 "micro-step, over all ranks; at least 2 pairs are needed there"
             )
         try:
             val = self.data.open_val()
         except DataError:
-            return found  # the data's own check reports it
-        return found if val is None else found + self.ranking.fold_errors(sum(val.samples_per_shard))
+            return errors  # the data group reports it
+        return errors if val is None else errors + self.ranking.fold_errors(sum(val.samples_per_shard))
 
     def build_task(self) -> Retrieval:
         """The task, with how it ranks."""

@@ -53,7 +53,7 @@ class HeldOut(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of one evaluation, the same on every rank.
+    """Results of one evaluation, the same on every rank.
 
     Attributes:
         metrics: by name; of data whose answers are not known there are none.
@@ -73,7 +73,7 @@ class Task(ABC):
         num_images: of a row.
         model_class: has the task's head.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
-        unused: pattern of pretraining's tensors that the model has no place for.
+        unused: pattern of pretraining's tensors that the model does not use.
         best_metric: by which the best checkpoint is chosen; larger is better.
     """
 
@@ -98,8 +98,8 @@ class Task(ABC):
 
     @abstractmethod
     def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
-        """What a batch has in addition to images and texts, for planning: on the meta device, but for what says
-        which row is which."""
+        """What a batch has in addition to images and texts, for planning: on the meta device, except for what
+        identifies rows."""
 
     @abstractmethod
     def objective(self, model: Any) -> nn.Module:
@@ -114,7 +114,7 @@ class Task(ABC):
 
 
 class RowTask(Task):
-    """A task whose held-out rows are scored each for itself."""
+    """A task whose held-out rows are scored separately."""
 
     @abstractmethod
     def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
@@ -139,12 +139,12 @@ class RowTask(Task):
         if not sum(samples.units_per_shard):
             raise DataError(f"data.val: '{held_out.shards.source}': holds no {self.kind} to score; name other shards")
         batches = evaluation_batches(samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader)
-        own: list[Row] = []
+        local_rows: list[Row] = []
         for loaded, counts in guard.batches(batches):
-            own += score_batch(self, engine, loaded, counts)
+            local_rows += score_batch(self, engine, loaded, counts)
         if guard.is_cut:
             return None
-        return self.results([row for part in all_gather_object(own) for row in part])
+        return self.results([row for part in all_gather_object(local_rows) for row in part])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The fine-tuning tasks by name. A new task is a file of its own, its recipes, and a line here."""
+"""The fine-tuning tasks by name. A new task is a separate file, its recipes, and a line here."""
 
 from finetune.nlvr2 import Nlvr2Config
 from finetune.program import FinetuneConfig

@@ -29,7 +29,7 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaTask
 
 PUBLISHED_ANSWERS = 3129
-"""Of VQAv2: what was given as an answer at least nine times, and METER's classes."""
+"""Of VQAv2: answers that occur at least nine times, and METER's classes."""
 
 
 class Vqa(RowTask):
@@ -100,21 +100,21 @@ class VqaConfig(FinetuneConfig):
     """All settings of a VQA fine-tuning run."""
 
     answers: str = ""
-    """Answer vocabulary. If empty: that of the run's own head or of weights that were tuned for VQA, else the
+    """Answer vocabulary. If empty: that of the run's head or of weights that were tuned for VQA, else the
     answers.json next to the training shards."""
 
     task = Vqa
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error."""
-        found = super().validate()
+        """Return which settings do not fit together, one line per error."""
+        errors = super().validate()
         # Where the vocabulary is follows from these.
-        if any(problem.startswith(("init:", "data.train:", "eval_only:")) for problem in found):
-            return found
-        return found + self.answers_errors()
+        if any(problem.startswith(("init:", "data.train:", "eval_only:")) for problem in errors):
+            return errors
+        return errors + self.answers_errors()
 
     def answers_errors(self) -> list[str]:
-        """Say why there is no answer vocabulary, or none that fits the weights."""
+        """Return why there is no answer vocabulary, or none that fits the weights."""
         path, tuned = self.answers_path, self._tuned_answers
         if path is None:
             return ["answers: '': name the answer vocabulary, an answers.json, where data.train is no single folder"]
@@ -153,7 +153,7 @@ class VqaConfig(FinetuneConfig):
         return Vqa(AnswerVocabulary([str(number) for number in range(PUBLISHED_ANSWERS)]))
 
     def planned_errors(self) -> list[str]:
-        """Errors of a vocabulary that is named or found."""
+        """Errors of a vocabulary that is named or exists."""
         return self.answers_errors() if self._has_answers else []
 
     @property

@@ -21,22 +21,22 @@ _TASK_CLASSES = {
 
 
 def task_errors(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
-    """Say whether weights were tuned for another task, as their configuration names their class."""
-    own = task.model_class.__name__
-    other = [name for name in config.architectures or () if name in _TASK_CLASSES - {own}]
+    """Return an error if weights were tuned for another task, by the class that their configuration names."""
+    expected = task.model_class.__name__
+    other = [name for name in config.architectures or () if name in _TASK_CLASSES - {expected}]
     if not other:
         return []
     return [
-        f"init: '{init}': holds weights of {other[0]}, this task tunes {own}; name pretraining's weights, or some that "
-        "were tuned for this task"
+        f"init: '{init}': holds weights of {other[0]}, this task tunes {expected}; name pretraining's weights, or some "
+        "that were tuned for this task"
     ]
 
 
 def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) -> list[str]:
-    """Say whether weights lack a task's head, which evaluation alone needs.
+    """Return an error if weights lack a task's head, which an evaluation without training needs.
 
     Args:
-        folder: with the configuration and, unless `init` is a run, the weights; a run's configuration tells its class.
+        folder: with the configuration and, unless `init` is a run, the weights; a run's configuration names its class.
     """
     try:
         names = read_names(Path(folder))
@@ -53,7 +53,7 @@ def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) 
 
 
 def resized(config: Unimo3Config, image_size: int) -> list[str]:
-    """Give a configuration another image size, unless it is 0; say where that does not fit, one line per error."""
+    """Set a configuration's image size, unless it is 0; return where that does not fit, one line per error."""
     if image_size < 0:
         return [f"image_size: {image_size}: a number of pixels is needed, or 0 for the weights' own"]
     if image_size:

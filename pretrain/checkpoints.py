@@ -33,16 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if not args.run.is_dir():
         raise CheckpointError(f"{args.run}: no such folder; name the folder of a run")
-    checkpoints, aside = store.list_folders(args.run), store.quarantined_folders(args.run)
-    if not checkpoints and not aside:
+    checkpoints, quarantined = store.list_folders(args.run), store.quarantined_folders(args.run)
+    if not checkpoints and not quarantined:
         raise CheckpointError(f"{args.run}: has no committed checkpoint in {store.folder_of(args.run)}")
     if args.command == "ls":
         for folder in checkpoints:
             print(describe(folder))
-        for folder in aside:
-            print(f"{folder.name}  quarantined as damaged; verify says why")
+        for folder in quarantined:
+            print(f"{folder.name}  quarantined as damaged; verify reports why")
     elif args.command == "verify":
-        verify(checkpoints, aside)
+        verify(checkpoints, quarantined)
     else:
         keep_last, keep_every = retention(args)
         try:
@@ -67,13 +67,13 @@ def describe(folder: Path) -> str:
     return f"{folder.name}  {ranks}  {state.samples_consumed} samples  {size / 1e6:.1f} MB"
 
 
-def verify(checkpoints: list[Path], aside: list[Path]) -> None:
+def verify(checkpoints: list[Path], quarantined: list[Path]) -> None:
     """Print each one's condition.
 
     Raises:
         CheckpointError: one is damaged that is not quarantined.
     """
-    for folder in aside:
+    for folder in quarantined:
         print(f"{folder.name}  quarantined: {'; '.join(store.verify(folder)) or 'good now; rename it to use it'}")
     damaged = []
     for folder in checkpoints:
@@ -96,7 +96,7 @@ def retention(args: argparse.Namespace) -> tuple[int, int]:
     """How many of the newest, and every how many steps, to keep: from the command line, else from the run's config.
 
     Raises:
-        ConfigError: it is given in neither place, or too low.
+        ConfigError: neither sets it, or it is too low.
     """
     path = args.run / "config.yaml"
     settings = config.read_flat(path) if path.is_file() else {}
@@ -104,7 +104,7 @@ def retention(args: argparse.Namespace) -> tuple[int, int]:
     keep_every = args.keep_every if args.keep_every is not None else settings.get("checkpoint.keep_every", 0)
     errors = []
     if keep_last is None:
-        errors.append(f"--keep-last: not given, and {path} does not say it; give a number, at least 1")
+        errors.append(f"--keep-last: not given, and {path} does not set it; give a number, at least 1")
     elif keep_last < 1:
         errors.append(f"--keep-last {keep_last}: at least 1 must be kept, or nothing could resume")
     if keep_every < 0:

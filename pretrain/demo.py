@@ -1,4 +1,4 @@
-"""The whole job in miniature, on two CPU ranks: toy data to VQA accuracy, with a stop and a resume on the way.
+"""The complete job in miniature, on two CPU ranks: toy data to VQA accuracy, with a stop and a resume on the way.
 
 Every stage is a command a user would type, printed before it runs.
 """
@@ -21,7 +21,7 @@ MARKER = ".made-by-demo"
 
 
 class Demo:
-    """One run of the demo in a folder of its own."""
+    """One run of the demo in a separate folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder

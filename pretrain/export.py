@@ -1,7 +1,7 @@
 """A run's sharded checkpoint, or a DeepSpeed ZeRO folder of another program -> inference weights in safetensors.
 
-Of a run the folder is what ``from_pretrained`` loads. Of a checkpoint without one (the folder that holds the
-``*_optim_states.pt`` files, or its parent with ``latest``) it has weights, index and report only.
+For a run, ``from_pretrained`` loads the folder. For a checkpoint without a run (the folder with the
+``*_optim_states.pt`` files, or its parent with ``latest``), it has weights, index and report only.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def check(args: argparse.Namespace) -> int:
     """Refuse what cannot work, all at once, before anything is read.
 
     Returns:
-        Bytes that a weights file is kept below.
+        The largest size of a weights file in bytes.
     """
     size = re.fullmatch(r"(\d+)\s*([KMG]?B?)", args.max_shard_size.strip().upper())
     errors = []
@@ -184,6 +184,6 @@ def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) 
 
 
 if __name__ == "__main__":
-    # Else the collector goes once more through all that torch holds when the process ends: a third of a second.
+    # Otherwise the collector walks all of torch's objects again when the process ends: a third of a second.
     atexit.register(gc.freeze)
     main()

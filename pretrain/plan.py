@@ -1,6 +1,6 @@
 """What a pretraining recipe needs, before a node is booked: memory, micro-batch, ds_config, operations and hours.
 
-Everything is computed from the recipe's own model without values; no GPU and no data are needed.
+Everything is computed from the recipe's model without values; no GPU and no data are needed.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from unimo3.training.plan.trace import Batch, Step, blank_inputs
 
 @dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
-    """All settings of a pretraining run that is yet to come."""
+    """All settings of a planned pretraining run."""
 
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error; nothing is asked of the shards."""
+        """Return which settings do not fit together, one line per error; the shards are not read."""
         return [] if self.model.validate() else self.data.model_errors(self.model.to_config())
 
 
@@ -87,8 +87,8 @@ def pretraining_step(model: Unimo3Config, objectives: ObjectivesArgs, num_tokens
         inputs = blank_inputs(model, num_pairs, num_tokens)
         labels = torch.full((num_pairs * num_tokens,), IGNORED)
         # <s> and </s> are never predicted; at least one token of a text is.
-        share = max(1.0, objectives.mlm.probability * (num_tokens - 2))
-        labels[: round(num_pairs * share)] = 0
+        num_masked = max(1.0, objectives.mlm.probability * (num_tokens - 2))
+        labels[: round(num_pairs * num_masked)] = 0
         return inputs | {
             "mlm_input_ids": inputs["input_ids"],
             "mlm_labels": labels.view(num_pairs, num_tokens),

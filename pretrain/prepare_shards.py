@@ -26,7 +26,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the source's format; index: tars that are shards already get an index next to them",
     )
     parser.add_argument("--src", type=Path, help="folder of the data set's annotation files; index: of the tars")
-    parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md says (default: --src)")
+    parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md describes (default: --src)")
     parser.add_argument("--out", type=Path, help="new folder for the shards")
     parser.add_argument("--shard-size", type=int, default=1024, help="records a shard (default: %(default)s)")
     parser.add_argument(
@@ -113,7 +113,7 @@ _WHY = {"src": "name the folder of the annotation files, or of the tars", "out":
 
 
 def run(args: argparse.Namespace, comm: Any) -> None:
-    """Do what the command line says; every rank calls it."""
+    """Run the command; every rank calls it."""
     if args.verify:
         verify(args.src if args.format == "index" else args.out, comm)
     elif args.format == "index":
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
     except ConfigError as error:
         errors = error.errors
-    # A node may lack what another has: what one finds ends all.
+    # A node may lack what another has: an error on one rank ends all.
     if comm is not None:
-        errors = list(dict.fromkeys(problem for found in comm.allgather(errors) for problem in found))
+        errors = list(dict.fromkeys(problem for rank_errors in comm.allgather(errors) for problem in rank_errors))
     if errors:
         if leads:
             raise ConfigError(errors)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.images < 40:
         errors.append(f"--images {args.images}: at least 40 are needed to fill every split")
     if args.size < 32:
-        errors.append(f"--size {args.size}: at least 32 pixels are needed to tell textures apart")
+        errors.append(f"--size {args.size}: at least 32 pixels are needed to distinguish textures")
     if args.seed < 0:
         errors.append(f"--seed {args.seed}: 0 or more is needed")
     if args.out.exists():

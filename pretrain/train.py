@@ -40,16 +40,16 @@ class PretrainConfig:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
 
     def validate(self) -> list[str]:
-        """Say which settings do not fit together, one line per error."""
-        found = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        found += self.data.shard_errors("captions")
+        """Return which settings do not fit together, one line per error."""
+        errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
+        errors += self.data.shard_errors("captions")
         if self.model.validate():
-            return found  # its own group reports it
+            return errors  # the model group reports it
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return found  # the data group reports it
-        return found + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
+            return errors  # the data group reports it
+        return errors + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""

@@ -43,23 +43,23 @@ def add(node: str, reason: str, job: str, hours: float = HOURS) -> None:
 def current() -> dict[str, str]:
     """Nodes noted and not yet expired, with the reason."""
     path = path_of()
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
             if entry["until"] > time.time():
-                found[entry["node"]] = entry["reason"]
+                reasons[entry["node"]] = entry["reason"]
         except (ValueError, KeyError, TypeError):
             continue
-    return found
+    return reasons
 
 
 def choose(excluded: list[str], ours: list[str], bad: list[str]) -> tuple[list[str], list[str]]:
-    """Nodes to exclude now, and those of them that are excluded for the ledger's sake alone.
+    """Nodes to exclude now, and those of them that only the ledger excludes.
 
     Args:
         excluded: nodes that the job excludes.
-        ours: those that it excludes for the ledger's sake.
+        ours: those that it excludes because of the ledger.
         bad: those in the ledger.
     """
     of_the_user = [node for node in excluded if node not in ours]

@@ -82,7 +82,7 @@ def read(run: Path) -> list[Attempt]:
 
 
 def excluded(run: Path, job: str) -> list[str]:
-    """Nodes that a job excludes for the ledger's sake; a link of an array those of the array to begin with."""
+    """Nodes that a job excludes because of the ledger; a link of an array starts with those of the array."""
     names = (job, job.partition("_")[0])
     noted = [record["nodes"] for record in _records(run) if record["event"] == "exclude" and record["job"] in names]
     return list(noted[-1]) if noted else []
@@ -99,8 +99,8 @@ def _records(run: Path) -> Iterator[dict[str, Any]]:
 
 def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:
     """Starts that count: those after somebody looked at the job, and not those that were sent elsewhere."""
-    places = [place for place, attempt in enumerate(attempts) if attempt.action == "hold"]
-    counted = attempts[places[-1] + 1 :] if places else attempts
+    holds = [index for index, attempt in enumerate(attempts) if attempt.action == "hold"]
+    counted = attempts[holds[-1] + 1 :] if holds else attempts
     return [attempt for attempt in counted if attempt.action != "exclude"]
 
 

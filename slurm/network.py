@@ -1,9 +1,9 @@
-"""How fast all ranks of a job exchange tensors, and which node it is that slows them down.
+"""How fast all ranks of a job exchange tensors, and which node slows them down.
 
     {"problems": [...], "gbps", "nodes": {NODE: problem}}     network.json, written by rank 0
 
 Only if all of them together are below the floor are pairs of neighbouring nodes timed, each node with the one before
-and the one after it: a node both of whose pairs are slow is a slow one. Of two, none can be identified.
+and the one after it: a node with two slow pairs is a slow one. With two nodes, the slow one cannot be identified.
 
 Source: the pairwise checks of NVIDIA's nccl-tests, for the idea.
 """
@@ -56,24 +56,24 @@ def rounds_of(num_nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def slow_nodes(gbps: dict[tuple[str, str], float], floor_gbps: float) -> dict[str, str]:
-    """The nodes that are slow with both of their neighbours, with what was measured; none if that holds for all.
+    """The nodes that are slow with both of their neighbours, with what was measured; none if all are.
 
     Args:
         gbps: of each pair of neighbours.
     """
-    found = {}
+    slow = {}
     nodes = dict.fromkeys(node for pair in gbps for node in pair)
     for node in nodes:
         rates = {(set(pair) - {node}).pop(): rate for pair, rate in gbps.items() if node in pair}
         if len(rates) > 1 and all(rate < floor_gbps for rate in rates.values()):
             others = " and ".join(f"{rate:.2f} GB/s with {other}" for other, rate in rates.items())
-            found[node] = f"an all-reduce runs at {others}, below MIN_ALLREDUCE_GBPS {floor_gbps:g}"
-    return found if len(found) < len(nodes) else {}
+            slow[node] = f"an all-reduce runs at {others}, below MIN_ALLREDUCE_GBPS {floor_gbps:g}"
+    return slow if len(slow) < len(nodes) else {}
 
 
 def _time_pairs(nodes: list[str], names: list[str]) -> dict[tuple[str, str], float]:
     """10^9 bytes a second of every pair of neighbours; disjoint pairs at the same time."""
-    found: dict[tuple[str, str], float] = {}
+    rates: dict[tuple[str, str], float] = {}
     for pairs in rounds_of(len(nodes)):
         mine = None
         for first, second in pairs:
@@ -84,8 +84,8 @@ def _time_pairs(nodes: list[str], names: list[str]) -> dict[tuple[str, str], flo
         results: list[Any] = [None] * len(names)
         dist.all_gather_object(results, (mine[0], _gbps(mine[1])) if mine else None)
         for pair, rate in (entry for entry in results if entry):
-            found[pair] = min(rate, found.get(pair, rate))
-    return found
+            rates[pair] = min(rate, rates.get(pair, rate))
+    return rates
 
 
 def _gbps(group: Any) -> float:
@@ -104,7 +104,7 @@ def _gbps(group: Any) -> float:
 
 
 def _slowest(gbps: float) -> float:
-    """The least of all ranks' metrics."""
+    """The lowest rate of all ranks."""
     rates: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(rates, gbps)
     return min(rates)

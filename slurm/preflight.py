@@ -1,4 +1,4 @@
-"""Checks of a job's nodes before a program starts; each writes what is wrong as JSON into a folder all share.
+"""Checks of a job's nodes before a program starts; each writes its problems as JSON into a folder that all nodes see.
 
     python -m slurm.preflight node --run RUN --mark DIR --gpus N --local-disk DIR     once a node
     python -m slurm.preflight network --mark DIR --floor GBPS                         once a rank; see slurm/network.py
@@ -24,30 +24,30 @@ _MIN_FREE_INODES = 1000
 
 
 def job_problems(run: Path, num_gpus: int) -> list[str]:
-    """What is wrong with the job or with what all nodes share: going elsewhere would not help."""
+    """Problems of the job or of what all nodes use in common: other nodes would not help."""
     needed_bytes, needed_files = _needed(run)
-    found = _disk_problems(run, needed_bytes, needed_files)
+    problems = _disk_problems(run, needed_bytes, needed_files)
     allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if num_gpus and allocated.isdigit() and int(allocated) < num_gpus:
-        found.append(
-            f"the job has {allocated} GPUs a node, GPUS_PER_NODE in slurm/site.env says {num_gpus}; ask for them, as "
+        problems.append(
+            f"the job has {allocated} GPUs a node, GPUS_PER_NODE in slurm/site.env is {num_gpus}; ask for them, as "
             f"with --gpus-per-node={num_gpus}"
         )
-    return found
+    return problems
 
 
 def _needed(run: Path) -> tuple[int, int]:
     """Bytes and files that checkpoints still to be saved may take, in addition to those there.
 
-    At least what the next save and the one after it take; what a new run's saves will take, `slurm.submit` estimates.
+    At least what the next save and the one after it take. For a new run `slurm.submit` estimates it.
     """
     try:
         step = newest_step(run)
         if step is None:
             return _MIN_FREE_BYTES, _MIN_FREE_INODES
-        kept = int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["keep_last"])
+        keep_last = int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["keep_last"])
         num_there = len(list((run / "checkpoints").glob("step_*/MANIFEST.json")))
-        num_saves = max(2, kept + 1 - num_there)
+        num_saves = max(2, keep_last + 1 - num_there)
         num_files = len(list((run / "checkpoints" / f"step_{step:08d}").iterdir()))
         return (
             max(_MIN_FREE_BYTES, num_saves * checkpoint_bytes(run)),
@@ -58,13 +58,13 @@ def _needed(run: Path) -> tuple[int, int]:
 
 
 def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
-    """What is wrong with this node, one line a problem."""
-    found = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
+    """Problems of this node, one line each."""
+    problems = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
     if not mark.is_dir():
-        found.append(f"{mark} is not visible: is the shared folder mounted?")
+        problems.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
-        found += _gpu_problems(num_gpus)
-    return found + _disk_problems(local_disk, _MIN_FREE_BYTES, _MIN_FREE_INODES)
+        problems += _gpu_problems(num_gpus)
+    return problems + _disk_problems(local_disk, _MIN_FREE_BYTES, _MIN_FREE_INODES)
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:
@@ -93,12 +93,12 @@ def _disk_problems(folder: Path, least_bytes: int, least_files: int) -> list[str
         inodes = os.statvfs(folder)
     except OSError as error:
         return [f"{folder}: cannot be written ({error.strerror})"]
-    found = []
+    problems = []
     if free < least_bytes:
-        found.append(f"{folder}: {free / 1e9:.2f} GB are free, {least_bytes / 1e9:.2f} are needed")
+        problems.append(f"{folder}: {free / 1e9:.2f} GB are free, {least_bytes / 1e9:.2f} are needed")
     if inodes.f_files and inodes.f_favail < least_files:
-        found.append(f"{folder}: {inodes.f_favail} files can still be made, {least_files} are needed")
-    return found
+        problems.append(f"{folder}: {inodes.f_favail} files can still be made, {least_files} are needed")
+    return problems
 
 
 def main() -> None:
@@ -113,20 +113,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.check == "node":
         name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        own = job_problems(args.run, args.gpus)
-        problems = node_problems(args.mark, 0 if own else args.gpus, args.local_disk)
-        for problem in own + problems:
+        of_job = job_problems(args.run, args.gpus)
+        problems = node_problems(args.mark, 0 if of_job else args.gpus, args.local_disk)
+        for problem in of_job + problems:
             print(f"pre-flight: {name}: {problem}", flush=True)
-        _write(args.mark / f"{name}.json", {"problems": problems, "job": own})
+        _write(args.mark / f"{name}.json", {"problems": problems, "job": of_job})
         return
     from slurm import network
 
-    found = network.measure(args.floor)
+    measured = network.measure(args.floor)
     if os.environ["RANK"] == "0":
-        print(f"pre-flight: an all-reduce over all ranks runs at {found['gbps']:.2f} GB/s", flush=True)
-        for problem in [*found["problems"], *(f"{node}: {problem}" for node, problem in found["nodes"].items())]:
+        print(f"pre-flight: an all-reduce over all ranks runs at {measured['gbps']:.2f} GB/s", flush=True)
+        for problem in [*measured["problems"], *(f"{node}: {problem}" for node, problem in measured["nodes"].items())]:
             print(f"pre-flight: {problem}", flush=True)
-        _write(args.mark / "network.json", found)
+        _write(args.mark / "network.json", measured)
     os._exit(0)  # gloo's threads may abort a process that takes itself apart
 
 

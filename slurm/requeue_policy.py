@@ -1,13 +1,13 @@
 """What a job does next, as ``ACTION REASON`` on one line; asked by the job scripts before and after the programs.
 
     go         continue
-    ask        say what Slurm makes of another job, the reason, and ask again
+    ask        ask again with the state that Slurm reports of another job; the reason is its number
     done       the run has ended well
     link       this link of an array ends, the next continues
     requeue    start again
-    exclude    start again elsewhere; the reason begins with the nodes to leave out
+    exclude    start again elsewhere; the reason begins with the nodes to exclude
     left       Slurm ends or requeues the job by itself
-    hold       keep the job, held, until somebody has fixed what the reason says
+    hold       hold the job until somebody has fixed what the reason names
 
     python -m slurm.requeue_policy begin --run RUN --nodes 'NODE NODE...'
     python -m slurm.requeue_policy preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
@@ -61,7 +61,7 @@ def decide(
 
 
 def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, max_restarts: int) -> tuple[str, str]:
-    """Requeue after a failure that is not the run's own, unless that has been tried too often."""
+    """Requeue after a failure that the run did not cause, unless that has been tried too often."""
     attempts = history.since_the_last_hold(attempts)
     in_vain = history.starts_without_progress(attempts, checkpoint)
     if in_vain > MAX_WITHOUT_PROGRESS:
@@ -98,7 +98,7 @@ def begin(
     if listed := sorted(set(hosts) & bad.keys()):
         action, reason = _elsewhere(f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
     elif attempts and attempts[-1].action is None:
-        # Cut off: nobody was left to decide.
+        # Cut off: no process remained to decide.
         action, reason = _again("the last start was cut off", attempts, checkpoint, max_restarts)
         action = "go" if action == "requeue" else action
     history.append(run, "begin", job=job, restart=restart, nodes=" ".join(hosts), checkpoint=checkpoint)
@@ -121,10 +121,10 @@ def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
 def final_status(status: int, folder: Path | None) -> tuple[int, str]:
     """The status that counts, and what a rank reported of it.
 
-    srun's own is the highest of all, and ranks that were ended for another's sake have high ones.
+    srun's status is the highest of all ranks', and ranks that were ended because another failed have high ones.
 
     Args:
-        folder: where ranks that ended by themselves have left theirs.
+        folder: status files of the ranks that ended by themselves.
     """
     messages: dict[int, str] = {}
     for path in sorted(folder.glob("rank_*")) if folder else []:
@@ -134,11 +134,11 @@ def final_status(status: int, folder: Path | None) -> tuple[int, str]:
     for decisive in (*_REASONS, 71):
         if decisive in messages:
             return decisive, messages[decisive]
-    # A rank says 75 only when all have saved together; srun may have ended the others a moment too early.
+    # A rank reports 75 only when all have saved together; srun may have ended the others a moment too early.
     if 75 in messages:
         return 75, ""
     # The first rank that ended knows why; the others were ended by srun. One that was asked to stop before it trained
-    # says 75 here and nothing else, or is ended by the signal while it is still being loaded.
+    # reports 75 here and nothing else, or is ended by the signal while its program is still loading.
     ends = [path.read_text().replace(",", ".").split() for path in folder.glob("end_*")] if folder else []
     in_order = sorted((float(end[0]), int(end[1])) for end in ends if len(end) == 2)
     first = next((code for _, code in in_order if code), status)
@@ -175,23 +175,23 @@ def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, ma
     answers = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
     measured = answers.pop("network", {"problems": [], "nodes": {}})
     network = measured["problems"]
-    own = list(dict.fromkeys(problem for answer in answers.values() for problem in answer.get("job", [])))
+    of_job = list(dict.fromkeys(problem for answer in answers.values() for problem in answer.get("job", [])))
     bad = {
         host: "; ".join(answers[host]["problems"]) if host in answers else "gave no answer"
         for host in hosts
         if host not in answers or answers[host]["problems"]
     } | measured["nodes"]
-    if not bad and not network and not own and status == 0:
+    if not bad and not network and not of_job and status == 0:
         return "go", ""
     checkpoint, attempts = progress(run), history.read(run)
-    if own:
-        action, reason = "hold", "; ".join(own)
+    if of_job:
+        action, reason = "hold", "; ".join(of_job)
     elif not answers or not bad:
         # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
         what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
         action, reason = _again(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:
-        # Where every node says so it is not the nodes.
+        # A problem that every node reports is not one of the nodes.
         action, reason = "hold", "every node: " + "; ".join(f"{host}: {problem}" for host, problem in bad.items())
     else:
         for host, problem in bad.items():
@@ -209,9 +209,9 @@ def main() -> None:
     parser.add_argument("--nodes", default="")
     parser.add_argument("--mark", type=Path)
     parser.add_argument("--status", type=int, default=0)
-    parser.add_argument("--statuses", type=Path, help="folder where ranks left theirs")
+    parser.add_argument("--statuses", type=Path, help="folder of the ranks' status files")
     parser.add_argument(
-        "--known", default="", metavar="JOB=STATE", help="what Slurm says of the job that was asked for"
+        "--known", default="", metavar="JOB=STATE", help="what Slurm reports of the job that was asked for"
     )
     parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm reports it")
     parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")

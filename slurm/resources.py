@@ -1,4 +1,4 @@
-"""What is asked of Slurm for a job: nodes, processes, wall time, grace, links.
+"""What a job requests of Slurm: nodes, processes, wall time, grace, links.
 
 Source: sbatch(1).
 """
@@ -30,7 +30,7 @@ class Resources:
 
 
 def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[str]]:
-    """The resources of a training job, and what is wrong with it, one line each."""
+    """The resources of a training job, and its errors, one line each."""
     errors: list[str] = []
     nodes = node_counts(args.nodes)
     ranks = args.ranks_per_node if args.ranks_per_node is not None else site.ranks_per_node
@@ -52,7 +52,7 @@ def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[s
 
 
 def errors_of_work(args: argparse.Namespace) -> list[str]:
-    """What is wrong with an export's or a conversion's resources."""
+    """Errors of an export's or a conversion's resources."""
     errors: list[str] = []
     ranks = args.ranks_per_node if args.ranks_per_node is not None else 1
     if args.nodes != "1":
@@ -60,7 +60,7 @@ def errors_of_work(args: argparse.Namespace) -> list[str]:
     if ranks < 1:
         errors.append(f"--ranks-per-node {ranks}: at least 1 is needed")
     elif args.job == "export" and ranks > 1:
-        errors.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs says how many tensors are in work")
+        errors.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs is the number of tensors in work")
     if args.time and seconds(args.time) is None:
         errors.append(_TIME.format(args.time))
     if args.grace is not None:
@@ -74,16 +74,16 @@ _TIME = "--time {}: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS is needed"
 
 
 def node_counts(nodes: str) -> list[int]:
-    """Numbers of nodes of ``N`` or ``MIN-MAX``; none if it is neither."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
-    if not found:
+    """Numbers of nodes of ``N`` or ``MIN-MAX``; empty if it is neither."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    if not match:
         return []
-    least, most = int(found[1]), int(found[2] or found[1])
+    least, most = int(match[1]), int(match[2] or match[1])
     return list(range(least, most + 1)) if 1 <= least <= most else []
 
 
 def seconds(time: str) -> float | None:
-    """Seconds of a time as sbatch takes it; None if it is none."""
+    """Seconds of a time as sbatch takes it; None if it is invalid."""
     days, dash, rest = time.partition("-") if "-" in time else ("0", "", time)
     parts = rest.split(":")
     if not all(part.isdigit() for part in (days, *parts)) or len(parts) > 3:

@@ -1,9 +1,9 @@
 """Which start of a job has a folder to itself: RUN/slurm/starts/000001, 000002...; the last one counts.
 
 Two jobs that begin at the same instant must not both have it, on a shared file system too, where locks of flock(2) may
-hold on one node only. A start makes the file of the next number by link(2), which the file system's server grants once;
-who comes second looks again at whose it is. No file is ever replaced or removed: one that somebody has just read is not
-another's meanwhile. One whose start has ended, or whose job Slurm no longer has at work, is free to be followed.
+work within one node only. A start makes the file of the next number by link(2), which the file system's server grants
+once; a second start then reads the new file. No file is ever replaced or removed, so a file that was just read stays
+valid. A file does not block the next start if its own start has ended or Slurm no longer has its job at work.
 
 Source: open(2), O_EXCL, on locks over NFS.
 """
@@ -28,12 +28,12 @@ def acquire(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]
         is_at_work: whether another job's processes may still be there.
 
     Returns:
-        The other job that has it; None: it is this one's now.
+        The other job that has the folder; None: this job has it now.
     """
     folder = run / history.FOLDER / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f".{socket.gethostname()}-{os.getpid()}"
-    own.write_text(f"{job} {restart}\n")
+    staging = folder / f".{socket.gethostname()}-{os.getpid()}"
+    staging.write_text(f"{job} {restart}\n")
     try:
         number = max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
         while True:
@@ -42,18 +42,18 @@ def acquire(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]
                 if other != job and not _has_ended(run, other, its_restart) and is_at_work(other):
                     return other
             number += 1
-            if _link(own, folder / f"{number:06d}"):
+            if _link(staging, folder / f"{number:06d}"):
                 return None
     finally:
-        own.unlink()
+        staging.unlink()
 
 
-def _link(own: Path, target: Path) -> bool:
+def _link(staging: Path, target: Path) -> bool:
     try:
-        target.hardlink_to(own)
+        target.hardlink_to(staging)
     except FileExistsError:
         # NFS may have made it and lost the answer.
-        return own.stat().st_nlink > 1
+        return staging.stat().st_nlink > 1
     return True
 
 

@@ -4,10 +4,10 @@
     OUT.job    of an export or a conversion: next to what it makes, which must not exist before
     SRC        of pretrain.prepare_shards index, which writes next to the tars
 
-Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch. A
-task of fine-tuning that is none ends with status 78, as wrong arguments do.
+Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch. An
+unknown task of fine-tuning ends with status 78, as invalid arguments do.
 
-Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for how arguments are given.
+Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for the form of arguments.
 """
 
 import ast
@@ -48,10 +48,10 @@ def work_folder(program: str, arguments: list[str], start: Path = Path()) -> Pat
     in_place = program == "pretrain.prepare_shards" and arguments[:1] == ["index"]
     key = "--src" if in_place else "--out"
     value = ""
-    for place, word in enumerate(arguments):
+    for index, word in enumerate(arguments):
         name, equals, rest = word.partition("=")
         if name == key:
-            value = rest if equals else next(iter(arguments[place + 1 :]), "")
+            value = rest if equals else next(iter(arguments[index + 1 :]), "")
     if not value.isprintable() or Path(value).name in ("", ".."):
         raise ArgumentError(f"{key} {value!r}: the printable name of a folder is needed")
     folder = start / value
@@ -65,9 +65,9 @@ def run_folder(arguments: list[str], start: Path = Path()) -> Path:
         start: folder in which the program is started.
 
     Raises:
-        ArgumentError: a recipe cannot be read, or the name is none.
+        ArgumentError: a recipe cannot be read, or the name is invalid.
     """
-    given: dict[str, Any] = dict(_DEFAULTS)
+    settings: dict[str, Any] = dict(_DEFAULTS)
     rest = list(arguments)
     while rest:
         key, equals, value = rest.pop(0).removeprefix("--").partition("=")
@@ -76,10 +76,10 @@ def run_folder(arguments: list[str], start: Path = Path()) -> Path:
                 raise ArgumentError(f"--{key}: a value is needed after it")
             value = rest.pop(0)
         if key == "config":
-            given |= _of_recipe(start / value)
+            settings |= _of_recipe(start / value)
         elif key in _DEFAULTS:
-            given[key] = value
-    name, folder = str(given["run.name"]), str(given["run.dir"])
+            settings[key] = value
+    name, folder = str(settings["run.name"]), str(settings["run.dir"])
     if not (folder + name).isprintable() or Path(name).name != name or name in ("", "..") or not folder:
         raise ArgumentError(
             f"run.dir {folder!r}, run.name {name!r}: printable names are needed, the second without '/'"
@@ -91,7 +91,7 @@ def newest_step(run: Path) -> int | None:
     """Step of the newest committed checkpoint, whether it is good or not."""
     folder = run / "checkpoints"
     names = [path.name for path in folder.iterdir() if (path / "MANIFEST.json").is_file()] if folder.is_dir() else []
-    return max((int(found[1]) for name in names if (found := _TAG.match(name))), default=None)
+    return max((int(match[1]) for name in names if (match := _TAG.match(name))), default=None)
 
 
 def progress(folder: Path) -> int | None:
@@ -133,7 +133,7 @@ def tasks() -> list[str]:
 
 
 def missing_program(module: str) -> list[str]:
-    """An error if a task of fine-tuning is none.
+    """An error if a task of fine-tuning does not exist.
 
     Args:
         module: a program, such as ``finetune.vqa``; without a task ``finetune.``.
@@ -151,7 +151,7 @@ def _trains(path: Path) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Print the folder, or what is wrong with the program's name and its arguments; an exit status."""
+    """Print the folder, or the errors of the program's name and arguments; return an exit status."""
     program, *arguments = argv
     errors = missing_program(program)
     try:

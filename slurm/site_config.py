@@ -1,4 +1,4 @@
-"""What slurm/site.env says of a site, for those who submit jobs there.
+"""A site's settings from slurm/site.env, for submitting jobs there.
 
 Source: none.
 """
@@ -55,6 +55,6 @@ def read_site(path: Path) -> Site:
 
 
 def option_of(options: list[str], name: str) -> str | None:
-    """What options say of one, given as ``--name=value``; the last one counts."""
-    found = [option.partition("=")[2] for option in options if option.startswith(f"--{name}=")]
-    return found[-1] if found else None
+    """The value of the last ``--name=value`` among options, None without one."""
+    values = [option.partition("=")[2] for option in options if option.startswith(f"--{name}=")]
+    return values[-1] if values else None

@@ -1,8 +1,8 @@
 """What Slurm reports of jobs: one job's state, all jobs of the project's scripts, and the jobs of one folder.
 
 Slurm reports each job's command and folder as they were submitted, so a job's run is found without notes that could go
-stale. The words' quotes are lost: a value reaches to the next word that begins with ``--``. Not found is a job
-submitted in one copy of the project for another that UNIMO3_ROOT names, if the folder is given relative to that.
+stale. The words' quotes are lost: a value reaches to the next word that begins with ``--``. A job submitted in one copy
+of the project for another that UNIMO3_ROOT names is not found if its folder is relative to that.
 
 Source: squeue(1), %o and %Z.
 """
@@ -37,7 +37,7 @@ def ask(job: str, form: str = "%T") -> str:
 
 @dataclass(frozen=True)
 class Queued:
-    """A job of the project's scripts that Slurm has; of an array the array."""
+    """A job of the project's scripts that Slurm has; an array counts as one."""
 
     job: str
     state: str
@@ -55,13 +55,13 @@ def queued() -> list[Queued]:
         stdout = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except FileNotFoundError:
         return []
-    found: list[Queued] = []
+    jobs: list[Queued] = []
     for line in stdout.splitlines():
         job, state, start, words = (*line.split("|", 3), "", "", "")[:4]
         folder = _folder_of(_root(Path(start)), words)
         if folder is not None:
-            found.append(Queued(job, state, folder.resolve()))
-    return found
+            jobs.append(Queued(job, state, folder.resolve()))
+    return jobs
 
 
 def jobs_on(folder: Path, known: list[Queued] | None = None) -> dict[str, str]:
@@ -74,12 +74,12 @@ def jobs_on(folder: Path, known: list[Queued] | None = None) -> dict[str, str]:
         OSError, subprocess.SubprocessError: Slurm does not answer.
     """
     jobs = queued() if known is None else known
-    found = {one.job: one.state for one in jobs if one.folder == folder.resolve()}
+    states = {one.job: one.state for one in jobs if one.folder == folder.resolve()}
     # One of another command, such as a script around the project's, is known once it has begun.
     for attempt in history.read(folder)[-1:]:
-        if (job := attempt.job.partition("_")[0]) not in found and (state := ask(attempt.job)) in ACTIVE:
-            found[job] = state
-    return found
+        if (job := attempt.job.partition("_")[0]) not in states and (state := ask(attempt.job)) in ACTIVE:
+            states[job] = state
+    return states
 
 
 def _root(start: Path) -> Path:
@@ -91,7 +91,7 @@ def _root(start: Path) -> Path:
 
 
 def _folder_of(start: Path, command: str) -> Path | None:
-    """What a job's command works on; None: it is none of the project's, or says no folder."""
+    """The folder a job's command works on; None: it is not one of the project's, or names no folder."""
     script = _SCRIPT.search(command)
     if not script:
         return None
@@ -104,7 +104,7 @@ def _folder_of(start: Path, command: str) -> Path | None:
 
 
 def _joined(words: list[str]) -> list[str]:
-    """Words of which those that a space within a value has parted are together again."""
+    """The words, with values that contain spaces joined again."""
     joined: list[str] = []
     takes_any = False  # the word after a key is its value, however it begins
     for word in words:
@@ -167,7 +167,7 @@ def jobs_of(run: Path, attempts: list[history.Attempt], queue: Queue) -> list[Jo
     if queue.jobs is None:
         return [Job(last, "UNKNOWN", queue.error)] if last else []
     listed = jobs_on(run, queue.jobs)
-    # Of an array the link that has begun says more than the array, while it is there.
+    # The link of an array that has begun is more precise than the array, while Slurm has it.
     if last.partition("_")[0] in listed and ask(last) in ACTIVE:
         listed = {last: listed.pop(last.partition("_")[0])} | listed
     return [_job(number, state) for number, state in (listed or ({last: "ENDED"} if last else {})).items()]

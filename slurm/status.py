@@ -1,7 +1,7 @@
 """One screen a run: ``python -m slurm.status [RUN...] [--json] [--watch]``; without RUN, every run below runs/.
 
-A run whose first job still waits is one, too, before it has a folder. Everything is read from files in the run's folder
-and from Slurm; nothing is asked of the run itself.
+A run whose first job is still pending is shown too, before it has a folder. Everything is read from files in the run's
+folder and from Slurm; the run itself is not asked.
 
 Source: squeue(1) for the job's state.
 """
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = args.runs or _own_runs(queue)
     errors = [problem for run in runs for problem in _folder_errors(run, queue)]
     if not runs:
-        errors.append("no RUN is given, runs/ holds none and no job waits for one; name the folder of a run")
+        errors.append("no RUN is given, runs/ contains none and no job waits for one; name the folder of a run")
     if args.every <= 0:
         errors.append(f"--every {args.every}: a number of seconds above 0 is needed")
     if errors:
@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _own_runs(queue: squeue.Queue) -> list[Path]:
-    own = Path("runs")
-    waiting = {own / one.folder.name for one in queue.jobs or [] if one.folder.parent == own.resolve()}
-    return sorted({path.parent for path in own.glob("*/config.yaml")} | waiting)
+    folder = Path("runs")
+    waiting = {folder / one.folder.name for one in queue.jobs or [] if one.folder.parent == folder.resolve()}
+    return sorted({path.parent for path in folder.glob("*/config.yaml")} | waiting)
 
 
 def _folder_errors(run: Path, queue: squeue.Queue) -> list[str]:
@@ -84,7 +84,7 @@ def _folder_errors(run: Path, queue: squeue.Queue) -> list[str]:
 
 
 def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
-    """All that is known of a run, as plain values; what is not known is None."""
+    """All that is known of a run, as plain values; unknown values are None."""
     attempts = history.read(run)
     jobs = squeue.jobs_of(run, attempts, queue)
     steps = _records(run / "metrics.jsonl")
@@ -92,7 +92,7 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
     num_steps = _num_steps(run)
     recent, before = steps[-_RECENT_STEPS:], steps[-2 * _RECENT_STEPS : -_RECENT_STEPS]
     step_s = median(record["step_s"] for record in recent) if recent else None
-    found: dict[str, Any] = {
+    state: dict[str, Any] = {
         "run": str(run),
         "jobs": [asdict(job) for job in jobs],
         "step": last.get("step"),
@@ -111,8 +111,8 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
         "bad_nodes": bad_nodes.current(),
     }
     if recent and before:
-        found["trend"] = found["pairs_per_s"] / median(record["pairs_per_s"] for record in before) - 1
-    return found
+        state["trend"] = state["pairs_per_s"] / median(record["pairs_per_s"] for record in before) - 1
+    return state
 
 
 def screen(state: dict[str, Any]) -> str:
@@ -136,8 +136,8 @@ def screen(state: dict[str, Any]) -> str:
     if state["step"] is None:
         line("step", "none yet")
     else:
-        share = f" of {state['steps']} ({100 * state['step'] / state['steps']:.1f} %)" if state["steps"] else ""
-        line("step", f"{state['step']}{share}, loss {_number(state['loss'])}, skipped {state['skipped_steps'] or 0}")
+        fraction = f" of {state['steps']} ({100 * state['step'] / state['steps']:.1f} %)" if state["steps"] else ""
+        line("step", f"{state['step']}{fraction}, loss {_number(state['loss'])}, skipped {state['skipped_steps'] or 0}")
         trend = f", {100 * state['trend']:+.0f} % against the {_RECENT_STEPS} before" if state["trend"] else ""
         line("speed", f"{_number(state['pairs_per_s'])} pairs/s{trend}")
         if state["left_s"] and state["goes_on"]:
@@ -163,16 +163,16 @@ def screen(state: dict[str, Any]) -> str:
 
 
 def _ends(attempts: list[history.Attempt], may_run: bool) -> list[dict[str, Any]]:
-    """How each start ended; one that nobody was left to tell of, unless it may be the one that runs, was cut off."""
-    found = []
-    for place, attempt in enumerate(attempts):
+    """How each start ended; a start without a recorded end was cut off, unless it may be the one that runs."""
+    ends = []
+    for index, attempt in enumerate(attempts):
         when, action, reason = attempt.ended, attempt.action, attempt.reason
         if action is None:
-            if may_run and place == len(attempts) - 1:
+            if may_run and index == len(attempts) - 1:
                 continue
             when, action, reason = attempt.time, "cut off", "after this start: a lost node, a kill, no time to save"
-        found.append({"time": when, "status": attempt.status, "action": action, "reason": reason})
-    return found
+        ends.append({"time": when, "status": attempt.status, "action": action, "reason": reason})
+    return ends
 
 
 def _checkpoint(run: Path) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ def _checkpoint(run: Path) -> dict[str, Any] | None:
 
 
 def _ranks(run: Path, since: float) -> dict[str, Any] | None:
-    """What the ranks' last heartbeats say, but those of before the last start."""
+    """Summary of the ranks' last heartbeats, without those from before the last start."""
     beats = [beat for beat in read_heartbeats(run) if beat.time >= since]
     if not beats:
         return None
@@ -215,15 +215,15 @@ def _records(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 200_000))
         lines = file.read().decode(errors="replace").splitlines()
-    found = []
+    records = []
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue  # cut off at either end
         if isinstance(record, dict) and "group" not in record and "step_s" in record:
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,8 @@
 """Checks a job, then submits it: ``python -m slurm.submit [OPTIONS] JOB ARGUMENTS...``.
 
 JOB is pretrain, finetune (ARGUMENTS: the task, then as in training), export or prepare_shards; ARGUMENTS are those of
-the program. What can be found wrong before a node is booked is, with all errors in one message: what the program itself
-would refuse, for every number of nodes; disk for what it writes; grace period and wall time against what the run has
+the program. The checks run before a node is allocated, and all errors are in one message: what the program itself would
+refuse, for every number of nodes; disk for what it writes; grace period and wall time against what the run has
 measured; another job, queued or at work, on the same folder. Then sbatch gets the same script and arguments as a user
 would give it.
 
@@ -28,7 +28,7 @@ from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("pretrain", "finetune")
-# Kinds of dependency that wait for a job's end; `after` waits for its start alone, and one link is not the whole array.
+# Kinds of dependency that wait for a job's end; `after` waits for its start alone, and one link is not the full array.
 _ENDS, _ENDED = re.compile(r"(afterany|afterok|afternotok|afterburstbuffer):"), re.compile(r":(\d+)(?=:|$)")
 JOBS = (*TRAINING, "export", "prepare_shards")
 
@@ -62,11 +62,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's; of finetune the task first")
     words = sys.argv[1:] if argv is None else argv
-    own = words[
-        : next((place for place, word in enumerate(words) if word in JOBS and words[place - 1] != "--job-name"), 0)
+    before_job = words[
+        : next((index for index, word in enumerate(words) if word in JOBS and words[index - 1] != "--job-name"), 0)
     ]
-    if not {"-h", "--help"} & set(own):
-        options.parse_args(own)  # else the value of an unknown option would be taken for the job
+    if not {"-h", "--help"} & set(before_job):
+        options.parse_args(before_job)  # else the value of an unknown option would be taken for the job
     return parser.parse_args(words)
 
 
@@ -134,65 +134,65 @@ def _options(args: argparse.Namespace, site: Site) -> list[str]:
 
 
 def _excluded(args: argparse.Namespace, site: Site) -> tuple[list[str], list[str]]:
-    """Nodes to exclude, and those of them that are so for the ledger's sake; the site may exclude others."""
+    """Nodes to exclude, and those of them that only the ledger excludes; the site may exclude others."""
     bad = sorted(bad_nodes.current())
-    own = option_of(_options(args, site), "exclude") or ""
+    configured = option_of(_options(args, site), "exclude") or ""
     try:
-        return choose(expand(own), [], bad)
+        return choose(expand(configured), [], bad)
     except OSError:  # without Slurm the command is only shown
-        return choose([own], [], bad)
+        return choose([configured], [], bad)
 
 
 def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[Path | None, list[str], list[str]]:
-    """The folder that the job works on, None if it is not known; errors, for which nothing is submitted; notices."""
-    module, own = program_of(args.job, arguments)
+    """The folder that the job works on, None if it is not known; errors, which prevent submission; notices."""
+    module, arguments = program_of(args.job, arguments)
     folder, unnamed = None, ""
     try:
-        folder = work_folder(module, own)
+        folder = work_folder(module, arguments)
     except ArgumentError as error:
         unnamed = str(error)
     if args.job in TRAINING:
         resources, errors = of_training(args, site)
         missing = missing_program(module)
-        found, notices = (missing, []) if missing else check_training(resources, module, own, folder)
+        program_errors, notices = (missing, []) if missing else check_training(resources, module, arguments, folder)
     else:
         errors = errors_of_work(args)
         is_later = args.dependency is not None
-        found, notices = check_export(own, is_later) if args.job == "export" else check_shards(own)
-    errors += found
-    # The program may have reported it in its own words.
+        program_errors, notices = check_export(arguments, is_later) if args.job == "export" else check_shards(arguments)
+    errors += program_errors
+    # The program may have reported the same error.
     words = [word for word in ("--config", "run.name", "--out", "--src") if word in unnamed]
-    if unnamed and not any(word in line for word in words for line in found):
+    if unnamed and not any(word in line for word in words for line in program_errors):
         errors.append(unnamed)
     if folder is not None:
-        errors += _rival_errors(folder, args.dependency or "")
+        errors += _conflict_errors(folder, args.dependency or "")
     return folder, errors, notices
 
 
 def program_of(job: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """The module that a job runs, and the module's own arguments."""
+    """The module that a job runs, and the module's arguments."""
     if job == "finetune":
         return f"finetune.{arguments[0] if arguments else ''}", arguments[1:]
     return ("pretrain.train" if job == "pretrain" else f"pretrain.{job}"), arguments
 
 
-def _rival_errors(folder: Path, dependency: str) -> list[str]:
+def _conflict_errors(folder: Path, dependency: str) -> list[str]:
     """Other jobs on the folder, but those that this one waits for."""
     try:
-        rivals = jobs_on(folder)
+        conflicting = jobs_on(folder)
     except (OSError, subprocess.SubprocessError) as error:
         return [f"squeue: gives no answer ({error}), so it is not known which jobs work on {folder}; try again later"]
     awaited = awaited_jobs(dependency)
     return [
         f"{folder}: job {job} {'works on it' if state in squeue.AT_WORK else f'waits to work on it ({state})'}; cancel "
         f"that one, choose another folder, or come after it with --dependency=afterany:{job}"
-        for job, state in rivals.items()
+        for job, state in conflicting.items()
         if job not in awaited
     ]
 
 
 def awaited_jobs(dependency: str) -> set[str]:
-    """Jobs whose end a dependency waits for; of terms joined by ``?`` one is enough to begin."""
+    """Jobs whose end a dependency waits for; with terms joined by ``?`` one is enough to begin."""
     terms = [set(_ENDED.findall(term)) if _ENDS.match(term) else set() for term in re.split("[,?]", dependency)]
     return set.intersection(*terms) if "?" in dependency else set.union(*terms)
 

@@ -1,10 +1,10 @@
-"""What can be found wrong with a job before it is submitted.
+"""Checks of a job before it is submitted.
 
 Training: the settings for every number of nodes, and so the ds_config, shards and weights that they name; disk for the
 checkpoints; grace and wall time against what the run itself has measured. Exports and conversions: what the programs
 themselves would refuse, and room for what they write.
 
-Source: docs/checkpoints.md for what a checkpoint holds.
+Source: docs/checkpoints.md for what a checkpoint contains.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from slurm.runs import checkpoint_bytes
 from unimo3 import config
 from unimo3.errors import CheckpointError, ConfigError
 
-Found = tuple[list[str], list[str]]
+ErrorsAndNotices = tuple[list[str], list[str]]
 
 # A save that takes longer than usual must still fit, and so must the start of one.
 _GRACE_FACTOR, _GRACE_SLACK_S = 2.0, 60.0
@@ -29,31 +29,31 @@ _GB = 1e9
 _CHECKPOINT_BYTES_PER_PARAMETER, _EXPORT_BYTES_PER_PARAMETER = 12, 4
 
 
-def check_training(resources: Resources, module: str, training: list[str], run: Path | None) -> Found:
-    """Errors, for which nothing is submitted, and notices; one line each.
+def check_training(resources: Resources, module: str, training: list[str], run: Path | None) -> ErrorsAndNotices:
+    """Errors, which prevent submission, and notices; one line each.
 
     Args:
         module: the program, which exists.
         training: its arguments.
-        run: None: not known, so what depends on it is not looked at.
+        run: None: not known; checks that need it are skipped.
     """
     program, errors = importlib.import_module(module), list[str]()
     settings: Any = None
-    # Once for the settings themselves, then for the other numbers of nodes what depends on them.
+    # For each number of nodes, since some errors depend on it.
     for number in resources.nodes:
-        settings_found, found = _parse(program, training, number * resources.ranks_per_node)
-        settings = settings or settings_found
+        parsed, lines = _parse(program, training, number * resources.ranks_per_node)
+        settings = settings or parsed
         if len(resources.nodes) > 1:
-            found = [f"{line} ({number} nodes)" if "does not divide" in line else line for line in found]
-        errors += [line for line in found if line not in errors]
+            lines = [f"{line} ({number} nodes)" if "does not divide" in line else line for line in lines]
+        errors += [line for line in lines if line not in errors]
     notices: list[str] = []
     if run is not None and (run / "stop").exists():
         errors.append(f"{run / 'stop'}: asks every start of the run to end at once; remove the file")
     if settings is not None and run is not None:
         errors += checkpoint_errors(run, settings)
         if resources.time_s is not None:
-            found, notices = _time_errors(run, settings, resources.grace_s, resources.time_s, resources.chain)
-            errors += found
+            time_errors, notices = _time_errors(run, settings, resources.grace_s, resources.time_s, resources.chain)
+            errors += time_errors
     return errors, notices
 
 
@@ -76,7 +76,7 @@ def _parse(program: Any, training: list[str], world_size: int) -> tuple[Any, lis
             os.environ["WORLD_SIZE"] = before
 
 
-def _time_errors(run: Path, settings: Any, grace_s: int, time_s: float, chain: int) -> Found:
+def _time_errors(run: Path, settings: Any, grace_s: int, time_s: float, chain: int) -> ErrorsAndNotices:
     """Grace and wall time against what the run itself has measured."""
     from unimo3.training.metrics import read_metrics
 
@@ -97,16 +97,16 @@ def _time_errors(run: Path, settings: Any, grace_s: int, time_s: float, chain: i
         links = math.ceil(left_s / max(1.0, time_s - grace_s))
         if time_s - grace_s < step_s + max(saves, default=0.0):
             errors.append(f"--time: {time_s:.0f} s leave no room for one step of {step_s:.1f} s and a save")
-        left = f"{left_s / 3600:.1f} hours of steps are left: {links} times --time"
+        remaining = f"{left_s / 3600:.1f} hours of steps are left: {links} times --time"
         if 1 < chain < links:
-            errors.append(f"--chain {chain}: {left}; give --chain {links}, or a longer --time")
+            errors.append(f"--chain {chain}: {remaining}; give --chain {links}, or a longer --time")
         else:
-            notices.append(f"{left}, {chain} in the chain")
+            notices.append(f"{remaining}, {chain} in the chain")
     return errors, notices
 
 
-def check_export(arguments: list[str], is_later: bool) -> Found:
-    """Errors, for which nothing is submitted, and notices; one line each.
+def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
+    """Errors, which prevent submission, and notices; one line each.
 
     Args:
         arguments: of pretrain.export.
@@ -146,7 +146,7 @@ def check_export(arguments: list[str], is_later: bool) -> Found:
     return errors, []
 
 
-def check_shards(arguments: list[str]) -> Found:
+def check_shards(arguments: list[str]) -> ErrorsAndNotices:
     """As `check_export`, of pretrain.prepare_shards."""
     from pretrain import prepare_shards
 
@@ -181,7 +181,7 @@ def size_of(folder: Path) -> int:
 
 
 def checkpoint_errors(run: Path, settings: Any) -> list[str]:
-    """An error if what a run keeps, and the checkpoint that is being written, find no room.
+    """An error if there is no room for the checkpoints that a run keeps and the one being written.
 
     Args:
         settings: of pretraining or of fine-tuning.
@@ -190,14 +190,14 @@ def checkpoint_errors(run: Path, settings: Any) -> list[str]:
     size = checkpoint_bytes(run) or _CHECKPOINT_BYTES_PER_PARAMETER * parameters
     number = 0 if _only_evaluates(settings) else _num_kept(settings) + 1
     export = _EXPORT_BYTES_PER_PARAMETER * parameters if _exports_init(run, settings) else 0
-    held = size_of(run / "checkpoints")
+    saved = size_of(run / "checkpoints")
     needed, free = number * size + export, free_bytes(run)
-    if needed <= free + held:
+    if needed <= free + saved:
         return []
     what = [f"{number} checkpoints of {size / _GB:.1f} GB"] if number else []
     what += [f"the export of init's weights of {export / _GB:.1f} GB"] if export else []
     return [
-        f"{run}: {' and '.join(what)} need {needed / _GB:.1f} GB, {(free + held) / _GB:.1f} GB are free; lower "
+        f"{run}: {' and '.join(what)} need {needed / _GB:.1f} GB, {(free + saved) / _GB:.1f} GB are free; lower "
         "checkpoint.keep_last or keep_every, or choose another run.dir"
     ]
 

@@ -1,4 +1,4 @@
-"""What a real step keeps for its backward pass, to hold the planner's metrics against."""
+"""Memory that a real step saves for its backward pass, to compare with the planner's."""
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

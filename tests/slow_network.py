@@ -1,4 +1,4 @@
-"""`slurm.preflight` on a node whose network is slow: its clock says that every all-reduce took SLOW_S seconds more."""
+"""`slurm.preflight` on a node with a slow network: its clock reports SLOW_S seconds more for every all-reduce."""
 
 import os
 from time import perf_counter

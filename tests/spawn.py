@@ -26,6 +26,8 @@ from tests.waiting import PATIENCE_S, hang, text_of
 ROOT = Path(__file__).parents[1]
 # The others end by themselves after one rank failed, with messages of their own.
 _GRACE_S = 2.0
+# Of each rank's output, in the message of a failure.
+_NUM_CHARACTERS = 3000
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])
 
@@ -115,7 +117,7 @@ def _run(folder: Path, number: int, environment: dict[str, str], call: bytes, ha
     os.environ.update(environment)
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    redirect_output(folder / "output")
+    redirect_output(folder / f"output_{number}")
     import torch
 
     from unimo3 import distributed
@@ -159,7 +161,9 @@ def _result(folder: Path, number: int) -> Any:
 
 
 def _output(folder: Path) -> str:
-    return text_of(folder / "output")()[-6000:]
+    """The end of what each rank wrote. One rank's error makes the others lose their connection to it."""
+    paths = sorted(folder.glob("output_*"), key=lambda path: "Connection" in text_of(path)())
+    return "\n".join(f"--- {path.name}\n{text_of(path)()[-_NUM_CHARACTERS:]}" for path in paths)
 
 
 # Of the processes that run tests.

@@ -47,7 +47,7 @@ def test_a_setting_may_be_given_by_its_old_name(good, tmp_path):
 
 
 def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
-    found = errors_of(
+    errors = errors_of(
         *good,
         "--model.hiden_size",
         "64",
@@ -60,7 +60,7 @@ def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
         "--objectives.mlm.weight",
         "-1",
     )
-    assert len(found) == 5
+    assert len(errors) == 5
     expected = {
         "model.hiden_size": ("64", "did you mean model.hidden_size?"),
         "optim.lr": ("fast", "float"),
@@ -69,7 +69,7 @@ def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
         "objectives.mlm.weight": ("-1", "0 (off) or more"),
     }
     for field, (value, fix) in expected.items():
-        (line,) = [line for line in found if line.startswith(field)]
+        (line,) = [line for line in errors if line.startswith(field)]
         assert value in line
         assert fix in line
 
@@ -94,9 +94,9 @@ def test_a_command_line_that_cannot_be_read_is_named(arguments, expected):
 
 
 def test_missing_data_is_named_with_the_command_that_makes_it():
-    found = errors_of("--config", str(TINY))
-    assert sorted(line.split(":")[0] for line in found) == ["data.tokenizer", "data.train"]
-    assert all("pretrain.prepare_shards" in line for line in found)
+    errors = errors_of("--config", str(TINY))
+    assert sorted(line.split(":")[0] for line in errors) == ["data.tokenizer", "data.train"]
+    assert all("pretrain.prepare_shards" in line for line in errors)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_value_out_of_range_is_one_line_with_field_and_value(good, key, value)
 
 
 def test_errors_of_range_and_of_fit_are_named_together(good):
-    found = errors_of(
+    errors = errors_of(
         *good,
         "--model.num_attention_heads",
         "0",
@@ -176,7 +176,7 @@ def test_errors_of_range_and_of_fit_are_named_together(good):
         "--model.vision.image_size",
         "60",
     )
-    assert sorted(line.split(":")[0] for line in found) == [
+    assert sorted(line.split(":")[0] for line in errors) == [
         "model.gate_init",
         "model.itc_size",
         "model.num_attention_heads",
@@ -220,9 +220,9 @@ def test_help_and_print_config_list_every_setting(tmp_path):
     assert content["model"]["hidden_size"] == 128
     for key in config.flatten_fields(PretrainConfig):
         assert f"--{key} " in text, key
-        place = content
+        value = content
         for part in key.split("."):
-            place = place[part]
+            value = value[part]
     assert "Optimizer steps of the whole run" in text
 
 

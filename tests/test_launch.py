@@ -171,9 +171,9 @@ def test_a_program_that_does_not_exist_is_a_bad_setting():
 @pytest.mark.integration
 def test_a_killed_rank_is_128_plus_its_signal(tmp_path):
     process = launch(tmp_path, FAILS_ON_RANK_1.format("os.kill(os.getpid(), signal.SIGKILL)"))
-    _, said = output_of(process, "the launcher")
+    _, printed = output_of(process, "the launcher")
     assert process.returncode == 137
-    assert said == "rank 1 was ended by SIGKILL; the kernel does that when memory runs out, see dmesg\n"
+    assert printed == "rank 1 was ended by SIGKILL; the kernel does that when memory runs out, see dmesg\n"
 
 
 @pytest.mark.parametrize(

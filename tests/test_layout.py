@@ -40,8 +40,8 @@ def test_the_library_depends_downwards_only(layer):
     for path in (ROOT / layer.replace(".", "/")).rglob("*.py"):
         for module in imports(path):
             assert not module.startswith(("pretrain", "finetune")), f"{path} imports {module}"
-            found = layer_of(module)
-            assert found is None or found in allowed, f"{path} imports {module}"
+            imported = layer_of(module)
+            assert imported is None or imported in allowed, f"{path} imports {module}"
 
 
 def test_pretrain_and_finetune_do_not_import_each_other():

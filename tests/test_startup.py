@@ -23,13 +23,13 @@ from unimo3.training.engine import import_muon_uncompiled
 import_muon_uncompiled()
 from deepspeed.runtime import compiler
 import torch
-found = {name: name in sys.modules for name in ("networkx", "torch._inductor.compile_fx", "tensorboard")}
-found |= {"while importing": gc.get_threshold()[0], "compiles": compiler.compile() is torch.compile}
+facts = {name: name in sys.modules for name in ("networkx", "torch._inductor.compile_fx", "tensorboard")}
+facts |= {"while importing": gc.get_threshold()[0], "compiles": compiler.compile() is torch.compile}
 
 @exit_with_status
 def main():
-    found.update(restored=gc.get_threshold() == default, frozen=gc.get_freeze_count())
-    print(json.dumps(found))
+    facts.update(restored=gc.get_threshold() == default, frozen=gc.get_freeze_count())
+    print(json.dumps(facts))
 
 main()
 """
@@ -38,23 +38,23 @@ main()
 def run(program, **options):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
-    assert "leaked" not in done.stderr  # as it would where what is frozen is not freed
+    assert "leaked" not in done.stderr  # as without freeing the frozen objects
     return json.loads(done.stdout)
 
 
 @pytest.mark.integration
 def test_what_only_reads_files_imports_no_torch():
-    found = run(LIGHT)
-    assert not found["torch"]
-    assert found["modules"] < 500
+    facts = run(LIGHT)
+    assert not facts["torch"]
+    assert facts["modules"] < 500
 
 
 @pytest.mark.integration
 def test_a_rank_imports_no_compiler_and_collects_no_garbage_meanwhile():
     # unimo3 before torchvision is all that makes it importable next to a CPU build of torch.
-    found = run(RANK.replace("torchvision_first", "unimo3, torchvision"))
-    assert not any(found[name] for name in ("networkx", "torch._inductor.compile_fx", "tensorboard"))
-    assert found["while importing"] > 100 * 700
-    assert found["restored"]
-    assert found["frozen"] > 100_000
-    assert found["compiles"]  # torch's compiler is still DeepSpeed's for whoever asks later
+    facts = run(RANK.replace("torchvision_first", "unimo3, torchvision"))
+    assert not any(facts[name] for name in ("networkx", "torch._inductor.compile_fx", "tensorboard"))
+    assert facts["while importing"] > 100 * 700
+    assert facts["restored"]
+    assert facts["frozen"] > 100_000
+    assert facts["compiles"]  # torch's compiler is still DeepSpeed's for whoever asks later

@@ -49,7 +49,7 @@ def tiny_pretraining_model(seed: int = 0, **changes) -> Unimo3ForPreTraining:
 
 
 def spread_gates(model: torch.nn.Module) -> None:
-    """Give token gates weights, so that shares differ from token to token; they start at zero."""
+    """Give token gates weights, so that gates differ from token to token; they start at zero."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, LevelGate) and module.weight is not None:

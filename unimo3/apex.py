@@ -42,7 +42,7 @@ def wrong_apex_installed() -> bool:
 
 
 def warn_of_wrong_apex() -> None:
-    """Say so once if the wrong package is installed."""
+    """Log a warning if another package named apex is installed."""
     if wrong_apex_installed():
         log.warning(
             "the installed package 'apex' is not NVIDIA's (the package index has another project of that name); "
@@ -53,4 +53,4 @@ def warn_of_wrong_apex() -> None:
 def _has_submodule(spec: importlib.machinery.ModuleSpec, name: str) -> bool:
     from pathlib import Path
 
-    return any((Path(place) / name).is_dir() for place in spec.submodule_search_locations or ())
+    return any((Path(location) / name).is_dir() for location in spec.submodule_search_locations or ())

@@ -27,7 +27,7 @@ _library: Any = None  # the torch.library.Library that keeps the declarations al
 
 
 class _Before(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; calls a function when somebody looks for a package."""
+    """Finds nothing itself; calls a function when a package is about to be imported."""
 
     def __init__(self, package: str, prepare: Callable[[], object]):
         self.package, self.prepare = package, prepare
@@ -54,7 +54,7 @@ def choose_accelerator() -> None:
 
 
 def declare_missing_operators() -> bool:
-    """Declare torchvision's box operators when its own extension cannot; return whether anything was declared."""
+    """Declare torchvision's box operators when its extension cannot; return whether anything was declared."""
     global _library
     spec = importlib.util.find_spec("torchvision")
     if _library is not None or spec is None or spec.submodule_search_locations is None:

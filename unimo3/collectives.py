@@ -37,7 +37,7 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
 
     Args:
         x: this rank's rows, [B, ...].
-        source: [R B] on every rank alike: row `source[i]` of the concatenated batch becomes row i.
+        source: [R B] the same on every rank: row `source[i]` of the concatenated batch becomes row i.
 
     Returns:
         This rank's rows of the result, [B, ...].
@@ -52,7 +52,7 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
     received = [local[rank, owner[rank] == of].unique() if of != rank else stays for of in range(size)]
     outgoing = x[torch.cat(sent).to(x.device)]
     incoming = _ExchangeRows.apply(outgoing, [len(rows) for rows in received], [len(rows) for rows in sent])
-    # Row i of the result: a row of x when it stays, else the place of the one received from its owner.
+    # Row i of the result: a row of x when it stays, else the index of the row received from its owner.
     index = local[rank].clone()
     start = batch
     for of, rows in enumerate(received):

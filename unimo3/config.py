@@ -52,10 +52,10 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         except ArgumentError as error:
             raise ConfigError(f"{_type_hint(error)}; fix it before --print_config") from error
     known = set(flatten_fields(config_class))
-    given = _given_values(argv, known)
+    overrides = _read_overrides(argv, known)
     errors = []
     texts: dict[str, str] = {}
-    for key, value in given.items():
+    for key, value in overrides.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all keys"
@@ -64,7 +64,7 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         texts[key] = value if isinstance(value, str) else json.dumps(value, default=str)
     good: Flat = {}
     try:
-        # All at once: a parse takes a tenth of a second, however few values it is of.
+        # All at once: a parse takes a tenth of a second for any number of values.
         parsed = parser.parse_args([f"--{key}={text}" for key, text in texts.items()])
         good = {key: parsed[key] for key in texts}
     except ArgumentError:
@@ -73,7 +73,7 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
             try:
                 good[key] = parser.parse_args([f"--{key}={text}"])[key]
             except ArgumentError as error:
-                errors.append(f"{key}: {given[key]!r}: {_type_hint(error)}")
+                errors.append(f"{key}: {overrides[key]!r}: {_type_hint(error)}")
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     errors += collect_errors(built)
@@ -84,14 +84,14 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
 
 def collect_errors(config: Any) -> list[str]:
     """All errors of a dataclass: its groups' first, then its own."""
-    found = []
+    errors = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found += collect_errors(value)
+            errors += collect_errors(value)
     if hasattr(config, "validate"):
-        found += config.validate()
-    return found
+        errors += config.validate()
+    return errors
 
 
 def flatten(config: Any, prefix: str = "") -> Flat:
@@ -117,7 +117,7 @@ def renamed(flat: Flat) -> Flat:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write a dataclass as YAML that ``--config`` reads back; the file appears whole or not at all."""
+    """Write a dataclass as YAML that ``--config`` reads back; the file is written atomically."""
     staging = path.with_name(f"{path.name}.tmp")
     staging.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     staging.replace(path)
@@ -127,11 +127,11 @@ def read_flat(path: Path, config_class: type | None = None, option: str = "--con
     """A file of settings, as ``{"group.key": value}``.
 
     Args:
-        config_class: of which; None: any, and settings that are mappings are taken apart too.
+        config_class: whose settings; None: any, and settings that are mappings are flattened too.
         option: that names the file, for the message if it cannot be used.
 
     Raises:
-        ConfigError: it cannot be read, or holds no settings.
+        ConfigError: it cannot be read, or contains no settings.
     """
     return _read_file(path, set(flatten_fields(config_class)) if config_class else set(), option)
 
@@ -148,9 +148,9 @@ def _parser(config_class: type, program: str, description: str) -> ArgumentParse
     return parser
 
 
-def _given_values(argv: list[str], known: set[str]) -> Flat:
+def _read_overrides(argv: list[str], known: set[str]) -> Flat:
     """The keys and values that files and arguments set, in order of precedence."""
-    given: Flat = {}
+    overrides: Flat = {}
     rest = list(argv)
     while rest:
         arg = rest.pop(0)
@@ -158,17 +158,17 @@ def _given_values(argv: list[str], known: set[str]) -> Flat:
             raise ConfigError(f"argument '{arg}': settings are given as --group.key value")
         key, equals, value = arg[2:].partition("=")
         if key.startswith("local_rank"):
-            # The deepspeed launcher adds it; the environment says the same.
+            # The deepspeed launcher adds it; the environment has the same value.
             continue
         if not equals:
             if not rest:
                 raise ConfigError(f"--{key}: a value is needed after it")
             value = rest.pop(0)
         if key == "config":
-            given |= _read_file(Path(value), known)
+            overrides |= _read_file(Path(value), known)
         else:
-            given |= renamed({key.replace("-", "_"): value})
-    return given
+            overrides |= renamed({key.replace("-", "_"): value})
+    return overrides
 
 
 def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
@@ -198,10 +198,10 @@ def _nest(flat: Flat) -> dict:
     nested: dict = {}
     for key, value in flat.items():
         *groups, name = key.split(".")
-        place = nested
+        target = nested
         for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
+            target = target.setdefault(group, {})
+        target[name] = value
     return nested
 
 

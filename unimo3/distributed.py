@@ -14,7 +14,7 @@ from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all."""
+    """This process's rank, and the number of ranks."""
 
     rank: int
     local_rank: int
@@ -30,7 +30,7 @@ def init() -> World:
     """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one.
 
     Raises:
-        ConfigError: there are other ranks, and the environment does not say where to meet them.
+        ConfigError: there are other ranks, and the environment does not name the address to join them.
     """
     import deepspeed
     import torch
@@ -96,11 +96,11 @@ def broadcast_object(value: Any) -> Any:
 def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = None) -> list[Any]:
     """Run `action` on every rank and return all results; it succeeds on every rank or fails on every rank.
 
-    No rank is left waiting for one that failed: this is the vote of a two-phase commit.
+    No rank waits for one that failed: this is the vote of a two-phase commit.
 
     Args:
         doing: what it is, for the message.
-        fix: what to do, unless the errors themselves say it.
+        fix: what to do, unless the errors contain it.
         group: to agree through; the default group if none.
 
     Raises:
@@ -112,7 +112,7 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         result = action()
     except Unimo3Error as error:
         failure = (str(error), True)
-    except Exception as error:  # whatever it was, the other ranks must hear of it
+    except Exception as error:  # of any type: the other ranks must learn of it
         failure = (f"{type(error).__name__}: {error}", False)
     outcomes = all_gather_object((result, failure), group)
     failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}

@@ -1,7 +1,7 @@
 """Errors a user can fix, and the exit status each one gives a process.
 
 Every message names the field or file, the value found and what to do. A program's ``main`` runs under
-`exit_with_status`, so a Slurm script can tell from the status alone whether to requeue.
+`exit_with_status`, so a Slurm script can decide from the status alone whether to requeue.
 
 Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75, EX_CONFIG 78).
 """
@@ -30,7 +30,7 @@ _READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exi
 
 
 class Unimo3Error(ValueError):
-    """An error with a message meant for the user; `exit_status` says what a scheduler should do."""
+    """An error with a message meant for the user; a scheduler decides by its `exit_status`."""
 
     exit_status = EXIT_CONFIG
 
@@ -50,7 +50,7 @@ class ConfigError(Unimo3Error):
 
 
 class DataError(Unimo3Error):
-    """A data file is missing, unreadable or not what its format says."""
+    """A data file is missing, unreadable or not in its format."""
 
 
 class UnreachableError(DataError):
@@ -76,9 +76,9 @@ class Interrupted(Exception):
 
 
 def record_end(status: int, message: str = "") -> None:
-    """Leave this rank's status, and why on the next line, where the job script looks.
+    """Write this rank's status, and the reason on the next line, to the file that the job script reads.
 
-    srun's own status is the highest of all, and a rank that is ended because another failed has a higher one.
+    srun returns the highest status of all, and a rank that is ended because another failed has a higher one.
     """
     if folder := os.environ.get("UNIMO3_STATUS_DIR"):
         with suppress(OSError):
@@ -88,7 +88,7 @@ def record_end(status: int, message: str = "") -> None:
 def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoReturn:
     """End with `status`, whatever a process group's threads do.
 
-    gloo's threads still run when the interpreter takes itself apart, and abort about one process in ten (SIGABRT,
+    gloo's threads still run when the interpreter shuts down, and abort about one process in ten (SIGABRT,
     status 134) after all its work is done. A process that joined a group therefore ends without that: exit functions
     run, output is flushed, and nothing else.
 
@@ -111,11 +111,11 @@ class CommandParser(argparse.ArgumentParser):
     """Command lines whose mistakes end like any other bad setting: status 78 under `exit_with_status`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        # A misspelt option is not to pass as short for another.
+        # A misspelt option must not count as the abbreviation of another.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        """Say how the command is used, then what is wrong."""
+        """Print the usage, then raise the error."""
         self.print_usage(sys.stderr)
         raise ConfigError(message)
 
@@ -133,14 +133,14 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             if not (died := _READER_DIED.search(str(error))):
                 raise
             print(
-                f"ReaderDied: a reader process ended before its time ({died[0]}); the system's log says why, most "
+                f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, most "
                 "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again",
                 file=sys.stderr,
                 flush=True,
             )
             end_process(1)
         except (Unimo3Error, Interrupted) as error:
-            # What all ranks of a host find alike is reported once a host.
+            # An error that all ranks of a host have is reported once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             end_process(error.exit_status, f"{type(error).__name__}: {error}")

@@ -65,16 +65,16 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     first_failure = 0
     deadline: float | None = None
     ends = time.monotonic() + timeout_s
-    # A list, not a generator: every rank is asked, also those behind one that still runs.
+    # A list, not a generator: every rank is polled, also those after one that still runs.
     while any([rank.poll() is None for rank in ranks]):  # noqa: C419
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and deadline is None:
-            # Of several that ended since the last look, the one that knows why it did.
+            # Of several that ended since the last poll, the status of one that knows the reason.
             first_failure = next((status for status in failed if status in (EXIT_CONFIG, EXIT_DIVERGED)), failed[0])
             deadline = time.monotonic() + grace_s
             for number, rank in enumerate(ranks):
                 if rank.returncode is not None and rank.returncode < 0:
-                    _tell_of_signal(number, -rank.returncode)
+                    _report_signal(number, -rank.returncode)
         if deadline is None and time.monotonic() > ends:
             deadline = ends
         if deadline is not None and time.monotonic() > deadline:
@@ -85,8 +85,8 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     return first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
 
 
-def _tell_of_signal(rank: int, number: int) -> None:
-    # Whatever else ends a program it says itself.
+def _report_signal(rank: int, number: int) -> None:
+    # A program that ends for another reason reports it itself.
     hint = "; the kernel does that when memory runs out, see dmesg" if number == signal.SIGKILL else ""
     print(f"rank {rank} was ended by {signal.Signals(number).name}{hint}", file=sys.stderr, flush=True)
 
@@ -129,7 +129,7 @@ def main() -> None:
     signal.signal(signal.SIGQUIT, forward)  # at which every rank writes its stacks
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
         signal.signal(signal.SIGHUP, lambda _, frame: forward(signal.SIGTERM, frame))
-    # In a process group of their own: a terminal's Ctrl-C goes to all of one, and the ranks would get it twice.
+    # In a separate process group: a terminal's Ctrl-C goes to all of one, and the ranks would get it twice.
     command = [sys.executable, "-m", args.module, *args.arguments]
     ranks += start_ranks(args.num_ranks, command, process_group=0)
     for early_number in early:

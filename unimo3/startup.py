@@ -21,6 +21,6 @@ def resume_collections() -> None:
     """Collect as usual, but never walk what has been imported again; without `postpone_collections` a no-op."""
     if gc.get_threshold() != _DEFAULT:
         gc.freeze()
-        # What is frozen when the interpreter ends cannot be freed, of which triton's bindings would report each object.
+        # Frozen objects cannot be freed when the interpreter ends, and triton's bindings would report each of them.
         atexit.register(gc.unfreeze)
         gc.set_threshold(*_DEFAULT)

@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: a small run compares and writes its report, and a load needs no more than it says."""
+"""The checkpoint benchmark: a small run compares and writes its report, and a load needs little memory."""
 
 import pytest
 

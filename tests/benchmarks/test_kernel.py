@@ -21,9 +21,9 @@ def test_all_contestants_compute_the_same(padded):
     expected = kernel.separate(**inputs)
     expected_grads = torch.autograd.grad(expected, leaves, grad)
     for attend in (kernel.ours, kernel.stacked):
-        found = attend(**inputs)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        for one, other in zip(torch.autograd.grad(found, leaves, grad), expected_grads, strict=True):
+        actual = attend(**inputs)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        for one, other in zip(torch.autograd.grad(actual, leaves, grad), expected_grads, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

@@ -16,7 +16,7 @@ SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
-    """Of one run, in a process of its own: it forks readers and sets the number of threads."""
+    """Of one run, in a separate process: it forks readers and sets the number of threads."""
     out = tmp_path_factory.mktemp("loader") / "loader.md"
     command = [sys.executable, "-m", "benchmarks.loader", *SMALLEST, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE_S)
@@ -40,7 +40,7 @@ def test_each_contestant_has_a_rate_and_ours_is_compared_with_it(report):
     assert rows[0][3:] == ["", ""]
     for (_, _, _, printed, spread), other in zip(rows[1:], others, strict=True):
         ratio = float(printed.removesuffix(" times as fast"))
-        # Rates are rounded to whole numbers, ratios to two decimals.
+        # Rates are rounded to integers, ratios to two decimals.
         assert (ours - 0.5) / (other + 0.5) - 0.006 < ratio < (ours + 0.5) / (other - 0.5) + 0.006
         assert spread == f"{ratio:.2f} to {ratio:.2f}"  # of one round
 

@@ -34,7 +34,7 @@ def test_a_small_run_compares_one_rank_with_two_each_way(tmp_path):
     for _, alone, both, times in rows:
         assert float(alone) > 0
         assert float(both) > 0
-        # With one round the medians are the rates themselves, which are whole numbers.
+        # With one round the medians are the rates themselves, which are integers.
         assert float(times) == pytest.approx(float(both) / float(alone), abs=0.006)
     assert "Medians of 1 conversions of 64 JPEGs" in report
     assert "| processor |" in report

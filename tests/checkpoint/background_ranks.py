@@ -15,7 +15,7 @@ from unimo3.errors import CheckpointError
 
 
 def save_in_background(root: Path) -> dict[str, Any]:
-    """Save behind the training; tell what was held at the save, what is committed when, and what failures do."""
+    """Save in the background; return the values at each save, what is committed when, and what failures do."""
     rank, _ = world()
     results: dict[str, Any] = {}
     engine = start_engine(3, bf16=True)
@@ -23,7 +23,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
     train(engine, range(2))
     saver.save(state_at(2))
     results["saved"], results["drawn"] = every_value(engine), draw()
-    train(engine, range(2, 4))  # what is being written must not follow
+    train(engine, range(2, 4))  # the checkpoint that is being written must not change
     saver.save(state_at(4))  # waits for the first
     results["after the second"] = [folder.name for folder in store.list_checkpoints(root / "good")]
     saver.wait()
@@ -67,7 +67,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
         other.save(state_at(7), is_last=True)
     except CheckpointError:
         results["last after a failure"] = [path.name for path in store.list_checkpoints(root / "last")]
-    results["left"] = [path.name for path in store.list_checkpoints(root / "good")]
+    results["remaining"] = [path.name for path in store.list_checkpoints(root / "good")]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     results["best that failed"] = saver.ensure(state_at(8), is_last=False)

@@ -1,4 +1,4 @@
-"""Checkpoints that two real ranks wrote, made once for all tests here; each test damages copies of its own."""
+"""Checkpoints that two real ranks wrote, made once for all tests here; each test damages its copies."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.spawn import run_ranks
 
 @dataclass
 class SavedRuns:
-    """`root` holds a folder for each of `RUNS`, and `unimo`; `results[rank]` is what that rank said of them."""
+    """`root` contains a folder for each of `RUNS`, and `unimo`; `results[rank]` is what that rank returned."""
 
     root: Path
     results: list[dict[str, Any]]
@@ -36,5 +36,5 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedRuns:
 
 @pytest.fixture
 def run_copy(saved: SavedRuns, tmp_path: Path) -> Callable[[str], Path]:
-    """Copies a saved run to a place where it may be damaged."""
+    """Copies a saved run to a folder where it may be damaged."""
     return lambda name: Path(shutil.copytree(saved.root / name, tmp_path / name))

@@ -17,7 +17,7 @@ ELASTIC_ROWS = 12  # of a step over all ranks; divides by 1, 2, 3 and 4
 
 
 def elastic_leg(root: Path, step: int) -> dict[str, Any]:
-    """Take up each of `ELASTIC_RUNS` at `step` (0: begin it), train two steps and save; from the beginning, train
+    """Resume each of `ELASTIC_RUNS` at `step` (0: begin it), train two steps and save; from the beginning, train
     on to step 10 as well.
 
     Returns:
@@ -27,7 +27,7 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
     for name, (stage, bf16) in ELASTIC_RUNS.items():
         engine = start_engine(stage, bf16, seed=step, rows=ELASTIC_ROWS // world()[1])  # other weights each time
         engine.module.model.dropout.p = 0.0
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         if step:
             newest = store.newest_good(root / name)
             assert newest is not None
@@ -36,21 +36,21 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
                 try:
                     store.load(other, newest)
                 except CheckpointError as error:
-                    found["round robin"] = str(error)
-            found["state"] = store.load(engine, newest)
-            found["loaded"], found["drawn at first"] = every_value(engine), draw()
+                    result["round robin"] = str(error)
+            result["state"] = store.load(engine, newest)
+            result["loaded"], result["drawn at first"] = every_value(engine), draw()
         else:
             # Nothing is as it would be anyway.
             for number, group in enumerate(engine.optimizer.optimizer.param_groups):
                 group["weight_decay"] += 0.01 * (number + 1)
                 group["lr"] *= 0.5
-        found["losses"] = train_together(engine, range(step, step + 2))
-        found["saved"] = every_value(engine)
+        result["losses"] = train_together(engine, range(step, step + 2))
+        result["saved"] = every_value(engine)
         save(engine, root / name, state_at(step + 2))
-        found["drawn"] = draw()
+        result["drawn"] = draw()
         if step == 0:
-            found["losses"] += train_together(engine, range(2, 10))
-        results[name] = found
+            result["losses"] += train_together(engine, range(2, 10))
+        results[name] = result
     return results
 
 

@@ -1,4 +1,4 @@
-"""What the tests of export share: planted values, other programs' folders, and the program itself."""
+"""Helpers of the export tests: planted values, other programs' folders, and the program itself."""
 
 import json
 import shutil
@@ -31,17 +31,17 @@ def plant(folder: Path, **values: float) -> None:
     saved = torch.load(folder / OPTIM, weights_only=False)
     first = saved["optimizer_state_dict"]["fp32_flat_groups"][0]
     with torch.no_grad():
-        for place, value in enumerate(values.values()):
-            first[place] = value
+        for index, value in enumerate(values.values()):
+            first[index] = value
     torch.save(saved, folder / OPTIM)
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     """Change a bit of a byte of a file."""
     with path.open("r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 1]))
 
 
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def strip_to_plain(checkpoint: Path, folder: Path, tag: str = "global_step4") -> Path:
-    """What DeepSpeed alone would have left: its own files below `folder`, and ``latest``."""
+    """What DeepSpeed alone writes: its files below `folder`, and ``latest``."""
     (folder / tag).mkdir(parents=True)
     for path in checkpoint.glob("*_states.pt"):
         shutil.copyfile(path, folder / tag / path.name)

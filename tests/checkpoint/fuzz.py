@@ -69,9 +69,7 @@ def start(example: dict[str, Any], size: int, seed: int) -> Any:
     groups: dict[int, list[nn.Parameter]] = {}
     for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         groups.setdefault(number % example["groups"], []).append(parameter)
-    described = [
-        {"params": held, "weight_decay": 0.1 * place, "lr": 0.01 * (1 + place + seed)} for place, held in groups.items()
-    ]
+    described = [{"params": group, "weight_decay": 0.1 * i, "lr": 0.01 * (1 + i + seed)} for i, group in groups.items()]
     return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(described), config=config)[0]
 
 
@@ -95,7 +93,7 @@ def values_of(engine: Any) -> dict[str, Any]:
 
 
 def differences(folder: Path, example: dict[str, Any]) -> list[str]:
-    """Save with the first number of ranks, load with the second; what is not as it was."""
+    """Save with the first number of ranks, load with the second; names of values that differ."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     before, after = example["ranks"]
@@ -121,9 +119,9 @@ def _read(folder: Path, example: dict[str, Any]) -> list[str]:
     if newest is None:
         return ["no good checkpoint"]
     store.load(engine, newest)
-    found, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
-    names = sorted(found.keys() | expected.keys())
-    return [name for name in names if not _same(found.get(name), expected.get(name))]
+    actual, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
+    names = sorted(actual.keys() | expected.keys())
+    return [name for name in names if not _same(actual.get(name), expected.get(name))]
 
 
 def _same(one: Any, other: Any) -> bool:

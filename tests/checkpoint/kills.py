@@ -1,6 +1,6 @@
 """Kills in the middle of a save: `begin` trains a run that is never killed, `outcomes` gives what became of each trial.
 
-A trial takes up a copy of a run at step 2, trains to step 4 and saves. At the n-th file event of that save one rank
+A trial resumes a copy of a run at step 2, trains to step 4 and saves. At the n-th file event of that save one rank
 kills itself with SIGKILL, or the kernel ends it at the n-th byte of a file (SIGXFSZ, which torch's writer can answer no
 more than SIGKILL); the other follows, as under a launcher. Then the run is started again and trained to 6.
 """
@@ -25,8 +25,8 @@ from unimo3.distributed import world
 
 # What changes files, or opens one.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree")
-# Shares of a rank's largest file after which a kill comes: within its header, its tensors and its directory.
-_SHARES = (0.02, 0.5, 0.98)
+# Fractions of a rank's largest file after which a kill comes: within its header, its tensors and its directory.
+_FRACTIONS = (0.02, 0.5, 0.98)
 
 
 class FileEvents:
@@ -69,7 +69,7 @@ def own_load(engine: Any, run: Path) -> int:
 
 
 def plain_save(engine: Any, run: Path, step: int, background: bool) -> None:
-    """DeepSpeed's own."""
+    """DeepSpeed's save."""
     engine.save_checkpoint(str(run), tag=f"step{step}", client_state={"step": step, "rng": torch.get_rng_state()})
 
 
@@ -99,9 +99,9 @@ def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str,
         shutil.copytree(folder / "run", run)
         count = run_ranks(2, _save_and_die, run, protocol, background, victim, None, None)[victim]
         largest = max(path.stat().st_size for path in run.rglob(f"*zero_pp_rank_{victim}_*"))
-        each = max(2, num_points // len(kinds) - len(_SHARES) + (victim == 0))
+        each = max(2, num_points // len(kinds) - len(_FRACTIONS) + (victim == 0))
         points = [(number * (count - 1) // (each - 1), None) for number in range(each)]
-        for point, byte in points + [(None, int(share * largest)) for share in _SHARES]:
+        for point, byte in points + [(None, int(fraction * largest)) for fraction in _FRACTIONS]:
             run = folder / f"{background}_{victim}_{point}_{byte}"
             shutil.copytree(folder / "run", run)
             killed = run_ranks_to_any_end(2, _save_and_die, run, protocol, background, victim, point, byte)

@@ -1,4 +1,4 @@
-"""What ranks do for the checkpoint tests: train small ZeRO engines, save, load, and tell their full weights."""
+"""What ranks do for the checkpoint tests: train small ZeRO engines, save, load, and return their full weights."""
 
 import random
 import resource
@@ -64,7 +64,7 @@ class OddTask(nn.Module):
 
 
 def start_engine(stage: int, bf16: bool, seed: int = 0, rows: int = 4, universal: bool = False, **zero: Any) -> Any:
-    """An engine over `OddTask` with two parameter groups and, unless `zero` says so, no persistent parameters."""
+    """An engine over `OddTask` with two parameter groups and, unless `zero` sets some, no persistent parameters."""
     size = world()[1]
     config = {
         "train_batch_size": rows * size,
@@ -106,7 +106,7 @@ def train(engine: Any, steps: range) -> list[float]:
 
 
 def full_weights(engine: Any) -> Weights:
-    """Every parameter, gathered, and every persistent buffer: in float32 from the optimizer's own copy if trained."""
+    """Every parameter, gathered, and every persistent buffer: in float32 from the optimizer's copy if trained."""
     stage = engine.zero_optimization_stage()
     weights = {}
     for name, parameter in engine.module.named_parameters():
@@ -176,8 +176,8 @@ def unimo_output(model: Unimo3ForPreTraining) -> Tensor:
 
 def moments(engine: Any) -> list[Tensor]:
     """This rank's optimizer state, copied."""
-    held = engine.optimizer.optimizer.state.values()
-    return [value.clone() for entry in held for value in entry.values() if isinstance(value, Tensor)]
+    states = engine.optimizer.optimizer.state.values()
+    return [value.clone() for entry in states for value in entry.values() if isinstance(value, Tensor)]
 
 
 def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
@@ -187,8 +187,8 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     newest = store.newest_good(run)
     assert newest is not None
     state = store.load(engine, newest)
-    weights, held = full_weights(engine), moments(engine)
-    return {"state": state, "weights": weights, "moments": held, "losses": train(engine, range(4, 6))}
+    weights, state_tensors = full_weights(engine), moments(engine)
+    return {"state": state, "weights": weights, "moments": state_tensors, "losses": train(engine, range(4, 6))}
 
 
 def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Path) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Pat
 
 
 def fail_to_save(root: Path) -> dict[str, Any]:
-    """Save under errors of this machine on one rank; returns what each attempt raised and what is left.
+    """Save under errors of this machine on one rank; returns what each attempt raised and which files remain.
 
     Args:
-        root: holds runs `full` and `vanished` with a good checkpoint each.
+        root: contains runs `full` and `vanished` with a good checkpoint each.
     """
     rank, _ = world()
     engine = start_engine(3, bf16=True)
@@ -264,7 +264,7 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     attempt("memory runs out on rank 1", root / "full")
     if rank == 1:
         engine.optimizer.state_dict = stock
-    results["left of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
+    results["remains of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
     barrier()
 
     results["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
@@ -313,12 +313,12 @@ def full_moment(optimizer: Any, parameter: Any, key: str) -> Tensor:
     """A parameter's moment over all ranks."""
     if hasattr(parameter, "ds_id"):
         return deepspeed.utils.safe_get_full_optimizer_state(parameter, key).clone()
-    # DeepSpeed's own call finds a ZeRO-2 moment after a step, and not after a load.
-    whole, mapping = torch.zeros(parameter.numel()), parameter._hp_mapping
+    # DeepSpeed's call finds a ZeRO-2 moment after a step, and not after a load.
+    full, mapping = torch.zeros(parameter.numel()), parameter._hp_mapping
     if mapping is not None:
         flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-        held = optimizer.optimizer.state[flat][key].narrow(0, there.start, there.numel)
-        whole.narrow(0, here.start, here.numel).copy_(held)
-    torch.distributed.all_reduce(whole)
-    return whole.view_as(parameter)
+        local = optimizer.optimizer.state[flat][key].narrow(0, there.start, there.numel)
+        full.narrow(0, here.start, here.numel).copy_(local)
+    torch.distributed.all_reduce(full)
+    return full.view_as(parameter)

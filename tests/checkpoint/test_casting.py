@@ -21,11 +21,11 @@ def test_casting_in_pieces_counts_what_casting_at_once_shows(stored, written, se
     values = values.to(stored)
     limit = torch.finfo(written).max
     casting, space = Casting("name", values.shape, written, written, clamp=True), Workspace(7)
-    found = torch.cat([casting.cast(piece, space).clone() for piece in values.split(7)])
+    actual = torch.cat([casting.cast(piece, space).clone() for piece in values.split(7)])
     wide = values.double()
     expected = wide.clamp(-limit, limit).to(stored if stored == torch.float64 else torch.float32).to(written)
-    assert found.dtype == written
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert actual.dtype == written
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     report = casting.report(casting.digest)
     assert report.num_over_range == int((wide.abs() > limit).sum())
     assert report.num_flushed == int((wide != 0).sum()) - int((expected != 0).sum())
@@ -36,10 +36,10 @@ def test_casting_in_pieces_counts_what_casting_at_once_shows(stored, written, se
 
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [0, 5, 9])
-def test_one_value_that_is_not_finite_in_any_piece_is_a_error(clamp, bad, place):
+@pytest.mark.parametrize("index", [0, 5, 9])
+def test_one_value_that_is_not_finite_in_any_piece_is_a_error(clamp, bad, index):
     values = torch.full((10,), 1e5)
-    values[place] = bad
+    values[index] = bad
     casting, space = Casting("name", values.shape, torch.float16, torch.float16, clamp), Workspace(4)
     for piece in values.split(4):
         casting.cast(piece, space)

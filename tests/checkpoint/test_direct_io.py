@@ -1,4 +1,4 @@
-"""Files past the system's cache, and the checksum that what is read back is compared with."""
+"""Files past the system's cache, and the checksum that the read-back content is compared with."""
 
 import errno
 import itertools
@@ -68,18 +68,18 @@ def test_block_sums_depend_on_bytes_and_blocks_and_not_on_pieces():
     draw = random.Random(0)
     content = bytearray(draw.randbytes(5 * 4096 + 77))
 
-    def sums(held: bytes, pieces: int) -> str:
-        found = BlockSums()
-        for first in range(0, len(held), pieces):
-            found.update(memoryview(held)[first : first + pieces])
-        return found.hexdigest()
+    def sums(data: bytes, pieces: int) -> str:
+        digest = BlockSums()
+        for first in range(0, len(data), pieces):
+            digest.update(memoryview(data)[first : first + pieces])
+        return digest.hexdigest()
 
     expected = sums(content, len(content))
     for pieces in (1, 100, 4095, 4096, 5000, 8192):
         assert sums(content, pieces) == expected
-    for place in (0, 4096 * 3 + 1, len(content) - 1):
+    for offset in (0, 4096 * 3 + 1, len(content) - 1):
         changed = bytearray(content)
-        changed[place] ^= 128
+        changed[offset] ^= 128
         assert sums(changed, 4096) != expected
     swapped = content[4096:8192] + content[:4096] + content[8192:]
     assert sums(swapped, 4096) != expected

@@ -69,8 +69,8 @@ def test_losses_are_those_of_a_run_that_never_changed(legs, run):
 def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
     for before, after in itertools.pairwise(legs):
         results = [rank[run]["drawn at first"] for rank in after]
-        kept = min(len(before), len(after))
-        assert results[:kept] == [rank[run]["drawn"] for rank in before[:kept]]
+        num_common = min(len(before), len(after))
+        assert results[:num_common] == [rank[run]["drawn"] for rank in before[:num_common]]
         assert len({tuple(drawn) for drawn in results}) == len(results)
 
 
@@ -97,10 +97,10 @@ def test_deepspeeds_own_conversion_loses_what_ours_keeps(legs, root, tmp_path):
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, flags), "--inject_missing_state"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     before, after = legs[0][0]["zero3"]["saved"], run_ranks(1, load_universal, tmp_path / "universal")[0]
-    wrong = {
+    different = {
         name
         for name, value in before.items()
         if not (value.equal(after[name]) if isinstance(value, torch.Tensor) else value == after[name])
     }
-    assert wrong >= {"fp32 model.frozen.weight", "groups"}
-    assert wrong & {"fp32 model.count", "fp32 model.shift"}
+    assert different >= {"fp32 model.frozen.weight", "groups"}
+    assert different & {"fp32 model.count", "fp32 model.shift"}

@@ -69,24 +69,24 @@ def test_large_weights_are_split_into_files_with_an_index(saved, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
-    found: dict[str, Tensor] = {}
+    exported: dict[str, Tensor] = {}
     for file in files:
         tensors = load_file(tmp_path / file)
         assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) <= 350
         assert {index["weight_map"][name] for name in tensors} == {file}
-        found |= tensors
+        exported |= tensors
         with safe_open(tmp_path / file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
     expected = expected_weights(saved.results[0]["fp32"], torch.float32)
-    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert exported.keys() == expected.keys() == index["weight_map"].keys()
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+        torch.testing.assert_close(exported[name], weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("piece_elements", [1, 5, 12])
 def test_pieces_smaller_than_a_tensor_give_the_same_bytes(saved, tmp_path, monkeypatch, piece_elements):
-    folders = [tmp_path / "whole", tmp_path / "pieces"]
+    folders = [tmp_path / "at once", tmp_path / "pieces"]
     for folder in folders:
         folder.mkdir()
         export_weights(newest(saved.root / "bf16"), folder, "fp16", "error", MB, num_jobs=1)
@@ -151,14 +151,14 @@ def test_a_tensor_out_of_range_can_be_kept_in_float32(run_copy, tmp_path):
 
     from unimo3.checkpoint.export import export_run
 
-    kept = tmp_path / "kept"
-    export_run(run, newest(run), kept, "fp16", "keep-fp32", MB)
-    exported = load_file(kept / "model.safetensors")
+    mixed = tmp_path / "mixed"
+    export_run(run, newest(run), mixed, "fp16", "keep-fp32", MB)
+    exported = load_file(mixed / "model.safetensors")
     assert exported["embed.weight"].dtype == torch.float32
     assert exported["embed.weight"].view(-1)[0] == 1e5
     assert exported["inner.weight"].dtype == torch.float16
-    # Else from_pretrained would cast the kept tensor to float16, and 1e5 to infinity.
-    assert json.loads((kept / "config.json").read_text())["dtype"] == "float32"
+    # Else from_pretrained would cast the float32 tensor to float16, and 1e5 to infinity.
+    assert json.loads((mixed / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_half_precision_value_just_out_of_range_is_seen(run_copy, tmp_path):
@@ -224,8 +224,8 @@ def test_the_report_tells_sha256_of_the_files_bytes_verified_or_not(saved, tmp_p
         folder.mkdir()
         reports = export_weights(newest(saved.root / "bf16"), folder, "fp16", "error", MB, verify=verify)
         content = (folder / "model.safetensors").read_bytes()
-        for name, place in read_header(folder / "model.safetensors").items():
-            expected = hashlib.sha256(content[place.start : place.start + place.num_bytes]).hexdigest()
+        for name, entry in read_header(folder / "model.safetensors").items():
+            expected = hashlib.sha256(content[entry.start : entry.start + entry.num_bytes]).hexdigest()
             assert next(report.sha256 for report in reports if report.name == name) == expected
     assert contents(tmp_path / "True") == contents(tmp_path / "False")
 
@@ -300,7 +300,7 @@ def test_a_checkpoint_with_a_rank_missing_is_refused(run_copy):
 
 
 def test_a_checkpoint_without_one_ranks_frozen_parameters_is_refused(saved, tmp_path, capsys):
-    """Half of each frozen parameter would be whatever memory held before."""
+    """Half of each frozen parameter would be uninitialised memory."""
     plain = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
     (plain / MODEL.replace("pp_rank_0", "pp_rank_1")).unlink()
     assert run_program(plain, "--out", tmp_path / "out") == 78

@@ -64,24 +64,24 @@ def test_the_newest_good_checkpoint_is_taken_unless_one_is_named(run_copy, tmp_p
     ],
 )
 def test_wrong_arguments_end_with_status_78(saved, tmp_path, capsys, arguments, message):
-    places = {"RUN": str(saved.root / "bf16"), "OUT": str(tmp_path / "out")}
-    filled = [a.replace("RUN", places["RUN"]).replace("OUT", places["OUT"]) for a in arguments]
+    paths = {"RUN": str(saved.root / "bf16"), "OUT": str(tmp_path / "out")}
+    filled = [a.replace("RUN", paths["RUN"]).replace("OUT", paths["OUT"]) for a in arguments]
     assert run_program(*filled) == 78
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", ["parent", "parent and tag", "folder"])
-def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp_path, capsys, given):
+@pytest.mark.parametrize("source", ["parent", "parent and tag", "folder"])
+def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp_path, capsys, source):
     checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    place = {"parent": [tmp_path / "plain"], "folder": [checkpoint]}.get(
-        given, [tmp_path / "plain", "--tag", checkpoint.name]
+    arguments = {"parent": [tmp_path / "plain"], "folder": [checkpoint]}.get(
+        source, [tmp_path / "plain", "--tag", checkpoint.name]
     )
-    if given == "parent and tag":
+    if source == "parent and tag":
         (tmp_path / "plain" / "latest").unlink()
         (tmp_path / "plain" / "latest").write_text("elsewhere")
     out = tmp_path / "out"
-    assert run_program(*place, "--out", out, "--max-shard-size", "100") == 0
+    assert run_program(*arguments, "--out", out, "--max-shard-size", "100") == 0
     assert "weights, index and report only" in capsys.readouterr().out
     assert {path.name.split("-")[0] for path in out.iterdir()} == {
         "model",
@@ -91,7 +91,7 @@ def test_a_folder_written_by_deepspeed_gives_weights_index_and_report(saved, tmp
     exported: dict[str, Tensor] = {}
     for path in out.glob("*.safetensors"):
         exported |= load_file(path)
-    # Names are another program's own, whatever they begin with.
+    # Names are another program's, whatever they begin with.
     expected = saved.results[0]["bf16"]["weights"]
     assert exported.keys() == expected.keys()
     for name, weight in expected.items():
@@ -138,14 +138,14 @@ def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys
     assert f"{name!r} in MANIFEST.json leads out of the folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", ["missing tag", "tag of a checkpoint itself"])
-def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, given):
+@pytest.mark.parametrize("case", ["missing tag", "tag of a checkpoint itself"])
+def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, case):
     checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    place, message = {
+    folder, message = {
         "missing tag": (tmp_path / "plain", "holds no *_optim_states.pt files"),
         "tag of a checkpoint itself": (checkpoint, "is one checkpoint itself"),
-    }[given]
-    assert run_program(place, "--tag", "global_step9", "--out", tmp_path / "out") == 78
+    }[case]
+    assert run_program(folder, "--tag", "global_step9", "--out", tmp_path / "out") == 78
     assert message in capsys.readouterr().err
 
 

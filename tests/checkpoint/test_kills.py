@@ -1,6 +1,6 @@
-"""A rank killed at any moment of a save: the run resumes from a whole checkpoint as if nothing had been.
+"""A rank killed at any moment of a save: the run resumes from a complete checkpoint with the same results.
 
-The same kills with DeepSpeed's own save and load, as the control, leave runs that cannot be resumed.
+The same kills with DeepSpeed's save and load, as the control, leave runs that cannot be resumed.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ from tests.spawn import KILLED
 POINTS = 30
 
 
-def is_whole(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
-    """Whether both ranks took up the same step and computed what the uninterrupted run did."""
+def is_correct(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
+    """Whether both ranks resumed the same step and computed what the uninterrupted run did."""
     if any(isinstance(results, str) for results in outcome["resumed"]):
         return False
     (step, _), (other, _) = outcome["resumed"]
@@ -31,15 +31,15 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
     assert len(kills) >= POINTS
     # The other rank is killed as well, unless it has noticed before and failed by itself.
     assert all(kill["killed"][kill["victim"]] == KILLED for kill in kills)
-    assert [kill for kill in kills if not is_whole(straight, kill)] == []
+    assert [kill for kill in kills if not is_correct(straight, kill)] == []
     # Before the commit and after it; points are spread over all events of both ranks, in both kinds of save.
     assert {kill["resumed"][0][0] for kill in kills} == {2, 4}
     for kind in ("point", "byte"):
-        found = {(kill["background"], kill["victim"]) for kill in kills if kill[kind] is not None}
-        assert found == {(b, v) for b in (False, True) for v in (0, 1)}
+        victims = {(kill["background"], kill["victim"]) for kill in kills if kill[kind] is not None}
+        assert victims == {(b, v) for b in (False, True) for v in (0, 1)}
 
 
 @pytest.mark.integration
 def test_deepspeeds_own_saves_do_not_survive_them(tmp_path):
     straight, kills = begin(tmp_path, "plain"), list(outcomes(tmp_path, "plain", 4))
-    assert not all(is_whole(straight, kill) for kill in kills)
+    assert not all(is_correct(straight, kill) for kill in kills)

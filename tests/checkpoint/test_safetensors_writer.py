@@ -53,11 +53,11 @@ def test_pieces_in_any_order_give_the_file_that_the_library_writes(tmp_path):
 def test_a_header_tells_where_tensors_are(tmp_path):
     write(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
-    places = read_header(tmp_path / "file")
-    assert places.keys() == TENSORS.keys()
-    place = places["scalar"]
-    assert (place.dtype, place.shape, place.num_bytes) == (torch.float32, torch.Size([]), 4)
-    assert content[place.start : place.start + 4] == torch.tensor(3.5).numpy().tobytes()
+    entries = read_header(tmp_path / "file")
+    assert entries.keys() == TENSORS.keys()
+    entry = entries["scalar"]
+    assert (entry.dtype, entry.shape, entry.num_bytes) == (torch.float32, torch.Size([]), 4)
+    assert content[entry.start : entry.start + 4] == torch.tensor(3.5).numpy().tobytes()
 
 
 def with_header(header: bytes, data: bytes) -> bytes:

@@ -44,7 +44,7 @@ def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(results):
     for rank in results:
         assert "rank 1: " in rank["stop"]
         assert "earlier checkpoints are untouched" in rank["stop"]
-        assert rank["left"] == ["step_00000002", "step_00000004"]
+        assert rank["remaining"] == ["step_00000002", "step_00000004"]
 
 
 @pytest.mark.integration

@@ -108,7 +108,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 
 @pytest.fixture(scope="module")
 def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two fresh ranks found: loaded runs, choices in damaged runs, saves that failed."""
+    """Results of two fresh ranks: loaded runs, choices in damaged runs, saves that failed."""
     root = tmp_path_factory.mktemp("loaded")
     damaged = []
     for damage in DAMAGES:
@@ -214,8 +214,8 @@ def test_verify_names_the_damaged_file(run_copy, damage):
     damage(folder)
     problems = store.verify(folder)
     assert any(DAMAGES[damage] in problem for problem in problems), problems
-    shares = [problem for part in range(3) for problem in store.verify(folder, part, 3)]
-    assert set(shares) == set(problems)
+    by_part = [problem for part in range(3) for problem in store.verify(folder, part, 3)]
+    assert set(by_part) == set(problems)
     assert not (folder.parent / "run by a pickle").exists()
 
 
@@ -255,7 +255,7 @@ def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path,
     assert "step_00000004.damaged2  quarantined as damaged" in capsys.readouterr().out
     assert run_program("verify", str(run)) == 0
     assert f"step_00000004.damaged  quarantined: {MODEL} is missing" in capsys.readouterr().out
-    # Somebody takes the good one away: what was quarantined still tells that this is no new run.
+    # Somebody removes the good one: the quarantined ones still show that this is no new run.
     shutil.rmtree(checkpoints / "step_00000002")
     assert store.has_folders(run)
 
@@ -283,7 +283,7 @@ def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
         assert "rank 1: MemoryError: no memory for a copy" in errors["memory runs out on rank 1"]
         assert "rank 0" not in errors["memory runs out on rank 1"]
         assert "File too large" in errors["full disk on rank 1"]
-        assert errors["left of failed saves"] == []
+        assert errors["remains of failed saves"] == []
         assert "flushing" in errors["vanished file"]
         assert f"{MODEL}" in errors["vanished file"]
         assert names(errors["newest"]) == ["step_00000004", "step_00000004"]

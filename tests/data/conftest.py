@@ -1,4 +1,4 @@
-"""A small source in COCO's and VQAv2's own files, and the shards made of it."""
+"""A small source in COCO's and VQAv2's files, and the shards made of it."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def write_source(root: Path, num_images: int = 23) -> Path:
         name = f"COCO_{year}_{number + 1:012d}.jpg"
         (root / year).mkdir(parents=True, exist_ok=True)
         (root / year / name).write_bytes(draw_jpeg(number))
-        captions = [f"picture number {number} seen from place {place}" for place in range(5)] + ["a picture"] * 2
+        captions = [f"picture number {number} seen from place {index}" for index in range(5)] + ["a picture"] * 2
         images.append(
             {
                 "filepath": year,
@@ -39,11 +39,11 @@ def write_source(root: Path, num_images: int = 23) -> Path:
                 "sentences": [{"raw": caption, "tokens": caption.split()} for caption in captions],
             }
         )
-        for place in range(1 + number % 3):
-            identity = (number + 1) * 100 + place
-            answer = "yes" if (number + place) % 2 else "a dog"
+        for index in range(1 + number % 3):
+            identity = (number + 1) * 100 + index
+            answer = "yes" if (number + index) % 2 else "a dog"
             questions[year].append(
-                {"image_id": number + 1, "question_id": identity, "question": f"is {place} in picture {number}?"}
+                {"image_id": number + 1, "question_id": identity, "question": f"is {index} in picture {number}?"}
             )
             notes[year].append(
                 {

@@ -60,7 +60,7 @@ CONTRACTIONS = {
     "wouldntve": "wouldntve",
     "yall": "y'all",
     "youre": "you're",
-    # Lower case comes first, so the entries with a capital never apply; "its" and "lets" are words of their own.
+    # Lower case comes first, so the entries with a capital never apply; "its" and "lets" are separate words.
     "Im": "im",
     "Ive": "ive",
     "its": "its",

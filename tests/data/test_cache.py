@@ -1,4 +1,4 @@
-"""Local copies of shards: from a real https server, by real processes, whole or refused, within their limit."""
+"""Local copies of shards: from a real https server, by real processes, complete or refused, within their limit."""
 
 import logging
 import multiprocessing
@@ -29,7 +29,7 @@ def open_cache(store, tmp_path):
     return make
 
 
-def held(cache: ShardCache) -> list[str]:
+def files_in(cache: ShardCache) -> list[str]:
     """Copies and parts in the cache's folder."""
     if not cache.folder.is_dir():
         return []
@@ -68,7 +68,7 @@ def test_a_shard_is_fetched_once_and_then_used_from_its_place(store, open_cache,
     assert path.read_bytes() == store.files["/shards/000000.tar"]
     assert open_cache().path(*shard) == open_cache(f"{store.url}/shards/").path(*shard) == path
     assert store.requests == {"/shards/000000.tar": 1}
-    assert held(open_cache()) == [path.name]
+    assert files_in(open_cache()) == [path.name]
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"fetched {store.url}/shards/000000.tar: 3.1 MB in ")
 
@@ -84,7 +84,7 @@ def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
     contents = list(store.files.values())
     end_well([start(fetch_all, open_cache(), shards, contents) for _ in range(5)])
     assert store.requests == dict.fromkeys(store.files, 1)
-    assert held(open_cache()) == sorted(f"{sha256}.shard" for _, _, sha256 in shards)
+    assert files_in(open_cache()) == sorted(f"{sha256}.shard" for _, _, sha256 in shards)
 
 
 @pytest.mark.integration
@@ -103,9 +103,9 @@ def test_the_least_recently_used_copy_is_removed_first(store, open_cache):
     for age_s, shard in ((30, a), (20, b), (10, c)):
         make_old(cache.path(*shard), age_s)
     cache.path(*a)
-    for new, left in ((d, (a, c, d)), (e, (a, d, e))):
+    for new, remaining in ((d, (a, c, d)), (e, (a, d, e))):
         cache.path(*new)
-        assert held(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in left)
+        assert files_in(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in remaining)
     assert store.requests["/shards/a"] == 1
     cache.path(*b)
     assert store.requests["/shards/b"] == 2
@@ -117,10 +117,10 @@ def test_only_as_many_copies_are_removed_as_a_new_one_needs(store, open_cache):
     make_old(cache.path(*older), 20)
     make_old(cache.path(*old), 10)
     cache.path(*store.add("exact", 100))
-    assert len(held(cache)) == 3
+    assert len(files_in(cache)) == 3
     cache.path(*store.add("more", 101))
-    assert f"{older[2]}.shard" not in held(cache)
-    assert len(held(cache)) == 3
+    assert f"{older[2]}.shard" not in files_in(cache)
+    assert len(files_in(cache)) == 3
 
 
 def test_sources_share_a_limit_but_no_copies_of_different_content(store, open_cache):
@@ -131,7 +131,7 @@ def test_sources_share_a_limit_but_no_copies_of_different_content(store, open_ca
     assert one.path(*first).read_bytes() == store.files["/shards/0.tar"]
     make_old(other.path(*second), 20)
     one.path(*third)
-    assert held(one) == sorted(f"{sha256}.shard" for _, _, sha256 in (first, third))
+    assert files_in(one) == sorted(f"{sha256}.shard" for _, _, sha256 in (first, third))
 
 
 def test_a_new_shard_of_the_same_name_and_size_is_fetched_again(store, open_cache):
@@ -149,7 +149,7 @@ def test_files_that_are_none_of_the_cache_are_left_alone(store, open_cache):
         make_old(cache.folder / name, 1000)
     for name in "ab":
         cache.path(*store.add(name))
-    assert len(held(cache)) == 5
+    assert len(files_in(cache)) == 5
 
 
 @pytest.mark.integration
@@ -162,7 +162,7 @@ def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cach
     wait_for(cache.folder.is_dir, "the cache's folder")
     while any(process.is_alive() for process in processes):
         with FileLock(cache.folder / "room.lock"):  # else a listing may show what never was there at once
-            names = [name.split(".") for name in held(cache)]
+            names = [name.split(".") for name in files_in(cache)]
         parts = [int(announced) for _, announced, *rest in names if rest]
         most = max(most, sum(parts) + SIZE * (len(names) - len(parts)))
         most_parts = max(most_parts, len(parts))
@@ -170,7 +170,7 @@ def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cach
     end_well(processes)
     assert 0 < most <= cache.limit_bytes
     assert most_parts >= 1
-    assert len(held(cache)) == 2
+    assert len(files_in(cache)) == 2
 
 
 @pytest.mark.integration
@@ -182,14 +182,14 @@ def test_a_fetch_waits_for_room_that_another_one_has_taken(store, open_cache):
     first = start(fetch_all, cache, [a], [store.files["/shards/a"]])
     wait_for(lambda: store.requests["/shards/a"], "the first request")
     second = start(fetch_all, cache, [b], [store.files["/shards/b"]])
-    time.sleep(0.3)  # a wrong request would come within it; on a slower machine one may be missed, and none is made up
+    time.sleep(0.3)  # an early request would come within this; a slow machine may miss it, but never fails wrongly
     assert store.requests["/shards/b"] == 0
-    assert held(cache) == [f"{a[2]}.{SIZE}.part"]
+    assert files_in(cache) == [f"{a[2]}.{SIZE}.part"]
     answer.set()
     end_well([first, second])
     # The second may remove the first's copy before the first has opened it; the first then fetches it again.
     last = b if store.requests["/shards/a"] == 1 else a
-    assert held(cache) == [f"{last[2]}.shard"]
+    assert files_in(cache) == [f"{last[2]}.shard"]
     assert store.requests["/shards/b"] == 1
 
 
@@ -198,7 +198,7 @@ def test_an_open_copy_stays_readable_when_it_is_removed(store, open_cache):
     a, b = store.add("a"), store.add("b")
     descriptor = cache.open(*a)
     cache.path(*b)
-    assert held(cache) == [f"{b[2]}.shard"]
+    assert files_in(cache) == [f"{b[2]}.shard"]
     assert os.pread(descriptor, SIZE + 1, 0) == store.files["/shards/a"]
     os.close(descriptor)
 
@@ -236,7 +236,7 @@ def test_a_flipped_byte_is_met_with_one_more_try_and_then_refused(store, open_ca
     with pytest.raises(DataError, match=r"0\.tar: the source's file is not the one that was indexed: .*index it"):
         open_cache().path(*shard)
     assert store.requests["/shards/0.tar"] == 4
-    assert held(open_cache()) == []
+    assert files_in(open_cache()) == []
 
 
 @pytest.mark.parametrize("change", [lambda content: content[:-1], lambda content: content * 2])
@@ -246,7 +246,7 @@ def test_a_file_of_another_size_is_refused(store, open_cache, change):
     with pytest.raises(DataError, match="not the one that was indexed"):
         open_cache().path(*shard)
     assert store.requests["/shards/0.tar"] == 2
-    assert held(open_cache()) == []
+    assert files_in(open_cache()) == []
 
 
 def test_a_fetch_that_fails_leaves_no_part(store, open_cache):
@@ -254,7 +254,7 @@ def test_a_fetch_that_fails_leaves_no_part(store, open_cache):
     store.instead["/shards/0.tar"] = [("cut",)] * 5
     with pytest.raises(DataError, match=r"0\.tar: .*, at the last of 5 tries"):
         open_cache().path(*shard)
-    assert held(open_cache()) == []
+    assert files_in(open_cache()) == []
     assert open_cache().path(*shard).read_bytes() == store.files["/shards/0.tar"]
 
 
@@ -263,7 +263,7 @@ def test_a_truncated_copy_in_place_is_replaced(store, open_cache):
     path = open_cache().path(*shard)
     os.truncate(path, SIZE - 1)
     assert open_cache().path(*shard).read_bytes() == store.files["/shards/0.tar"]
-    assert held(open_cache()) == [path.name]
+    assert files_in(open_cache()) == [path.name]
 
 
 @pytest.mark.integration
@@ -280,7 +280,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open
         assert part.is_file()
         assert cache.path(*wanted).read_bytes() == store.files[f"/shards/{wanted[0]}"]
         assert not part.exists()
-    assert held(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in (shard, other))
+    assert files_in(cache) == sorted(f"{sha256}.shard" for _, _, sha256 in (shard, other))
 
 
 @pytest.mark.integration
@@ -292,7 +292,7 @@ def test_a_part_that_is_still_written_is_not_taken_for_a_leftover(store, open_ca
     process = start(fetch_all, cache, [shard], [store.files["/shards/0.tar"]])
     wait_for(lambda: store.requests["/shards/0.tar"], "the event of the test")
     cache.path(*other)
-    assert f"{shard[2]}.{SIZE}.part" in held(cache)
+    assert f"{shard[2]}.{SIZE}.part" in files_in(cache)
     answer.set()
     end_well([process])
     assert store.requests["/shards/0.tar"] == 1
@@ -316,7 +316,7 @@ def test_a_mounted_folder_is_a_source_too(store, open_cache, tmp_path):
     (mounted / "0.tar").write_bytes(flipped(store.files["/shards/0.tar"]))
     with pytest.raises(DataError, match="not the one that was indexed"):
         cache.path(*shard)
-    assert held(cache) == []
+    assert files_in(cache) == []
 
 
 def test_small_files_are_read_up_to_a_limit_and_not_kept(store, open_cache):
@@ -327,7 +327,7 @@ def test_small_files_are_read_up_to_a_limit_and_not_kept(store, open_cache):
     assert store.requests["/shards/index.json"] == 3
     with pytest.raises(DataError, match=r"index\.json: has more than 99 bytes"):
         open_cache().read("index.json", 99)
-    assert held(open_cache()) == []
+    assert files_in(open_cache()) == []
 
 
 def test_a_limit_below_one_shard_names_the_setting_and_what_is_needed(store, open_cache):

@@ -37,9 +37,9 @@ def gradient(width=60, height=40) -> Image.Image:
 
 
 def mean_difference(content: bytes, wanted: Image.Image) -> float:
-    found = decode(content)
-    assert (found.mode, found.size) == ("RGB", wanted.size)
-    return float(np.abs(np.asarray(found, float) - np.asarray(wanted, float)).mean())
+    decoded = decode(content)
+    assert (decoded.mode, decoded.size) == ("RGB", wanted.size)
+    return float(np.abs(np.asarray(decoded, float) - np.asarray(wanted, float)).mean())
 
 
 def turned(orientation: int) -> bytes:
@@ -170,7 +170,7 @@ def test_a_truncated_tar_is_not_indexed_and_it_is_named(coco, tmp_path, capfd):
 
 
 def exchange(folder):
-    """Give a shard another one's content, padded to its own size."""
+    """Give a shard another one's content, padded to its size."""
     first, second = folder / "000000.tar", folder / "000001.tar"
     size, content = first.stat().st_size, second.read_bytes()
     first.write_bytes((content + b"\0" * size)[:size])
@@ -238,12 +238,12 @@ def test_a_random_crop_is_of_the_size_asked_for_and_the_samples_own(coco, tokeni
     assert np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
     # A quarter of the area shows less of the gradient than all of it does.
-    whole = ImageTransform(32)(content, np.random.default_rng(0))
+    full = ImageTransform(32)(content, np.random.default_rng(0))
 
     def spread(pixels):
         return float(pixels[..., 0].max()) - float(pixels[..., 0].min())
 
-    assert all(spread(crop) < 0.95 * spread(whole) for crop in drawn)
+    assert all(spread(crop) < 0.95 * spread(full) for crop in drawn)
 
 
 def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):

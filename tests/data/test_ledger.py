@@ -45,7 +45,7 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
 
 
 class Run:
-    """A run that is stopped and resumed; its ledger says what was read at each step."""
+    """A run that is stopped and resumed; its ledger lists what was read at each step."""
 
     def __init__(self, folder: Path, train, tokenizer: Path):
         self._folder, self._train, self._tokenizer = folder, train, str(tokenizer)

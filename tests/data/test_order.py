@@ -87,21 +87,21 @@ WEIGHTS = st.lists(st.floats(0.01, 50).map(lambda weight: round(weight, 3)), min
 def test_every_window_of_a_mixture_gives_each_source_its_due_to_within_one(weights, seed, window):
     order = mixture([7] * len(weights), weights, seed)
     given_before, given_after = order._given(window), order._given(window + 1)
-    for share, before, after in zip(order._shares, given_before, given_after, strict=True):
-        assert abs((after - before) - MIX_WINDOW * share) < 1
-        assert abs(before - window * MIX_WINDOW * share) < 1
+    for fraction, before, after in zip(order._shares, given_before, given_after, strict=True):
+        assert abs((after - before) - MIX_WINDOW * fraction) < 1
+        assert abs(before - window * MIX_WINDOW * fraction) < 1
     start, end = sum(given_before), sum(given_after)
     sources = Counter(order[position].source for position in (start, (start + end) // 2, end - 1))
     assert set(sources) <= set(range(len(weights)))
 
 
 def mixture(sizes, weights, seed=0):
-    return MixedOrder([SampleOrder([size], seed + place, 1) for place, size in enumerate(sizes)], weights, seed)
+    return MixedOrder([SampleOrder([size], seed + number, 1) for number, size in enumerate(sizes)], weights, seed)
 
 
 def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
     sizes, weights = [37, 1000, 5], [1, 2.5, 0.02]
-    order, alone = mixture(sizes, weights), [SampleOrder([size], place, 1) for place, size in enumerate(sizes)]
+    order, alone = mixture(sizes, weights), [SampleOrder([size], number, 1) for number, size in enumerate(sizes)]
     taken = Counter()
     for position in range(5 * MIX_WINDOW):
         unit = order[position]
@@ -111,7 +111,7 @@ def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
     total = sum(weights)
     for source, weight in enumerate(weights):
         assert abs(taken[source] - 5 * MIX_WINDOW * weight / total) < 2
-    # Neither source comes in a block of its own.
+    # Neither source comes in one block.
     sources = [order[position].source for position in range(MIX_WINDOW)]
     assert max(len(list(group)) for _, group in itertools.groupby(sources)) < 40
 
@@ -161,7 +161,7 @@ def neighbours_of_one_shard(units) -> float:
 def test_shuffle_quality_against_webdatasets(window, buffer_shards, least):
     """Two measures: how far a sample is moved, and how seldom neighbours are of one shard.
 
-    At the same buffer webdataset's moves samples twice as far: some stay in it for long. Ours holds numbers instead of
+    At the same buffer webdataset's moves samples twice as far: some stay in it for long. Ours stores numbers instead of
     samples, so the default window is twice a large buffer of webdataset's, and as good by both.
     """
     num_shards, size = 96, 250
@@ -185,5 +185,5 @@ def test_shuffle_quality_against_webdatasets(window, buffer_shards, least):
 
 def test_every_epoch_has_its_own_order_of_shards():
     order = SampleOrder([1] * 50, seed=0, window_shards=1)
-    epochs = [[order[50 * epoch + place].shard for place in range(50)] for epoch in range(3)]
+    epochs = [[order[50 * epoch + position].shard for position in range(50)] for epoch in range(3)]
     assert len(set(map(tuple, epochs))) == 3

@@ -116,7 +116,7 @@ def test_too_many_rejects_end_it_and_a_fixed_source_continues(tmp_path, capfd):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_conversion_continues_where_it_stopped(tmp_path, ranks):
     root = write_source(tmp_path / "source", num_images=600)
-    spoil(root)  # a shard with rejects is kept as well
+    spoil(root)  # a shard with rejects is retained as well
     arguments = ("coco", "--src", root, "--out", tmp_path / "out", "--shard-size", 4, *TOLERANT)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command(*arguments, ranks=ranks), cwd=ROOT, stdout=log, stderr=log)
@@ -126,7 +126,7 @@ def test_a_killed_conversion_continues_where_it_stopped(tmp_path, ranks):
             "three finished shards",
             poll_s=0.002,
         )
-        # mpirun's ranks are groups of their own.
+        # mpirun's ranks are separate process groups.
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()
             each.wait()

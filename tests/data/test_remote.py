@@ -1,4 +1,4 @@
-"""Reading files of a source: from a real https server or a folder, whole or refused; and training from one."""
+"""Reading files of a source: from a real https server or a folder, complete or refused; and training from one."""
 
 import hashlib
 import io
@@ -120,7 +120,7 @@ def https_store(certificate, quick, monkeypatch):
 
 
 def received(where: str, limit: int = GB) -> bytes:
-    """What is received of a file, once its size and checksum are seen to be right."""
+    """The received content of a file, after a check of its size and checksum."""
     file = io.BytesIO()
     assert receive(where, file, limit) == (len(file.getvalue()), hashlib.sha256(file.getvalue()).hexdigest())
     return file.getvalue()
@@ -128,7 +128,7 @@ def received(where: str, limit: int = GB) -> bytes:
 
 @pytest.fixture
 def shard(store) -> str:
-    """The address of a shard, to be answered as it is unless a test says otherwise."""
+    """The address of a shard, which is answered unchanged unless a test changes that."""
     store.add("0.tar")
     return f"{store.url}{SHARD}"
 
@@ -233,7 +233,7 @@ def test_a_mount_that_fails_is_tried_again(quick, caplog):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("pipe:curl https://host/shards", "pipe: runs a shell"),
         ("PIPE:cat x", "pipe: runs a shell"),
@@ -247,8 +247,8 @@ def test_a_mount_that_fails_is_tried_again(quick, caplog):
         ("https://host/sh\nards", "is no URL of a folder"),
     ],
 )
-def test_sources_other_than_https_and_folders_are_refused(source, said):
-    with pytest.raises(DataError, match=said) as refused:
+def test_sources_other_than_https_and_folders_are_refused(source, message):
+    with pytest.raises(DataError, match=message) as refused:
         check_source(source)
     assert "secret" not in str(refused.value)
 
@@ -293,9 +293,9 @@ def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(served, coco, 
     assert remote.validate()[1:] == []  # the tokenizer is not set
     assert remote.shard_errors("captions") == []
     assert read(remote, tokenizer) == read(local, tokenizer)
-    kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.suffix == ".shard"]
-    assert kept
-    assert sum(kept) <= limit
+    sizes = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.suffix == ".shard"]
+    assert sizes
+    assert sum(sizes) <= limit
     assert remote.fingerprint(remote.open_train()) == local.fingerprint(local.open_train())
 
 

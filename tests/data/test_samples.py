@@ -73,7 +73,7 @@ def test_masking_follows_its_shares_and_spares_special_tokens():
     masking = Masking(0.15, mask_id=4, special_ids=frozenset(range(5)), vocab_size=1000)
     rng = np.random.default_rng(0)
     ids = np.concatenate([[0], rng.integers(5, 1000, 60), [2], [1] * 10])
-    chosen = masked = kept = replaced = 0
+    chosen = masked = unchanged = replaced = 0
     for _ in range(2000):
         out, labels = masking(ids, rng)
         where = labels != -100
@@ -83,12 +83,12 @@ def test_masking_follows_its_shares_and_spares_special_tokens():
         assert not np.isin(out[where & (out != 4)], range(5)).any()
         chosen += where.sum()
         masked += (out[where] == 4).sum()
-        kept += (out[where] == ids[where]).sum()
+        unchanged += (out[where] == ids[where]).sum()
         replaced += ((out[where] != 4) & (out[where] != ids[where])).sum()
     assert chosen / (2000 * 60) == pytest.approx(0.15, abs=0.005)
     assert masked / chosen == pytest.approx(0.8, abs=0.02)
     assert replaced / chosen == pytest.approx(0.1, abs=0.02)
-    assert kept / chosen == pytest.approx(0.1, abs=0.02)
+    assert unchanged / chosen == pytest.approx(0.1, abs=0.02)
 
 
 def test_masking_predicts_at_least_one_token():
@@ -114,8 +114,8 @@ def test_texts_are_encoded_as_the_tokenizer_does(tokenizer, text):
 def test_pixels_equal_the_exported_processors(size):
     content = draw_jpeg(3, *size)
     expected = image_processor(32)(Image.open(io.BytesIO(content)), return_tensors="pt")["pixel_values"][0]
-    found = normalise(torch.tensor(ImageTransform(32)(content, np.random.default_rng(0))))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    pixels = normalise(torch.tensor(ImageTransform(32)(content, np.random.default_rng(0))))
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_augmentation_is_a_function_of_the_samples_generator():
@@ -173,10 +173,10 @@ def test_ranks_together_read_what_one_rank_reads(coco, tokenizer):
     alone = loader(samples, micro_batch=8)
     ranks = [loader(samples, rank=rank, world_size=2) for rank in range(2)]
     for _ in range(7):
-        (whole,) = next(alone)
+        (expected,) = next(alone)
         parts = [next(rank)[0] for rank in ranks]
-        assert torch.equal(whole["mlm_input_ids"], torch.cat([part["mlm_input_ids"] for part in parts]))
-        assert torch.equal(whole["images"], torch.cat([part["images"] for part in parts]))
+        assert torch.equal(expected["mlm_input_ids"], torch.cat([part["mlm_input_ids"] for part in parts]))
+        assert torch.equal(expected["images"], torch.cat([part["images"] for part in parts]))
 
 
 def test_vqa_targets_and_questions(vqav2, tokenizer):

@@ -20,20 +20,20 @@ from unimo3.errors import DataError
 
 
 def contents(folder: Path) -> list[dict]:
-    found = []
+    records = []
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
-            found += [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
-    return found
+            records += [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+    return records
 
 
 def test_coco_keeps_every_image_and_caption_in_its_split(source, coco):
     images = json.loads((source / "dataset_coco.json").read_text())["images"]
     for split in ("train", "val", "test"):
         wanted = [i for i in images if i["split"] == split or (split == "train" and i["split"] == "restval")]
-        found = contents(coco / split)
-        assert Counter(c["image_id"] for c in found) == Counter(i["cocoid"] for i in wanted)
-        captions = Counter((c["image_id"], text) for c in found for text in c["captions"])
+        records = contents(coco / split)
+        assert Counter(c["image_id"] for c in records) == Counter(i["cocoid"] for i in wanted)
+        captions = Counter((c["image_id"], text) for c in records for text in c["captions"])
         assert captions == Counter({(i["cocoid"], s["raw"]) for i in wanted for s in i["sentences"]})
 
 
@@ -45,12 +45,12 @@ def test_vqav2_keeps_every_question_and_answer(source, vqav2):
         wanted = Counter(
             (q["image_id"], q["question_id"], q["question"], *answers[q["question_id"]]) for q in questions
         )
-        found = Counter(
+        actual = Counter(
             (c["image_id"], q["question_id"], q["question"], *q["answers"])
             for c in contents(vqav2 / split)
             for q in c["questions"]
         )
-        assert found == wanted
+        assert actual == wanted
     assert json.loads((vqav2 / "answers.json").read_text()) == {"answers": ["yes", "dog"]} or json.loads(
         (vqav2 / "answers.json").read_text()
     ) == {"answers": ["dog", "yes"]}
@@ -81,11 +81,11 @@ def test_offsets_read_what_tarfile_reads(coco):
     for number, shard in enumerate(index.shards):
         with tarfile.open(coco / "train" / shard.name) as tar:
             wanted = {m.name: tar.extractfile(m).read() for m in tar}
-        found = {}
+        actual = {}
         for sample in range(shard.num_samples):
             key = index.key(number, sample)
-            found |= {f"{key}.{extension}": content for extension, content in index.read(number, sample).items()}
-        assert found == wanted
+            actual |= {f"{key}.{extension}": content for extension, content in index.read(number, sample).items()}
+        assert actual == wanted
 
 
 def test_items_are_found_from_their_number(vqav2):
@@ -93,8 +93,8 @@ def test_items_are_found_from_their_number(vqav2):
     seen = []
     for shard, count in enumerate(index.items_per_shard):
         for item in range(count):
-            sample, place = index.item(shard, item)
-            seen.append(json.loads(index.read(shard, sample)["json"])["questions"][place]["question_id"])
+            sample, number = index.item(shard, item)
+            seen.append(json.loads(index.read(shard, sample)["json"])["questions"][number]["question_id"])
     assert len(seen) == len(set(seen)) == sum(len(c["questions"]) for c in contents(vqav2 / "train"))
 
 
@@ -173,13 +173,13 @@ def test_overwrite_replaces_a_finished_folder(source, tmp_path):
 def test_overwrite_continues_where_a_kill_left_half_of_what_it_replaced(source, tmp_path):
     out, replaced = tmp_path / "out", tmp_path / "out.replaced"
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
-    whole = {path.name: path.read_bytes() for path in (out / "train").iterdir()}
+    complete = {path.name: path.read_bytes() for path in (out / "train").iterdir()}
     # Killed while the old folder was removed, and before the new one got its name.
     shutil.copytree(out, replaced)
     (replaced / "train" / "index.json").unlink()
     out.rename(tmp_path / "out.partial")
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4", "--overwrite") == 0
-    assert {path.name: path.read_bytes() for path in (out / "train").iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in (out / "train").iterdir()} == complete
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -269,8 +269,8 @@ def test_where_bad_images_lie_in_the_source_decides_nothing(tmp_path):
     of_train = [image for image in images if image["split"] in ("train", "restval")]
     for image in of_train[:120]:
         (root / image["filepath"] / image["filename"]).unlink()
-    share = str(121 / len(of_train))
-    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-share", share) == 0
+    ratio = str(121 / len(of_train))
+    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-share", ratio) == 0
 
 
 def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_path, capfd):

@@ -94,7 +94,7 @@ def test_a_statement_that_cannot_be_used_says_why(nlvr2, tokenizer, tmp_path, ch
 @pytest.mark.parametrize("change", [{"label": "-"}, {"text": ""}, {"pair_id": 7}])
 def test_a_hypothesis_that_cannot_be_used_says_why(snli_ve, tokenizer, tmp_path, change):  # noqa: F811
     def changed(content):
-        return content | {"hypotheses": [said | change for said in content["hypotheses"]]}
+        return content | {"hypotheses": [hypothesis | change for hypothesis in content["hypotheses"]]}
 
     folder = rewrite(snli_ve / "val", tmp_path / "val", changed)
     with pytest.raises(BadSampleError, match="hypothesis 0 of its json lacks a field, or has a label other than"):

@@ -114,7 +114,7 @@ def scenes(number):
 
 
 def true_answer(scene, text: str) -> str:
-    """What the picture says, worked out from the words of the question alone."""
+    """The answer by the picture, from the words of the question alone."""
     words = text.rstrip("?").split()
     named = [thing for thing in scene if thing.name in text]
     if text.startswith("what is the texture of the small"):
@@ -133,20 +133,20 @@ def true_answer(scene, text: str) -> str:
         return "yes" if named else "no"
     if text.startswith("is the"):
         one, other = sorted(named, key=lambda thing: text.index(thing.name))
-        holds = {
+        relations = {
             "left of": one.x < other.x,
             "right of": one.x > other.x,
             "above": one.y < other.y,
             "below": one.y > other.y,
         }
-        return "yes" if next(value for word, value in holds.items() if word in text) else "no"
-    place = {
+        return "yes" if next(value for word, value in relations.items() if word in text) else "no"
+    position = {
         "left": lambda thing: thing.x,
         "right": lambda thing: -thing.x,
         "top": lambda thing: thing.y,
         "bottom": lambda thing: -thing.y,
     }[words[-1]]
-    return min(scene, key=place).colour
+    return min(scene, key=position).colour
 
 
 def test_every_answer_is_what_the_picture_shows():
@@ -206,16 +206,16 @@ def test_the_command_prints_the_rate_of_the_data_it_drew(root, tmp_path, capfd):
 
 def test_bad_arguments_are_named_all_at_once_and_leave_nothing(root, tmp_path, capfd):
     assert draw(root, "--images", "3", "--size", "8", "--seed", "-1") == 78
-    said = capfd.readouterr().err
-    assert "Invalid configuration (4 errors)" in said
+    printed = capfd.readouterr().err
+    assert "Invalid configuration (4 errors)" in printed
     for start in ("--images 3:", "--size 8:", "--seed -1:", f"out {root}: exists"):
-        assert f"  - {start}" in said
+        assert f"  - {start}" in printed
     assert draw(tmp_path / "new", "--images", "3") == 78
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_argument_of_the_wrong_kind_is_a_bad_setting(tmp_path, capfd):
     assert draw(tmp_path / "new", "--images", "many") == 78
-    said = capfd.readouterr().err
-    assert "usage: python -m pretrain.toy" in said
-    assert "argument --images: invalid int value: 'many'" in said
+    printed = capfd.readouterr().err
+    assert "usage: python -m pretrain.toy" in printed
+    assert "argument --images: invalid int value: 'many'" in printed

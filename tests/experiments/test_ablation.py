@@ -68,9 +68,9 @@ def test_an_ablation_continues_after_finished_runs_and_writes_its_report(work, f
     assert {"loss_mlm", "loss_itm", "loss_itc", "accuracy_mlm", "accuracy_itm", "vqa_overall"} <= set(
         lines[1]["figures"]
     )
-    shares = lines[1]["gates"]["text"]
-    assert [len(row) for row in shares] == [1, 2]
-    assert sum(shares[1]) == pytest.approx(1, abs=1e-5)
+    gates = lines[1]["gates"]["text"]
+    assert [len(row) for row in gates] == [1, 2]
+    assert sum(gates[1]) == pytest.approx(1, abs=1e-5)
     report = (tmp_path / "ablation_quick.md").read_text()
     assert "A quick run" in report
     assert "best guess without the image" in report
@@ -154,17 +154,17 @@ def test_a_error_of_all_variants_is_said_once():
 
 
 def test_the_paired_interval_is_students():
-    found = paired_difference([0.01, 0.03, 0.02])
-    assert found.mean == pytest.approx(0.02)
-    assert found.half_width == pytest.approx(4.303 * stdev([0.01, 0.03, 0.02]) / math.sqrt(3))
-    assert not found.excludes_zero
+    difference = paired_difference([0.01, 0.03, 0.02])
+    assert difference.mean == pytest.approx(0.02)
+    assert difference.half_width == pytest.approx(4.303 * stdev([0.01, 0.03, 0.02]) / math.sqrt(3))
+    assert not difference.excludes_zero
     assert paired_difference([0.019, 0.021, 0.020]).excludes_zero
     assert math.isnan(paired_difference([0.5]).half_width)
     assert not paired_difference([0.5]).excludes_zero
 
 
 def result(variant, seed, shift):
-    figures = dict.fromkeys(PRETRAINING | VQA, 0.5 + seed / 10 + shift)
+    metrics = dict.fromkeys(PRETRAINING | VQA, 0.5 + seed / 10 + shift)
     gates = None if variant in ("in_layer", "bridge") else [[1.0], [0.25 + seed / 4, 0.75 - seed / 4]]
     if variant == "with_towers":
         gates = [[0.25, 0.25, 0.5], [0.25] * 4]
@@ -172,7 +172,7 @@ def result(variant, seed, shift):
         "variant": variant,
         "seed": seed,
         "settings": {"batch": 64},
-        "figures": figures,
+        "figures": metrics,
         "parameters": 100,
         "gates": {"text": gates, "image": gates},
         "pretraining": {"step_s": 1.0},
@@ -236,10 +236,10 @@ def test_tower_layers_have_columns_of_their_own(tmp_path):
 def test_shares_are_those_of_visible_levels():
     padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
     expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
-    for found, row in zip(ablation_run.shares_by_layer(padded, 3, 0), expected, strict=True):
-        assert found == pytest.approx(row)
-    for found, row in zip(ablation_run.shares_by_layer(padded, 2, 1), expected[1:], strict=True):
-        assert found == pytest.approx(row)
+    for gates, row in zip(ablation_run.shares_by_layer(padded, 3, 0), expected, strict=True):
+        assert gates == pytest.approx(row)
+    for gates, row in zip(ablation_run.shares_by_layer(padded, 2, 1), expected[1:], strict=True):
+        assert gates == pytest.approx(row)
 
 
 @pytest.mark.integration

@@ -34,12 +34,12 @@ def test_a_small_run_writes_its_report(tmp_path, capsys):
 def test_hours_are_those_of_towers_and_pairs():
     table = retrieval_cost.hours({"image": 3.6, "text": 0.36, "pair": 0.72}, shortlist=100)
     rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table.splitlines()[2:]}
-    found = {way: [float(cell.replace(",", "")) for cell in cells] for way, cells in rows.items()}
-    assert found["METER's way, all pairs"] == [125_050_000, pytest.approx(125_050_000 * 4.68 / 3600)]
+    costs = {way: [float(cell.replace(",", "")) for cell in cells] for way, cells in rows.items()}
+    assert costs["METER's way, all pairs"] == [125_050_000, pytest.approx(125_050_000 * 4.68 / 3600)]
     towers = (5000 * 3.6 + 25010 * 0.36) / 3600
-    assert found["kept states, all pairs (exact)"][1] == pytest.approx(towers + 125_050_000 * 0.72 / 3600, abs=0.5)
-    assert found["shortlist of 100, 5K alone"] == [3_001_000, pytest.approx(towers + 600.2, abs=0.5)]
-    assert found["shortlist of 100, 5K and five folds"][0] == 6_002_000
+    assert costs["kept states, all pairs (exact)"][1] == pytest.approx(towers + 125_050_000 * 0.72 / 3600, abs=0.5)
+    assert costs["shortlist of 100, 5K alone"] == [3_001_000, pytest.approx(towers + 600.2, abs=0.5)]
+    assert costs["shortlist of 100, 5K and five folds"][0] == 6_002_000
 
 
 def test_bad_arguments_are_named_together(capsys):

@@ -1,4 +1,4 @@
-"""Small sources of NLVR2 and SNLI-VE as shards, and exported weights, for whole evaluations and programs."""
+"""Small sources of NLVR2 and SNLI-VE as shards, and exported weights, for complete evaluations and programs."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ def write_nlvr2(root: Path) -> Path:
     for split, folder in (("train", "images/train"), ("dev", "dev"), ("test1", "test1")):
         lines = []
         (root / folder).mkdir(parents=True)
-        for number, place in enumerate(NLVR2):
-            identifier = f"{split}-{place}"
+        for number, name in enumerate(NLVR2):
+            identifier = f"{split}-{name}"
             pair = identifier.rpartition("-")[0]
             for side in range(2):
                 (root / folder / f"{pair}-img{side}.png").write_bytes(draw_jpeg(10 * number + side))
@@ -39,7 +39,7 @@ def write_nlvr2(root: Path) -> Path:
 
 
 def write_snli_ve(root: Path) -> Path:
-    """The same hypotheses in each split, about photos of its own."""
+    """The same hypotheses in each split, about different photos."""
     (root / "flickr30k-images").mkdir(parents=True)
     for start, split in enumerate(("train", "dev", "test")):
         lines = []
@@ -91,13 +91,13 @@ def tokenizer(coco) -> PreTrainedTokenizerBase:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def pretrained(tokenizer, tmp_path_factory) -> Path:
-    """What an export of pretraining holds, with random weights; images of 16 pixels, patches of 8."""
+    """The content of an export of pretraining, with random weights; images of 16 pixels, patches of 8."""
     folder = tmp_path_factory.mktemp("weights") / "pretrained"
     text = tiny_config().text_config.to_dict()
     text |= {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "num_hidden_layers": 1}
     vision = {"image_size": 16, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}}
     model = tiny_pretraining_model(text_config=text, vision_config=vision, num_hidden_layers=2)
-    # Of such a spread that what is predicted differs from row to row.
+    # Of such a spread that predictions differ from row to row.
     initialize_weights(model, 2, std=0.8)
     model.save_pretrained(folder)
     Unimo3Processor(image_processor(16), tokenizer).save_pretrained(folder)

@@ -1,6 +1,5 @@
 """What a rank does to evaluate all tasks under ZeRO-3, without a training step."""
 
-import json
 from pathlib import Path
 
 from finetune.nlvr2 import Nlvr2
@@ -32,15 +31,14 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
 
     Args:
         weights: an export of pretraining.
-        shards: holds vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated.
-        ds_config: is written.
+        shards: contains vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated.
+        ds_config: contains `DS_CONFIG`.
     """
     rank, size = world()
-    ds_config.write_text(json.dumps(DS_CONFIG))
     reading = Reading(load_tokenizer(str(weights)), 12, ImageTransform(16), 0)
     answers = AnswerVocabulary.load(shards / "vqa" / "answers.json")
     read = read_ds_config(str(ds_config), BatchPlan(BATCH * size, BATCH, size), 1.0)
-    found = {}
+    results = {}
     for name, task in (("vqa", Vqa(answers)), ("nlvr2", Nlvr2()), ("snli_ve", SnliVe())):
         config = read_exported_config(str(weights))
         task.configure(config)
@@ -50,5 +48,5 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
         engine = build_engine(task.objective(model), model, read, OptimArgs())
         index = ShardIndex(shards / name / "val")
         held_out = HeldOut(index, reading, World(rank, rank, size), BATCH, ReaderArgs(0, 1))
-        found[name] = list(task.evaluate(engine, held_out, Unguarded()))
-    return found
+        results[name] = list(task.evaluate(engine, held_out, Unguarded()))
+    return results

@@ -22,16 +22,16 @@ def check_vqa(text: str, questions: list[dict]) -> None:
 def nlvr2_metrics(text: str, examples: list[dict]) -> dict[str, float]:
     """What NLVR2's program prints: it splits each line at its commas into identifier and label, without a header.
 
-    A sentence is what an identifier says besides its third part, the pair; it is consistent if all its pairs are right.
+    A sentence is an identifier without its third part, the pair; it is consistent if all its pairs are right.
     """
-    said = {}
+    predicted = {}
     for line in csv.reader(text.splitlines()):
         assert len(line) == 2
         assert line[1] in ("True", "False")
-        assert line[0] not in said
-        said[line[0]] = line[1]
-    assert set(said) == {example["identifier"] for example in examples}
-    right = {example["identifier"]: said[example["identifier"]] == example["label"] for example in examples}
+        assert line[0] not in predicted
+        predicted[line[0]] = line[1]
+    assert set(predicted) == {example["identifier"] for example in examples}
+    right = {example["identifier"]: predicted[example["identifier"]] == example["label"] for example in examples}
     of_sentence = defaultdict(list)
     for identifier, is_right in right.items():
         split, number, _pair, sentence = identifier.split("-")
@@ -44,17 +44,17 @@ def nlvr2_metrics(text: str, examples: list[dict]) -> dict[str, float]:
 
 def snli_ve_metrics(text: str, examples: list[dict]) -> dict[str, float]:
     """Accuracy over all and of each gold label, of JSON lines with a pair's id and its label."""
-    said = {}
+    predicted = {}
     for line in text.splitlines():
         entry = json.loads(line)
         assert set(entry) == {"pairID", "gold_label"}
         assert entry["gold_label"] in ("entailment", "neutral", "contradiction")
-        assert entry["pairID"] not in said
-        said[entry["pairID"]] = entry["gold_label"]
-    assert set(said) == {example["pairID"] for example in examples}
+        assert entry["pairID"] not in predicted
+        predicted[entry["pairID"]] = entry["gold_label"]
+    assert set(predicted) == {example["pairID"] for example in examples}
     marks = defaultdict(list)
     for example in examples:
-        is_right = said[example["pairID"]] == example["gold_label"]
+        is_right = predicted[example["pairID"]] == example["gold_label"]
         marks["overall"].append(is_right)
         marks[example["gold_label"]].append(is_right)
     return {group: sum(values) / len(values) for group, values in marks.items()}

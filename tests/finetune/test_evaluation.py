@@ -10,7 +10,7 @@ from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
-from tests.finetune.evaluating import evaluate
+from tests.finetune.evaluating import DS_CONFIG, evaluate
 from tests.finetune.formats import check_vqa, nlvr2_metrics, read_lines, snli_ve_metrics
 from tests.spawn import run_ranks
 from unimo3.data.answers import AnswerVocabulary
@@ -29,11 +29,14 @@ def asked(vqa):
 
 @pytest.fixture(scope="module")
 def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
-    """By number of ranks, for each rank, what it found of each task: metrics and files."""
+    """By number of ranks, each rank's metrics and files of every task."""
     folder = tmp_path_factory.mktemp("evaluated")
     for name, shards in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve)):
         (folder / name).symlink_to(shards)
-    return {size: run_ranks(size, evaluate, pretrained, folder, folder / f"fp32_{size}.json") for size in (1, 2, 3)}
+    # Before any rank starts: one that reads it must not find what another has half written.
+    ds_config = folder / "fp32.json"
+    ds_config.write_text(json.dumps(DS_CONFIG))
+    return {size: run_ranks(size, evaluate, pretrained, folder, ds_config) for size in (1, 2, 3)}
 
 
 @pytest.mark.integration
@@ -47,10 +50,10 @@ def test_one_two_and_three_ranks_give_the_same_metrics_and_files(evaluated, aske
 
 @pytest.mark.integration
 def test_predictions_differ_from_row_to_row(evaluated):
-    (found,) = evaluated[1]
-    assert len({entry["answer"] for entry in json.loads(found["vqa"][1]["predictions.json"])}) > 1
-    assert len({line.split(",")[1] for line in found["nlvr2"][1]["predictions.csv"].splitlines()}) > 1
-    lines = found["snli_ve"][1]["predictions.jsonl"].splitlines()
+    (results,) = evaluated[1]
+    assert len({entry["answer"] for entry in json.loads(results["vqa"][1]["predictions.json"])}) > 1
+    assert len({line.split(",")[1] for line in results["nlvr2"][1]["predictions.csv"].splitlines()}) > 1
+    lines = results["snli_ve"][1]["predictions.jsonl"].splitlines()
     assert len({json.loads(line)["gold_label"] for line in lines}) > 1
 
 
@@ -83,18 +86,18 @@ def rows(*entries):
 
 def test_questions_without_answers_give_predictions_and_no_accuracy():
     task = Vqa(AnswerVocabulary(["yes"]))
-    found = task.results(rows((2, "yes", ("", ""), None), (1, "yes", ("", ""), None)))
-    assert found.metrics == {}
-    assert list(found.files) == ["predictions.json"]
-    check_vqa(found.files["predictions.json"], [{"question_id": 1}, {"question_id": 2}])
+    results = task.results(rows((2, "yes", ("", ""), None), (1, "yes", ("", ""), None)))
+    assert results.metrics == {}
+    assert list(results.files) == ["predictions.json"]
+    check_vqa(results.files["predictions.json"], [{"question_id": 1}, {"question_id": 2}])
 
 
 def test_vqa_accuracy_is_over_all_and_of_each_answer_type_and_granularity():
     task = Vqa(AnswerVocabulary(["yes"]))
     kinds = ("yes/no", "fine"), ("other", "scene"), ("other", "fine")
-    found = task.results(rows(*((i, "yes", kinds[i], accuracy) for i, accuracy in enumerate((1.0, 0.3, 0.6)))))
+    results = task.results(rows(*((i, "yes", kinds[i], accuracy) for i, accuracy in enumerate((1.0, 0.3, 0.6)))))
     expected = {"overall": 1.9 / 3, "yes/no": 1.0, "other": 0.45, "fine": 0.8, "scene": 0.3}
-    assert found.metrics == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
+    assert results.metrics == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
 
 
 def test_a_sentence_is_consistent_if_all_its_pairs_are_right():

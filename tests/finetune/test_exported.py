@@ -22,13 +22,13 @@ def test_exported_weights_give_the_trained_models_logits(tuned, name):
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == (torch.bfloat16 if name == "nlvr2" else torch.float32)
     with torch.no_grad():
-        found = model.eval()(**fixed_batch(name, model.dtype))
+        output = model.eval()(**fixed_batch(name, model.dtype))
     expected = load_file(tuned / f"{name}.safetensors")
     assert expected
     for kind, logits in expected.items():
-        # ZeRO-3 multiplies, rounds, then adds the bias; torch's own linear rounds once, which shows in bf16.
+        # ZeRO-3 multiplies, rounds, then adds the bias; torch's linear rounds once, which shows in bf16.
         atol = 0.05 if name == "nlvr2" else 0.0
-        torch.testing.assert_close(found[kind], logits, atol=atol, rtol=0.0)
+        torch.testing.assert_close(output[kind], logits, atol=atol, rtol=0.0)
 
 
 @pytest.mark.parametrize("name", Predictor.by_task)
@@ -42,8 +42,8 @@ def test_the_auto_class_of_vqa_gives_the_trained_models_logits(tuned):
     model = AutoModelForVisualQuestionAnswering.from_pretrained(tuned / "vqa_weights").eval()
     assert isinstance(model, Unimo3ForVisualQuestionAnswering)
     with torch.no_grad():
-        found = model(**fixed_batch("vqa", torch.float32))
-    assert torch.equal(found.logits, load_file(tuned / "vqa.safetensors")["logits"])
+        output = model(**fixed_batch("vqa", torch.float32))
+    assert torch.equal(output.logits, load_file(tuned / "vqa.safetensors")["logits"])
 
 
 def test_an_exports_processor_cuts_texts_where_the_run_did(tuned):

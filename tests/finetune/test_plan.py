@@ -42,11 +42,11 @@ def test_a_task_is_planned_without_data_weights_or_gpu(capsys):
     recipe = ("--config", RECIPES / "nlvr2_tiny.yaml", "--training.steps", 36)
     status, output = run_command(capsys, "nlvr2", *recipe, *TINY, "--json")
     assert status == 0
-    found = json.loads(output.out)
-    assert (found["unit"], found["not_counted"][-1]) == ("statement", "evaluation")
-    assert (found["ds_config"], found["recipe_ds_config"]) == ("zero2_bf16.json", "zero3_fp32.json")
-    assert found["time"]["hours"] == pytest.approx(found["time"]["step_s"] / 100)
-    assert set(found["activation_bytes_per_pair"]) == {"with_checkpointing", "without_checkpointing"}
+    report = json.loads(output.out)
+    assert (report["unit"], report["not_counted"][-1]) == ("statement", "evaluation")
+    assert (report["ds_config"], report["recipe_ds_config"]) == ("zero2_bf16.json", "zero3_fp32.json")
+    assert report["time"]["hours"] == pytest.approx(report["time"]["step_s"] / 100)
+    assert set(report["activation_bytes_per_pair"]) == {"with_checkpointing", "without_checkpointing"}
 
 
 def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
@@ -100,14 +100,14 @@ def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path)
         ("- model", "must hold groups of settings"),
     ):
         recipe.write_text(content)
-        (found,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", recipe)
-        assert found.startswith(f"--model {recipe}: {problem}")
-    (found,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", tmp_path / "none.yaml")
-    assert found.startswith(f"--model {tmp_path / 'none.yaml'}: cannot be read (No such file or directory)")
+        (error,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", recipe)
+        assert error.startswith(f"--model {recipe}: {problem}")
+    (error,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", tmp_path / "none.yaml")
+    assert error.startswith(f"--model {tmp_path / 'none.yaml'}: cannot be read (No such file or directory)")
 
 
 def test_all_errors_come_in_one_message(capsys):
-    found = refused(
+    errors = refused(
         capsys,
         "vqa",
         *TINY,
@@ -128,7 +128,7 @@ def test_all_errors_come_in_one_message(capsys):
         "--ds-config",
         "none.json",
     )
-    assert [line.split(": ")[0] for line in found] == [
+    assert [line.split(": ")[0] for line in errors] == [
         "--gpus 0",
         "--gpu-memory 80 apples",
         "training.steps",
@@ -138,7 +138,7 @@ def test_all_errors_come_in_one_message(capsys):
         "image_size",
         "answers",
     ]
-    assert found[-2] == "image_size: 70: not a multiple of the patch size 16; use 64 or 80"
+    assert errors[-2] == "image_size: 70: not a multiple of the patch size 16; use 64 or 80"
 
 
 def test_texts_longer_than_the_models_positions_are_named(capsys):

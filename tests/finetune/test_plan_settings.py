@@ -69,7 +69,7 @@ def test_a_batch_has_the_shapes_that_the_loader_yields(run):
     real = read(3)
     for name, blank in step.batch(3).items():
         assert (name, blank.shape, blank.dtype) == (name, real[name].shape, real[name].dtype)
-    # What is left to the loop: names, counts, and what scoring needs.
+    # The rest is for the loop: names, counts, and fields for scoring.
     further = {name for name, value in real.items() if isinstance(value, torch.Tensor)} - set(step.batch(3))
     assert further <= {"positions", "image_id"}
 
@@ -102,9 +102,9 @@ def test_a_head_of_more_answers_costs_more(pretrained, vqa):
     few, published = (cost_of("vqa", pretrained, *extra) for extra in (("--data.train", vqa / "train"), ()))
     model = settings_of("vqa", pretrained).planned_run().step.model
     assert model.num_answers == PUBLISHED_ANSWERS == 3129
-    own = settings_of("vqa", pretrained, "--data.train", vqa / "train").planned_run().step.model.num_answers
-    assert 0 < own < 100
-    further = 2 * 2 * model.hidden_size * (PUBLISHED_ANSWERS - own)
+    num_answers = settings_of("vqa", pretrained, "--data.train", vqa / "train").planned_run().step.model.num_answers
+    assert 0 < num_answers < 100
+    further = 2 * 2 * model.hidden_size * (PUBLISHED_ANSWERS - num_answers)
     assert published.forward_flops - few.forward_flops == further
 
 
@@ -125,10 +125,10 @@ def test_an_exported_folder_and_a_run_give_the_model(pretrained, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     shutil.copytree(pretrained, run / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    found = [model_sizes(settings_of("vqa", init).planned_run().step.build()) for init in (pretrained, run)]
-    assert found[0] == found[1]
+    sizes = [model_sizes(settings_of("vqa", init).planned_run().step.build()) for init in (pretrained, run)]
+    assert sizes[0] == sizes[1]
     # Two layers from 64 to 64 to as many answers as were published, and a layer norm.
-    assert found[0].roles["heads"] == 64 * 65 + 65 * PUBLISHED_ANSWERS + 2 * 64
+    assert sizes[0].roles["heads"] == 64 * 65 + 65 * PUBLISHED_ANSWERS + 2 * 64
 
 
 def test_a_recipes_model_is_that_of_pretraining():

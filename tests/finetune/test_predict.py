@@ -1,4 +1,4 @@
-"""finetune.predict: the answers of the run's own evaluation, searches, files of many, and one clear error each."""
+"""finetune.predict: the answers of the run's evaluation, searches, files of many, and one clear error each."""
 
 import io
 import json
@@ -30,24 +30,24 @@ def run(*arguments) -> int:
 
 
 def members(shards):
-    """What a split's tars hold, by name."""
-    found = {}
+    """Contents of a split's tars, by name."""
+    contents = {}
     for tar in sorted(shards.glob("*.tar")):
         with tarfile.open(tar) as archive:
-            found |= {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
-    return found
+            contents |= {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+    return contents
 
 
 def unpack(shards, folder):
-    """Write a split's images into a folder; return what its samples say, by key."""
-    said = {}
+    """Write a split's images into a folder; return the JSON of its samples, by key."""
+    samples = {}
     for name, content in members(shards).items():
         key, _, ending = name.partition(".")
         if ending == "json":
-            said[key] = json.loads(content)
+            samples[key] = json.loads(content)
         elif ending.rpartition(".")[2] in ("jpg", "png"):
             (folder / name).write_bytes(content)
-    return said
+    return samples
 
 
 def write_lines(path, entries):
@@ -85,12 +85,12 @@ def test_vqa_answers_are_those_of_the_runs_predictions(tuned, vqa, tmp_path):
         for key, sample in unpack(vqa / "val", tmp_path).items()
         for question in sample["questions"]
     ]
-    found = answers_to("vqa", tuned, tmp_path, entries, "--batch", "4")
+    records = answers_to("vqa", tuned, tmp_path, entries, "--batch", "4")
     expected = {
         entry["question_id"]: entry["answer"] for entry in json.loads((tuned / "vqa/predictions.json").read_text())
     }
-    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == expected
-    assert [record["line"] for record in found] == list(range(1, len(expected) + 1))
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in records} == expected
+    assert [record["line"] for record in records] == list(range(1, len(expected) + 1))
 
 
 def test_nlvr2_answers_are_those_of_the_runs_predictions(tuned, nlvr2, tmp_path):
@@ -102,9 +102,9 @@ def test_nlvr2_answers_are_those_of_the_runs_predictions(tuned, nlvr2, tmp_path)
         }
         for key, sample in unpack(nlvr2 / "val", tmp_path).items()
     ]
-    found = answers_to("nlvr2", tuned, tmp_path, entries, "--batch", "4")
+    records = answers_to("nlvr2", tuned, tmp_path, entries, "--batch", "4")
     lines = (tuned / "nlvr2" / "predictions.csv").read_text().splitlines()
-    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == dict(
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in records} == dict(
         line.split(",") for line in lines
     )
 
@@ -115,10 +115,10 @@ def test_snli_ve_answers_are_those_of_the_runs_predictions(tuned, snli_ve, tmp_p
         for key, sample in unpack(snli_ve / "val", tmp_path).items()
         for hypothesis in sample["hypotheses"]
     ]
-    found = answers_to("snli_ve", tuned, tmp_path, entries, "--batch", "4")
+    records = answers_to("snli_ve", tuned, tmp_path, entries, "--batch", "4")
     expected = {entry["pairID"]: entry["gold_label"] for entry in read_lines(tuned / "snli_ve" / "predictions.jsonl")}
-    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in found} == expected
-    assert all(sum(answer["score"] for answer in record["answers"]) == pytest.approx(1) for record in found)
+    assert {record["input"]["id"]: record["answers"][0]["answer"] for record in records} == expected
+    assert all(sum(answer["score"] for answer in record["answers"]) == pytest.approx(1) for record in records)
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,8 @@ def searched(tuned, coco, tmp_path_factory):
     """The held-out images in a folder with an index, and an index of all their captions."""
     folder = tmp_path_factory.mktemp("searched")
     (folder / "images").mkdir()
-    said = unpack(coco / "val", folder / "images")
-    texts = [(key, caption) for key, sample in said.items() for caption in sample["captions"]]
+    samples = unpack(coco / "val", folder / "images")
+    texts = [(key, caption) for key, sample in samples.items() for caption in sample["captions"]]
     (folder / "texts.txt").write_text("".join(f"{caption}\n" for _, caption in texts))
     common = ("index", "--weights", tuned / "retrieval_weights", "--batch", 4)
     assert run(*common, "--images", folder / "images", "--out", folder / "of_images") == 0
@@ -138,15 +138,15 @@ def searched(tuned, coco, tmp_path_factory):
 def test_a_search_ranks_images_as_the_runs_evaluation_does(tuned, searched, tmp_path):
     folder, texts = searched
     entries = [{"text": caption, "id": key} for key, caption in texts]
-    found = answers_to("retrieval", tuned, tmp_path, entries, "--index", folder / "of_images", "--rerank", 99)
-    places = []
-    for record in found:
+    records = answers_to("retrieval", tuned, tmp_path, entries, "--index", folder / "of_images", "--rerank", 99)
+    ranks = []
+    for record in records:
         names = [answer["image"].rpartition("/")[2].partition(".")[0] for answer in record["answers"]]
-        places.append(names.index(record["input"]["id"]))
+        ranks.append(names.index(record["input"]["id"]))
     recall = json.loads((tuned / "retrieval" / "recall.json").read_text())
-    assert len(found[0]["answers"]) > 2
+    assert len(records[0]["answers"]) > 2
     for k in (1, 5, 10):
-        assert sum(place < k for place in places) / len(places) == pytest.approx(recall[f"ir_at_{k}"])
+        assert sum(rank < k for rank in ranks) / len(ranks) == pytest.approx(recall[f"ir_at_{k}"])
 
 
 def test_an_image_finds_texts_and_a_pair_has_the_searchs_metrics(tuned, searched, capsys):
@@ -154,12 +154,12 @@ def test_an_image_finds_texts_and_a_pair_has_the_searchs_metrics(tuned, searched
     image = sorted((folder / "images").iterdir())[0]
     weights = ("--weights", tuned / "retrieval_weights", "--json")
     assert run("retrieval", *weights, "--index", folder / "of_texts", "--image", image, "--top", 3) == 0
-    found = json.loads(capsys.readouterr().out)["answers"]
-    assert len(found) == 3
-    assert [answer["match"] for answer in found] == sorted((answer["match"] for answer in found), reverse=True)
-    assert run("retrieval", *weights, "--image", image, "--text", found[1]["text"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert len(answers) == 3
+    assert [answer["match"] for answer in answers] == sorted((answer["match"] for answer in answers), reverse=True)
+    assert run("retrieval", *weights, "--image", image, "--text", answers[1]["text"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)["answers"]
-    assert pair == pytest.approx({name: found[1][name] for name in ("match", "similarity")}, abs=1e-5)
+    assert pair == pytest.approx({name: answers[1][name] for name in ("match", "similarity")}, abs=1e-5)
 
 
 def test_without_reranking_the_towers_alone_order(tuned, searched, capsys):
@@ -167,9 +167,9 @@ def test_without_reranking_the_towers_alone_order(tuned, searched, capsys):
     weights = ("--weights", tuned / "retrieval_weights", "--json")
     options = ("--index", folder / "of_images", "--text", texts[0][1], "--rerank", 0)
     assert run("retrieval", *weights, *options) == 0
-    found = json.loads(capsys.readouterr().out)["answers"]
-    assert {answer["match"] for answer in found} == {None}
-    similarities = [answer["similarity"] for answer in found]
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert {answer["match"] for answer in answers} == {None}
+    similarities = [answer["similarity"] for answer in answers]
     assert similarities == sorted(similarities, reverse=True)
     assert len(set(similarities)) > 1
 
@@ -178,9 +178,9 @@ def test_several_images_are_ranked_for_a_text(tuned, searched, capsys):
     folder, texts = searched
     images = [part for image in sorted((folder / "images").iterdir())[:2] for part in ("--image", image)]
     assert run("retrieval", "--weights", tuned / "retrieval_weights", *images, "--text", texts[0][1], "--json") == 0
-    found = json.loads(capsys.readouterr().out)["answers"]
-    assert {answer["image"] for answer in found} == {str(images[1]), str(images[3])}
-    assert found[0]["match"] >= found[1]["match"]
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert {answer["image"] for answer in answers} == {str(images[1]), str(images[3])}
+    assert answers[0]["match"] >= answers[1]["match"]
 
 
 def test_an_index_of_other_weights_or_the_wrong_query_is_refused(tuned, searched, photo, tmp_path, capsys):
@@ -368,8 +368,8 @@ def test_answers_of_another_number_than_the_head_are_named(tuned, photo, tmp_pat
 def test_weights_that_lack_the_head_are_named(tuned, photo, tmp_path, capsys):
     folder = broken(tuned, tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("vqa_head.")}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("vqa_head.")}
+    save_file(others, folder / "model.safetensors", metadata={"format": "pt"})
     assert "do not fit Unimo3ForVisualQuestionAnswering; missing: vqa_head." in refused(folder, photo, capsys)
 
 

@@ -94,9 +94,9 @@ def test_weights_of_another_task_are_named(nlvr2, tuned_vqa, tmp_path):
 
 
 def test_tuned_weights_answer_from_their_own_vocabulary(vqav2, tuned_vqa, tmp_path):
-    found = settings(VqaConfig, vqav2, tuned_vqa, tmp_path)
-    assert found.answers_path == tuned_vqa / "answers.json"
-    assert found.validate() == []
+    tuning = settings(VqaConfig, vqav2, tuned_vqa, tmp_path)
+    assert tuning.answers_path == tuned_vqa / "answers.json"
+    assert tuning.validate() == []
 
 
 @pytest.mark.parametrize("answers", [["dog", "yes", "no"], ["yes", "dog"]], ids=["size", "order"])
@@ -109,8 +109,8 @@ def test_a_vocabulary_other_than_the_weights_is_named(vqav2, tuned_vqa, tmp_path
 def test_evaluation_alone_needs_no_training_data(nlvr2, pretrained, tmp_path):
     (problem,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).validate()
     assert problem.startswith(f"eval_only: true: the run has no checkpoint, and init '{pretrained}' holds no weights")
-    found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": None}, eval_only=True).validate()
-    assert found[0] == "eval_only: true: data.val names nothing to evaluate on; name held-out shards"
+    errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": None}, eval_only=True).validate()
+    assert errors[0] == "eval_only: true: data.val names nothing to evaluate on; name held-out shards"
     folder = tmp_path / "tuned"
     shutil.copytree(pretrained, folder)
     config = Unimo3ForImagesAndTextClassification.config_class.from_pretrained(pretrained)
@@ -123,8 +123,8 @@ def test_evaluation_alone_needs_no_training_data(nlvr2, pretrained, tmp_path):
 
 def test_evaluation_alone_takes_any_settings_of_training(nlvr2, pretrained, tmp_path):
     def started_with(**changes):
-        found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, training={"steps": 7}, **changes).validate()
-        return [problem.partition(":")[0] for problem in found if "this run was started with" in problem]
+        errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, training={"steps": 7}, **changes).validate()
+        return [problem.partition(":")[0] for problem in errors if "this run was started with" in problem]
 
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
@@ -176,8 +176,8 @@ def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
         beat = Heartbeat(0, socket.gethostname(), process.pid, 7, "compute", 9, time.time(), time.time())
         path = folder / "heartbeats" / "rank_00000.json"
         path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(beat, **changes))))
-        found = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).validate()
-        return [problem for problem in found if "is in use" in problem]
+        errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).validate()
+        return [problem for problem in errors if "is in use" in problem]
 
     (problem,) = errors_after()
     assert problem.startswith(f"eval_only: true: {folder} is in use, rank 0 is at step 7 (pid {process.pid} on ")
@@ -199,7 +199,7 @@ def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_pat
 
 
 def test_all_errors_come_at_once(nlvr2, pretrained, tmp_path):
-    found = settings(
+    errors = settings(
         Nlvr2Config,
         nlvr2,
         pretrained,
@@ -208,7 +208,7 @@ def test_all_errors_come_at_once(nlvr2, pretrained, tmp_path):
         {"micro_batch": 3},
         image_size=30,
     ).validate()
-    assert [problem.partition(":")[0] for problem in found] == [
+    assert [problem.partition(":")[0] for problem in errors] == [
         "training.global_batch",
         "data.train",
         "data.val",

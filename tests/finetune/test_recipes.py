@@ -27,7 +27,7 @@ def test_a_recipe_is_taken_whole(request, pretrained, tmp_path, task, size):
     kind, fixture, *_ = TASKS[task]
     shards: Path = request.getfixturevalue(fixture)
     # The weights of these tests are not the recipe's.
-    own = ("--image_size", "0", "--data.max_text_tokens", "12", "--run.dir", str(tmp_path), "--init", str(pretrained))
+    words = ("--image_size", "0", "--data.max_text_tokens", "12", "--run.dir", str(tmp_path), "--init", str(pretrained))
     data = (
         "--data.train",
         str(shards / "train"),
@@ -36,7 +36,7 @@ def test_a_recipe_is_taken_whole(request, pretrained, tmp_path, task, size):
         "--data.tokenizer",
         str(pretrained),
     )
-    settings = config.parse(kind, ["--config", str(RECIPES / f"{task}_{size}.yaml"), *own, *data], "", "")
+    settings = config.parse(kind, ["--config", str(RECIPES / f"{task}_{size}.yaml"), *words, *data], "", "")
     assert settings.run.name == f"{task}_{size}"
 
 

@@ -1,6 +1,6 @@
 """Tunes all tasks for two steps in one process, without a launcher, as their programs do.
 
-WEIGHTS is an export of pretraining, SHARDS holds vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
+WEIGHTS is an export of pretraining, SHARDS contains vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
 task's name, and next to it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
 bf16.
 """
@@ -91,6 +91,6 @@ def tune_all(weights: Path, shards: Path, folder: Path) -> None:
         "retrieval": Retrieval(RankingArgs(shortlist=0), 0),
     }
     for name, task in tasks.items():
-        given = settings(name, weights, shards, folder)
-        assert given.validate() == [], given.validate()
-        finetune(given, noting(task, name, folder / f"{name}.safetensors"))
+        tuning = settings(name, weights, shards, folder)
+        assert tuning.validate() == [], tuning.validate()
+        finetune(tuning, noting(task, name, folder / f"{name}.safetensors"))

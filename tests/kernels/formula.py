@@ -3,8 +3,8 @@
 import torch
 
 
-def written_out(q, k, v, gate, mask, kept=None):
-    """Level by level; a sample without keys gives zeros. `kept` [B, H, T, V] multiplies every level's weights.
+def written_out(q, k, v, gate, mask, dropout=None):
+    """Level by level; a sample without keys gives zeros. `dropout` [B, H, T, V] multiplies every level's weights.
 
     `mask` is one for all levels, a list of one a level, or None.
     """
@@ -15,15 +15,15 @@ def written_out(q, k, v, gate, mask, kept=None):
         if readable is not None:
             scores = scores.masked_fill(~readable[:, None, None, :], -torch.inf)
         weights = torch.nan_to_num(scores.softmax(-1))
-        if kept is not None:
-            weights = weights * kept[..., : scores.shape[-1]]
-        share = 1 / len(k) if gate is None else gate[..., level].transpose(1, 2)[..., None]
-        out = out + share * (weights @ v[level])
+        if dropout is not None:
+            weights = weights * dropout[..., : scores.shape[-1]]
+        level_gate = 1 / len(k) if gate is None else gate[..., level].transpose(1, 2)[..., None]
+        out = out + level_gate * (weights @ v[level])
     return out
 
 
 def doubled(tensor):
-    """A leaf of its own in float64."""
+    """A separate leaf in float64."""
     return None if tensor is None else tensor.detach().double().requires_grad_()
 
 
@@ -33,19 +33,19 @@ def gradients(out, inputs):
     return torch.autograd.grad((out * weight).sum(), inputs)
 
 
-def assert_close_to_formula(q, k, v, gate, mask, found, kept=None, tolerance=5e-6):
-    """Hold an output and all its gradients to the formula in float64, relative to the largest where that is above 1."""
+def assert_close_to_formula(q, k, v, gate, mask, out, dropout=None, tolerance=5e-6):
+    """Compare an output and all its gradients with the formula in float64, relative to the largest if above 1."""
     inputs = [q, *k, *v, *([] if gate is None else [gate])]
     exact_k, exact_v = [doubled(x) for x in k], [doubled(x) for x in v]
     exact_q, exact_gate = doubled(q), doubled(gate)
     exact_inputs = [exact_q, *exact_k, *exact_v, *([] if gate is None else [exact_gate])]
-    exact = written_out(exact_q, exact_k, exact_v, exact_gate, mask, kept)
-    pairs = [(found, exact), *zip(gradients(found, inputs), gradients(exact, exact_inputs), strict=True)]
+    exact = written_out(exact_q, exact_k, exact_v, exact_gate, mask, dropout)
+    pairs = [(out, exact), *zip(gradients(out, inputs), gradients(exact, exact_inputs), strict=True)]
     sizes = [other.abs().max().item() if other.numel() else 0.0 for _, other in pairs]
-    for (one, other), own in zip(pairs, sizes, strict=True):
-        # Single values may come from terms that cancel. With one key all of k's and q's gradient do: what is left are
+    for (one, other), size in zip(pairs, sizes, strict=True):
+        # Single values may come from terms that cancel. With one key all of k's and q's gradient do: the remainder are
         # the roundings of terms that are as large as those of the other gradients.
-        largest = own if own > 1e-12 else max(sizes)
+        largest = size if size > 1e-12 else max(sizes)
         torch.testing.assert_close(one.double(), other, atol=tolerance * max(1.0, largest), rtol=0)
 
 
@@ -60,19 +60,19 @@ def transposed(x):
 
 
 def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
-    """Find out what was kept from the result itself, then hold output and gradients with it to the formula.
+    """Read from the result which keys were retained, then compare output and gradients with the formula.
 
-    Values that are the keys' places give the mixed weights themselves, and so what was kept; with shares of one sign,
-    as levels that cancel would hide it.
+    Values that are one-hot vectors of the keys' indices give the mixed weights, and so the retained keys. The gates
+    have one sign, since levels that cancel would hide a key.
     """
     q, k, v, gate, mask = drawn
     batch, heads, keys, width = k[0].shape
-    places = [torch.eye(keys, width, device=q.device).expand(batch, heads, keys, width)] * len(k)
-    shares = gate.detach().softmax(dim=-1)
+    one_hot = [torch.eye(keys, width, device=q.device).expand(batch, heads, keys, width)] * len(k)
+    gates = gate.detach().softmax(dim=-1)
     torch.manual_seed(seed)
-    dropped = attend(q, k, places, shares, None, dropout_p)[..., :keys].detach()
-    whole = attend(q, k, places, shares, None)[..., :keys].detach()
-    factors = (dropped / whole).double()
+    dropped = attend(q, k, one_hot, gates, None, dropout_p)[..., :keys].detach()
+    full = attend(q, k, one_hot, gates, None)[..., :keys].detach()
+    factors = (dropped / full).double()
     kept = factors > 0
     torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - dropout_p)), atol=1e-3, rtol=0)
     deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
@@ -81,8 +81,8 @@ def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
     first, *others = kept.flatten(0, 1)
     assert all((first != other).any() for other in others)
     torch.manual_seed(seed)
-    found = attend(q, k, v, gate, mask, dropout_p)
-    assert_close_to_formula(q, k, v, gate, mask, found, kept.double() / (1 - dropout_p))
+    out = attend(q, k, v, gate, mask, dropout_p)
+    assert_close_to_formula(q, k, v, gate, mask, out, kept.double() / (1 - dropout_p))
 
 
 def draw_uneven(lengths, dtype, batch=2, heads=2, tokens=19, width=32, seed=0):

@@ -16,12 +16,12 @@ def test_output_and_every_gradient_equal_the_written_out_formula(shape, masked, 
     q, k, v, gate, mask = draw(shape, masked, gated)
     inputs = [q, *k, *v, *([gate] if gated else [])]
     expected = written_out(q, k, v, gate, mask)
-    found = cross_layer_attention(q, k, v, gate, mask)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    actual = cross_layer_attention(q, k, v, gate, mask)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
-    found_grads = torch.autograd.grad((found * weight).sum(), inputs)
-    for one, other in zip(found_grads, expected_grads, strict=True):
+    actual_grads = torch.autograd.grad((actual * weight).sum(), inputs)
+    for one, other in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
@@ -62,15 +62,15 @@ FITTING = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
     ],
 )
 def test_what_does_not_fit_is_named(changes, named):
-    given = dict(zip(("q", "k", "v", "gate", "key_padding_mask"), FITTING, strict=True))
+    arguments = dict(zip(("q", "k", "v", "gate", "key_padding_mask"), FITTING, strict=True))
     with pytest.raises(ValueError, match=named):
-        cross_layer_attention(**(given | changes))
+        cross_layer_attention(**(arguments | changes))
 
 
 def test_levels_of_different_lengths_equal_the_formula():
     q, k, v, gate, masks = draw_uneven((5, 40, 17), torch.float64)
-    found = cross_layer_attention(q, k, v, gate, masks)
-    assert_close_to_formula(q, k, v, gate, masks, found, tolerance=1e-12)
+    actual = cross_layer_attention(q, k, v, gate, masks)
+    assert_close_to_formula(q, k, v, gate, masks, actual, tolerance=1e-12)
 
 
 def test_the_reference_passes_gradcheck():
@@ -84,14 +84,14 @@ def test_the_reference_passes_gradcheck():
 
 def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
     q, k, _, gate, _ = draw((2, 2, 3, 6, 6, 3), masked=False, gated=True)
-    # Values that are the keys' places, so that the result is the mixed attention weights themselves.
-    places = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
+    # Values are one-hot vectors of the keys' indices, so that the result is the mixed attention weights.
+    one_hot = torch.eye(6, dtype=torch.float64).expand(2, 2, 6, 6)
     torch.manual_seed(0)
-    draws = torch.stack([cross_layer_attention(q, k, [places] * 3, gate, None, dropout_p=0.5) for _ in range(4000)])
-    whole = cross_layer_attention(q, k, [places] * 3, gate)
-    kept = draws.abs() > 1e-12
-    assert kept.double().mean().item() == pytest.approx(0.5, abs=0.01)
-    torch.testing.assert_close(draws[kept], (2 * whole).expand_as(draws)[kept])
+    draws = torch.stack([cross_layer_attention(q, k, [one_hot] * 3, gate, None, dropout_p=0.5) for _ in range(4000)])
+    full = cross_layer_attention(q, k, [one_hot] * 3, gate)
+    retained = draws.abs() > 1e-12
+    assert retained.double().mean().item() == pytest.approx(0.5, abs=0.01)
+    torch.testing.assert_close(draws[retained], (2 * full).expand_as(draws)[retained])
 
 
 @pytest.mark.parametrize("level", [0, 2])
@@ -101,9 +101,9 @@ def test_one_hot_gates_give_that_levels_bits(level):
     one_hot[..., level] = 1
     for p in (0.0, 0.3):
         torch.manual_seed(1)
-        found = cross_layer_attention(q, k, v, one_hot, mask, dropout_p=p)
+        actual = cross_layer_attention(q, k, v, one_hot, mask, dropout_p=p)
         torch.manual_seed(1)
-        assert torch.equal(found, cross_layer_attention(q, [k[level]], [v[level]], None, mask, dropout_p=p))
+        assert torch.equal(actual, cross_layer_attention(q, [k[level]], [v[level]], None, mask, dropout_p=p))
 
 
 def test_half_types_follow_float32():

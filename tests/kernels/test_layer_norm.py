@@ -78,10 +78,10 @@ def test_apexs_equals_torchs(dtype):
     grad_out = torch.randn_like(x)
     results = []
     for norm in (ours, theirs):
-        given = x.clone().requires_grad_()
-        out = norm(given)
-        grads = torch.autograd.grad(out, [given, norm.weight, norm.bias], grad_out)
+        leaf = x.clone().requires_grad_()
+        out = norm(leaf)
+        grads = torch.autograd.grad(out, [leaf, norm.weight, norm.bias], grad_out)
         results.append([out, *grads])
-    for found, wanted in zip(*results, strict=True):
+    for actual, wanted in zip(*results, strict=True):
         scale = float(wanted.float().abs().max())
-        torch.testing.assert_close(found.float(), wanted.float(), atol=tolerance * scale, rtol=tolerance)
+        torch.testing.assert_close(actual.float(), wanted.float(), atol=tolerance * scale, rtol=tolerance)

@@ -69,25 +69,25 @@ def test_stacked_levels_are_the_listed_ones():
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 16, 2), (2, 2, 0, 5, 16, 2), (2, 2, 3, 0, 16, 2)])
 def test_nothing_to_read_or_nobody_to_read_it_gives_zeros(shape):
     q, k, v, gate, mask = draw(shape, masked=False, gated=True, dtype=torch.float32)
-    found = attend(q, k, v, gate, mask)
-    assert torch.equal(found, torch.zeros_like(q))
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(found.sum(), [q, *k, *v]))
+    out = attend(q, k, v, gate, mask)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(out.sum(), [q, *k, *v]))
 
 
 def test_large_scores_stay_finite():
     q, k, v, gate, mask = draw((2, 2, 20, 9, 32, 2), masked=False, gated=True, dtype=torch.float32)
     q = (q * 300).detach().requires_grad_()
-    found = attend(q, k, v, gate, mask)
+    out = attend(q, k, v, gate, mask)
     exact = written_out(*(doubled(q), [doubled(x) for x in k], [doubled(x) for x in v], doubled(gate), None))
-    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-3)
-    assert all(grad.isfinite().all() for grad in gradients(found, [q, *k, *v, gate]))
+    torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+    assert all(grad.isfinite().all() for grad in gradients(out, [q, *k, *v, gate]))
 
 
-@pytest.mark.parametrize("place", ["q", "k", "v"])
-def test_what_is_not_a_number_is_seen(place):
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_a_number_is_seen(name):
     q, k, v, gate, mask = draw((1, 1, 4, 5, 16, 2), masked=False, gated=True, dtype=torch.float32)
     with torch.no_grad():
-        {"q": q, "k": k[0], "v": v[1]}[place][0, 0, 2, 3] = torch.nan
+        {"q": q, "k": k[0], "v": v[1]}[name][0, 0, 2, 3] = torch.nan
     assert attend(q, k, v, gate, mask)[0, 0, 2].isnan().any()
 
 
@@ -100,9 +100,9 @@ def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
 
 def test_dropout_keeps_its_share_and_forgets_its_last_draw():
     q, k, _, _, _ = draw((8, 4, 37, 50, 64, 1), masked=False, gated=False, dtype=torch.float32)
-    places = torch.eye(50, 64).expand(8, 4, 50, 64)
+    one_hot = torch.eye(50, 64).expand(8, 4, 50, 64)
     torch.manual_seed(0)
-    first, second = (attend(q, k, [places], None, None, 0.1)[..., :50] > 0 for _ in range(2))
+    first, second = (attend(q, k, [one_hot], None, None, 0.1)[..., :50] > 0 for _ in range(2))
     # Five standard deviations of 59,200 draws.
     assert first.double().mean().item() == pytest.approx(0.9, abs=0.0062)
     assert (first == second).double().mean().item() == pytest.approx(0.82, abs=0.008)
@@ -117,17 +117,17 @@ def test_bits_do_not_depend_on_threads_or_on_the_run():
     q, k, v, gate, mask = draw((3, 4, 70, 33, 32, 3), masked=True, gated=True, dtype=torch.float32)
     inputs = [q, *k, *v, gate]
     before = torch.get_num_threads()
-    found = []
+    runs = []
     try:
         for threads in (1, 2, 3, 3):
             torch.set_num_threads(threads)
             torch.manual_seed(1)
             out = attend(q, k, v, gate, mask, 0.2)
-            found.append([out, *gradients(out, inputs)])
+            runs.append([out, *gradients(out, inputs)])
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 def test_one_hot_gates_give_that_levels_bits():
@@ -136,19 +136,19 @@ def test_one_hot_gates_give_that_levels_bits():
         one_hot = torch.zeros_like(gate)
         one_hot[..., level] = 1
         torch.manual_seed(1)
-        found = attend(q, k, v, one_hot, mask, p)
+        out = attend(q, k, v, one_hot, mask, p)
         torch.manual_seed(1)
-        assert torch.equal(found, attend(q, [k[level]], [v[level]], None, mask, p))
+        assert torch.equal(out, attend(q, [k[level]], [v[level]], None, mask, p))
 
 
 def test_activation_checkpointing_gives_the_same_bits():
     q, k, v, gate, mask = draw((2, 2, 9, 8, 16, 2), masked=True, gated=True, dtype=torch.float32)
-    found = []
+    runs = []
     for run in (attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
         torch.manual_seed(4)
         out = run(q, k, v, gate, mask, 0.3)
-        found.append([out, *gradients(out, [q, *k, *v, gate])])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        runs.append([out, *gradients(out, [q, *k, *v, gate])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_whatever_looks_into_a_step_sees_one_operator(subtests):
@@ -211,7 +211,7 @@ def no_home():
         "false",
         "sh -c 'echo broken compiler >&2; exit 1'",
         "g++ 'unclosed",
-        "printf '\\351\\n'",  # says its version in Latin-1, and builds nothing
+        "printf '\\351\\n'",  # prints its version in Latin-1, and builds nothing
         "no home",
     ],
 )
@@ -226,10 +226,10 @@ def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, mon
     try:
         q, k, v, gate, mask = draw((2, 2, 3, 5, 16, 2), masked=True, gated=True, dtype=torch.float32)
         with caplog.at_level(logging.WARNING):
-            found = [cross_layer_attention(q, k, v, gate, mask) for _ in range(2)]
+            outputs = [cross_layer_attention(q, k, v, gate, mask) for _ in range(2)]
     finally:
         native.library.cache_clear()
-    assert torch.equal(found[0], cross_layer_attention(q, k, v, gate, mask, impl="reference"))
+    assert torch.equal(outputs[0], cross_layer_attention(q, k, v, gate, mask, impl="reference"))
     assert len(caplog.records) == 1
     assert "its kernel was not built with" in caplog.text
     assert list(tmp_path.rglob("*.so")) == []

@@ -17,13 +17,13 @@ SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 
 
 def run(*command):
-    """In a process of its own: in this one, triton interprets."""
+    """In a separate process: in this one, triton interprets."""
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """The whole table: metrics of the record, compiled where it has none for what is in the tree now."""
+    """The complete table: metrics of the record, compiled where it has none for the current source."""
     path = tmp_path_factory.mktemp("static") / "rows.jsonl"
     run("-m", "benchmarks.kernel_static", "--json", path)
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -58,13 +58,13 @@ for name in KERNELS:
     for dtype, width, capability in (("bf16", 64, 90), ("fp16", 128, 100), ("fp32", 64, 80)):
         key = (name, dtype, width, capability)
         build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
-        content, found = measure(build)
-        print(json.dumps({"content": content, **asdict(build), **asdict(found)}))
+        content, usage = measure(build)
+        print(json.dumps({"content": content, **asdict(build), **asdict(usage)}))
 
 from benchmarks.kernel_static import Blocks, Build, Resources
 build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
-_, found = measure(build)
-print(json.dumps([found.local_bytes, found.fits(build)]))
+_, usage = measure(build)
+print(json.dumps([usage.local_bytes, usage.fits(build)]))
 
 def warps(capability, num_warps, registers, shared_bytes=1024):
     return Resources(registers, 0, shared_bytes, 1).resident_warps(capability, num_warps)

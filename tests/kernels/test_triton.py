@@ -47,18 +47,18 @@ def drawn_shapes(number):
     Of three samples one has no readable key, one some and one all.
     """
     chooser = random.Random(4)
-    for place in range(number):
+    for index in range(number):
         tokens, keys = chooser.choice([1, 5, 17, 33, 50, 71]), chooser.choice([1, 7, 31, 37, 65, 90])
-        width, levels = (32, 64, 96, 128)[place % 4], place % 7 + 1
-        samples, heads = 3 if place % 3 else chooser.choice([1, 2]), chooser.choice([1, 3])
+        width, levels = (32, 64, 96, 128)[index % 4], index % 7 + 1
+        samples, heads = 3 if index % 3 else chooser.choice([1, 2]), chooser.choice([1, 3])
         # Each program takes the interpreter long; several heads meet several blocks where there are few levels.
         if levels > 2 and levels * tokens * keys > 2500:
             heads = 1
         yield (
             (samples, heads, tokens, keys, width, levels),
-            place % 3 != 0,
-            place % 5 != 0,
-            place % 4 == 1,
+            index % 3 != 0,
+            index % 5 != 0,
+            index % 4 == 1,
         )
 
 
@@ -119,21 +119,21 @@ def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
 
 def test_two_runs_and_activation_checkpointing_give_the_same_bits():
     q, k, v, gate, mask = on_device(draw((2, 2, 19, 33, 32, 2), masked=True, gated=True, dtype=torch.float32))
-    found = []
+    results = []
     for run in (attend, attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
         torch.manual_seed(4)
         out = run(q, k, v, gate, mask, 0.3)
-        found.append([out, *gradients(out, [q, *k, *v, gate])])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        results.append([out, *gradients(out, [q, *k, *v, gate])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 32, 2), (2, 2, 0, 5, 32, 2), (2, 2, 3, 0, 32, 2)])
 def test_nothing_to_read_or_nobody_to_read_it_gives_zeros(shape):
     q, k, v, gate, mask = on_device(draw(shape, masked=False, gated=True, dtype=torch.float32))
-    found = attend(q, k, v, gate, mask)
-    assert torch.equal(found, torch.zeros_like(q))
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(found.sum(), [q, *k, *v]))
+    out = attend(q, k, v, gate, mask)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in torch.autograd.grad(out.sum(), [q, *k, *v]))
 
 
 @pytest.mark.parametrize(("masked", "gated"), itertools.product((False, True), repeat=2))
@@ -152,9 +152,9 @@ def test_compiled_code_calls_it_and_gives_the_same_values():
         return attend(q * 2, k, v, gate.softmax(-1), mask).square()
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    expected, found = block(q, gate), compiled(q, gate)
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(gradients(found, [q, gate, *k]), gradients(expected, [q, gate, *k]), strict=True):
+    expected, actual = block(q, gate), compiled(q, gate)
+    torch.testing.assert_close(actual, expected)
+    for one, other in zip(gradients(actual, [q, gate, *k]), gradients(expected, [q, gate, *k]), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -197,8 +197,8 @@ def test_a_trial_inside_a_checkpointed_layer_is_not_taken_for_a_part_of_it():
     tried.cache_clear()
     out = checkpoint(layer, q, k, v, gate, mask, use_reentrant=False)
     expected = attend(q, k, v, gate, mask)
-    for found, wanted in zip(gradients(out, [q, *k]), gradients(expected, [q, *k]), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(gradients(out, [q, *k]), gradients(expected, [q, *k]), strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_the_trial_is_a_constant_to_torch_compile():
@@ -226,7 +226,7 @@ def test_the_table_of_blocks_knows_lengths_dtypes_and_capabilities():
     assert entry("forward", torch.float16, 64, SHORT_LENGTH, 90).queries == SHORT_LENGTH
     assert entry("forward", torch.bfloat16, 64, SHORT_LENGTH + 1, 90).queries == 64
     assert entry("backward_key", torch.float16, 64, SHORT_LENGTH + 1, 90).keys == 64
-    # Heads of 96 are padded to 128; float32 has entries of its own.
+    # Heads of 96 are padded to 128; float32 has separate entries.
     assert entry("backward_query", torch.float16, 96, 50, 90) == entry("backward_query", torch.float16, 128, 50, 90)
     assert entry("forward", torch.float32, 128, 50, 80) != entry("forward", torch.float16, 128, 50, 80)
     q = torch.empty(1, 1, 50, 64, dtype=torch.float16, device=DEVICE)

@@ -23,7 +23,7 @@ NUM_CONFIGS = 10
 def draw_config(rng: np.random.Generator, **changes) -> BridgeTowerConfig:
     """A small BridgeTower of random depths, widths, heads and image size."""
     depth = int(rng.integers(2, 5))
-    # Its image heads are 64 wide, whatever the configuration says.
+    # Its image heads are 64 wide, whatever the configuration is.
     width, image_width = int(rng.choice([32, 64, 96])), int(rng.choice([64, 128]))
     patch = int(rng.choice([4, 8]))
     text = {
@@ -53,7 +53,7 @@ def draw_config(rng: np.random.Generator, **changes) -> BridgeTowerConfig:
 
 
 def spread(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter values that tell layers and norms apart."""
+    """Give every parameter values that distinguish layers and norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,10 +86,10 @@ def test_outputs_equal_bridgetowers(seed, larger):
         expected = outside(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, interpolate_pos_encoding=larger, return_dict=True
         )
-        found = ours(ids, pixels, mask)
-    torch.testing.assert_close(found.text_features, expected.text_features, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.image_features, expected.image_features, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)
+        actual = ours(ids, pixels, mask)
+    torch.testing.assert_close(actual.text_features, expected.text_features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.image_features, expected.image_features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 
 def model_args(folder, image_size: int, **changes) -> ModelArgs:
@@ -109,8 +109,8 @@ def test_a_folder_with_heads_fills_a_pretraining_model(tmp_path):
     ids, pixels, mask = draw_inputs(rng, config.vision_config.image_size)
     with torch.no_grad():
         expected = outside(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-        found = model(ids, pixels, mask).prediction_logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+        actual = model(ids, pixels, mask).prediction_logits
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_the_matching_head_is_filled_too(tmp_path):
@@ -125,8 +125,8 @@ def test_the_matching_head_is_filled_too(tmp_path):
     ids, pixels, mask = draw_inputs(rng, config.vision_config.image_size)
     with torch.no_grad():
         expected = outside(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-        found = model(ids, pixels, mask).matching_logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = model(ids, pixels, mask).matching_logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cross_layer_gates_start_fresh_around_a_bridgetower(tmp_path):

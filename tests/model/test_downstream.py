@@ -114,10 +114,10 @@ def test_two_images_are_fused_apart_and_distinguished_by_the_shift(exported):
 def test_retrieval_scores_are_pretrainings(exported):
     ids, pixels, mask = inputs()
     expected = Unimo3ForPreTraining.from_pretrained(exported)(ids, pixels, mask)
-    found = Unimo3ForImageAndTextRetrieval.from_pretrained(exported)(ids, pixels, mask)
-    assert torch.equal(found.logits, expected.matching_logits)
-    assert torch.equal(found.logits_per_image, expected.logits_per_image)
-    torch.testing.assert_close(found.text_embeds.norm(dim=-1), torch.ones(3))
+    actual = Unimo3ForImageAndTextRetrieval.from_pretrained(exported)(ids, pixels, mask)
+    assert torch.equal(actual.logits, expected.matching_logits)
+    assert torch.equal(actual.logits_per_image, expected.logits_per_image)
+    torch.testing.assert_close(actual.text_embeds.norm(dim=-1), torch.ones(3))
 
 
 @pytest.mark.parametrize("kind", [*CLASSES, Unimo3ForPreTraining, Unimo3Model], ids=lambda kind: kind.__name__)
@@ -167,6 +167,6 @@ def test_the_processors_pixels_are_trainings(processor):
     content = io.BytesIO()
     image.save(content, format="PNG")
     expected = normalise(torch.tensor(ImageTransform(16)(content.getvalue(), np.random.default_rng(0))))
-    found = processor(images=[image], return_tensors="pt")["pixel_values"][0]
-    # Of resizing both keep whole grey values; one that is another would be 0.015 apart.
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    actual = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+    # Resizing keeps integer grey values in both; two different ones are 0.015 apart.
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)

@@ -23,7 +23,7 @@ def draw_streams(batch=2, tokens=6, patches=5, width=32):
 
 
 def run(fusion, text, image, mask):
-    """The same states as both the mapped inputs and the towers' own, for every layer."""
+    """The same states as both the mapped inputs and the towers' states, for every layer."""
     num_states = len(fusion.text.layers)
     texts, images = (x[:, None].expand(-1, num_states, -1, -1) for x in (text, image))
     return fusion(texts, images, texts, images, mask)
@@ -45,19 +45,19 @@ def test_in_layer_equals_meters_cross_layer():
     text, image, mask = draw_streams()
     additive = torch.zeros(2, 1, 1, 6).masked_fill(~mask[:, None, None, :], torch.finfo(torch.float32).min)
     expected = outside(text, image, attention_mask=additive)[0]
-    found, _, _ = layer(text, image, [], mask, None)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    actual, _, _ = layer(text, image, [], mask, None)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
 def fill_bridgetower_layer(outside, layer: StreamLayer):
     """Copy our weights into transformers' layer."""
-    own = layer.self_attention
+    ours = layer.self_attention
     for name, part in zip(
-        ("query", "key", "value"), zip(own.qkv.weight.chunk(3), own.qkv.bias.chunk(3), strict=True), strict=True
+        ("query", "key", "value"), zip(ours.qkv.weight.chunk(3), ours.qkv.bias.chunk(3), strict=True), strict=True
     ):
         copy(getattr(outside.attention.self, name), *part)
-    copy(outside.attention.output.dense, own.out.weight, own.out.bias)
-    copy(outside.attention.output.LayerNorm, own.norm.weight, own.norm.bias)
+    copy(outside.attention.output.dense, ours.out.weight, ours.out.bias)
+    copy(outside.attention.output.LayerNorm, ours.norm.weight, ours.norm.bias)
     cross, projection = layer.cross_attention, layer.partner_key_value.projection
     copy(outside.crossattention.self.query, cross.query.weight, cross.query.bias)
     key, value = zip(projection.weight.chunk(2), projection.bias.chunk(2), strict=True)
@@ -88,9 +88,9 @@ def test_gates_one_hot_on_the_in_layer_level_give_in_layer_exactly(monkeypatch):
 
     monkeypatch.setattr(LevelGate, "forward", one_hot)
     streams = draw_streams()
-    expected, found = run(in_layer, *streams), run(crossing, *streams)
-    torch.testing.assert_close(found.text, expected.text, atol=0, rtol=0)
-    torch.testing.assert_close(found.image, expected.image, atol=0, rtol=0)
+    expected, actual = run(in_layer, *streams), run(crossing, *streams)
+    torch.testing.assert_close(actual.text, expected.text, atol=0, rtol=0)
+    torch.testing.assert_close(actual.image, expected.image, atol=0, rtol=0)
 
 
 def test_uniform_gates_are_the_mean_of_the_levels():
@@ -100,19 +100,19 @@ def test_uniform_gates_are_the_mean_of_the_levels():
         if layer.cross_attention.gate is not None:
             torch.nn.init.zeros_(layer.cross_attention.gate.bias)
     streams = draw_streams()
-    expected, found = run(static, *streams), run(uniform, *streams)
-    torch.testing.assert_close(found.text, expected.text, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.image, expected.image, atol=1e-5, rtol=1e-5)
+    expected, actual = run(static, *streams), run(uniform, *streams)
+    torch.testing.assert_close(actual.text, expected.text, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.image, expected.image, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gate", ["token", "static"])
-@pytest.mark.parametrize("share", [0.3, 0.9])
-def test_the_in_layer_level_starts_at_its_configured_share(gate, share):
-    fusion = encoder(gate=gate, gate_init=share)
+@pytest.mark.parametrize("gate_init", [0.3, 0.9])
+def test_the_in_layer_level_starts_at_its_configured_share(gate, gate_init):
+    fusion = encoder(gate=gate, gate_init=gate_init)
     for layer in fusion.text.layers[1:]:
         attention = layer.cross_attention
         gates = attention.gate(torch.randn(2, 3, 32))
-        torch.testing.assert_close(gates[..., -1], torch.full((2, 3, 2), share))
+        torch.testing.assert_close(gates[..., -1], torch.full((2, 3, 2), gate_init))
         torch.testing.assert_close(gates.sum(-1), torch.ones(2, 3, 2))
 
 
@@ -127,7 +127,7 @@ def test_level_projections_run_once_per_level():
 
 @pytest.fixture
 def levels_read(monkeypatch):
-    """The number of levels and of shares in each call of the operation, as they are made."""
+    """The number of levels and of gates in each call of the operation, in the order of the calls."""
     seen = []
     original = attention.cross_layer_attention
 
@@ -181,12 +181,12 @@ def test_gates_are_returned_on_request():
 def test_mean_shares_are_of_real_tokens_and_zero_for_unseen_levels():
     gates = [None, torch.rand(2, 3, 2, 2).softmax(-1), torch.rand(2, 3, 2, 3).softmax(-1)]
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    shares = mean_shares(gates, mask)
-    assert shares.shape == (2, 2, 3)
-    assert torch.equal(shares[0, :, 2], torch.zeros(2))
+    means = mean_shares(gates, mask)
+    assert means.shape == (2, 2, 3)
+    assert torch.equal(means[0, :, 2], torch.zeros(2))
     for layer, gate in enumerate(gates[1:]):
         expected = (gate[0, 0] + gate[0, 1] + gate[1, 0]) / 3
-        torch.testing.assert_close(shares[layer, :, : gate.shape[-1]], expected)
+        torch.testing.assert_close(means[layer, :, : gate.shape[-1]], expected)
     assert mean_shares([None, None], mask) is None
 
 
@@ -195,9 +195,9 @@ def test_a_new_model_gives_the_in_layer_level_its_initial_share():
     batch = tiny_batch(2)
     fused = model.unimo3(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
     for gates in (fused.text_gates, fused.image_gates):
-        shares = mean_shares(gates, None)
-        torch.testing.assert_close(shares[0, :, 1], torch.full((2,), 0.7))
-        torch.testing.assert_close(shares[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))
+        means = mean_shares(gates, None)
+        torch.testing.assert_close(means[0, :, 1], torch.full((2,), 0.7))
+        torch.testing.assert_close(means[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))
 
 
 def test_unimodal_levels_are_the_towers_top_layers_below_level_0(levels_read):

@@ -64,16 +64,16 @@ def test_all_text_states_equal_robertas(tmp_path):
     expected = RobertaModel.from_pretrained(tmp_path).eval()(
         batch["input_ids"], batch["attention_mask"], output_hidden_states=True
     )
-    found = model.encode_text(batch["input_ids"], batch["attention_mask"])
-    assert found.shape == (3, DEPTH, 10, 32)
-    torch.testing.assert_close(found, torch.stack(expected.hidden_states[1:], dim=1), atol=0, rtol=0)
+    actual = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    assert actual.shape == (3, DEPTH, 10, 32)
+    torch.testing.assert_close(actual, torch.stack(expected.hidden_states[1:], dim=1), atol=0, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [True, False], ids=["clip_model", "clip_vision_model"])
+@pytest.mark.parametrize("has_text", [True, False], ids=["clip_model", "clip_vision_model"])
 @pytest.mark.parametrize("image_size", [16, 24, 40])
-def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, image_size, whole):
-    if whole:
+def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, image_size, has_text):
+    if has_text:
         text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         spread(
             CLIPModel(CLIPConfig(text_config=text, vision_config=clip_vision().to_dict(), projection_dim=16))
@@ -97,8 +97,8 @@ def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, imag
     for block in tower.vit.blocks:
         block.register_forward_hook(lambda *args: plain.append(args[2]))
     tower(pixels)
-    for found, wanted in zip([*entered, *plain], expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for actual, wanted in zip([*entered, *plain], expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -203,8 +203,8 @@ def test_a_truncated_weights_file_is_named(tmp_path, field):
     }
     kinds[field].save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-100])
     (problem,) = FOLDER_FIELDS[field](str(tmp_path)).validate()
     assert problem.startswith(f"{field}: '{tmp_path}': model.safetensors is no whole safetensors file")
 

@@ -28,6 +28,6 @@ def test_settings_that_fit_together_have_no_error(settings):
 
 
 def test_all_errors_are_named_together():
-    found = ObjectivesArgs(MlmArgs(-1.0, 2.0), ItmArgs(negatives="hard"), ItcArgs(weight=0.0)).validate()
-    fields = {problem.split(":")[0] for problem in found}
+    errors = ObjectivesArgs(MlmArgs(-1.0, 2.0), ItmArgs(negatives="hard"), ItcArgs(weight=0.0)).validate()
+    fields = {problem.split(":")[0] for problem in errors}
     assert fields == {"objectives.mlm.weight", "objectives.mlm.probability", "objectives.itm.negatives"}

@@ -26,10 +26,10 @@ def test_two_captions_of_an_image_are_no_negatives():
 
 def contrast(logits, image_id):
     """The loss for given logits of text to image."""
-    found = Similarities(
+    similarities = Similarities(
         logits, logits.T, image_id[:, None] == image_id[None, :], torch.arange(len(image_id)), torch.tensor([0.01])
     )
-    states = TowerStates({}, None, None, logits, found)
+    states = TowerStates({}, None, None, logits, similarities)
     return ImageTextContrast(1.0).losses(tiny_pretraining_model(), states, None, None)["loss"]
 
 

@@ -28,7 +28,7 @@ def encode(model, batch):
 @torch.no_grad()
 def test_the_loss_is_that_of_pairs_built_by_hand():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
-    text, image, similarities = (encode(model, batch)[place] for place in (1, 3, 4))
+    text, image, similarities = (encode(model, batch)[index] for index in (1, 3, 4))
     quantiles = hard_negative_quantiles(0, 0, BATCH)
     image_of = draw_hard_negatives(similarities.text_to_image, similarities.same_image, quantiles[:, 0]).tolist()
     text_of = draw_hard_negatives(similarities.image_to_text, similarities.same_image, quantiles[:, 1]).tolist()
@@ -84,12 +84,12 @@ def test_the_draw_sends_no_gradient_to_the_contrastive_head():
 def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
     model, batch = tiny_pretraining_model().to(dtype), tiny_batch(BATCH)
     with torch.no_grad():
-        # The classifier's logits are +-1e4 whatever it reads; the temperature is held to the lowest allowed.
+        # The classifier's logits are +-1e4 whatever it reads; the temperature is clamped to the lowest allowed.
         model.itm_head.classifier.bias.copy_(torch.tensor([1e4, -1e4]))
         model.itc_head.temperature.fill_(1e-6)
     task = PretrainingTask(model, [ImageTextMatching(1.0, 0, negatives), ImageTextContrast(1.0)])
     report = task(batch)
-    # Cosines over 0.001 make the temperature's gradient about 1e6, beyond what a float16 parameter's can hold unscaled.
+    # Cosines over 0.001 make the temperature's gradient about 1e6, beyond the unscaled range of float16.
     (report["loss"] / 1e3).backward()
     assert report["loss_itm"] > 1e3
     assert report["loss"].isfinite()
@@ -101,27 +101,27 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
 
 
 def disagreeing_rank():
-    """Every rank has similarities of its own making; states and masks tell which row they are of."""
+    """Every rank draws different similarities; states and masks contain the number of their row."""
     from unimo3.collectives import gather_rows
     from unimo3.distributed import world
 
     rank, size = world()
-    share = 4
-    own = torch.arange(share) + rank * share
-    all_rows = torch.arange(size * share)
+    num_rows = 4
+    local_rows = torch.arange(num_rows) + rank * num_rows
+    all_rows = torch.arange(size * num_rows)
     ids = all_rows // 2
     generator = torch.Generator().manual_seed(rank)
     similarities = Similarities(
-        torch.randn(share, size * share, generator=generator) * 5,
-        torch.randn(share, size * share, generator=generator) * 5,
-        ids[own][:, None] == ids[None, :],
-        own,
+        torch.randn(num_rows, size * num_rows, generator=generator) * 5,
+        torch.randn(num_rows, size * num_rows, generator=generator) * 5,
+        ids[local_rows][:, None] == ids[None, :],
+        local_rows,
         torch.ones(1),
     )
-    named = own.double()[:, None, None, None].expand(share, 1, 3, 2).clone().requires_grad_()
+    named = local_rows.double()[:, None, None, None].expand(num_rows, 1, 3, 2).clone().requires_grad_()
     pictured = named.detach().clone().requires_grad_()
-    mask = own[:, None].expand(share, 3).clone()
-    batch = {"positions": own, "image_id": ids[own], "attention_mask": mask}
+    mask = local_rows[:, None].expand(num_rows, 3).clone()
+    batch = {"positions": local_rows, "image_id": ids[local_rows], "attention_mask": mask}
     states = TowerStates(batch, named, None, pictured, similarities)
     requests = [ImageTextMatching(1.0, seed, "hard").fusion_input(states) for seed in range(5)]
     gradients = torch.autograd.grad(sum(r.text.sum() + 2 * r.image.sum() for r in requests), (named, pictured))
@@ -137,11 +137,11 @@ def test_ranks_agree_on_who_sends_which_row():
     uses = torch.zeros(2, 12, dtype=torch.float64)
     travelled = 0
     for rank, (columns, _) in enumerate(ranks):
-        own = torch.arange(4) + 4 * rank
+        local_rows = torch.arange(4) + 4 * rank
         for text, image, mask, label in columns:
-            assert torch.equal(text[:8], own.repeat(2))
-            assert torch.equal(image[:4], own)
-            assert torch.equal(image[8:], own)
+            assert torch.equal(text[:8], local_rows.repeat(2))
+            assert torch.equal(image[:4], local_rows)
+            assert torch.equal(image[8:], local_rows)
             assert torch.equal(mask, text)
             assert label.tolist() == [1] * 4 + [0] * 8
             assert (text[4:] // 2 != image[4:] // 2).all()

@@ -1,4 +1,4 @@
-"""Draws of wrong partners: never of the same image, as often as they should be, and sound at extreme similarities."""
+"""Draws of negatives: never of the same image, at the expected frequencies, and valid at extreme similarities."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ def chi_square(chosen, probabilities):
     expected = probabilities * len(chosen)
     counts = torch.bincount(chosen, minlength=len(probabilities))
     assert not counts[expected == 0].any()
-    kept = expected > 0
-    return float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    possible = expected > 0
+    return float(((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum())
 
 
 def many_draws(logits, same_image, column):
-    """One row's draws at 10,000 places: 1,250 seeds of 8 rows each."""
+    """One row's draws at 10,000 positions: 1,250 seeds of 8 rows each."""
     quantiles = torch.cat([hard_negative_quantiles(seed, 8 * seed, 8) for seed in range(1250)])[:, column]
     repeated = logits.expand(len(quantiles), -1), same_image.expand(len(quantiles), -1)
     return draw_hard_negatives(*repeated, quantiles)
@@ -70,7 +70,7 @@ def test_equal_similarities_are_drawn_evenly_at_any_size(value):
 def test_every_one_of_many_equal_partners_has_its_share_in_half_precision():
     num_partners = 3000
     partners = torch.arange(0, num_partners, 29)
-    # The middle of a partner's share must choose that very partner.
+    # The middle of a partner's interval must choose that very partner.
     quantiles = (partners.double() + 0.5) / num_partners
     logits = torch.full((len(partners), num_partners), 3.0, dtype=torch.float16)
     chosen = draw_hard_negatives(logits, torch.zeros_like(logits, dtype=torch.bool), quantiles)

@@ -101,19 +101,19 @@ def exchange_on_rank():
     from unimo3.distributed import world
 
     rank, size = world()
-    whole = torch.arange(size * 3, dtype=torch.float64)[:, None] * torch.ones(1, 2, dtype=torch.float64)
-    own = whole[rank * 3 : rank * 3 + 3].clone().requires_grad_()
+    all_rows = torch.arange(size * 3, dtype=torch.float64)[:, None] * torch.ones(1, 2, dtype=torch.float64)
+    local_rows = all_rows[rank * 3 : rank * 3 + 3].clone().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     results = []
     for _ in range(5):
         source = torch.randint(size * 3, (size * 3,), generator=generator)
-        taken = take_rows(own, source)
-        (gradient,) = torch.autograd.grad((taken * (1 + rank)).sum(), own)
+        taken = take_rows(local_rows, source)
+        (gradient,) = torch.autograd.grad((taken * (1 + rank)).sum(), local_rows)
         results.append((source, taken.detach(), gradient))
-    return results, rows_sent_for(own.detach(), torch.full((size * 3,), 4))
+    return results, rows_sent_for(local_rows.detach(), torch.full((size * 3,), 4))
 
 
-def rows_sent_for(own, source):
+def rows_sent_for(local_rows, source):
     exchange, sizes = torch.distributed.all_to_all_single, []
 
     def counted(received, sent, *args):
@@ -121,7 +121,7 @@ def rows_sent_for(own, source):
         return exchange(received, sent, *args)
 
     torch.distributed.all_to_all_single = counted
-    assert (take_rows(own, source) == float(source[0])).all()
+    assert (take_rows(local_rows, source) == float(source[0])).all()
     torch.distributed.all_to_all_single = exchange
     return sizes
 
@@ -154,14 +154,14 @@ def losses_on_rank(negatives):
     from unimo3.distributed import world
 
     rank, size = world()
-    share = BATCH // size
+    micro_batch = BATCH // size
     model = tiny_pretraining_model().double()
     batch = tiny_batch(BATCH)
     batch["pixel_values"] = batch["pixel_values"].double()
     task = PretrainingTask(model, args(negatives=negatives).build(seed=0))
-    report = task(rows(batch, rank * share, (rank + 1) * share))
+    report = task(rows(batch, rank * micro_batch, (rank + 1) * micro_batch))
     report["loss"].backward()
-    # What the gates did is each rank's own metric; the rest are means.
+    # Gates are a metric of each rank; the rest are means.
     metrics = {name: value.detach() for name, value in report.items() if not name.startswith("gates")}
     means = {name: float(sum_over_ranks(value.reshape(1))) / size for name, value in metrics.items()}
     gradients = {name: sum_over_ranks(p.grad) / size for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""``python -m pretrain.plan``: what it prints, which errors it names, and that the documentation's table is its own."""
+"""``python -m pretrain.plan``: what it prints, which errors it names, and that the documentation has its table."""
 
 import dataclasses
 import json
@@ -35,16 +35,16 @@ def test_the_command_plans_without_data_or_gpu(capsys):
         36,
     )
     assert status == 0
-    found = json.loads(output.out)
-    assert found["ds_config"] == "zero2_bf16.json"
-    assert found["recipe_ds_config"] == "zero3_fp32.json"
-    assert found["machine"]["peak_flops"] == 989e12
-    assert found["parameters"].pop("total") == sum(found["parameters"].values()) > 2_000_000
+    report = json.loads(output.out)
+    assert report["ds_config"] == "zero2_bf16.json"
+    assert report["recipe_ds_config"] == "zero3_fp32.json"
+    assert report["machine"]["peak_flops"] == 989e12
+    assert report["parameters"].pop("total") == sum(report["parameters"].values()) > 2_000_000
     sizes = {"recipe": 32, "share": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
     answers = dict.fromkeys(("recipe_divides", "recipe_fits", "recipe_fits_with_checkpointing"), True)
-    assert found["micro_batch"] == sizes | answers
-    assert found["time"]["hours"] == pytest.approx(found["time"]["step_s"] / 100)
-    assert set(found["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
+    assert report["micro_batch"] == sizes | answers
+    assert report["time"]["hours"] == pytest.approx(report["time"]["step_s"] / 100)
+    assert set(report["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
 
 
 def test_a_named_ds_config_is_used_and_the_text_says_what_does_not_fit(capsys):
@@ -91,15 +91,15 @@ def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_own_file(capsys):
 
 def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys, tmp_path):
     for name in ("mine.json", "zero3_bf16.json"):  # the second as one of ours is called
-        own = tmp_path / name
-        own.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
+        path = tmp_path / name
+        path.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
         _, output = run_command(
-            capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--training.ds_config", own, "--json"
+            capsys, "--config", RECIPES / "tiny.yaml", "--gpus", 2, "--training.ds_config", path, "--json"
         )
-        found = json.loads(output.out)
-        assert found["ds_config"] == found["recipe_ds_config"] == str(own)
-        reasons = found["ds_config_reasons"]
-        assert reasons["zero2_bf16.json"] == f"would fit, and moves as much as {own}"
+        report = json.loads(output.out)
+        assert report["ds_config"] == report["recipe_ds_config"] == str(path)
+        reasons = report["ds_config_reasons"]
+        assert reasons["zero2_bf16.json"] == f"would fit, and moves as much as {path}"
         assert reasons["zero3_bf16.json"] == "would fit, but gathers the weights in every pass"
 
 

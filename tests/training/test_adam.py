@@ -25,9 +25,9 @@ def weights(device=DEVICE):
 
 
 def optimizer_of(parameters, fused, offloaded=False):
-    # One parameter a group, as ZeRO has them: DeepSpeed's FusedAdam keeps the count with a group's last one alone.
+    # One parameter a group, as ZeRO has them: DeepSpeed's FusedAdam stores the count with a group's last one alone.
     settings = [{"lr": 1e-2, "weight_decay": 0.1}] * 2 + [{"lr": 3e-3, "weight_decay": 0.0}] * 2
-    groups = [{"params": [one], **own} for one, own in zip(parameters, settings, strict=True)]
+    groups = [{"params": [one], **options} for one, options in zip(parameters, settings, strict=True)]
     return build_adam(groups, BETAS, EPS, fused, offloaded)
 
 
@@ -45,12 +45,12 @@ def textbook(parameters, num_steps):
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
     for step in range(num_steps):
         generator = torch.Generator().manual_seed(100 + step)
-        for place, value in enumerate(values):
+        for index, value in enumerate(values):
             grad = torch.randn(value.shape, generator=generator).double()
-            first, second = moments[place]
+            first, second = moments[index]
             first.mul_(BETAS[0]).add_(grad, alpha=1 - BETAS[0])
             second.mul_(BETAS[1]).add_(grad.square(), alpha=1 - BETAS[1])
-            lr, decay = (1e-2, 0.1) if place < 2 else (3e-3, 0.0)
+            lr, decay = (1e-2, 0.1) if index < 2 else (3e-3, 0.0)
             value.mul_(1 - lr * decay)
             ahead = (first / (1 - BETAS[0] ** (step + 1))) / ((second / (1 - BETAS[1] ** (step + 1))).sqrt() + EPS)
             value.sub_(ahead, alpha=lr)
@@ -58,8 +58,8 @@ def textbook(parameters, num_steps):
 
 
 def assert_equal(parameters, wanted):
-    for found, exact in zip(parameters, wanted, strict=True):
-        torch.testing.assert_close(found.detach().cpu().double(), exact, atol=2e-6, rtol=2e-6)
+    for parameter, exact in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.detach().cpu().double(), exact, atol=2e-6, rtol=2e-6)
 
 
 # DeepSpeed's is compiled at its first use.
@@ -109,7 +109,7 @@ def test_apex_asked_for_and_not_usable_is_an_error_with_its_reason():
 
 
 def build_one(fused):
-    """An offloaded AdamW's module, the error's text in its place if there is one, and what was logged."""
+    """An offloaded AdamW's module, or the text of its error, and the logged messages."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -151,7 +151,7 @@ def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
         each.kill()
     psutil.wait_procs(compiler)
     assert lock.exists()
-    # It is not waited for: what follows fails at once, for want of a compiler.
+    # It is not waited for: the next build fails at once, for want of a compiler.
     error, _ = run_alone(build_each, {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"})[0]
     assert "could not be built" in error
 
@@ -182,10 +182,10 @@ def test_steps_are_counted_by_parameter_under_zero_3():
     optimizer = CountsByGroup([{"params": parts[:2]}, {"params": parts[2:]}])
     count_steps_by_parameter(optimizer)
     for _ in range(2):
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             for group in optimizer.param_groups:
                 group["params"] = []
-            optimizer.param_groups[place == 2]["params"] = [part]
+            optimizer.param_groups[index == 2]["params"] = [part]
             optimizer.step()
     assert optimizer.noted == [1, 1, 1, 2, 2, 2]
     assert [optimizer.state[part]["step"] for part in parts] == [2, 2, 2]

@@ -40,8 +40,8 @@ def test_the_first_of_the_largest_is_the_best(run):
     best = Best(BestArgs(), "accuracy", "val", 2)
     for step, value in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4)):
         evaluate(run, best, step, value)
-    found = read_best(run.folder)
-    assert (found.tag, found.step, found.figure, found.value, found.data) == (
+    saved = read_best(run.folder)
+    assert (saved.tag, saved.step, saved.figure, saved.value, saved.data) == (
         "step_00000004",
         4,
         "accuracy",

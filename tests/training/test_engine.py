@@ -55,26 +55,26 @@ def losses_under_each_config():
     from unimo3.objectives.base import PretrainingTask
 
     rank, size = world()
-    share = 8 // size
-    found = {}
+    micro_batch = 8 // size
+    by_config = {}
     for name in ON_CPU:
         # No clipping: DeepSpeed sums the norm of offloaded gradients in another order, and a norm that differs in its
-        # last bit scales every gradient differently. Whole runs in tests/integration clip.
-        ds_config = read_ds_config(str(FOLDER / f"{name}.json"), BatchPlan(8, share, size), clip_norm=0.0)
+        # last bit scales every gradient differently. Complete runs in tests/integration clip.
+        ds_config = read_ds_config(str(FOLDER / f"{name}.json"), BatchPlan(8, micro_batch, size), clip_norm=0.0)
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
         initialize_weights(model, 0, std=0.1)
         task = PretrainingTask(model, ObjectivesArgs().build(seed=0))
-        # One implementation for all: what is compared is the sharding.
+        # One implementation for all: only the sharding is compared.
         engine = build_engine(task, model, ds_config, OptimArgs(lr=1e-3, fused="torch"))
         losses = []
         for seed in range(4):
-            report = engine(rows(tiny_batch(8, seed), rank * share, (rank + 1) * share))
+            report = engine(rows(tiny_batch(8, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
             assert math.isfinite(gradient_norm(engine))
             losses.append(float(sum_over_ranks(report["loss"].detach().reshape(1))) / size)
-        found[name] = losses
-    return found
+        by_config[name] = losses
+    return by_config
 
 
 @pytest.mark.integration
@@ -97,7 +97,7 @@ def losses_with_each_optimizer():
     from unimo3.objectives.base import PretrainingTask
 
     ds_config = read_ds_config(str(FOLDER / "zero3_offload_cpu.json"), BatchPlan(4, 4, 1), clip_norm=0.0)
-    found = {}
+    by_optimizer = {}
     for fused in ("auto", "torch"):
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
         initialize_weights(model, 0, std=0.1)
@@ -109,16 +109,16 @@ def losses_with_each_optimizer():
             engine.backward(loss)
             engine.step()
             losses.append(float(loss))
-        found[type(engine.optimizer.optimizer).__name__] = losses
-    return found
+        by_optimizer[type(engine.optimizer.optimizer).__name__] = losses
+    return by_optimizer
 
 
 @pytest.mark.integration
 def test_an_offloaded_optimizer_is_deepspeeds_and_trains_as_torchs():
-    (found,) = run_ranks(1, losses_with_each_optimizer)
+    (losses,) = run_ranks(1, losses_with_each_optimizer)
     # Weights are bf16 in the step; a last bit of the update may round another way.
-    assert found["DeepSpeedCPUAdam"] == pytest.approx(found["AdamW"], rel=5e-3)
-    assert found["AdamW"][3] != pytest.approx(found["AdamW"][0], rel=5e-3)
+    assert losses["DeepSpeedCPUAdam"] == pytest.approx(losses["AdamW"], rel=5e-3)
+    assert losses["AdamW"][3] != pytest.approx(losses["AdamW"][0], rel=5e-3)
 
 
 BRIDGED = {"bridge": True, "unimodal_levels": 2, "num_hidden_layers": 2}
@@ -132,9 +132,9 @@ def losses_with_and_without_checkpointing():
     from unimo3.objectives.base import PretrainingTask
 
     rank, size = world()
-    share = 8 // size
-    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(8, share, size), clip_norm=0.0)
-    found = []
+    micro_batch = 8 // size
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(8, micro_batch, size), clip_norm=0.0)
+    results = []
     for checkpointing in (False, True):
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config(**BRIDGED)))
         initialize_weights(model, 0, std=0.1)
@@ -145,12 +145,12 @@ def losses_with_and_without_checkpointing():
         model.unimo3.fusion.text.layers[0].self_attention.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         losses = []
         for seed in range(3):
-            report = engine(rows(tiny_batch(8, seed), rank * share, (rank + 1) * share))
+            report = engine(rows(tiny_batch(8, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
             losses.append((float(report["loss"]), gradient_norm(engine)))
-        found.append((losses, len(runs)))
-    return found
+        results.append((losses, len(runs)))
+    return results
 
 
 @pytest.mark.integration
@@ -298,9 +298,9 @@ def losses_with_each_attention_kernel():
     from unimo3.objectives.base import PretrainingTask
 
     rank, size = world()
-    share = 4 // size
-    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(4, share, size), clip_norm=0.0)
-    found = []
+    micro_batch = 4 // size
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(4, micro_batch, size), clip_norm=0.0)
+    results = []
     for kernel, checkpointing in (("reference", False), ("triton", False), ("triton", True)):
         # Heads 32 wide, which the kernels support.
         model = build_model(
@@ -312,12 +312,12 @@ def losses_with_each_attention_kernel():
         engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
         losses = []
         for seed in range(2):
-            report = engine(rows(tiny_batch(4, seed), rank * share, (rank + 1) * share))
+            report = engine(rows(tiny_batch(4, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
             losses.append((float(report["loss"]), gradient_norm(engine)))
-        found.append(losses)
-    return found
+        results.append(losses)
+    return results
 
 
 @pytest.mark.integration

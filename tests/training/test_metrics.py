@@ -52,11 +52,11 @@ def test_tensorboard_shows_the_same_metrics(tmp_path):
 
 
 def test_shares_are_shown_as_a_heat_map(tmp_path):
-    shares = [[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0]], [[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]]]
+    gates = [[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0]], [[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]]]
     writer = MetricsWriter(tmp_path, 0, enabled=True)
-    writer.write({"step": 3, "data": "abc", "gates_text": shares}, group="eval")
+    writer.write({"step": 3, "data": "abc", "gates_text": gates}, group="eval")
     writer.close()
-    assert read_metrics(tmp_path, group="eval") == [{"group": "eval", "step": 3, "data": "abc", "gates_text": shares}]
+    assert read_metrics(tmp_path, group="eval") == [{"group": "eval", "step": 3, "data": "abc", "gates_text": gates}]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Images("eval/gates_text")
     pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
@@ -64,7 +64,7 @@ def test_shares_are_shown_as_a_heat_map(tmp_path):
     assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]), abs=0.01)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_a_full_disk_delays_metrics_and_does_not_end_the_run(tmp_path, caplog):
     writer = MetricsWriter(tmp_path, 0, enabled=True)
     writer.write({"step": 1, "loss": 2.0})

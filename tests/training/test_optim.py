@@ -64,5 +64,5 @@ def test_rates_are_set_from_the_peak_each_time():
 
 
 def test_errors_name_field_and_value():
-    found = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).validate()
-    assert [line.split(":")[0] for line in found] == ["optim.lr", "optim.clip_norm", "optim.beta2"]
+    errors = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).validate()
+    assert [line.split(":")[0] for line in errors] == ["optim.lr", "optim.clip_norm", "optim.beta2"]

@@ -63,10 +63,10 @@ def forward_flops_by_hand(config, tokens, masked_tokens) -> float:
     def tower_layer(tokens, size, inner):
         return 2 * tokens * (4 * size * size + 2 * size * inner) + attention(tokens, tokens, size)
 
-    def fusion_layer(own, other):
+    def fusion_layer(tokens, other):
         linear = (4 + 2) * width * width + 2 * width * config.intermediate_size
-        cross = 2 * other * 2 * width * width + attention(own, other, width)
-        return 2 * own * linear + attention(own, own, width) + cross
+        cross = 2 * other * 2 * width * width + attention(tokens, other, width)
+        return 2 * tokens * linear + attention(tokens, tokens, width) + cross
 
     once = 2 * patches * 3 * patch * patch * image_width
     once += vision["depth"] * tower_layer(image_tokens, image_width, 4 * image_width)
@@ -83,13 +83,13 @@ def test_operations_are_those_counted_by_hand():
     config = tiny_config(interaction="in_layer")
     by_hand = forward_flops_by_hand(config, TOKENS, masked_tokens=0.15 * (TOKENS - 2))
     cost = trace(config)
-    # By hand without the contrast of a whole batch, which is its square.
+    # By hand without the contrast, which grows with the square of the batch.
     assert cost.forward_flops == pytest.approx(by_hand, rel=0.005)
     assert cost.backward_flops == pytest.approx(2 * by_hand, rel=0.05)
 
 
 def test_the_mlm_head_runs_on_masked_tokens_alone():
-    few, many = (trace(objectives=ObjectivesArgs(mlm=MlmArgs(probability=share))) for share in (0.25, 0.5))
+    few, many = (trace(objectives=ObjectivesArgs(mlm=MlmArgs(probability=probability))) for probability in (0.25, 0.5))
     config, further = tiny_config(), 0.25 * (TOKENS - 2)
     width = config.hidden_size
     assert many.forward_flops - few.forward_flops == 2 * further * width * (width + config.text_config.vocab_size)
@@ -186,10 +186,10 @@ def test_more_ranks_hold_less_each():
 
 
 def test_offloaded_state_is_host_memory():
-    found = memory(ds_config("zero3_offload_cpu"))
-    assert not any(found.device[name] for name in found.device if name != "persistent_weights")
-    assert found.host["moments"] == 8 * SIZES.total / 4
-    assert found.step_bytes == 0
+    needed = memory(ds_config("zero3_offload_cpu"))
+    assert not any(needed.device[name] for name in needed.device if name != "persistent_weights")
+    assert needed.host["moments"] == 8 * SIZES.total / 4
+    assert needed.step_bytes == 0
 
 
 def test_an_unknown_type_of_accumulation_is_named():
@@ -199,8 +199,8 @@ def test_an_unknown_type_of_accumulation_is_named():
 
 
 def test_a_secondary_copy_is_cut_among_its_group():
-    found = memory(ds_config("zero3_hpz"), 16)
-    assert found.pass_bytes["secondary_weights"] == 2 * 9_999_000 / 8  # one parameter is persistent
+    needed = memory(ds_config("zero3_hpz"), 16)
+    assert needed.pass_bytes["secondary_weights"] == 2 * 9_999_000 / 8  # one parameter is persistent
 
 
 def test_what_is_gathered_is_bounded_by_the_ds_config():
@@ -227,7 +227,7 @@ def test_the_ds_config_that_moves_least_is_taken_and_offloading_last():
     enough = int(chosen(80_000_000).fit.needed_bytes)
     choices = [chosen(size) for size in range(enough, enough - 15_000_000, -100_000)]
     taken = [choice.fit.name for choice in choices if choice.fit.fits]
-    in_order = [name for place, name in enumerate(taken) if place == 0 or taken[place - 1] != name]
+    in_order = [name for index, name in enumerate(taken) if index == 0 or taken[index - 1] != name]
     assert in_order == ["zero2_bf16", "zero3_hpz", "zero3_bf16", "zero3_offload_cpu"]
 
 
@@ -241,10 +241,10 @@ def test_reasons_name_every_file():
 def test_the_micro_batch_is_the_recipes_or_the_largest_that_divides():
     assert chosen(80_000_000, micro_batch=8).micro_batch == 8
     # 256 pairs on 16 ranks: 16 a rank, of which 3 do not divide.
-    found = chosen(30_000_000, micro_batch=3)
-    assert not found.fit.fits
-    assert 16 % found.micro_batch == 0
-    assert found.micro_batch == found.fit.largest_dividing
+    choice = chosen(30_000_000, micro_batch=3)
+    assert not choice.fit.fits
+    assert 16 % choice.micro_batch == 0
+    assert choice.micro_batch == choice.fit.largest_dividing
 
 
 def test_not_even_one_pair_is_an_error_that_says_what_to_change():

@@ -62,7 +62,7 @@ def test_of_many_a_few_are_named_and_the_others_counted():
 
 @pytest.fixture
 def stuck(tmp_path):
-    """Start a process that makes no progress; return its status and what it said."""
+    """Start a process that makes no progress; return its status and what it printed."""
 
     def start(*arguments, **environment):
         process = subprocess.Popen(
@@ -95,7 +95,7 @@ def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
     assert "stuck_here" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
 
 
-# Opening a pipe that nobody reads hangs as a mount does whose server is gone.
+# Opening a pipe that nobody reads hangs like a mount without its server.
 @pytest.mark.integration
 def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
     (tmp_path / "run" / "heartbeats").mkdir(parents=True)

@@ -16,19 +16,19 @@ class CheckpointArgs:
     """Steps; checkpoints at multiples of it are kept forever. 0: none."""
 
     background: bool = False
-    """Whether files are written behind the training, from a copy in host memory: a step is held for the copy alone, and
-    each rank needs as much more memory as its files have."""
+    """Whether files are written behind the training, from a copy in host memory: only the copy blocks a step, and each
+    rank needs additional memory of the size of its files."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """Whether a save that failed ends the run with status 78, or is logged and tried again at the next one. The last
-    save of a run must hold in any case."""
+    save of a run must succeed in any case."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
-        found = []
+        """Return the errors of these settings, one line per error."""
+        errors = []
         if self.every_steps < 1:
-            found.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")
+            errors.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")
         if self.keep_last < 1:
-            found.append(f"checkpoint.keep_last: {self.keep_last}: at least 1 must be kept, or nothing could resume")
+            errors.append(f"checkpoint.keep_last: {self.keep_last}: at least 1 must be kept, or nothing could resume")
         if self.keep_every < 0:
-            found.append(f"checkpoint.keep_every: {self.keep_every}: 0 (none) or a number of steps is needed")
-        return found
+            errors.append(f"checkpoint.keep_every: {self.keep_every}: 0 (none) or a number of steps is needed")
+        return errors

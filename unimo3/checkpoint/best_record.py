@@ -1,4 +1,4 @@
-"""Which checkpoint of a run did best on held-out data: ``RUN/best.json``. Retention spares it.
+"""The checkpoint of a run that is best on held-out data: ``RUN/best.json``. It is never pruned.
 
 Source: none.
 """
@@ -12,11 +12,11 @@ BEST = "best.json"
 
 @dataclass(frozen=True)
 class BestRecord:
-    """A checkpoint and what it reached.
+    """A checkpoint and its held-out metric.
 
     Attributes:
         tag: the checkpoint's name.
-        figure: name of the held-out figure.
+        figure: name of the held-out metric.
         data: fingerprint of the held-out data.
     """
 
@@ -28,7 +28,7 @@ class BestRecord:
 
 
 def read_best(run: Path) -> BestRecord | None:
-    """The run's best checkpoint, if one was noted and the note can be read."""
+    """The run's best checkpoint, if one was recorded and the record can be read."""
     try:
         return BestRecord(**json.loads((run / BEST).read_text()))
     except (OSError, ValueError, TypeError):
@@ -36,7 +36,7 @@ def read_best(run: Path) -> BestRecord | None:
 
 
 def write_best(run: Path, record: BestRecord) -> None:
-    """Note a committed checkpoint as the best, by rename."""
+    """Record a committed checkpoint as the best, by rename."""
     staging = run / f"{BEST}.tmp"
     staging.write_text(json.dumps(asdict(record), indent=1) + "\n")
     staging.replace(run / BEST)

@@ -13,7 +13,7 @@ _BLOCK_BYTES = 4096
 class BlockSums:
     """SHA-256 of the sums of blocks, as 64-bit integers: some forty times as fast as of all bytes.
 
-    It tells bytes that were lost, changed or put in another block's place, as disks and file systems fail; it is no
+    It detects bytes that were lost, changed or moved to another block, as disks and file systems fail; it is no
     protection against intent.
     """
 

@@ -45,7 +45,7 @@ class TensorReport:
 class Workspace:
     """A thread's memory for the piece it works on.
 
-    Used again for every piece: malloc would keep several times as much, since each thread frees into a heap of its own.
+    Used again for every piece: malloc would retain several times as much, since each thread has its own heap.
 
     Args:
         num_elements: of the largest piece.
@@ -53,14 +53,14 @@ class Workspace:
 
     def __init__(self, num_elements: int):
         self._num_elements = num_elements
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, purpose: str, dtype: torch.dtype, count: int) -> Tensor:
-        """Memory for `count` elements, with whatever it held for that purpose before."""
+        """Memory for `count` elements, with arbitrary content of an earlier use for that purpose."""
         key = (purpose, dtype)
-        if key not in self._held:
-            self._held[key] = torch.empty(self._num_elements, dtype=dtype)
-        return self._held[key][:count]
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(self._num_elements, dtype=dtype)
+        return self._tensors[key][:count]
 
     def cast(self, purpose: str, piece: Tensor, dtype: torch.dtype) -> Tensor:
         """A piece as another type."""
@@ -72,7 +72,7 @@ class Casting:
 
     Args:
         wanted: type that floating-point values should have; values beyond its largest are over range.
-        written: type they get, another one if the tensor is kept in float32.
+        written: type they get, another one if the tensor stays in float32.
         clamp: values over range become the largest there is.
         is_read_back: whether SHA-256 is taken of the bytes as they are read back, instead of here.
     """
@@ -93,7 +93,7 @@ class Casting:
         self._digest: Any = BlockSums() if is_read_back else hashlib.sha256()
 
     def cast(self, piece: Tensor, space: Workspace) -> Tensor:
-        """The next piece as it is written; other than floating-point numbers are left as they are.
+        """The next piece as it is written; values other than floating-point numbers are unchanged.
 
         Args:
             piece: contiguous, one-dimensional, not empty.

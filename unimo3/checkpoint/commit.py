@@ -1,6 +1,6 @@
-"""The protocol of a save: a checkpoint is committed whole or not at all.
+"""The protocol of a save: a checkpoint is committed atomically.
 
-A save goes to ``step_00001000.tmp``: every rank writes, flushes and hashes its own files; when all have, rank 0 writes
+A save goes to ``step_00001000.tmp``: every rank writes, flushes and hashes its files; when all have, rank 0 writes
 the manifest (name, bytes and SHA-256 of every file), renames the folder, and replaces ``latest``. Each step ends in
 agreement: what fails on one rank fails on all, and is removed.
 
@@ -54,7 +54,7 @@ def prepare(engine: Engine, run: Path, state: TrainState, memory: HostMemory | N
     """Do what has to be done before training continues; every rank calls it.
 
     Args:
-        memory: keeps a copy of what is to be written, so that training may change it. None: it is written at once.
+        memory: gets a copy of what is to be written, so that training may change it. None: it is written at once.
 
     Returns:
         The rest, for another thread where there is a copy. It agrees through the process group it is given, and returns
@@ -67,26 +67,26 @@ def prepare(engine: Engine, run: Path, state: TrainState, memory: HostMemory | N
     checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
     state = replace(state, engine=store.describe_engine(engine))
-    # Each step of the protocol ends in agreement: a rank that failed tells the others instead of leaving them waiting.
+    # Each step of the protocol ends in agreement: a failed rank notifies the others instead of leaving them waiting.
     on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
     generators = captured_rng()
     if memory is None:
-        held: list[Path] = _without_barriers(
+        files: list[Path] = _without_barriers(
             engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging)
         )
 
         def write() -> list[Path]:
-            return held
+            return files
     else:
-        kept = memory
+        host_memory = memory
 
         def capture() -> None:
-            capture_engine_files(engine, staging, kept)
+            capture_engine_files(engine, staging, host_memory)
 
         _without_barriers(engine, staging, f"copying for {staging}", capture)
 
         def write() -> list[Path]:
-            return write_captured(kept)
+            return write_captured(host_memory)
 
     def write_all() -> list[Path]:
         written = write()
@@ -126,7 +126,7 @@ def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callabl
 
 
 def _discard(staging: Path, group: Any) -> None:
-    """Remove what a save has left that failed on all ranks: a full disk would stay full. Gone when any returns."""
+    """Remove the files of a failed save, else a full disk would stay full; they are gone when any rank returns."""
 
     def remove() -> None:
         if world()[0] == 0:
@@ -136,7 +136,7 @@ def _discard(staging: Path, group: Any) -> None:
 
 
 def _clear_staging(staging: Path) -> None:
-    """Make an empty folder for a save, and remove what killed saves and removals left."""
+    """Make an empty folder for a save, and remove the leftovers of killed saves and removals."""
     staging.parent.mkdir(parents=True, exist_ok=True)
     if staging.exists():
         shutil.rmtree(staging)

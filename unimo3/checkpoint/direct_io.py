@@ -1,9 +1,9 @@
 """Files written to the disk and read from it past the system's cache, where the file system allows that.
 
 Weights are written once and not read soon: in the cache they would only push out what training needs, and finding room
-for them takes the processor longer than the disk takes to write. What is read back comes from the disk, not from the
-memory it was written from. Such transfers go in whole blocks, from and to memory at block boundaries; the ends of a
-range go through the cache.
+for them takes the processor longer than the disk takes to write. Bytes that are read back come from the disk, not from
+memory. Such transfers consist of complete blocks, from and to memory at block boundaries; the ends of a range go
+through the cache.
 
 Source: open(2), O_DIRECT.
 """
@@ -35,34 +35,34 @@ class DirectFile:
                 os.ftruncate(self._cached, size)
             self._direct = os.open(path, (os.O_RDONLY if size is None else os.O_RDWR) | os.O_DIRECT)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # which a file system without it answers
+            if error.errno != errno.EINVAL:  # the answer of a file system without it
                 os.close(self._cached)
                 raise
 
     def write(self, memory: memoryview, start: int) -> None:
-        """Write bytes from place `start` of the file on."""
-        first, last = _up(start) - start, (start + len(memory)) // BLOCK_BYTES * BLOCK_BYTES - start
+        """Write bytes to the file, from offset `start` on."""
+        first, last = _round_up(start) - start, (start + len(memory)) // BLOCK_BYTES * BLOCK_BYTES - start
         if last <= first:
             _write_all(self._cached, memory, start)
             return
         _write_all(self._cached, memory[:first], start)
-        for place in range(first, last, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, last - place)
-            if not self._write_blocks(memory[place : place + size], start + place):
-                _write_all(self._cached, memory[place : place + size], start + place)
+        for offset in range(first, last, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, last - offset)
+            if not self._write_blocks(memory[offset : offset + size], start + offset):
+                _write_all(self._cached, memory[offset : offset + size], start + offset)
         _write_all(self._cached, memory[last:], start + last)
 
     def read(self, start: int, count: int) -> memoryview:
-        """Bytes from place `start` on, fewer at the file's end.
+        """Bytes from offset `start` on, fewer at the file's end.
 
         Args:
             count: at most `CHUNK_BYTES`.
 
         Returns:
-            Memory that holds them until this thread reads or writes again.
+            Memory that contains them until this thread reads or writes again.
         """
-        first, end = start // BLOCK_BYTES * BLOCK_BYTES, _up(start + count)
-        buffer = _buffers.own()[: end - first]
+        first, end = start // BLOCK_BYTES * BLOCK_BYTES, _round_up(start + count)
+        buffer = _buffers.get()[: end - first]
         done = self._read_blocks(buffer, first)
         return buffer[start - first : min(done, start - first + count)]
 
@@ -77,10 +77,10 @@ class DirectFile:
             os.close(self._direct)
 
     def _write_blocks(self, memory: memoryview, start: int) -> bool:
-        """Whether it could be done past the cache."""
+        """Whether the file system allowed a write past the cache."""
         if self._direct is None:
             return False
-        buffer = _buffers.own()[: len(memory)]
+        buffer = _buffers.get()[: len(memory)]
         buffer[:] = memory
         try:
             _write_all(self._direct, buffer, start)
@@ -103,7 +103,7 @@ class DirectFile:
 class _Buffers(threading.local):
     """A buffer at block boundaries for each thread."""
 
-    def own(self) -> memoryview:
+    def get(self) -> memoryview:
         if not hasattr(self, "_memory"):
             # Room for a chunk that begins inside one block and ends inside another.
             self._memory = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * BLOCK_BYTES))
@@ -113,8 +113,8 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
-def _up(place: int) -> int:
-    return -(-place // BLOCK_BYTES) * BLOCK_BYTES
+def _round_up(offset: int) -> int:
+    return -(-offset // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _write_all(descriptor: int, memory: memoryview, start: int) -> None:
@@ -124,7 +124,7 @@ def _write_all(descriptor: int, memory: memoryview, start: int) -> None:
 
 
 def _read_all(descriptor: int, memory: memoryview, start: int) -> int:
-    """Fill memory; how many bytes there were."""
+    """Fill memory and return the number of bytes read."""
     done = 0
     while done < len(memory):
         count = os.preadv(descriptor, [memory[done:]], start + done)

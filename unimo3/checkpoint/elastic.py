@@ -1,11 +1,11 @@
 """A ZeRO checkpoint of any number of ranks -> the running engine of another number.
 
-Each rank reads the elements that are its own under the new partitioning, parameter by parameter, straight from the
-files of the ranks that hold them now: float32 weights, moments, frozen parameters, buffers. Then the half-precision
-copies are made of the float32 ones, as an optimizer step does. Nothing is gathered and no file is written; next to the
-engine itself memory is bounded by the largest parameter.
+Each rank reads its elements under the new partitioning, parameter by parameter, from the files of the ranks that wrote
+them: float32 weights, moments, frozen parameters, buffers. Then the half-precision copies are made of the float32 ones,
+as an optimizer step does. Nothing is gathered and no file is written. In addition to the engine, memory is bounded by
+the largest parameter.
 
-Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for where an optimizer keeps what.
+Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for the layout of an optimizer's state.
 """
 
 from pathlib import Path
@@ -22,23 +22,23 @@ from unimo3.distributed import world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
-# How an optimizer computes its step, not what: the engine's own choice stays.
+# These decide how an optimizer computes its step, not what: the engine's values stay.
 _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
 def load_elastic(engine: Engine, folder: Path) -> None:
     """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
 
-    Persistent parameters are whole again only after the optimizer's ``checkpoint_event_epilogue``, which is collective.
+    Persistent parameters are gathered again only by the optimizer's ``checkpoint_event_epilogue``, which is collective.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or stage, or the engine keeps its values on NVMe.
+        CheckpointError: the checkpoint is of another model or stage, or the engine's values are on NVMe.
     """
     source = ZeroCheckpoint(folder)
     optimizer = engine.optimizer
     _check(source, engine)
     if source.stage == 3:
-        optimizer.checkpoint_event_prologue()  # all parameters are in parts, as for DeepSpeed's own load
+        optimizer.checkpoint_event_prologue()  # partitions all parameters, as before DeepSpeed's load
         _fill_stage3(source, optimizer, {parameter: name for name, parameter in engine.module.named_parameters()})
     else:
         _fill_stage2(source, optimizer, dict(engine.module.named_parameters()))
@@ -50,7 +50,7 @@ def load_elastic(engine: Engine, folder: Path) -> None:
             setattr(optimizer, name, source.optimizer[name])
     for name in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, name, source.model[name])
-    close_files()  # what is pruned later is to leave the disk
+    close_files()  # a pruned file leaves the disk only when it is closed
 
 
 def _check(source: ZeroCheckpoint, engine: Engine) -> None:
@@ -69,21 +69,21 @@ def _check(source: ZeroCheckpoint, engine: Engine) -> None:
     if getattr(optimizer, "round_robin_gradients", False):
         raise CheckpointError(
             f"{source.folder}: resuming at another number of ranks is not supported with round_robin_gradients, under "
-            f"which DeepSpeed places parameters otherwise; start with {source.world_size} ranks, or set it to false"
+            f"which DeepSpeed orders parameters differently; start with {source.world_size} ranks, or set it to false"
         )
-    own = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
-    kept = {**source.trained, **source.frozen}
-    # Under ZeRO-2 DeepSpeed notes no frozen parameters that lie whole among the module's values.
-    wrong = [
-        f"{name} is {tuple(kept[name]) if name in kept else 'missing'} there, {tuple(own[name])} here"
-        if name in own
+    here = {name: _shape(parameter) for name, parameter in engine.module.named_parameters()}
+    saved = {**source.trained, **source.frozen}
+    # Under ZeRO-2 DeepSpeed lists no frozen parameters: they are complete among the module's values.
+    errors = [
+        f"{name} is {tuple(saved[name]) if name in saved else 'missing'} there, {tuple(here[name])} here"
+        if name in here
         else f"{name} is no part of this model"
-        for name in sorted(own.keys() | kept.keys())
-        if own.get(name) != kept.get(name)
+        for name in sorted(here.keys() | saved.keys())
+        if here.get(name) != saved.get(name)
     ]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{source.folder}: was written by another model: {'; '.join(wrong[:3])}{more}")
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise CheckpointError(f"{source.folder}: was written by another model: {'; '.join(errors[:3])}{more}")
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
@@ -100,7 +100,7 @@ def _fill_stage3(source: ZeroCheckpoint, optimizer: Any, names: dict[nn.Paramete
             target.zero_()  # ends of parts are padding
             offset = 0
             for parameter in group:
-                first, count = _own_part(parameter)
+                first, count = _local_part(parameter)
                 target[offset : offset + count].copy_(source.fragment(names[parameter], first, count, kind))
                 offset += parameter.partition_numel()
         if flat.numel():
@@ -111,8 +111,8 @@ def _fill_stage3(source: ZeroCheckpoint, optimizer: Any, names: dict[nn.Paramete
             part.data = values.data
 
 
-def _own_part(parameter: Any) -> tuple[int, int]:
-    """First element and number of elements of a ZeRO-3 parameter that this rank holds."""
+def _local_part(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's part of a ZeRO-3 parameter."""
     part = parameter.partition_numel()
     first = min(parameter.ds_numel, part * world()[0])
     return first, min(part, parameter.ds_numel - first)
@@ -123,17 +123,17 @@ def _fill_stage2(source: ZeroCheckpoint, optimizer: Any, parameters: dict[str, n
     states = [_state_of(source, optimizer.optimizer, flat, group) for group, flat in enumerate(flats)]
     for name in source.trained:
         parameter: Any = parameters[name]
-        # The float32 weights are read whole: half-precision copies are whole on every rank.
-        whole = source.tensor(name)
-        parameter.data.copy_(whole)
+        # The complete float32 weights are read: every rank has complete half-precision copies.
+        weight = source.tensor(name)
+        parameter.data.copy_(weight)
         mapping = parameter._hp_mapping
         if mapping is None:
             continue  # none of it is this rank's
-        group, place, own = mapping.param_group_index, mapping.hp_fragment_address, mapping.lp_fragment_address
-        part = slice(place.start, place.start + place.numel)
-        flats[group].data[part].copy_(whole.view(-1)[own.start : own.start + own.numel])
+        group, hp, lp = mapping.param_group_index, mapping.hp_fragment_address, mapping.lp_fragment_address
+        part = slice(hp.start, hp.start + hp.numel)
+        flats[group].data[part].copy_(weight.view(-1)[lp.start : lp.start + lp.numel])
         for kind in source.moments:
-            states[group][kind][part].copy_(source.fragment(name, own.start, own.numel, kind))
+            states[group][kind][part].copy_(source.fragment(name, lp.start, lp.numel, kind))
 
 
 def _state_of(source: ZeroCheckpoint, optimizer: torch.optim.Optimizer, flat: Tensor, group: int) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _fill_frozen(source: ZeroCheckpoint, module: nn.Module) -> None:
     for name in source.frozen:
         parameter = parameters[name]
         if hasattr(parameter, "ds_id"):
-            first, count = _own_part(parameter)
+            first, count = _local_part(parameter)
             parameter.ds_tensor.data.view(-1)[:count].copy_(source.fragment(name, first, count))
         else:
             parameter.data.copy_(source.tensor(name))

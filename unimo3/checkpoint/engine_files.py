@@ -1,4 +1,4 @@
-"""What DeepSpeed's save would write: written by each rank by itself, or kept in memory to be written later.
+"""The files of DeepSpeed's save: each rank writes its files, or copies them to memory to be written later.
 
 DeepSpeed's saves and loads synchronize all ranks; here one that fails leaves no other waiting.
 
@@ -30,7 +30,7 @@ def without_barriers(optimizer: Any) -> Iterator[None]:
     """Within this context, barriers do nothing and persistent parameters stay partitioned.
 
     Between the barriers of DeepSpeed's save, and before persistent parameters are gathered at the end of a save or a
-    load, a rank may fail, and the others would wait for it forever. Here every rank does its own part alone. The caller
+    load, a rank may fail, and the others would wait for it forever. Here every rank does its part alone. The caller
     synchronizes the ranks afterwards, and only then gathers persistent parameters.
     """
     barrier = comm.barrier
@@ -58,7 +58,7 @@ class FileWriter(TorchCheckpointEngine):
         written: this rank's files.
 
     Args:
-        memory: keeps what would be written instead, if given.
+        memory: if given, gets a copy of each file's content, and nothing is written.
     """
 
     def __init__(self, memory: "HostMemory | None" = None) -> None:
@@ -75,7 +75,7 @@ class FileWriter(TorchCheckpointEngine):
         if self._memory is not None:
             self._memory.keep(Path(path), state_dict)
             return
-        # Given a path torch writes by itself, more slowly, and when the disk is full tells of a wrong position.
+        # Given a path, torch writes more slowly, and reports a wrong position when the disk is full.
         try:
             with Path(path).open("wb") as file:
                 torch.save(state_dict, file)
@@ -85,9 +85,9 @@ class FileWriter(TorchCheckpointEngine):
 
 
 class HostMemory:
-    """Copies of what a save would write, whose tensors are kept for the next one: its second copy costs no pages.
+    """Copies of what a save would write. The next save uses their tensors again, and so allocates no pages.
 
-    It holds as many bytes as this rank's files have.
+    It takes as many bytes as this rank's files have.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class HostMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors kept."""
+        """Bytes of the cached tensors."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def begin(self) -> None:
@@ -109,21 +109,21 @@ class HostMemory:
         copies: dict[int, Tensor] = {}
 
         def copy_of(tensor: Tensor) -> Tensor:
-            if id(tensor) not in copies:  # one that stands there twice is one in the file
-                place = (path.name, next(numbers))
-                held = self._tensors.get(place)
-                if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            if id(tensor) not in copies:  # a tensor that occurs twice is once in the file
+                key = (path.name, next(numbers))
+                cached = self._tensors.get(key)
+                if cached is None or cached.shape != tensor.shape or cached.dtype != tensor.dtype:
                     pinned = tensor.is_cuda
-                    held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                    self._tensors[place] = held
-                copies[id(tensor)] = held.copy_(tensor.detach(), non_blocking=True)
+                    cached = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                    self._tensors[key] = cached
+                copies[id(tensor)] = cached.copy_(tensor.detach(), non_blocking=True)
             return copies[id(tensor)]
 
         def walk(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return copy_of(value)
             if isinstance(value, dict):
-                copied = copy.copy(value)  # of its kind, such as OrderedDict
+                copied = copy.copy(value)  # of its type, such as OrderedDict
                 for key, entry in value.items():
                     copied[key] = walk(entry)
                 return copied
@@ -137,13 +137,13 @@ class HostMemory:
 
 
 def capture_engine_files(engine: Engine, staging: Path, memory: HostMemory) -> None:
-    """Keep in `memory` what DeepSpeed would write into the folder `staging`, within `without_barriers`."""
+    """Copy to `memory` what DeepSpeed would write into the folder `staging`, within `without_barriers`."""
     memory.begin()
     _save(engine, staging, FileWriter(memory))
 
 
 def write_captured(memory: HostMemory) -> list[Path]:
-    """Write what was kept and return the files.
+    """Write the captured files and return their paths.
 
     Raises:
         OSError: a file could not be written.

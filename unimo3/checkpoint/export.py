@@ -4,8 +4,8 @@
     OUT/export_report.json           what became of each tensor
     OUT/config.json, tokenizer, ...  the files of RUN/model, answers.json among them in VQA
 
-Values that the target type cannot hold are an error that names the tensors, unless the caller chooses otherwise. Tied
-weights are written once; the model ties them again when it loads. What was written is read back before the folder gets
+Values that the target type cannot represent are an error that names the tensors, unless the caller chooses otherwise.
+Tied weights are written once; the model ties them again when it loads. The files are read back before the folder gets
 its name. Nothing in it is a pickle.
 
 Source: transformers' layout of a model's folder.
@@ -44,7 +44,7 @@ def export_run(
     num_jobs: int | None = None,
     verify: bool = True,
 ) -> list[TensorReport]:
-    """Write the folder `out`, whole or not at all: it appears by a rename when everything is in it.
+    """Write the folder `out` atomically: it appears by a rename when it is complete.
 
     Args:
         run: gives the model's configuration, tokenizer and image processor. None: of a checkpoint that this project
@@ -69,9 +69,9 @@ def export_run(
                 checkpoint, staging, dtype, on_overflow, max_file_bytes, num_jobs=num_jobs, verify=verify
             )
             if run is not None:
-                # Weights kept in float32 would overflow again if from_pretrained cast them to the half type.
-                kept = any(report.num_over_range and report.dtype == "float32" for report in reports)
-                _set_config_dtype(staging / "config.json", torch.float32 if kept else DTYPES[dtype])
+                # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
+                has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
+                _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else DTYPES[dtype])
             _flush(staging)
             staging.rename(out)
         except BaseException:
@@ -95,7 +95,7 @@ def export_weights(
     num_jobs: int | None = None,
     verify: bool = True,
 ) -> list[TensorReport]:
-    """Write a checkpoint's weights and their report into the folder `out`; nothing of them stays after an error.
+    """Write a checkpoint's weights and their report into the folder `out`; after an error none of them is left.
 
     Names lose the ``model.`` that a run of this project has before them; other checkpoints' names stay as they are.
 
@@ -103,13 +103,13 @@ def export_weights(
         dtype: of floating-point tensors: a key of `DTYPES`.
         on_overflow: what to do with values beyond the type's largest (fp16: 65504): refuse, clamp, or keep that
             tensor in float32.
-        max_file_bytes: size a file is kept below, unless one tensor is larger.
+        max_file_bytes: limit of a file's size, unless one tensor is larger.
         num_jobs: tensors in work at a time; it changes time and memory, not the result. None: by the cores.
         verify: read the files back and compare.
 
     Raises:
-        CheckpointError: tensors hold values that are not finite, or that the target type cannot hold; or the files
-            read back otherwise than they were written.
+        CheckpointError: tensors have values that are not finite, or that the target type cannot represent; or the
+            files that were read back differ from what was written.
     """
     source = ZeroCheckpoint(checkpoint)
     names = {name: _public(source, name) for name in source.names()}
@@ -156,7 +156,7 @@ def copy_model_files(run: Path, out: Path) -> None:
 def _public(source: ZeroCheckpoint, name: str) -> str:
     """A tensor's name as users see it."""
     if not (source.folder / STATE).is_file():
-        return name  # another program's model, whose own names may begin with "model."
+        return name  # another program's model, whose names may begin with "model."
     if not name.startswith(_PREFIX):
         raise CheckpointError(
             f"{source.folder}: {name}: is not part of the model (no '{_PREFIX}' before it); was this run made by "

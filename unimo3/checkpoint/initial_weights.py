@@ -1,6 +1,6 @@
 """What a new run starts from: an exported folder, or a run or one of its checkpoints, which is exported first.
 
-Once the run has checkpoints of its own it needs nothing of this any more.
+A run that has checkpoints needs none of this any more.
 
 Source: none.
 """
@@ -19,12 +19,12 @@ from unimo3.model.pretrained import read_exported_config
 log = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 2 * 10**9
-# Says what the exported weights were made of, `init` and the checkpoint's tag; written last.
+# Names the source of the exported weights, `init` and the checkpoint's tag; written last.
 _SOURCE = "source.txt"
 
 
 def has_begun(own_run: Path) -> bool:
-    """Whether a run resumes from checkpoints of its own, good or not, and no longer from what ``init`` names."""
+    """Whether a run resumes from its own checkpoints, good or not, and no longer from what ``init`` names."""
     return store.has_folders(own_run) and (own_run / "model" / "config.json").is_file()
 
 
@@ -41,7 +41,7 @@ def model_files_of(init: str, own_run: Path) -> str:
     if has_begun(own_run):
         return str(own_run / "model")
     run = run_of(init)
-    if _kept(init, own_run):
+    if _exported_tag(init, own_run):
         return str(own_run / "init")
     return init if run is None else str(run / "model")
 
@@ -59,7 +59,7 @@ def config_of(init: str, own_run: Path) -> Unimo3Config:
 
 def exports(init: str, own_run: Path) -> bool:
     """Whether a start writes an export of `init` into the run's folder first; see `weights_of`."""
-    return not has_begun(own_run) and run_of(init) is not None and not _kept(init, own_run)
+    return not has_begun(own_run) and run_of(init) is not None and not _exported_tag(init, own_run)
 
 
 def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
@@ -67,7 +67,7 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
 
     Args:
         own_run: of the new run; a checkpoint is exported into ``own_run/init``, and a later start with the same `init`
-            takes what is there, whether its source still is or not.
+            uses this export, whether its source still exists or not.
         newest: of an `init` that is a run, whether to export again if it has a newer checkpoint by now.
 
     Raises:
@@ -75,8 +75,8 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     """
     rank, size = world()
     out, run = own_run / "init", run_of(init)
-    kept = on_all_ranks(f"looking for {out}", lambda: _kept(init, own_run), "check the run's folder")[0]
-    if kept and not (newest and run == Path(init)):
+    exported = on_all_ranks(f"looking for {out}", lambda: _exported_tag(init, own_run), "check the run's folder")[0]
+    if exported and not (newest and run == Path(init)):
         return str(out)
     if run is None:
         return init
@@ -84,14 +84,14 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
         checkpoint = store.newest_good(run)
         if checkpoint is None:
             raise CheckpointError(f"init: '{init}': has no good checkpoint; let it train to its first save")
-        if kept == checkpoint.name:
+        if exported == checkpoint.name:
             return str(out)
     else:
         checkpoint = Path(init)
-        shares = on_all_ranks(
+        by_rank = on_all_ranks(
             f"verifying {checkpoint}", lambda: store.verify(checkpoint, rank, size), "name another one"
         )
-        if problems := [problem for share in shares for problem in share]:
+        if problems := [problem for part in by_rank for problem in part]:
             raise CheckpointError(f"init: '{init}': is damaged ({'; '.join(problems)}); name another checkpoint")
 
     def export() -> None:
@@ -105,8 +105,8 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     return str(out)
 
 
-def _kept(init: str, own_run: Path) -> str:
-    """Tag of the checkpoint of `init` that ``own_run/init`` holds; empty: it does not."""
+def _exported_tag(init: str, own_run: Path) -> str:
+    """Tag of the checkpoint of `init` that was exported to ``own_run/init``; empty: none was."""
     path = own_run / "init" / _SOURCE
     source, _, tag = path.read_text().partition("\n") if init and path.is_file() else ("", "", "")
     return tag if source == _name_of(init) else ""

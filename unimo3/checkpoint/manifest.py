@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with their sizes and SHA-256: what tells a whole checkpoint from a damaged one.
+"""The list of a checkpoint's files with their sizes and SHA-256, by which a checkpoint is verified.
 
     MANIFEST.json   {"files": [{"name": "state.json", "bytes": 211, "sha256": "..."}, ...]}
 
@@ -48,8 +48,8 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
     """Compare a checkpoint's files with its manifest.
 
     Args:
-        part: which share of the files, so that each rank can read one; shares are about equal in bytes.
-        num_parts: number of shares.
+        part: index of the part to verify, so that each rank can read one; parts are about equal in bytes.
+        num_parts: number of parts.
 
     Returns:
         One line a problem; none if all is well.
@@ -60,14 +60,14 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
         return [f"{MANIFEST} does not list {STATE}"]
-    share = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
+    subset = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        problems = list(pool.map(lambda entry: _problem(folder, entry), share))
+        problems = list(pool.map(lambda entry: _problem(folder, entry), subset))
     problems += [
-        _content_problem(folder / entry["name"]) for entry, problem in zip(share, problems, strict=True) if not problem
+        _content_problem(folder / entry["name"]) for entry, problem in zip(subset, problems, strict=True) if not problem
     ]
     if part == 0:
-        # DeepSpeed and export take such files by pattern, so one that nobody vouches for must not lie among them.
+        # DeepSpeed and export take such files by pattern, so an unlisted one must not be in the folder.
         names = {entry["name"] for entry in entries}
         stray = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.pt"))]
         problems += [f"{name} is not listed in {MANIFEST}" for name in stray if name not in names]
@@ -115,7 +115,7 @@ def _read(folder: Path) -> list[dict[str, Any]]:
 
 
 def _problem(folder: Path, entry: dict[str, Any]) -> str:
-    """What is wrong with one listed file; empty if nothing is."""
+    """The problem of one listed file; empty if it has none."""
     name = entry["name"]
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
@@ -134,7 +134,7 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
 
 
 def _content_problem(path: Path) -> str:
-    """Why a file that is as listed must not be loaded; empty if nothing speaks against it."""
+    """Why a file that is as listed must not be loaded; empty if it may be."""
     if path.suffix != ".pt":
         return ""
     # Whoever can write here can write the manifest too. DeepSpeed unpickles these files without restriction, so they

@@ -4,7 +4,7 @@
     header     JSON: {"__metadata__": {"format": "pt"}, "name": {"dtype", "shape", "data_offsets"}, ...}, then spaces
     tensors    one after the other: wider types first, each type in the order of names, so that all are aligned
 
-The library's own ``save_file`` needs all tensors at once; the bytes are the same.
+The library's ``save_file`` needs all tensors at once; the bytes are the same.
 
 Source: https://github.com/huggingface/safetensors, README (format) and safetensors/src/tensor.rs (order of tensors).
 """
@@ -47,10 +47,10 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor's type and place in a file.
+    """A tensor's type and position in a file.
 
     Attributes:
-        start: byte of the file.
+        start: offset in the file, in bytes.
     """
 
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class TensorPlace:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes it takes."""
+        """Size in the file, in bytes."""
         return num_bytes_of(self.dtype, self.shape)
 
 
@@ -85,10 +85,10 @@ class SafetensorsWriter:
     def __init__(self, path: Path, tensors: dict[str, tuple[torch.dtype, torch.Size]]):
         for name, (dtype, _) in tensors.items():
             if dtype not in _TYPE_NAMES:
-                raise CheckpointError(f"{name}: is of type {dtype}, which safetensors files cannot hold")
+                raise CheckpointError(f"{name}: is of type {dtype}, which safetensors files cannot contain")
         self.path = path
-        header, self._places = _layout(tensors)
-        end = max((place.start + place.num_bytes for place in self._places.values()), default=len(header))
+        header, self._locations = _layout(tensors)
+        end = max((location.start + location.num_bytes for location in self._locations.values()), default=len(header))
         self._file = DirectFile(path, end)
         try:
             self._file.write(memoryview(header), 0)
@@ -102,16 +102,16 @@ class SafetensorsWriter:
         Args:
             piece: n elements of the tensor's type, contiguous, on the CPU.
         """
-        place = self._places[name]
-        assert piece.dtype == place.dtype
-        assert first + piece.numel() <= place.shape.numel()
-        self._file.write(bytes_of(piece), place.start + first * place.dtype.itemsize)
+        location = self._locations[name]
+        assert piece.dtype == location.dtype
+        assert first + piece.numel() <= location.shape.numel()
+        self._file.write(bytes_of(piece), location.start + first * location.dtype.itemsize)
 
     def read_back(self, name: str) -> tuple[str, str]:
         """SHA-256 and `BlockSums` of a tensor's bytes as they are in the file now."""
-        place, digest, sums = self._places[name], hashlib.sha256(), BlockSums()
-        end = place.start + place.num_bytes
-        for start in range(place.start, end, CHUNK_BYTES):
+        location, digest, sums = self._locations[name], hashlib.sha256(), BlockSums()
+        end = location.start + location.num_bytes
+        for start in range(location.start, end, CHUNK_BYTES):
             piece = self._file.read(start, min(CHUNK_BYTES, end - start))
             digest.update(piece)
             sums.update(piece)
@@ -127,7 +127,7 @@ class SafetensorsWriter:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory."""
+    """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
@@ -145,23 +145,23 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             described: dict[str, Any] = json.loads(file.read(length))
         described.pop("__metadata__", None)
-        places = {}
+        locations = {}
         end = 0
         for name, entry in sorted(described.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             first, last = entry["data_offsets"]
-            place = TensorPlace(_TYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + first)
-            if first != end or last - first != place.num_bytes:
-                raise ValueError(f"{name} at bytes {first} to {last}, not {end} to {end + place.num_bytes}")
-            places[name], end = place, last
+            location = TensorPlace(_TYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + first)
+            if first != end or last - first != location.num_bytes:
+                raise ValueError(f"{name} at bytes {first} to {last}, not {end} to {end + location.num_bytes}")
+            locations[name], end = location, last
         if 8 + length + end != size:
             raise ValueError(f"tensors up to byte {8 + length + end} in a file of {size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is no whole safetensors file ({type(error).__name__}: {error})") from error
-    return places
+    return locations
 
 
 def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, TensorPlace]]:
-    """The length and header that a file begins with, and where its tensors go."""
+    """The length and header that a file begins with, and the locations of its tensors."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in _sorted_as_laid_out(tensors):
@@ -170,11 +170,11 @@ def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, 
         entries[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    places = {
+    locations = {
         name: TensorPlace(dtype, shape, 8 + len(header) + entries[name]["data_offsets"][0])
         for name, (dtype, shape) in tensors.items()
     }
-    return len(header).to_bytes(8, "little") + header, places
+    return len(header).to_bytes(8, "little") + header, locations
 
 
 def _sorted_as_laid_out(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> Iterable[str]:

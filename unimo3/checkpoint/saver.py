@@ -1,9 +1,9 @@
 """A run's saves, at once or behind the training, and what follows from those that fail.
 
-In the background the step is held only while this rank's state is copied to host memory, which is kept for the next
-save; a thread does the rest and agrees through a process group of its own. A second save waits for the first.
+In the background, a save blocks the step only while this rank's state is copied to host memory, which the next save
+uses again. A thread does the rest and agrees through a separate process group. A second save waits for the first.
 
-Source: torchtitan's asynchronous checkpoints for the copy and the own group.
+Source: torchtitan's asynchronous checkpoints for the copy and the separate group.
 """
 
 import atexit
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # Of the slowest rank's writing.
 _TIMEOUT = timedelta(hours=12)
-# For a save under way when the run ends by an error; a node that is gone must not hold the others forever.
+# For a running save when the run ends by an error; a node that is gone must not block the others forever.
 _EXIT_WAIT_S = 600.0
 
 
@@ -40,7 +40,7 @@ class Saver:
         run: the run's folder.
 
     Raises:
-        CheckpointError: the engine keeps values on NVMe and saves are to be made in the background.
+        CheckpointError: the engine has values on NVMe and saves are to be made in the background.
     """
 
     def __init__(self, engine: Engine, run: Path, args: CheckpointArgs):
@@ -53,7 +53,7 @@ class Saver:
         self._failure: CheckpointError | None = None
         self._committed_step: int | None = None
         self._finished: list[tuple[int, float]] = []
-        self._has_told = world()[0] != 0
+        self._has_logged_memory = world()[0] != 0
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
                 raise CheckpointError(
@@ -84,12 +84,12 @@ class Saver:
         """Save a checkpoint; return when it is committed or, in the background, when training may continue.
 
         Args:
-            is_last: whether the run ends with it: then it is waited for, and must succeed.
-            in_foreground: whether it is waited for in any case.
+            is_last: whether the run ends with it: this returns only when it is committed, and it must succeed.
+            in_foreground: whether to wait for it in any case.
 
         Raises:
             CheckpointError: on every rank; this save or the one before failed, and it was the last one or
-                ``checkpoint.on_save_error`` says stop.
+                ``checkpoint.on_save_error`` is stop.
         """
         before: CheckpointError | None = None
         try:
@@ -117,11 +117,11 @@ class Saver:
             except Exception as error:  # such as of the group, when another rank's process has ended
                 self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {FIX}")
 
-        if self._args.background and not self._has_told:
+        if self._args.background and not self._has_logged_memory:
             log.info(
-                "copies for saves in the background keep %.0f MB of this host's memory a rank", self.kept_bytes / 1e6
+                "copies for saves in the background take %.0f MB of this host's memory a rank", self.kept_bytes / 1e6
             )
-            self._has_told = True
+            self._has_logged_memory = True
         if self._args.background and not (is_last or in_foreground):
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -139,7 +139,7 @@ class Saver:
 
         Raises:
             CheckpointError: on every rank; a save has failed, and it was the last one or ``checkpoint.on_save_error``
-                says stop.
+                is stop.
         """
         self._wait()
         if not all(all_gather_object(self._committed_step == state.step and self._failure is None)):
@@ -150,18 +150,18 @@ class Saver:
         """Wait for the save under way and raise the error of one that failed; every rank calls it.
 
         Args:
-            must_succeed: whether a failure is an error whatever ``checkpoint.on_save_error`` says.
+            must_succeed: whether a failure is an error whatever ``checkpoint.on_save_error`` is.
 
         Raises:
             CheckpointError: on every rank; a save has failed.
         """
         self._wait()
-        own, self._failure = self._failure, None
-        # A rank whose own part went well may be the only one that knows nothing of another's failure.
-        failures = [failure for failure in all_gather_object(str(own) if own else None) if failure]
+        local, self._failure = self._failure, None
+        # A rank whose part succeeded may be the only one that has no record of another's failure.
+        failures = [failure for failure in all_gather_object(str(local) if local else None) if failure]
         if not failures:
             return
-        failure = own or CheckpointError(failures[0])
+        failure = local or CheckpointError(failures[0])
         if must_succeed or self._args.on_save_error == "stop":
             raise failure
         if world()[0] == 0:

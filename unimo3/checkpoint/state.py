@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run in addition to DeepSpeed's tensors: ``state.json`` and one RNG file a rank."""
+"""The state of a run in addition to DeepSpeed's tensors: ``state.json`` and one RNG file a rank."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from unimo3.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: optimizer steps done.
@@ -24,7 +24,7 @@ class TrainState:
         world_size: ranks that wrote the checkpoint.
         global_batch: pairs an optimizer step.
         engine: ZeRO stage and precision, such as ``ZeRO-3 bf16``; set when the checkpoint is saved.
-        extra: whatever else a program wants back; plain JSON values.
+        extra: other values that a program saves; plain JSON.
     """
 
     step: int
@@ -86,7 +86,7 @@ def load_rng(path: Path, new_rank: int | None = None) -> None:
     """Restore what `save_rng` wrote.
 
     Args:
-        new_rank: a rank that had no generators then: its own are seeded with this rank's and its number.
+        new_rank: a rank without saved generators: its generators are seeded with the loaded ones and its number.
 
     Raises:
         CheckpointError: the file is missing or damaged.
@@ -101,7 +101,7 @@ def load_rng(path: Path, new_rank: int | None = None) -> None:
         with safe_open(path, framework="pt") as opened:
             described: dict[str, Any] = json.loads(opened.metadata()["generators"])
     except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: holds no generator states ({error}); use an earlier checkpoint") from error
+        raise CheckpointError(f"{path}: contains no generator states ({error}); use an earlier checkpoint") from error
     version, words, gauss = described["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = described["numpy"]

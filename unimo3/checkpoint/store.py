@@ -1,8 +1,8 @@
-"""Checkpoints on disk: written whole or not at all, verified before use.
+"""Checkpoints on disk: committed atomically, verified before use.
 
     RUN/checkpoints/step_00001000/   DeepSpeed's files of every rank, rng_rank_*.safetensors, state.json, MANIFEST.json
     RUN/checkpoints/step_00001000.damaged  one that a resuming run found damaged, for people to look at
-    RUN/checkpoints/latest           name of the newest one, for people and for DeepSpeed's own tools
+    RUN/checkpoints/latest           name of the newest one, for people and for DeepSpeed's tools
 
 A folder without a valid manifest is no checkpoint. Saves are in saver.py and commit.py.
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 _LOOK = "see that every node can read the run's folder"
 _TAG = re.compile(r"^step_\d{8,}$")
-_SET_ASIDE = re.compile(r"^step_\d{8,}\.damaged\d*$")
+_QUARANTINED = re.compile(r"^step_\d{8,}\.damaged\d*$")
 
 
 def tag_of(step: int) -> str:
@@ -51,12 +51,12 @@ def tag_of(step: int) -> str:
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps that a checkpoint's name tells."""
+    """The number of optimizer steps in a checkpoint's name."""
     return int(folder.name.removeprefix("step_").split(".")[0])
 
 
 def folder_of(run: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     return run / "checkpoints"
 
 
@@ -67,7 +67,7 @@ def has_folders(run: Path) -> bool:
 
 def quarantined_folders(run: Path) -> list[Path]:
     """Damaged checkpoints that `quarantine` has renamed, oldest first."""
-    return _folders(run, _SET_ASIDE)
+    return _folders(run, _QUARANTINED)
 
 
 def list_folders(run: Path) -> list[Path]:
@@ -114,8 +114,8 @@ def load(engine: Engine, folder: Path) -> TrainState:
         from unimo3.checkpoint.elastic import load_elastic  # imports deepspeed
 
         load_elastic(engine, folder)
-        kept = rank % state.world_size
-        load_rng(folder / f"rng_rank_{kept}.safetensors", new_rank=rank if kept != rank else None)
+        saved_rank = rank % state.world_size
+        load_rng(folder / f"rng_rank_{saved_rank}.safetensors", new_rank=rank if saved_rank != rank else None)
 
     from unimo3.checkpoint.engine_files import gather_persistent, without_barriers  # imports deepspeed
 
@@ -128,20 +128,20 @@ def load(engine: Engine, folder: Path) -> TrainState:
 
 
 def newest_good(run: Path) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; see `choose`."""
+    """The newest checkpoint whose files all match its manifest; see `choose`."""
     return choose(run)[0]
 
 
 def choose(run: Path) -> tuple[Path | None, list[Path]]:
-    """The newest good checkpoint and the damaged ones that are newer; all ranks verify a share and agree.
+    """The newest good checkpoint and the damaged ones that are newer; each rank verifies a part and all agree.
 
     A damaged one is named in the log with the reason, and the next older is tried.
 
     Raises:
-        CheckpointError: on every rank; a rank cannot look at all.
+        CheckpointError: on every rank; a rank cannot read the folder.
     """
     damaged: list[Path] = []
-    # Rank 0's listing holds for all: on a shared file system others may still see an older one.
+    # All ranks use rank 0's listing: on a shared file system others may still see an older one.
     listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
     for folder in reversed(listed):
         if not (problems := _problems(folder)):
@@ -153,40 +153,40 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _problems(folder: Path) -> list[str]:
-    """What all ranks' shares of a verification find; every rank calls it."""
+    """The problems of all ranks' parts of a verification; every rank calls it."""
     rank, size = world()
-    shares = on_all_ranks(f"verifying {folder}", lambda: verify(folder, rank, size), _LOOK)
-    return list(dict.fromkeys(problem for share in shares for problem in share))
+    by_rank = on_all_ranks(f"verifying {folder}", lambda: verify(folder, rank, size), _LOOK)
+    return list(dict.fromkeys(problem for problems in by_rank for problem in problems))
 
 
 def quarantine(damaged: list[Path]) -> None:
-    """Rename checkpoints that `choose` found damaged, if they still are: they are then neither counted nor replaced.
+    """Rename damaged checkpoints that `choose` returned, if they still are: they are then neither counted nor replaced.
 
-    For a run that has loaded a good one. Where nothing is good it may be the mount that fails.
+    For a run that has loaded a good one. If none is good, the mount may have failed.
     """
     for folder in damaged:
-        # A read that failed once is no damage.
+        # A read that failed once is not damage.
         if _problems(folder) and world()[0] == 0:
             _quarantine(folder)
 
 
 def _quarantine(folder: Path) -> None:
-    aside = folder.with_name(f"{folder.name}.damaged")
+    target = folder.with_name(f"{folder.name}.damaged")
     number = 1
-    while aside.exists():
+    while target.exists():
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged{number}")
+        target = folder.with_name(f"{folder.name}.damaged{number}")
     try:
-        folder.rename(aside)
-        log.warning("%s is quarantined as %s; remove it when nobody needs it", folder, aside.name)
+        folder.rename(target)
+        log.warning("%s is quarantined as %s; remove it when nobody needs it", folder, target.name)
     except OSError as error:
         log.warning("%s cannot be quarantined (%s)", folder, error)
 
 
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
-    """Remove old checkpoints and return them; the newest good one always stays, and all do if none is good.
+    """Remove old checkpoints and return them; the newest good one is never removed, and none is if none is good.
 
-    So does the one that `best_record.py` has recorded as the best.
+    The one that `best_record.py` has recorded as the best is not removed either.
 
     Args:
         keep_last: newest ones to keep, at least 1.
@@ -228,7 +228,7 @@ def _folders(run: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    # Renamed first, so that a kill half way leaves nothing that passes for a checkpoint.
+    # Renamed first, so that a kill half way leaves nothing that is named as a checkpoint.
     to_delete = folder.with_name(f"{folder.name}.old.tmp")
     shutil.rmtree(to_delete, ignore_errors=True)
     folder.rename(to_delete)

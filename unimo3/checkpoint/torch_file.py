@@ -1,6 +1,6 @@
 """torch.save's files without their tensors: the structure is unpickled, restricted; tensors are read when asked for.
 
-Reading by offset keeps nothing resident: memory is what the caller holds, however large the files are.
+Reading by offset caches nothing: memory is bounded by the caller's tensors, however large the files are.
 
 Source: torch.serialization; with ``map_location="meta"`` it leaves each storage's offset in the file.
 """
@@ -27,10 +27,10 @@ class _Number(int):
 
 
 class _Record:
-    """Also stands for one of its classes that only hold values."""
+    """Stands for one of DeepSpeed's classes that only contain values."""
 
 
-# DeepSpeed's own plain classes; anything else that is no plain data is refused.
+# DeepSpeed's plain classes; anything else that is not plain data is refused.
 _ALLOWED_GLOBALS: dict[str, dict[str, type]] = {
     "deepspeed.runtime.fp16.loss_scaler": {"LossScaler": _Record, "DynamicLossScaler": _Record},
     "deepspeed.runtime.zero.config": {"ZeroStageEnum": _Number},
@@ -43,7 +43,7 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        start: byte of the file at which its storage begins.
+        start: offset of its storage in the file, in bytes.
         skipped: elements of the storage before its first one.
     """
 
@@ -59,7 +59,7 @@ class StoredTensor:
         return self.shape.numel()
 
     def read(self) -> Tensor:
-        """The whole tensor."""
+        """The complete tensor."""
         extent = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         flat = self._elements(0, extent if self.numel() else 0)
         return flat.as_strided(self.shape, self.stride) if self.numel() else flat.view(self.shape)
@@ -72,7 +72,7 @@ class StoredTensor:
         """
         if target.dtype != self.dtype:
             raise CheckpointError(
-                f"{self.path}: holds {self.dtype} where {target.dtype} is expected; master weights and moments of "
+                f"{self.path}: contains {self.dtype} where {target.dtype} is expected; master weights and moments of "
                 "another type than float32 are not supported"
             )
         _read(self.path, self.start + (self.skipped + first) * self.dtype.itemsize, target)
@@ -87,7 +87,7 @@ def load_structure(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote, with a `StoredTensor` for each tensor.
 
     Raises:
-        CheckpointError: it cannot be read, or holds more than tensors and plain data.
+        CheckpointError: it cannot be read, or contains more than tensors and plain data.
     """
     try:
         with torch.serialization.safe_globals(_allowed_classes()):
@@ -108,7 +108,7 @@ def _replace_tensors(value: Any, path: Path) -> Any:
     if isinstance(value, Tensor):
         start = value.untyped_storage()._checkpoint_offset
         if start is None:
-            raise AttributeError("a tensor without a place in the file")
+            raise AttributeError("a tensor without an offset in the file")
         return StoredTensor(path, start, int(value.storage_offset()), value.shape, value.stride(), value.dtype)
     if isinstance(value, dict):
         return {key: _replace_tensors(entry, path) for key, entry in value.items()}
@@ -118,7 +118,7 @@ def _replace_tensors(value: Any, path: Path) -> Any:
 
 
 class _OpenFile:
-    """Open as long as anyone holds it, so that a thread may read what another has just dropped from the list."""
+    """Open as long as it is referenced: a thread may read a file that another has just dropped from the list."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -133,7 +133,7 @@ _open_files_lock = threading.Lock()
 
 
 def close_files() -> None:
-    """Close what reading has left open: a file that is removed then leaves the disk."""
+    """Close all cached files: a removed file then leaves the disk."""
     with _open_files_lock:
         _open_files.clear()
 
@@ -157,7 +157,7 @@ def _read(path: Path, start: int, target: Tensor) -> None:
 
 
 def _allowed_classes() -> list[Any]:
-    """Pairs of a class and the name it goes by in the file.
+    """Pairs of a class and its name in the file.
 
     A class of DeepSpeed is taken where its module is imported already, as in an engine that resumes. Importing it just
     to read weights would cost a second and would run more code than is needed.

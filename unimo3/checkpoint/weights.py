@@ -31,7 +31,7 @@ from unimo3.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _PIECE_ELEMENTS = 2**21
-# Each takes memory.
+# Each job takes memory.
 _MAX_DEFAULT_JOBS = 8
 
 Item = TypeVar("Item")
@@ -46,7 +46,7 @@ class Options:
         dtype: of floating-point tensors.
         on_overflow: what to do with values beyond the type's largest (float16: 65504): refuse, clamp, or keep that
             tensor in float32.
-        max_file_bytes: size a file is kept below, unless one tensor is larger.
+        max_file_bytes: limit of a file's size, unless one tensor is larger.
         num_jobs: tensors in work at a time.
         is_read_back: whether each tensor is read back and compared once it is written.
     """
@@ -75,14 +75,14 @@ def write_weights(
         The tensors' reports, and why some of them cannot be written: if that is not empty, the files are of no use.
 
     Raises:
-        CheckpointError: a tensor was read back otherwise than it was written.
+        CheckpointError: a tensor that was read back differs from what was written.
     """
     with _one_torch_thread():
         types = _written_types(source, list(names), options)
         files = _assign_files(source, types, options.max_file_bytes)
         written = _write_files(source, names, types, files, out, options)
     if len(files) > 1:
-        weight_map = {names[name]: file for file, held in files.items() for name in held}
+        weight_map = {names[name]: file for file, tensors in files.items() for name in tensors}
         total = sum(num_bytes_of(types[name], source.shape(name)) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -95,25 +95,25 @@ def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
     Raises:
         CheckpointError: tensors are not where or what they should be.
     """
-    found: dict[str, tuple[Path, TensorPlace]] = {}
+    locations: dict[str, tuple[Path, TensorPlace]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            # The library has rules of its own for a header.
+            # The library checks more of a header than `read_header` does.
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{path.name}: was not written as it should be ({error})") from error
-        found |= {name: (path, place) for name, place in read_header(path).items()}
+        locations |= {name: (path, location) for name, location in read_header(path).items()}
     wanted = {report.name for report in reports}
-    if wanted != found.keys():
-        raise CheckpointError(f"{folder}: tensors missing or too many: {sorted(wanted ^ found.keys())[:5]}")
+    if wanted != locations.keys():
+        raise CheckpointError(f"{folder}: tensors missing or too many: {sorted(wanted ^ locations.keys())[:5]}")
     for report in reports:
-        path, place = found[report.name]
-        if (str(place.dtype), list(place.shape)) != (f"torch.{report.dtype}", report.shape):
-            raise CheckpointError(f"{report.name} in {path.name} is {place.dtype} {list(place.shape)}")
+        path, location = locations[report.name]
+        if (str(location.dtype), list(location.shape)) != (f"torch.{report.dtype}", report.shape):
+            raise CheckpointError(f"{report.name} in {path.name} is {location.dtype} {list(location.shape)}")
     if (folder / INDEX).exists():
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        if weight_map != {name: path.name for name, (path, _) in found.items()}:
+        if weight_map != {name: path.name for name, (path, _) in locations.items()}:
             raise CheckpointError(f"{folder / INDEX}: does not tell where the tensors are")
 
 
@@ -123,11 +123,11 @@ def _written_types(source: ZeroCheckpoint, names: list[str], options: Options) -
     scan = options.on_overflow == "keep-fp32" and options.dtype != torch.float32
 
     def written(name: str) -> torch.dtype:
-        own = source.dtype(name)
-        if not own.is_floating_point:
-            return own
-        # A value that is not finite exceeds no limit here and is found when it is cast.
-        over = scan and any(largest_of(piece) > limit for _, piece in _pieces(source, name, spaces.own()))
+        stored = source.dtype(name)
+        if not stored.is_floating_point:
+            return stored
+        # A value that is not finite exceeds no limit here; the cast detects it.
+        over = scan and any(largest_of(piece) > limit for _, piece in _pieces(source, name, spaces.get()))
         return torch.float32 if over else options.dtype
 
     num_jobs = options.num_jobs if scan else 1
@@ -159,7 +159,7 @@ def _write_files(
     options: Options,
 ) -> list[tuple[TensorReport, str]]:
     """Write all files and force them to disk; each tensor's report, and its error if it has one."""
-    file_of = {name: file for file, held in files.items() for name in held}
+    file_of = {name: file for file, tensors in files.items() for name in tensors}
     spaces = _Workspaces()
     with closing(_OpenWriters(source, names, types, files, out)) as writers:
 
@@ -167,7 +167,7 @@ def _write_files(
             writer = writers.of(file_of[name])
             public, clamp = names[name], options.on_overflow == "clamp"
             casting = Casting(public, source.shape(name), options.dtype, types[name], clamp, options.is_read_back)
-            space = spaces.own()
+            space = spaces.get()
             for first, piece in _pieces(source, name, space):
                 writer.write(public, first, casting.cast(piece, space))
             sha256 = casting.digest
@@ -181,7 +181,7 @@ def _write_files(
             writers.release(file_of[name])
             return casting.report(sha256), casting.problem()
 
-        # Left before the files are closed, so that no thread still writes to one when a flush fails.
+        # The threads end before the files are closed: none still writes to one when a flush fails.
         with closing(_in_parallel(write, list(names), options.num_jobs, "export")) as done:
             return list(done)
 
@@ -199,7 +199,7 @@ class _OpenWriters:
     ):
         self._source, self._names, self._types, self._files, self._out = source, names, types, files, out
         self._open: dict[str, SafetensorsWriter] = {}
-        self._num_left = {file: len(held) for file, held in files.items()}
+        self._num_unwritten = {file: len(tensors) for file, tensors in files.items()}
         self._lock = threading.Lock()
 
     def of(self, file: str) -> SafetensorsWriter:
@@ -213,10 +213,10 @@ class _OpenWriters:
             return self._open[file]
 
     def release(self, file: str) -> None:
-        """Say that one of a file's tensors is written; after the last one it is forced to disk and closed."""
+        """Count a tensor of a file as written; after the last one the file is flushed to disk and closed."""
         with self._lock:
-            self._num_left[file] -= 1
-            if self._num_left[file]:
+            self._num_unwritten[file] -= 1
+            if self._num_unwritten[file]:
                 return
         self._open[file].flush()
         with self._lock:
@@ -229,14 +229,14 @@ class _OpenWriters:
 
 
 def _pieces(source: ZeroCheckpoint, name: str, space: Workspace) -> Iterator[tuple[int, Tensor]]:
-    """A tensor's elements in order, each piece with the place of its first one; none of an empty tensor."""
+    """A tensor's elements in order, each piece with the index of its first one; no piece of an empty tensor."""
     count = source.shape(name).numel()
-    # Buffers are small, and need not lie in one run in the file.
-    whole = source.tensor(name).reshape(-1) if name in source.buffers else None
+    # Buffers are small, and may be non-contiguous in the file.
+    buffer = source.tensor(name).reshape(-1) if name in source.buffers else None
     for first in range(0, count, _PIECE_ELEMENTS):
         size = min(_PIECE_ELEMENTS, count - first)
-        if whole is not None:
-            yield first, whole[first : first + size]
+        if buffer is not None:
+            yield first, buffer[first : first + size]
             continue
         piece = space.take("stored", source.dtype(name), size)
         source.read_fragment(piece, name, first)
@@ -246,11 +246,11 @@ def _pieces(source: ZeroCheckpoint, name: str, space: Workspace) -> Iterator[tup
 class _Workspaces(threading.local):
     """A workspace for each thread."""
 
-    def own(self) -> Workspace:
-        """This thread's."""
-        if not hasattr(self, "_own"):
-            self._own = Workspace(_PIECE_ELEMENTS)
-        return self._own
+    def get(self) -> Workspace:
+        """This thread's workspace."""
+        if not hasattr(self, "_workspace"):
+            self._workspace = Workspace(_PIECE_ELEMENTS)
+        return self._workspace
 
 
 def _in_parallel(
@@ -269,7 +269,7 @@ def _in_parallel(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Let each of our threads compute on one core, instead of starting torch's own threads next to them."""
+    """Let each thread of this module compute on one core; torch starts no threads in addition."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

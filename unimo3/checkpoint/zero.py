@@ -40,7 +40,7 @@ class ZeroCheckpoint:
         folder: with every rank's files.
 
     Raises:
-        CheckpointError: files are missing, are not ZeRO's, or hold more than plain data.
+        CheckpointError: files are missing, are not ZeRO's, or contain more than plain data.
     """
 
     def __init__(self, folder: Path):
@@ -63,12 +63,12 @@ class ZeroCheckpoint:
         if self.stage == 3 and len(self._models) != self.world_size:
             raise CheckpointError(
                 f"{folder}: ZeRO-3 writes a model file a rank, {len(self._models)} of {self.world_size} are here; copy "
-                "it whole"
+                "all its files"
             )
         counts = self.optimizer.get("partition_count", self.world_size)
         if (max(counts) if isinstance(counts, list) else counts) != self.world_size:
             raise CheckpointError(
-                f"{folder}: was written by {counts} ranks, files of {self.world_size} are here; copy it whole"
+                f"{folder}: was written by {counts} ranks, files of {self.world_size} are here; copy all its files"
             )
         first: dict[str, Any] = next(iter(states[0].values()), {})
         self.moments = [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
@@ -78,20 +78,20 @@ class ZeroCheckpoint:
         self.groups = [list(group) for group in groups]
         self._trained = {name: shape for group in groups for name, shape in group.items()}
         if self.stage < 3:
-            # Stage 1 lists no frozen parameters; they lie whole among the module's values.
+            # Stage 1 lists no frozen parameters; they are complete among the module's values.
             known = {*self._trained, *self._frozen, *self._buffers, *self.tied}
             self._frozen |= {name: value.shape for name, value in self.model["module"].items() if name not in known}
-        self._places = self._stage3_places(groups) if self.stage == 3 else self._stage2_places(groups, self.optimizer)
+        self._offsets = self._zero3_offsets(groups) if self.stage == 3 else self._zero2_offsets(groups, self.optimizer)
 
     def base_state(self, partition: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The wrapped optimizer's own ``state`` and ``param_groups``."""
-        held = partition if partition is not None else self.optimizer
-        state: dict[str, Any] = held["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+        """The wrapped optimizer's ``state`` and ``param_groups``."""
+        saved = partition if partition is not None else self.optimizer
+        state: dict[str, Any] = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
         return state
 
     @property
     def tied(self) -> dict[str, str]:
-        """Other names of parameters that stand in the checkpoint once."""
+        """Other names of tied parameters, which are saved once."""
         return dict(self.model.get("shared_params") or {})
 
     @property
@@ -152,10 +152,10 @@ class ZeroCheckpoint:
     def read_fragment(self, target: Tensor, name: str, first: int, kind: str = WEIGHTS) -> None:
         """Fill a tensor of the type that `fragment` gives with a parameter's elements from `first` on."""
         if name in self._frozen:
-            # Stage 3 cuts frozen parameters too; the other stages keep them whole.
+            # Stage 3 cuts frozen parameters too; the other stages save them complete.
             _fill(target, self._frozen_pieces(name), first)
             return
-        group, start = self._places[name]
+        group, start = self._offsets[name]
         ranks = self._pieces[kind]
         if self.stage != 3:
             _fill(target, [rank[group] for rank in ranks], start + first)
@@ -174,37 +174,37 @@ class ZeroCheckpoint:
             return [model["frozen_param_fragments"][name] for model in self._models]
         return [self.model["module"][name]]
 
-    def _stage3_places(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
-        places = {}
+    def _zero3_offsets(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
+        offsets = {}
         start = 0
         for number, group in enumerate(groups):
             for name, shape in group.items():
-                places[name] = (number, start)
+                offsets[name] = (number, start)
                 start += math.ceil(shape.numel() / self.world_size)
-        held = {sum(piece.numel() for piece in rank) for ranks in self._pieces.values() for rank in ranks}
-        if held != {start}:
+        sizes = {sum(piece.numel() for piece in rank) for ranks in self._pieces.values() for rank in ranks}
+        if sizes != {start}:
             raise CheckpointError(
-                f"{self.folder}: its shapes need {start} elements of every rank, the ranks hold {sorted(held)} "
+                f"{self.folder}: its shapes need {start} elements of every rank, the ranks have {sorted(sizes)} "
                 "(values offloaded to NVMe are not in these files)"
             )
-        return places
+        return offsets
 
-    def _stage2_places(
+    def _zero2_offsets(
         self, groups: list[dict[str, torch.Size]], partition: dict[str, Any]
     ) -> dict[str, tuple[int, int]]:
-        places = {}
+        offsets = {}
         paddings = partition.get("param_alignment_paddings")
         for number, group in enumerate(groups):
             start = 0
             for index, (name, shape) in enumerate(group.items()):
-                places[name] = (number, start)
+                offsets[name] = (number, start)
                 start += shape.numel()
                 end = start
                 start += paddings[number][index] if paddings else 0
-            held = min(sum(rank[number].numel() for rank in ranks) for ranks in self._pieces.values())
-            if end > held:
-                raise CheckpointError(f"{self.folder}: group {number} needs {end} elements, its ranks hold {held}")
-        return places
+            available = min(sum(rank[number].numel() for rank in ranks) for ranks in self._pieces.values())
+            if end > available:
+                raise CheckpointError(f"{self.folder}: group {number} needs {end} elements, its ranks have {available}")
+        return offsets
 
 
 def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:
@@ -222,7 +222,7 @@ def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:
     if done < target.numel():
         raise CheckpointError(
             f"{pieces[0].path.parent}: {target.numel() - done} elements of a parameter are in no rank's file; copy the "
-            "checkpoint whole"
+            "complete checkpoint"
         )
 
 
@@ -232,7 +232,7 @@ def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     models = _ranked(folder, "zero_pp_rank_*_model_states.pt") or sorted(folder.glob("mp_rank_00_model_states.pt"))
     if not optims or len(models) not in (1, len(optims)):
         raise CheckpointError(
-            f"{folder}: holds {len(optims)} optimizer files and {len(models)} model files of ZeRO; one optimizer file "
+            f"{folder}: has {len(optims)} optimizer files and {len(models)} model files of ZeRO; one optimizer file "
             "a rank and one model file (stage 3: one a rank) are needed"
         )
     try:

@@ -56,7 +56,7 @@ def normalize_answer(answer: str) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official accuracy of one prediction against the (ten) human answers.
 
-    The mean, over each answer left out in turn, of min(1, matches among the others / 3). As in the official program,
+    The mean, over each answer omitted in turn, of min(1, matches among the others / 3). As in the official program,
     texts are normalised only where the human answers differ.
     """
     prediction, humans = _strip_spaces(prediction), [_strip_spaces(answer) for answer in answers]
@@ -81,7 +81,7 @@ class AnswerVocabulary:
         return len(self.answers)
 
     def soft_targets(self, answers: Sequence[str]) -> np.ndarray:
-        """[answers] float32: 0.3, 0.6, 0.9 or 1 for what one, two, three or more people said."""
+        """[answers] float32: 0.3, 0.6, 0.9 or 1 for an answer of one, two, three or more people."""
         targets = np.zeros(len(self.answers), dtype=np.float32)
         for answer, count in Counter(normalize_answer(answer) for answer in answers).items():
             if answer in self._number:
@@ -101,13 +101,13 @@ class AnswerVocabulary:
         """Read what `save` wrote.
 
         Raises:
-            DataError: the file is missing, or holds no answers.
+            DataError: the file is missing, or contains no answers.
         """
         try:
             answers = json.loads(path.read_text())["answers"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: holds no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
+                f"{path}: is no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
                 "writes one next to its shards"
             ) from error
         if not answers:

@@ -33,21 +33,21 @@ class DataArgs:
     augment: Augment = "none"
     """Augmentation of training images: none, or RandAugment without mirroring."""
     crop_scale: float = 1.0
-    """Least share of a training image's area that a random crop keeps; 1 crops nothing, since texts speak of all."""
+    """Least fraction of a training image's area that a random crop keeps; 1 crops nothing, since texts speak of all."""
     window_shards: int = 16
     """Shards of a source whose samples are shuffled together."""
     cache_dir: str = ""
-    """Folder on a node's own disk for copies of shards; needed for https: addresses, of use for slow mounted stores.
+    """Folder on a node's own disk for copies of shards; needed for https: addresses, useful for slow mounted stores.
     Empty: shards are read where they are."""
     cache_gb: float = 100.0
-    """Most that the copies may take, in 10^9 bytes; the least recently used go first."""
+    """Limit of the copies' total size, in 10^9 bytes; the least recently used are removed first."""
     num_workers: int = 4
     """Reader processes of each rank; 0 reads in the training process."""
     prefetch: int = 4
     """Micro-batches each reader prepares ahead."""
     max_bad_ratio: float = 0.001
-    """Share of unreadable samples of all read so far past which the run ends with status 78; up to it they are replaced
-    and counted. A single one is tolerated however few were read, unless this is 0."""
+    """Fraction of unreadable samples of all read so far past which the run ends with status 78; up to it they are
+    replaced and counted. A single one is tolerated however few were read, unless this is 0."""
     ledger: bool = False
     """Whether to write the sample keys of each step and rank into the run's folder."""
 
@@ -111,60 +111,60 @@ class DataArgs:
         Args:
             trains: whether it reads the training shards.
         """
-        found: list[str] = []
+        errors: list[str] = []
         if not 0 < self.cache_gb < math.inf:
-            return found  # `validate` reports it
+            return errors  # `validate` reports it
         for name, sources in (("data.train", list(self.sources) if trains else []), ("data.val", [self.val])):
             for source in sources:
                 if source is not None and source.startswith("{"):
-                    found.append(
+                    errors.append(
                         f"{name}: '{source}': a mixture is {{FOLDER: WEIGHT, ...}}, with a space after each colon"
                     )
                 elif source == "":
-                    found.append(f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards")
+                    errors.append(f"{name}: '': no folder is named; make shards with python -m pretrain.prepare_shards")
                 elif source is not None:
                     try:
                         index = self._open(source)
                     except UnreachableError:
                         raise  # no setting is wrong
                     except DataError as error:
-                        found.append(f"{name}: '{source}': {error}")
+                        errors.append(f"{name}: '{source}': {error}")
                     else:
-                        found += index_errors(name, index, kind)
+                        errors += index_errors(name, index, kind)
                         if name == "data.train" and index.split in TEST_SPLITS:
-                            found.append(
+                            errors.append(
                                 f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
                                 "on and not trained on; name its train"
                             )
-        return found
+        return errors
 
     def _open(self, source: str) -> ShardIndex:
         cache = ShardCache(source, Path(self.cache_dir), int(self.cache_gb * 1e9)) if self.cache_dir else None
         return ShardIndex(source, cache)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error; `shard_errors` looks into the shards."""
-        found = []
+        """Return the errors of these settings, one line per error; `shard_errors` checks the shards."""
+        errors = []
         try:
             load_tokenizer(self.tokenizer)
         except ConfigError as error:
-            found += error.errors
+            errors += error.errors
         if self.max_text_tokens < 3:
-            found.append(
+            errors.append(
                 f"data.max_text_tokens: {self.max_text_tokens}: at least 3 are needed, for <s>, a word and </s>"
             )
         for name, least in (("window_shards", 1), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
-                found.append(f"data.{name}: {getattr(self, name)}: at least {least} is needed")
+                errors.append(f"data.{name}: {getattr(self, name)}: at least {least} is needed")
         if not 0 <= self.max_bad_ratio < 1:
-            found.append(f"data.max_bad_ratio: {self.max_bad_ratio}: at least 0 and below 1 is needed")
+            errors.append(f"data.max_bad_ratio: {self.max_bad_ratio}: at least 0 and below 1 is needed")
         if not 0 < self.crop_scale <= 1:
-            found.append(f"data.crop_scale: {self.crop_scale}: above 0 and at most 1 is needed")
+            errors.append(f"data.crop_scale: {self.crop_scale}: above 0 and at most 1 is needed")
         if not 0 < self.cache_gb < math.inf:
-            found.append(f"data.cache_gb: {self.cache_gb}: a number above 0 is needed")
+            errors.append(f"data.cache_gb: {self.cache_gb}: a number above 0 is needed")
         if not self.sources:
-            found.append("data.train: {}: names no source")
+            errors.append("data.train: {}: names no source")
         for source, weight in self.sources.items():
             if not 0 < weight < math.inf:
-                found.append(f"data.train: '{source}' has weight {weight}: a number above 0 is needed")
-        return found
+                errors.append(f"data.train: '{source}' has weight {weight}: a number above 0 is needed")
+        return errors

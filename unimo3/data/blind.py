@@ -2,7 +2,7 @@
 
 A guess is the most frequent majority answer in training to the same text, if it came often enough there, else to the
 same question type, else over all. How often is often enough is chosen for each group of questions so that the guess
-scores best on the very questions it is measured on: the bar is not set too low. Scores are the official accuracy.
+scores best on the questions it is measured on: the bar is not set too low. Scores are the official accuracy.
 """
 
 from collections import Counter, defaultdict
@@ -46,14 +46,14 @@ class BlindGuesser:
     def accuracy(self, questions: Iterable[Record]) -> dict[str, float]:
         """Official accuracy of the guesses: ``overall`` and for each ``granularity``."""
         asked = list(questions)
-        found: dict[str, float] = {}
+        best: dict[str, float] = {}
         for least_count in _LEAST_COUNTS:
             scores = accuracy_by_group(
                 (question.get("granularity", ""), vqa_accuracy(self.guess(question, least_count), question["answers"]))
                 for question in asked
             )
-            found = {group: max(score, found.get(group, 0.0)) for group, score in scores.items()}
-        return found
+            best = {group: max(score, best.get(group, 0.0)) for group, score in scores.items()}
+        return best
 
 
 def accuracy_by_group(scores: Iterable[tuple[str, float]]) -> dict[str, float]:

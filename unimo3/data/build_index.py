@@ -1,4 +1,4 @@
-"""Shards that are there already: an index next to them, and a look whether they are still as indexed.
+"""Existing shards: writes an index next to them, and verifies that they are still as indexed.
 
 Source: none.
 """
@@ -33,7 +33,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
     Raises:
         ConfigError: another process is indexing them.
         DataError: a tar cannot be read, or is not the one that was indexed before and `overwrite` is not given; or
-            they hold no samples.
+            they contain no samples.
     """
     folder, progress = source.resolve(), Progress("samples")
     paths = sorted(folder.glob("*.tar"))
@@ -51,13 +51,13 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         return
     lock = FileLock(folder / "index.lock", timeout=0)
     try:
-        held = lock.acquire()
+        acquired = lock.acquire()
     except (Timeout, OSError) as error:
         reason = "another process is indexing it" if isinstance(error, Timeout) else f"cannot be written to ({error})"
         spread(comm, failing(ConfigError(f"--src {source}: {reason}")), work, progress.add)
         return
     names = [path.name for path in paths]
-    with held:
+    with acquired:
         try:
             spread(comm, jobs(), work, progress.add)
             if not overwrite and (folder / INDEX).is_file():
@@ -70,7 +70,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
 
 
 def _check_unchanged(folder: Path) -> None:
-    """A copy that was damaged is not to become right by being indexed again."""
+    """Refuse to index a changed tar again, which would make a damaged copy valid."""
     try:
         before = {shard.name: shard.sha256 for shard in ShardIndex(folder, check_files=False).shards}
     except DataError:
@@ -94,8 +94,8 @@ def verify(folder: Path, comm: Any) -> None:
 
     def jobs() -> Iterator[tuple[Path, Shard]]:
         nonlocal num_shards
-        found = [*folder.glob(INDEX), *folder.glob(f"*/{INDEX}"), *folder.glob("*.tar"), *folder.glob("*/*.tar")]
-        splits = sorted({path.parent for path in found})
+        paths = [*folder.glob(INDEX), *folder.glob(f"*/{INDEX}"), *folder.glob("*.tar"), *folder.glob("*/*.tar")]
+        splits = sorted({path.parent for path in paths})
         if not any((split / INDEX).is_file() for split in splits):
             raise DataError(f"{folder}: has no {INDEX}; prepare the shards first")
         for split in splits:

@@ -1,13 +1,13 @@
 """Local copies of remote shards, at most so many bytes, shared by all reader processes and ranks of a node.
 
-    FOLDER/SHA256.shard        a whole copy; its modification time is its last use
-    FOLDER/SHA256.BYTES.part   a copy on its way, which counts as the BYTES it will have
-    FOLDER/SHA256.lock         held by the process that fetches this shard, so different shards come side by side
-    FOLDER/room.lock           held for a moment while copies are counted, removed or put in place
+    FOLDER/SHA256.shard        a complete copy; its modification time is its last use
+    FOLDER/SHA256.BYTES.part   an incomplete copy, which counts as the BYTES it will have
+    FOLDER/SHA256.lock         locked by the process that fetches this shard; different shards are fetched in parallel
+    FOLDER/room.lock           locked for a moment while copies are counted, removed or renamed
 
-Copies are named by their content: no source can be taken for another one, and shards that were prepared again are not
-taken for the old ones. The kernel frees a killed process's locks, so a part whose lock is free is a leftover. What
-another process has open stays readable after it was removed, and keeps its place on the disk until it is closed.
+Copies are named by their content: no source is mistaken for another one, and no shard that was prepared again for the
+old one. The kernel frees a killed process's locks, so a part whose lock is free is a leftover. A file that
+another process has open stays readable after its removal, and takes space on the disk until it is closed.
 
 Source: https://py-filelock.readthedocs.io for the locks.
 """
@@ -39,8 +39,8 @@ class ShardCache:
 
     Args:
         source: the ``https:`` URL of a folder, or the path of a mounted one.
-        folder: on a disk of the node's own; made when first needed.
-        limit_bytes: most that all copies in `folder` may take.
+        folder: on a local disk of the node; made when first needed.
+        limit_bytes: limit of the total size of all copies in `folder`.
 
     Raises:
         DataError: the source cannot be used.
@@ -59,8 +59,8 @@ class ShardCache:
 
         Args:
             name: within the source's folder.
-            num_bytes: size by the index; a copy in place is trusted if it has it.
-            sha256: checksum by the index, which is compared while the file comes.
+            num_bytes: size by the index; an existing copy of this size is trusted.
+            sha256: checksum by the index, which is compared while the file is fetched.
 
         Raises:
             DataError: the name, the limit, the source's file or the cache's folder cannot be used.
@@ -96,7 +96,7 @@ class ShardCache:
                 return os.open(self.path(name, num_bytes, sha256), os.O_RDONLY)
 
     def read(self, name: str, limit: int) -> bytes:
-        """A small file of the source, which is not kept.
+        """A small file of the source, which is not cached.
 
         Args:
             limit: most bytes it may have.
@@ -119,22 +119,22 @@ class ShardCache:
         return f"{self.source.rstrip('/')}/{quote(name) if is_remote(self.source) else name}"
 
     def _fetch(self, where: str, copy: Path, num_bytes: int, sha256: str) -> None:
-        """Put a checked copy in place; the caller holds the shard's lock."""
+        """Fetch and check a copy, then rename it to `copy`; the caller has the shard's lock."""
         started = time.monotonic()
         part = self.folder / f"{sha256}.{num_bytes}.part"
         while not self._make_room(part, sha256, num_bytes):
             time.sleep(_WAIT_FOR_ROOM_S)  # until a fetch elsewhere ends, or its process
         try:
             with part.open("wb") as file:
-                found = receive(where, file, num_bytes)
-                if found != (num_bytes, sha256):
+                received = receive(where, file, num_bytes)
+                if received != (num_bytes, sha256):
                     log.warning("%s: came with another size or checksum than was indexed; fetching it again", where)
-                    found = receive(where, file, num_bytes)
-            if found != (num_bytes, sha256):
-                size = f"more than {num_bytes}" if found[0] > num_bytes else str(found[0])
+                    received = receive(where, file, num_bytes)
+            if received != (num_bytes, sha256):
+                size = f"more than {num_bytes}" if received[0] > num_bytes else str(received[0])
                 raise DataError(
-                    f"{where}: the source's file is not the one that was indexed: {size} bytes, sha256 {found[1]}, "
-                    f"its index says {num_bytes} and {sha256}; copy the folder there again, or index it again"
+                    f"{where}: the source's file is not the one that was indexed: {size} bytes, sha256 {received[1]}, "
+                    f"its index has {num_bytes} and {sha256}; copy the folder there again, or index it again"
                 )
             # Under the lock: whoever counts sees either the part or the copy.
             with _lock(self.folder / "room.lock"):
@@ -144,20 +144,20 @@ class ShardCache:
         log.info("fetched %s: %.1f MB in %.1f s", where, num_bytes / 1e6, time.monotonic() - started)
 
     def _make_room(self, part: Path, sha256: str, num_bytes: int) -> bool:
-        """Announce `part` after removing what it needs removed; or say that fetches under way leave no room for it."""
+        """Remove copies until there is room for `part` and create it; false if running fetches leave no room for it."""
         with _lock(self.folder / "room.lock"):
             copies = []
             coming = num_bytes
             for path in self.folder.iterdir():
                 match = _COPY_OR_PART.fullmatch(path.name)
                 if match is None:
-                    continue  # a lock, or a file that is none of ours
+                    continue  # a lock, or a file of another program
                 shard, announced = match.groups()
                 if announced is None:
                     with suppress(FileNotFoundError):
                         status = path.stat()
                         copies.append((status.st_mtime_ns, status.st_size, path))
-                # The lock need not be kept for this: a part is begun under the lock held here.
+                # The part's lock may be released after this test: a part is created only under room.lock.
                 elif shard == sha256 or _is_free(self.folder / f"{shard}.lock"):
                     path.unlink(missing_ok=True)
                 else:
@@ -175,7 +175,7 @@ class ShardCache:
 
 
 def _use(copy: Path, num_bytes: int) -> bool:
-    """Whether a whole copy is there; it then counts as the most recently used."""
+    """Whether a complete copy is there; it then counts as the most recently used."""
     try:
         if copy.stat().st_size != num_bytes:
             return False

@@ -1,4 +1,4 @@
-"""Images with all that is said of them, for the evaluation of retrieval.
+"""Images with all their captions, for the evaluation of retrieval.
 
 Source: Karpathy and Fei-Fei, arXiv 1412.2306, for the five captions of COCO's and Flickr30K's images.
 """

@@ -1,7 +1,7 @@
 """A public data set -> shards with their index, one folder a split, by all ranks of a job.
 
     OUT.partial/    what is being written; an interrupted conversion resumes from what is there
-    OUT.replaced/   what stood under the name before, for the moment until it is removed
+    OUT.replaced/   the earlier folder of that name, until it is removed
 
 Source: none.
 """
@@ -55,7 +55,7 @@ class Conversion:
         shard_size: records a shard.
         max_reject_share: of a split's records without a usable image, past which it fails.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
-        min_answer_count: how often an answer is given at least to be one of the vocabulary.
+        min_answer_count: least count of an answer of the vocabulary.
     """
 
     format: str
@@ -71,7 +71,7 @@ class Conversion:
 
 
 class Source:
-    """The records of a data set, and what is learned of them on the way."""
+    """The records of a data set, and what is collected while they are read."""
 
     def __init__(self, wanted: Conversion):
         self._wanted = wanted
@@ -90,7 +90,7 @@ class Source:
             self.shards[job.split] += 1
             yield job
         if not self.shards:
-            raise DataError(f"--src {self._wanted.source}: holds no records of {self._wanted.format}")
+            raise DataError(f"--src {self._wanted.source}: has no records of {self._wanted.format}")
 
     def _records(self) -> Iterator[tuple[str, Sample]]:
         wanted, seen = self._wanted, set()
@@ -142,7 +142,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
         return
     lock = FileLock(f"{staging}.lock", timeout=0)
     try:
-        held = lock.acquire()
+        acquired = lock.acquire()
         staging.mkdir(parents=True, exist_ok=True)
         (staging / MARK).touch()
     except (Timeout, OSError) as error:
@@ -150,7 +150,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
         reason = "another process is writing there" if isinstance(error, Timeout) else f"cannot be made ({error})"
         spread(comm, failing(ConfigError(f"--out {wanted.out}: {reason}")), work, progress.add)
         return
-    with held, _kept_if_filled(staging):
+    with acquired, _removed_if_empty(staging):
         spread(comm, source.jobs(), work, progress.add)
         progress.show()
         _check_rejects(wanted, progress, staging)
@@ -169,9 +169,9 @@ def convert(wanted: Conversion, comm: Any) -> None:
         if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
             raise DataError(
                 f"--out {wanted.out}: has been made by another program meanwhile; move it away and start the same "
-                f"command again, or rename {staging}, which is whole"
+                f"command again, or rename {staging}, which is complete"
             )
-        # Moved away whole: at no moment does half of an earlier conversion stand under its name.
+        # Renamed first: the path of a conversion never has a half removed one.
         replaced = sibling_folders(wanted.out)[1]
         _remove(replaced)
         if wanted.out.exists():
@@ -188,18 +188,18 @@ def convert(wanted: Conversion, comm: Any) -> None:
 
 
 def sibling_folders(out: Path) -> tuple[Path, Path]:
-    """Where a conversion is written until it is whole, and where what it replaces is until it is removed."""
+    """The folder of an incomplete conversion, and that of the replaced one until it is removed."""
     return out.with_name(out.name + ".partial"), out.with_name(out.name + ".replaced")
 
 
 def is_output(folder: Path) -> bool:
-    """Whether a folder is what an earlier run wrote: splits with their index, and what goes with them, nothing else."""
+    """Whether an earlier run wrote a folder: splits with their index, and this program's other files, nothing else."""
     extras = ("tokenizer", "answers.json", REJECTS, MARK)
     return folder.is_dir() and all(path.name in extras or (path / INDEX).is_file() for path in folder.iterdir())
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of ours, its mark last: after a kill half way it is still known as one."""
+    """Remove a conversion's folder, its mark last: after a kill half way it is still recognized as one."""
     if folder.exists():
         for path in folder.iterdir():
             if path.name != MARK:
@@ -208,7 +208,7 @@ def _remove(folder: Path) -> None:
 
 
 @contextmanager
-def _kept_if_filled(staging: Path) -> Iterator[None]:
+def _removed_if_empty(staging: Path) -> Iterator[None]:
     """Leave a folder behind only if there is something in it to resume from."""
     try:
         yield
@@ -222,7 +222,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
     """End the conversion where too many records of a split have no usable image.
 
     Raises:
-        DataError: it is so; their list is written.
+        DataError: there are too many; their list is written.
     """
     for split, num_records in progress.done_of.items():
         rejects = [reject for reject in progress.rejects if reject["split"] == split]
@@ -231,7 +231,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
             raise DataError(
                 f"--max-reject-share {wanted.max_reject_share}: {len(rejects)} of {num_records} records of {split} "
                 f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
-                f"{staging / REJECTS} lists them; check --images, fix them, or raise the share, and start the same "
+                f"{staging / REJECTS} lists them; check --images, fix them, or raise the limit, and start the same "
                 "command again: finished shards are kept"
             )
 

@@ -13,7 +13,7 @@ _ORIENTATION = 0x0112  # EXIF's tag
 
 
 def decode(content: bytes) -> Image.Image:
-    """Decode an image file to RGB, upright as its EXIF says, the first frame of several.
+    """Decode an image file to RGB, upright by its EXIF, the first frame of several.
 
     Raises:
         OSError, ValueError, SyntaxError: it is no image, is cut off, or is larger than Pillow's bomb limit.
@@ -36,7 +36,7 @@ def decode(content: bytes) -> Image.Image:
                 raise ValueError("its pixels are floating-point numbers")
             return upright.convert("RGB")
         except UnidentifiedImageError as error:
-            # Its own words hold the address of an object.
+            # Pillow's message contains the address of an object.
             raise ValueError("it is no image of a known kind") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(str(error)) from error

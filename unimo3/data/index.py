@@ -1,12 +1,12 @@
 """The index of a folder of WebDataset shards: what is where, so that any sample is one seek away.
 
     FOLDER/000000.tar ...      samples ``key.jpg`` + ``key.json`` (or any members that share a key)
-    FOLDER/index.json          version, dataset, split; each shard's name, bytes, sha256, samples and items, and where
-                               in index.members its table lies, with the table's sha256; sha256 of index.members
+    FOLDER/index.json          version, dataset, split; each shard's name, bytes, sha256, samples and items, and the
+                               offset, bytes and sha256 of its table in index.members; sha256 of index.members
     FOLDER/index.members       for each shard, every member's offset and size, and every sample's number of items
 
 An item is a caption, a question or a hypothesis of a sample's ``json``. Tables are read when a shard is first used and
-a few are kept, so memory does not grow with the number of samples. The folder may be a mounted store or an ``https:``
+a few are cached, so memory does not grow with the number of samples. The folder may be a mounted store or an ``https:``
 address, whose shards go through a local cache.
 
 Source: https://github.com/webdataset/webdataset for the shards' layout; the tar format of POSIX.1-1988.
@@ -30,7 +30,7 @@ VERSION = 2
 INDEX, MEMBERS = "index.json", "index.members"
 # Splits that nothing is trained or chosen on.
 TEST_SPLITS = ("test", "test-dev")
-# A table is a few ten kB; an open shard that a cache has removed keeps its place on the disk.
+# A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTable:
-    """What an index says of one tar.
+    """The entry of one tar in an index.
 
     Attributes:
         table: its `Members` as bytes.
@@ -78,7 +78,7 @@ def table_of(path: Path) -> ShardTable:
 
 
 def write_index(folder: Path, dataset: str, split: str, tables: Iterable[ShardTable]) -> int:
-    """Write ``index.members`` and then ``index.json``: a folder with an index.json is whole.
+    """Write ``index.members`` and then ``index.json``: a folder with an index.json is complete.
 
     Args:
         tables: one a shard, taken one by one.
@@ -132,8 +132,8 @@ class ShardIndex:
 
     Args:
         source: a folder with ``index.json``, or its ``https:`` address.
-        cache: where copies of the shards go; needed for an address, of use for a slow mounted store.
-        check_files: whether to look at each file of a folder for being there and of its size.
+        cache: of copies of the shards; needed for an address, useful for a slow mounted store.
+        check_files: whether to check that each file of a folder is there and has its size.
 
     Raises:
         DataError: the index or a shard is missing, or a shard has another size than was indexed.
@@ -245,9 +245,9 @@ class ShardIndex:
             raise
         except ValueError as error:
             raise DataError(f"{path}: is not JSON ({error}); {_AGAIN}") from error
-        found = content.get("version") if isinstance(content, dict) else None
-        if found != VERSION:
-            raise DataError(f"{path}: version {found!r}, this program reads {VERSION}; {_AGAIN}")
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION:
+            raise DataError(f"{path}: version {version!r}, this program reads {VERSION}; {_AGAIN}")
         return content
 
     def _check_files(self) -> None:
@@ -255,9 +255,9 @@ class ShardIndex:
         sizes[MEMBERS] = self._members_bytes
         for name, num_bytes in sizes.items():
             path = Path(self._file(name))
-            found = path.stat().st_size if path.is_file() else None
-            if found != num_bytes:
-                state = "is missing" if found is None else f"has {found} bytes, its index says {num_bytes}"
+            size = path.stat().st_size if path.is_file() else None
+            if size != num_bytes:
+                state = "is missing" if size is None else f"has {size} bytes, its index says {num_bytes}"
                 raise DataError(f"{path}: {state}; copy the folder again, or {_AGAIN}")
 
     def _forget_parents(self) -> None:
@@ -313,7 +313,7 @@ class ShardIndex:
         return self._open[number]
 
     def _error_of(self, descriptor: int, number: int) -> str:
-        """Look whether the shard's last member begins where its table says."""
+        """Why the shard's last member does not begin at the offset in its table; empty if it does."""
         members = self._members(number)
         if not len(members.keys):
             return ""
@@ -327,10 +327,10 @@ class ShardIndex:
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
     try:
-        holds = index.holds(kind)
+        has_kind = index.holds(kind)
     except DataError as error:
         return [f"{name}: {error}"]
-    if holds:
+    if has_kind:
         return []
     if not sum(index.samples_per_shard):
         return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]

@@ -1,6 +1,6 @@
 """Batches from the sample order, read ahead by worker processes.
 
-The loader's whole state is one optimizer step: it seeks there. In training a sample that cannot be used is replaced by
+The loader's only state is an optimizer step, to which it seeks. In training a sample that cannot be used is replaced by
 the next good one of its shard, or of the shards after it, named in the log and counted once. In evaluation, where every
 unit is scored once, it is an error.
 
@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 NO_POSITION = -1
-# Texts of a batch that are encoded, and whose image files are held, before their images are decoded.
+# Texts of a batch that are encoded, with their image files in memory, before their images are decoded.
 _TEXTS_AHEAD = 16
-# Samples beyond its own shard that are tried in place of a bad one.
+# Samples of further shards that are tried instead of a bad one.
 _MAX_FURTHER = 1024
 # Key of a message for the reading process: an error raised in a worker would arrive with the worker's traceback in it.
 UNUSABLE = "unusable"
@@ -61,7 +61,7 @@ class TrainingLoader:
     """One rank's micro-batches, one list an optimizer step, without end.
 
     Args:
-        sources: what to read; a unit of the order says of which.
+        sources: what to read; a unit of the order names its source.
         order: in which order, by position.
         global_batch: units an optimizer step over all ranks.
         micro_batch: units a micro-step of this rank.
@@ -80,7 +80,7 @@ class TrainingLoader:
         start_step: int = 0,
     ):
         num_accumulation = self._num_accumulation = global_batch // (micro_batch * world_size)
-        # Without `self` in it: the readers' iterator holds this, and must not hold the loader that ends them.
+        # Without `self`: the readers' iterator references this, and must not reference the loader that ends them.
         positions = (
             list(micro_batch_positions(step, micro_step, rank, global_batch, micro_batch, world_size))
             for step in itertools.count(start_step)
@@ -96,7 +96,7 @@ class TrainingLoader:
 def evaluation_batches(
     samples: Samples, rank: int, world_size: int, batch: int, reader: ReaderArgs
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """One rank's share of all units, once: batches, and which of their rows count, [B] bool.
+    """One rank's part of all units, once: batches, and which of their rows count, [B] bool.
 
     Every rank gets as many batches. A row that does not count repeats another, so no rank runs out early.
 
@@ -110,7 +110,7 @@ def evaluation_batches(
 def planned_batches(
     samples: Samples, plan: list[list[int]], reader: ReaderArgs
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """The batches of a plan, by units' places in the order of the shards, and which rows count, [B] bool.
+    """The batches of a plan, by units' positions in the order of the shards, and which rows count, [B] bool.
 
     A row that does not count is -1 in the plan, and repeats the first unit of all.
 
@@ -133,7 +133,7 @@ def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: Read
         collate_fn=_as_read,
         worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
-        # One of its own: starting to read draws a number, and a resumed run starts to read more often than a straight
+        # A separate one: starting to read draws a number, and a resumed run starts to read more often than a straight
         # one. From the process's generator, which dropout draws from, that would make them differ.
         generator=torch.Generator(),
     )
@@ -156,15 +156,15 @@ def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: Read
             }
     finally:
         if reader.num_workers:
-            # Nothing of an evaluation is kept until the process ends.
+            # An evaluation's readers end here, not at the end of the process.
             atexit.unregister(end)
             end()
 
 
 def _end_readers(iterator: Any) -> None:
-    """Tell reader processes to stop, and kill those that do not.
+    """Ask reader processes to stop, and kill those that do not.
 
-    They ignore SIGTERM, with which multiprocessing would end them; one that waits for a server would hold up the exit.
+    They ignore SIGTERM, with which multiprocessing would end them; one that waits for a server would delay the exit.
     """
     iterator._shutdown_workers()
     for reader in iterator._workers:
@@ -262,7 +262,7 @@ def _shared(num_rows: int, row: np.ndarray) -> Tensor:
     shape = (num_rows, *row.shape)
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    # As torch's own collation does it: a tensor that is not in shared memory is copied there when it is handed over.
+    # As torch's collation does it: a tensor that is not in shared memory is copied there when it is handed over.
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 
@@ -276,7 +276,7 @@ def _stacked(rows: list[Inputs]) -> Batch:
 
 
 def _as_read(batch: Any) -> Any:
-    """In place of torch's collation, which `_Batches` does itself."""
+    """Replaces torch's collation, which `_Batches` does itself."""
     return batch
 
 

@@ -16,7 +16,7 @@ class Masking:
     """Draws which tokens to predict.
 
     Attributes:
-        probability: share of a text's tokens to predict; at least one is.
+        probability: fraction of a text's tokens to predict; at least one is.
         mask_id: id of <mask>.
         special_ids: never predicted, and never drawn as random tokens.
         vocab_size: entries to draw random tokens from.

@@ -1,4 +1,4 @@
-"""What lies where in a tar of samples, and that table as bytes.
+"""The table of the members of a tar of samples: their offsets and sizes, in memory and as bytes.
 
 Source: the tar format of POSIX.1-1988; https://github.com/webdataset/webdataset for keys and extensions.
 """
@@ -49,7 +49,7 @@ class Members:
         return sample, int(item - (0 if sample == 0 else self._ends[sample - 1]))
 
     def to_bytes(self) -> bytes:
-        """As `from_bytes` reads it; equal members give equal bytes."""
+        """The table for `from_bytes`; equal members give equal bytes."""
         # As np.savez, which would write the time of day as well.
         archive = io.BytesIO()
         arrays = {name: getattr(self, name) for name in ("keys", "offsets", "sizes", "num_items")}
@@ -105,10 +105,10 @@ def scan(path: Path) -> Members:
                 if extension == "json":
                     file = tar.extractfile(member)
                     num_items[latest[key]] = _count_items(file.read()) if file else 0
-        with path.open("rb") as whole:
-            # A tar ends in blocks of zeros. Python's reader takes any end between two members for the end.
-            whole.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
-            if whole.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+        with path.open("rb") as raw:
+            # A tar ends in blocks of zeros. Python's reader accepts any end between two members.
+            raw.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
+            if raw.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
                 raise DataError(f"{path}: is cut off after {len(samples)} samples; copy it again")
     except (tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
@@ -132,17 +132,17 @@ def header_error(header: bytes, size: int) -> str:
     """Why the 512 bytes before a member's content are not its tar header; empty if they are.
 
     Args:
-        size: of the member, as indexed.
+        size: indexed size of the member.
     """
     try:
-        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+        actual = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
     except tarfile.HeaderError:
         return "no member begins there"
-    return "" if found == size else f"a member of {found} bytes begins there"
+    return "" if actual == size else f"a member of {actual} bytes begins there"
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

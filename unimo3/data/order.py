@@ -4,8 +4,8 @@ Epoch e permutes the shards, groups them in windows, and permutes the units insi
 other without a gap. Position p is a number of units since the beginning, so resuming is a seek. Global batch t is
 positions [t G, (t + 1) G); nothing is dropped at an epoch's end.
 
-Several sources are mixed by weight: each keeps such a stream of its own, and windows of the mixture hold from each as
-many units as its weight says, in a permuted order.
+Several sources are mixed by weight: each source has such a stream, and a window of the mixture contains units of each
+source in proportion to its weight, in a permuted order.
 
 Source: shard and shuffle-buffer shuffling as in WebDataset, made a function of the position.
 """
@@ -80,8 +80,8 @@ class SampleOrder:
 class MixedOrder:
     """Several orders as one stream, by weight.
 
-    After w windows a source with share s of the weight has given floor(w M s) units, M being `MIX_WINDOW`: never more
-    than one unit from its due, and known for any w without a walk.
+    After w windows, a source with the fraction s of the weight has given floor(w M s) units, where M is `MIX_WINDOW`.
+    The number is at most one unit off w M s, and is known for any w without a loop over windows.
 
     Args:
         orders: of the sources.
@@ -95,7 +95,7 @@ class MixedOrder:
         if not all(weight > 0 and math.isfinite(weight) for weight in weights):
             raise ValueError(f"weights: {list(weights)}; finite numbers above 0 are needed")
         self._orders = orders
-        # As they are written, and exact: a product with the number of a late window is no longer so in floats.
+        # Exact, of the weights as written: in floats, a product with the number of a late window is inexact.
         exact = [Fraction(str(weight)) for weight in weights]
         self._shares = [weight / sum(exact) for weight in exact]
         self._seed = seed
@@ -109,24 +109,24 @@ class MixedOrder:
         window = position // MIX_WINDOW
         while sum(self._given(window + 1)) <= position:
             window += 1
-        given = self._given(window)
-        sources, places = self._sources_of_window(window)
-        local = position - sum(given)
+        starts = self._given(window)
+        sources, indices = self._sources_of_window(window)
+        local = position - sum(starts)
         source = int(sources[local])
-        return self._orders[source][given[source] + int(places[local])]._replace(source=source)
+        return self._orders[source][starts[source] + int(indices[local])]._replace(source=source)
 
     def _given(self, window: int) -> list[int]:
         """Units of each source before a window."""
-        return [math.floor(window * MIX_WINDOW * share) for share in self._shares]
+        return [math.floor(window * MIX_WINDOW * fraction) for fraction in self._shares]
 
     def _permute_sources(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a window its source, and which of that source's units in the window it is."""
+        """For each position of a window its source, and the index among that source's units in the window."""
         counts = np.subtract(self._given(window + 1), self._given(window))
         sources = np.random.default_rng((self._seed, window, 2)).permutation(np.repeat(np.arange(len(counts)), counts))
-        places = np.zeros_like(sources)
+        indices = np.zeros_like(sources)
         for source, count in enumerate(counts):
-            places[sources == source] = np.arange(count)
-        return sources, places
+            indices[sources == source] = np.arange(count)
+        return sources, indices
 
 
 def training_order(
@@ -139,7 +139,7 @@ def training_order(
         seed: of the run.
     """
     seeds = [seed, *(_derive(seed, source) for source in range(1, len(units_per_shard)))]
-    orders = [SampleOrder(units, own, window_shards) for units, own in zip(units_per_shard, seeds, strict=True)]
+    orders = [SampleOrder(units, derived, window_shards) for units, derived in zip(units_per_shard, seeds, strict=True)]
     return orders[0] if len(orders) == 1 else MixedOrder(orders, weights, seed)
 
 
@@ -177,11 +177,11 @@ def micro_batch_positions(
 def whole_batch_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
     """As `evaluation_positions`, but the batches are the same at any number of ranks, which take them in turn.
 
-    What is computed of a batch is then the same to the last bit, whichever rank does it.
+    The results of a batch are then the same to the last bit on any rank.
     """
     num_steps = math.ceil(math.ceil(num_units / batch) / world_size)
     starts = ((step * world_size + rank) * batch for step in range(num_steps))
-    return [[place if place < num_units else -1 for place in range(start, start + batch)] for start in starts]
+    return [[position if position < num_units else -1 for position in range(start, start + batch)] for start in starts]
 
 
 def evaluation_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
@@ -189,7 +189,7 @@ def evaluation_positions(num_units: int, rank: int, world_size: int, batch: int)
 
     The last batches are filled up with -1, which stands for no unit.
     """
-    own = list(range(rank, num_units, world_size))
+    positions = list(range(rank, num_units, world_size))
     num_batches = math.ceil(math.ceil(num_units / world_size) / batch)
-    own += [-1] * (num_batches * batch - len(own))
-    return [own[start : start + batch] for start in range(0, len(own), batch)]
+    positions += [-1] * (num_batches * batch - len(positions))
+    return [positions[start : start + batch] for start in range(0, len(positions), batch)]

@@ -1,4 +1,4 @@
-"""How far the ranks of a preparation are.
+"""The progress of a preparation, over all ranks.
 
 Source: none.
 """
@@ -17,7 +17,7 @@ _REPORT_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts what is done, and says so in the log every half a minute."""
+    """Counts what is done, and logs it every half a minute."""
 
     def __init__(self, unit: str):
         self.done = 0
@@ -39,7 +39,7 @@ class Progress:
             self.show()
 
     def show(self) -> None:
-        """Say how far it is."""
+        """Log the progress."""
         self._shown = time.monotonic()
         rate = (self.done - self._reused) / max(self._shown - self._started, 1e-9)
         log.info(

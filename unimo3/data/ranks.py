@@ -1,8 +1,8 @@
-"""Jobs spread over MPI ranks as they become free: rank 0 hands them out, between two pieces of its own work.
+"""Jobs spread over MPI ranks as they become free: rank 0 hands them out, between two pieces of its work.
 
 A process that no MPI launcher started does all of them itself and does not load MPI.
 
-Source: mpi4py; the launchers' own environment variables.
+Source: mpi4py; the launchers' environment variables.
 """
 
 import logging
@@ -144,7 +144,7 @@ def _follow(comm: Any, work: Work[Job, Result]) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error itself if it arrives unchanged in another process, else its words."""
+    """The error itself if it arrives unchanged in another process, else one with its message."""
     try:
         arrived = pickle.loads(pickle.dumps(error))
         if type(arrived) is type(error) and str(arrived) == str(error):

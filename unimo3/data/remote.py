@@ -37,7 +37,7 @@ _REASONS = {
     "http": "lets anybody on the way read and change what is sent",
 }
 _LOGIN = "this program sends no login: let the folder be read without one, or mount it"
-_HINTS = {401: _LOGIN, 403: _LOGIN, 404: "fix the source's address, or copy its folder there whole"}
+_HINTS = {401: _LOGIN, 403: _LOGIN, 404: "fix the source's address, or copy its complete folder there"}
 
 
 class _PassingError(Exception):
@@ -75,10 +75,10 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
     Args:
         where: an ``https:`` URL or a path.
         file: is emptied first.
-        limit: most bytes wanted; past them the rest is left.
+        limit: most bytes wanted; the rest is not read.
 
     Returns:
-        The size in bytes, above `limit` where something was left, and the sha256 of what was written.
+        The size in bytes, above `limit` if the file is larger, and the sha256 of what was written.
 
     Raises:
         DataError: it cannot be read, at once or after the last try.

@@ -27,7 +27,7 @@ Inputs = dict[str, Any]
 
 
 class BadSampleError(Exception):
-    """A sample cannot be used; the message says why, without its key."""
+    """A sample cannot be used; the message is the reason, without the sample's key."""
 
 
 class Samples(Protocol):
@@ -59,7 +59,7 @@ class TextEncoder:
     """Text -> ids and mask of a fixed length; a longer text keeps its beginning and its </s>."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
-        # A copy with its lengths set once: the tokenizer's own call sets and looks them up again for every text, which
+        # A copy with its lengths set once: the tokenizer's call sets and looks them up again for every text, which
         # takes longer than the text.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.enable_truncation(max_tokens)
@@ -69,7 +69,7 @@ class TextEncoder:
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and attention mask, [T] int64 each."""
-        # JSON may hold half of a surrogate pair, which is no text.
+        # JSON may contain half of a surrogate pair, which is no text.
         encoded = self._tokenizer.encode(text.encode("utf-8", "replace").decode())
         return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
@@ -123,7 +123,7 @@ class PretrainSamples(SampleUnits):
     """Images with one caption each; an image's captions take turns over the epochs.
 
     Args:
-        mlm_probability: share of tokens to predict; 0: there is no masked text.
+        mlm_probability: fraction of tokens to predict; 0: there is no masked text.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class VqaSamples(ItemUnits):
 
 
 def read_sample(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """A sample's members by extension, and what its ``json`` says.
+    """A sample's members by extension, and the content of its ``json``.
 
     Raises:
         BadSampleError: it has no text that could be read.
@@ -255,13 +255,13 @@ def image_of(
 
 
 def sample_rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Generator:
-    """What a sample's draws for one purpose come from, the same wherever it is read."""
-    place = (unit.shard, unit.unit, unit.source) if unit.source else (unit.shard, unit.unit)
-    return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *place))
+    """The generator of a sample's draws for one purpose, the same wherever the sample is read."""
+    key = (unit.shard, unit.unit, unit.source) if unit.source else (unit.shard, unit.unit)
+    return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *key))
 
 
 def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
-    """A sample's texts: ``captions`` as ours have them, or a single ``caption`` or ``txt`` member of other makers."""
+    """A sample's texts: ``captions``, or a single ``caption`` or ``txt`` member in shards of other makers."""
     texts = content.get("captions") or content.get("caption") or members.get("txt", b"").decode("utf-8", "replace")
     return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
 
@@ -279,6 +279,6 @@ def _hash(*values: Any) -> int:
 
 
 def token_id(value: Any) -> int:
-    """A special token's id, which `load_tokenizer` has made sure of."""
+    """A special token's id, which `load_tokenizer` has checked."""
     assert isinstance(value, int)
     return value

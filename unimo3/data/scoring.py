@@ -5,23 +5,23 @@ Source: nlvr2/eval/metrics.py of https://github.com/lil-lab/nlvr, and NLVR2, arX
 
 from collections.abc import Iterable
 
-_PAIR_PLACE = 2
+_PAIR_INDEX = 2
 
 
 def sentence_of(identifier: str) -> str:
-    """What identifies an NLVR2 sentence: its examples' identifiers, split-set-pair-sentence, without the pair.
+    """The identifier of an NLVR2 sentence: an example's identifier, split-set-pair-sentence, without the pair.
 
     Raises:
         ValueError: it has not that form.
     """
     parts = identifier.split("-")
-    if len(parts) <= _PAIR_PLACE:
+    if len(parts) <= _PAIR_INDEX:
         raise ValueError(f"identifier {identifier!r}: split-set-pair-sentence expected")
-    return "-".join([*parts[:_PAIR_PLACE], *parts[_PAIR_PLACE + 1 :]])
+    return "-".join([*parts[:_PAIR_INDEX], *parts[_PAIR_INDEX + 1 :]])
 
 
 def pair_metrics(judged: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """``accuracy``, the share of examples judged right, and ``consistency``, of sentences right for all their pairs.
+    """``accuracy``, the fraction of examples judged right, and ``consistency``, of sentences right for all their pairs.
 
     Args:
         judged: each example's identifier, and whether it was judged right; at least one.

@@ -1,8 +1,8 @@
-"""Samples -> WebDataset shards with their index, whole or not at all, by one process or many.
+"""Samples -> WebDataset shards with their index, written atomically, by one process or many.
 
 A shard is a number of consecutive records of its split, whatever becomes of their images, so shards can be written in
 any order and by anybody and are the same bytes. Each finished shard has its table and then a note that it is done
-next to it, by which a conversion that was killed knows what is left to do; at the end the index is made of them.
+next to it; by these notes, a conversion that was killed resumes. At the end the index is made of the tables.
 
 Source: webdataset's TarWriter; members carry fixed owner, mode and time, so equal input gives equal bytes.
 """
@@ -27,13 +27,13 @@ from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write
 from unimo3.data.members import sha256_of
 from unimo3.errors import DataError
 
-# Names nobody else uses: they also stand next to the tars of others while these are indexed.
+# Names that nobody else uses: they are also written next to the tars of others while these are indexed.
 _DONE, _TABLE = ".unimo3-done", ".unimo3-table"
 # What the loader reads; other kinds are encoded again.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}
 
 
-# Of an error in reading, what says something of the file; others, such as EIO, may be gone at the next try.
+# Read errors that are caused by the file; others, such as EIO, may be gone at the next try.
 _OF_THE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -69,7 +69,7 @@ class ShardJob:
         return f"{self.number:06d}.tar"
 
     def digest(self, options: ImageOptions) -> str:
-        """What decides the shard's content, but for the images' own bytes."""
+        """Digest of all that decides the shard's content, except the images' bytes."""
         parts = [[sample.key, [str(path) for path in sample.images], sample.content] for sample in self.samples]
         text = json.dumps([parts, asdict(options)], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -87,7 +87,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """What came of a job."""
+    """The result of a job."""
 
     split: str
     number: int
@@ -115,7 +115,7 @@ def cut(samples: Iterator[tuple[str, Sample]], samples_per_shard: int) -> Iterat
 def write_shard(
     job: ShardJob, folder: Path, options: ImageOptions, between: Callable[[], None] = lambda: None
 ) -> ShardDone:
-    """Write one shard into ``folder/SPLIT``, unless it is there already, whole and of the same records.
+    """Write one shard into ``folder/SPLIT``, unless it is there already, complete and of the same records.
 
     Args:
         between: called after every image.
@@ -141,7 +141,7 @@ def write_shard(
             between()
         tar.close()
     staging.replace(target)
-    _leave(target, digest, rejects)
+    _record_done(target, digest, rejects)
     return ShardDone(job.split, job.number, len(job.samples), tuple(rejects), reused=False)
 
 
@@ -150,7 +150,7 @@ def _still_good(job: ShardJob, target: Path, digest: str, options: ImageOptions)
     earlier = _read_done(target.with_suffix(_DONE))
     if earlier is None or earlier["digest"] != digest:
         return None
-    # After a crash of the machine the tar may be shorter than what was noted of it.
+    # After a crash of the machine the tar may be shorter than recorded.
     if not target.is_file() or target.stat().st_size != earlier["table"]["num_bytes"]:
         return None
     rejects = tuple(Reject(**reject) for reject in earlier["rejects"])
@@ -213,7 +213,7 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
 
 
 def index_tar(path: Path) -> ShardDone:
-    """Make the table of a tar that is there already, ours or anybody's, unless one is left of an earlier attempt.
+    """Make the table of a tar that is there already, of any program, unless an earlier attempt has made one.
 
     Raises:
         DataError: it cannot be read.
@@ -221,21 +221,21 @@ def index_tar(path: Path) -> ShardDone:
     state = path.stat()
     digest = f"{state.st_size} {state.st_mtime_ns}"
     earlier = _read_done(path.with_suffix(_DONE))
-    found = earlier if earlier is not None and earlier["digest"] == digest else _leave(path, digest, [])
-    return ShardDone(path.parent.name, 0, found["table"]["num_samples"], (), reused=found is earlier)
+    done = earlier if earlier is not None and earlier["digest"] == digest else _record_done(path, digest, [])
+    return ShardDone(path.parent.name, 0, done["table"]["num_samples"], (), reused=done is earlier)
 
 
 def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
-    """Make a folder's index of what its finished shards have left next to them; `remove_traces` comes after.
+    """Make a folder's index of the tables next to its finished shards; `remove_traces` comes after.
 
     Returns:
         Number of samples.
 
     Raises:
-        DataError: the shards hold none.
+        DataError: the shards contain none.
     """
     stems = [folder / name.removesuffix(".tar") for name in names]
-    return write_index(folder, dataset, split, (_table_left_by(stem) for stem in stems))
+    return write_index(folder, dataset, split, (_saved_table(stem) for stem in stems))
 
 
 def left_behind(folder: Path) -> dict[str, str]:
@@ -245,14 +245,14 @@ def left_behind(folder: Path) -> dict[str, str]:
 
 
 def remove_traces(folder: Path, names: Sequence[str]) -> None:
-    """Remove what finished shards have left next to them."""
+    """Remove the notes and tables next to finished shards."""
     for name in names:
         for suffix in (_DONE, _TABLE):
             (folder / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
 def remove_unlisted(folder: Path, names: Sequence[str]) -> None:
-    """Remove what an earlier attempt with other arguments has left next to a split's shards."""
+    """Remove the files of an earlier attempt with other arguments next to a split's shards."""
     stems = {name.removesuffix(".tar") for name in names}
     for path in folder.iterdir():
         if path.name not in (INDEX, MEMBERS) and not (path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)):
@@ -260,23 +260,23 @@ def remove_unlisted(folder: Path, names: Sequence[str]) -> None:
 
 
 def members_error(folder: Path, expected: str) -> str | None:
-    """Say how a folder's ``index.members`` differs from its index, which gives its SHA-256, if it does."""
+    """How a folder's ``index.members`` differs from the SHA-256 in its index, if it does."""
     path = folder / MEMBERS
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None if found == expected else f"{path}: is not the one {INDEX} was written with"
+    return None if actual == expected else f"{path}: is not the one {INDEX} was written with"
 
 
 def error_of(folder: Path, shard: Shard) -> str | None:
-    """Read a whole shard and say how it differs from its index, if it does."""
+    """Read a complete shard; how it differs from its index, if it does."""
     path = folder / shard.name
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None if found == shard.sha256 else f"{path}: is not the shard that was indexed (SHA-256 {found[:12]})"
+    return None if actual == shard.sha256 else f"{path}: is not the shard that was indexed (SHA-256 {actual[:12]})"
 
 
 def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:
@@ -292,8 +292,8 @@ def _replace(path: Path, content: bytes) -> None:
     staging.replace(path)
 
 
-def _leave(tar: Path, digest: str, rejects: list[Reject]) -> dict[str, Any]:
-    """Write what `finish` needs of a shard, the note that it is done last; return that note."""
+def _record_done(tar: Path, digest: str, rejects: list[Reject]) -> dict[str, Any]:
+    """Write what `finish` needs of a shard, and last the note that it is done; return that note."""
     table = table_of(tar)
     _replace(tar.with_suffix(_TABLE), table.table)
     facts = {name: value for name, value in asdict(table).items() if name != "table"}
@@ -310,10 +310,10 @@ def _read_done(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _table_left_by(stem: Path) -> ShardTable:
+def _saved_table(stem: Path) -> ShardTable:
     done, table = _read_done(Path(f"{stem}{_DONE}")), Path(f"{stem}{_TABLE}")
     if done is None or not table.is_file():
         raise DataError(
-            f"{stem}.tar: what was noted of it has been removed ({_DONE}, {_TABLE}); start the same command again"
+            f"{stem}.tar: its note and its table have been removed ({_DONE}, {_TABLE}); start the same command again"
         )
     return ShardTable(**done["table"], table=table.read_bytes())

@@ -70,7 +70,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
-            f"data.tokenizer: '{folder}': holds no tokenizer that transformers can read "
+            f"data.tokenizer: '{folder}': contains no tokenizer that transformers can read "
             f"({type(error).__name__}: {error})"
         ) from error
     if not tokenizer.is_fast:
@@ -79,7 +79,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             "with tokenizer.json, or RoBERTa's vocab.json and merges.txt, is needed"
         )
     needed = ("cls_token", "sep_token", "pad_token", "mask_token")
-    lacking = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
-    if lacking:
-        raise ConfigError(f"data.tokenizer: '{folder}': has no {', '.join(lacking)}; a RoBERTa-like one is needed")
+    missing = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise ConfigError(f"data.tokenizer: '{folder}': has no {', '.join(missing)}; a RoBERTa-like one is needed")
     return tokenizer

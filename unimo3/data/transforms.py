@@ -1,6 +1,6 @@
 """Image bytes -> the model's pixels, the same way in training and in the exported image processor.
 
-Reader processes make whole grey values, a quarter of the bytes to hand over; `normalise` runs where the model does.
+Reader processes make 8-bit values, a quarter of the bytes to hand over; `normalise` runs where the model does.
 
 Source: CLIP's mean and standard deviation, arXiv 2103.00020; METER resizes to a square; RandAugment, arXiv 1909.13719.
 """
@@ -54,12 +54,12 @@ class ImageTransform:
         image_size: pixels of the square.
         augment: ``randaugment`` draws two colour or shape changes an image; it never mirrors, since captions speak of
             left and right.
-        crop_scale: least share of an image's area that a random crop keeps, between 3:4 and 4:3 in shape; 1: no crop.
+        crop_scale: least fraction of an image's area in a random crop, between 3:4 and 4:3 in shape; 1: no crop.
     """
 
     def __init__(self, image_size: int, augment: Augment = "none", crop_scale: float = 1.0):
         self._size = (image_size, image_size)
-        self._resize: Callable[[Image.Image], Image.Image] = self._whole
+        self._resize: Callable[[Image.Image], Image.Image] = self._resize_uncropped
         if crop_scale < 1:
             self._resize = RandomResizedCropAndInterpolation(image_size, (crop_scale, 1.0), interpolation="bicubic")
         self._augment = rand_augment_transform("rand-m9-n2-mstd0.5", {}) if augment == "randaugment" else None
@@ -88,5 +88,5 @@ class ImageTransform:
             image = self._resize(image)
         return np.asarray(image)
 
-    def _whole(self, image: Image.Image) -> Image.Image:
+    def _resize_uncropped(self, image: Image.Image) -> Image.Image:
         return image.resize(self._size, Image.Resampling.BICUBIC)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Given = TypeVar("Given")
+Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def one_ahead(make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
-    """``map(make, given)``, with the next value made in a thread while the caller uses this one."""
+def one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """``map(make, items)``, with the next value made in a thread while the caller uses this one."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: Future[Made] | None = None
-        for one in given:
-            started = thread.submit(make, one)
+        for item in items:
+            started = thread.submit(make, item)
             if waiting is not None:
                 yield waiting.result()
             waiting = started

@@ -30,8 +30,8 @@ class Loaded:
     """A model in evaluation mode with what prepares its inputs.
 
     Attributes:
-        folder: it came from.
-        device: it is on.
+        folder: from which the model was loaded.
+        device: of the model.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ def load(
     Args:
         model_class: whose weights are needed. Retrieval's are pretraining's too.
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: a GPU where there is one.
-        dtype: to compute in. ``auto``: the weights' own; fp16 weights on a CPU compute in fp32, and the log says so.
+        dtype: to compute in. ``auto``: the weights' own; fp32 for fp16 weights on a CPU, with a warning in the log.
 
     Raises:
         ConfigError: the folder lacks a part, is of another task, or device or type cannot be had; all errors at once.
@@ -68,18 +68,18 @@ def load(
         processor = _processor(folder, config)
     except ConfigError as error:
         errors += error.errors
-    place = computed = None
+    target = computed = None
     try:
-        place = device_of(device)
-        computed = _dtype_of(dtype, config, place)
+        target = device_of(device)
+        computed = _dtype_of(dtype, config, target)
     except ConfigError as error:
         errors += error.errors
     if errors:
         raise ConfigError(errors)
-    assert place is not None
+    assert target is not None
     assert computed is not None
-    model = _model(folder, model_class, config, computed).to(place)
-    return Loaded(Path(folder), model.eval(), config, processor, place)
+    model = _model(folder, model_class, config, computed).to(target)
+    return Loaded(Path(folder), model.eval(), config, processor, target)
 
 
 def device_of(name: str) -> torch.device:
@@ -134,10 +134,10 @@ def _processor(folder: str, config: Unimo3Config) -> Any:
         ) from error
     size = config.vision_config.image_size
     prepared = getattr(processor.image_processor, "size", None) or {}
-    found = (prepared.get("height"), prepared.get("width"))
-    if found != (size, size):
+    sides = (prepared.get("height"), prepared.get("width"))
+    if sides != (size, size):
         raise ConfigError(
-            f"--weights '{folder}': its image processor makes {_pixels(found)} pixels, its config.json has the model "
+            f"--weights '{folder}': its image processor makes {_pixels(sides)} pixels, its config.json has the model "
             f"read {size} x {size}; export the run again"
         )
     text = config.text_config

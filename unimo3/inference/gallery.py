@@ -59,10 +59,10 @@ def images_in(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; name a folder of images")
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not found:
-        raise ConfigError(f"--images {folder}: holds no image file ({', '.join(IMAGE_ENDINGS)}); name another folder")
-    return found
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if not names:
+        raise ConfigError(f"--images {folder}: has no image file ({', '.join(IMAGE_ENDINGS)}); name another folder")
+    return names
 
 
 @torch.inference_mode()
@@ -90,10 +90,10 @@ def embed_images(
         if images:
             embeds.append(task({"pixel_values": torch.stack(images).to(loaded.device)})["embeds"].cpu())
         done(len(read))
-    kept = [name for name, is_kept in zip(names, can_be_decoded, strict=True) if is_kept]
-    if not kept:
+    decoded = [name for name, is_decoded in zip(names, can_be_decoded, strict=True) if is_decoded]
+    if not decoded:
         raise DataError(f"{root}: none of {len(names)} files could be decoded; the first: {errors[0]}")
-    return Gallery("images", kept, root, torch.cat(embeds)), errors
+    return Gallery("images", decoded, root, torch.cat(embeds)), errors
 
 
 @torch.inference_mode()
@@ -111,7 +111,7 @@ def embed_texts(
 
 
 def save(gallery: Gallery, weights: Path, out: Path) -> None:
-    """Write a gallery's folder, whole by a rename.
+    """Write a gallery's folder; it appears complete, by a rename.
 
     Args:
         weights: folder of the weights that made it.
@@ -153,7 +153,7 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
             raise ValueError(f"{embeds.shape[0]} {kind} are embedded, {len(names)} named")
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise ConfigError(
-            f"--index {folder}: holds no whole index ({type(error).__name__}: {error}); {again}"
+            f"--index {folder}: contains no complete index ({type(error).__name__}: {error}); {again}"
         ) from error
     if described.get("weights") != digest_of(weights):
         raise ConfigError(f"--index {folder}: was made by other weights than --weights {weights}; {again}")
@@ -162,19 +162,19 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
 
 def digest_of(weights: Path) -> str:
     """SHA-256 of a folder's weights and configuration."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in [*weight_files(weights), weights / "config.json"]:
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _read(loaded: Loaded, paths: Sequence[Path]) -> list[Tensor | DataError]:
-    """Each file's pixels, or what is wrong with it."""
-    found: list[Tensor | DataError] = []
+    """Each file's pixels, or its error."""
+    results: list[Tensor | DataError] = []
     for path in paths:
         try:
-            found.append(read_pixels(loaded, path))
+            results.append(read_pixels(loaded, path))
         except DataError as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results

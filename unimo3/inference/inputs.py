@@ -65,7 +65,7 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def checked_text(text: Any, where: str) -> str:
-    """A text that says something.
+    """A text that is not blank.
 
     Args:
         where: names it in errors.
@@ -81,8 +81,8 @@ def checked_text(text: Any, where: str) -> str:
 
 
 def tokens(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, [B, T], on the model's device; a long text is cut where the folder says."""
-    # JSON may hold half of a surrogate pair, which is no text.
+    """``input_ids`` and ``attention_mask``, [B, T], on the model's device; long texts are cut as the folder defines."""
+    # JSON may contain half of a surrogate pair, which is no text.
     clean = [text.encode("utf-8", "replace").decode() for text in texts]
     made = loaded.processor(text=clean, return_tensors="pt")
     return {name: made[name].to(loaded.device) for name in ("input_ids", "attention_mask")}

@@ -1,6 +1,6 @@
 """A file of JSON lines in, a file of JSON lines out.
 
-Each line of the result says which line of the source it answers:
+Each line of the result has the number of the source line that it answers:
 
     {"line": 1, "input": {"image": "a.jpg", "text": "what is it?"}, "answers": [{"answer": "dog", "score": 0.9}, ...]}
     {"line": 2, "input": {...}, "error": "b.jpg: cannot be read (No such file or directory); name an image file"}
@@ -40,7 +40,7 @@ class Answerer(NamedTuple, Generic[Prepared]):
 
 class _Line(NamedTuple):
     number: int
-    given: Any
+    content: Any
     asked: Any
     problem: str
 
@@ -67,11 +67,11 @@ def answer_file(
         done: called with each batch's number of lines.
 
     Returns:
-        How many lines there were, and what is wrong with those that could not be answered, each by its number.
+        The number of lines, and the errors of those that could not be answered, each with its line number.
 
     Raises:
         ConfigError: a file cannot be read or written.
-        DataError: the source holds no line.
+        DataError: the source contains no line.
     """
     staging = target.with_name(f"{target.name}.partial")
     num_lines = 0
@@ -98,7 +98,7 @@ def answer_file(
 
 
 def error_message(source: Path, target: Path, num_lines: int, errors: list[str]) -> str:
-    """What to tell of a file some of whose lines could not be answered."""
+    """The error of a file some of whose lines could not be answered."""
     more = f"\n  and {len(errors) - _NUM_ERRORS_SHOWN} more" if len(errors) > _NUM_ERRORS_SHOWN else ""
     return (
         f"{source}: {len(errors)} of {num_lines} lines were not answered; {target} has the others, and each error:\n  "
@@ -107,18 +107,18 @@ def error_message(source: Path, target: Path, num_lines: int, errors: list[str])
     )
 
 
-def text_of(given: dict[str, Any]) -> str:
+def text_of(fields: dict[str, Any]) -> str:
     """The field ``text``.
 
     Raises:
         DataError: it is missing, no text or empty.
     """
-    if "text" not in given:
-        raise DataError(f'has no "text" (fields: {", ".join(given) or "none"})')
-    return checked_text(given["text"], "text")
+    if "text" not in fields:
+        raise DataError(f'has no "text" (fields: {", ".join(fields) or "none"})')
+    return checked_text(fields["text"], "text")
 
 
-def images_of(given: dict[str, Any], num_images: int, folder: Path) -> tuple[Path, ...]:
+def images_of(fields: dict[str, Any], num_images: int, folder: Path) -> tuple[Path, ...]:
     """The field ``image``: a path, or a list of as many as the task takes.
 
     Args:
@@ -127,9 +127,9 @@ def images_of(given: dict[str, Any], num_images: int, folder: Path) -> tuple[Pat
     Raises:
         DataError: it is missing, or has another form or number.
     """
-    if "image" not in given:
-        raise DataError(f'has no "image" (fields: {", ".join(given) or "none"})')
-    value = given["image"]
+    if "image" not in fields:
+        raise DataError(f'has no "image" (fields: {", ".join(fields) or "none"})')
+    value = fields["image"]
     names = value if isinstance(value, list) else [value]
     if len(names) != num_images or not all(isinstance(name, str) and name for name in names):
         form = "a path" if num_images == 1 else f"a list of {num_images} paths"
@@ -138,32 +138,32 @@ def images_of(given: dict[str, Any], num_images: int, folder: Path) -> tuple[Pat
 
 
 def _batches(file: Any, batch: int) -> Iterator[list[tuple[int, bytes]]]:
-    held: list[tuple[int, bytes]] = []
+    lines: list[tuple[int, bytes]] = []
     for number, content in enumerate(file, start=1):
         if content.strip():
-            held.append((number, content))
-        if len(held) == batch:
-            yield held
-            held = []
-    if held:
-        yield held
+            lines.append((number, content))
+        if len(lines) == batch:
+            yield lines
+            lines = []
+    if lines:
+        yield lines
 
 
 def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]]) -> list[_Line]:
-    found = []
-    for number, content in batch:
-        given: Any = None
+    parsed = []
+    for number, line in batch:
+        content: Any = None
         try:
             try:
-                given = json.loads(content)
+                content = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"is no JSON ({error})") from error
-            if not isinstance(given, dict):
-                raise DataError(f'is a {type(given).__name__}; an object such as {{"text": ...}} is needed')
-            found.append(_Line(number, given, parse(given), ""))
+            if not isinstance(content, dict):
+                raise DataError(f'is a {type(content).__name__}; an object such as {{"text": ...}} is needed')
+            parsed.append(_Line(number, content, parse(content), ""))
         except DataError as error:
-            found.append(_Line(number, given, None, str(error)))
-    return found
+            parsed.append(_Line(number, content, None, str(error)))
+    return parsed
 
 
 def _answer(lines: list[_Line], answer: Callable[[list[Any]], list[Answers]]) -> Iterator[dict[str, Any]]:
@@ -176,7 +176,7 @@ def _answer(lines: list[_Line], answer: Callable[[list[Any]], list[Answers]]) ->
     except DataError as error:
         problem = str(error)
     for line in lines:
-        record = {"line": line.number, "input": line.given}
+        record = {"line": line.number, "input": line.content}
         if line.problem or problem:
             yield {**record, "error": line.problem or problem}
         else:

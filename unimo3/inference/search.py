@@ -3,7 +3,7 @@
 Source: ALBEF, arXiv 2107.07651, section 4.
 """
 
-# Shapes: N of the gallery, k candidates, D width of the embeddings, n states kept of a tower, T text tokens, W width.
+# Shapes: N of the gallery, k candidates, D width of the embeddings, n saved states of a tower, T text tokens, W width.
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Search:
         """The best entries for a text (of a gallery of images) or an image file (of one of texts).
 
         Returns:
-            At most `top`: ``image`` or ``text``, ``match`` (a probability, None of those that only the towers saw) and
+            At most `top`: ``image`` or ``text``, ``match`` (a probability, None if only the towers ranked it) and
             ``similarity`` (a cosine).
 
         Raises:
@@ -53,12 +53,12 @@ class Search:
         similarities = self._gallery.embeds @ out["embeds"][0].cpu()  # [N]
         order = similarities.sort(descending=True, stable=True).indices
         chosen, rest = order[: self._rerank], order[self._rerank :]
-        found: Answers = []
+        answers: Answers = []
         if len(chosen):
             scores = self._fuse(out["states"], inputs.get("attention_mask"), chosen.tolist())
             ranks = scores.sort(descending=True, stable=True).indices
-            found = [self._answer(chosen[rank], similarities, scores[rank].sigmoid().item()) for rank in ranks[:top]]
-        return found + [self._answer(number, similarities, None) for number in rest[: top - len(found)]]
+            answers = [self._answer(chosen[rank], similarities, scores[rank].sigmoid().item()) for rank in ranks[:top]]
+        return answers + [self._answer(number, similarities, None) for number in rest[: top - len(answers)]]
 
     def _inputs(self, query: str | Path) -> dict[str, Tensor]:
         if isinstance(query, Path):

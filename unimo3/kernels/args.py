@@ -17,20 +17,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """Fused kernels in place of PyTorch's own operations."""
+    """Fused kernels instead of PyTorch's operations."""
 
     cross_layer_attention: Literal["auto", "triton", "reference"] = "auto"
     """triton: the fused kernels; reference: plain operations. auto: triton on a GPU, after a trial of it, and on CPUs
     the C++ kernel; the reference elsewhere."""
     layer_norm: Literal["auto", "apex", "torch"] = "auto"
-    """apex: NVIDIA apex's FusedLayerNorm, in towers and fusion; torch: torch's own. auto: apex where it is installed
+    """apex: NVIDIA apex's FusedLayerNorm, in towers and fusion; torch: torch's. auto: apex where it is installed
     with its CUDA extensions and there is a GPU."""
 
     def attention_impl(self, width: int) -> str | None:
         """The `impl` of `cross_layer_attention` for heads of this width.
 
         Raises:
-            ConfigError: the one asked for does not support them, or not on this machine.
+            ConfigError: the requested one does not support them, or not on this machine.
         """
         self.serves_on_gpu(width)
         if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
@@ -51,10 +51,10 @@ class KernelArgs:
         return self.cross_layer_attention != "reference" and width in HEAD_WIDTHS
 
     def choose_layer_norm(self, model: nn.Module) -> None:
-        """Give a model the layer norm that these settings name, and say so in the log.
+        """Give a model the layer norm that these settings name, and log it.
 
         Raises:
-            ConfigError: the one asked for cannot be had here.
+            ConfigError: the requested one is not available here.
         """
         missing = missing_apex(NORM_EXTENSION)
         if self.layer_norm == "apex" and missing:

@@ -1,4 +1,4 @@
-"""Layer norm by NVIDIA apex's fused kernel, in place of torch's.
+"""Layer norm by NVIDIA apex's fused kernel, instead of torch's.
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          over the last dimensions, sums in float32
 
@@ -32,12 +32,12 @@ def use_apex_layer_norm(model: nn.Module) -> int:
     """
     # These classes alone: a further subclass may norm another dimension.
     supported = (nn.LayerNorm, layers.LayerNorm)
-    found = [
+    norms = [
         module
         for module in model.modules()
         if type(module) in supported and module.weight is not None and module.bias is not None
     ]
-    for module in found:
+    for module in norms:
         # The class alone changes: hooks, parameters and what ZeRO-3 knows of them stay.
         module.__class__ = ApexLayerNorm
-    return len(found)
+    return len(norms)

@@ -87,23 +87,23 @@ class VisionArgs:
     image_size: int = 288
     """Height and width of the input in pixels, a multiple of the patch size."""
     patch_size: int = 0
-    """Patch height and width in pixels; 0: the architecture's own."""
+    """Patch height and width in pixels; 0: the architecture's default."""
     width: int = 0
-    """Width; 0: the architecture's own."""
+    """Width; 0: the architecture's default."""
     depth: int = 0
-    """Layers; 0: the architecture's own."""
+    """Layers; 0: the architecture's default."""
     num_heads: int = 0
-    """Attention heads; 0: the architecture's own."""
+    """Attention heads; 0: the architecture's default."""
 
     def to_config(self) -> Unimo3VisionConfig:
         """The tower's configuration."""
-        given: dict[str, Any] = {
+        sizes: dict[str, Any] = {
             "patch_size": self.patch_size,
             "embed_dim": self.width,
             "depth": self.depth,
             "num_heads": self.num_heads,
         }
-        overrides = {name: value for name, value in given.items() if value}
+        overrides = {name: value for name, value in sizes.items() if value}
         return Unimo3VisionConfig(self.architecture, self.image_size, overrides)
 
 
@@ -114,8 +114,8 @@ class ModelArgs:
     text: TextArgs = field(default_factory=TextArgs)
     vision: VisionArgs = field(default_factory=VisionArgs)
     init: str | None = None
-    """Local Hugging Face BridgeTower folder: weights of the whole model, and its sizes and tying instead of those given
-    for towers and fusion (but the image size). Needs `bridge`; gates and other parts BridgeTower lacks start random."""
+    """Local Hugging Face BridgeTower folder: weights of the complete model. Its sizes and tying replace those of towers
+    and fusion, except the image size. Needs `bridge`; gates and other parts BridgeTower lacks start random."""
     hidden_size: int = 768
     """Fusion width D."""
     num_hidden_layers: int = 6
@@ -131,7 +131,7 @@ class ModelArgs:
     gate: Literal["token", "static", "uniform"] = "token"
     """How levels are weighed: by each token and head, by a learned constant a head, or equally."""
     gate_init: float = 0.9
-    """Share of the in-layer level at the start, between 0 and 1."""
+    """Weight of the in-layer level at the start, between 0 and 1."""
     dropout: float = 0.1
     """Dropout probability of the fusion layers' hidden states and attention weights."""
     initializer_range: float = 0.02
@@ -166,7 +166,7 @@ class ModelArgs:
         )
 
     def _free_settings(self) -> dict[str, Any]:
-        """What weights from elsewhere leave open."""
+        """Settings that other models' weights do not decide."""
         return {
             "interaction": self.interaction,
             "gate": self.gate,
@@ -181,21 +181,21 @@ class ModelArgs:
         }
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error: field, value and fix."""
-        found = self._range_errors()
+        """Return the errors of these settings, one line each: field, value and fix."""
+        errors = self._range_errors()
         try:
             config = self.to_config()
         except ConfigError as error:
-            return found + error.errors + self.vision.to_config().validate()
-        found += config.validate() + self._init_errors()
+            return errors + error.errors + self.vision.to_config().validate()
+        errors += config.validate() + self._init_errors()
         text_width, width = config.text_config.hidden_size, config.hidden_size
         if config.tie_word_embeddings and text_width != width and min(text_width, width) > 0:
-            found.append(
+            errors.append(
                 f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
                 f"{width}; make them equal or set it to false"
             )
-        if found:
-            return found
+        if errors:
+            return errors
         try:
             with torch.device("meta"):
                 tower = VisionTower(config.vision_config)
@@ -203,49 +203,49 @@ class ModelArgs:
                 tower(torch.empty(1, 3, side, side))
         except ConfigError as error:
             return error.errors
-        except Exception as error:  # timm raises of many kinds for sizes that do not go together
+        except Exception as error:  # timm raises many types for sizes that do not fit together
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
-        found = config.depth_errors(tower.depth)
-        return found + (vision_errors(self.vision.init, tower) if self.vision.init else [])
+        errors = config.depth_errors(tower.depth)
+        return errors + (vision_errors(self.vision.init, tower) if self.vision.init else [])
 
     def _init_errors(self) -> list[str]:
         if not self.init:
             return []
-        found = [
-            f"model.{name}.init: '{path}': model.init already gives the whole model's weights; name one of the two"
+        errors = [
+            f"model.{name}.init: '{path}': model.init already gives the complete model's weights; name one of the two"
             for name, path in (("text", self.text.init), ("vision", self.vision.init))
             if path
         ]
         if not self.bridge:
-            found.append("model.bridge: false: model.init is a BridgeTower, whose layers have bridges; set it to true")
-        return found
+            errors.append("model.bridge: false: model.init is a BridgeTower, whose layers have bridges; set it to true")
+        return errors
 
     def _range_errors(self) -> list[str]:
         least_1 = [(f"model.{name}", getattr(self, name)) for name in _COUNTS]
         least_1 += [(f"model.text.{name}", getattr(self.text, name)) for name in _TEXT_COUNTS]
         least_1 += [("model.vision.image_size", self.vision.image_size)]
-        found = [f"{name}: {value}: at least 1 is needed" for name, value in least_1 if value < 1]
+        errors = [f"{name}: {value}: at least 1 is needed" for name, value in least_1 if value < 1]
         for name in ("patch_size", "width", "depth", "num_heads"):
             if getattr(self.vision, name) < 0:
-                found.append(
+                errors.append(
                     f"model.vision.{name}: {getattr(self.vision, name)}: a number above 0, or 0 for the architecture's "
-                    "own, is needed"
+                    "default, is needed"
                 )
         if self.initializer_range <= 0:
-            found.append(f"model.initializer_range: {self.initializer_range}: a number above 0 is needed")
+            errors.append(f"model.initializer_range: {self.initializer_range}: a number above 0 is needed")
         if not TEMPERATURE_BOUNDS[0] <= self.itc_temperature_init <= TEMPERATURE_BOUNDS[1]:
-            found.append(
+            errors.append(
                 f"model.itc_temperature_init: {self.itc_temperature_init}: must lie within {TEMPERATURE_BOUNDS[0]} and "
                 f"{TEMPERATURE_BOUNDS[1]}"
             )
         for name, value in (("model.dropout", self.dropout), ("model.text.dropout", self.text.dropout)):
             if not 0 <= value < 1:
-                found.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
-        return found
+                errors.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
+        return errors
 
 
 def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int) -> None:
-    """Give a new model, sharded by ZeRO-3 or not, the values that `args` names: random ones, then those from elsewhere.
+    """Give a new model, sharded by ZeRO-3 or not, the values that `args` names: random, then those of other models.
 
     Raises:
         CheckpointError: a tensor of a folder or file is missing, unexpected or of another shape.
@@ -260,18 +260,18 @@ def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int)
 
 
 def tokenizer_errors(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
-    """Say where a text tower, a tokenizer and the length of texts do not fit together, one line per error."""
-    found = []
+    """Return where a text tower, a tokenizer and the length of texts do not fit together, one line per error."""
+    errors = []
     if len(tokenizer) > text.vocab_size:
-        found.append(
+        errors.append(
             f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
             "least that, or use the tokenizer that belongs to the weights"
         )
-    return found + length_errors(text, max_tokens)
+    return errors + length_errors(text, max_tokens)
 
 
 def length_errors(text: RobertaConfig, max_tokens: int) -> list[str]:
-    """Say where a text tower's positions do not reach as far as texts are long, one line per error."""
+    """Return an error if texts can be longer than a text tower has positions for."""
     # RoBERTa counts positions from behind the padding id, which is 1.
     most = text.max_position_embeddings - 2
     if max_tokens <= most:

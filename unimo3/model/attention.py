@@ -88,7 +88,7 @@ class LevelKeyValue(nn.Module):
     """Projects one level of a stream to the keys and values that the other stream reads.
 
     Args:
-        width: of the level's states; a tower's own where a tower layer is a level.
+        width: of the level's states; the tower's width where a tower layer is a level.
     """
 
     def __init__(self, config: Unimo3Config, width: int):

@@ -37,14 +37,14 @@ class Unimo3VisionConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
+        """Return the errors of these settings, one line each."""
         if not timm.is_model(self.architecture):
             return [
                 f"model.vision.architecture: '{self.architecture}': timm has no such model; "
                 "timm.list_models('vit*') lists them"
             ]
         patch = self.overrides.get("patch_size", _patch_size(self.architecture))
-        # Numbers below 1 are named by the settings' own check.
+        # `ModelArgs` reports numbers below 1.
         if patch and patch > 0 and self.image_size > 0 and self.image_size % patch:
             return [
                 f"model.vision.image_size: {self.image_size}: not a multiple of the patch size {patch}; "
@@ -66,9 +66,9 @@ class Unimo3Config(PreTrainedConfig):
         interaction: ``in_layer`` (METER's co-attention) or ``cross_layer`` (every earlier level of the other modality).
         gate: how levels are weighed: ``token`` (per token and head), ``static`` (a learned constant per head) or
             ``uniform`` (their mean, no parameters).
-        gate_init: share of the in-layer level at initialisation, in (0, 1); the other levels split the rest equally.
-        unimodal_levels: top layers of the other modality's tower that join the levels, with keys and values of their
-            own.
+        gate_init: weight of the in-layer level at initialisation, in (0, 1); the other levels split the rest equally.
+        unimodal_levels: top layers of the other modality's tower that join the levels, with separate keys and
+            values.
         bridge: whether each fusion layer's input is joined by a tower layer's states, the last L of them (BridgeTower).
         itc_size: width of the contrastive projections.
         num_answers: classes of the question-answering head.
@@ -133,52 +133,52 @@ class Unimo3Config(PreTrainedConfig):
         return max(1, self.unimodal_levels, self.num_hidden_layers if self.bridge else 0)
 
     def depth_errors(self, image_depth: int) -> list[str]:
-        """Say where more layers of a tower are asked for than it has, one line per error.
+        """Return where the settings need more layers of a tower than it has, one line per error.
 
         Args:
             image_depth: layers of the image tower, which only timm knows.
         """
         depths = {"model.text.num_hidden_layers": self.text_config.num_hidden_layers, "model.vision.depth": image_depth}
-        found = []
+        errors = []
         for field, depth in depths.items():
             if self.bridge and self.num_hidden_layers > depth:
-                found.append(
+                errors.append(
                     f"model.bridge: true: needs a tower layer for each of the {self.num_hidden_layers} fusion layers, "
                     f"{field} is {depth}; lower model.num_hidden_layers or deepen the tower"
                 )
             if self.unimodal_levels > depth:
-                found.append(
+                errors.append(
                     f"model.unimodal_levels: {self.unimodal_levels}: {field} is {depth}; lower it to at most that"
                 )
-        return found
+        return errors
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error: field, value and fix."""
-        found = list(self.vision_config.validate())
+        """Return the errors of these settings, one line each: field, value and fix."""
+        errors = list(self.vision_config.validate())
         text_heads = self.text_config.num_attention_heads
         if text_heads > 0 and self.text_config.hidden_size % text_heads:
-            found.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")
+            errors.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")
         if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            found.append(
+            errors.append(
                 f"model.num_attention_heads: {self.num_attention_heads}: "
                 f"must divide model.hidden_size {self.hidden_size}"
             )
         if self.num_hidden_layers < 1:
-            found.append(f"model.num_hidden_layers: {self.num_hidden_layers}: at least one fusion layer is needed")
+            errors.append(f"model.num_hidden_layers: {self.num_hidden_layers}: at least one fusion layer is needed")
         if self.interaction not in INTERACTIONS:
-            found.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is supported")
+            errors.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is supported")
         if self.gate not in GATES:
-            found.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is supported")
+            errors.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is supported")
         if not 0 < self.gate_init < 1:
-            found.append(f"model.gate_init: {self.gate_init}: a share strictly between 0 and 1 is needed")
+            errors.append(f"model.gate_init: {self.gate_init}: a number strictly between 0 and 1 is needed")
         if self.unimodal_levels < 0:
-            found.append(f"model.unimodal_levels: {self.unimodal_levels}: 0 or a number of tower layers is needed")
+            errors.append(f"model.unimodal_levels: {self.unimodal_levels}: 0 or a number of tower layers is needed")
         if self.unimodal_levels > 0 and self.interaction != "cross_layer":
-            found.append(
+            errors.append(
                 f"model.unimodal_levels: {self.unimodal_levels}: {self.interaction} reads the partner layer alone; "
                 "set it to 0, or model.interaction to cross_layer"
             )
-        return found
+        return errors
 
 
 def _patch_size(architecture: str) -> int | None:

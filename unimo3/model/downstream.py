@@ -1,6 +1,6 @@
 """The model with a downstream task's head: question answering, NLVR2, visual entailment, retrieval.
 
-Each loads the weights of a pretraining export directly: heads that the task lacks are skipped, its own start fresh.
+Each loads a pretraining export's weights directly: heads that the task lacks are skipped, the task's head starts fresh.
 
 Source: METER, arXiv 2111.02387, for the classifiers and NLVR2's two passes; ALBEF, arXiv 2107.07651, for retrieval by
 contrast and matching.
@@ -125,7 +125,7 @@ class Unimo3ForImagesAndTextClassification(Unimo3PreTrainedModel):
     """The model with a classifier of a text about two images into `num_labels` classes, as NLVR2 asks for (two).
 
     The text is fused with each image apart; the second image's modality embedding is shifted by a learned vector that
-    starts at zero, so that the head can tell the images' places.
+    starts at zero, so that the head can distinguish first and second image.
     """
 
     _keys_to_ignore_on_load_unexpected = [PRETRAINING_HEADS]

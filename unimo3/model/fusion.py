@@ -2,7 +2,7 @@
 
 Level i of a stream is what enters its fusion layer i + 1. Layer l reads levels 0..l-1 of the other stream; level l-1 is
 its in-layer partner, the earlier ones are cross-layer. Every level's keys and values are projected once, by the layer
-whose partner it is, and kept in a bank for the later layers. With ``in_layer`` the bank holds the partner alone, which
+whose partner it is, and cached in a bank for the later layers. With ``in_layer`` the bank has the partner alone, which
 is METER's co-attention with the same parameters.
 
 `unimodal_levels` puts the top layers of the other tower into the bank before level 0. With `bridge` the input of layer
@@ -28,7 +28,7 @@ from unimo3.model.config import Unimo3Config
 class FusionOutput(NamedTuple):
     """States of both streams after the last layer, and what the gates did.
 
-    `text_gates` and `image_gates` hold one [B, tokens, H, S] tensor a layer, None where a layer has no gate.
+    `text_gates` and `image_gates` contain one [B, tokens, H, S] tensor a layer, None where a layer has no gate.
     """
 
     text: Tensor
@@ -74,7 +74,7 @@ class StreamLayer(GradientCheckpointingLayer):
         mask: Tensor | None,
         partner_mask: Tensor | None,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
-        """Read own tokens, then the other stream's levels.
+        """Attend to this stream's tokens, then to the other stream's levels.
 
         Args:
             x: this stream, [B, T, D].
@@ -128,7 +128,7 @@ class Stream(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """L fusion layers over both streams, with weights of their own per stream."""
+    """L fusion layers over both streams, with separate weights per stream."""
 
     def __init__(self, config: Unimo3Config, text_width: int, image_width: int):
         super().__init__()
@@ -146,7 +146,7 @@ class FusionEncoder(nn.Module):
         Args:
             text_inputs: tower states mapped to the fusion width, lowest first, [B, n, T, D]: n is 1, or L with bridges.
             image_inputs: the same, [B, n, V, D].
-            text_states: the tower's own states, [B, m, T, W]; m is at least the number of unimodal levels.
+            text_states: the tower's unmapped states, [B, m, T, W]; m is at least the number of unimodal levels.
             image_states: the same, [B, m, V, W].
             mask: [B, T] with True where a text token is real.
         """

@@ -4,7 +4,7 @@ Source: METER, arXiv 2111.02387, for MLM, ITM and the classifiers; ALBEF, arXiv 
 projections.
 """
 
-# Shapes: B batch, N any number of tokens, n tower states kept (the last one on top), D fusion width.
+# Shapes: B batch, N any number of tokens, n tower states (the last one on top), D fusion width.
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
 
 
 class _ClampWithReturn(torch.autograd.Function):
-    """A clamp whose gradient stops only what leads further out; a plain one holds what went beyond there forever."""
+    """A clamp that zeroes only gradients leading further out; with a plain one, a value out of bounds never returns."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:

@@ -25,9 +25,9 @@ def initialize_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
         std: of the normal distribution of linear maps and embeddings.
     """
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            with gathered(own):
+        parameters = list(module.parameters(recurse=False))
+        if parameters:
+            with gathered(parameters):
                 initialize_module(module, std, _generator(seed, name))
 
 
@@ -61,7 +61,7 @@ def initialize_module(module: nn.Module, std: float, generator: torch.Generator 
 
 
 def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
-    """Whole parameters inside the block, rank 0's values shared out at its end; nothing to do unless ZeRO-3 sharded."""
+    """Gather parameters inside the block and broadcast rank 0's values at its end; a no-op without ZeRO-3."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     from deepspeed import zero

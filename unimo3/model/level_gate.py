@@ -17,7 +17,7 @@ from unimo3.model.config import Unimo3Config
 class LevelGate(nn.Module):
     """How much each visible level counts: softmax over levels of W h + b, for every token and head.
 
-    W starts at zero and b so that the in-layer level, the last one, has the share `gate_init` and the others split
+    W starts at zero and b so that the in-layer level, the last one, has the weight `gate_init` and the others split
     the rest. With ``static`` there is no W: one learned distribution a head.
     """
 
@@ -34,13 +34,13 @@ class LevelGate(nn.Module):
         )
 
     def initial_bias(self) -> Tensor:
-        """[H * S], the logits that give the initial shares."""
+        """[H * S], the logits that give the initial weights."""
         bias = torch.zeros(self.num_heads, self.num_levels)
         bias[:, -1] = self.in_layer_logit
         return bias.flatten()
 
     def forward(self, h: Tensor) -> Tensor:
-        """h [B, T, D] -> shares [B, T, H, S] in float32."""
+        """h [B, T, D] -> weights [B, T, H, S] in float32."""
         if self.weight is None:
             logits = self.bias.expand(*h.shape[:2], -1)
         else:

@@ -34,10 +34,10 @@ class Unimo3Processor(ProcessorMixin):
                 otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
         """
-        given: BatchFeature = super().__call__(
+        inputs: BatchFeature = super().__call__(
             images=images, text=text, **({"padding": True, "truncation": True} | kwargs)
         )
-        return given
+        return inputs
 
 
 AutoProcessor.register(Unimo3Config, Unimo3Processor)

@@ -3,7 +3,7 @@
 Source: arXiv 2305.13697; transformers' PreTrainedModel for saving, loading and tying.
 """
 
-# Shapes: B batch, T text tokens, V image tokens, n tower states kept (the last one on top), W tower width,
+# Shapes: B batch, T text tokens, V image tokens, n tower states (the last one on top), W tower width,
 # D fusion width, H heads, S visible levels.
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class Unimo3PreTrainingOutput(ModelOutput):
 
 
 class Unimo3PreTrainedModel(PreTrainedModel):
-    """What all UNIMO-3 models share."""
+    """The base class of all UNIMO-3 models."""
 
     config_class = Unimo3Config
     base_model_prefix = "unimo3"
@@ -90,7 +90,7 @@ class Unimo3PreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules():
             if isinstance(module, VisionTower):
-                # timm has a switch of its own.
+                # timm has a separate switch.
                 module.vit.set_grad_checkpointing(enable)
 
 
@@ -141,7 +141,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
             text_states: of the tower, [B, n, T, W].
             image_states: the same, [B, n, V, W].
             attention_mask: [B, T], 1 where a token is real.
-            image_shift: added to the images' modality embedding, [B, D]: tells several images of a sample apart.
+            image_shift: added to the images' modality embedding, [B, D]: distinguishes several images of a sample.
         """
         num_inputs = self.config.num_hidden_layers if self.config.bridge else 1
         kinds = torch.arange(2, device=text_states.device)

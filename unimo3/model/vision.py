@@ -3,7 +3,7 @@
 Source: timm's vision_transformer.py; CLIP, arXiv 2103.00020, for the architecture METER uses.
 """
 
-# Shapes: B batch, S pixels a side, n states kept, V tokens, W width.
+# Shapes: B batch, S pixels a side, n states, V tokens, W width.
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ class VisionTower(nn.Module):
     """[B, 3, S, S] pixels -> tokens after each of the top layers, class token first.
 
     Args:
-        num_states: layers whose states are kept, the last one among them.
+        num_states: top layers whose states are returned.
     """
 
     def __init__(self, config: Unimo3VisionConfig, num_states: int = 1):
@@ -36,10 +36,10 @@ class VisionTower(nn.Module):
             global_pool="",
             **config.overrides,
         )
-        # The transformer is called as a whole, not by its other methods: ZeRO-3 gathers the class token and the
-        # position table, which are its own, when its forward starts.
+        # Only the transformer's forward may be called: ZeRO-3 gathers its class token and its position table when
+        # that starts.
         vit.forward = partial(_top_states, vit, num_states)
-        # Of some architectures a patch is what several strides make of it.
+        # In some architectures a patch is the product of several strides.
         patch = max(vit.patch_embed.feat_ratio(as_scalar=True), vit.patch_embed.patch_size[0])
         errors = []
         if config.image_size % patch:

@@ -20,7 +20,7 @@ class ObjectivesArgs:
     itc: ItcArgs = field(default_factory=ItcArgs)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
+        """Return the errors of these settings, one line each."""
         weights = {group.name: getattr(self, group.name).weight for group in fields(self)}
         errors = [
             f"objectives.{name}.weight: {weight}: 0 (off) or more is needed"

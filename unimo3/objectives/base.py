@@ -7,7 +7,7 @@ weighted sum of the losses.
 Source: METER, arXiv 2111.02387 (MLM, ITM); ALBEF, arXiv 2107.07651 (ITC).
 """
 
-# Shapes: B batch, P pairs to be fused, n states kept of a tower, T text tokens, V image tokens, W tower width.
+# Shapes: B batch, P pairs to be fused, n states of a tower, T text tokens, V image tokens, W tower width.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class Objective(ABC):
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
-        """A ``loss`` with gradient and any further metrics, unweighted; `fused` is what became of `request`."""
+        """A ``loss`` with gradient and any further metrics, unweighted; `fused` is the result of `request`."""
 
 
 def gate_shares(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
@@ -74,8 +74,8 @@ def gate_shares(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
     Args:
         mask: [B, T] of the texts.
     """
-    shares = {"gates_text": mean_shares(text_gates, mask), "gates_image": mean_shares(image_gates, None)}
-    return {name: share for name, share in shares.items() if share is not None}
+    means = {"gates_text": mean_shares(text_gates, mask), "gates_image": mean_shares(image_gates, None)}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 class PretrainingTask(nn.Module):

@@ -26,7 +26,7 @@ class ClassificationTask(nn.Module):
                 ``attention_mask`` [B, T], ``label`` [B].
 
         Returns:
-            ``loss`` and ``accuracy``, the share of rows that are right; in training also the gates, see `gate_shares`,
+            ``loss`` and ``accuracy``, the fraction of right rows; in training also the gates, see `gate_shares`,
             in evaluation ``logits`` [B, classes].
         """
         label, images, mask = batch["label"], batch["pixel_values"], batch["attention_mask"]

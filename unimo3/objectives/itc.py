@@ -23,7 +23,7 @@ class ItcArgs:
     """Image-text contrast between the towers."""
 
     weight: float = 1.0
-    """Factor of its loss in the total; 0 leaves it out."""
+    """Factor of its loss in the total; 0 turns it off."""
 
     def build(self, seed: int) -> Objective:
         """The objective of a run with this seed."""
@@ -49,13 +49,13 @@ class ImageTextContrast(Objective):
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
-        """The mean over this rank's rows, each against the whole batch."""
-        found = states.similarities
-        assert found is not None
-        excluded = found.same_image.scatter(1, found.own[:, None], False)
+        """The mean over this rank's rows, each against the complete batch."""
+        similarities = states.similarities
+        assert similarities is not None
+        excluded = similarities.same_image.scatter(1, similarities.own[:, None], False)
 
         def contrast(logits: Tensor) -> Tensor:
-            return cross_entropy(logits.masked_fill(excluded, -torch.inf), found.own)
+            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.own)
 
-        loss = (contrast(found.image_to_text) + contrast(found.text_to_image)) / 2
-        return {"loss": loss, "temperature": found.temperature.squeeze()}
+        loss = (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2
+        return {"loss": loss, "temperature": similarities.temperature.squeeze()}

@@ -1,8 +1,8 @@
 """Image-text matching: does this text belong to this image?
 
-With random negatives half the texts of the step's batch are given another image of that batch. With hard ones every
+With random negatives half the texts of the step's batch get another image of that batch. With hard ones every
 pair stays, and every text meets an image, and every image a text, that the contrastive head finds alike: three pairs
-for one, a third of them right. Partners come from the whole batch, whichever rank holds them.
+for one, a third of them positive. Partners come from the complete batch, from any rank.
 
 Source: METER, arXiv 2111.02387 (random negatives, half the batch); ALBEF, arXiv 2107.07651, section 3.2 (hard ones).
 """
@@ -33,9 +33,9 @@ class ItmArgs:
     """Image-text matching."""
 
     weight: float = 1.0
-    """Factor of its loss in the total; 0 leaves it out."""
+    """Factor of its loss in the total; 0 turns it off."""
     negatives: Negatives = "random"
-    """How wrong pairs are chosen out of the step's batch. random: any other image, for half the texts. hard: for every
+    """How negative pairs are chosen from the step's batch. random: any other image, for half the texts. hard: for every
     text an image and for every image a text, drawn by the similarity that ITC learns; the fusion encoder then reads
     three pairs for one."""
 
@@ -57,7 +57,7 @@ class ImageTextMatching(Objective):
         self.reads_similarities = negatives == "hard"
 
     def fusion_input(self, states: TowerStates) -> FusionInput:
-        """Plain texts and images, right and wrong pairs; labels [P] are 1, 0 or `LEFT_OUT`."""
+        """Plain texts and images, positive and negative pairs; labels [P] are 1, 0 or `LEFT_OUT`."""
         first_position = int(gather_rows(states.batch["positions"])[0])
         if self.reads_similarities:
             return self._hard_pairs(states, first_position)
@@ -66,8 +66,8 @@ class ImageTextMatching(Objective):
     def _random_pairs(self, states: TowerStates, first_position: int) -> FusionInput:
         assert states.plain_text is not None
         source = draw_random_negatives(gather_rows(states.batch["image_id"]), self.seed, first_position)
-        own = _own_rows(states)
-        labels = (source[own] == own).long().to(states.image.device)
+        rows = _local_rows(states)
+        labels = (source[rows] == rows).long().to(states.image.device)
         image = take_rows(states.image, source)
         return FusionInput(states.plain_text, image, states.batch["attention_mask"], labels)
 
@@ -75,25 +75,25 @@ class ImageTextMatching(Objective):
         text, image, mask = states.plain_text, states.image, states.batch["attention_mask"]
         assert text is not None
         chosen = self._draw_hard(states, first_position)
-        found = chosen >= 0
-        # A row without a possible partner meets its own, which takes no travel, and is skipped of the loss.
-        image_source, text_source = torch.where(found, chosen, torch.arange(len(chosen))[:, None]).unbind(1)
-        own = _own_rows(states)
-        wrong = torch.where(found[own].T.flatten(), 0, LEFT_OUT)
+        has_partner = chosen >= 0
+        # A row without a possible partner gets its own, which is on this rank, and is skipped in the loss.
+        image_source, text_source = torch.where(has_partner, chosen, torch.arange(len(chosen))[:, None]).unbind(1)
+        rows = _local_rows(states)
+        negative_labels = torch.where(has_partner[rows].T.flatten(), 0, LEFT_OUT)
         return FusionInput(
             torch.cat([text, text, take_rows(text, text_source)]),
             torch.cat([image, take_rows(image, image_source), image]),
             torch.cat([mask, mask, take_rows(mask, text_source)]),
-            torch.cat([torch.ones_like(own), wrong]).to(image.device),
+            torch.cat([torch.ones_like(rows), negative_labels]).to(image.device),
         )
 
     def _draw_hard(self, states: TowerStates, first_position: int) -> Tensor:
-        """[N, 2] on the CPU, alike on all ranks: the row of each text's image and of each image's text, or -1."""
-        found = states.similarities
-        assert found is not None
-        quantiles = hard_negative_quantiles(self.seed, first_position, found.same_image.shape[1])[_own_rows(states)]
-        images = draw_hard_negatives(found.text_to_image, found.same_image, quantiles[:, 0])
-        texts = draw_hard_negatives(found.image_to_text, found.same_image, quantiles[:, 1])
+        """[N, 2] on the CPU, the same on all ranks: the row of each text's image and of each image's text, or -1."""
+        sims = states.similarities
+        assert sims is not None
+        quantiles = hard_negative_quantiles(self.seed, first_position, sims.same_image.shape[1])[_local_rows(states)]
+        images = draw_hard_negatives(sims.text_to_image, sims.same_image, quantiles[:, 0])
+        texts = draw_hard_negatives(sims.image_to_text, sims.same_image, quantiles[:, 1])
         # Every row is drawn by one rank alone: two ranks' products of the same features may differ in the last bit.
         return gather_rows(torch.stack([images, texts], dim=1).to(states.image.device)).cpu()
 
@@ -109,14 +109,14 @@ class ImageTextMatching(Objective):
         assert request is not None
         assert request.labels is not None
         logits = model.itm_head(model.unimo3.pool(fused)).float()
-        # A batch of one image leaves out the wrong pairs of every rank, any other none: ranks' means weigh alike.
+        # A batch of one image skips the negative pairs of every rank, any other none: ranks' means weigh the same.
         loss = cross_entropy(logits, request.labels, ignore_index=LEFT_OUT)
         num_pairs = (request.labels != LEFT_OUT).sum()
         accuracy = (logits.argmax(-1) == request.labels).sum() / num_pairs
         return {"loss": loss, "accuracy": accuracy}
 
 
-def _own_rows(states: TowerStates) -> Tensor:
-    """[B] on the CPU: where in the whole batch this rank's rows stand."""
+def _local_rows(states: TowerStates) -> Tensor:
+    """[B] on the CPU: indices of this rank's rows in the complete batch."""
     batch = states.image.shape[0]
     return torch.arange(batch) + world()[0] * batch

@@ -20,9 +20,9 @@ class MlmArgs:
     """Masked language modelling."""
 
     weight: float = 1.0
-    """Factor of its loss in the total; 0 leaves it out."""
+    """Factor of its loss in the total; 0 turns it off."""
     probability: float = 0.15
-    """Share of a text's tokens to predict; of them 80 % are masked, 10 % replaced, 10 % kept."""
+    """Fraction of a text's tokens to predict; of them 80 % are masked, 10 % replaced, 10 % unchanged."""
 
     def build(self, seed: int) -> Objective:
         """The objective of a run with this seed."""
@@ -48,7 +48,7 @@ class MaskedLanguageModeling(Objective):
         request: FusionInput | None,
         fused: FusionOutput | None,
     ) -> Losses:
-        """The mean over masked tokens of the whole step's batch; scores are computed for masked tokens alone."""
+        """The mean over masked tokens of the step's complete batch; scores are computed for masked tokens alone."""
         assert fused is not None
         assert isinstance(model, Unimo3ForPreTraining), "other models have no masked words to predict"
         labels = states.batch["mlm_labels"]

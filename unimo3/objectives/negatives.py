@@ -1,6 +1,6 @@
-"""Which wrong partners image-text matching shows: drawn at random, or by how alike text and image seem.
+"""The negative partners of image-text matching: drawn at random, or by the similarity of text and image.
 
-Every draw is decided by the run's seed and the batch's place in the sample order, so it is the same at any number of
+Every draw is decided by the run's seed and the batch's position in the sample order, so it is the same at any number of
 ranks.
 
 Source: METER, arXiv 2111.02387 (random); ALBEF, arXiv 2107.07651, section 3.2 (hard).
@@ -17,7 +17,7 @@ def draw_random_negatives(image_id: Tensor, seed: int, position: int) -> Tensor:
     """Choose an image for every text: its own for one half, one with another image id for the other half.
 
     Args:
-        image_id: [N] of the whole batch.
+        image_id: [N] of the complete batch.
         seed: of the run.
         position: of the batch's first sample in the sample order.
 
@@ -56,8 +56,8 @@ def draw_hard_negatives(logits: Tensor, same_image: Tensor, quantiles: Tensor) -
     Computed in float64 on the CPU, without gradient.
 
     Args:
-        logits: [B, N], similarities of a rank's rows to the whole batch, over the temperature.
-        same_image: [B, N], True where a partner has the row's own image id.
+        logits: [B, N], similarities of a rank's rows to the complete batch, over the temperature.
+        same_image: [B, N], True where a partner has the row's image id.
         quantiles: [B] in (0, 1]: where in its cumulative distribution each row's draw lies.
 
     Returns:

@@ -6,7 +6,7 @@ their states, pair by pair; all go through this one module, as ZeRO-3 asks for.
 Source: ALBEF, arXiv 2107.07651, sections 3.2 and 4.
 """
 
-# Shapes: B samples, P pairs, n states kept of a tower, T text tokens, V image tokens, W tower width.
+# Shapes: B samples, P pairs, n states of a tower, T text tokens, V image tokens, W tower width.
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from unimo3.objectives.itm import ImageTextMatching
 
 
 class RetrievalTask(PretrainingTask):
-    """Batch -> the sum of both losses; or what evaluation asks for, by what the batch holds.
+    """Batch -> the sum of both losses; or what an evaluation needs, by the keys of the batch.
 
     Args:
         seed: of the run; it draws the negatives.

@@ -1,4 +1,4 @@
-"""How alike the texts and images of a step's batch seem to the contrastive head: the logits of ITC and of hard ITM.
+"""Similarities of the texts and images of a step's batch by the contrastive head: the logits of ITC and of hard ITM.
 
 Computed once a step for all objectives that read them. Features are gathered across ranks with their gradient.
 
@@ -22,13 +22,13 @@ ContrastedModel = Unimo3ForPreTraining | Unimo3ForImageAndTextRetrieval
 
 
 class Similarities(NamedTuple):
-    """A rank's rows against the whole batch.
+    """A rank's rows against the complete batch.
 
     Attributes:
         text_to_image: [B, N], cosines over the temperature.
         image_to_text: [B, N], the same.
         same_image: [B, N], True where both rows have one image id; a row's own partner is among them.
-        own: [B], where in the whole batch this rank's rows stand.
+        own: [B], indices of this rank's rows in the complete batch.
         temperature: [1], learned.
     """
 

@@ -23,23 +23,23 @@ from unimo3.errors import ConfigError
 log = logging.getLogger(__name__)
 
 Fused = Literal["auto", "apex", "deepspeed", "torch"]
-# Of a parameter group; what else stands there is an implementation's own.
+# Keys of a parameter group; all others are specific to an implementation.
 _SHARED = ("params", "lr", "betas", "eps", "weight_decay")
 
 
 def build_adam(
     groups: list[dict], betas: tuple[float, float], eps: float, fused: Fused, offloaded: bool = False
 ) -> Optimizer:
-    """AdamW over parameter groups that have their own rate and decay; the log says whose it is.
+    """AdamW over parameter groups that have their own rate and decay; the log names the implementation.
 
     Args:
         groups: as torch's optimizers take them.
-        fused: whose. ``auto`` takes DeepSpeed's CPUAdam where `offloaded`, else apex's on a GPU, and torch's where the
-            wished one is not to be had.
+        fused: the implementation. ``auto`` takes DeepSpeed's CPUAdam where `offloaded`, else apex's on a GPU, and
+            torch's where that one is not available.
         offloaded: the optimizer's state lies in main memory while the model is on a GPU.
 
     Raises:
-        ConfigError: the one asked for cannot be had here.
+        ConfigError: the requested one is not available here.
     """
     wanted = fused
     if fused == "auto":
@@ -64,7 +64,7 @@ def build_adam(
 
 
 class _NotBuiltError(Exception):
-    """DeepSpeed's kernel cannot be had here; the message says why."""
+    """DeepSpeed's kernel is not available here; the message is the reason."""
 
 
 def _torch(groups: list[dict], options: dict[str, Any]) -> Optimizer:
@@ -93,7 +93,7 @@ def _deepspeed(groups: list[dict], options: dict[str, Any], offloaded: bool) -> 
     try:
         with _one_builder(name):
             optimizer: Optimizer = kind(groups, **mode, **options)
-    except Exception as error:  # whatever a missing compiler, header or CUDA toolkit comes out as
+    except Exception as error:  # of any type: a missing compiler, header or CUDA toolkit
         needed = "a C++ compiler and ninja" if on_cpu else "nvcc of the CUDA version torch was built with"
         compiler = f", CXX is {os.environ['CXX']!r}" if "CXX" in os.environ else ""
         raise _NotBuiltError(
@@ -104,7 +104,7 @@ def _deepspeed(groups: list[dict], options: dict[str, Any], offloaded: bool) -> 
 
 @contextmanager
 def _one_builder(name: str) -> Iterator[None]:
-    """Let one process at a time compile an extension of DeepSpeed's, and clear away what a killed one has left.
+    """Let one process at a time compile an extension of DeepSpeed's, and remove the file that a killed one left.
 
     torch marks a build under way by a file, for which every other process waits without end; a process that was killed
     leaves it. Under a lock that a kill frees, such a file can only be a leftover.
@@ -121,9 +121,9 @@ def _one_builder(name: str) -> Iterator[None]:
 
 
 def count_steps_by_parameter(optimizer: Optimizer) -> None:
-    """Keep an optimizer's steps with each parameter, though it counts them by the group, as apex's FusedAdam does.
+    """Store an optimizer's steps with each parameter, although it counts them by group, as apex's FusedAdam does.
 
-    ZeRO-3 cuts a group into parts and calls ``step`` once for each, which a group's counter takes for so many steps.
+    ZeRO-3 cuts a group into parts and calls ``step`` once for each; a group's counter would count every call.
     """
 
     def before(optimizer: Optimizer, *_: Any) -> None:
@@ -146,28 +146,28 @@ def count_steps_by_parameter(optimizer: Optimizer) -> None:
 
 
 def _read_others(optimizer: Optimizer) -> None:
-    """Let a state that another implementation has saved be loaded."""
+    """Let an optimizer load the state that another implementation has saved."""
     counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)
 
-    def own_form(step: Any, parameter: torch.Tensor) -> Any:
+    def convert_step(step: Any, parameter: torch.Tensor) -> Any:
         if counts_in_tensors:
-            # Of the fused update, which reads it where the parameter is.
+            # The fused update reads it on the parameter's device.
             return torch.as_tensor(float(step), dtype=torch.float32, device=parameter.device)
         return int(step)
 
     def fix(optimizer: Optimizer) -> None:
-        own = {name: value for name, value in optimizer.defaults.items() if name not in _SHARED}
+        defaults = {name: value for name, value in optimizer.defaults.items() if name not in _SHARED}
         for group in optimizer.param_groups:
-            group.update(own)
+            group.update(defaults)
         for parameter, state in optimizer.state.items():
             if "step" in state:
-                state["step"] = own_form(state["step"], parameter)
+                state["step"] = convert_step(state["step"], parameter)
 
     optimizer.register_load_state_dict_post_hook(fix)
 
 
 def _root_of(error: BaseException) -> str:
-    """What was at the root of an error: a library's own words hide it."""
+    """The message of an error's root cause, which libraries wrap."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -11,7 +11,7 @@ class TrainingArgs:
     """Length, batch and engine of the run."""
 
     steps: int = 100_000
-    """Optimizer steps of the whole run; the learning rate falls to zero over them."""
+    """Optimizer steps of the complete run; the learning rate falls to zero over them."""
     stop_after: int = 0
     """Optimizer steps after which this process saves and ends with status 0, short of `steps`. 0: at `steps`."""
     global_batch: int = 4096
@@ -21,7 +21,7 @@ class TrainingArgs:
     ds_config: str = "ds_configs/zero3_bf16.json"
     """DeepSpeed configuration file."""
     activation_checkpointing: bool = False
-    """Whether layers keep their inputs alone for the backward pass and compute the rest again: less memory, about a
+    """Whether layers save only their inputs for the backward pass and compute the rest again: less memory, about a
     third more time."""
     compile_towers: bool = False
     """Whether both towers are compiled with torch.compile at the first step; needs a compiler on every node."""
@@ -37,17 +37,17 @@ class TrainingArgs:
     """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
-        found = [
+        """Return the errors of these settings, one line each."""
+        errors = [
             f"training.{name}: {getattr(self, name)}: at least 1 is needed"
             for name in ("steps", "log_every")
             if getattr(self, name) < 1
         ]
-        found += [
+        errors += [
             f"training.{name}: {getattr(self, name)}: 0 or a number of steps is needed"
             for name in ("stop_after", "eval_every", "max_skipped")
             if getattr(self, name) < 0
         ]
         if not 0 <= self.stall_after_s < math.inf:
-            found.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
-        return found + ds_config_errors(self.ds_config)
+            errors.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
+        return errors + ds_config_errors(self.ds_config)

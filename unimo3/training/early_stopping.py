@@ -21,13 +21,13 @@ class BestArgs:
     """The best checkpoint on held-out data, and early stopping."""
 
     keep: bool = True
-    """Whether the state of the best evaluation so far is saved, kept whatever checkpoint.keep_last says, and named in
+    """Whether the state of the best evaluation so far is saved, retained whatever checkpoint.keep_last is, and named in
     RUN/best.json; python -m pretrain.export RUN --tag best takes it. Not on splits named test or test-dev."""
     patience: int = 0
     """Evaluations in a row without a better metric after which the run ends with status 0. 0: never."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
+        """Return the errors of these settings, one line each."""
         if self.patience < 0:
             return [f"best.patience: {self.patience}: 0 or a number of evaluations is needed"]
         if self.patience and not self.keep:
@@ -36,7 +36,7 @@ class BestArgs:
 
 
 class Best:
-    """A run's best checkpoint by one metric on one set of held-out data; every rank has one and calls it alike.
+    """A run's best checkpoint by one metric on one set of held-out data; every rank has one and makes the same calls.
 
     Args:
         metric: larger is better.
@@ -49,7 +49,7 @@ class Best:
         self._args, self._metric, self._fingerprint, self._every = args, metric, fingerprint, every
 
     def consider(self, run: Run, metrics: Metrics, save: Callable[[], bool]) -> None:
-        """Have the run's present state saved, and noted as the best, if its metric is better than any before.
+        """Save the run's current state and record it as the best, if its metric is better than any before.
 
         Args:
             save: saves the state, and returns whether it is committed.

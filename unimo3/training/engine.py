@@ -1,7 +1,7 @@
-"""The DeepSpeed engine: the one place that reads ``ds_configs/`` and starts DeepSpeed.
+"""The DeepSpeed engine: the only module that reads ``ds_configs/`` and starts DeepSpeed.
 
-A ds_config says how to shard, offload and round; batch sizes and gradient clipping are the recipe's and stand as
-"auto" there. A ds_config that sets them itself to something else is refused: two sources for one number would hide
+A ds_config decides how to shard, offload and round. The recipe decides batch sizes and gradient clipping, which are
+"auto" in a ds_config. A ds_config that sets them to another value is refused: two sources for one number would hide
 which one a run used.
 
 Source: DeepSpeed 0.19, runtime/config.py and runtime/engine.py.
@@ -32,8 +32,8 @@ Model = TypeVar("Model", bound=Unimo3PreTrainedModel)
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 """Folder of the configurations that come with the project."""
-# Settings of the recipe, and where a ds_config has them.
-_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# Keys of a ds_config whose values are settings of the recipe.
+_BY_RECIPE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _REMOVED = ("elasticity", "nebula", "compression_training", "autotuning", "optimizer", "scheduler")
 
 
@@ -51,53 +51,53 @@ class BatchPlan:
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these numbers, one line per error."""
-        found = [
+        """Return the errors of these numbers, one line each."""
+        errors = [
             f"training.{name}: {value}: at least 1 pair is needed"
             for name, value in (("global_batch", self.global_batch), ("micro_batch", self.micro_batch))
             if value < 1
         ]
-        if not found and self.global_batch % (self.micro_batch * self.world_size):
-            share = self.micro_batch * self.world_size
-            below, above = self.global_batch // share * share, (self.global_batch // share + 1) * share
-            found.append(
+        if not errors and self.global_batch % (self.micro_batch * self.world_size):
+            pairs = self.micro_batch * self.world_size
+            below, above = self.global_batch // pairs * pairs, (self.global_batch // pairs + 1) * pairs
+            errors.append(
                 f"training.global_batch: {self.global_batch}: does not divide into micro-batches of "
                 f"{self.micro_batch} on {self.world_size} ranks; use {f'{below} or ' if below else ''}{above}, "
                 "or change training.micro_batch or the number of ranks"
             )
-        return found
+        return errors
 
 
 def ds_config_errors(path: str) -> list[str]:
-    """Say what is wrong with a ds_config file, one line per error."""
+    """Return the errors of a ds_config file, one line each."""
     try:
         config = _read(path)
     except ConfigError as error:
         return error.errors
     where = f"training.ds_config: '{path}'"
-    found = [
+    errors = [
         f"{where}: sets '{key}' to {config[key]!r}; set it to \"auto\": the recipe decides it"
-        for key in _OWNED
+        for key in _BY_RECIPE
         if config.get(key, "auto") != "auto"
     ]
-    found += [f"{where}: has '{key}', which this project does not use; remove it" for key in _REMOVED if key in config]
+    errors += [f"{where}: has '{key}', which this project does not use; remove it" for key in _REMOVED if key in config]
     for key, value in _walk(config):
-        if value == "auto" and key not in _OWNED:
-            found.append(
-                f"{where}: '{key}' is \"auto\"; only {', '.join(_OWNED)} are filled in, DeepSpeed drops others"
+        if value == "auto" and key not in _BY_RECIPE:
+            errors.append(
+                f"{where}: '{key}' is \"auto\"; only {', '.join(_BY_RECIPE)} are filled in, DeepSpeed drops others"
             )
     for section in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(config.get(section, {}), dict):
-            return [*found, f"{where}: '{section}': {config[section]!r}: an object is needed; see zero3_bf16.json"]
-    found += [f"{where}: {problem}" for problem in _zero_errors(config.get("zero_optimization", {}))]
+            return [*errors, f"{where}: '{section}': {config[section]!r}: an object is needed; see zero3_bf16.json"]
+    errors += [f"{where}: {problem}" for problem in _zero_errors(config.get("zero_optimization", {}))]
     if isinstance(config.get("checkpoint"), dict) and config["checkpoint"].get("use_node_local_storage"):
-        found.append(
+        errors.append(
             f"{where}: 'checkpoint.use_node_local_storage' is true: parts of a checkpoint on each node's own disk "
             "can be neither verified nor resumed on other ranks; remove it, and put run.dir on shared storage"
         )
     if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
-        found.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
-    return found
+        errors.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
+    return errors
 
 
 def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, A
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
-    # Which AdamW runs is optim.fused's to say; DeepSpeed would refuse torch's under offload.
+    # optim.fused decides which AdamW runs; DeepSpeed would refuse torch's under offload.
     return (
         {"zero_force_ds_cpu_optimizer": False}
         | _read(path)
@@ -191,22 +191,22 @@ def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
 
 
 def _zero_errors(section: dict[str, Any]) -> list[str]:
-    """What DeepSpeed would refuse of a ds_config's ZeRO section, and the unknown keys it would drop silently."""
+    """Errors that DeepSpeed would raise for a ds_config's ZeRO section, and unknown keys it would drop silently."""
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
-    found = []
+    errors = []
     for key in sorted(set(section) - known):
         close = difflib.get_close_matches(key, known, n=1)
-        found.append(f"'zero_optimization.{key}': DeepSpeed knows no such key; {_hint(close)}")
-    given = {key: value for key, value in section.items() if key in known and value != "auto"}
+        errors.append(f"'zero_optimization.{key}': DeepSpeed knows no such key; {_hint(close)}")
+    values = {key: value for key, value in section.items() if key in known and value != "auto"}
     try:
-        stage = DeepSpeedZeroConfig(**given).stage
+        stage = DeepSpeedZeroConfig(**values).stage
     except ValueError as error:
-        found.append(f"'zero_optimization': DeepSpeed refuses it: {error}")
+        errors.append(f"'zero_optimization': DeepSpeed refuses it: {error}")
     else:
         if stage < 1 and section.get("stage") != "auto":
-            found.append("'zero_optimization.stage': 0: ZeRO is off; use 3, or 2 or 1, on which checkpoints rest")
-    return found
+            errors.append("'zero_optimization.stage': 0: ZeRO is off; use 3, or 2 or 1, on which checkpoints rest")
+    return errors
 
 
 def _hint(close: list[str]) -> str:
@@ -214,7 +214,7 @@ def _hint(close: list[str]) -> str:
 
 
 def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Global norm of the last step's gradient; nan if it is not finite, for which DeepSpeed says -1 or nothing."""
+    """Global norm of the last step's gradient; nan if it is not finite, for which DeepSpeed returns -1 or None."""
     norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None and float(norm) >= 0 else math.nan
 
@@ -234,7 +234,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _walk(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    items: list[tuple[str, Any]] = []
     for key, value in config.items():
-        found += _walk(value) if isinstance(value, dict) else [(key, value)]
-    return found
+        items += _walk(value) if isinstance(value, dict) else [(key, value)]
+    return items

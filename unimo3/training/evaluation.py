@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 class Evaluation(NamedTuple):
     """Held-out data, known by its index's fingerprint, and its metrics at a step; every rank computes them.
 
-    Their batches go through a `Guard`, on every rank as many; if the run must end there are no metrics.
+    Their batches go through a `Guard`, the same number on every rank; if the run must end there are no metrics.
 
     Attributes:
         split: the data's, for the record.
@@ -34,21 +34,21 @@ class Evaluation(NamedTuple):
 
 
 class Guard(Protocol):
-    """Hands batches on until the run must end.
+    """Yields batches until the run must end.
 
     Attributes:
-        is_cut: whether it had to.
+        is_cut: whether the run must end.
     """
 
     is_cut: bool
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; every rank takes as many."""
+        """The same batches; every rank takes the same number."""
         ...
 
 
 class Unguarded:
-    """Hands all batches on, where nobody asks to stop."""
+    """Yields all batches, where no stop can be requested."""
 
     is_cut = False
 
@@ -61,7 +61,7 @@ class Unguarded:
 def held_out_losses(
     engine: Engine, samples: Samples, world: World, batch: int, reader: ReaderArgs, guard: Guard
 ) -> Metrics | None:
-    """Mean of the task's metrics over whole batches of `samples`; every rank calls it. None if the run must end.
+    """Mean of the task's metrics over full batches of `samples`; every rank calls it. None if the run must end.
 
     The contrastive loss depends on the batch it is computed in, so only batches that are full on all ranks count; if
     not even the first is, it counts as it is, filled up with repeated rows.

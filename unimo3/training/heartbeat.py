@@ -16,7 +16,7 @@ from pathlib import Path
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
-# Of a process that lives: many ranks write theirs every few seconds.
+# Age of a live process's heartbeat: even many ranks write theirs every few seconds.
 _RECENT_S = 30.0
 
 
@@ -39,7 +39,7 @@ class Heartbeat:
         return self.host == socket.gethostname()
 
     def state(self) -> str | None:
-        """What this host's kernel says of the process, such as ``T (stopped)``; None: no such process."""
+        """The process's state in this host's kernel, such as ``T (stopped)``; None: no such process."""
         try:
             lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         except OSError:
@@ -67,23 +67,23 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """Every rank's last heartbeat, in the order of ranks; what cannot be read is skipped."""
-    found = []
+    beats = []
     for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
         try:
-            found.append(Heartbeat(**json.loads(path.read_text())))
+            beats.append(Heartbeat(**json.loads(path.read_text())))
         except (OSError, ValueError, TypeError):
             continue
-    return found
+    return beats
 
 
 def other_process(run: Path) -> Heartbeat | None:
-    """The heartbeat of a process other than this one that is at the run now; None: there is none to be seen.
+    """The heartbeat of a process other than this one that uses the run now; None: none is visible.
 
-    Every rank looks at its own rank's, which no other process of its start writes.
+    Every rank reads that of its own rank number, which no other process of its start writes.
     """
-    own = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", "0"))
     for beat in read_heartbeats(run):
-        is_recent = beat.rank == own and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
+        is_recent = beat.rank == rank and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
         if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.lives())):
             return beat
     return None
@@ -92,10 +92,10 @@ def other_process(run: Path) -> Heartbeat | None:
 def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, silent_s: float) -> str:
     """Which ranks hold up the others: those that never came, else the silent ones, else those furthest behind.
 
-    Clocks do not say who is behind: a rank may enter a phase before another does and still be the one that waits.
+    Clocks do not show who is behind: a rank may enter a phase before another does and still be the one that waits.
 
     Args:
-        beats: heartbeats that were found, some perhaps of an earlier start.
+        beats: all heartbeats, some perhaps of an earlier start.
         num_ranks: how many ranks there should be.
         started: when this start began, seconds since 1970.
         silent_s: seconds without a heartbeat after which a rank counts as silent.
@@ -105,12 +105,12 @@ def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, si
     if absent := sorted(set(range(num_ranks)) - {beat.rank for beat in beats}):
         return _some([f"rank {rank}, which has given no heartbeat since this start" for rank in absent])
     if silent := [beat for beat in beats if now - beat.time > silent_s]:
-        return _some([f"{_place(beat, now)}, silent for {now - beat.time:.0f} s{_fate(beat)}" for beat in silent])
+        return _some([f"{_describe(beat, now)}, silent for {now - beat.time:.0f} s{_fate(beat)}" for beat in silent])
     fewest = min(beat.beats for beat in beats)
-    return _some([_place(beat, now) for beat in beats if beat.beats == fewest])
+    return _some([_describe(beat, now) for beat in beats if beat.beats == fewest])
 
 
-def _place(beat: Heartbeat, now: float) -> str:
+def _describe(beat: Heartbeat, now: float) -> str:
     return (
         f"rank {beat.rank} on {beat.host} (pid {beat.pid}) in phase '{beat.phase}' of step {beat.step} for "
         f"{now - beat.since:.0f} s"

@@ -55,15 +55,15 @@ class MetricsWriter:
         """Append one record, and the same as events.
 
         Args:
-            metrics: ``step``, plain numbers, texts (which TensorBoard is not shown), and nested lists of shares in
-                [0, 1], [layers, heads, levels], which it is shown as heat maps of layers by levels.
+            metrics: ``step``, plain numbers, texts (not for TensorBoard), and nested lists of weights in [0, 1],
+                [layers, heads, levels], which TensorBoard gets as heat maps of layers by levels.
             group: heads the names in TensorBoard.
         """
         if self._file is None:
             return
         record = json.dumps(metrics if group == "train" else {"group": group, **metrics}) + "\n"
         try:
-            # After a line that was cut off, on one of its own.
+            # After a truncated line, on a new one.
             self._file.write("\n" + record if self._is_cut_off else record)
             self._is_cut_off = False
         except OSError as error:
@@ -92,9 +92,9 @@ class MetricsWriter:
                 self._board.close()
 
 
-def heat_map(shares: list) -> np.ndarray:
-    """Shares [layers, heads, levels] -> a picture from black 0 to white 1, a layer a row, a level a column."""
-    values = np.asarray(shares, dtype=np.float32).mean(axis=1)
+def heat_map(weights: list) -> np.ndarray:
+    """Weights [layers, heads, levels] -> a picture from black 0 to white 1, a layer a row, a level a column."""
+    values = np.asarray(weights, dtype=np.float32).mean(axis=1)
     return np.kron(values, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
 
 
@@ -103,20 +103,20 @@ def read_metrics(folder: Path, group: str | None = None) -> list[Metrics]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [record for record in _whole_records(path) if record.get("group") == group]
+    return [record for record in _complete_records(path) if record.get("group") == group]
 
 
 def drop_after(path: Path, step: int) -> None:
     """Remove records of steps after `step`, and a last line that a kill left half-written."""
     if not path.exists():
         return
-    kept = [record for record in _whole_records(path) if record["step"] <= step]
+    records = [record for record in _complete_records(path) if record["step"] <= step]
     staging = path.with_suffix(".tmp")
-    staging.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    staging.write_text("".join(json.dumps(record) + "\n" for record in records))
     staging.replace(path)
 
 
-def _whole_records(path: Path) -> list[Metrics]:
+def _complete_records(path: Path) -> list[Metrics]:
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -135,7 +135,7 @@ def step_metrics(
         means: losses and other scalars of the task, means over all ranks; one that is not finite is logged as None.
         lr: of the towers.
         step_s: seconds since the step before, the wait for data included.
-        counts: of the whole run.
+        counts: of the complete run.
     """
     return {
         "step": step,
@@ -151,7 +151,7 @@ def step_metrics(
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory this process has held: the GPU's where there is one, else resident."""
+    """Peak memory of this process: the GPU's where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,21 +39,21 @@ class OptimArgs:
     fused: Fused = "auto"
     """Whose fused kernels run the update. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's CPUAdam where the
     ds_config offloads the optimizer or there is no GPU, else its FusedAdam; both are compiled when first used. torch:
-    torch's own. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
+    torch's AdamW. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
-        found = []
+        """Return the errors of these settings, one line each."""
+        errors = []
         for name in ("lr", "fusion_factor", "head_factor", "eps"):
             if getattr(self, name) <= 0:
-                found.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
+                errors.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
-                found.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
+                errors.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
         for name in ("beta1", "beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
-                found.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
-        return found
+                errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
+        return errors
 
 
 def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs, offloaded: bool = False) -> torch.optim.Optimizer:
@@ -93,7 +93,7 @@ def parameter_groups(model: Unimo3PreTrainedModel, args: OptimArgs) -> list[dict
 
 
 def _split_by_decay(roots: Iterable[nn.Module], seen: set[int]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    # By the owner's kind: under ZeRO-3 every parameter's own shape is flat.
+    # By the module's type: under ZeRO-3 every parameter's shape is flat.
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for root in roots:

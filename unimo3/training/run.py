@@ -28,9 +28,9 @@ from unimo3.training.metrics import MetricsWriter, drop_after
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is resumed: they alter how it runs, not what it computes. What lies at
-# data.train is known by its fingerprint; a ds_config must keep stage and precision, which the checkpoint knows. With
-# another number of ranks another training.micro_batch keeps what a micro-step sees; a change of that is named.
+# Settings that may change when a run is resumed: they alter how it runs, not what it computes. Data of
+# data.train is checked by its fingerprint; a ds_config must keep the stage and precision of the checkpoint. With
+# another number of ranks another training.micro_batch keeps the pairs of a micro-step; a change of them is logged.
 FREE_SETTINGS = (
     "run.dir",
     "checkpoint.",
@@ -56,18 +56,18 @@ FREE_SETTINGS = (
     "ranking.",
 )
 
-# Of the settings of data, those that decide what evaluation alone computes.
+# Settings of data that decide what an evaluation alone computes.
 _READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
 
-# Weights that a run started from have done their work once there is a checkpoint; they may lie elsewhere, or nowhere.
+# Initial weights are not needed once there is a checkpoint; they may have been moved or removed.
 _FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
 
 
 def changed_settings(settings: Any) -> list[str]:
-    """Say which settings are not those the run was started with, one line per error; none for a new run.
+    """Return which settings are not those the run was started with, one line per error; none for a new run.
 
     Args:
-        settings: a program's whole configuration; its ``run`` group names the folder.
+        settings: a program's complete configuration; its ``run`` group names the folder.
     """
     path: Path = settings.run.folder / "config.yaml"
     return _differences(config.read_flat(path, type(settings)), settings) if path.exists() else []
@@ -101,12 +101,12 @@ def _may_change(key: str, now: Any, settings: Any) -> bool:
 
 @dataclass(frozen=True)
 class RunArgs:
-    """The run's name, place and seed."""
+    """The run's name, folder and seed."""
 
     name: str = "run"
     """Name of the run, and of its folder."""
     dir: str = "runs"
-    """Folder that holds runs; on storage all nodes share."""
+    """Parent folder of runs, on storage that all nodes share."""
     seed: int = 0
     """Seed of initial weights, sample order, masks, augmentation, negatives and dropout."""
 
@@ -116,15 +116,15 @@ class RunArgs:
         return Path(self.dir) / self.name
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
-        found = []
+        """Return the errors of these settings, one line each."""
+        errors = []
         if not self.name or Path(self.name).name != self.name or self.name in (".", ".."):
-            found.append(f"run.name: '{self.name}': a plain folder name is needed, without '/'")
+            errors.append(f"run.name: '{self.name}': a plain folder name is needed, without '/'")
         if self.seed < 0:
-            found.append(f"run.seed: {self.seed}: 0 or more is needed")
+            errors.append(f"run.seed: {self.seed}: 0 or more is needed")
         if not self.dir:
-            found.append("run.dir: '': a folder is needed")
-        return found
+            errors.append("run.dir: '': a folder is needed")
+        return errors
 
 
 class Saveable(Protocol):
@@ -139,7 +139,7 @@ class Run:
     """One run, new or resumed.
 
     Args:
-        settings: the program's whole configuration, without `changed_settings`; its ``run`` group names the folder.
+        settings: the program's complete configuration, without `changed_settings`; its ``run`` group names the folder.
         global_batch: pairs an optimizer step.
         fingerprint: of the training data's index. None: this process trains on none, whatever the run was trained on.
     """
@@ -162,7 +162,7 @@ class Run:
                 config.save(settings, self.folder / "config.yaml")
 
     def write_model_files(self, *parts: Saveable) -> None:
-        """Keep what an exported folder needs next to the weights: configuration, tokenizer, image processor."""
+        """Save what an exported folder needs next to the weights: configuration, tokenizer, image processor."""
         final, staging = self.folder / "model", self.folder / "model.tmp"
         # A start before the first checkpoint begins again, perhaps from other weights or with other answers.
         if self._rank != 0 or (final.exists() and store.has_folders(self.folder)):
@@ -205,18 +205,18 @@ class Run:
                 store.quarantine(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
-        # What does not train drops nothing of what training left.
+        # A process that does not train drops no record of the training.
         resumed_step = None if self._fingerprint is None else self.step
         self.metrics = MetricsWriter(self.folder, resumed_step, enabled=self._rank == 0)
         if self._keeps_ledger and self._fingerprint is not None:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)
-            own = folder / f"rank_{self._rank:05d}.jsonl"
-            # Those of ranks that are no more, too: what they read after the checkpoint is read again by others.
-            for path in sorted({own, *folder.glob("rank_*.jsonl")}):
+            ledger_path = folder / f"rank_{self._rank:05d}.jsonl"
+            # Also those of ranks that no longer exist: other ranks read their samples after the checkpoint again.
+            for path in sorted({ledger_path, *folder.glob("rank_*.jsonl")}):
                 if int(path.stem.removeprefix("rank_")) % self._world_size == self._rank:
                     drop_after(path, self.step)
-            self._ledger = own.open("a", buffering=1)
+            self._ledger = ledger_path.open("a", buffering=1)
 
     def _change_of_ranks(self, state: TrainState) -> str:
         """What another number of ranks changes, as the end of a log line."""
@@ -234,7 +234,7 @@ class Run:
         return "" if state.world_size == self._world_size else f", from {state.world_size} ranks to {self._world_size}"
 
     def state(self) -> TrainState:
-        """Where the run stands, as a checkpoint of the current step keeps it."""
+        """The run's state, as a checkpoint of the current step saves it."""
         assert self._fingerprint is not None, "what does not train saves nothing"
         settings = config.flatten(self._settings)
         return TrainState(

@@ -26,7 +26,7 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
     """Join the other ranks; a stop signal ends the process with status 75 until training notes it.
 
     Args:
-        run: its seed counts for all ranks; each rank's own draws (dropout) come from seed + rank.
+        run: its seed counts for all ranks; each rank's local draws (dropout) come from seed + rank.
         stall_after_s: see `TrainingArgs`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

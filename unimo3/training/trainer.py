@@ -63,7 +63,7 @@ class Trainer:
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
         batches: the micro-batches of each optimizer step, from `run.step` on.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
-        only_evaluates: evaluate where the run stands, whether that was done before or not, and train no further.
+        only_evaluates: evaluate at the run's step, even if that was done before, and do not train.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Trainer:
         self.saver.save(self.run.state(), is_last=self.run.step == self.last_step)
 
     def evaluate(self, evaluation: Evaluation) -> None:
-        """Evaluate on held-out data, record the metrics, and keep the checkpoint if it is the best."""
+        """Evaluate on held-out data, record the metrics, and save the checkpoint if it is the best."""
         guard = _EvaluationGuard(self.listener, self.watch, self.run.step, self.engine.device)
         metrics = evaluation.metrics(self.run.step, guard)
         self._is_evaluation_cut = guard.is_cut  # the next start evaluates again
@@ -247,8 +247,8 @@ class Trainer:
             asked = f"asked to stop ({self.listener.name or 'by another rank'})"
             if self.only_evaluates:
                 raise Interrupted(
-                    f"{asked} during the evaluation {where}, of which nothing is kept; start the same command to do it "
-                    "again"
+                    f"{asked} during the evaluation {where}, of which nothing is saved; start the same command to do "
+                    "it again"
                 )
             raise Interrupted(f"{asked}; {where}; start the same command to continue")
         if self.rank != 0:
@@ -302,7 +302,7 @@ class Trainer:
             for record in read_metrics(self.run.folder, group="eval")
             if record["step"] == self.run.step and record.get("data") == evaluation.fingerprint
         ]
-        # Rank 0's view counts for all: it is the one that writes the file.
+        # Rank 0 decides for all: it writes the file.
         missing: bool = broadcast_object(self._is_evaluation_due() and not done)
         return missing
 
@@ -322,7 +322,7 @@ class _EvaluationGuard:
         self._listener, self._watch, self._step, self._device = listener, watch, step, device
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; every rank takes as many."""
+        """The same batches; every rank takes the same number."""
         while True:
             batch = None
             self._watch.beat("evaluate", self._step)

@@ -1,11 +1,11 @@
-"""An end to a step that no rank gets out of.
+"""Ends a step in which all ranks hang.
 
     RUN/stacks/rank_00000.txt         what each thread was doing when the rank gave up
     RUN/stacks/asked_00000.txt        the same, at each SIGQUIT
 
 In a collective all ranks wait for the one that does not come. When this rank has made no progress for a bound, it
-writes its stacks, the ranks that hold up the others are named from their heartbeats, and the process ends with a status
-of its own: the launcher then ends the others, and the job starts again from its last checkpoint.
+writes its stacks, the ranks that hold up the others are named from their heartbeats, and the process ends with status
+71: the launcher then ends the others, and the job starts again from its last checkpoint.
 
 Source: torch.distributed's watchdog for the idea; Python's faulthandler for the stacks.
 """
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 STACKS = "stacks"
 # Joining, loading, compiling and writing take longer than a step.
 _PATIENCE = {"join": 4.0, "build": 4.0, "start": 4.0, "save": 4.0}
-# What a process that gives up may take for it: the folder it writes to may be what hangs.
+# Time limit of the reports of a process that gives up: the folder it writes to may hang.
 _TELLING_S = 10.0
 
 
 class Watch:
     """This rank's heartbeat and the watch over its progress, from the start of the process.
 
-    Two threads: what hangs on the run's folder, as heartbeats may, must not stop the watch. Known from the environment
-    alone, for joining the other ranks is watched too.
+    Two threads: what hangs on the run's folder, as heartbeats may, must not stop the watch. Rank and size come from the
+    environment, because joining the other ranks is watched too.
 
     Args:
         run: the run's folder.
@@ -54,23 +54,23 @@ class Watch:
         self._step, self._phase, self._beats, self._since = 0, "join", 0, self._started
         self._ends = threading.Event()
         faulthandler.register(signal.SIGQUIT, all_threads=True)  # to the output until the folder is there
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._tell, self._watch)]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._heartbeats, self._watch)]
         for thread in self._threads:
             thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """Say that a phase of a step begins; this is progress. Every rank says it at the same points of the program."""
+        """Record that a phase of a step begins; this is progress. Every rank does so at the same points."""
         self._phase, self._step, self._beats, self._since = phase, step, self._beats + 1, time.time()
 
     def close(self) -> None:
-        """End the watch; the last heartbeat says that the rank has ended."""
+        """End the watch; the last heartbeat reports that the rank has ended."""
         self._ends.set()
         for thread in self._threads:
             thread.join(5)
         self.beat("ended", self._step)
         self._write()
 
-    def _tell(self) -> None:
+    def _heartbeats(self) -> None:
         """Heartbeats and the poll, until the end."""
         try:
             self._clean()
@@ -86,7 +86,7 @@ class Watch:
             self._poll()
 
     def _clean(self) -> None:
-        """Remove this rank's stacks of an earlier start; rank 0 also what a larger number of ranks left."""
+        """Remove this rank's stacks of an earlier start; rank 0 also removes files of ranks that this start lacks."""
         for folder in (HEARTBEATS, STACKS):
             (self._run / folder).mkdir(parents=True, exist_ok=True)
             for path in (self._run / folder).glob("*_*") if self._rank == 0 else ():
@@ -100,7 +100,7 @@ class Watch:
         while not self._ends.wait(self._interval_s):
             now = time.monotonic()
             if now - last > 10 * self._interval_s + 5:
-                # The whole process was stopped, as when a scheduler suspends a job: that is nobody's stall.
+                # The process itself was stopped, as when a scheduler suspends a job: that is no stall.
                 self._since = time.time()
             last = now
             if self._bound_s and time.time() - self._since > self._bound_s * _PATIENCE.get(self._phase, 1.0):
@@ -109,7 +109,7 @@ class Watch:
     def _write(self) -> None:
         try:
             write_heartbeat(self._run, self._rank, self._step, self._phase, self._beats, self._since)
-        except OSError as error:  # a full disk is the checkpoint's to report
+        except OSError as error:  # saving a checkpoint reports a full disk
             log.debug("%s: %s", self._run, error)
 
     @property
@@ -118,7 +118,7 @@ class Watch:
 
     def _give_up(self) -> None:
         limit_s = _TELLING_S + 3 * self._interval_s
-        for wait_s, act in ((limit_s, self._say_that_the_folder_hangs), (limit_s + 5, lambda: os._exit(EXIT_STALLED))):
+        for wait_s, act in ((limit_s, self._report_hanging_folder), (limit_s + 5, lambda: os._exit(EXIT_STALLED))):
             timer = threading.Timer(wait_s, act)
             timer.daemon = True
             timer.start()
@@ -144,7 +144,7 @@ class Watch:
         logging.shutdown()
         os._exit(EXIT_STALLED)
 
-    def _say_that_the_folder_hangs(self) -> None:
+    def _report_hanging_folder(self) -> None:
         log.error(
             "rank %d: no progress for %g s (training.stall_after_s) in phase '%s' of step %d, and %s does not answer: "
             "see its file system; the stacks follow. Ending, to start again from the last checkpoint",
@@ -159,7 +159,7 @@ class Watch:
 
 
 def _wake(beat: Heartbeat) -> bool:
-    """Have a stopped process of this host write its stacks: nobody else could, and it is about to be ended."""
+    """Have a stopped process of this host write its stacks: no other process can, and it is about to be ended."""
     if not beat.is_here or not (beat.state() or "").startswith("T"):
         return False
     try:

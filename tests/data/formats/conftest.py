@@ -1,4 +1,4 @@
-"""Sources in the public releases' own files, as small as they can be, and what the converters make of them."""
+"""Sources in the public releases' files, as small as they can be, and what the converters make of them."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ class Read(NamedTuple):
 
 
 def convert(name: str, source: Path, images: Path | None = None) -> Read:
-    """Read a whole source; what holds for the keys of every format is checked on the way."""
+    """Read a complete source and check the rules for the keys of every format."""
     omitted: Counter[str] = Counter()
     samples = list(CONVERTERS[name](source, images or source, omitted))
     # The counter is optional, and counting changes nothing.
@@ -57,24 +57,24 @@ def set_at(*path: Any, value: Any) -> Callable[[Any], Any]:
 
     def change(content: Any) -> Any:
         content = deepcopy(content)
-        place = content
+        parent = content
         for step in path[:-1]:
-            place = place[step]
-        place[path[-1]] = value
+            parent = parent[step]
+        parent[path[-1]] = value
         return content
 
     return change
 
 
 def lose(*path: Any) -> Callable[[Any], Any]:
-    """A change that removes what is at a path of keys and numbers."""
+    """A change that removes the value at a path of keys and numbers."""
 
     def change(content: Any) -> Any:
         content = deepcopy(content)
-        place = content
+        parent = content
         for step in path[:-1]:
-            place = place[step]
-        del place[path[-1]]
+            parent = parent[step]
+        del parent[path[-1]]
         return content
 
     return change

@@ -1,4 +1,4 @@
-"""One file a format: each file with a converter is entered, under its own name."""
+"""One file a format: each file with a converter is registered under its name."""
 
 import importlib
 import pkgutil
@@ -23,13 +23,13 @@ FIRST_FILES = {
 
 
 def test_every_file_with_a_converter_is_entered_under_its_name():
-    found = {}
+    converters = {}
     for module in pkgutil.iter_modules(formats.__path__):
         converter = getattr(importlib.import_module(f"{formats.__name__}.{module.name}"), "convert", None)
         if converter is not None:
-            found[module.name] = converter
-    assert found == CONVERTERS
-    assert found.keys() == FIRST_FILES.keys()
+            converters[module.name] = converter
+    assert converters == CONVERTERS
+    assert converters.keys() == FIRST_FILES.keys()
 
 
 @pytest.mark.parametrize("name", FIRST_FILES)

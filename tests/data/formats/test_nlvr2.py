@@ -24,7 +24,7 @@ def write_source(root: Path, ending: str = "json", end: str = "\n", bom: bool = 
     return root
 
 
-def said(pair: str, number: int, statement: str, label: bool) -> dict:
+def content_of(pair: str, number: int, statement: str, label: bool) -> dict:
     return {"image_id": pair, "identifier": f"{pair}-{number}", "statement": statement, "label": label}
 
 
@@ -34,11 +34,11 @@ def said(pair: str, number: int, statement: str, label: bool) -> dict:
 def test_each_statement_is_a_sample_of_two_images(tmp_path, ending, end, bom):
     read = convert("nlvr2", write_source(tmp_path, ending, end, bom))
     assert [(split, sample.key, sample.content) for split, sample in read.samples] == [
-        ("train", "train-10171-0-0", said("train-10171-0", 0, "One case.", True)),
-        ("train", "train-10171-0-1", said("train-10171-0", 1, "Zwei Füchse.", False)),
-        ("train", "train-0_5-2_3-0", said("train-0.5-2/3", 0, "One case.", True)),
-        ("val", "dev-850-0-0", said("dev-850-0", 0, "A dog.", False)),
-        ("test", "test1-0-1-0", said("test1-0-1", 0, "A cat.", True)),
+        ("train", "train-10171-0-0", content_of("train-10171-0", 0, "One case.", True)),
+        ("train", "train-10171-0-1", content_of("train-10171-0", 1, "Zwei Füchse.", False)),
+        ("train", "train-0_5-2_3-0", content_of("train-0.5-2/3", 0, "One case.", True)),
+        ("val", "dev-850-0-0", content_of("dev-850-0", 0, "A dog.", False)),
+        ("test", "test1-0-1-0", content_of("test1-0-1", 0, "A cat.", True)),
     ]
     assert not read.omitted
 
@@ -92,9 +92,9 @@ def test_all_that_the_toy_writes_is_read(drawn):
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
         wanted = [json.loads(line) for line in (source / f"{name}.json").read_text().splitlines()]
         assert wanted
-        found = read.split(split)
-        assert [(s.key, s.content["statement"], str(s.content["label"])) for s in found] == [
+        samples = read.split(split)
+        assert [(s.key, s.content["statement"], str(s.content["label"])) for s in samples] == [
             (record["identifier"], record["sentence"], record["label"]) for record in wanted
         ]
-        for sample in found:
+        for sample in samples:
             assert [Image.open(file).size for file in sample.images] == [(32, 32), (32, 32)]

@@ -1,4 +1,4 @@
-"""Readers: what they accept, and that each error is named with its place and its fix."""
+"""Readers: what they accept, and that each error is named with its position and its fix."""
 
 import re
 from pathlib import Path

@@ -39,7 +39,7 @@ def write_source(root: Path, end: str = "\n", bom: bool = False) -> Path:
     return root
 
 
-def said(photo: str, text: str, label: str) -> dict:
+def content_of(photo: str, text: str, label: str) -> dict:
     return {"text": text, "label": label, "pair_id": f"{photo}.jpg#2r1n"}
 
 
@@ -53,15 +53,15 @@ def test_hypotheses_are_gathered_by_photo(tmp_path, end, bom):
             {
                 "image_id": 3416050480,
                 "hypotheses": [
-                    said("3416050480", "They sleep.", "contradiction"),
-                    said("3416050480", "They talk.", "neutral"),
-                    said("3416050480", "They talk.", "entailment"),
+                    content_of("3416050480", "They sleep.", "contradiction"),
+                    content_of("3416050480", "They talk.", "neutral"),
+                    content_of("3416050480", "They talk.", "entailment"),
                 ],
             },
         ),
-        ("train", "000000036979", {"image_id": 36979, "hypotheses": [said("36979", "Ein Fluß.", "entailment")]}),
-        ("val", "000000065567", {"image_id": 65567, "hypotheses": [said("65567", "A dog.", "neutral")]}),
-        ("test", "000000000077", {"image_id": 77, "hypotheses": [said("77", "A cat.", "entailment")]}),
+        ("train", "000000036979", {"image_id": 36979, "hypotheses": [content_of("36979", "Ein Fluß.", "entailment")]}),
+        ("val", "000000065567", {"image_id": 65567, "hypotheses": [content_of("65567", "A dog.", "neutral")]}),
+        ("test", "000000000077", {"image_id": 77, "hypotheses": [content_of("77", "A cat.", "entailment")]}),
     ]
 
 

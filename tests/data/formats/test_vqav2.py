@@ -189,9 +189,9 @@ def test_test_questions_are_read_apart_from_those_with_answers(tmp_path):
         {"question_id": 262144000, "question": "Is the ball flying towards the batter?"},
         {"question_id": 262144005, "question": "What sport is this?"},
     ]
-    whole, other = read.split("test")
-    assert (whole.key, whole.images) == ("000000262144", (file,))
-    assert whole.content == {"image_id": 262144, "questions": asked}
+    first, other = read.split("test")
+    assert (first.key, first.images) == ("000000262144", (file,))
+    assert first.content == {"image_id": 262144, "questions": asked}
     assert (other.key, other.images) == ("000000000001", (images / "test2015" / "COCO_test2015_000000000001.jpg",))
     assert other.content == {"image_id": 1, "questions": [{"question_id": 1000, "question": "What is it?"}]}
     (part,) = read.split("test-dev")

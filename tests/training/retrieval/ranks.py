@@ -38,9 +38,9 @@ SETTINGS = {
 
 def config(vocab_size):
     """Two tower states a token, as bridges read them."""
-    found = tiny_config(bridge=True, num_hidden_layers=2)
-    found.text_config.vocab_size = vocab_size
-    return found
+    model_config = tiny_config(bridge=True, num_hidden_layers=2)
+    model_config.text_config.vocab_size = vocab_size
+    return model_config
 
 
 def captioned(shards):
@@ -110,11 +110,11 @@ def scores_of(task, shards, ranking):
     task.eval()
     samples, _ = captioned(shards)
     towers = Towers(task, samples, here(), BATCH, READER, ranking.cache_gb * 1e9, Unguarded())
-    found = towers.embed()
-    galleries = galleries_of(found, 0, ranking.shortlist, task.device)
-    own = towers.own_images()
-    pairs = own_pairs(galleries, own[own >= 0], len(found.images), len(found.texts))
-    return score(task, towers, pairs, len(found.texts), BATCH, ranking.pair_batch, Unguarded())
+    embeddings = towers.embed()
+    galleries = galleries_of(embeddings, 0, ranking.shortlist, task.device)
+    images = towers.own_images()
+    pairs = own_pairs(galleries, images[images >= 0], len(embeddings.images), len(embeddings.texts))
+    return score(task, towers, pairs, len(embeddings.texts), BATCH, ranking.pair_batch, Unguarded())
 
 
 def figures_and_cuts(shards, names, numbers):
@@ -128,12 +128,12 @@ def figures_and_cuts(shards, names, numbers):
     cuts = []
     for number in numbers:
         guard = CutAfter(number)
-        found = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
-        cuts.append((guard.is_cut, found is None))
+        result = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
+        cuts.append((guard.is_cut, result is None))
     return metrics, scores_of(task, shards, SETTINGS["some_blocks"]), cuts
 
 
 def here():
-    """This process's place among the ranks."""
+    """This process as one of the ranks."""
     rank, size = world()
     return World(rank, rank, size)

@@ -1,4 +1,4 @@
-"""Retrieval's evaluation: against scoring every pair by the whole model, at any number of ranks, in little memory."""
+"""Retrieval's evaluation: against scoring every pair by the full model, at any number of ranks, in little memory."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ NUM_IMAGES = 11
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As many as each rank has: sums that several threads share differ in the last bit."""
+    """As many as each rank has: sums over several threads differ in the last bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """11 training images with six captions each, one of which all of them share."""
+    """11 training images with six captions each, one of which is the same for all."""
     root = tmp_path_factory.mktemp("retrieval")
     write_source(root / "source", 15)
     out = root / "coco"
@@ -59,15 +59,15 @@ def alone(shards):
 
 
 @torch.no_grad()
-def whole_model_scores(shards, task):
-    """Similarities and matching logits of every pair, [images, texts], the whole model run for each; texts' images."""
+def full_model_scores(shards, task):
+    """Similarities and matching logits of every pair, [images, texts], the full model run for each; texts' images."""
     samples, _ = captioned(shards)
     pixels, texts = [], []
     for loaded, counts in evaluation_batches(samples, 0, 1, BATCH, READER):
         moved = to_device({"images": loaded["images"]}, torch.device("cpu"))["pixel_values"]
-        for image, said, is_counted in zip(moved, loaded["texts"], counts.tolist(), strict=True):
+        for image, captions, is_counted in zip(moved, loaded["texts"], counts.tolist(), strict=True):
             if is_counted:
-                texts += [(len(pixels), *map(torch.from_numpy, text)) for text in said]
+                texts += [(len(pixels), *map(torch.from_numpy, text)) for text in captions]
                 pixels.append(image)
     similarities, scores = torch.zeros(2, len(pixels), len(texts)).unbind()
     ids, mask = (torch.stack([text[part] for text in texts]) for part in (1, 2))
@@ -90,13 +90,13 @@ def naive_recall(order_of, is_right, num_queries):
 
 @pytest.mark.parametrize("shortlist", [0, 3])
 def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortlist):
-    # In float64, rounded to float32 by the heads: what is tied is tied in both.
+    # In float64, rounded to float32 by the heads: ties are the same in both.
     task = plain_task(shards).double().eval()
-    similarities, scores, image_of = whole_model_scores(shards, task)
-    found = evaluate(shards, RankingArgs(shortlist=shortlist, pair_batch=7), task)
+    similarities, scores, image_of = full_model_scores(shards, task)
+    metrics = evaluate(shards, RankingArgs(shortlist=shortlist, pair_batch=7), task)
 
     def order(similarities, scores, is_right):
-        """Candidates of one query: the shortlist by scores, the others by similarity; of equals wrong ones first."""
+        """Candidates of one query: the shortlist by scores, the others by similarity; incorrect ones first if equal."""
         size = min(shortlist, len(scores)) if shortlist else len(scores)
         chosen = sorted(range(len(scores)), key=lambda c: (-float(similarities[c]), c))[:size]
         rest = [c for c in range(len(scores)) if c not in chosen]
@@ -113,19 +113,19 @@ def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortli
         lambda text, image: image == image_of[text],
         len(image_of),
     )
-    assert [found[f"tr_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_image)
-    assert [found[f"ir_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_text)
-    assert 0 < found["ir_at_10"] < 1
-    assert shortlist or found["num_pairs"] == NUM_IMAGES * len(image_of)
+    assert [metrics[f"tr_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_image)
+    assert [metrics[f"ir_at_{k}"] for k in (1, 5, 10)] == pytest.approx(by_text)
+    assert 0 < metrics["ir_at_10"] < 1
+    assert shortlist or metrics["num_pairs"] == NUM_IMAGES * len(image_of)
 
 
 def test_little_memory_gives_the_same_metrics_and_scores(shards, alone):
     task = plain_task(shards)
     roomy, *others = (scores_of(task, shards, SETTINGS[name]) for name in ("shortlist", "blocks", "some_blocks"))
-    for found in others:
-        assert torch.equal(found.pairs, roomy.pairs)
-        # Other blocks make other batches of pairs, which round otherwise.
-        torch.testing.assert_close(found.scores, roomy.scores, atol=1e-5, rtol=1e-5)
+    for other in others:
+        assert torch.equal(other.pairs, roomy.pairs)
+        # Other blocks make other batches of pairs, which round differently.
+        torch.testing.assert_close(other.scores, roomy.scores, atol=1e-5, rtol=1e-5)
     assert alone["blocks"] == alone["shortlist"] == alone["some_blocks"]
     assert alone["shortlist"]["num_pairs"] < alone["exact"]["num_pairs"]
 
@@ -148,15 +148,15 @@ def test_towers_run_once_an_image_and_once_a_text(shards):
 
 
 def test_folds_are_ranked_each_for_itself(shards, alone):
-    found = alone["folds"]
-    # The one fold is the whole set.
-    assert {name: value for name, value in found.items() if name.endswith("_fold")} == {
-        f"{name}_fold": value for name, value in found.items() if not name.endswith("_fold") and name != "num_pairs"
+    metrics = alone["folds"]
+    # The one fold is the complete set.
+    assert {name: value for name, value in metrics.items() if name.endswith("_fold")} == {
+        f"{name}_fold": value for name, value in metrics.items() if not name.endswith("_fold") and name != "num_pairs"
     }
     ones = evaluate(shards, RankingArgs(shortlist=2, pair_batch=8, fold_images=1))
-    # An image alone has its own texts, and a text its own image.
+    # A fold of one image has only its texts.
     assert (ones["tr_at_1_fold"], ones["ir_at_1_fold"], ones["ir_at_1_towers_fold"]) == (1, 1, 1)
-    assert ones["ir_at_1"] == found["ir_at_1"]
+    assert ones["ir_at_1"] == metrics["ir_at_1"]
 
 
 def test_images_that_are_no_whole_number_of_folds_are_refused(shards):
@@ -179,8 +179,8 @@ def test_a_cut_evaluation_has_no_metrics(shards):
     # In the images, in the texts, among the pairs, never.
     for number, is_cut in ((0, True), (4, True), (9, True), (40, True), (10_000, False)):
         guard = CutAfter(number)
-        found = evaluate(shards, SETTINGS["some_blocks"], task, guard)
-        assert (guard.is_cut, found is None) == (is_cut, is_cut)
+        metrics = evaluate(shards, SETTINGS["some_blocks"], task, guard)
+        assert (guard.is_cut, metrics is None) == (is_cut, is_cut)
 
 
 @pytest.mark.integration

@@ -17,7 +17,7 @@ def drawn_scores(seed):
 
 
 def naive_recall(scores, is_right, k):
-    """Share of rows with a right column among the first k, where wrong ones go first of equals."""
+    """Fraction of rows with a correct column among the first k; of equal scores incorrect ones go first."""
     hits = 0
     for row, right in zip(scores.tolist(), is_right.tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda column, row=row, right=right: (-row[column], right[column]))
@@ -29,19 +29,19 @@ def naive_recall(scores, is_right, k):
 def test_recall_is_a_double_loops_with_ties_and_five_captions(seed):
     scores = drawn_scores(seed)
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
-    found = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
+    metrics = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
     for k in (1, 5, 10):
-        assert found[f"tr_at_{k}"] == pytest.approx(naive_recall(scores, is_right, k))
-        assert found[f"ir_at_{k}"] == pytest.approx(naive_recall(scores.T, is_right.T, k))
-    assert found["ir_at_10"] == 1  # there are seven images
-    six = [found[f"{way}_at_{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
-    assert found["recall_mean"] == pytest.approx(sum(six) / 6)
+        assert metrics[f"tr_at_{k}"] == pytest.approx(naive_recall(scores, is_right, k))
+        assert metrics[f"ir_at_{k}"] == pytest.approx(naive_recall(scores.T, is_right.T, k))
+    assert metrics["ir_at_10"] == 1  # there are seven images
+    six = [metrics[f"{way}_at_{k}"] for way in ("tr", "ir") for k in (1, 5, 10)]
+    assert metrics["recall_mean"] == pytest.approx(sum(six) / 6)
 
 
 def test_equal_scores_do_not_help():
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
-    found = recalls(*(first_places(torch.zeros(right.shape), right) for right in (is_right, is_right.T)))
-    assert (found["tr_at_10"], found["ir_at_5"]) == (0, 0)
+    metrics = recalls(*(first_places(torch.zeros(right.shape), right) for right in (is_right, is_right.T)))
+    assert (metrics["tr_at_10"], metrics["ir_at_5"]) == (0, 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -52,8 +52,8 @@ def test_a_score_that_is_no_number_is_the_lowest(bad):
 
 
 def test_a_query_without_a_right_candidate_never_counts():
-    places = first_places(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
-    assert recalls(places, places)["tr_at_10"] == 0
+    ranks = first_places(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    assert recalls(ranks, ranks)["tr_at_10"] == 0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -71,8 +71,8 @@ def test_a_shortlist_goes_before_the_others_in_the_order_of_its_own_scores(seed,
         }
         best = max(key for column, key in keys.items() if right[column])
         expected.append(sum(key >= best for column, key in keys.items() if not right[column]))
-    found = places_of_shortlist(fusion.gather(1, chosen), is_right.gather(1, chosen), first_places(towers, is_right))
-    assert found.tolist() == expected
+    ranks = places_of_shortlist(fusion.gather(1, chosen), is_right.gather(1, chosen), first_places(towers, is_right))
+    assert ranks.tolist() == expected
 
 
 def test_figures_of_folds_are_means():

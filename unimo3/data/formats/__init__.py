@@ -1,6 +1,6 @@
-"""Public data sets' own files -> samples, one file a format.
+"""Public data sets' files -> samples, one module a format.
 
-To add a format, write a file with ``convert(source, images, omitted)``, as `record.Converter` says, and enter it here.
+To add a format, write a file with ``convert(source, images, omitted)``, as in `record.Converter`, and enter it here.
 """
 
 from unimo3.data.formats import cc3m, coco, flickr30k, nlvr2, sbu, snli_ve, vg, vqav2

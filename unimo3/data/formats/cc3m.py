@@ -3,10 +3,10 @@
     SOURCE/Train_GCC-training.tsv, SOURCE/Validation_GCC-1.1.0-Validation.tsv (or in SOURCE/utils/)
     SOURCE/{train,val}_image_exist.txt   the images that could be downloaded, one path a line
     IMAGES/{train,val}_image/00000042.jpg   named after the row, from 0
-    SOURCE/{train,val}_annot.json, if there is one, goes first: the [path, caption] of what was downloaded
+    SOURCE/{train,val}_annot.json, if there is one, has precedence: the [path, caption] of what was downloaded
 
 Source: https://ai.google.com/research/ConceptualCaptions/download; write_conceptual_caption.py of
-https://github.com/microsoft/BridgeTower and https://github.com/dandelin/ViLT for what lies next to the release.
+https://github.com/microsoft/BridgeTower and https://github.com/dandelin/ViLT for the files next to the release.
 """
 
 import reprlib

@@ -28,13 +28,13 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
 
 
 def photo_folder(images: Path) -> Path:
-    """Where Flickr30K's photos lie."""
+    """The folder of Flickr30K's photos."""
     folder = images / "flickr30k-images"
     return folder if folder.is_dir() else images
 
 
 def photo_number(record: Any, name: str, where: str) -> str:
-    """The digits that a photo's file is named after, from a field that holds them or the file's name."""
+    """The digits that a photo's file is named after, from a field that contains them or the file's name."""
     value = field(record, name, where, str)
     digits = value.removesuffix(".jpg")
     if not (digits.isascii() and digits.isdigit() and len(digits) <= _KEY_DIGITS):

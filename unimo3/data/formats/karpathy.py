@@ -15,15 +15,15 @@ _SPLITS = ("train", "restval", "val", "test")
 
 
 def read_captions(path: Path, omitted: Counter[str] | None) -> Iterator[tuple[str, dict[str, Any], str, list[str]]]:
-    """Each image's place in the file, record, split and captions; ``restval`` joins training."""
+    """Each image's position in the file, record, split and captions; ``restval`` joins training."""
     for number, image in enumerate(field(read_json(path, dict), "images", path, list)):
         where = f"{path}: images[{number}]"
         split = choice(image, "split", where, _SPLITS)
         sentences = field(image, "sentences", where, list)
-        given = [field(sentence, "raw", f"{where}.sentences[{i}]", str) for i, sentence in enumerate(sentences)]
-        captions = distinct(given)
+        texts = [field(sentence, "raw", f"{where}.sentences[{i}]", str) for i, sentence in enumerate(sentences)]
+        captions = distinct(texts)
         if not captions:
             raise DataError(f"{where}.sentences: have no text; every image needs at least one caption")
-        if omitted is not None and (num_empty := sum(not caption.strip() for caption in given)):
+        if omitted is not None and (num_empty := sum(not caption.strip() for caption in texts)):
             omitted["empty caption"] += num_empty
         yield where, image, "train" if split == "restval" else split, captions

@@ -20,7 +20,7 @@ _SPLITS = (("train", "train", "images/train"), ("val", "dev", "dev"), ("test", "
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
     """One sample a ``statement``, with its ``label``, true or false; nothing is skipped.
 
-    ``image_id`` names the pair, of which there may be another statement; ``identifier`` is the release's.
+    ``image_id`` names the pair, which may have another statement; ``identifier`` is the release's.
     """
     for split, name, folder in _SPLITS:
         for where, record in read_records(first_file(source / f"{name}.json", source / f"{name}.jsonl")):
@@ -28,10 +28,10 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             pair = identifier.rpartition("-")[0]
             if not pair:
                 raise DataError(f"{where}: field 'identifier' is {identifier!r}; split-set-pair-sentence expected")
-            place = images / folder
+            path = images / folder
             if split == "train" and "directory" in record:
-                place /= str(field(record, "directory", where, int))
-            files = (place / f"{pair}-img0.png", place / f"{pair}-img1.png")
+                path /= str(field(record, "directory", where, int))
+            files = (path / f"{pair}-img0.png", path / f"{pair}-img1.png")
             content = {
                 "image_id": pair,
                 "identifier": identifier,

@@ -1,4 +1,4 @@
-"""What a converter gives, and the readers of a source's records that all converters share.
+"""The samples that a converter yields, and the readers of a source's records that all converters use.
 
 Every error is a `DataError` that names the file, the record, the field, its value and the fix.
 
@@ -20,12 +20,12 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Sample:
-    """The images that are looked at together, and what is said or asked of them.
+    """The images that belong together, and the texts about them.
 
     Attributes:
         key: unique in its split, without dots or slashes.
         images: their files; one, or two for NLVR2.
-        content: what goes into the sample's ``json``; has ``image_id`` and the format's texts.
+        content: of the sample's ``json``; has ``image_id`` and the format's texts.
     """
 
     key: str
@@ -45,12 +45,12 @@ class Converter(Protocol):
             omitted: gets, by reason, the number of records that the format allows to be unusable and that are skipped.
 
         Raises:
-            DataError: a file or a record is not what the format says.
+            DataError: a file or a record does not have the format.
         """
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
-    """A whole JSON file whose outermost value is a `kind`."""
+    """The content of a JSON file whose outermost value is a `kind`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -66,9 +66,9 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    r"""Each line's place in the file, for messages, and its text. Only ``\n`` and ``\r\n`` end a line."""
+    r"""Each line's position in the file, for messages, and its text. Only ``\n`` and ``\r\n`` end a line."""
     try:
-        # Bytes, because text files also break at a lone \r, and decoding in blocks would blame the wrong line.
+        # Bytes, because text files also break at a lone \r, and decoding in blocks would report the wrong line.
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}: line {number}"
@@ -82,7 +82,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record's place in a file of JSON lines, for messages, and the record; blank lines are skipped."""
+    """Each record's position in a file of JSON lines, for messages, and the record; blank lines are skipped."""
     for where, line in read_lines(path):
         if not line.strip():
             continue
@@ -111,18 +111,18 @@ def field(record: Any, name: str, where: str | Path, kind: type[Kind]) -> Kind:
 
 def text(record: Any, name: str, where: str) -> str:
     """A record's text, stripped, which must not be empty."""
-    found = field(record, name, where, str).strip()
-    if not found:
+    value = field(record, name, where, str).strip()
+    if not value:
         raise DataError(f"{where}: field '{name}' is empty; remove the record or give it a text")
-    return found
+    return value
 
 
 def choice(record: Any, name: str, where: str, options: Sequence[str]) -> str:
     """A record's text, which must be one of `options`."""
-    found = field(record, name, where, str)
-    if found not in options:
-        raise DataError(f"{where}: field '{name}' is {found!r}; one of {', '.join(options)} expected")
-    return found
+    value = field(record, name, where, str)
+    if value not in options:
+        raise DataError(f"{where}: field '{name}' is {value!r}; one of {', '.join(options)} expected")
+    return value
 
 
 def distinct(captions: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """SBU Captions.
 
     SOURCE/sbu-captions-all.json, the release: an image is named like its URL
-    SOURCE/annot.json, if there is one, goes first: the [path, caption] of what was downloaded
+    SOURCE/annot.json, if there is one, has precedence: the [path, caption] of what was downloaded
 
 Source: https://www.cs.rice.edu/~vo9/sbucaptions; https://github.com/dandelin/ViLT/blob/master/DATA.md.
 """
@@ -48,5 +48,5 @@ def _file_name(url: object) -> str:
         return ""
     try:
         return urlsplit(url).path.rpartition("/")[2]
-    except ValueError:  # what urlsplit says to brackets in a host
+    except ValueError:  # raised by urlsplit for brackets in a host
         return ""

@@ -26,7 +26,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
     omitted = Counter() if omitted is None else omitted
     folder = photo_folder(images)
     for split, name in _SPLITS.items():
-        # By photo, because nothing says that a photo's lines stand together.
+        # By photo: a photo's lines may be apart in the file.
         of_photo: dict[str, list[dict[str, str]]] = {}
         for where, record in read_records(source / f"snli_ve_{name}.jsonl"):
             photo = photo_number(record, "Flickr30K_ID", where)
@@ -35,8 +35,8 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             if label == _NO_AGREEMENT:
                 omitted["no gold label"] += 1
             else:
-                said = {"text": hypothesis, "label": label, "pair_id": text(record, "pairID", where)}
-                of_photo.setdefault(photo, []).append(said)
+                entry = {"text": hypothesis, "label": label, "pair_id": text(record, "pairID", where)}
+                of_photo.setdefault(photo, []).append(entry)
         for photo, hypotheses in of_photo.items():
             content = {"image_id": int(photo), "hypotheses": hypotheses}
             yield split, Sample(f"{int(photo):012d}", (folder / f"{photo}.jpg",), content)

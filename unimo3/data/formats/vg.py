@@ -31,15 +31,15 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
         phrases: list[str] = []
         boxes: dict[str, list[int]] = {}
         for i, region in enumerate(field(record, "regions", where, list)):
-            place = f"{where}.regions[{i}]"
-            found = field(region, "image_id", place, int)
-            if identity not in (None, found):
+            position = f"{where}.regions[{i}]"
+            image_id = field(region, "image_id", position, int)
+            if identity not in (None, image_id):
                 raise DataError(
-                    f"{place}: field 'image_id' is {found}, {identity} before it; one image a record expected"
+                    f"{position}: field 'image_id' is {image_id}, {identity} before it; one image a record expected"
                 )
-            identity = found
-            phrase = field(region, "phrase", place, str).strip()
-            box = [field(region, side, place, int) for side in _BOX]
+            identity = image_id
+            phrase = field(region, "phrase", position, str).strip()
+            box = [field(region, side, position, int) for side in _BOX]
             if not phrase:
                 omitted["empty phrase"] += 1
                 continue
@@ -55,7 +55,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
 
 
 def _listing(images: Path) -> dict[str, Path]:
-    # Two listings: the release says nowhere in which of the folders an image is.
+    # Two listings: the release does not name the folder of an image.
     folders = [images / name for name in _FOLDERS if (images / name).is_dir()]
     if not folders:
         raise DataError(f"{images}: holds neither VG_100K/ nor VG_100K_2/; --images must name the folder of both")

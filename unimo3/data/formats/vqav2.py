@@ -51,7 +51,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
 
 
 def answer_vocabulary(counts: Counter[str], min_count: int) -> list[str]:
-    """Answers given at least `min_count` times, most frequent first, then by alphabet."""
+    """Answers with a count of at least `min_count`, most frequent first, then by alphabet."""
     frequent = [(answer, count) for answer, count in counts.items() if count >= min_count]
     return [answer for answer, _ in sorted(frequent, key=lambda entry: (-entry[1], entry[0]))]
 
@@ -81,10 +81,10 @@ class _Annotations:
             self._notes[field(note, "question_id", where, int)] = (where, note)
 
     def answers(self, question: int, image: int, where: str) -> dict[str, Any]:
-        """What people answered to a question about an image.
+        """The human answers to a question about an image.
 
         Args:
-            where: place of the question, for messages.
+            where: position of the question, for messages.
 
         Raises:
             DataError: the question has no annotation, or one that does not fit it or lacks a field.

@@ -1,4 +1,4 @@
-"""Writes toy scenes in the public data sets' own file formats.
+"""Writes toy scenes in the public data sets' file formats.
 
 Source: Karpathy's splits (COCO, Flickr30K), https://visualqa.org (VQAv2), https://github.com/lil-lab/nlvr (NLVR2),
 https://github.com/necla-ml/SNLI-VE.
@@ -43,8 +43,8 @@ def write_coco_and_vqav2(root: Path, num_images: int, size: int, seed: int, prog
         )
         if split == "restval":
             continue
-        for place, question in enumerate(questions(scene, rng)):
-            question_id = identity * 1000 + place
+        for index, question in enumerate(questions(scene, rng)):
+            question_id = identity * 1000 + index
             asked[year][0].append({"image_id": identity, "question": question.text, "question_id": question_id})
             asked[year][1].append(_annotation(question, question_id, identity, rng))
     _write_json(root / "coco" / "dataset_coco.json", {"dataset": "coco", "images": images})
@@ -75,18 +75,18 @@ def write_flickr30k_and_snli_ve(
         split = _split_of(number, num_images, _FLICKR_SPLITS)
         identity = str(1_000_000 + number)
         _save_jpeg(scene, root / "flickr30k" / "flickr30k-images" / f"{identity}.jpg", size, rng)
-        said = captions(scene, rng)
-        images.append({"filename": f"{identity}.jpg", "split": split} | _sentences(said, number))
-        for place in range(3):
+        texts = captions(scene, rng)
+        images.append({"filename": f"{identity}.jpg", "split": split} | _sentences(texts, number))
+        for index in range(3):
             sentence, label = statement(scene, rng)
             lines["dev" if split == "val" else split].append(
                 {
                     "Flickr30K_ID": identity,
-                    "sentence1": said[0],
+                    "sentence1": texts[0],
                     "sentence2": sentence,
                     "gold_label": label,
                     "annotator_labels": [label] * 5,
-                    "pairID": f"{identity}.jpg#0r{place}",
+                    "pairID": f"{identity}.jpg#0r{index}",
                 }
             )
     _write_json(root / "flickr30k" / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
@@ -135,10 +135,10 @@ def _sentences(texts: list[str], number: int) -> dict[str, Any]:
 
 def _annotation(question: Question, question_id: int, image_id: int, rng: np.random.Generator) -> dict[str, Any]:
     # Up to two of the ten people see it otherwise; the majority is always right.
-    wrong = [option for option in question.options if option != question.answer]
-    said = [question.answer] * 10
-    for place in rng.choice(10, size=int(rng.integers(3)), replace=False):
-        said[int(place)] = str(rng.choice(wrong))
+    others = [option for option in question.options if option != question.answer]
+    answers = [question.answer] * 10
+    for index in rng.choice(10, size=int(rng.integers(3)), replace=False):
+        answers[int(index)] = str(rng.choice(others))
     return {
         "question_id": question_id,
         "image_id": image_id,
@@ -146,7 +146,7 @@ def _annotation(question: Question, question_id: int, image_id: int, rng: np.ran
         "answer_type": question.answer_type,
         "multiple_choice_answer": question.answer,
         "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": place + 1} for place, answer in enumerate(said)
+            {"answer": answer, "answer_confidence": "yes", "answer_id": i + 1} for i, answer in enumerate(answers)
         ],
         "granularity": question.granularity,
     }

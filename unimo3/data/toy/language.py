@@ -1,8 +1,8 @@
-"""What is said and asked of a scene.
+"""Captions, questions and statements about a scene.
 
 Questions have three granularities: fine (texture or colour of one small object), object (shape, colour, count,
-existence) and scene (relations, layout). The answer is drawn first where that balances it, so a question's text says
-little about its answer.
+existence) and scene (relations, layout). The answer is drawn first where that balances it, so a question's text
+has little information about its answer.
 """
 
 from collections import Counter
@@ -61,7 +61,7 @@ def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def pair_statement(left: Scene, right: Scene, rng: np.random.Generator) -> tuple[str, bool]:
-    """A sentence about two pictures and whether it holds, half of the time each."""
+    """A sentence about two pictures and whether it is true, half of the time each."""
     truth = bool(rng.integers(2))
     side, scene = (("left", left), ("right", right))[rng.integers(2)]
     if rng.integers(2):
@@ -164,9 +164,9 @@ def _colour_at_an_end(scene: Scene, rng: np.random.Generator) -> Question | None
         ("at the top", lambda thing: thing.y),
         ("at the bottom", lambda thing: -thing.y),
     )
-    where, place = ends[rng.integers(len(ends))]
-    thing, next_one = sorted(scene, key=place)[:2]
-    if place(next_one) - place(thing) < 0.5 / GRID:
+    where, position = ends[rng.integers(len(ends))]
+    thing, next_one = sorted(scene, key=position)[:2]
+    if position(next_one) - position(thing) < 0.5 / GRID:
         return None  # two share the outermost row or column
     return Question(f"what color is the object {where}?", thing.colour, "what color", "scene", "other", tuple(COLOURS))
 

@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 TEXTURES = ("solid", "striped", "dotted")
 SIZES = ("small", "large")
 BACKGROUND = (236, 232, 224)
-# Objects stand in the cells of a grid, a little off its centres; lengths are shares of the picture's side.
+# Objects stand in the cells of a grid, a little off its centres; lengths are fractions of the picture's side.
 GRID = 4
 _JITTER = 0.01
 _RADIUS = {"small": 0.08, "large": 0.115}
@@ -29,7 +29,7 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One object; `x` and `y` are its centre as shares of the picture, from the top left."""
+    """One object; `x` and `y` are its centre as fractions of the picture, from the top left."""
 
     shape: str
     colour: str
@@ -40,12 +40,12 @@ class Thing:
 
     @property
     def radius(self) -> float:
-        """Half its extent, as a share of the picture."""
+        """Half its extent, as a fraction of the picture."""
         return _RADIUS[self.size]
 
     @property
     def name(self) -> str:
-        """Colour and shape, which no other object of the scene shares."""
+        """Colour and shape, which no other object of the scene has."""
         return f"{self.colour} {self.shape}"
 
 
@@ -53,7 +53,7 @@ Scene = tuple[Thing, ...]
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Place two to four objects in cells of their own."""
+    """Draw two to four objects, each in a different cell."""
     wanted = int(rng.integers(2, 5))
     # Few shapes and colours a scene, so that counts above one are common.
     shapes = rng.choice(SHAPES, size=min(len(SHAPES), int(rng.integers(2, 4))), replace=False)

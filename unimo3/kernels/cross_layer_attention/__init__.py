@@ -61,7 +61,7 @@ def cross_layer_attention(
     _check(q, keys, values, gate, masks, dropout_p)
     chosen = _choose(impl, q)
     if not torch.compiler.is_compiling():
-        _say(chosen, q.device.type, q.dtype)
+        _log_choice(chosen, q.device.type, q.dtype)
     if chosen == "triton":
         # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
         from unimo3.kernels.cross_layer_attention import launch
@@ -72,18 +72,18 @@ def cross_layer_attention(
 
 
 @functools.cache
-def _say(chosen: str, device: str, dtype: torch.dtype) -> None:
-    """Once for each kind."""
+def _log_choice(chosen: str, device: str, dtype: torch.dtype) -> None:
+    """Log once for each kind."""
     log.info("cross-layer attention: %s, for %s on %s", _WHAT[chosen], dtype, device)
 
 
-def _levels(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(given, Tensor) and given.dim() == 5:
-        return list(given.unbind(2))
-    if isinstance(given, Tensor) or not isinstance(given, Sequence):
-        form = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+def _levels(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor) and tensors.dim() == 5:
+        return list(tensors.unbind(2))
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        form = f"shape {tuple(tensors.shape)}" if isinstance(tensors, Tensor) else f"a {type(tensors).__name__}"
         raise ValueError(f"{name}: {form}; [B, H, S, V, d], or a list of one [B, H, V, d] a level, is needed")
-    return list(given)
+    return list(tensors)
 
 
 def _choose(impl: str | None, q: Tensor) -> str:

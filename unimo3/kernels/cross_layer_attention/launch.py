@@ -53,7 +53,7 @@ class _Call:
         q, levels = dense_rows(inputs.q), len(inputs.k)
         self.pairs = q.shape[0] * q.shape[1]
         keys, values = tuple(map(dense_rows, inputs.k)), tuple(map(dense_rows, inputs.v))
-        # What is not there is never read; some pointer has to stand for it.
+        # A missing tensor is never read, but the kernel needs some pointer for it.
         masks = tuple(dense_rows(mask).view(torch.uint8) for mask in inputs.masks) or (q,) * levels
         gate = q if inputs.gate is None else inputs.gate
         seed = q if inputs.seed is None else inputs.seed

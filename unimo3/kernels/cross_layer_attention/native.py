@@ -1,7 +1,7 @@
 """The C++ kernel for float32 on CPUs, built and called.
 
 The library is compiled once, in one to three seconds, into ``$XDG_CACHE_HOME/unimo3`` (by default ``~/.cache/unimo3``).
-Its name holds a hash of source, compiler and processor, so nodes of several kinds can share a home.
+Its name contains a hash of source, compiler and processor, so nodes of several kinds can share a home.
 
 Source: native.cpp next to this file; the interface is C's, so that no header of torch has to be compiled.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-# A head is a whole number of the widest vectors.
+# A head's width is a multiple of the widest vector.
 WIDTH_MULTIPLE = 16
 
 
@@ -87,7 +87,7 @@ def _built(compiler: list[str]) -> Path:
     target = folder / f"cross_layer_attention-{name}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # Ranks may build at once: each into a folder of its own, and the last rename wins with the same content.
+        # Ranks may build at once: each into a separate folder, and the last rename wins with the same content.
         with tempfile.TemporaryDirectory(dir=folder) as staging:
             built = Path(staging) / target.name
             command = [*compiler, *FLAGS, "-o", str(built), str(SOURCE)]
@@ -103,8 +103,8 @@ def _processor() -> str:
     """What decides the instructions that ``-march=native`` stands for."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join(sorted(kept)) or os.uname().machine
+    relevant = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join(sorted(relevant)) or os.uname().machine
 
 
 class _Call:
@@ -120,10 +120,10 @@ class _Call:
         seed, threads = 0 if inputs.seed is None else int(inputs.seed), torch.get_num_threads()
         self._shape = _Shape(batch, heads, tokens, inputs.longest, width, num_levels, threads, seed, inputs.dropout_p)
         self.levels = (_Level * num_levels)()
-        for place, entry in enumerate(self.levels):
-            key, value = self._levels[place], self._levels[num_levels + place]
+        for level, entry in enumerate(self.levels):
+            key, value = self._levels[level], self._levels[num_levels + level]
             entry.k, entry.v, entry.keys = _view(key), _view(value), key.shape[2]
-            entry.readable = masks[place].data_ptr() if masks else None
+            entry.readable = masks[level].data_ptr() if masks else None
         self.tensors = _Tensors(
             q=_view(q), gate=None if gate is None else gate.data_ptr(), lse=lse.data_ptr(), levels=self.levels
         )

@@ -37,20 +37,20 @@ def cross_layer_attention_reference(
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
         masks: one [B, V_i] a level, True where a key may be read; a sample without any gets zeros of that level.
         dropout_p: probability of dropping an attention weight. A query drops a key at all levels or at none: levels
-            are views of one token, and one of them would tell what another was to hide.
+            are views of one token, and one of them would reveal what another hides.
 
     Returns:
         [B, H, T, d] in q's dtype.
     """
     q = q * q.shape[-1] ** -0.5
     softmax_dtype = torch.promote_types(q.dtype, torch.float32)
-    kept, read, unreadable, any_key = None, None, None, None
+    dropout_mask, read, unreadable, any_key = None, None, None, None
     if gate is None:
         gate = q.new_full((*q.shape[:3], len(k)), 1 / len(k)) if len(k) > 1 else None
     else:
         gate = gate.to(q.dtype).transpose(1, 2)
     if dropout_p > 0:
-        kept = dropout(q.new_ones(*q.shape[:3], max(key.shape[2] for key in k)), dropout_p)
+        dropout_mask = dropout(q.new_ones(*q.shape[:3], max(key.shape[2] for key in k)), dropout_p)
     out = None
     for level, (key, value) in enumerate(zip(k, v, strict=True)):
         scores = q @ key.transpose(-1, -2)  # [B, H, T, V]
@@ -64,8 +64,8 @@ def cross_layer_attention_reference(
         weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
         if gate is not None:
             weights = weights * gate[..., level, None]
-        if kept is not None:
-            weights = weights * kept[..., : key.shape[2]]
+        if dropout_mask is not None:
+            weights = weights * dropout_mask[..., : key.shape[2]]
         mixed = weights @ value
         if any_key is not None:
             mixed = mixed * any_key

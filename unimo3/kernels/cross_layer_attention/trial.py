@@ -1,8 +1,8 @@
 """A trial of the Triton kernels on this GPU, before anything is trusted to them.
 
-A GPU, driver or triton they were never run with may refuse them or get them wrong. Each process asks once for a dtype
-and head width, in some seconds, and falls back to the reference with a warning. What a trial cannot catch is an access
-to memory that is not theirs, after which a process can use its GPU no more.
+A GPU, driver or triton they were never run with may refuse them or get them wrong. Each process tries a dtype and
+head width once, in some seconds, and falls back to the reference with a warning. A trial cannot catch an illegal memory
+access, after which a process cannot use its GPU any more.
 
 Source: none; the C++ kernel's build falls back in the same way.
 """
@@ -34,11 +34,11 @@ def triton_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     return tried(device, dtype, width)
 
 
-# A function of its own: what torch.compile is to take for a constant must be a plain one.
+# A separate function: what torch.compile is to take for a constant must be a plain one.
 @functools.cache
 def tried(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """`triton_works`, once for each kind."""
-    # A thread has modes, hooks and autocast of its own: what the caller has set, such as activation checkpointing's
+    # A thread has separate modes, hooks and autocast: what the caller has set, such as activation checkpointing's
     # hooks, must not see these tensors.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_succeeds, device, dtype, width).result()
@@ -64,10 +64,10 @@ def _succeeds(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def _problem(device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """What is wrong; empty if nothing is."""
+    """The problem; empty if there is none."""
     from unimo3.kernels.cross_layer_attention import launch
 
-    # A thread begins on the first GPU, whichever is its process's own.
+    # A thread begins on the first GPU, whichever GPU its process uses.
     with launch.on_device(device):
         # More than a block, and less: the table has blocks for either.
         for queries, lengths in ((70, (131, 17)), (9, (20,))):
@@ -80,7 +80,7 @@ def _problem(device: torch.device, dtype: torch.dtype, width: int) -> str:
 
 
 class _Drawn:
-    """Inputs and a gradient of the result, from a generator of their own: the run's draws stay as they are."""
+    """Inputs and a gradient of the result, from a separate generator: the run's draws stay the same."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, width: int, queries: int, lengths: tuple[int, ...]):
         generator = torch.Generator(device).manual_seed(0)
@@ -91,8 +91,8 @@ class _Drawn:
         batch, heads = 2, 2
         self.q = draw(batch, heads, queries, width)
         self.k, self.v = ([draw(batch, heads, keys, width) for keys in lengths] for _ in range(2))
-        shares = draw(batch, queries, heads, len(lengths)).detach().float().softmax(-1)
-        self.gate = shares.requires_grad_()
+        weights = draw(batch, queries, heads, len(lengths)).detach().float().softmax(-1)
+        self.gate = weights.requires_grad_()
         self.masks = [
             torch.arange(keys, device=device) < torch.tensor([[keys], [keys // 2]], device=device) for keys in lengths
         ]
@@ -105,22 +105,22 @@ class _Drawn:
 def _largest_error(
     device: torch.device, dtype: torch.dtype, width: int, queries: int, lengths: tuple[int, ...]
 ) -> tuple[float, str]:
-    """The largest difference from the reference in float64, as a share of the largest value, and whose it is."""
+    """The largest difference from the reference in float64, as a fraction of the largest value, and its name."""
     from unimo3.kernels.cross_layer_attention import launch
 
-    given = _Drawn(device, dtype, width, queries, lengths)
-    out = launch.attend(given.q, given.k, given.v, given.gate, given.masks, 0.0)
-    found = [out.detach(), *torch.autograd.grad(out, given.leaves, given.grad_out)]
-    k, v = ([level.double() for level in levels] for levels in (given.k, given.v))
-    exact = cross_layer_attention_reference(given.q.double(), k, v, given.gate, given.masks, 0.0)
-    wanted = [exact.detach(), *torch.autograd.grad(exact, given.leaves, given.grad_out.double())]
+    inputs = _Drawn(device, dtype, width, queries, lengths)
+    out = launch.attend(inputs.q, inputs.k, inputs.v, inputs.gate, inputs.masks, 0.0)
+    results = [out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.grad_out)]
+    k, v = ([level.double() for level in levels] for levels in (inputs.k, inputs.v))
+    exact = cross_layer_attention_reference(inputs.q.double(), k, v, inputs.gate, inputs.masks, 0.0)
+    expected = [exact.detach(), *torch.autograd.grad(exact, inputs.leaves, inputs.grad_out.double())]
     errors = [
         float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-        for ours, theirs in zip(found, wanted, strict=True)
+        for ours, theirs in zip(results, expected, strict=True)
     ]
     # A comparison that is no number is the worst.
-    worst = max(range(len(errors)), key=lambda place: (errors[place] != errors[place], errors[place]))
-    return errors[worst], given.names[worst]
+    worst = max(range(len(errors)), key=lambda index: (errors[index] != errors[index], errors[index]))
+    return errors[worst], inputs.names[worst]
 
 
 def _is_finite_with_dropout(
@@ -128,7 +128,7 @@ def _is_finite_with_dropout(
 ) -> bool:
     from unimo3.kernels.cross_layer_attention import launch
 
-    given = _Drawn(device, dtype, width, queries, lengths)
+    inputs = _Drawn(device, dtype, width, queries, lengths)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        out = launch.attend(given.q, given.k, given.v, given.gate, given.masks, 0.1)
-    return all(bool(x.isfinite().all()) for x in (out, *torch.autograd.grad(out, given.leaves, given.grad_out)))
+        out = launch.attend(inputs.q, inputs.k, inputs.v, inputs.gate, inputs.masks, 0.1)
+    return all(bool(x.isfinite().all()) for x in (out, *torch.autograd.grad(out, inputs.leaves, inputs.grad_out)))

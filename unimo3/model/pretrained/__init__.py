@@ -1,4 +1,4 @@
-"""Weights from elsewhere: RoBERTa, CLIP, timm for the towers; BridgeTower, exported UNIMO-3 for the whole model."""
+"""Weights from elsewhere: RoBERTa, CLIP, timm for the towers; BridgeTower, exported UNIMO-3 for the complete model."""
 
 from unimo3.model.pretrained.bridgetower import (
     bridgetower_config,

@@ -1,6 +1,6 @@
-"""BridgeTower's weights for the whole model: towers, bridges, fusion encoder, poolers, MLM and ITM heads.
+"""BridgeTower's weights for the complete model: towers, bridges, fusion encoder, poolers, MLM and ITM heads.
 
-BridgeTower is ``interaction: in_layer`` with ``bridge: true``; a test holds the two equal. With ``cross_layer`` the
+BridgeTower is ``interaction: in_layer`` with ``bridge: true``; a test compares the two. With ``cross_layer`` the
 gates start fresh. Its contrastive heads read fused states and have no counterpart here.
 
 Source: BridgeTower, arXiv 2206.08657; transformers' modeling_bridgetower.py for the names.
@@ -96,22 +96,22 @@ def _base_names(prefix: str) -> list[Rename]:
 
 
 def _norm_behind(prefix: str) -> Any:
-    # Theirs counts from the second layer on.
-    return lambda found: f"{prefix}fusion.{found[1]}.bridge_norms.{int(found[2]) + 1}."
+    # BridgeTower counts from the second layer on.
+    return lambda match: f"{prefix}fusion.{match[1]}.bridge_norms.{int(match[2]) + 1}."
 
 
 def bridgetower_config(theirs: PreTrainedConfig, image_size: int | None = None) -> Unimo3Config:
     """The configuration under which this project's model is that BridgeTower.
 
     Args:
-        image_size: pixels a side; the BridgeTower's own if None. Position tables are resized to it.
+        image_size: pixels a side; the BridgeTower's if None. Position tables are resized to it.
 
     Raises:
         ConfigError: it has a form that this model does not; every such field is named.
     """
     if not isinstance(theirs, BridgeTowerConfig):
         raise ConfigError(f"holds a '{theirs.model_type}' model; a BridgeTower one is needed")
-    # transformers' annotation is wider than what its constructor leaves.
+    # transformers' annotation is wider than what its constructor sets.
     text: Any = theirs.text_config
     vision: Any = theirs.vision_config
     needed: list[tuple[str, Any, Any]] = [
@@ -126,18 +126,18 @@ def bridgetower_config(theirs: PreTrainedConfig, image_size: int | None = None) 
         ("vision_config.num_channels", vision.num_channels, 3),
     ]
     depth = vision.num_hidden_layers - bool(vision.remove_last_layer)
-    found = [
+    errors = [
         f"its {field} is {value!r}; only {supported!r} is supported"
         for field, value, supported in needed
         if value != supported
     ]
     if depth < text.num_hidden_layers:
-        found.append(
+        errors.append(
             f"its vision_config.num_hidden_layers is {depth}, fewer than the text tower's {text.num_hidden_layers}; "
             "use another BridgeTower"
         )
-    if found:
-        raise ConfigError(found)
+    if errors:
+        raise ConfigError(errors)
     return Unimo3Config(
         text_config=RobertaConfig(**{field: getattr(text, field) for field in _TEXT_FIELDS}),
         vision_config=Unimo3VisionConfig(
@@ -168,7 +168,7 @@ def read_bridgetower_config(folder: str, image_size: int | None = None) -> Unimo
     """The same from a folder.
 
     Raises:
-        ConfigError: the folder is missing, holds another model or a form that is not supported.
+        ConfigError: the folder is missing, contains another model or a form that is not supported.
     """
     try:
         return bridgetower_config(read_config("model.init", folder, "BridgeTower"), image_size)
@@ -182,7 +182,7 @@ def load_bridgetower(path_or_model: str | Path | PreTrainedModel, image_size: in
 
     Args:
         path_or_model: a local Hugging Face folder, or transformers' `BridgeTowerModel` or a class around it.
-        image_size: pixels a side; the BridgeTower's own if None.
+        image_size: pixels a side; the BridgeTower's if None.
 
     Raises:
         ConfigError: see `read_bridgetower_config`.
@@ -230,6 +230,6 @@ def fill_from_bridgetower(model: Unimo3ForPreTraining, folder: str) -> None:
 
 
 def _blocks_from(model: Unimo3Model) -> str:
-    """Pattern of the image blocks behind those that BridgeTower runs."""
+    """Pattern of the image blocks after those that BridgeTower runs."""
     depth = model.vision_tower.depth
     return rf"vision_model\.visual\.transformer\.resblocks\.(?!({'|'.join(map(str, range(depth)))})\.)"

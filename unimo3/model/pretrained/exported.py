@@ -1,4 +1,4 @@
-"""Folders that ``python -m pretrain.export`` wrote, or ``save_pretrained``: the whole model.
+"""Folders that ``python -m pretrain.export`` wrote, or ``save_pretrained``: the complete model.
 
 Source: the safetensors format.
 """
@@ -34,7 +34,7 @@ def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$",
 
     Args:
         fresh: pattern of parameters that may be missing there and keep their initial values.
-        unused: pattern of tensors there that this model has no place for.
+        unused: pattern of tensors there that this model does not use.
 
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of another shape.

@@ -1,8 +1,8 @@
 """Filling a module from tensors under other names.
 
-Every tensor is either placed, on the caller's explicit list of those the module has no place for, or named in an error;
-so is every parameter that nothing filled. Tensors are read and placed one at a time, so no rank holds a second copy of
-the model, sharded by ZeRO-3 or not.
+Every tensor is either copied, on the caller's explicit list of unused ones, or named in an error. Every parameter that
+nothing filled is named too. Tensors are read and copied one at a time, so no rank has a second copy of the model,
+sharded by ZeRO-3 or not.
 
 Source: transformers' from_pretrained reports the same three kinds of misfit: missing, unexpected, of another shape.
 """
@@ -55,9 +55,9 @@ def fill(
     """Fill `module`.
 
     Args:
-        source: names where the tensors are from in errors.
+        source: of the tensors, for errors.
         renames: the first that matches a name is applied; a name that none matches stays.
-        unused: pattern of source names that the module has no place for.
+        unused: pattern of source names that the module does not use.
         fresh: pattern of the module's parameters that may be missing there and keep their values.
         adapt: (parameter's name, tensor, shape of the parameter) -> tensor, for those that may be stored otherwise.
 
@@ -73,7 +73,7 @@ def fill(
     for source_name, tensor in tensors:
         if re.search(unused, source_name):
             continue
-        name, part, num_parts = _place(source_name, renames)
+        name, part, num_parts = _target(source_name, renames)
         parameter = parameters.get(name)
         if parameter is None:
             unexpected.append(source_name)
@@ -114,12 +114,12 @@ def _shown(names: list[str]) -> str:
 
 
 def read_config(field: str, folder: str, kind: str, has_weights: bool = True) -> PreTrainedConfig:
-    """Read the configuration of a local Hugging Face folder, and see that its weights can be opened.
+    """Read the configuration of a local Hugging Face folder, and check that its weights can be opened.
 
     Args:
         field: setting that named the folder, for errors.
-        kind: what the folder is to hold, the same.
-        has_weights: whether they lie there too.
+        kind: of model that the folder should contain, the same.
+        has_weights: whether the folder also has weights.
 
     Raises:
         ConfigError: there is no such folder, or its configuration or its weights cannot be read.
@@ -162,22 +162,22 @@ def read_names(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, chosen as transformers does: the one, else those that the index names.
+    """The files of a folder's weights, chosen as transformers does: the single one, else those that the index names.
 
     Raises:
         CheckpointError: there is none, or one that the index names is not there.
     """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
     if not index.exists():
         raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        whole_index = bool(names) and all(isinstance(name, str) for name in names)
+        is_valid = bool(names) and all(isinstance(name, str) for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole_index = False
-    if not whole_index:
+        is_valid = False
+    if not is_valid:
         raise CheckpointError(f"{folder}: {index.name} is no index that names files of weights; copy it again")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {absent[0]}, which {index.name} names, is not there; copy it too")
@@ -188,7 +188,7 @@ def open_file(file: Path) -> Any:
     """Open a safetensors file.
 
     Raises:
-        CheckpointError: it is none, or is cut off.
+        CheckpointError: it is not one, or is truncated.
     """
     try:
         return safe_open(file, framework="pt")
@@ -203,7 +203,7 @@ def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, tensors.get_tensor(name)
 
 
-def _place(name: str, renames: Sequence[Rename]) -> tuple[str, int, int]:
+def _target(name: str, renames: Sequence[Rename]) -> tuple[str, int, int]:
     for rename in renames:
         new, count = re.subn(rename.pattern, rename.replacement, name)
         if count:

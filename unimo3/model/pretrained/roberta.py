@@ -18,7 +18,7 @@ def read_roberta_config(folder: str) -> RobertaConfig:
     """Read a RoBERTa folder's configuration.
 
     Raises:
-        ConfigError: the folder is missing or holds another model.
+        ConfigError: the folder is missing or contains another model.
     """
     config = read_config("model.text.init", folder, "RoBERTa")
     if not isinstance(config, RobertaConfig):

@@ -21,7 +21,7 @@ from unimo3.model.pretrained.fill import Rename, fill, open_file, read_config, r
 from unimo3.model.vision import VisionTower
 
 _CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
-# transformers leaves the prefix out where the image model is saved alone.
+# transformers omits the prefix where the image model is saved alone.
 _START = r"^(?:vision_model\.)?"
 _LAYER = _START + r"encoder\.layers\.(\d+)\."
 _CLIP_NAMES = (
@@ -46,7 +46,7 @@ _ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 
 
 def vision_errors(path: str, tower: VisionTower) -> list[str]:
-    """Say why the weights at `path` do not fit a tower (which may be on the meta device), one line per error."""
+    """Return why the weights at `path` do not fit a tower (which may be on the meta device), one line per error."""
     where = f"model.vision.init: '{path}'"
     try:
         theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))
@@ -134,7 +134,7 @@ def _timm_sizes(file: Path) -> dict[str, int]:
     if "patch_embed.proj.weight" not in shapes:
         raise CheckpointError("holds no 'patch_embed.proj.weight'; name a checkpoint of one of timm's transformers")
     width, _, _, patch = shapes["patch_embed.proj.weight"]
-    blocks = {found[1] for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {"width": width, "depth": len(blocks), "patch_size": patch}
 
 

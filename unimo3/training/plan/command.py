@@ -21,11 +21,11 @@ _H100_TFLOPS = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
 
 
 def machine_parser(program: str, description: str | None, epilog: str) -> CommandParser:
-    """A parser of the arguments that describe the machine, and of those that say how to plan.
+    """A parser of the arguments that describe the machine, and of those that control the plan.
 
     Args:
         program: how users start it.
-        epilog: the help's last paragraph: whose settings it takes besides.
+        epilog: the help's last paragraph: whose settings it also takes.
     """
     parser = CommandParser(prog=program, description=description, allow_abbrev=False, epilog=epilog)
     parser.add_argument("--gpus", type=int, help="GPUs of all nodes, one rank each")
@@ -34,7 +34,7 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
         "--reserve",
         type=float,
         default=0.1,
-        help="share of it to stay free, for CUDA, NCCL and fragmentation (default: %(default)s)",
+        help="fraction of it to leave free, for CUDA, NCCL and fragmentation (default: %(default)s)",
     )
     parser.add_argument(
         "--ds-config", help=f"the only DeepSpeed configuration to consider (default: all of {DS_CONFIGS.name}/)"
@@ -43,7 +43,7 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
         "--mfu",
         type=float,
         default=0.4,
-        help="share of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
+        help="fraction of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
     )
     parser.add_argument(
         "--peak-tflops",
@@ -60,23 +60,23 @@ def machine_of(args: argparse.Namespace) -> Machine:
     Raises:
         ConfigError: an argument is missing or out of range.
     """
-    found = []
+    errors = []
     if args.gpus is None:
-        found.append("--gpus: not given; say how many GPUs the run is to have")
+        errors.append("--gpus: not given; give the number of GPUs of the run")
     elif args.gpus < 1:
-        found.append(f"--gpus {args.gpus}: at least 1 is needed")
+        errors.append(f"--gpus {args.gpus}: at least 1 is needed")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", args.gpu_memory.strip().upper())
     unit = _UNITS.get(size[2]) if size else None
     if size is None or unit is None or float(size[1]) == 0:
-        found.append(f"--gpu-memory {args.gpu_memory}: a size such as 80GB, 80GiB or 40000MB is needed")
+        errors.append(f"--gpu-memory {args.gpu_memory}: a size such as 80GB, 80GiB or 40000MB is needed")
     if not 0 <= args.reserve < 1:
-        found.append(f"--reserve {args.reserve}: a share of at least 0 and below 1 is needed")
+        errors.append(f"--reserve {args.reserve}: a fraction of at least 0 and below 1 is needed")
     if not 0 < args.mfu <= 1:
-        found.append(f"--mfu {args.mfu}: a share above 0 and at most 1 is needed")
+        errors.append(f"--mfu {args.mfu}: a fraction above 0 and at most 1 is needed")
     if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
-        found.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
-    if found:
-        raise ConfigError(found)
+        errors.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
+    if errors:
+        raise ConfigError(errors)
     assert size is not None
     assert unit is not None
     peaks = {precision: (args.peak_tflops or peak) * 1e12 for precision, peak in _H100_TFLOPS.items()}

@@ -1,8 +1,8 @@
 """From what a model costs to what a run needs: the ds_config, the micro-batch and the hours.
 
-Of the configurations that hold the recipe's micro-batch, the one that moves least between ranks is chosen: ZeRO-2 sums
-gradients and shares out updated weights; ZeRO-3 gathers weights in every pass besides, with hpZ from the GPUs of one
-node alone; offloading moves state over the host's bus as well.
+Of the configurations that fit the recipe's micro-batch, the one that moves least between ranks is chosen: ZeRO-2
+reduces gradients and gathers updated weights; ZeRO-3 also gathers weights in every pass, with hpZ from the GPUs of one
+node alone; offloading also moves state over the host's bus.
 
 Source: ZeRO, arXiv 1910.02054, for the volumes; ZeRO++, arXiv 2306.10209, for hpZ.
 """
@@ -22,9 +22,9 @@ class Machine:
     Attributes:
         num_gpus: of all nodes, one rank each.
         memory_bytes: of one GPU.
-        reserve: share of it left to the CUDA context, NCCL and fragmentation.
+        reserve: fraction of it left to the CUDA context, NCCL and fragmentation.
         peak_flops: of one GPU and second, by the precision of a step (bf16, fp16, fp32).
-        utilization: share of the peak that a step reaches.
+        utilization: fraction of the peak that a step reaches.
     """
 
     num_gpus: int
@@ -52,7 +52,7 @@ class Fit:
         needed_bytes: of GPU memory at the recipe's micro-batch.
         largest: micro-batch that fits; 0 if none does.
         largest_dividing: that also divides the global batch over the ranks.
-        fits: whether the recipe's own micro-batch does.
+        fits: whether the recipe's micro-batch does.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Choice:
 
 
 def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch: BatchPlan, machine: Machine) -> Fit:
-    """See how much of a micro-batch a ds_config leaves room for.
+    """Compute which micro-batches fit with a ds_config.
 
     Args:
         cost: with weights of the sharding's type.
@@ -85,15 +85,15 @@ def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch:
     def needed_bytes(micro_batch: int) -> float:
         return memory.peak_bytes(micro_batch * cost.peak_bytes + cost.fixed_bytes)
 
-    share = batch.global_batch // batch.world_size
-    fitting = [size for size in range(1, share + 1) if needed_bytes(size) <= machine.usable_bytes]
+    rank_batch = batch.global_batch // batch.world_size
+    fitting = [size for size in range(1, rank_batch + 1) if needed_bytes(size) <= machine.usable_bytes]
     return Fit(
         name,
         sharding,
         memory,
         needed_bytes(batch.micro_batch),
         largest=max(fitting, default=0),
-        largest_dividing=max((size for size in fitting if share % size == 0), default=0),
+        largest_dividing=max((size for size in fitting if rank_batch % size == 0), default=0),
         fits=batch.micro_batch in fitting and not batch.validate(),
     )
 
@@ -111,9 +111,9 @@ def unsuited(sharding: Sharding, num_gpus: int) -> str:
 
 
 def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
-    """Take the ds_config that communicates least among those that hold the recipe's micro-batch.
+    """Take the ds_config that communicates least among those that fit the recipe's micro-batch.
 
-    If none does, the first that holds a smaller one is taken.
+    If none does, the first that fits a smaller one is taken.
 
     Args:
         fits: of all configurations to choose from.
@@ -122,38 +122,38 @@ def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
         ConfigError: not even a micro-batch of one pair fits.
     """
     ordered = sorted(fits, key=_traffic)
-    holding = [found for found in ordered if found.fits] or [found for found in ordered if found.largest]
-    if not holding:
+    fitting = [fit for fit in ordered if fit.fits] or [fit for fit in ordered if fit.largest]
+    if not fitting:
         raise ConfigError(_impossible(ordered, machine))
-    taken = holding[0]
+    taken = fitting[0]
     micro_batch = batch.micro_batch if taken.fits else taken.largest_dividing
-    return Choice(taken, micro_batch, {found.name: _reason(found, taken, batch, machine) for found in ordered})
+    return Choice(taken, micro_batch, {fit.name: _reason(fit, taken, batch, machine) for fit in ordered})
 
 
-def _traffic(found: Fit) -> tuple[bool, int, bool]:
-    sharding = found.sharding
+def _traffic(fit: Fit) -> tuple[bool, int, bool]:
+    sharding = fit.sharding
     return sharding.offloads, sharding.stage, sharding.secondary_ranks == 1
 
 
-def _reason(found: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
-    if found is taken:
-        return "fits, and moves the least" if found.fits else f"fits with micro-batch {found.largest_dividing}"
-    if found.needed_bytes > machine.usable_bytes:
+def _reason(fit: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
+    if fit is taken:
+        return "fits, and moves the least" if fit.fits else f"fits with micro-batch {fit.largest_dividing}"
+    if fit.needed_bytes > machine.usable_bytes:
         return (
-            f"needs {gigabytes(found.needed_bytes)} at micro-batch {batch.micro_batch}, "
+            f"needs {gigabytes(fit.needed_bytes)} at micro-batch {batch.micro_batch}, "
             f"{gigabytes(machine.usable_bytes)} are usable"
         )
-    if _traffic(found) == _traffic(taken):
+    if _traffic(fit) == _traffic(taken):
         return f"would fit, and moves as much as {taken.name}"
-    if found.sharding.offloads:
+    if fit.sharding.offloads:
         return "would fit, but moves state between GPU and host in every step"
-    if found.sharding.stage == 3:
+    if fit.sharding.stage == 3:
         return "would fit, but gathers the weights in every pass"
     return f"would fit, but moves no less than {taken.name}"
 
 
 def _impossible(suited: list[Fit], machine: Machine) -> str:
-    states = ", ".join(f"{found.name} {gigabytes(found.memory.peak_bytes(0))}" for found in suited)
+    states = ", ".join(f"{fit.name} {gigabytes(fit.memory.peak_bytes(0))}" for fit in suited)
     return (
         f"--gpu-memory {gigabytes(machine.memory_bytes)}: not even a micro-batch of one pair fits: of "
         f"{gigabytes(machine.usable_bytes)} usable a rank needs without any pair: {states}; take more or larger GPUs, "

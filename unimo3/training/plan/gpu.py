@@ -1,12 +1,12 @@
-"""Runs a step on the meta device with the operations of a GPU, which keep other tensors than those of a CPU.
+"""Runs a step on the meta device with the operations of a GPU, which save other tensors than those of a CPU.
 
-- Attention is one kernel that keeps a log-sum-exp a query instead of the weights, [T, V] a head: torch's
+- Attention is one kernel that saves a log-sum-exp a query instead of the weights, [T, V] a head: torch's
   memory-efficient one.
-- Dropout keeps a mask of one byte an element.
+- Dropout saves a mask of one byte an element.
 
-Cross-layer attention is an operator of ours, whose kernel for GPUs has shapes of its own.
+Cross-layer attention is an operator of ours, whose GPU kernel registers its own shapes.
 
-What asks for values is answered so that the general case is counted: texts are padded, negatives are drawn from equal
+Where an operation reads values, the general case is counted: texts are padded, negatives are drawn from equal
 similarities.
 
 Source: FlashAttention, arXiv 2205.14135; torch's scaled_dot_product_attention.
@@ -24,7 +24,7 @@ _attend = torch.ops.aten._scaled_dot_product_efficient_attention
 
 
 class GpuFunctions(TorchFunctionMode):
-    """Inside, tensors on the meta device meet a GPU's operations."""
+    """Inside, tensors on the meta device run a GPU's operations."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -35,11 +35,11 @@ class GpuFunctions(TorchFunctionMode):
         if func is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
         if func is Tensor.__bool__ and args[0].is_meta:
-            return False  # asked of masks: are all tokens real?
+            return False  # of masks: whether all tokens are real
         if func is Tensor.cpu and args[0].is_meta:
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        # Values stand in indices alone; met by a tensor without values, they have none either.
+        # Only indices have values; with a tensor without values they lose them.
         if func is not Tensor.__getitem__ and len({tensor.is_meta for tensor in tensors}) == 2:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return func(*args, **kwargs)

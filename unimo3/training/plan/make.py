@@ -25,7 +25,7 @@ class PlannedRun:
         step: what it computes.
         training: its length, batch and ds_config.
         clip_norm: of its gradients.
-        words: entries of the plan that say what is counted; see `plan_text`.
+        words: entries of the plan that name what is counted; see `plan_text`.
     """
 
     step: Step
@@ -48,16 +48,16 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
     if errors := BatchPlan(training.global_batch, 1, machine.num_gpus).validate():
         raise ConfigError(errors)
     batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus)
-    own = Path(training.ds_config)
+    ds_path = Path(training.ds_config)
     candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
-    # The recipe's may be from elsewhere; a path tells it from one of ours with the same name.
-    own_name = next((name for name, path in candidates.items() if path.resolve() == own.resolve()), str(own))
+    # The recipe's may be in another folder; its path distinguishes it from one of ours with the same name.
+    recipe_name = next((name for name, path in candidates.items() if path.resolve() == ds_path.resolve()), str(ds_path))
     # It comes first where two do equally well.
-    candidates = {own_name: own} if ds_config else {own_name: own} | candidates
+    candidates = {recipe_name: ds_path} if ds_config else {recipe_name: ds_path} | candidates
     shardings = {name: Sharding(read_ds_config(str(path), batch, run.clip_norm)) for name, path in candidates.items()}
     refused = {}
     if ds_config is None:
-        refused = {name: why for name, found in shardings.items() if (why := unsuited(found, machine.num_gpus))}
+        refused = {name: why for name, sharding in shardings.items() if (why := unsuited(sharding, machine.num_gpus))}
     suited = {name: sharding for name, sharding in shardings.items() if name not in refused}
 
     sizes = model_sizes(run.step.build())
@@ -72,7 +72,7 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
     ]
     choice = choose(fits, batch, machine)
     choice.reasons.update(refused)
-    own_costs = costs[choice.fit.sharding.dtype]
-    recipes_own = None if ds_config else own_name
-    metrics = plan_figures(sizes, own_costs, checkpointing, choice, recipes_own, batch, training.steps, machine)
+    chosen_costs = costs[choice.fit.sharding.dtype]
+    recipe_ds_config = None if ds_config else recipe_name
+    metrics = plan_figures(sizes, chosen_costs, checkpointing, choice, recipe_ds_config, batch, training.steps, machine)
     return run.words | metrics

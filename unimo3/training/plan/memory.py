@@ -1,6 +1,6 @@
-"""What ZeRO holds on one rank: weights, master weights, moments, gradients, gathered parameters and buffers.
+"""What ZeRO allocates on one rank: weights, master weights, moments, gradients, gathered parameters and buffers.
 
-DeepSpeed's own reading of a ds_config decides what is cut among the ranks; the sizes below follow what its optimizers
+DeepSpeed's parser of a ds_config decides what is partitioned over the ranks; the sizes below follow what its optimizers
 allocate. tests/integration/test_plan.py compares them with a running engine's.
 
 Source: DeepSpeed 0.19, runtime/zero/stage3.py, stage_1_and_2.py, partition_parameters.py,
@@ -29,9 +29,9 @@ class ModelSizes:
     """Numbers of parameters; tied ones count once.
 
     Attributes:
-        roles: of the towers, the fusion encoder and the heads; what a head shares is the tower's.
+        roles: of the towers, the fusion encoder and the heads; what a head shares counts for the tower.
         groups: of each parameter in each group of the optimizer.
-        largest_module: that one module owns itself.
+        largest_module: of one module, its submodules not counted.
     """
 
     roles: dict[str, int]
@@ -50,7 +50,7 @@ class ModelSizes:
 
 
 def model_sizes(model: Unimo3PreTrainedModel) -> ModelSizes:
-    """Count a whole model's parameters; it may be on the meta device."""
+    """Count a complete model's parameters; it may be on the meta device."""
     base = cast(Unimo3Model, model.unimo3)
     seen: set[int] = set()
 
@@ -96,7 +96,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes one rank holds whatever the micro-batch.
+    """Bytes that one rank needs at any micro-batch.
 
     Attributes:
         device: on the GPU, by what they are for.
@@ -111,17 +111,17 @@ class RankMemory:
     step_bytes: int = 0
 
     def peak_bytes(self, activation_bytes: float) -> float:
-        """The most the GPU holds at once, given what a micro-batch's forward and backward pass needs."""
+        """Peak of the GPU, given what a micro-batch's forward and backward pass needs."""
         return sum(self.device.values()) + max(sum(self.pass_bytes.values()) + activation_bytes, self.step_bytes)
 
 
 def rank_memory(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
-    """What DeepSpeed holds on each of `num_ranks` ranks."""
+    """What DeepSpeed allocates on each of `num_ranks` ranks."""
     return (_stage_3 if sharding.stage == 3 else _stages_1_and_2)(sizes, sharding, num_ranks)
 
 
 def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
-    # Each parameter is cut among the ranks by itself.
+    # Each parameter is partitioned over the ranks separately.
     shards = [sum(math.ceil(size / num_ranks) for size in group) for group in sizes.groups]
     shard = sum(shards)
     zero = sharding.zero
@@ -150,7 +150,7 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
 
 
 def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
-    # Each group is one run of parameters, cut among the ranks at multiples of two.
+    # Each group is one run of parameters, partitioned over the ranks at multiples of two.
     shards = [2 * math.ceil(sum(group) / (2 * num_ranks)) for group in sizes.groups]
     shard = sum(shards)
     zero = sharding.zero
@@ -170,7 +170,7 @@ def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> Ra
         first = 0 if accumulates_apart else sharding.weight_bytes
         memory.device["gradients"] = shard * (first + sharding.gradient_bytes)
     else:
-        # Stage 1 accumulates whole gradients; without float32 accumulation the optimizer gets a copy of its part.
+        # Stage 1 accumulates full gradients; without float32 accumulation the optimizer gets a copy of its part.
         copied = 0 if accumulates_apart else shard
         memory.device["gradients"] = (shard * num_ranks + copied) * sharding.gradient_bytes
         staging_bytes = sharding.gradient_bytes
@@ -186,13 +186,13 @@ def _step_bytes(shards: list[int], most: int | float = math.inf) -> int:
 
 def _gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
     """Parameters that are gathered for each use; smaller ones always are, as far as the total allows."""
-    kept, found = 0, []
+    num_persistent, gatherable = 0, []
     for size in parameters:
-        if size <= threshold and kept + size <= total:
-            kept += size
+        if size <= threshold and num_persistent + size <= total:
+            num_persistent += size
         else:
-            found.append(size)
-    return found
+            gatherable.append(size)
+    return gatherable
 
 
 def _accumulation_bytes(ds_config: dict[str, Any], weight_bytes: int) -> int:

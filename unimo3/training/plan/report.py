@@ -22,12 +22,12 @@ def plan_figures(
     num_steps: int,
     machine: Machine,
 ) -> Metrics:
-    """Everything a plan says, in bytes, operations and seconds.
+    """Everything in a plan, in bytes, operations and seconds.
 
     Args:
-        costs: of a step in the chosen ds_config's precision, without and with activation checkpointing; or as the run
-            is to do it alone.
-        recipe_ds_config: of the candidates the one that the recipe itself names; None where another was asked for.
+        costs: of a step in the chosen ds_config's precision, without and with activation checkpointing; or only as
+            the run does it.
+        recipe_ds_config: the candidate that the recipe names; None where another was requested.
     """
     cost, memory = costs[activation_checkpointing], choice.fit.memory
     activation_bytes = choice.micro_batch * cost.peak_bytes + cost.fixed_bytes
@@ -85,7 +85,7 @@ def plan_text(plan: Metrics) -> str:
     """The metrics of `plan_figures` for readers.
 
     Args:
-        plan: with ``unit``, what a pair is, and ``not_counted``, what takes time besides, where they are not
+        plan: with ``unit``, what a pair is, and ``not_counted``, what else takes time, where they are not
             pretraining's.
     """
     machine, flops, unit = plan["machine"], plan["flops_per_pair"], plan.get("unit", "pair")
@@ -98,8 +98,8 @@ def plan_text(plan: Metrics) -> str:
         "ds_config",
     ]
     for name, reason in plan["ds_config_reasons"].items():
-        own = " (the recipe's)" if name == plan["recipe_ds_config"] else ""
-        lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}{own}")
+        note = " (the recipe's)" if name == plan["recipe_ds_config"] else ""
+        lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}{note}")
     lines += ["", f"memory of a rank with {plan['ds_config']}, GB", *_memory_lines(plan["rank_bytes"], usable)]
     lines += ["", f"{f'activations a {unit}, MB':38}kept  at most at once"]
     for name, sizes in plan["activation_bytes_per_pair"].items():
@@ -122,7 +122,7 @@ def _memory_lines(rank: Metrics, usable: str) -> list[str]:
     rows += [(name, size, "GPU, forward and backward pass") for name, size in rank["gpu_during_pass"].items()]
     rows += [("gradient and temporary", rank["gpu_during_optimizer_step"], "GPU, optimizer step")]
     rows += [(name, size, "host") for name, size in rank["host"].items()]
-    lines = [f"    {name.replace('_', ' '):26}{size / 1e9:8.2f}  {place}" for name, size, place in rows if size]
+    lines = [f"    {name.replace('_', ' '):26}{size / 1e9:8.2f}  {location}" for name, size, location in rows if size]
     return [*lines, f"    {'at most at once':26}{rank['gpu_at_most'] / 1e9:8.2f}  GPU, of {usable} usable"]
 
 

@@ -1,4 +1,4 @@
-"""Settings of a run that is yet to come: what they name need not be there, and what they need may be elsewhere.
+"""Settings of a planned run: the files that they name need not exist, and the hardware may be elsewhere.
 
 Source: none.
 """
@@ -18,9 +18,9 @@ class PlannedData(DataArgs):
     """Data that need not exist yet."""
 
     def validate(self) -> list[str]:
-        """As when training, but for a tokenizer that is not there."""
-        found = super().validate()
-        return found if self.has_tokenizer else [line for line in found if not line.startswith("data.tokenizer:")]
+        """As when training, except for a missing tokenizer."""
+        errors = super().validate()
+        return errors if self.has_tokenizer else [line for line in errors if not line.startswith("data.tokenizer:")]
 
     @property
     def has_tokenizer(self) -> bool:
@@ -28,9 +28,9 @@ class PlannedData(DataArgs):
         return bool(self.tokenizer) and Path(self.tokenizer).is_dir()
 
     def model_errors(self, model: Unimo3Config) -> list[str]:
-        """Say where the length of texts, and the tokenizer if there is one, do not fit a model, one line per error."""
+        """Return where the length of texts and the tokenizer, if it exists, do not fit a model, one line per error."""
         if self.validate():
-            return []  # these settings' own check reports it
+            return []  # the check of these settings reports it
         if not self.has_tokenizer:
             return length_errors(model.text_config, self.max_text_tokens)
         return tokenizer_errors(model.text_config, load_tokenizer(self.tokenizer), self.max_text_tokens)
@@ -38,11 +38,11 @@ class PlannedData(DataArgs):
 
 @dataclass(frozen=True)
 class PlannedTraining(TrainingArgs):
-    """A training that takes place on another machine."""
+    """Training on another machine."""
 
     def validate(self) -> list[str]:
-        """As when training, but for what this machine lacks, and with a micro-batch."""
-        found = [line for line in super().validate() if "fp16 needs a GPU" not in line]
+        """As when training, except for what this machine lacks; a micro-batch is required."""
+        errors = [line for line in super().validate() if "fp16 needs a GPU" not in line]
         if self.micro_batch < 1:
-            found.append(f"training.micro_batch: {self.micro_batch}: at least 1 pair is needed")
-        return found
+            errors.append(f"training.micro_batch: {self.micro_batch}: at least 1 pair is needed")
+        return errors

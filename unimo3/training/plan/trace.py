@@ -1,9 +1,9 @@
 """What one training step costs: operations and memory, read off the step itself, run without values.
 
 The real model and the real objective run forward and backward on torch's meta device, where tensors have a
-shape and no content. Operations are counted by the formulas of torch's FlopCounterMode (the mode itself holds on to
-tensors, which would count as memory). Memory is the sum of all tensors alive, which is what an allocator would have to
-hold; parameters, and what ZeRO keeps of gradients, are left to `memory`.
+shape and no content. Operations are counted by the formulas of torch's FlopCounterMode (the mode itself keeps
+tensors alive, which would count as memory). Memory is the sum of all tensors alive, as an allocator would need it;
+`memory` counts parameters and the gradients that ZeRO retains.
 
 Source: torch/utils/flop_counter.py; torch/distributed/_tools/mem_tracker.py for counting live storages.
 """
@@ -27,7 +27,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model, Unimo3PreTrai
 from unimo3.training.engine import prepare_layers
 from unimo3.training.plan.gpu import GpuFunctions
 
-# Two batches tell what grows with the rows from what does not.
+# Two batch sizes separate what grows with the rows from what does not.
 _FEW, _MANY = 32, 64
 
 Batch = dict[str, Tensor]
@@ -41,7 +41,7 @@ class Step:
         model: configuration, with the heads' classes.
         model_class: which has the heads.
         objective: model -> the module that an engine trains: batch -> ``loss`` and further metrics.
-        batch: B -> a batch as the objective gets it, on the meta device; only what says where tokens and rows stand has
+        batch: B -> a batch as the objective gets it, on the meta device; only positions of tokens and rows have
             values.
         kernels: which the run is to use; by default what a GPU uses.
     """
@@ -65,7 +65,7 @@ class StepCost:
         forward_flops: floating-point operations a row; a multiplication and an addition are two.
         backward_flops: the same; with activation checkpointing, what is computed again is among them.
         kept_bytes: a row's tensors alive between forward and backward pass.
-        peak_bytes: a row's share of the most that is alive at once.
+        peak_bytes: a row's part of the most that is alive at once.
         fixed_bytes: what is alive then whatever the number of rows: mostly the largest gradient.
     """
 
@@ -77,7 +77,7 @@ class StepCost:
 
     @property
     def flops(self) -> float:
-        """Operations a row of the whole pass."""
+        """Operations a row of both passes."""
         return self.forward_flops + self.backward_flops
 
 
@@ -108,7 +108,7 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
         dtype: of the weights in the step.
     """
     model = step.build(dtype)
-    # apex's layer norm keeps what torch's does.
+    # apex's layer norm saves what torch's does.
     plain = KernelArgs(cross_layer_attention="reference", layer_norm="torch")
     prepare_layers(model, plain, activation_checkpointing, compile_towers=False)
     if step.kernels.serves_on_gpu(step.model.hidden_size // step.model.num_attention_heads):
@@ -159,16 +159,16 @@ class _Meter(TorchDispatchMode):
     """Counts operations, and adds up the tensors made inside that are still alive.
 
     Args:
-        given: tensors that do not count.
+        excluded: tensors that do not count.
     """
 
-    def __init__(self, given: list[Tensor]):
+    def __init__(self, excluded: list[Tensor]):
         super().__init__()
         self.flops = 0
         self.live_bytes = 0
         self.peak_bytes = 0
         self._known = WeakIdKeyDictionary()
-        for tensor in given:
+        for tensor in excluded:
             self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -14,30 +14,30 @@ class RankingArgs:
     """Candidates of each query that the towers choose and the fusion encoder puts in order. 0: all, which is exact and
     costs as many pairs as there are images times texts."""
     fold_images: int = 0
-    """Images of a fold: recall is also given as the mean over folds of this many images, each ranked for itself. COCO's
+    """Images of a fold: recall is also reported as the mean over folds of this many images, ranked separately. COCO's
     5,000 test images are five folds of 1000. 0: none."""
     pair_batch: int = 64
     """Pairs a rank fuses at a time."""
     cache_gb: float = 24.0
-    """Host memory of each rank for the towers' states, in 10^9 bytes: half for the rank's own images, half for texts,
-    which every rank holds. States beyond it are computed again, images' once, texts' once for each such share of the
-    images. At least one batch of each is held."""
+    """Host memory of each rank for the towers' states, in 10^9 bytes: half for images of the rank, half for all texts,
+    which every rank caches. States beyond it are computed again, images' once, texts' once for each cached part of
+    the images. At least one batch of each is cached."""
 
     def validate(self) -> list[str]:
-        """Say what is wrong with these settings, one line per error."""
-        found = [
+        """Return the errors of these settings, one line each."""
+        errors = [
             f"ranking.{name}: {getattr(self, name)}: 0 or more is needed"
             for name in ("shortlist", "fold_images")
             if getattr(self, name) < 0
         ]
         if self.pair_batch < 1:
-            found.append(f"ranking.pair_batch: {self.pair_batch}: at least 1 is needed")
+            errors.append(f"ranking.pair_batch: {self.pair_batch}: at least 1 is needed")
         if not 0 <= self.cache_gb < float("inf"):
-            found.append(f"ranking.cache_gb: {self.cache_gb}: 0 or a number of 10^9 bytes is needed")
-        return found
+            errors.append(f"ranking.cache_gb: {self.cache_gb}: 0 or a number of 10^9 bytes is needed")
+        return errors
 
     def fold_errors(self, num_images: int) -> list[str]:
-        """Say why `num_images` held-out images cannot be ranked so, one line per error."""
+        """Return why `num_images` held-out images cannot be ranked so, one line per error."""
         if self.fold_images > 0 and num_images % self.fold_images:
             return [
                 f"ranking.fold_images: {self.fold_images}: the {num_images} images of data.val are no whole number of "

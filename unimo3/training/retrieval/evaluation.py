@@ -43,31 +43,31 @@ def held_out_recall(
         many the fusion encoder scored over all ranks.
 
     Raises:
-        ConfigError: the images are no whole number of folds.
+        ConfigError: the images do not divide into folds.
     """
     engine.eval()
     errors = ranking.fold_errors(sum(samples.units_per_shard))
     if errors:
         raise ConfigError(errors)
     towers = Towers(engine, samples, world, batch, reader, ranking.cache_gb * 1e9, guard)
-    found = towers.embed()
-    if found is None:
+    embeddings = towers.embed()
+    if embeddings is None:
         return None
-    galleries = galleries_of(found, ranking.fold_images, ranking.shortlist, engine.device)
-    own = towers.own_images()
-    pairs = own_pairs(galleries, own[own >= 0], len(found.images), len(found.texts))
-    scored = score(engine, towers, pairs, len(found.texts), batch, ranking.pair_batch, guard)
+    galleries = galleries_of(embeddings, ranking.fold_images, ranking.shortlist, engine.device)
+    image_numbers = towers.own_images()
+    pairs = own_pairs(galleries, image_numbers[image_numbers >= 0], len(embeddings.images), len(embeddings.texts))
+    scored = score(engine, towers, pairs, len(embeddings.texts), batch, ranking.pair_batch, guard)
     if guard.is_cut:
         return None
-    by_fusion = [recalls(*places) for places in final_places(galleries, scored, found, engine.device)]
+    by_fusion = [recalls(*positions) for positions in final_places(galleries, scored, embeddings, engine.device)]
     by_towers = [recalls(of_images.places, of_texts.places) for of_images, of_texts in galleries]
     num_pairs = sum(all_gather_object(len(pairs)))
-    return _figures(by_fusion) | _figures(by_towers, "_towers") | {"num_pairs": num_pairs}
+    return _metrics(by_fusion) | _metrics(by_towers, "_towers") | {"num_pairs": num_pairs}
 
 
-def _figures(galleries: list[dict[str, float]], suffix: str = "") -> Metrics:
-    whole, *folds = galleries
-    found: Metrics = {f"{name}{suffix}": value for name, value in whole.items()}
+def _metrics(galleries: list[dict[str, float]], suffix: str = "") -> Metrics:
+    complete, *folds = galleries
+    metrics: Metrics = {f"{name}{suffix}": value for name, value in complete.items()}
     if folds:
-        found |= {f"{name}{suffix}_fold": value for name, value in mean_of(folds).items()}
-    return found
+        metrics |= {f"{name}{suffix}_fold": value for name, value in mean_of(folds).items()}
+    return metrics

@@ -1,7 +1,7 @@
-"""Scores of image-text pairs by the fusion encoder, from the towers' kept states.
+"""Scores of image-text pairs by the fusion encoder, from the towers' cached states.
 
-A pair belongs to the rank that holds its image. Its number is image x texts + text, so that pairs in order share
-images. Ranks fuse as many batches; one that has fewer fills up with pairs that count nowhere.
+A pair belongs to the rank that has its image. Its number is image x texts + text, so that pairs in order share
+images. All ranks fuse the same number of batches; a rank that has fewer adds pairs that do not count.
 
 Source: ALBEF, arXiv 2107.07651, section 4.
 """
@@ -34,7 +34,7 @@ class PairScores(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Places of images and texts in their blocks, [pairs] each, and of the pairs that count among all of the rank's."""
+    """Indices of images and texts in their blocks, [pairs] each, and of the pairs that count in all of the rank's."""
 
     images: Tensor
     texts: Tensor
@@ -43,18 +43,18 @@ class PairBatch(NamedTuple):
 
 def own_pairs(galleries: Sequence[Gallery], own_images: Tensor, num_images: int, num_texts: int) -> Tensor:
     """The pairs of all shortlists whose image is one of `own_images`, each once, in rising order: [P]."""
-    is_own = torch.zeros(num_images, dtype=torch.bool)
-    is_own[own_images] = True
+    is_local = torch.zeros(num_images, dtype=torch.bool)
+    is_local[own_images] = True
     if any(len(lists.queries) * lists.candidates.shape[1] == num_images * num_texts for lists in galleries[0]):
         return (own_images[:, None] * num_texts + torch.arange(num_texts)).flatten()
-    found = []
+    parts = []
     for of_images, of_texts in galleries:
-        mine = is_own[of_images.queries]
-        found.append((of_images.queries[mine, None] * num_texts + of_images.candidates[mine]).flatten())
+        mask = is_local[of_images.queries]
+        parts.append((of_images.queries[mask, None] * num_texts + of_images.candidates[mask]).flatten())
         texts = of_texts.queries[:, None].expand_as(of_texts.candidates)
-        mine = is_own[of_texts.candidates]
-        found.append(of_texts.candidates[mine] * num_texts + texts[mine])
-    return torch.cat(found).unique()
+        mask = is_local[of_texts.candidates]
+        parts.append(of_texts.candidates[mask] * num_texts + texts[mask])
+    return torch.cat(parts).unique()
 
 
 @torch.no_grad()
@@ -69,10 +69,10 @@ def score(
         batch: images of a batch of the towers.
     """
     scores = torch.full((len(pairs),), torch.nan)
-    own = towers.own_images()
+    image_numbers = towers.own_images()
     for images in towers.image_blocks():
         for texts in towers.text_blocks():
-            batches = _batches(pairs, own[images.start : images.end], texts, num_texts, batch, pair_batch)
+            batches = _batches(pairs, image_numbers[images.start : images.end], texts, num_texts, batch, pair_batch)
             num_batches = max(all_gather_object(len(batches)))
             nothing = torch.zeros(pair_batch, dtype=torch.long)
             batches += [PairBatch(nothing, nothing, nothing[:0])] * (num_batches - len(batches))
@@ -91,23 +91,23 @@ def score(
     return PairScores(pairs, scores)
 
 
-def _rows(block: StateBlock, places: Tensor, device: torch.device) -> Tensor:
-    """Rows of a block; each travels to the device once, however often it is wanted."""
-    wanted, place = places.unique(return_inverse=True)
-    return block.states[wanted].to(device, non_blocking=True)[place.to(device)]
+def _rows(block: StateBlock, indices: Tensor, device: torch.device) -> Tensor:
+    """Rows of a block; each is copied to the device once, however often it is used."""
+    wanted, inverse = indices.unique(return_inverse=True)
+    return block.states[wanted].to(device, non_blocking=True)[inverse.to(device)]
 
 
 def _batches(
-    pairs: Tensor, own: Tensor, texts: StateBlock, num_texts: int, batch: int, pair_batch: int
+    pairs: Tensor, image_numbers: Tensor, texts: StateBlock, num_texts: int, batch: int, pair_batch: int
 ) -> list[PairBatch]:
-    """Batches of one size out of each of the towers' image batches: the same ones, whichever rank holds it.
+    """Batches of one size out of each of the towers' image batches: the same ones, whichever rank has it.
 
     Args:
-        own: numbers of a block's images; -1: none.
+        image_numbers: of a block; -1: none.
     """
-    found = []
-    for start in range(0, len(own), batch):
-        first = int(own[start])
+    batches = []
+    for start in range(0, len(image_numbers), batch):
+        first = int(image_numbers[start])
         if first < 0:
             break
         low, high = torch.searchsorted(pairs, torch.tensor([first, first + batch]) * num_texts).tolist()
@@ -116,38 +116,38 @@ def _batches(
         for part in rows.split(pair_batch) if len(rows) else ():
             filled = torch.cat([part, part[-1:].expand(pair_batch - len(part))])
             image = pairs[filled] // num_texts - first + start
-            found.append(PairBatch(image, pairs[filled] % num_texts - texts.start, part))
-    return found
+            batches.append(PairBatch(image, pairs[filled] % num_texts - texts.start, part))
+    return batches
 
 
 def final_places(
-    galleries: Sequence[Gallery], scored: PairScores, found: Embeddings, device: torch.device
+    galleries: Sequence[Gallery], scored: PairScores, embeds: Embeddings, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each gallery where every image's best text and every text's image stand; every rank calls it.
+    """For each gallery the positions of every image's best text and of every text's image; every rank calls it.
 
     Shortlisted candidates come first, by their scores; the others follow as the towers order them.
     """
-    images, num_texts = torch.arange(len(found.images)), len(found.texts)
+    images, num_texts = torch.arange(len(embeds.images)), len(embeds.texts)
 
-    def places(lists: Shortlists, by_image: bool) -> Tensor:
+    def positions(lists: Shortlists, by_image: bool) -> Tensor:
         parts = []
         for rows in torch.arange(len(lists.queries)).split(_BLOCK_QUERIES):
             queries, candidates = lists.queries[rows, None], lists.candidates[rows]
             pairs = queries * num_texts + candidates if by_image else candidates * num_texts + queries
-            image_of_query, image_of_candidate = (images, found.image_of) if by_image else (found.image_of, images)
+            image_of_query, image_of_candidate = (images, embeds.image_of) if by_image else (embeds.image_of, images)
             is_right = image_of_query[queries] == image_of_candidate[candidates]
             parts.append(places_of_shortlist(_look_up(scored, pairs, device), is_right, lists.places[rows]))
         return torch.cat(parts)
 
     for of_images, of_texts in galleries:
-        yield places(of_images, by_image=True), places(of_texts, by_image=False)
+        yield positions(of_images, by_image=True), positions(of_texts, by_image=False)
 
 
 def _look_up(scored: PairScores, pairs: Tensor, device: torch.device) -> Tensor:
-    """Scores of pairs, whichever rank has them."""
+    """Scores of pairs, from the ranks that have them."""
     if len(scored.pairs):
-        place = torch.searchsorted(scored.pairs, pairs).clamp(max=len(scored.pairs) - 1)
-        own = torch.where(scored.pairs[place] == pairs, scored.scores[place], 0.0)
+        index = torch.searchsorted(scored.pairs, pairs).clamp(max=len(scored.pairs) - 1)
+        local_scores = torch.where(scored.pairs[index] == pairs, scored.scores[index], 0.0)
     else:
-        own = torch.zeros(pairs.shape)
-    return sum_over_ranks(own.to(device)).cpu()
+        local_scores = torch.zeros(pairs.shape)
+    return sum_over_ranks(local_scores.to(device)).cpu()

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 RANKS = (1, 5, 10)
-# Where a query stands whose right candidate is not there: beyond any k.
+# Position of a right candidate that does not exist: beyond any k.
 _NOWHERE = torch.iinfo(torch.int64).max
 
 
 def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
-    """Where each query's best right candidate stands.
+    """Position of each query's best right candidate.
 
     Args:
         scores: [Q, C], the higher the better.
@@ -36,30 +36,30 @@ def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
 
 
 def places_of_shortlist(scores: Tensor, is_right: Tensor, tower_places: Tensor) -> Tensor:
-    """Where each query's best right candidate stands when a shortlist is put in order again and goes before the others.
+    """Position of each query's best right candidate, when a reordered shortlist comes before the others.
 
     Args:
         scores: of the shortlist, [Q, k].
         is_right: [Q, k].
-        tower_places: [Q], `first_places` by the scores that chose the shortlist, among all candidates. It holds where
+        tower_places: [Q], `first_places` by the scores that chose the shortlist, among all candidates. It applies where
             none of the shortlist is right: the shortlist then scores at least as high as the best right one.
     """
     return torch.where(is_right.any(dim=1), first_places(scores, is_right), tower_places)
 
 
 def recalls(text_places: Tensor, image_places: Tensor) -> dict[str, float]:
-    """Share of queries that count at 1, 5 and 10, and the mean of all six.
+    """Fraction of queries that count at 1, 5 and 10, and the mean of all six.
 
     Args:
         text_places: of each image's texts, [images] (text retrieval, ``tr_at_k``).
         image_places: of each text's image, [texts] (image retrieval, ``ir_at_k``).
     """
-    found = {
-        f"{name}_at_{k}": (places < k).double().mean().item()
-        for name, places in (("tr", text_places), ("ir", image_places))
+    metrics = {
+        f"{name}_at_{k}": (positions < k).double().mean().item()
+        for name, positions in (("tr", text_places), ("ir", image_places))
         for k in RANKS
     }
-    return found | {"recall_mean": sum(found.values()) / len(found)}
+    return metrics | {"recall_mean": sum(metrics.values()) / len(metrics)}
 
 
 def mean_of(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Each query's likeliest candidates by the towers alone, in a gallery: the whole held-out set, or one of its folds.
+"""Each query's likeliest candidates by the towers alone, in a gallery: the complete held-out set, or one of its folds.
 
 At equal similarity the candidate that comes first in the data set is taken. Queries are compared in blocks that are the
 same at any number of ranks, so the lists are too.
@@ -40,7 +40,7 @@ class Shortlists(NamedTuple):
     Attributes:
         queries: [Q] int64, their numbers in the held-out set.
         candidates: [Q, k] int64, the same; a view of one row where it is all of the gallery.
-        places: [Q], `first_places` by the towers among the whole gallery.
+        places: [Q], `first_places` by the towers among the complete gallery.
     """
 
     queries: Tensor
@@ -57,23 +57,23 @@ class Gallery(NamedTuple):
     """Images for each text."""
 
 
-def galleries_of(found: Embeddings, fold_images: int, size: int, device: torch.device) -> list[Gallery]:
-    """The whole set, and its folds of `fold_images` images in their order (0: none); every rank calls it.
+def galleries_of(embeddings: Embeddings, fold_images: int, size: int, device: torch.device) -> list[Gallery]:
+    """The complete set, and its folds of `fold_images` images in their order (0: none); every rank calls it.
 
     Args:
         size: candidates of a shortlist, k; 0, or more than there are: all.
         device: where similarities are computed.
     """
-    num_images = len(found.images)
+    num_images = len(embeddings.images)
     bounds = [(0, num_images)]
     if fold_images:
         bounds += [(start, start + fold_images) for start in range(0, num_images, fold_images)]
     galleries = []
     for start, end in bounds:
         images = torch.arange(start, end)
-        texts = ((found.image_of >= start) & (found.image_of < end)).nonzero().flatten()
-        of_images, of_texts = found.images[images].to(device), found.texts[texts].to(device)
-        image_of = found.image_of[texts].to(device)
+        texts = ((embeddings.image_of >= start) & (embeddings.image_of < end)).nonzero().flatten()
+        of_images, of_texts = embeddings.images[images].to(device), embeddings.texts[texts].to(device)
+        image_of = embeddings.image_of[texts].to(device)
         images_on = images.to(device)
         galleries.append(
             Gallery(
@@ -95,17 +95,17 @@ def _choose(
 ) -> Shortlists:
     """The shortlists of all queries; each block of them is compared on one rank."""
     rank, num_ranks = world()
-    is_whole = not 0 < size < len(candidates)
-    lists = query_images.new_zeros(len(queries), 0 if is_whole else size)
-    places = query_images.new_zeros(len(queries))
+    takes_all = not 0 < size < len(candidates)
+    lists = query_images.new_zeros(len(queries), 0 if takes_all else size)
+    positions = query_images.new_zeros(len(queries))
     for start in range(rank * _BLOCK_QUERIES, len(queries), num_ranks * _BLOCK_QUERIES):
         rows = slice(start, start + _BLOCK_QUERIES)
         similarities = query_embeds[rows] @ candidate_embeds.T
-        places[rows] = first_places(similarities, query_images[rows, None] == candidate_images)
-        if not is_whole:
+        positions[rows] = first_places(similarities, query_images[rows, None] == candidate_images)
+        if not takes_all:
             # A stable order: `topk` gives any of equal ones.
             ordered = similarities.nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True)
             lists[rows] = ordered.indices[:, :size]
-    lists, places = sum_over_ranks(lists).cpu(), sum_over_ranks(places).cpu()
-    chosen = candidates.expand(len(queries), -1) if is_whole else candidates[lists]
-    return Shortlists(queries, chosen, places)
+    lists, positions = sum_over_ranks(lists).cpu(), sum_over_ranks(positions).cpu()
+    chosen = candidates.expand(len(queries), -1) if takes_all else candidates[lists]
+    return Shortlists(queries, chosen, positions)

@@ -1,12 +1,12 @@
-"""A held-out set's way through the towers: once an image and once a text, their states kept on the host.
+"""Runs a held-out set through the towers, each image and text once, and caches their states on the host.
 
-Batches are the same at any number of ranks, which take them in turn: what a rank computes of one does not depend on how
-many there are. A rank keeps its own images' states and all texts'. What `cache_gb` has no room for is computed again.
+Batches are the same at any number of ranks, which take them in turn: the states of a batch do not depend on the number
+of ranks. A rank caches states of its own images and of all texts. States beyond `cache_gb` are computed again.
 
 Source: the two-tower part of ALBEF, arXiv 2107.07651.
 """
 
-# Shapes: I images, X texts, B rows of a batch, n states kept of a tower, T text tokens, V image tokens, W tower width.
+# Shapes: I images, X texts, B rows of a batch, n states of a tower, T text tokens, V image tokens, W tower width.
 
 import math
 from collections.abc import Iterator
@@ -81,31 +81,31 @@ class Towers:
         return self._mask
 
     def own_images(self) -> Tensor:
-        """The rank's own images in the order of their states; -1 fills up its last batches."""
+        """Numbers of the rank's images in the order of their states; -1 pads its last batches."""
         return torch.tensor(self._plan).flatten()
 
     def embed(self) -> Embeddings | None:
-        """Run both towers once, and keep the states if there is room for all of them; None if the guard was cut."""
-        own_texts: list[tuple[int, list[Text]]] = []
+        """Run both towers once, and cache the states if there is room for all of them; None if the guard was cut."""
+        local_texts: list[tuple[int, list[Text]]] = []
         images: list[Tensor] = []
         texts: list[Tensor] = []
-        for block in self._image_blocks(images, own_texts):
+        for block in self._image_blocks(images, local_texts):
             self._images = block if len(block.states) == len(self._plan) * self._batch else None
         if self._guard.is_cut:
             return None
-        of_image = dict(entry for part in all_gather_object(own_texts) for entry in part)
-        said = [(image, *text) for image in range(self.num_images) for text in of_image[image]]
-        image_of = torch.tensor([image for image, _, _ in said])
-        self._ids = torch.from_numpy(np.stack([ids for _, ids, _ in said]))
-        self._mask = torch.from_numpy(np.stack([mask for _, _, mask in said]))
+        of_image = dict(entry for part in all_gather_object(local_texts) for entry in part)
+        captions = [(image, *text) for image in range(self.num_images) for text in of_image[image]]
+        image_of = torch.tensor([image for image, _, _ in captions])
+        self._ids = torch.from_numpy(np.stack([ids for _, ids, _ in captions]))
+        self._mask = torch.from_numpy(np.stack([mask for _, _, mask in captions]))
         for block in self._text_blocks(texts):
-            self._texts = block if len(block.states) >= len(said) else None
+            self._texts = block if len(block.states) >= len(captions) else None
         if self._guard.is_cut:
             return None
-        return Embeddings(torch.cat(images)[: self.num_images], torch.cat(texts)[: len(said)], image_of)
+        return Embeddings(torch.cat(images)[: self.num_images], torch.cat(texts)[: len(captions)], image_of)
 
     def image_blocks(self) -> Iterator[StateBlock]:
-        """This rank's images, in as many blocks on every rank."""
+        """This rank's images, in the same number of blocks on every rank."""
         if self._images is not None:
             yield self._images
         else:
@@ -119,23 +119,23 @@ class Towers:
             yield from self._text_blocks([])
 
     def _image_blocks(self, embeds: list[Tensor], texts: list[tuple[int, list[Text]]]) -> Iterator[StateBlock]:
-        """Encode own images; `embeds` gets those of all ranks, `texts` each own image's number and texts."""
+        """Encode this rank's images; `embeds` gets those of all ranks, `texts` the numbers and texts of this rank's."""
         batches = self._guard.batches(planned_batches(self._samples, self._plan, self._reader))
         store: Tensor | None = None
-        start = num_held = 0
+        start = num_filled = 0
         for step, (loaded, counts) in enumerate(batches):
-            for position, said, is_counted in zip(self._plan[step], loaded["texts"], counts.tolist(), strict=True):
+            for position, captions, is_counted in zip(self._plan[step], loaded["texts"], counts.tolist(), strict=True):
                 if is_counted:
-                    texts.append((position, said))
+                    texts.append((position, captions))
             out = self._engine({"pixel_values": to_device({"images": loaded["images"]}, self._device)["pixel_values"]})
             embeds.append(gather_rows(out["embeds"]).cpu())
             if store is None:
                 store = self._room_for(out["states"], (len(self._plan) - step) * self._batch)
-            store[num_held : num_held + self._batch] = out["states"]
-            num_held += self._batch
-            if num_held == len(store):
+            store[num_filled : num_filled + self._batch] = out["states"]
+            num_filled += self._batch
+            if num_filled == len(store):
                 yield StateBlock(start, store)
-                start, num_held, store = start + num_held, 0, None
+                start, num_filled, store = start + num_filled, 0, None
 
     def _text_blocks(self, embeds: list[Tensor]) -> Iterator[StateBlock]:
         """Encode all texts, each on one rank, for all; `embeds` gets theirs."""
@@ -167,7 +167,7 @@ class Towers:
                 first, done, store = first + done, 0, None
 
     def _room_for(self, states: Tensor, num_rows: int) -> Tensor:
-        """Host memory for as many rows like these as there is room for, whole batches, at most `num_rows`."""
+        """Host memory for as many rows like these as there is room for, full batches, at most `num_rows`."""
         row_bytes = states[0].numel() * states.element_size()
         num_batches = max(1, min(num_rows // self._batch, int(self._half_bytes // (row_bytes * self._batch))))
         is_pinned = states.device.type == "cuda"
