@@ -44,7 +44,7 @@ class Event:
         strike: interrupts it, from the jobs, the job's number and the run's name; returns when, if not at the call.
         errors: of the program, if the program itself fails.
         saves: whether the run saves before it ends.
-        goes_on: whether Slurm has it again.
+        is_requeued: whether Slurm has it again.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Event:
     errors: tuple[tuple[str, object], ...] = ()
     arguments: tuple[object, ...] = ()
     saves: bool = True
-    goes_on: bool = True
+    is_requeued: bool = True
 
 
 def call(*words: str) -> Callable[[Jobs, int, str], None]:
@@ -74,7 +74,7 @@ EVENTS = (
     Event("scancel --signal=USR1", call("scancel", "--signal=USR1")),
     Event("touch RUN/requeue", lambda jobs, job, run: (jobs.runs / run / "requeue").touch()),
     Event("scontrol requeue", call("scontrol", "requeue")),
-    Event("scancel", call("scancel"), goes_on=False),
+    Event("scancel", call("scancel"), is_requeued=False),
     Event("preemption by a higher partition", preempt, (*TWO, "--exclusive")),
     Event(
         "time limit, steps of 5 s",
@@ -126,15 +126,15 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
         jobs.cluster.wait(once.exists, 120, "the error")
         struck = once.stat().st_mtime
     committed, resumed = None, None
-    while (event.saves and committed is None) or (event.goes_on and resumed is None):
+    while (event.saves and committed is None) or (event.is_requeued and resumed is None):
         if event.saves and committed is None and (at := committed_at(run)) >= struck:
             committed = at - struck
-        if event.goes_on and has_gone_on(jobs, name, struck):
+        if event.is_requeued and has_gone_on(jobs, name, struck):
             resumed = time.time() - struck
         if time.time() - struck > 240:
             raise RuntimeError(f"{event.name}: no checkpoint, or no step, after it:\n{jobs.log(job)[-3000:]}")
         time.sleep(0.05)
-    if event.goes_on:
+    if event.is_requeued:
         jobs.wait_state(job, "COMPLETED", timeout_s=240)
     else:
         jobs.wait_ended(job)

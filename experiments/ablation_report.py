@@ -60,7 +60,7 @@ def paired_difference(differences: Sequence[float]) -> Difference:
 def paired_differences(results: Sequence[Result], variant: str, reference: str, metric: str) -> list[float]:
     """A metric of a variant minus another's, for each seed in ascending order."""
     ours, theirs = _by_seed(results, variant), _by_seed(results, reference)
-    return [ours[seed]["figures"][metric] - theirs[seed]["figures"][metric] for seed in sorted(ours)]
+    return [ours[seed]["metrics"][metric] - theirs[seed]["metrics"][metric] for seed in sorted(ours)]
 
 
 def write_ablation(path: Path, results: Sequence[Result], blind: dict[str, float], is_quick: bool) -> None:
@@ -159,7 +159,7 @@ def _mean_gates(results: Sequence[Result], variant: str, stream: str) -> list[li
 def _table(results: Sequence[Result], metrics: dict[str, str], *extra_rows: list[str]) -> str:
     rows = [
         [name]
-        + [_spread(result["figures"][metric] for result in _by_seed(results, name).values()) for metric in metrics]
+        + [_spread(result["metrics"][metric] for result in _by_seed(results, name).values()) for metric in metrics]
         for name in _variants(results)
     ]
     return _markdown(["", *metrics.values()], [*rows, *extra_rows])
@@ -169,7 +169,7 @@ def _winner(results: Sequence[Result]) -> str:
     """The variants of equal size with the best task metric, the first of which the project's defaults follow."""
     size = _by_seed(results, REFERENCE)[_first_seed(results)]["parameters"]
     means = {
-        name: mean(result["figures"]["vqa_overall"] for result in runs.values())
+        name: mean(result["metrics"]["vqa_overall"] for result in runs.values())
         for name in _variants(results)
         if (runs := _by_seed(results, name))[_first_seed(results)]["parameters"] <= size * (1 + MOST_SIZE_DIFFERENCE)
     }

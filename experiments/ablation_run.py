@@ -227,7 +227,7 @@ class TrainingRun:
         assert held_out is not None
         config = model.config
         gates = {
-            stream: shares_by_layer(
+            stream: gates_by_layer(
                 held_out.pop(f"gates_{stream}", None), config.num_hidden_layers, config.unimodal_levels
             )
             for stream in ("text", "image")
@@ -246,7 +246,7 @@ class TrainingRun:
 
         metrics = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
         result = self.identity() | {
-            "figures": metrics,
+            "metrics": metrics,
             "gates": gates,
             "parameters": num_parameters(model),
             "pretraining": pretraining,
@@ -335,7 +335,7 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def shares_by_layer(
+def gates_by_layer(
     gates: list[list[list[float]]] | None, num_layers: int, unimodal_levels: int
 ) -> list[list[float]] | None:
     """Mean over heads of a stream's gates.

@@ -32,7 +32,7 @@ def blind_table(chain: Chain) -> tuple[str, list[str]]:
     for task, wanted in MARGINS.items():
         value, blind = chain.tune(task, f"{task.name}_tiny", chain.pretrained), chain.blind(task)
         lines.append(
-            f"| `{task.name}` | `{task.figure}` | {blind:.3f} | {value:.3f} | {value - blind:+.3f} | {wanted:+.3f} |"
+            f"| `{task.name}` | `{task.metric}` | {blind:.3f} | {value:.3f} | {value - blind:+.3f} | {wanted:+.3f} |"
         )
         missed += [task.name] if value - blind < wanted else []
     return "\n".join(lines), missed

@@ -32,14 +32,14 @@ class ToyTask(NamedTuple):
         source: of the shards.
         images: folder of the pictures.
         file: of the run, with its metrics.
-        figure: name of the metric in it.
+        metric: name of the metric in it.
     """
 
     name: str
     source: str
     images: str
     file: str
-    figure: str
+    metric: str
 
 
 VQA = ToyTask("vqa", "vqav2", "coco", "accuracy.json", "overall")
@@ -145,7 +145,7 @@ class Chain:
             str(init),
             *settings,
         )
-        return float(json.loads(made.read_text())[task.figure])
+        return float(json.loads(made.read_text())[task.metric])
 
     def blind(self, task: ToyTask) -> float:
         """The metric on val of the best guess without the pictures."""

@@ -46,7 +46,7 @@ from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.optim import OptimArgs, build_optimizer
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
-from unimo3.training.retrieval.recall import first_places, recalls
+from unimo3.training.retrieval.recall import first_ranks, recalls
 
 CPU = torch.device("cpu")
 VOCABULARY, IMAGE_SIZE, TOKENS, BATCH, PAIR_BATCH = 512, 64, 20, 32, 64
@@ -67,12 +67,12 @@ with a pass of both towers, and reads no image twice. A correct candidate ranks 
 in every row of the table. `towers` is the order without fusion."""
 
 
-class Found(NamedTuple):
+class Evaluation(NamedTuple):
     """An evaluation's processor seconds, pairs and metrics."""
 
     seconds: float
     num_pairs: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -165,7 +165,7 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
 
 
 @torch.no_grad()
-def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Found:
+def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Evaluation:
     """Score every pair with the full model."""
     started = time.process_time()
     pixels: list[Tensor] = []
@@ -185,42 +185,42 @@ def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Found:
             logits = task.model(ids[texts], image.expand(len(texts), -1, -1, -1), mask[texts]).logits
             scores[row, texts] = logits[:, 1] - logits[:, 0]
     is_right = torch.arange(len(pixels))[:, None] == image_of
-    metrics = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
-    return Found(time.process_time() - started, scores.numel(), metrics)
+    metrics = recalls(first_ranks(scores, is_right), first_ranks(scores.T, is_right.T))
+    return Evaluation(time.process_time() - started, scores.numel(), metrics)
 
 
-def ours(task: RetrievalTask, samples: CaptionedImages, shortlist: int) -> Found:
+def ours(task: RetrievalTask, samples: CaptionedImages, shortlist: int) -> Evaluation:
     """Evaluate with a shortlist, or exactly (0)."""
     started = time.process_time()
     ranking = RankingArgs(shortlist=shortlist, pair_batch=PAIR_BATCH)
     metrics = held_out_recall(task, samples, World(0, 0, 1), BATCH, READER, ranking, Unguarded())
     assert metrics is not None
-    return Found(time.process_time() - started, metrics.pop("num_pairs"), metrics)
+    return Evaluation(time.process_time() - started, metrics.pop("num_pairs"), metrics)
 
 
-def median_of(evaluate: Callable[[], Found]) -> Found:
+def median_of(evaluate: Callable[[], Evaluation]) -> Evaluation:
     """The same evaluation several times: its metrics, and the median of the seconds."""
     runs = [evaluate() for _ in range(ROUNDS)]
     return runs[0]._replace(seconds=median(run.seconds for run in runs))
 
 
-def table(evaluations: dict[str, Found], reference: Found) -> str:
+def table(evaluations: dict[str, Evaluation], reference: Evaluation) -> str:
     """The metrics as a markdown table."""
     lines = [f"| way | pairs fused | processor seconds | times less | {' | '.join(NAMES)} |", "| --- |" + " ---: |" * 9]
     for name, (seconds, num_pairs, metrics) in evaluations.items():
         cells = [name, f"{num_pairs:,}", f"{seconds:.1f}", f"{reference.seconds / seconds:.1f}"]
         lines.append(f"| {' | '.join(cells + [f'{metrics[metric]:.3f}' for metric in NAMES])} |")
-    towers = [f"{next(reversed(evaluations.values())).figures[f'{name}_towers']:.3f}" for name in NAMES]
+    towers = [f"{next(reversed(evaluations.values())).metrics[f'{name}_towers']:.3f}" for name in NAMES]
     return "\n".join([*lines, f"| {' | '.join(['towers', '0', '', '', *towers])} |"])
 
 
-def verdict(evaluations: dict[str, Found], reference: Found, exact: str) -> str:
+def verdict(evaluations: dict[str, Evaluation], reference: Evaluation, exact: str) -> str:
     """Whether the exact way agrees with METER's, and what the shortlists do."""
-    same = all(evaluations[exact].figures[name] == reference.figures[name] for name in NAMES)
+    same = all(evaluations[exact].metrics[name] == reference.metrics[name] for name in NAMES)
     lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six metrics as METER's way."]
     for name, one in evaluations.items():
         if name.startswith("shortlist"):
-            gaps = {metric: one.figures[metric] - reference.figures[metric] for metric in NAMES}
+            gaps = {metric: one.metrics[metric] - reference.metrics[metric] for metric in NAMES}
             metric = max(gaps, key=lambda metric: abs(gaps[metric]))
             reached = "reached" if reference.seconds / one.seconds >= TARGET else "not reached"
             gap = f"{metric} differs most from METER's way, by {gaps[metric]:+.3f}"
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         samples = CaptionedImages(ShardIndex(shards / "test"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE))
         exact = "kept states, all pairs (exact)"
         reference = meters_way(task, samples)
-        evaluations: dict[str, Found] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
+        evaluations: dict[str, Evaluation] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
         for size in tqdm(sorted(args.shortlists), desc="shortlists", unit="size"):
             evaluations[f"shortlist of {size}"] = median_of(lambda size=size: ours(task, samples, size))  # type: ignore[misc]
         num_texts = reference.num_pairs // sum(samples.units_per_shard)

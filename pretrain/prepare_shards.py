@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quality", type=int, default=95, help="of that JPEG, 1 to 95 (default: %(default)s)")
     parser.add_argument(
-        "--max-reject-share",
+        "--max-reject-ratio",
         type=float,
         default=0.001,
         metavar="SHARE",
@@ -97,8 +97,8 @@ def check(args: argparse.Namespace) -> None:
         errors.append(f"--max-side {args.max_side}: a number of pixels, or 0 to store images as they are")
     if not 1 <= args.quality <= 95:
         errors.append(f"--quality {args.quality}: 1 to 95 is needed")
-    if not 0 <= args.max_reject_share < 1:
-        errors.append(f"--max-reject-share {args.max_reject_share}: at least 0 and below 1 is needed")
+    if not 0 <= args.max_reject_ratio < 1:
+        errors.append(f"--max-reject-ratio {args.max_reject_ratio}: at least 0 and below 1 is needed")
     if args.min_answer_count < 1:
         errors.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")
     if args.tokenizer_vocab and args.format != "coco":
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, comm: Any) -> None:
                 args.overwrite,
                 args.shard_size,
                 options,
-                args.max_reject_share,
+                args.max_reject_ratio,
                 args.tokenizer_vocab,
                 args.min_answer_count,
             ),

@@ -86,8 +86,8 @@ WEIGHTS = st.lists(st.floats(0.01, 50).map(lambda weight: round(weight, 3)), min
 @settings(max_examples=60, deadline=None)
 def test_every_window_of_a_mixture_gives_each_source_its_due_to_within_one(weights, seed, window):
     order = mixture([7] * len(weights), weights, seed)
-    given_before, given_after = order._given(window), order._given(window + 1)
-    for fraction, before, after in zip(order._shares, given_before, given_after, strict=True):
+    given_before, given_after = order._counts_before(window), order._counts_before(window + 1)
+    for fraction, before, after in zip(order._fractions, given_before, given_after, strict=True):
         assert abs((after - before) - MIX_WINDOW * fraction) < 1
         assert abs(before - window * MIX_WINDOW * fraction) < 1
     start, end = sum(given_before), sum(given_after)

@@ -270,7 +270,7 @@ def test_where_bad_images_lie_in_the_source_decides_nothing(tmp_path):
     for image in of_train[:120]:
         (root / image["filepath"] / image["filename"]).unlink()
     ratio = str(121 / len(of_train))
-    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-share", ratio) == 0
+    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-ratio", ratio) == 0
 
 
 def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_path, capfd):

@@ -66,7 +66,7 @@ def test_an_ablation_continues_after_finished_runs_and_writes_its_report(work, f
     lines = [json.loads(line) for line in (tmp_path / "ablation_quick.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines] == list(VARIANTS)
     assert {"loss_mlm", "loss_itm", "loss_itc", "accuracy_mlm", "accuracy_itm", "vqa_overall"} <= set(
-        lines[1]["figures"]
+        lines[1]["metrics"]
     )
     gates = lines[1]["gates"]["text"]
     assert [len(row) for row in gates] == [1, 2]
@@ -87,7 +87,7 @@ def test_a_finished_run_counts_only_with_equal_settings(work, finished):
 def test_a_run_gives_the_same_figures_again(work, finished):
     first = finished.result(work)
     finished.do(work)
-    assert finished.result(work)["figures"] == first["figures"]
+    assert finished.result(work)["metrics"] == first["metrics"]
 
 
 def test_variants_share_initial_values_and_sizes(work):
@@ -172,7 +172,7 @@ def result(variant, seed, shift):
         "variant": variant,
         "seed": seed,
         "settings": {"batch": 64},
-        "figures": metrics,
+        "metrics": metrics,
         "parameters": 100,
         "gates": {"text": gates, "image": gates},
         "pretraining": {"step_s": 1.0},
@@ -236,9 +236,9 @@ def test_tower_layers_have_columns_of_their_own(tmp_path):
 def test_shares_are_those_of_visible_levels():
     padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
     expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
-    for gates, row in zip(ablation_run.shares_by_layer(padded, 3, 0), expected, strict=True):
+    for gates, row in zip(ablation_run.gates_by_layer(padded, 3, 0), expected, strict=True):
         assert gates == pytest.approx(row)
-    for gates, row in zip(ablation_run.shares_by_layer(padded, 2, 1), expected[1:], strict=True):
+    for gates, row in zip(ablation_run.gates_by_layer(padded, 2, 1), expected[1:], strict=True):
         assert gates == pytest.approx(row)
 
 

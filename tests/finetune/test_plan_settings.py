@@ -83,7 +83,7 @@ def test_operations_and_kept_memory_are_those_of_a_real_step(run):
         task(many)
     assert cost.forward_flops == pytest.approx(counter.get_total_flops() / 32, rel=0.01)
     measured = (kept_by_a_real_step(task, many) - kept_by_a_real_step(task, few)) / 16
-    assert cost.kept_bytes == pytest.approx(measured, rel=0.03)
+    assert cost.saved_bytes == pytest.approx(measured, rel=0.03)
 
 
 def test_nlvr2_runs_images_and_fusion_twice_and_the_text_once(pretrained):

@@ -79,7 +79,7 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(tuned):
     assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
     assert [record["step"] for record in read_metrics(run, group="eval")] == [1, 2, 3]
     best = json.loads((run / "best.json").read_text())
-    assert (best["tag"], best["figure"]) == ("step_00000001", "accuracy_overall")
+    assert (best["tag"], best["metric"]) == ("step_00000001", "accuracy_overall")
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000001", "step_00000003"]
 
 

@@ -75,7 +75,7 @@ def test_it_trains_and_measures_recall(run):
     # Four images of six captions: k is beyond the candidates.
     assert recall["ir_at_5"] == recall["ir_at_10"] == recall["tr_at_1_fold"] == 1
     assert recall["num_pairs"] <= 4 * 2 + 24 * 2 + 24
-    assert json.loads((run / "best.json").read_text())["figure"] == "recall_mean"
+    assert json.loads((run / "best.json").read_text())["metric"] == "recall_mean"
 
 
 def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # noqa: F811

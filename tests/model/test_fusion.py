@@ -8,7 +8,7 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBert
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.model import attention
 from unimo3.model.attention import CrossLayerAttention
-from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_shares
+from unimo3.model.fusion import FusionEncoder, StreamLayer, mean_gates
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.level_gate import LevelGate
 
@@ -178,16 +178,16 @@ def test_gates_are_returned_on_request():
     assert isinstance(model.fusion.text.layers[1].cross_attention, CrossLayerAttention)
 
 
-def test_mean_shares_are_of_real_tokens_and_zero_for_unseen_levels():
+def test_mean_gates_are_of_real_tokens_and_zero_for_unseen_levels():
     gates = [None, torch.rand(2, 3, 2, 2).softmax(-1), torch.rand(2, 3, 2, 3).softmax(-1)]
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    means = mean_shares(gates, mask)
+    means = mean_gates(gates, mask)
     assert means.shape == (2, 2, 3)
     assert torch.equal(means[0, :, 2], torch.zeros(2))
     for layer, gate in enumerate(gates[1:]):
         expected = (gate[0, 0] + gate[0, 1] + gate[1, 0]) / 3
         torch.testing.assert_close(means[layer, :, : gate.shape[-1]], expected)
-    assert mean_shares([None, None], mask) is None
+    assert mean_gates([None, None], mask) is None
 
 
 def test_a_new_model_gives_the_in_layer_level_its_initial_share():
@@ -195,7 +195,7 @@ def test_a_new_model_gives_the_in_layer_level_its_initial_share():
     batch = tiny_batch(2)
     fused = model.unimo3(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
     for gates in (fused.text_gates, fused.image_gates):
-        means = mean_shares(gates, None)
+        means = mean_gates(gates, None)
         torch.testing.assert_close(means[0, :, 1], torch.full((2,), 0.7))
         torch.testing.assert_close(means[1], torch.tensor([[0.15, 0.15, 0.7]] * 2))
 

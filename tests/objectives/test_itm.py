@@ -8,7 +8,7 @@ from tests.spawn import run_ranks
 from tests.tiny import tiny_batch, tiny_pretraining_model
 from unimo3.objectives.base import PretrainingTask, TowerStates
 from unimo3.objectives.itc import ImageTextContrast
-from unimo3.objectives.itm import LEFT_OUT, ImageTextMatching
+from unimo3.objectives.itm import IGNORED, ImageTextMatching
 from unimo3.objectives.negatives import draw_hard_negatives, hard_negative_quantiles
 from unimo3.objectives.similarity import Similarities, compare
 
@@ -62,7 +62,7 @@ def test_a_batch_of_one_image_counts_its_own_pairs_alone():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     batch["image_id"] = torch.full((BATCH,), 7)
     request = ImageTextMatching(1.0, 0, "hard").fusion_input(encode(model, batch))
-    assert request.labels.tolist() == [1] * BATCH + [LEFT_OUT] * 2 * BATCH
+    assert request.labels.tolist() == [1] * BATCH + [IGNORED] * 2 * BATCH
     report = hard_task(model)(batch)
     report["loss"].backward()
     logits = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).matching_logits

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from tests.spawn import run_ranks
 from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
 from unimo3.collectives import take_rows
-from unimo3.model.fusion import mean_shares
+from unimo3.model.fusion import mean_gates
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
 from unimo3.objectives.itc import ItcArgs
@@ -83,8 +83,8 @@ def test_gate_maps_are_the_models_own_stream_by_stream():
     spread_gates(model)
     report = losses(args(itm=0.0, itc=0.0), model, batch)
     out = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)
-    torch.testing.assert_close(report["gates_text"], mean_shares(out.text_gates, batch["attention_mask"]))
-    torch.testing.assert_close(report["gates_image"], mean_shares(out.image_gates, None))
+    torch.testing.assert_close(report["gates_text"], mean_gates(out.text_gates, batch["attention_mask"]))
+    torch.testing.assert_close(report["gates_image"], mean_gates(out.image_gates, None))
     assert not torch.allclose(report["gates_text"], report["gates_image"], atol=1e-4)
 
 

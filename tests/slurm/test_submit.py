@@ -187,7 +187,7 @@ def test_only_a_wait_for_the_end_of_a_job_counts_as_one():
     assert submit.awaited_jobs("singleton") == set()
 
 
-def write_figures(run):
+def write_metrics(run):
     """A run whose steps take 2 s and whose longest save took 200 s."""
     run.mkdir(parents=True)
     steps = [{"step": n, "step_s": 2.0, "pairs_per_s": 4.0, "loss": 1.0} for n in range(1, 5)]
@@ -197,7 +197,7 @@ def write_figures(run):
 
 @pytest.mark.integration
 def test_grace_and_wall_time_are_held_against_the_runs_own_metrics(checked, training, tmp_path):
-    write_figures(tmp_path / "runs" / "run")
+    write_metrics(tmp_path / "runs" / "run")
     refused(
         checked("--grace", "461", *training),
         "a save has taken 200.0 s and a step takes 2.0 s; at least 462 are needed",

@@ -1,11 +1,13 @@
 """The best checkpoint on held-out data: noted once it is committed, spared by retention; when to end early."""
 
+import json
+
 import pytest
 
 from pretrain.export import choose_checkpoint
 from pretrain.train import PretrainConfig
 from unimo3.checkpoint import store
-from unimo3.checkpoint.best_record import read_best
+from unimo3.checkpoint.best_record import BestRecord, read_best
 from unimo3.checkpoint.manifest import flush_and_hash, write_manifest
 from unimo3.errors import CheckpointError
 from unimo3.training.early_stopping import Best, BestArgs
@@ -41,14 +43,14 @@ def test_the_first_of_the_largest_is_the_best(run):
     for step, value in ((2, 0.3), (4, 0.5), (6, 0.5), (8, 0.4)):
         evaluate(run, best, step, value)
     saved = read_best(run.folder)
-    assert (saved.tag, saved.step, saved.figure, saved.value, saved.data) == (
-        "step_00000004",
-        4,
-        "accuracy",
-        0.5,
-        "val",
-    )
+    assert saved == BestRecord("step_00000004", 4, "accuracy", 0.5, "val")
     assert [folder.name for folder in store.list_checkpoints(run.folder)] == ["step_00000002", "step_00000004"]
+
+
+def test_a_record_of_an_earlier_version_is_read(run):
+    old = {"tag": "step_00000004", "step": 4, "figure": "accuracy", "value": 0.5, "data": "val"}
+    (run.folder / "best.json").write_text(json.dumps(old))
+    assert read_best(run.folder) == BestRecord("step_00000004", 4, "accuracy", 0.5, "val")
 
 
 def test_it_is_noted_only_when_its_checkpoint_is_committed(run):

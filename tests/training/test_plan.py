@@ -124,13 +124,13 @@ def test_activations_are_those_a_real_step_keeps(changes):
     measured = (kept_by_a_real_step(task, tiny_batch(2 * few)) - kept_by_a_real_step(task, tiny_batch(few))) / few
     # tiny_batch masks 1.5 of 10 tokens.
     objectives = ObjectivesArgs(mlm=MlmArgs(probability=1.5 / (TOKENS - 2)))
-    assert trace(tiny_config(**changes), objectives).kept_bytes == pytest.approx(measured, rel=0.03)
+    assert trace(tiny_config(**changes), objectives).saved_bytes == pytest.approx(measured, rel=0.03)
 
 
 def test_no_matrix_of_tokens_by_tokens_is_kept():
     def with_side(side):
         vision = {"image_size": side, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}}
-        return trace(tiny_config(vision_config=vision)).kept_bytes
+        return trace(tiny_config(vision_config=vision)).saved_bytes
 
     small, medium, large = with_side(64), with_side(128), with_side(256)  # 64, 256 and 1024 patches
     assert large - medium == pytest.approx(4 * (medium - small), rel=0.01)
@@ -144,11 +144,11 @@ def test_the_reference_keeps_attention_weights_the_kernels_do_not():
     levels, streams = 1 + 2 + 3, 2
     weights = passes * streams * levels * TOKENS * image_tokens * 4
     # The softmax's result and its product with the gate; the kernels keep a log-sum-exp instead.
-    assert without.kept_bytes - with_kernels.kept_bytes > weights
+    assert without.saved_bytes - with_kernels.saved_bytes > weights
 
 
 def test_half_precision_keeps_about_half():
-    assert 0.45 < trace(dtype=BF16).kept_bytes / trace().kept_bytes < 0.6
+    assert 0.45 < trace(dtype=BF16).saved_bytes / trace().saved_bytes < 0.6
 
 
 def test_dropout_keeps_one_byte_an_element():
@@ -157,13 +157,13 @@ def test_dropout_keeps_one_byte_an_element():
     patches = (16 // 8) ** 2
     # Three a layer and stream, over the pairs of MLM and ITM.
     masks = 2 * 3 * tiny_config().num_hidden_layers * (TOKENS + patches + 1) * 32
-    assert dropping.kept_bytes - without.kept_bytes == pytest.approx(masks, rel=0.01)
+    assert dropping.saved_bytes - without.saved_bytes == pytest.approx(masks, rel=0.01)
 
 
 def test_checkpointing_keeps_less_and_computes_layers_twice():
     plain, checkpointed = trace(), trace(checkpointing=True)
-    assert checkpointed.kept_bytes < plain.kept_bytes / 3
-    assert checkpointed.kept_bytes < checkpointed.peak_bytes < plain.peak_bytes
+    assert checkpointed.saved_bytes < plain.saved_bytes / 3
+    assert checkpointed.saved_bytes < checkpointed.peak_bytes < plain.peak_bytes
     assert checkpointed.forward_flops == plain.forward_flops
     again = checkpointed.backward_flops - plain.backward_flops
     assert 0.7 * plain.forward_flops < again <= plain.forward_flops
@@ -212,7 +212,7 @@ def test_what_is_gathered_is_bounded_by_the_ds_config():
 
 def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256):
     machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops={"bf16": 1e12}, utilization=0.5)
-    cost = StepCost(1e9, 2e9, kept_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
+    cost = StepCost(1e9, 2e9, saved_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
     batch = BatchPlan(global_batch, micro_batch, num_gpus)
     names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
     small = {"reduce_bucket_size": 100_000, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}

@@ -20,7 +20,7 @@ import logging, sys, time
 from pathlib import Path
 from unimo3.training import watch
 logging.basicConfig()
-watch._TELLING_S = 1.0
+watch._REPORTING_S = 1.0
 kept = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
 kept.beat(sys.argv[3], 5)
 def stuck_here():

@@ -16,13 +16,13 @@ class BestRecord:
 
     Attributes:
         tag: the checkpoint's name.
-        figure: name of the held-out metric.
+        metric: name of the held-out metric.
         data: fingerprint of the held-out data.
     """
 
     tag: str
     step: int
-    figure: str
+    metric: str
     value: float
     data: str
 
@@ -30,7 +30,10 @@ class BestRecord:
 def read_best(run: Path) -> BestRecord | None:
     """The run's best checkpoint, if one was recorded and the record can be read."""
     try:
-        return BestRecord(**json.loads((run / BEST).read_text()))
+        content = json.loads((run / BEST).read_text())
+        if "figure" in content:  # the field's name until version 0.1
+            content["metric"] = content.pop("figure")
+        return BestRecord(**content)
     except (OSError, ValueError, TypeError):
         return None
 

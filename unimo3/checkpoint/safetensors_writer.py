@@ -46,7 +46,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorLocation:
     """A tensor's type and position in a file.
 
     Attributes:
@@ -131,7 +131,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def read_header(path: Path) -> dict[str, TensorPlace]:
+def read_header(path: Path) -> dict[str, TensorLocation]:
     """Where a file's tensors are.
 
     Raises:
@@ -149,7 +149,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         end = 0
         for name, entry in sorted(described.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             first, last = entry["data_offsets"]
-            location = TensorPlace(_TYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + first)
+            location = TensorLocation(_TYPES[entry["dtype"]], torch.Size(entry["shape"]), 8 + length + first)
             if first != end or last - first != location.num_bytes:
                 raise ValueError(f"{name} at bytes {first} to {last}, not {end} to {end + location.num_bytes}")
             locations[name], end = location, last
@@ -160,7 +160,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     return locations
 
 
-def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, TensorPlace]]:
+def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, dict[str, TensorLocation]]:
     """The length and header that a file begins with, and the locations of its tensors."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -171,7 +171,7 @@ def _layout(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[bytes, 
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     locations = {
-        name: TensorPlace(dtype, shape, 8 + len(header) + entries[name]["data_offsets"][0])
+        name: TensorLocation(dtype, shape, 8 + len(header) + entries[name]["data_offsets"][0])
         for name, (dtype, shape) in tensors.items()
     }
     return len(header).to_bytes(8, "little") + header, locations

@@ -66,7 +66,7 @@ class Saver:
             atexit.register(self._wait_at_exit)
 
     @property
-    def kept_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Host memory that copies for saves in the background take on this rank."""
         return self._memory.num_bytes
 
@@ -119,7 +119,7 @@ class Saver:
 
         if self._args.background and not self._has_logged_memory:
             log.info(
-                "copies for saves in the background take %.0f MB of this host's memory a rank", self.kept_bytes / 1e6
+                "copies for saves in the background take %.0f MB of this host's memory a rank", self.memory_bytes / 1e6
             )
             self._has_logged_memory = True
         if self._args.background and not (is_last or in_foreground):

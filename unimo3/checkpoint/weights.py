@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unimo3.checkpoint.casting import Casting, OnOverflow, TensorReport, Workspace, largest_of
-from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, TensorPlace, num_bytes_of, read_header
+from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, TensorLocation, num_bytes_of, read_header
 from unimo3.checkpoint.zero import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 
@@ -95,7 +95,7 @@ def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
     Raises:
         CheckpointError: tensors are not where or what they should be.
     """
-    locations: dict[str, tuple[Path, TensorPlace]] = {}
+    locations: dict[str, tuple[Path, TensorLocation]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             # The library checks more of a header than `read_header` does.

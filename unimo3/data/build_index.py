@@ -18,9 +18,9 @@ from unimo3.data.shards import (
     error_of,
     finish,
     index_tar,
-    left_behind,
     members_error,
     remove_traces,
+    unindexed_shards,
 )
 from unimo3.errors import ConfigError, DataError
 
@@ -75,7 +75,7 @@ def _check_unchanged(folder: Path) -> None:
         before = {shard.name: shard.sha256 for shard in ShardIndex(folder, check_files=False).shards}
     except DataError:
         return  # an index of an older version, or a broken one
-    changed = [name for name, sha256 in left_behind(folder).items() if before.get(name, sha256) != sha256]
+    changed = [name for name, sha256 in unindexed_shards(folder).items() if before.get(name, sha256) != sha256]
     if changed:
         raise DataError(
             f"{folder}: {len(changed)} tars are not those that were indexed before ({', '.join(changed[:3])}); copy "

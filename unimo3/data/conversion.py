@@ -53,7 +53,7 @@ class Conversion:
         out: folder of the shards.
         overwrite: whether an earlier conversion's `out` is replaced.
         shard_size: records a shard.
-        max_reject_share: of a split's records without a usable image, past which it fails.
+        max_reject_ratio: of a split's records without a usable image, past which it fails.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
         min_answer_count: least count of an answer of the vocabulary.
     """
@@ -65,7 +65,7 @@ class Conversion:
     overwrite: bool
     shard_size: int
     options: ImageOptions
-    max_reject_share: float
+    max_reject_ratio: float
     tokenizer_vocab: int
     min_answer_count: int
 
@@ -226,10 +226,10 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
     """
     for split, num_records in progress.done_of.items():
         rejects = [reject for reject in progress.rejects if reject["split"] == split]
-        if len(rejects) > wanted.max_reject_share * num_records:
+        if len(rejects) > wanted.max_reject_ratio * num_records:
             _write_rejects(progress, staging)
             raise DataError(
-                f"--max-reject-share {wanted.max_reject_share}: {len(rejects)} of {num_records} records of {split} "
+                f"--max-reject-ratio {wanted.max_reject_ratio}: {len(rejects)} of {num_records} records of {split} "
                 f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
                 f"{staging / REJECTS} lists them; check --images, fix them, or raise the limit, and start the same "
                 "command again: finished shards are kept"

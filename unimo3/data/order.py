@@ -97,7 +97,7 @@ class MixedOrder:
         self._orders = orders
         # Exact, of the weights as written: in floats, a product with the number of a late window is inexact.
         exact = [Fraction(str(weight)) for weight in weights]
-        self._shares = [weight / sum(exact) for weight in exact]
+        self._fractions = [weight / sum(exact) for weight in exact]
         self._seed = seed
         self._sources_of_window = lru_cache(maxsize=2)(self._permute_sources)
 
@@ -107,21 +107,21 @@ class MixedOrder:
             raise IndexError(f"position {position}: 0 or more is needed")
         # Windows are M long on average, and none begins later than its number times M.
         window = position // MIX_WINDOW
-        while sum(self._given(window + 1)) <= position:
+        while sum(self._counts_before(window + 1)) <= position:
             window += 1
-        starts = self._given(window)
+        starts = self._counts_before(window)
         sources, indices = self._sources_of_window(window)
         local = position - sum(starts)
         source = int(sources[local])
         return self._orders[source][starts[source] + int(indices[local])]._replace(source=source)
 
-    def _given(self, window: int) -> list[int]:
+    def _counts_before(self, window: int) -> list[int]:
         """Units of each source before a window."""
-        return [math.floor(window * MIX_WINDOW * fraction) for fraction in self._shares]
+        return [math.floor(window * MIX_WINDOW * fraction) for fraction in self._fractions]
 
     def _permute_sources(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """For each position of a window its source, and the index among that source's units in the window."""
-        counts = np.subtract(self._given(window + 1), self._given(window))
+        counts = np.subtract(self._counts_before(window + 1), self._counts_before(window))
         sources = np.random.default_rng((self._seed, window, 2)).permutation(np.repeat(np.arange(len(counts)), counts))
         indices = np.zeros_like(sources)
         for source, count in enumerate(counts):
@@ -174,7 +174,7 @@ def micro_batch_positions(
     return range(start, start + micro_batch)
 
 
-def whole_batch_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
+def full_batch_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:
     """As `evaluation_positions`, but the batches are the same at any number of ranks, which take them in turn.
 
     The results of a batch are then the same to the last bit on any rank.

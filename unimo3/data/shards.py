@@ -238,7 +238,7 @@ def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
     return write_index(folder, dataset, split, (_saved_table(stem) for stem in stems))
 
 
-def left_behind(folder: Path) -> dict[str, str]:
+def unindexed_shards(folder: Path) -> dict[str, str]:
     """SHA-256 of each tar that has been finished and not yet indexed."""
     notes = [note for path in sorted(folder.glob(f"*{_DONE}")) if (note := _read_done(path)) is not None]
     return {note["table"]["name"]: note["table"]["sha256"] for note in notes}

@@ -32,12 +32,12 @@ class KernelArgs:
         Raises:
             ConfigError: the requested one does not support them, or not on this machine.
         """
-        self.serves_on_gpu(width)
+        self.supported_on_gpu(width)
         if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
             raise ConfigError("kernels.cross_layer_attention: 'triton': runs on GPUs, and there is none here; use auto")
         return None if self.cross_layer_attention == "auto" else self.cross_layer_attention
 
-    def serves_on_gpu(self, width: int) -> bool:
+    def supported_on_gpu(self, width: int) -> bool:
         """Whether a GPU runs the fused kernels for heads of this width.
 
         Raises:

@@ -37,7 +37,7 @@ class FusionOutput(NamedTuple):
     image_gates: tuple[Tensor | None, ...]
 
 
-def mean_shares(gates: Sequence[Tensor | None], mask: Tensor | None) -> Tensor | None:
+def mean_gates(gates: Sequence[Tensor | None], mask: Tensor | None) -> Tensor | None:
     """How much each level counted, on average over a batch's tokens.
 
     Args:

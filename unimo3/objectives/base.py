@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unimo3.model.fusion import FusionOutput, mean_shares
+from unimo3.model.fusion import FusionOutput, mean_gates
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
 Losses = dict[str, Tensor]
@@ -68,13 +68,13 @@ class Objective(ABC):
         """A ``loss`` with gradient and any further metrics, unweighted; `fused` is the result of `request`."""
 
 
-def gate_shares(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
-    """``gates_text`` and ``gates_image``, see `mean_shares`, where the model has gates.
+def gate_report(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
+    """``gates_text`` and ``gates_image``, see `mean_gates`, where the model has gates.
 
     Args:
         mask: [B, T] of the texts.
     """
-    means = {"gates_text": mean_shares(text_gates, mask), "gates_image": mean_shares(image_gates, None)}
+    means = {"gates_text": mean_gates(text_gates, mask), "gates_image": mean_gates(image_gates, None)}
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
@@ -96,13 +96,13 @@ class PretrainingTask(nn.Module):
 
         Returns:
             ``loss``, the weighted sum, each objective's own metrics under its name, and, where the model has gates,
-            ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_shares`.
+            ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`.
         """
         states = self._encode(batch)
         requests = [objective.fusion_input(states) for objective in self.objectives]
         wanted = [request for request in requests if request is not None]
         fused = self._fuse(wanted)
-        report = gate_shares(fused[0].text_gates, fused[0].image_gates, wanted[0].mask) if fused else {}
+        report = gate_report(fused[0].text_gates, fused[0].image_gates, wanted[0].mask) if fused else {}
         total = states.image.new_zeros((), dtype=torch.float32)
         for objective, request in zip(self.objectives, requests, strict=True):
             losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForImageTextClassification
-from unimo3.objectives.base import Losses, gate_shares
+from unimo3.objectives.base import Losses, gate_report
 
 
 class ClassificationTask(nn.Module):
@@ -26,7 +26,7 @@ class ClassificationTask(nn.Module):
                 ``attention_mask`` [B, T], ``label`` [B].
 
         Returns:
-            ``loss`` and ``accuracy``, the fraction of right rows; in training also the gates, see `gate_shares`,
+            ``loss`` and ``accuracy``, the fraction of right rows; in training also the gates, see `gate_report`,
             in evaluation ``logits`` [B, classes].
         """
         label, images, mask = batch["label"], batch["pixel_values"], batch["attention_mask"]
@@ -35,4 +35,4 @@ class ClassificationTask(nn.Module):
         if not self.training:
             return report | {"logits": out.logits.float()}
         each = mask.repeat(2, 1) if images.dim() == 5 else mask  # the gates are those of both images
-        return report | gate_shares(out.text_gates, out.image_gates, each)
+        return report | gate_report(out.text_gates, out.image_gates, each)

@@ -24,7 +24,7 @@ from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negativ
 from unimo3.objectives.similarity import ContrastedModel
 
 Negatives = Literal["random", "hard"]
-LEFT_OUT = -100
+IGNORED = -100
 """Label of a pair that does not count."""
 
 
@@ -57,7 +57,7 @@ class ImageTextMatching(Objective):
         self.reads_similarities = negatives == "hard"
 
     def fusion_input(self, states: TowerStates) -> FusionInput:
-        """Plain texts and images, positive and negative pairs; labels [P] are 1, 0 or `LEFT_OUT`."""
+        """Plain texts and images, positive and negative pairs; labels [P] are 1, 0 or `IGNORED`."""
         first_position = int(gather_rows(states.batch["positions"])[0])
         if self.reads_similarities:
             return self._hard_pairs(states, first_position)
@@ -79,7 +79,7 @@ class ImageTextMatching(Objective):
         # A row without a possible partner gets its own, which is on this rank, and is skipped in the loss.
         image_source, text_source = torch.where(has_partner, chosen, torch.arange(len(chosen))[:, None]).unbind(1)
         rows = _local_rows(states)
-        negative_labels = torch.where(has_partner[rows].T.flatten(), 0, LEFT_OUT)
+        negative_labels = torch.where(has_partner[rows].T.flatten(), 0, IGNORED)
         return FusionInput(
             torch.cat([text, text, take_rows(text, text_source)]),
             torch.cat([image, take_rows(image, image_source), image]),
@@ -110,8 +110,8 @@ class ImageTextMatching(Objective):
         assert request.labels is not None
         logits = model.itm_head(model.unimo3.pool(fused)).float()
         # A batch of one image skips the negative pairs of every rank, any other none: ranks' means weigh the same.
-        loss = cross_entropy(logits, request.labels, ignore_index=LEFT_OUT)
-        num_pairs = (request.labels != LEFT_OUT).sum()
+        loss = cross_entropy(logits, request.labels, ignore_index=IGNORED)
+        num_pairs = (request.labels != IGNORED).sum()
         accuracy = (logits.argmax(-1) == request.labels).sum() / num_pairs
         return {"loss": loss, "accuracy": accuracy}
 

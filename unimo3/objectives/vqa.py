@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.objectives.base import Losses, gate_shares
+from unimo3.objectives.base import Losses, gate_report
 
 
 class VqaTask(nn.Module):
@@ -25,7 +25,7 @@ class VqaTask(nn.Module):
             batch: ``pixel_values`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, T], ``targets`` [B, answers].
 
         Returns:
-            In training ``loss`` and the gates, see `gate_shares`; in evaluation ``loss`` and ``logits`` [B, answers].
+            In training ``loss`` and the gates, see `gate_report`; in evaluation ``loss`` and ``logits`` [B, answers].
         """
         mask = batch["attention_mask"]
         out = self.model(
@@ -33,4 +33,4 @@ class VqaTask(nn.Module):
         )
         if not self.training:
             return {"loss": out.loss, "logits": out.logits.float()}
-        return {"loss": out.loss} | gate_shares(out.text_gates, out.image_gates, mask)
+        return {"loss": out.loss} | gate_report(out.text_gates, out.image_gates, mask)

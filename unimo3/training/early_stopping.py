@@ -93,7 +93,7 @@ class Best:
             "ends early: %d evaluations since %s have brought no better %s than %.4f (best.patience)",
             len(later),
             best.tag,
-            best.figure,
+            best.metric,
             best.value,
         )
         return True

@@ -29,7 +29,7 @@ STACKS = "stacks"
 # Joining, loading, compiling and writing take longer than a step.
 _PATIENCE = {"join": 4.0, "build": 4.0, "start": 4.0, "save": 4.0}
 # Time limit of the reports of a process that gives up: the folder it writes to may hang.
-_TELLING_S = 10.0
+_REPORTING_S = 10.0
 
 
 class Watch:
@@ -117,7 +117,7 @@ class Watch:
         return self._run / STACKS / f"rank_{self._rank:05d}.txt"
 
     def _give_up(self) -> None:
-        limit_s = _TELLING_S + 3 * self._interval_s
+        limit_s = _REPORTING_S + 3 * self._interval_s
         for wait_s, act in ((limit_s, self._report_hanging_folder), (limit_s + 5, lambda: os._exit(EXIT_STALLED))):
             timer = threading.Timer(wait_s, act)
             timer.daemon = True

@@ -312,7 +312,7 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
     assert prepare_shards(*arguments_of(source, out)) == 78
     assert f"1 of 2 records of test have no usable image (such as {missing}:" in capfd.readouterr().err
     assert not out.exists()
-    assert prepare_shards(*arguments_of(source, out), "--max-reject-share", "0.5") == 0
+    assert prepare_shards(*arguments_of(source, out), "--max-reject-ratio", "0.5") == 0
     (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
     assert reject == {
         "split": "test",

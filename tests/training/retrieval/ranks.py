@@ -17,7 +17,7 @@ from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
-from unimo3.training.retrieval.matching import own_pairs, score
+from unimo3.training.retrieval.matching import local_pairs, score
 from unimo3.training.retrieval.shortlist import galleries_of
 from unimo3.training.retrieval.states import Towers
 
@@ -58,7 +58,7 @@ def plain_task(shards):
     return task
 
 
-def figures_of_engine(shards, name):
+def metrics_of_engine(shards, name):
     """Evaluate and train a step, twice: metrics and losses."""
     from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
     from unimo3.training.optim import OptimArgs
@@ -112,12 +112,12 @@ def scores_of(task, shards, ranking):
     towers = Towers(task, samples, here(), BATCH, READER, ranking.cache_gb * 1e9, Unguarded())
     embeddings = towers.embed()
     galleries = galleries_of(embeddings, 0, ranking.shortlist, task.device)
-    images = towers.own_images()
-    pairs = own_pairs(galleries, images[images >= 0], len(embeddings.images), len(embeddings.texts))
+    images = towers.local_images()
+    pairs = local_pairs(galleries, images[images >= 0], len(embeddings.images), len(embeddings.texts))
     return score(task, towers, pairs, len(embeddings.texts), BATCH, ranking.pair_batch, Unguarded())
 
 
-def figures_and_cuts(shards, names, numbers):
+def metrics_and_cuts(shards, names, numbers):
     """Metrics with some of the settings, and the scores of one; whether evaluations were cut, and are without metrics,
     that are to be cut after so many batches."""
     task = plain_task(shards)

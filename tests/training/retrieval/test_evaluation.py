@@ -11,8 +11,8 @@ from tests.training.retrieval.ranks import (
     SETTINGS,
     CutAfter,
     captioned,
-    figures_and_cuts,
-    figures_of_engine,
+    metrics_and_cuts,
+    metrics_of_engine,
     plain_task,
     scores_of,
 )
@@ -186,7 +186,7 @@ def test_a_cut_evaluation_has_no_metrics(shards):
 @pytest.mark.integration
 @pytest.mark.parametrize(("world_size", "names"), [(2, ["some_blocks"]), (3, list(SETTINGS))])
 def test_ranks_give_the_metrics_of_one_process_and_are_cut_together(shards, alone, world_size, names):
-    ranks = run_ranks(world_size, figures_and_cuts, shards, names, [0, 4, 12])
+    ranks = run_ranks(world_size, metrics_and_cuts, shards, names, [0, 4, 12])
     expected = scores_of(plain_task(shards), shards, SETTINGS["some_blocks"])
     pairs, order = torch.cat([scored.pairs for _, scored, _ in ranks]).sort()
     assert torch.equal(pairs, expected.pairs)
@@ -198,6 +198,6 @@ def test_ranks_give_the_metrics_of_one_process_and_are_cut_together(shards, alon
 
 @pytest.mark.integration
 def test_a_zero3_engine_gives_the_same_metrics_between_its_steps(shards, alone):
-    for metrics, losses in run_ranks(2, figures_of_engine, shards, "few_batches"):
+    for metrics, losses in run_ranks(2, metrics_of_engine, shards, "few_batches"):
         assert metrics == [alone["few_batches"]] * 2
         assert losses == pytest.approx([losses[0]] * 2)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unimo3.training.retrieval.recall import first_places, mean_of, places_of_shortlist, recalls
+from unimo3.training.retrieval.recall import first_ranks, mean_of, recalls, shortlist_ranks
 
 NUM_IMAGES, NUM_CAPTIONS = 7, 5
 IMAGE_OF = torch.arange(NUM_IMAGES).repeat_interleave(NUM_CAPTIONS)
@@ -29,7 +29,7 @@ def naive_recall(scores, is_right, k):
 def test_recall_is_a_double_loops_with_ties_and_five_captions(seed):
     scores = drawn_scores(seed)
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
-    metrics = recalls(first_places(scores, is_right), first_places(scores.T, is_right.T))
+    metrics = recalls(first_ranks(scores, is_right), first_ranks(scores.T, is_right.T))
     for k in (1, 5, 10):
         assert metrics[f"tr_at_{k}"] == pytest.approx(naive_recall(scores, is_right, k))
         assert metrics[f"ir_at_{k}"] == pytest.approx(naive_recall(scores.T, is_right.T, k))
@@ -40,19 +40,19 @@ def test_recall_is_a_double_loops_with_ties_and_five_captions(seed):
 
 def test_equal_scores_do_not_help():
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
-    metrics = recalls(*(first_places(torch.zeros(right.shape), right) for right in (is_right, is_right.T)))
+    metrics = recalls(*(first_ranks(torch.zeros(right.shape), right) for right in (is_right, is_right.T)))
     assert (metrics["tr_at_10"], metrics["ir_at_5"]) == (0, 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_score_that_is_no_number_is_the_lowest(bad):
     is_right = torch.tensor([[True, False, False]])
-    assert first_places(torch.tensor([[bad, -9.0, bad]]), is_right).tolist() == [2]
-    assert first_places(torch.tensor([[-9.0, bad, bad]]), is_right).tolist() == [0]
+    assert first_ranks(torch.tensor([[bad, -9.0, bad]]), is_right).tolist() == [2]
+    assert first_ranks(torch.tensor([[-9.0, bad, bad]]), is_right).tolist() == [0]
 
 
 def test_a_query_without_a_right_candidate_never_counts():
-    ranks = first_places(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    ranks = first_ranks(torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
     assert recalls(ranks, ranks)["tr_at_10"] == 0
 
 
@@ -71,7 +71,7 @@ def test_a_shortlist_goes_before_the_others_in_the_order_of_its_own_scores(seed,
         }
         best = max(key for column, key in keys.items() if right[column])
         expected.append(sum(key >= best for column, key in keys.items() if not right[column]))
-    ranks = places_of_shortlist(fusion.gather(1, chosen), is_right.gather(1, chosen), first_places(towers, is_right))
+    ranks = shortlist_ranks(fusion.gather(1, chosen), is_right.gather(1, chosen), first_ranks(towers, is_right))
     assert ranks.tolist() == expected
 
 

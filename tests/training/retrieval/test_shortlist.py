@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from unimo3.training.retrieval.recall import first_places
+from unimo3.training.retrieval.recall import first_ranks
 from unimo3.training.retrieval.shortlist import Embeddings, galleries_of
 
 NUM_IMAGES = 300
@@ -34,8 +34,8 @@ def test_each_gallery_has_the_likeliest_of_its_own(embeddings, fold_images):
         assert torch.equal(of_texts.queries, texts)
         assert torch.equal(of_images.candidates, texts[similarities.topk(7, dim=1).indices])
         assert torch.equal(of_texts.candidates, images[similarities.T.topk(7, dim=1).indices])
-        assert torch.equal(of_images.places, first_places(similarities, is_right))
-        assert torch.equal(of_texts.places, first_places(similarities.T, is_right.T))
+        assert torch.equal(of_images.ranks, first_ranks(similarities, is_right))
+        assert torch.equal(of_texts.ranks, first_ranks(similarities.T, is_right.T))
 
 
 def test_of_equal_candidates_the_first_in_the_data_set_are_taken(embeddings):

@@ -13,7 +13,7 @@ from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import Sharding, model_sizes
-from unimo3.training.plan.report import Metrics, plan_figures
+from unimo3.training.plan.report import Metrics, plan_metrics
 from unimo3.training.plan.trace import Step, StepCost, trace_step
 
 
@@ -35,7 +35,7 @@ class PlannedRun:
 
 
 def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares: bool = True) -> Metrics:
-    """The plan, see `plan_figures`.
+    """The plan, see `plan_metrics`.
 
     Args:
         ds_config: path of the only one to consider; None: the run's and those that come with the project.
@@ -74,5 +74,5 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
     choice.reasons.update(refused)
     chosen_costs = costs[choice.fit.sharding.dtype]
     recipe_ds_config = None if ds_config else recipe_name
-    metrics = plan_figures(sizes, chosen_costs, checkpointing, choice, recipe_ds_config, batch, training.steps, machine)
+    metrics = plan_metrics(sizes, chosen_costs, checkpointing, choice, recipe_ds_config, batch, training.steps, machine)
     return run.words | metrics

@@ -12,7 +12,7 @@ Metrics = dict[str, Any]
 _NOT_COUNTED = ["waiting for ranks and data"]
 
 
-def plan_figures(
+def plan_metrics(
     sizes: ModelSizes,
     costs: dict[bool, StepCost],
     activation_checkpointing: bool,
@@ -50,7 +50,7 @@ def plan_figures(
         "activation_checkpointing": activation_checkpointing,
         "activation_bytes_per_pair": {
             "with_checkpointing" if on else "without_checkpointing": {
-                "kept": int(costs[on].kept_bytes),
+                "kept": int(costs[on].saved_bytes),
                 "at_most": int(costs[on].peak_bytes),
             }
             for on in costs
@@ -82,7 +82,7 @@ def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Mach
 
 
 def plan_text(plan: Metrics) -> str:
-    """The metrics of `plan_figures` for readers.
+    """The metrics of `plan_metrics` for readers.
 
     Args:
         plan: with ``unit``, what a pair is, and ``not_counted``, what else takes time, where they are not

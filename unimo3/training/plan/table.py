@@ -28,7 +28,7 @@ def sizes_table(recipes: dict[str, Step]) -> str:
 
 
 def needs_table(plans: dict[str, Metrics]) -> str:
-    """A markdown table of what runs need, with one row a plan of `plan_figures`, in the given order."""
+    """A markdown table of what runs need, with one row a plan of `plan_metrics`, in the given order."""
     lines = [
         "| recipe | ds_config | micro-batch | GB a rank at most | GFLOPs a unit | hours |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -64,14 +64,14 @@ class StepCost:
     Attributes:
         forward_flops: floating-point operations a row; a multiplication and an addition are two.
         backward_flops: the same; with activation checkpointing, what is computed again is among them.
-        kept_bytes: a row's tensors alive between forward and backward pass.
+        saved_bytes: a row's tensors alive between forward and backward pass.
         peak_bytes: a row's part of the most that is alive at once.
         fixed_bytes: what is alive then whatever the number of rows: mostly the largest gradient.
     """
 
     forward_flops: float
     backward_flops: float
-    kept_bytes: float
+    saved_bytes: float
     peak_bytes: float
     fixed_bytes: float
 
@@ -111,7 +111,7 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
     # apex's layer norm saves what torch's does.
     plain = KernelArgs(cross_layer_attention="reference", layer_norm="torch")
     prepare_layers(model, plain, activation_checkpointing, compile_towers=False)
-    if step.kernels.serves_on_gpu(step.model.hidden_size // step.model.num_attention_heads):
+    if step.kernels.supported_on_gpu(step.model.hidden_size // step.model.num_attention_heads):
         cast(Unimo3Model, model.unimo3).use_attention_kernel("triton")
     task = step.objective(model).train()
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
     return StepCost(
         forward_flops=many.forward_flops / _MANY,
         backward_flops=many.backward_flops / _MANY,
-        kept_bytes=(many.kept_bytes - few.kept_bytes) / added,
+        saved_bytes=(many.saved_bytes - few.saved_bytes) / added,
         peak_bytes=peak_bytes,
         fixed_bytes=max(0.0, few.peak_bytes - _FEW * peak_bytes),
     )
@@ -133,16 +133,16 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
 class _Run:
     forward_flops: int
     backward_flops: int
-    kept_bytes: int
+    saved_bytes: int
     peak_bytes: int
 
 
 def _run(task: nn.Module, batch: Batch) -> _Run:
     with GpuFunctions(), _Meter([*task.parameters(), *task.buffers()]) as meter:
         loss = task(batch)["loss"]
-        forward_flops, kept_bytes = meter.flops, meter.live_bytes
+        forward_flops, saved_bytes = meter.flops, meter.live_bytes
         _backward(loss)
-    return _Run(forward_flops, meter.flops - forward_flops, kept_bytes, meter.peak_bytes)
+    return _Run(forward_flops, meter.flops - forward_flops, saved_bytes, meter.peak_bytes)
 
 
 def _backward(loss: Tensor) -> None:

@@ -13,7 +13,7 @@ from unimo3.errors import ConfigError
 from unimo3.training.evaluation import Guard
 from unimo3.training.metrics import Metrics
 from unimo3.training.retrieval.args import RankingArgs
-from unimo3.training.retrieval.matching import final_places, own_pairs, score
+from unimo3.training.retrieval.matching import final_ranks, local_pairs, score
 from unimo3.training.retrieval.recall import mean_of, recalls
 from unimo3.training.retrieval.shortlist import galleries_of
 from unimo3.training.retrieval.states import Towers
@@ -54,13 +54,13 @@ def held_out_recall(
     if embeddings is None:
         return None
     galleries = galleries_of(embeddings, ranking.fold_images, ranking.shortlist, engine.device)
-    image_numbers = towers.own_images()
-    pairs = own_pairs(galleries, image_numbers[image_numbers >= 0], len(embeddings.images), len(embeddings.texts))
+    image_numbers = towers.local_images()
+    pairs = local_pairs(galleries, image_numbers[image_numbers >= 0], len(embeddings.images), len(embeddings.texts))
     scored = score(engine, towers, pairs, len(embeddings.texts), batch, ranking.pair_batch, guard)
     if guard.is_cut:
         return None
-    by_fusion = [recalls(*positions) for positions in final_places(galleries, scored, embeddings, engine.device)]
-    by_towers = [recalls(of_images.places, of_texts.places) for of_images, of_texts in galleries]
+    by_fusion = [recalls(*positions) for positions in final_ranks(galleries, scored, embeddings, engine.device)]
+    by_towers = [recalls(of_images.ranks, of_texts.ranks) for of_images, of_texts in galleries]
     num_pairs = sum(all_gather_object(len(pairs)))
     return _metrics(by_fusion) | _metrics(by_towers, "_towers") | {"num_pairs": num_pairs}
 

@@ -18,7 +18,7 @@ from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import all_gather_object
 from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard
-from unimo3.training.retrieval.recall import places_of_shortlist
+from unimo3.training.retrieval.recall import shortlist_ranks
 from unimo3.training.retrieval.shortlist import Embeddings, Gallery, Shortlists
 from unimo3.training.retrieval.states import StateBlock, Towers
 
@@ -41,12 +41,12 @@ class PairBatch(NamedTuple):
     rows: Tensor
 
 
-def own_pairs(galleries: Sequence[Gallery], own_images: Tensor, num_images: int, num_texts: int) -> Tensor:
-    """The pairs of all shortlists whose image is one of `own_images`, each once, in rising order: [P]."""
+def local_pairs(galleries: Sequence[Gallery], local_images: Tensor, num_images: int, num_texts: int) -> Tensor:
+    """The pairs of all shortlists whose image is one of `local_images`, each once, in rising order: [P]."""
     is_local = torch.zeros(num_images, dtype=torch.bool)
-    is_local[own_images] = True
+    is_local[local_images] = True
     if any(len(lists.queries) * lists.candidates.shape[1] == num_images * num_texts for lists in galleries[0]):
-        return (own_images[:, None] * num_texts + torch.arange(num_texts)).flatten()
+        return (local_images[:, None] * num_texts + torch.arange(num_texts)).flatten()
     parts = []
     for of_images, of_texts in galleries:
         mask = is_local[of_images.queries]
@@ -65,11 +65,11 @@ def score(
 
     Args:
         engine: over a `RetrievalTask`, in evaluation mode.
-        pairs: [P], see `own_pairs`.
+        pairs: [P], see `local_pairs`.
         batch: images of a batch of the towers.
     """
     scores = torch.full((len(pairs),), torch.nan)
-    image_numbers = towers.own_images()
+    image_numbers = towers.local_images()
     for images in towers.image_blocks():
         for texts in towers.text_blocks():
             batches = _batches(pairs, image_numbers[images.start : images.end], texts, num_texts, batch, pair_batch)
@@ -120,7 +120,7 @@ def _batches(
     return batches
 
 
-def final_places(
+def final_ranks(
     galleries: Sequence[Gallery], scored: PairScores, embeds: Embeddings, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each gallery the positions of every image's best text and of every text's image; every rank calls it.
@@ -136,7 +136,7 @@ def final_places(
             pairs = queries * num_texts + candidates if by_image else candidates * num_texts + queries
             image_of_query, image_of_candidate = (images, embeds.image_of) if by_image else (embeds.image_of, images)
             is_right = image_of_query[queries] == image_of_candidate[candidates]
-            parts.append(places_of_shortlist(_look_up(scored, pairs, device), is_right, lists.places[rows]))
+            parts.append(shortlist_ranks(_look_up(scored, pairs, device), is_right, lists.ranks[rows]))
         return torch.cat(parts)
 
     for of_images, of_texts in galleries:

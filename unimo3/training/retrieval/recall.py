@@ -19,7 +19,7 @@ RANKS = (1, 5, 10)
 _NOWHERE = torch.iinfo(torch.int64).max
 
 
-def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
+def first_ranks(scores: Tensor, is_right: Tensor) -> Tensor:
     """Position of each query's best right candidate.
 
     Args:
@@ -35,28 +35,28 @@ def first_places(scores: Tensor, is_right: Tensor) -> Tensor:
     return torch.where(is_right.any(dim=1), ahead, _NOWHERE)
 
 
-def places_of_shortlist(scores: Tensor, is_right: Tensor, tower_places: Tensor) -> Tensor:
+def shortlist_ranks(scores: Tensor, is_right: Tensor, tower_ranks: Tensor) -> Tensor:
     """Position of each query's best right candidate, when a reordered shortlist comes before the others.
 
     Args:
         scores: of the shortlist, [Q, k].
         is_right: [Q, k].
-        tower_places: [Q], `first_places` by the scores that chose the shortlist, among all candidates. It applies where
+        tower_ranks: [Q], `first_ranks` by the scores that chose the shortlist, among all candidates. It applies where
             none of the shortlist is right: the shortlist then scores at least as high as the best right one.
     """
-    return torch.where(is_right.any(dim=1), first_places(scores, is_right), tower_places)
+    return torch.where(is_right.any(dim=1), first_ranks(scores, is_right), tower_ranks)
 
 
-def recalls(text_places: Tensor, image_places: Tensor) -> dict[str, float]:
+def recalls(text_ranks: Tensor, image_ranks: Tensor) -> dict[str, float]:
     """Fraction of queries that count at 1, 5 and 10, and the mean of all six.
 
     Args:
-        text_places: of each image's texts, [images] (text retrieval, ``tr_at_k``).
-        image_places: of each text's image, [texts] (image retrieval, ``ir_at_k``).
+        text_ranks: of each image's texts, [images] (text retrieval, ``tr_at_k``).
+        image_ranks: of each text's image, [texts] (image retrieval, ``ir_at_k``).
     """
     metrics = {
         f"{name}_at_{k}": (positions < k).double().mean().item()
-        for name, positions in (("tr", text_places), ("ir", image_places))
+        for name, positions in (("tr", text_ranks), ("ir", image_ranks))
         for k in RANKS
     }
     return metrics | {"recall_mean": sum(metrics.values()) / len(metrics)}

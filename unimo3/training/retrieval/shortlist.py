@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import world
-from unimo3.training.retrieval.recall import first_places
+from unimo3.training.retrieval.recall import first_ranks
 
 _BLOCK_QUERIES = 256
 
@@ -40,12 +40,12 @@ class Shortlists(NamedTuple):
     Attributes:
         queries: [Q] int64, their numbers in the held-out set.
         candidates: [Q, k] int64, the same; a view of one row where it is all of the gallery.
-        places: [Q], `first_places` by the towers among the complete gallery.
+        ranks: [Q], `first_ranks` by the towers among the complete gallery.
     """
 
     queries: Tensor
     candidates: Tensor
-    places: Tensor
+    ranks: Tensor
 
 
 class Gallery(NamedTuple):
@@ -101,7 +101,7 @@ def _choose(
     for start in range(rank * _BLOCK_QUERIES, len(queries), num_ranks * _BLOCK_QUERIES):
         rows = slice(start, start + _BLOCK_QUERIES)
         similarities = query_embeds[rows] @ candidate_embeds.T
-        positions[rows] = first_places(similarities, query_images[rows, None] == candidate_images)
+        positions[rows] = first_ranks(similarities, query_images[rows, None] == candidate_images)
         if not takes_all:
             # A stable order: `topk` gives any of equal ones.
             ordered = similarities.nan_to_num(nan=-torch.inf).sort(dim=1, descending=True, stable=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from unimo3.collectives import gather_rows
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs, planned_batches
-from unimo3.data.order import whole_batch_positions
+from unimo3.data.order import full_batch_positions
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard, to_device
@@ -70,7 +70,7 @@ class Towers:
         self._engine, self._samples, self._world, self._batch = engine, samples, world, batch
         self._reader, self._guard, self._half_bytes = reader, guard, cache_bytes / 2
         self.num_images = sum(samples.units_per_shard)
-        self._plan = whole_batch_positions(self.num_images, world.rank, world.size, batch)
+        self._plan = full_batch_positions(self.num_images, world.rank, world.size, batch)
         self._ids = self._mask = torch.empty(0)
         self._images: StateBlock | None = None
         self._texts: StateBlock | None = None
@@ -80,7 +80,7 @@ class Towers:
         """[X, T], 1 where a text's token is real."""
         return self._mask
 
-    def own_images(self) -> Tensor:
+    def local_images(self) -> Tensor:
         """Numbers of the rank's images in the order of their states; -1 pads its last batches."""
         return torch.tensor(self._plan).flatten()
 
