@@ -60,7 +60,7 @@ class StopListener:
         self._folder: Path | None = None
         self._started = 0.0
         self._is_passed_on = False
-        self._cuts_in = False
+        self._is_interruptible = False
 
     def install(self) -> "StopListener":
         """Take over the stop signals: until `watch` they end the process, to be started again."""
@@ -119,13 +119,13 @@ class StopListener:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """While in it, a request raises `StopRequested`."""
-        self._cuts_in = True
+        self._is_interruptible = True
         try:
             if self.received:
                 raise StopRequested
             yield
         finally:
-            self._cuts_in = False
+            self._is_interruptible = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
@@ -141,6 +141,6 @@ class StopListener:
             raise KeyboardInterrupt
         if self._request == StopRequest.NONE:
             self._request, self.name = StopRequest.REQUEUE, signal.Signals(number).name
-        if self._cuts_in:
-            self._cuts_in = False  # a second one must not raise where nobody catches it
+        if self._is_interruptible:
+            self._is_interruptible = False  # a second one must not raise where nobody catches it
             raise StopRequested

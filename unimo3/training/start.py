@@ -18,7 +18,7 @@ class Started(NamedTuple):
     """A process that has joined the others."""
 
     world: distributed.World
-    stop: StopListener
+    listener: StopListener
     watch: Watch
 
 
@@ -30,8 +30,8 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
         stall_after_s: see `TrainingArgs`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stop = StopListener().install()
-    watch = Watch(run.folder, stall_after_s, stop.look)
+    listener = StopListener().install()
+    watch = Watch(run.folder, stall_after_s, listener.look)
     world = distributed.init()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.WARNING,
@@ -46,4 +46,4 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
         warn_of_wrong_apex()
     torch.manual_seed(run.seed + world.rank)
     watch.beat("build", 0)
-    return Started(world, stop, watch)
+    return Started(world, listener, watch)
