@@ -10,6 +10,7 @@ import atexit
 import logging
 import threading
 import time
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._committed_step: int | None = None
-        self._finished: list[tuple[int, float]] = []
+        self._finished: deque[tuple[int, float]] = deque()  # of the thread
         self._has_logged_memory = world()[0] != 0
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
@@ -72,8 +73,7 @@ class Saver:
 
     def take_finished(self) -> list[tuple[int, float]]:
         """Step of each save committed since the last call, and the seconds from its beginning to its commit."""
-        finished, self._finished = self._finished, []
-        return finished
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     @property
     def has_failed(self) -> bool:
@@ -88,16 +88,17 @@ class Saver:
             in_foreground: whether to wait for it in any case.
 
         Raises:
-            CheckpointError: on every rank; this save or the one before failed, and it was the last one or
+            CheckpointError: on every rank; this save failed or, unless it is the last one, the one before, and
                 ``checkpoint.on_save_error`` is stop.
         """
-        before: CheckpointError | None = None
         try:
             self.wait()
         except CheckpointError as error:
             if not is_last:
                 raise
-            before = error  # there may be room again: the last save is tried all the same
+            # There may be room again; if this save succeeds, nothing is lost and the run ends as it would have.
+            if world()[0] == 0:
+                log.error("%s; the last save of the run is tried nevertheless", error)
         started = time.perf_counter()
         try:
             finish = prepare(self._engine, self._run, state, self._memory if self._args.background else None)
@@ -128,8 +129,6 @@ class Saver:
             return
         work()
         self.wait(must_succeed=is_last)
-        if before is not None:
-            raise before
 
     def ensure(self, state: TrainState, is_last: bool = True) -> bool:
         """Have a state saved when this returns, now or by a save that is done or under way; every rank calls it.

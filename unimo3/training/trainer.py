@@ -181,8 +181,8 @@ class Trainer:
         if step:
             means = {name: value / self.num_ranks for name, value in zip(step.means, values, strict=True)}
             self.run.count_bad_samples(int(num_bad))
-            self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
             self.log_step(step, means)
+            self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
         self.run.record_saves(self.saver.take_finished())
         if save_failed:
             self.saver.wait()
