@@ -1,5 +1,6 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from unimo3 import config
@@ -100,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
             val_index.fingerprint,
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
-    Trainer(
-        run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
-    ).train()
-    run.close()
+    with closing(run):
+        Trainer(
+            run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
+        ).train()
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ Source: scontrol(1), ExcNodeList.
 import argparse
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 from slurm import history
+from slurm.commands import ANSWER, output_of
 
 DEFAULT = Path("slurm") / "bad_nodes.jsonl"
 HOURS = 12.0
@@ -71,11 +71,7 @@ def expand(nodes: str) -> list[str]:
     """Single names of nodes listed as ``n[1-3],m7``."""
     if "[" not in nodes:
         return [node for node in nodes.split(",") if node]
-    return _output_of("scontrol", "show", "hostnames", nodes).split()
-
-
-def _output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return output_of("scontrol", "show", "hostnames", nodes).split()
 
 
 def main() -> None:
@@ -89,10 +85,10 @@ def main() -> None:
     ours = history.excluded(args.run, job)
     nodes, added = choose(excluded, ours, sorted(current()))
     if nodes == sorted(excluded):
-        print("keep")
+        print(ANSWER, "keep")
         return
     history.append(args.run, "exclude", job=job, nodes=added)
-    print("set", ",".join(nodes))
+    print(ANSWER, "set", ",".join(nodes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
+"""Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints ``answer: FOLDER``.
 
     RUN        of training
     OUT.job    of an export or a conversion: next to what it makes, which must not exist before
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from finetune.tasks import TASKS
+from slurm.commands import ANSWER
 
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> int:
     if errors:
         print("ConfigError:", "; ".join(errors), file=sys.stderr)
         return _CONFIG_STATUS
-    print(folder)
+    print(ANSWER, folder)
     return 0
 
 

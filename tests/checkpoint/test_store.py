@@ -337,6 +337,16 @@ def test_prune_removes_nothing_where_nothing_is_good(tmp_path, caplog):
     assert "none of the checkpoints is good; none is removed" in caplog.text
 
 
+def test_a_checkpoint_is_not_lost_when_saving_its_step_again_is_killed(run_copy):
+    newest = store.list_checkpoints(run_copy)[-1]
+    replaced = newest.rename(newest.with_name(newest.name + ".replaced.tmp"))  # killed between the two renames
+    assert store.choose(run_copy) == (newest, [])
+    assert not replaced.exists()
+    shutil.copytree(newest, replaced)  # killed after them
+    assert store.choose(run_copy) == (newest, [])
+    assert replaced.exists()  # the next save removes it
+
+
 def test_uncommitted_folders_are_no_checkpoints(tmp_path):
     committed_checkpoint(tmp_path, 10)
     (tmp_path / "checkpoints" / "step_00000020").mkdir()

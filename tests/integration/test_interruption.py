@@ -94,7 +94,7 @@ def test_a_rank_without_data_is_named_by_its_phase(errory, program, runs):
 def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(errory, program, runs, tmp_path):
     run = runs / "skipped"
     assert errory("skipped", {"nan": [[3, 1], [4, 1]]}, "--training.max_skipped", "2") == 0
-    assert "step 4 is skipped: the loss or its gradient is not finite" in program.output
+    assert "step 4: the loss or its gradient is not finite" in program.output
     records = read_metrics(run)
     assert [record["skipped_steps"] for record in records] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert [record["loss"] is None for record in records] == [False] * 3 + [True] * 2 + [False] * 3

@@ -1,4 +1,4 @@
-"""A run's saves, at once or behind the training, and what follows from those that fail.
+"""Saves a run's checkpoints in the foreground or in a background thread, and handles failed saves.
 
 In the background, a save blocks the step only while this rank's state is copied to host memory, which the next save
 uses again. A thread does the rest and agrees through a separate process group. A second save waits for the first.
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.commit import FIX, prepare
+from unimo3.checkpoint.commit import FIX, begin_save
 from unimo3.checkpoint.engine_files import HostMemory
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import all_gather_object, world
@@ -77,7 +77,7 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank and nobody has been notified; `wait` raises it."""
+        """Whether a save in the background has failed on this rank and is not raised yet; `wait` raises it."""
         return self._failure is not None
 
     def save(self, state: TrainState, is_last: bool = False, in_foreground: bool = False) -> None:
@@ -101,7 +101,7 @@ class Saver:
                 log.error("%s; the last save of the run is tried nevertheless", error)
         started = time.perf_counter()
         try:
-            finish = prepare(self._engine, self._run, state, self._memory if self._args.background else None)
+            finish = begin_save(self._engine, self._run, state, self._memory if self._args.background else None)
         except CheckpointError as error:
             self._failure = error
             self.wait(must_succeed=is_last)
@@ -131,7 +131,7 @@ class Saver:
         self.wait(must_succeed=is_last)
 
     def ensure(self, state: TrainState, is_last: bool = True) -> bool:
-        """Have a state saved when this returns, now or by a save that is done or under way; every rank calls it.
+        """Ensure that a state is committed: wait for a save under way, and save if it was another; every rank calls it.
 
         Returns:
             Whether it is committed; always true for the run's last save, which must succeed.
