@@ -34,7 +34,8 @@ def test_no_inherited_variable_changes_what_a_job_does(site, tmp_path):
     prints = tmp_path / "prints.sh"
     prints.write_text("echo a banner\n")
     variables = HOSTILE | {"BASH_ENV": str(prints)}
-    jobs = {name: batch(site, script, **{name: value}) for name, value in variables.items()}
+    append = ("--open-mode=append",)
+    jobs = {name: batch(site, script, options=append, **{name: value}) for name, value in variables.items()}
     for name, job in jobs.items():
         site.wait_state(job, "COMPLETED")
         starts = [line for line in site.log(job).splitlines() if line.startswith(f"{job} has 1 ranks, ")]
@@ -50,7 +51,7 @@ def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
     array = batch(site, holds, options=("--array=1-2", "--hold"))
     job = batch(site, holds, SLURM_ARRAY_JOB_ID=str(array), SLURM_ARRAY_TASK_ID="1")
     site.wait_state(job, "SPECIAL_EXIT")
-    assert site.cluster.job(job)["Comment"] == "held: why"
+    assert site.cluster.job(job)["Comment"].strip() == "held: why"
     assert "Comment" not in site.cluster.job(f"{array}_1")
     assert site.state(array) == "PENDING"
     site.cluster.call("scancel", job, array)
