@@ -338,12 +338,13 @@ def test_prune_removes_nothing_where_nothing_is_good(tmp_path, caplog):
 
 
 def test_a_checkpoint_is_not_lost_when_saving_its_step_again_is_killed(run_copy):
-    newest = store.list_checkpoints(run_copy)[-1]
+    run = run_copy("bf16")
+    newest = store.list_checkpoints(run)[-1]
     replaced = newest.rename(newest.with_name(newest.name + ".replaced.tmp"))  # killed between the two renames
-    assert store.choose(run_copy) == (newest, [])
+    assert store.choose(run) == (newest, [])
     assert not replaced.exists()
     shutil.copytree(newest, replaced)  # killed after them
-    assert store.choose(run_copy) == (newest, [])
+    assert store.choose(run) == (newest, [])
     assert replaced.exists()  # the next save removes it
 
 

@@ -192,7 +192,7 @@ def test_variables_that_are_not_passed_on_are_named(checked, training, monkeypat
     monkeypatch.setenv("SBATCH_PARTITION", "p")
     status, text = checked("--dry-run", *training)
     assert status == 0
-    assert "note: SBATCH_PARTITION: not passed on to the job; options of sbatch belong in SBATCH_OPTIONS" in text
+    assert "note: SBATCH_PARTITION: not passed on; write sbatch options into SBATCH_OPTIONS of" in text
 
 
 def test_only_a_wait_for_the_end_of_a_job_counts_as_one():
