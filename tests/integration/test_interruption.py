@@ -1,14 +1,16 @@
 """Stops by file and signal wherever a run is, ranks that hang, losses that are not finite."""
 
 import json
+import os
 import threading
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.commands import start_command
 from tests.integration.conftest import losses
-from tests.waiting import wait_for
+from tests.waiting import text_of, wait_for
 from unimo3.checkpoint import store
 from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
@@ -73,6 +75,23 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(errory, recipe, 
     assert read_metrics(run, group="eval") == []
     assert errory("cut", {}, *val) == 0
     assert [record["step"] for record in read_metrics(run, group="eval")] == [4, 8]
+
+
+def test_a_run_has_one_user_and_does_not_outlive_its_launcher(recipe, runs, program, tmp_path):
+    run, command = runs / "orphaned", ("tests.inject", "--config", recipe, "--run.name", "orphaned")
+    environment = os.environ | {"INJECT": '{"until_stop": [4]}'}
+    launcher = start_command("unimo3.launch", ("-n", "2", *command), environment, tmp_path / "log")
+    wait_for(lambda: len(read_metrics(run)) == 4, "4 steps", text_of(tmp_path / "log"))
+    ranks = read_heartbeats(run)
+    assert program.run(2, *command) == 78
+    assert f"pid {ranks[0].pid} on {ranks[0].host} uses this run" in program.output
+    assert program.run(1, "pretrain.train", "--config", recipe, "--run.name", "orphaned") == 78
+    assert [beat.pid for beat in read_heartbeats(run)] == [beat.pid for beat in ranks]
+    launcher.kill()
+    wait_for(lambda: not any(beat.lives() for beat in ranks), "the end of the ranks", text_of(tmp_path / "log"))
+    assert store.list_checkpoints(run)[-1].name == "step_00000005"  # they have saved
+    program.check(2, *command, "--training.stop_after", "6")
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))
 
 
 def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(errory, program, runs):

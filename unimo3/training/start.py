@@ -9,6 +9,8 @@ import torch
 
 from unimo3 import distributed
 from unimo3.apex import warn_of_wrong_apex
+from unimo3.launch import end_with_launcher
+from unimo3.training.heartbeat import lock_run
 from unimo3.training.preempt import StopListener
 from unimo3.training.run import RunArgs
 from unimo3.training.watch import Watch
@@ -23,13 +25,18 @@ class Started(NamedTuple):
 
 
 def start_process(run: RunArgs, stall_after_s: float) -> Started:
-    """Join the other ranks; a stop signal ends the process with status 75 until training notes it.
+    """Lock the run and join the other ranks; a stop signal ends the process with status 75 until training notes it.
 
     Args:
         run: its seed counts for all ranks; each rank's local draws (dropout) come from seed + rank.
         stall_after_s: see `TrainingArgs`.
+
+    Raises:
+        ConfigError: another process uses the run.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    end_with_launcher()
+    lock_run(run.folder)
     listener = StopListener().install()
     watch = Watch(run.folder, stall_after_s, listener.look)
     world = distributed.init()
