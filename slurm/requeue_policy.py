@@ -19,6 +19,7 @@ Source: sysexits.h for the programs' statuses, unimo3/errors.py.
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ MAX_EXCLUDES = 5
 DEFAULT_MAX_RESTARTS = 20
 _MESSAGE_CHARACTERS = 300
 _ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)))
+# Errors of the run's folder that no restart repairs.
+_FIXED_BY_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be fixed (status 78)",
     70: "the loss stayed not finite (status 70): start again with a lower optim.lr under another run.name",
@@ -217,19 +220,27 @@ def main() -> None:
     parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm reports it")
     parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")
     args = parser.parse_args()
+    try:
+        action, reason = _decision(args)
+    except OSError as error:
+        if error.errno not in _FIXED_BY_PEOPLE:
+            raise
+        action = "done" if (args.event, args.status) == ("end", 0) else "hold"
+        reason = f"{args.run} cannot be written ({error.strerror}): check space, quota and permissions"
+    print(ANSWER, action, reason)
+
+
+def _decision(args: argparse.Namespace) -> tuple[str, str]:
     job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
     hosts = args.nodes.split()
     max_restarts = int(os.environ.get("MAX_RESTARTS", "") or DEFAULT_MAX_RESTARTS)
     if args.event == "begin":
-        action, reason = begin(
-            args.run, job, hosts, max_restarts, dict([args.known.split("=", 1)]) if args.known else {}, args.early
-        )
-    elif args.event == "preflight":
-        action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
-    else:
-        status, message = final_status(args.status, args.statuses)
-        action, reason = end(args.run, job, status, max_restarts, message, args.state)
-    print(ANSWER, action, reason)
+        known = dict([args.known.split("=", 1)]) if args.known else {}
+        return begin(args.run, job, hosts, max_restarts, known, args.early)
+    if args.event == "preflight":
+        return preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
+    status, message = final_status(args.status, args.statuses)
+    return end(args.run, job, status, max_restarts, message, args.state)
 
 
 if __name__ == "__main__":

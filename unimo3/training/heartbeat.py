@@ -105,13 +105,19 @@ def lock_run(run: Path) -> None:
     is done, since the job script has locked the folder: after the loss of a node a server may keep its process's lock.
 
     Raises:
-        ConfigError: another process uses the run.
+        ConfigError: another process uses the run, or its folder cannot be written.
     """
+    path = run / HEARTBEATS / f"rank_{int(os.environ.get('RANK', '0')):05d}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: '{path.parent}': cannot be written ({error.strerror}); check space, quota and permissions, or "
+            "choose another run.dir"
+        ) from error
     if "UNIMO3_STATUS_DIR" in os.environ:
         return
-    path = run / HEARTBEATS / f"rank_{int(os.environ.get('RANK', '0')):05d}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
     with suppress(OSError):  # a file system without locks: heartbeats are all there is
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
