@@ -6,8 +6,9 @@ set -euo pipefail
 # A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
 trap : TERM CONT USR1 USR2
 
-# Filters and formats that a user has set for Slurm's commands would change the answers that are read here.
-unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS
+# Filters and formats that a user has set for Slurm's commands would change the answers that are read here. With torchrun's
+# variables rank 0 would wait for a store that only torchrun starts.
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}"
 
 export JOB=$SLURM_JOB_ID # `name_job` says it more precisely
 

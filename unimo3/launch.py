@@ -52,9 +52,11 @@ def start_ranks(num_ranks: int, command: list[str], **popen_arguments: Any) -> l
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
         _LAUNCHER: str(os.getpid()),
     }
+    # With torchrun's variables rank 0 would wait for a store that only torchrun starts.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return [
         subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **popen_arguments
+            command, env=inherited | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **popen_arguments
         )
         for rank in range(num_ranks)
     ]
