@@ -128,6 +128,7 @@ def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > time.time() + 4000, "a heartbeat by the new clock")
     last = read_heartbeats(tmp_path / "run")[0].time
     wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > last + 1.5, "two more")
+    assert not (tmp_path / "run" / "stacks" / "rank_00000.txt").exists()  # it has not given up
     stacks = text_of(tmp_path / "run" / "stacks" / "asked_00000.txt")
 
     def ask():
