@@ -12,7 +12,7 @@ from pretrain import checkpoints as program
 from tests.checkpoint.conftest import SavedRuns
 from tests.checkpoint.ranks import RUNS, load_runs
 from tests.spawn import run_ranks
-from unimo3.checkpoint import store
+from unimo3.checkpoint import export, store
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
 from unimo3.errors import CheckpointError
@@ -387,6 +387,21 @@ def test_program_lists_verifies_and_prunes(run_copy, capsys):
     (run / "config.yaml").write_text("checkpoint:\n  keep_last: 1\n  keep_every: 0\n")
     assert run_program("prune", str(run)) == 0
     assert names(store.list_checkpoints(run)) == ["step_00000004"]
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_damaged(run_copy, tmp_path, capsys, monkeypatch):
+    run = run_copy("fp32")
+    listed = store.list_folders(run)
+    monkeypatch.setattr(store, "list_folders", lambda _: listed)
+    moved = listed[0].rename(tmp_path / "removed")
+    for command in ("ls", "verify"):
+        assert run_program(command, str(run)) == 0
+        assert "step_00000002  removed meanwhile\n" in capsys.readouterr().out
+    moved.rename(listed[0])
+    monkeypatch.setattr(export, "copy_model_files", lambda *_: listed[0].rename(moved))
+    with pytest.raises(CheckpointError, match="step_00000002: was removed during the export"):
+        export.export_run(run, listed[0], tmp_path / "out", "fp32", "error", 10**9)
+    assert not (tmp_path / "out").exists()
 
 
 def test_program_refuses_a_run_without_checkpoints(tmp_path, capsys):
