@@ -1,5 +1,8 @@
+import errno
+import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +15,10 @@ from pretrain import checkpoints as program
 from tests.checkpoint.conftest import SavedRuns
 from tests.checkpoint.ranks import RUNS, load_runs
 from tests.spawn import run_ranks
-from unimo3.checkpoint import export, store
+from unimo3.checkpoint import export, manifest, store
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
 
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -236,6 +239,25 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
     assert "step_00000004 is damaged" in caplog.text
     assert f"{MODEL} is missing" in caplog.text
     assert newest.is_dir()
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_storage_that_does_not_answer_is_no_damage(run_copy, monkeypatch, number):
+    run = run_copy("fp32")
+    newest, answers = store.list_checkpoints(run)[-1], iter([False, False])
+    stock = manifest.sha256_of
+
+    def sha256_of(path: Path) -> str:
+        if next(answers, True):
+            return stock(path)
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    monkeypatch.setattr(manifest, "_PAUSE_S", 0.0)
+    assert store.choose(run) == (newest, [])
+    answers = itertools.repeat(False)
+    with pytest.raises(UnreachableError, match=f"the storage does not answer .{os.strerror(number)}"):
+        store.choose(run)
 
 
 def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path, capsys):

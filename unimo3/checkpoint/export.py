@@ -81,8 +81,8 @@ def export_run(
     except (OSError, CheckpointError) as error:
         if not checkpoint.exists():
             raise CheckpointError(
-                f"{checkpoint}: was removed during the export, as a training run does with old ones; export a newer one, "
-                "or keep some with checkpoint.keep_every"
+                f"{checkpoint}: was removed during the export, as a training run does with old ones; export a newer "
+                "one, or keep some with checkpoint.keep_every"
             ) from error
         if isinstance(error, CheckpointError):
             raise
