@@ -209,7 +209,8 @@ def test_output_that_cannot_be_written_hides_no_exit_status():
 
     def status_of(how, redirection):
         command = ["bash", "-c", f'"$0" -c "$1" {how} {redirection}', sys.executable, program]
-        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode
+        environment = os.environ | {"PYTHONUNBUFFERED": ""}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
 
     for redirection in (">&-", "2>&-", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full"):
         assert status_of("fail", redirection) == 78, redirection
