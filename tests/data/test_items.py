@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import pytest
 
 from tests.data.conftest import index_again
@@ -104,37 +105,41 @@ def test_questions_that_cannot_be_read_are_units_and_errors(tmp_path, tokenizer,
     assert batch["num_replaced"] == 1
 
 
-def as_version_2(folder):
-    """The index as it was written before: one count for each sample, of the first kind that its json has."""
+def as_version_2(folder, *counts):
+    """The index as it was written before, with one count for each sample: of the first list that its json has."""
+    table = dataclasses.replace(scan(folder / "0.tar"), num_items=np.asarray(counts)).to_bytes()
+    (folder / "index.members").write_bytes(table)
+    digest = hashlib.sha256(table).hexdigest()
     content = json.loads((folder / "index.json").read_text())
-    tables, start = [], 0
-    for shard in content["shards"]:
-        members = scan(folder / shard["name"])
-        first = [next((count for count in counts if count), 0) for counts in members.num_items.tolist()]
-        old = dataclasses.replace(members, num_items=members.num_items[:, 0] * 0 + first)
-        tables.append(old.to_bytes())
-        shard["num_items"] = sum(first)
-        shard["table"] = [start, len(tables[-1]), hashlib.sha256(tables[-1]).hexdigest()]
-        start += len(tables[-1])
-    (folder / "index.members").write_bytes(b"".join(tables))
+    content["shards"][0] |= {"num_items": sum(counts), "table": [0, len(table), digest]}
+    content |= {"version": 2, "num_items": sum(counts), "members_sha256": digest}
     del content["missing_ids"]
-    content |= {"version": 2, "num_items": 0, "members_sha256": hashlib.sha256(b"".join(tables)).hexdigest()}
     (folder / "index.json").write_text(json.dumps(content))
     return folder
 
 
 def test_an_index_of_version_2_is_read(tmp_path, tokenizer):
-    folder = as_version_2(write(tmp_path, {"questions": questions(1, 2)}, {"questions": questions(3)}))
+    folder = as_version_2(write(tmp_path, {"questions": questions(1, 2)}, {"questions": questions(3)}), 2, 1)
     assert DataArgs(train=str(folder)).shard_errors("questions") == []
     assert [question["question_id"] for question in evaluated(vqa(folder, tokenizer))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("captions", [["a"], ["a"] * 5])
 def test_a_wrong_count_of_version_2_is_an_error(tmp_path, tokenizer, captions):
-    folder = as_version_2(write(tmp_path, {"questions": questions(1, 2, 3), "captions": captions}))
+    content = {"questions": questions(1, 2, 3), "captions": captions}
+    folder = as_version_2(write(tmp_path, content), len(captions))
     expected = rf"index\.json: counts {len(captions)} questions of sample 0 of 0\.tar, which has 3"
     with pytest.raises(DataError, match=expected):
         evaluated(vqa(folder, tokenizer))
+
+
+def test_items_that_version_2_does_not_count_are_an_error(tmp_path):
+    contents = ({"questions": questions(1)}, {"captions": ["a"]}, {"captions": [], "questions": questions(2)})
+    folder = as_version_2(write(tmp_path, *contents[:2]), 1, 0)
+    assert DataArgs(train=str(folder)).shard_errors("questions") == []
+    folder = as_version_2(write(tmp_path, *contents), 1, 0, 0)
+    (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
+    assert "index.json: counts 0 questions of sample 2 of 0.tar, which has 1" in problem
 
 
 def test_an_index_that_counts_no_unit_is_refused_before_it_is_read(tmp_path):

@@ -94,6 +94,6 @@ def samples_of_images(index: ShardIndex) -> list[list[list[Position]]]:
 
 def _identity(index: ShardIndex, shard: int, sample: int) -> int:
     try:
-        return identity_of(content_of(index.read(shard, sample, only="json")), shard, sample)
+        return identity_of(content_of(index.read(shard, sample, ("json",))), shard, sample)
     except BadSampleError:
         return identity_of({}, shard, sample)  # its reader meets the error again

@@ -17,15 +17,15 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.members import ITEM_KINDS, Members, header_error, scan, sha256_of
+from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error, scan, sha256_of
 from unimo3.data.remote import check_source, is_remote
-from unimo3.errors import DataError
+from unimo3.errors import DataError, UnreachableError
 
 VERSION = 3
 _READABLE = (2, VERSION)
@@ -34,8 +34,8 @@ INDEX, MEMBERS = "index.json", "index.members"
 REJECTS = "rejects.jsonl"
 # Splits that nothing is trained or chosen on.
 TEST_SPLITS = ("test", "test-dev")
-# Items that are units of reading; the captions of an image are not.
-READ_BY_ITEM = ("questions", "hypotheses")
+# Kinds of which each sample may have none, one or several, and each is read by itself.
+ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
@@ -83,7 +83,7 @@ def table_of(path: Path) -> ShardTable:
         DataError: it cannot be read.
     """
     members = scan(path)
-    num_items = dict(zip(ITEM_KINDS, members.num_items.sum(axis=0).tolist(), strict=True))
+    num_items = dict(zip(COUNTED_KINDS, members.num_items.sum(axis=0).tolist(), strict=True))
     content = members.to_bytes()
     return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.keys), num_items, content)
 
@@ -129,7 +129,7 @@ def write_index(
         "dataset": dataset,
         "split": split,
         "num_samples": num_samples,
-        "num_items": {kind: sum(shard["num_items"][kind] for shard in shards) for kind in ITEM_KINDS},
+        "num_items": {kind: sum(shard["num_items"][kind] for shard in shards) for kind in COUNTED_KINDS},
         "missing_ids": list(missing_ids),
         "members_sha256": digest.hexdigest(),
         "shards": shards,
@@ -219,6 +219,18 @@ class ShardIndex:
         """The sample an item of a shard belongs to, and the item's number in that sample."""
         return self._members(shard).item(kind, item)
 
+    def check_uncounted(self, kind: str) -> None:
+        """Read the samples of which an index of version 2 counts no item; they may have some after another kind.
+
+        Raises:
+            DataError: one has items of `kind`, or a shard cannot be read.
+        """
+        for shard, entry in enumerate(self.shards):
+            if isinstance(entry.num_items, int):
+                for sample in (self._members(shard).num_items == 0).nonzero()[0].tolist():
+                    content = self.read(shard, sample, ("json",)).get("json", b"{}")
+                    self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
+
     def check_items(self, kind: str, shard: int, sample: int, count: int) -> None:
         """Compare the number of items that a sample has with the number that was indexed.
 
@@ -246,11 +258,11 @@ class ShardIndex:
             return True
         return isinstance(content, dict) and bool(content.get(kind))
 
-    def read(self, shard: int, sample: int, only: str | None = None) -> dict[str, bytes]:
+    def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.
 
         Args:
-            only: the one extension to read. None: all.
+            only: extensions to read, where not all are needed.
 
         Raises:
             DataError: the shard cannot be read.
@@ -262,7 +274,7 @@ class ShardIndex:
                 # pread leaves no file position behind, so forked workers can share a descriptor.
                 extension: os.pread(descriptor, int(members.sizes[sample, column]), int(offset))
                 for column, extension in enumerate(members.extensions)
-                if (offset := members.offsets[sample, column]) >= 0 and only in (None, extension)
+                if (offset := members.offsets[sample, column]) >= 0 and (only is None or extension in only)
             }
         except OSError as error:
             where = error.filename or self._file(self.shards[shard].name)
@@ -377,10 +389,20 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
         has_kind = index.holds(kind)
     except DataError as error:
         return [f"{name}: {error}"]
-    if has_kind and kind in READ_BY_ITEM and not sum(index.items_per_shard(kind)):
-        return [f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"]
     if has_kind:
-        return []
+        return _count_errors(name, index, kind) if kind in ITEM_KINDS else []
     if not sum(index.samples_per_shard):
         return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]
     return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
+
+
+def _count_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
+    if not sum(index.items_per_shard(kind)):
+        return [f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"]
+    try:
+        index.check_uncounted(kind)
+    except UnreachableError:
+        raise  # no setting is wrong
+    except DataError as error:
+        return [f"{name}: {error}"]
+    return []
