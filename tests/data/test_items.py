@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.conftest import index_again
+from tests.data.conftest import convert, index_again
 from tests.data.test_identity import described, write_tar
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
@@ -16,6 +16,7 @@ from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
 from unimo3.data.members import scan
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import VqaSamples
+from unimo3.data.shards import index_tar
 from unimo3.data.statements import EntailmentSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
@@ -140,6 +141,17 @@ def test_items_that_version_2_does_not_count_are_an_error(tmp_path):
     folder = as_version_2(write(tmp_path, *contents), 1, 0, 0)
     (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
     assert "index.json: counts 0 questions of sample 2 of 0.tar, which has 1" in problem
+
+
+def test_a_table_that_an_older_version_left_is_made_again(tmp_path):
+    folder = write(tmp_path, {"captions": ["a"], "questions": questions(1, 2)})
+    index_tar(folder / "0.tar")
+    note = folder / "0.unimo3-done"
+    content = json.loads(note.read_text())
+    content["table"]["num_items"] = 1
+    note.write_text(json.dumps(content))
+    assert convert("index", "--src", str(folder)) == 0
+    assert ShardIndex(folder).items_per_shard("questions") == [2]
 
 
 def test_an_index_that_counts_no_unit_is_refused_before_it_is_read(tmp_path):
