@@ -31,6 +31,7 @@ class Nlvr2(RowTask):
 
     kind = "statement"
     unit = "statement"
+    id_field = "identifier"
     num_images = 2
     model_class = Unimo3ForImagesAndTextClassification
     fresh = r"^(pair_head|image_shift)\."

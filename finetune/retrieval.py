@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.program import FinetuneConfig, finetune
 from finetune.task import HeldOut, Reading, Results, Task
 from unimo3 import config
-from unimo3.data.captioned import CaptionedImages
+from unimo3.data.captioned import CaptionedImages, samples_of_images
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.distributed import world_size_from_environment
@@ -83,16 +83,15 @@ class RetrievalConfig(FinetuneConfig):
     def validate(self) -> list[str]:
         """Return which settings do not fit together, one line per error."""
         errors = super().validate()
-        if not self.eval_only and self.training.micro_batch * world_size_from_environment() < 2:
-            errors.append(
-                f"training.micro_batch: {self.training.micro_batch}: contrast and matching draw wrong partners in a "
-                "micro-step, over all ranks; at least 2 pairs are needed there"
-            )
+        if not self.eval_only:
+            errors += self.batch_plan(world_size_from_environment()).contrast_errors()
         try:
             val = self.data.open_val()
         except DataError:
             return errors  # the data group reports it
-        return errors if val is None else errors + self.ranking.fold_errors(sum(val.samples_per_shard))
+        if val is None or self.ranking.fold_images <= 0:
+            return errors
+        return errors + self.ranking.fold_errors(sum(map(len, samples_of_images(val))))
 
     def build_task(self) -> Retrieval:
         """The task, with how it ranks."""

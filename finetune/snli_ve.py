@@ -30,6 +30,8 @@ class SnliVe(RowTask):
 
     kind = "hypotheses"
     unit = "hypothesis"
+    id_field = "pair_id"
+    has_unique_ids = False  # no server reads the file, and the release promises nothing
     model_class = Unimo3ForImageTextClassification
     fresh = r"^entailment_head\."
     best_metric = "accuracy_overall"

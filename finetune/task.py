@@ -5,7 +5,9 @@ A new task is a file that has these and its settings; `finetune/tasks.py` lists 
 Source: open_clip's open_clip_train/task for the idea that a task owns batch -> losses and its report.
 """
 
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +27,8 @@ from unimo3.model.heads import PRETRAINING_HEADS
 from unimo3.model.unimo3 import Unimo3PreTrainedModel
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.run import Saveable
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -114,7 +118,15 @@ class Task(ABC):
 
 
 class RowTask(Task):
-    """A task whose held-out rows are scored separately."""
+    """A task whose held-out rows are scored separately.
+
+    Attributes:
+        id_field: of a row, by which a file of predictions names it.
+        has_unique_ids: whether the data set's format says that no two rows have one id.
+    """
+
+    id_field: ClassVar[str]
+    has_unique_ids: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
@@ -132,8 +144,10 @@ class RowTask(Task):
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.
 
+        A file of predictions has every id of the split once. Where the shards lack some, its name says so.
+
         Raises:
-            DataError: there is no row to score.
+            DataError: there is no row to score, or two rows have one id.
         """
         samples = self.samples(held_out.shards, held_out.reading)
         if not sum(samples.units_per_shard):
@@ -144,7 +158,36 @@ class RowTask(Task):
             local_rows += score_batch(self, engine, loaded, counts)
         if guard.is_cut:
             return None
-        return self.results([row for part in all_gather_object(local_rows) for row in part])
+        rows = [row for part in all_gather_object(local_rows) for row in part]
+        assert len(rows) == sum(samples.units_per_shard)
+        self._check_ids(rows, held_out.shards)
+        results, missing = self.results(rows), held_out.shards.missing_ids
+        if not missing:
+            return results
+        if held_out.world.rank == 0:
+            log.warning(
+                "data.val: '%s': lacks %d ids of its split, such as %s: the predictions are not complete, and servers "
+                "refuse them; prepare the shards again with all images",
+                held_out.shards.source,
+                len(missing),
+                ", ".join(map(ascii, missing[:3])),
+            )
+        return Results(results.metrics, {_incomplete(name): content for name, content in results.files.items()})
+
+    def _check_ids(self, rows: list[Row], shards: ShardIndex) -> None:
+        counts = Counter(row[self.id_field] for row in rows)
+        repeated = [ascii(identity) for identity, count in counts.items() if count > 1]
+        if repeated and self.has_unique_ids:
+            raise DataError(
+                f"data.val: '{shards.source}': {len(repeated)} {self.id_field}s stand there more than once, such as "
+                f"{', '.join(repeated[:3])}; a file of predictions has each once: remove the repeated records and "
+                "prepare the shards again"
+            )
+
+
+def _incomplete(name: str) -> str:
+    stem, dot, ending = name.partition(".")
+    return f"{stem}_incomplete{dot}{ending}" if stem == "predictions" else name
 
 
 @torch.no_grad()

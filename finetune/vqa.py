@@ -37,6 +37,7 @@ class Vqa(RowTask):
 
     kind = "questions"
     unit = "question"
+    id_field = "question_id"
     model_class = Unimo3ForVisualQuestionAnswering
     fresh = r"^vqa_head\."
     best_metric = "accuracy_overall"
@@ -66,23 +67,27 @@ class Vqa(RowTask):
         return VqaTask(model)
 
     def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
-        """The best answer, its official accuracy (None where no answers are known), its type and toy granularity."""
+        """The best answer, its official accuracy (None where no answers are known), its type and toy granularity.
+
+        Raises:
+            DataError: a question has no id.
+        """
         best = [self._answers.answers[number] for number in report["logits"].argmax(dim=-1).tolist()]
         return [
             {
-                "question_id": question["question_id"],
+                "question_id": _id_of(question, key),
                 "answer": answer,
-                "groups": (question.get("answer_type", ""), question.get("granularity", "")),
+                "groups": tuple(str(question.get(name) or "") for name in ("answer_type", "granularity")),
                 "accuracy": vqa_accuracy(answer, question["answers"]) if question.get("answers") else None,
             }
-            for question, answer in zip(loaded["question"], best, strict=True)
+            for question, answer, key in zip(loaded["question"], best, loaded["keys"], strict=True)
         ]
 
     def results(self, rows: list[Row]) -> Results:
         """The accuracies of the questions whose answers are known, and the submission file of all."""
         submission = sorted(
             ({"question_id": row["question_id"], "answer": row["answer"]} for row in rows),
-            key=lambda entry: entry["question_id"],
+            key=lambda entry: (isinstance(entry["question_id"], str), entry["question_id"]),
         )
         files = {"predictions.json": json.dumps(submission) + "\n"}
         scored = [row for row in rows if row["accuracy"] is not None]
@@ -93,6 +98,16 @@ class Vqa(RowTask):
             accuracies |= accuracy_by_group((row["groups"][kind], row["accuracy"]) for row in scored)
         files["accuracy.json"] = json.dumps(accuracies, indent=1) + "\n"
         return Results({f"accuracy_{group}": accuracy for group, accuracy in accuracies.items()}, files)
+
+
+def _id_of(question: dict[str, Any], key: str) -> int | str:
+    identity = question.get("question_id")
+    if isinstance(identity, bool) or not isinstance(identity, int | str):
+        raise DataError(
+            f"sample {key}: question_id is {identity!r}; held-out questions need a number or a text: fix the source "
+            "and prepare the shards again"
+        )
+    return identity
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unimo3.data.build_index import index, verify
-from unimo3.data.conversion import MARK, Conversion, convert, is_output, sibling_folders
+from unimo3.data.conversion import MARK, MAX_REJECT_RATIO, Conversion, convert, is_output, sibling_folders
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.ranks import communicator
 from unimo3.data.shards import ImageOptions
@@ -40,9 +40,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-reject-ratio",
         type=float,
-        default=0.001,
         metavar="SHARE",
-        help="of a split's records without a usable image, past which it ends with status 78 (default: %(default)s)",
+        help="of a split's records without a usable image, past which it ends with status 78 (default: "
+        f"{MAX_REJECT_RATIO:g}, and 0 of test splits)",
     )
     parser.add_argument(
         "--tokenizer-vocab",
@@ -97,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
         errors.append(f"--max-side {args.max_side}: a number of pixels, or 0 to store images as they are")
     if not 1 <= args.quality <= 95:
         errors.append(f"--quality {args.quality}: 1 to 95 is needed")
-    if not 0 <= args.max_reject_ratio < 1:
+    if args.max_reject_ratio is not None and not 0 <= args.max_reject_ratio < 1:
         errors.append(f"--max-reject-ratio {args.max_reject_ratio}: at least 0 and below 1 is needed")
     if args.min_answer_count < 1:
         errors.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")

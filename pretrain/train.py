@@ -43,6 +43,8 @@ class PretrainConfig:
     def validate(self) -> list[str]:
         """Return which settings do not fit together, one line per error."""
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
+        if self.objectives.itc.weight > 0 or self.objectives.itm.weight > 0:
+            errors += self.batch_plan(world_size_from_environment()).contrast_errors()
         errors += self.data.shard_errors("captions")
         if self.model.validate():
             return errors  # the model group reports it

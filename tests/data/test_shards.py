@@ -15,7 +15,10 @@ import pytest
 from finetune.vqa import VqaConfig
 from tests.data.conftest import convert, draw_jpeg, write_source
 from unimo3.data.args import DataArgs
+from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.index import ShardIndex
+from unimo3.data.progress import Progress
+from unimo3.data.shards import ImageOptions, Reject, ShardDone
 from unimo3.errors import DataError
 
 
@@ -91,9 +94,9 @@ def test_offsets_read_what_tarfile_reads(coco):
 def test_items_are_found_from_their_number(vqav2):
     index = ShardIndex(vqav2 / "train")
     seen = []
-    for shard, count in enumerate(index.items_per_shard):
+    for shard, count in enumerate(index.items_per_shard("questions")):
         for item in range(count):
-            sample, number = index.item(shard, item)
+            sample, number = index.item("questions", shard, item)
             seen.append(json.loads(index.read(shard, sample)["json"])["questions"][number]["question_id"])
     assert len(seen) == len(set(seen)) == sum(len(c["questions"]) for c in contents(vqav2 / "train"))
 
@@ -271,6 +274,30 @@ def test_where_bad_images_lie_in_the_source_decides_nothing(tmp_path):
         (root / image["filepath"] / image["filename"]).unlink()
     ratio = str(121 / len(of_train))
     assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out"), "--max-reject-ratio", ratio) == 0
+
+
+@pytest.mark.parametrize(
+    ("split", "ratio", "is_refused"),
+    [
+        ("test", None, True),
+        ("test-dev", None, True),
+        ("val", None, False),
+        ("train", None, False),
+        ("test", 0.001, False),
+        ("train", 0.0, True),
+    ],
+)
+def test_a_test_split_loses_no_record_unless_allowed(tmp_path, split, ratio, is_refused):
+    progress = Progress("records")
+    reject = Reject(split, "7", "7.jpg", "cannot be decoded", (70, 71))
+    progress.add(ShardDone(split, 0, 3000, (reject,), reused=False))
+    wanted = Conversion("vqav2", tmp_path, tmp_path, tmp_path, False, 1024, ImageOptions(), ratio, 0, 9)
+    if is_refused:
+        with pytest.raises(DataError, match=f"--max-reject-ratio 0: 1 of 3000 records of {split} have no usable image"):
+            _check_rejects(wanted, progress, tmp_path)
+        assert json.loads((tmp_path / "rejects.jsonl").read_text())["ids"] == [70, 71]
+    else:
+        _check_rejects(wanted, progress, tmp_path)
 
 
 def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_path, capfd):

@@ -4,21 +4,26 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
+from tests.data.conftest import index_again
+from tests.data.test_identity import described, write_tar
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
 from tests.finetune.evaluating import DS_CONFIG, evaluate
 from tests.finetune.formats import check_vqa, nlvr2_metrics, read_lines, snli_ve_metrics
 from tests.spawn import run_ranks
+from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import DataError
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.training.evaluation import Unguarded
 
 
@@ -113,6 +118,87 @@ def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
         ("test1-8-0-0", True),
     )
     assert Nlvr2().results(judged(*marks)).metrics == {"accuracy": 0.8, "consistency": pytest.approx(2 / 3)}
+
+
+def evaluate_vqa(folder, tokenizer, missing_ids=()):
+    """Results of a model with random weights."""
+    answers = AnswerVocabulary(["yes", "no"])
+    text = tiny_config().text_config.to_dict() | {"vocab_size": 400}
+    task = Vqa(answers)
+    objective = task.objective(Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, num_answers=2)))
+    objective.device = torch.device("cpu")
+    index = ShardIndex(folder)
+    if missing_ids:
+        index._missing_ids = list(missing_ids)
+    reading = Reading(tokenizer, 12, ImageTransform(16), 0)
+    return task.evaluate(objective, HeldOut(index, reading, World(0, 0, 1), 2, ReaderArgs(0, 1)), Unguarded())
+
+
+def write_questions(folder, ids):
+    """A test split of one question a sample."""
+    contents = [{"questions": [{"question_id": identity, "question": "what?"}]} for identity in ids]
+    write_tar(folder / "0.tar", [(str(number), described(number, content)) for number, content in enumerate(contents)])
+    index_again(folder, split="test")
+
+
+def test_predictions_that_lack_ids_get_another_name(vqa, tokenizer, asked, caplog):
+    results = evaluate_vqa(vqa / "val", tokenizer)
+    check_vqa(results.files["predictions.json"], asked)
+    assert not caplog.text
+    lacking = evaluate_vqa(vqa / "val", tokenizer, missing_ids=[901, 902])
+    assert lacking.files == {
+        "predictions_incomplete.json": results.files["predictions.json"],
+        "accuracy.json": results.files["accuracy.json"],
+    }
+    assert "lacks 2 ids of its split, such as 901, 902" in caplog.text
+
+
+def test_rejects_next_to_an_older_index_are_missing_ids(vqa, tmp_path):
+    (tmp_path / "shards").mkdir()
+    shutil.copytree(vqa / "val", tmp_path / "shards" / "val")
+    path = tmp_path / "shards" / "val" / "index.json"
+    content = json.loads(path.read_text())
+    del content["missing_ids"]
+    path.write_text(json.dumps(content))
+    assert ShardIndex(path.parent).missing_ids == []
+    rejects = [{"split": split, "key": split, "image": "a.jpg", "reason": "?"} for split in ("train", "val")]
+    (tmp_path / "shards" / "rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
+    assert ShardIndex(path.parent).missing_ids == ["val"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ((1, 2, 1), "1 question_ids stand there more than once, such as 1"),
+        (("a", "b", "b"), "1 question_ids stand there more than once, such as 'b'"),
+        ((1, None, 2), "sample 1#0: question_id is None; held-out questions need a number or a text"),
+        ((1, [1], 2), r"sample 1#0: question_id is \[1\]; held-out questions need a number or a text"),
+    ],
+)
+def test_a_question_without_an_id_of_its_own_is_refused(tokenizer, tmp_path, ids, expected):
+    write_questions(tmp_path, ids)
+    with pytest.raises(DataError, match=expected):
+        evaluate_vqa(tmp_path, tokenizer)
+
+
+def test_question_ids_of_both_types_are_one_file(tokenizer, tmp_path):
+    write_questions(tmp_path, ("b", 2, 1))
+    predicted = json.loads(evaluate_vqa(tmp_path, tokenizer).files["predictions.json"])
+    assert [entry["question_id"] for entry in predicted] == [1, 2, "b"]
+
+
+def test_repeated_statements_are_refused_and_hypotheses_are_not(tmp_path):
+    shards = index_of_nothing(tmp_path)
+    rows = [{"identifier": "dev-1-0-0", "pair_id": "a"}] * 2
+    with pytest.raises(DataError, match="1 identifiers stand there more than once, such as 'dev-1-0-0'"):
+        Nlvr2()._check_ids(rows, shards)
+    SnliVe()._check_ids(rows, shards)
+
+
+def index_of_nothing(folder):
+    write_tar(folder / "0.tar", [("0", described(0, {}))])
+    index_again(folder)
+    return ShardIndex(folder)
 
 
 def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp_path):

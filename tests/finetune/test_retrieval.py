@@ -1,11 +1,14 @@
 """Settings of retrieval that cannot be, and its recipes: reported before anything starts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from finetune.retrieval import RetrievalConfig
+from tests.data.conftest import index_again
+from tests.data.test_identity import described, write_tar
 from unimo3.config import collect_errors
 from unimo3.data.args import DataArgs
 from unimo3.training.args import TrainingArgs
@@ -37,6 +40,19 @@ def test_folds_that_do_not_divide_and_an_empty_batch_are_named_together(coco, pr
         "ranking.pair_batch: 0: at least 1 is needed",
         "ranking.fold_images: 3: the 4 images of data.val are no whole number of folds",
     ]
+
+
+def test_folds_are_of_images_not_of_samples(coco, pretrained, tmp_path):
+    val = tmp_path / "val"
+    val.mkdir()
+    contents = [{"image_id": number % 4, "caption": "a"} for number in range(6)]
+    write_tar(val / "0.tar", [(str(number), described(number, content)) for number, content in enumerate(contents)])
+    index_again(val, split="val")
+    made = settings(coco, pretrained, tmp_path, fold_images=4)
+    assert collect_errors(replace(made, data=replace(made.data, val=str(val)))) == []
+    made = settings(coco, pretrained, tmp_path, fold_images=3)
+    (problem,) = collect_errors(replace(made, data=replace(made.data, val=str(val))))
+    assert problem.startswith("ranking.fold_images: 3: the 4 images of data.val")
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "tiny" not in path.stem], ids=lambda path: path.stem)

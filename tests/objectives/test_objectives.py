@@ -88,6 +88,14 @@ def test_gate_maps_are_the_models_own_stream_by_stream():
     assert not torch.allclose(report["gates_text"], report["gates_image"], atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [args(), args(itc=0.0), args(itm=0.0), args(negatives="hard")])
+def test_a_batch_of_one_image_is_counted(settings):
+    batch = tiny_batch(BATCH)
+    assert losses(settings, batch=batch)["single_image_ratio"] == 0
+    assert losses(settings, batch=batch | {"image_id": torch.full((BATCH,), 3)})["single_image_ratio"] == 1
+    assert "single_image_ratio" not in losses(args(itm=0.0, itc=0.0), batch=batch)
+
+
 def test_no_masked_token_anywhere_gives_a_zero_loss():
     batch = tiny_batch(BATCH)
     batch["mlm_labels"] = torch.full_like(batch["mlm_labels"], -100)

@@ -20,11 +20,14 @@ from unimo3.data.shards import (
     index_tar,
     members_error,
     remove_traces,
+    repeated_keys,
     unindexed_shards,
 )
 from unimo3.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+_NUM_SHOWN = 10
 
 
 def index(source: Path, overwrite: bool, comm: Any) -> None:
@@ -63,10 +66,15 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             if not overwrite and (folder / INDEX).is_file():
                 _check_unchanged(folder)
             count = finish(folder, folder.parent.name, folder.name, names)
+            repeated = repeated_keys(folder, names)
             remove_traces(folder, names)
         finally:
             (folder / "index.lock").unlink(missing_ok=True)
     print(f"{source}: {count} samples in {len(paths)} shards")
+    for name, key, number in repeated[:_NUM_SHOWN]:
+        print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
+    if len(repeated) > _NUM_SHOWN:
+        print(f"and so in {len(repeated) - _NUM_SHOWN} more tars")
 
 
 def _check_unchanged(folder: Path) -> None:

@@ -21,7 +21,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.formats.record import Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
-from unimo3.data.index import INDEX
+from unimo3.data.index import INDEX, REJECTS, TEST_SPLITS
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -37,9 +37,9 @@ from unimo3.data.shards import (
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 
-REJECTS = "rejects.jsonl"
 # What distinguishes this program's folders from others, which are never removed.
 MARK = ".unimo3-shards"
+MAX_REJECT_RATIO = 0.001
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Conversion:
         out: folder of the shards.
         overwrite: whether an earlier conversion's `out` is replaced.
         shard_size: records a shard.
-        max_reject_ratio: of a split's records without a usable image, past which it fails.
+        max_reject_ratio: of a split's records without a usable image, past which it fails. None: `MAX_REJECT_RATIO`,
+            and 0 of the splits that are tested on.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
         min_answer_count: least count of an answer of the vocabulary.
     """
@@ -65,9 +66,15 @@ class Conversion:
     overwrite: bool
     shard_size: int
     options: ImageOptions
-    max_reject_ratio: float
+    max_reject_ratio: float | None
     tokenizer_vocab: int
     min_answer_count: int
+
+    def reject_limit(self, split: str) -> float:
+        """The limit of a split. Results on a test split with fewer records are not those of others."""
+        if self.max_reject_ratio is not None:
+            return self.max_reject_ratio
+        return 0.0 if split in TEST_SPLITS else MAX_REJECT_RATIO
 
 
 class Source:
@@ -164,7 +171,14 @@ def convert(wanted: Conversion, comm: Any) -> None:
         names = {split: [f"{number:06d}.tar" for number in range(count)] for split, count in source.shards.items()}
         for split in names:
             remove_unlisted(staging / split, names[split])
-            counts[split] = finish(staging / split, wanted.format, split, names[split])
+            missing = sorted(
+                (reject["key"], number, identity)
+                for reject in progress.rejects
+                if reject["split"] == split
+                for number, identity in enumerate(reject["ids"])
+            )
+            missing_ids = [identity for _, _, identity in missing]
+            counts[split] = finish(staging / split, wanted.format, split, names[split], missing_ids)
             remove_traces(staging / split, names[split])
         if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
             raise DataError(
@@ -226,10 +240,11 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
     """
     for split, num_records in progress.done_of.items():
         rejects = [reject for reject in progress.rejects if reject["split"] == split]
-        if len(rejects) > wanted.max_reject_ratio * num_records:
+        limit = wanted.reject_limit(split)
+        if len(rejects) > limit * num_records:
             _write_rejects(progress, staging)
             raise DataError(
-                f"--max-reject-ratio {wanted.max_reject_ratio}: {len(rejects)} of {num_records} records of {split} "
+                f"--max-reject-ratio {limit:g}: {len(rejects)} of {num_records} records of {split} "
                 f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
                 f"{staging / REJECTS} lists them; check --images, fix them, or raise the limit, and start the same "
                 "command again: finished shards are kept"

@@ -3,11 +3,12 @@
     FOLDER/000000.tar ...      samples ``key.jpg`` + ``key.json`` (or any members that share a key)
     FOLDER/index.json          version, dataset, split; each shard's name, bytes, sha256, samples and items, and the
                                offset, bytes and sha256 of its table in index.members; sha256 of index.members
-    FOLDER/index.members       for each shard, every member's offset and size, and every sample's number of items
+    FOLDER/index.members       for each shard, every member's offset and size, and every sample's items of each kind
 
-An item is a caption, a question or a hypothesis of a sample's ``json``. Tables are read when a shard is first used and
-a few are cached, so memory does not grow with the number of samples. The folder may be a mounted store or an ``https:``
-address, whose shards go through a local cache.
+An item is a caption, a question or a hypothesis of a sample's ``json``; each kind is counted by itself. An index of
+version 2 counts only the first kind of each ``json``; it stays readable, and a wrong count is an error. Tables are read
+when a shard is first used and a few are cached, so memory does not grow with the number of samples. The folder may be a
+mounted store or an ``https:`` address, whose shards go through a local cache.
 
 Source: https://github.com/webdataset/webdataset for the shards' layout; the tar format of POSIX.1-1988.
 """
@@ -16,20 +17,25 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.members import Members, header_error, scan, sha256_of
+from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error, scan, sha256_of
 from unimo3.data.remote import check_source, is_remote
-from unimo3.errors import DataError
+from unimo3.errors import DataError, UnreachableError
 
-VERSION = 2
+VERSION = 3
+_READABLE = (2, VERSION)
 INDEX, MEMBERS = "index.json", "index.members"
+# Of a conversion, next to the splits' folders: its records without a usable image.
+REJECTS = "rejects.jsonl"
 # Splits that nothing is trained or chosen on.
 TEST_SPLITS = ("test", "test-dev")
+# Kinds of which each sample may have none, one or several, and each is read by itself.
+ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
@@ -37,13 +43,17 @@ _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepar
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file, and its table of members in ``index.members``."""
+    """One tar file, and its table of members in ``index.members``.
+
+    Attributes:
+        num_items: by kind; in an index of version 2 one number.
+    """
 
     name: str
     num_bytes: int
     sha256: str
     num_samples: int
-    num_items: int
+    num_items: dict[str, int] | int
     table_offset: int
     table_bytes: int
     table_sha256: str
@@ -54,6 +64,7 @@ class ShardTable:
     """The entry of one tar in an index.
 
     Attributes:
+        num_items: by kind.
         table: its `Members` as bytes.
     """
 
@@ -61,7 +72,7 @@ class ShardTable:
     num_bytes: int
     sha256: str
     num_samples: int
-    num_items: int
+    num_items: dict[str, int]
     table: bytes
 
 
@@ -72,16 +83,19 @@ def table_of(path: Path) -> ShardTable:
         DataError: it cannot be read.
     """
     members = scan(path)
-    num_items = int(members.num_items.sum())
+    num_items = dict(zip(COUNTED_KINDS, members.num_items.sum(axis=0).tolist(), strict=True))
     content = members.to_bytes()
     return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.keys), num_items, content)
 
 
-def write_index(folder: Path, dataset: str, split: str, tables: Iterable[ShardTable]) -> int:
+def write_index(
+    folder: Path, dataset: str, split: str, tables: Iterable[ShardTable], missing_ids: Sequence[int | str] = ()
+) -> int:
     """Write ``index.members`` and then ``index.json``: a folder with an index.json is complete.
 
     Args:
         tables: one a shard, taken one by one.
+        missing_ids: of the entries that the split has and the shards do not.
 
     Returns:
         Number of samples.
@@ -115,7 +129,8 @@ def write_index(folder: Path, dataset: str, split: str, tables: Iterable[ShardTa
         "dataset": dataset,
         "split": split,
         "num_samples": num_samples,
-        "num_items": sum(shard["num_items"] for shard in shards),
+        "num_items": {kind: sum(shard["num_items"][kind] for shard in shards) for kind in COUNTED_KINDS},
+        "missing_ids": list(missing_ids),
         "members_sha256": digest.hexdigest(),
         "shards": shards,
     }
@@ -150,6 +165,7 @@ class ShardIndex:
             self.dataset: str = content["dataset"]
             self.split: str = content["split"]
             self.members_sha256: str = content["members_sha256"]
+            self._missing_ids: list[int | str] | None = content.get("missing_ids")
             self.shards = [
                 Shard(
                     entry["name"],
@@ -172,22 +188,61 @@ class ShardIndex:
         self._owner = os.getpid()
 
     @property
+    def missing_ids(self) -> list[int | str]:
+        """Of the entries that the split has and the shards do not; of an index of version 2 the records' keys."""
+        if self._missing_ids is not None:
+            return self._missing_ids
+        path = Path(self.source).parent / REJECTS
+        if is_remote(self.source) or not path.is_file():
+            return []
+        try:
+            rejects = [json.loads(line) for line in path.read_bytes().splitlines()]
+            return [reject["key"] for reject in rejects if reject["split"] == self.split]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: is no list of rejected records ({error!r}); prepare the shards again") from error
+
+    @property
     def samples_per_shard(self) -> list[int]:
         """Number of samples of each shard."""
         return [shard.num_samples for shard in self.shards]
 
-    @property
-    def items_per_shard(self) -> list[int]:
-        """Number of items of each shard."""
-        return [shard.num_items for shard in self.shards]
+    def items_per_shard(self, kind: str) -> list[int]:
+        """Number of items of a kind, such as ``questions``, of each shard."""
+        counts = (shard.num_items for shard in self.shards)
+        return [count if isinstance(count, int) else count[kind] for count in counts]
 
     def key(self, shard: int, sample: int) -> str:
         """A sample's key."""
         return self._members(shard).key(sample)
 
-    def item(self, shard: int, item: int) -> tuple[int, int]:
+    def item(self, kind: str, shard: int, item: int) -> tuple[int, int]:
         """The sample an item of a shard belongs to, and the item's number in that sample."""
-        return self._members(shard).item(item)
+        return self._members(shard).item(kind, item)
+
+    def check_uncounted(self, kind: str) -> None:
+        """Read the samples of which an index of version 2 counts no item; they may have some after another kind.
+
+        Raises:
+            DataError: one has items of `kind`, or a shard cannot be read.
+        """
+        for shard, entry in enumerate(self.shards):
+            if isinstance(entry.num_items, int):
+                for sample in (self._members(shard).num_items == 0).nonzero()[0].tolist():
+                    content = self.read(shard, sample, ("json",)).get("json", b"{}")
+                    self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
+
+    def check_items(self, kind: str, shard: int, sample: int, count: int) -> None:
+        """Compare the number of items that a sample has with the number that was indexed.
+
+        Raises:
+            DataError: they differ, and units of reading would be missing.
+        """
+        indexed = self._members(shard).items_of(kind, sample)
+        if indexed != count:
+            raise DataError(
+                f"{self._file(INDEX)}: counts {indexed} {kind} of sample {self.key(shard, sample)} of "
+                f"{self.shards[shard].name}, which has {count}; {_AGAIN}"
+            )
 
     def holds(self, kind: str) -> bool:
         """Whether there is a first sample and it has `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
@@ -203,8 +258,11 @@ class ShardIndex:
             return True
         return isinstance(content, dict) and bool(content.get(kind))
 
-    def read(self, shard: int, sample: int) -> dict[str, bytes]:
+    def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.
+
+        Args:
+            only: extensions to read, where not all are needed.
 
         Raises:
             DataError: the shard cannot be read.
@@ -216,7 +274,7 @@ class ShardIndex:
                 # pread leaves no file position behind, so forked workers can share a descriptor.
                 extension: os.pread(descriptor, int(members.sizes[sample, column]), int(offset))
                 for column, extension in enumerate(members.extensions)
-                if (offset := members.offsets[sample, column]) >= 0
+                if (offset := members.offsets[sample, column]) >= 0 and (only is None or extension in only)
             }
         except OSError as error:
             where = error.filename or self._file(self.shards[shard].name)
@@ -246,8 +304,9 @@ class ShardIndex:
         except ValueError as error:
             raise DataError(f"{path}: is not JSON ({error}); {_AGAIN}") from error
         version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION:
-            raise DataError(f"{path}: version {version!r}, this program reads {VERSION}; {_AGAIN}")
+        if version not in _READABLE:
+            versions = " and ".join(map(str, _READABLE))
+            raise DataError(f"{path}: version {version!r}, this program reads {versions}; {_AGAIN}")
         return content
 
     def _check_files(self) -> None:
@@ -331,7 +390,19 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     except DataError as error:
         return [f"{name}: {error}"]
     if has_kind:
-        return []
+        return _count_errors(name, index, kind) if kind in ITEM_KINDS else []
     if not sum(index.samples_per_shard):
         return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]
     return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
+
+
+def _count_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
+    if not sum(index.items_per_shard(kind)):
+        return [f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"]
+    try:
+        index.check_uncounted(kind)
+    except UnreachableError:
+        raise  # no setting is wrong
+    except DataError as error:
+        return [f"{name}: {error}"]
+    return []

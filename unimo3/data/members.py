@@ -16,6 +16,8 @@ import numpy as np
 
 from unimo3.errors import DataError
 
+COUNTED_KINDS = ("captions", "questions", "hypotheses")
+"""Lists of a sample's ``json`` whose entries are its items, each kind by itself."""
 _BLOCK_BYTES = 512
 
 
@@ -26,7 +28,8 @@ class Members:
     Attributes:
         keys: [samples] UTF-8 bytes.
         offsets: [samples, extensions] of the members' content.
-        num_items: [samples] captions or questions of each sample's ``json``.
+        num_items: [samples, kinds] items of each of `COUNTED_KINDS` in the samples' ``json``; [samples] in tables of
+            version 2, which count the first of these kinds that a ``json`` has.
     """
 
     keys: np.ndarray
@@ -37,16 +40,22 @@ class Members:
     _ends: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", np.cumsum(self.num_items))
+        object.__setattr__(self, "_ends", np.ascontiguousarray(np.cumsum(self.num_items, axis=0).T))
 
     def key(self, sample: int) -> str:
         """A sample's key."""
         return bytes(self.keys[sample]).decode("utf-8", "replace")
 
-    def item(self, item: int) -> tuple[int, int]:
-        """The sample an item belongs to, and the item's number in that sample."""
-        sample = int(np.searchsorted(self._ends, item, side="right"))
-        return sample, int(item - (0 if sample == 0 else self._ends[sample - 1]))
+    def item(self, kind: str, item: int) -> tuple[int, int]:
+        """The sample an item of a kind belongs to, and the item's number in that sample."""
+        ends = self._ends if self._ends.ndim == 1 else self._ends[COUNTED_KINDS.index(kind)]
+        sample = int(np.searchsorted(ends, item, side="right"))
+        return sample, int(item - (0 if sample == 0 else ends[sample - 1]))
+
+    def items_of(self, kind: str, sample: int) -> int:
+        """Number of a sample's items of a kind."""
+        counts = self.num_items[sample]
+        return int(counts if counts.ndim == 0 else counts[COUNTED_KINDS.index(kind)])
 
     def to_bytes(self) -> bytes:
         """The table for `from_bytes`; equal members give equal bytes."""
@@ -81,7 +90,7 @@ def scan(path: Path) -> Members:
     """
     samples: list[dict[str, tuple[int, int]]] = []
     keys: list[str] = []
-    num_items: list[int] = []
+    num_items: list[list[int]] = []
     latest: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -100,11 +109,11 @@ def scan(path: Path) -> Members:
                     latest[key] = len(samples)  # a key that comes again is another sample
                     samples.append({})
                     keys.append(key)
-                    num_items.append(0)
+                    num_items.append([0] * len(COUNTED_KINDS))
                 samples[latest[key]][extension] = (member.offset_data, member.size)
                 if extension == "json":
                     file = tar.extractfile(member)
-                    num_items[latest[key]] = _count_items(file.read()) if file else 0
+                    num_items[latest[key]] = count_items(file.read() if file else b"{}")
         with path.open("rb") as raw:
             # A tar ends in blocks of zeros. Python's reader accepts any end between two members.
             raw.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
@@ -124,7 +133,7 @@ def scan(path: Path) -> Members:
         extensions,
         offsets,
         sizes,
-        np.asarray(num_items, dtype=np.int64),
+        np.asarray(num_items, dtype=np.int64).reshape(len(samples), len(COUNTED_KINDS)),
     )
 
 
@@ -147,14 +156,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _count_items(content: bytes) -> int:
+def count_items(content: bytes) -> list[int]:
+    """Items of each kind; what cannot be read counts as one, so that a reader meets the error and reports it."""
     try:
         described: Any = json.loads(content)
     except (ValueError, RecursionError):
-        return 0
+        described = None
     if not isinstance(described, dict):
-        return 0
-    for name in ("captions", "questions", "hypotheses"):
-        if isinstance(described.get(name), list):
-            return len(described[name])
-    return 0
+        return [1] * len(COUNTED_KINDS)
+    values = [described.get(kind) for kind in COUNTED_KINDS]
+    return [len(value) if isinstance(value, list) else int(value is not None) for value in values]

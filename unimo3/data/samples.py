@@ -9,7 +9,7 @@ Source: METER, arXiv 2111.02387, for the inputs.
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -106,17 +106,38 @@ class SampleUnits:
 
 
 class ItemUnits(SampleUnits):
-    """Shards of whose samples each item is a unit of reading: a question, a hypothesis."""
+    """Shards of whose samples each item is a unit of reading: a question, a hypothesis.
+
+    Attributes:
+        kind: the list of a sample's ``json`` that has the items.
+    """
+
+    kind: ClassVar[str]
 
     @property
     def units_per_shard(self) -> list[int]:
         """One unit an item."""
-        return self.index.items_per_shard
+        return self.index.items_per_shard(self.kind)
 
     def key(self, unit: Unit) -> str:
         """The sample's key and the item's number in it."""
-        sample, item = self.index.item(unit.shard, unit.unit)
+        sample, item = self.index.item(self.kind, unit.shard, unit.unit)
         return f"{self.index.key(unit.shard, sample)}#{item}"
+
+    def _read_item(self, unit: Unit) -> tuple[dict[str, bytes], int, Any]:
+        """The members of a unit's sample, the number of the unit's item, and the item.
+
+        Raises:
+            BadSampleError: there is no such item.
+            DataError: the index counts other items than the sample has.
+        """
+        sample, number = self.index.item(self.kind, unit.shard, unit.unit)
+        members, content = read_sample(self.index, unit.shard, sample)
+        items = content.get(self.kind)
+        if not isinstance(items, list):
+            raise BadSampleError(f"its {self.kind} are a {type(items).__name__}; a list is needed")
+        self.index.check_items(self.kind, unit.shard, sample, len(items))
+        return members, number, items[number]
 
 
 class PretrainSamples(SampleUnits):
@@ -158,7 +179,7 @@ class PretrainSamples(SampleUnits):
             "images": image_of(members, self._transform, sample_rng(self._seed, "augment", unit.epoch, unit)),
             "input_ids": ids,
             "attention_mask": mask,
-            "image_id": np.asarray(_number(content.get("image_id") or self.key(unit), unit.source)),
+            "image_id": np.asarray(identity_of(content, unit.shard, unit.unit, unit.source)),
         }
         if self._mlm_probability:
             masked, labels = self._mask(ids, sample_rng(self._seed, "mask", unit.epoch, unit))
@@ -172,6 +193,8 @@ class VqaSamples(ItemUnits):
     Args:
         answers: the vocabulary; the targets of a question without answers are all zero.
     """
+
+    kind = "questions"
 
     def __init__(
         self,
@@ -187,12 +210,10 @@ class VqaSamples(ItemUnits):
 
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, question, targets, and what scoring needs."""
-        sample, item = self.index.item(unit.shard, unit.unit)
-        members, content = read_sample(self.index, unit.shard, sample)
+        members, item, question = self._read_item(unit)
         try:
-            question = content["questions"][item]
             empty = not question["question"].strip()
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise BadSampleError(f"question {item} of its json lacks a field ({error!r})") from error
         if empty:
             raise BadSampleError(f"question {question.get('question_id', item)} is empty")
@@ -218,13 +239,43 @@ def read_sample(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, b
     members = index.read(shard, sample)
     if "json" not in members and "txt" not in members:
         raise BadSampleError("has no json member and no txt member")
+    return members, content_of(members)
+
+
+def content_of(members: dict[str, bytes]) -> dict[str, Any]:
+    """The content of a sample's ``json``; empty where it has none.
+
+    Raises:
+        BadSampleError: the ``json`` cannot be read.
+    """
     try:
         content = json.loads(members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"its json cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
-    return members, content
+    return content
+
+
+def identity_of(content: dict[str, Any], shard: int, sample: int, source: int = 0) -> int:
+    """The image of a sample as a number of 63 bits; two samples of one image are no negatives of each other.
+
+    An ``image_id`` is the same as a number and as a text; each source numbers its own images. Without one (null, an
+    empty text and NaN are none), the identity is where the sample is stored: its source, shard and number there.
+
+    Args:
+        content: of the sample's ``json``.
+
+    Raises:
+        BadSampleError: the ``image_id`` is neither a number nor a text.
+    """
+    image_id = content.get("image_id")
+    if isinstance(image_id, bool) or not isinstance(image_id, int | float | str | None):
+        raise BadSampleError(f"its image_id is a {type(image_id).__name__}; a number or a text is needed")
+    if isinstance(image_id, float) and image_id.is_integer():
+        image_id = int(image_id)  # as programs write it that store missing numbers as NaN
+    text = "" if image_id is None or image_id != image_id else str(image_id).strip()
+    return _hash("image", source, text) if text else _hash("sample", source, shard, sample)
 
 
 def image_of(
@@ -266,16 +317,11 @@ def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]
     return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
 
 
-def _number(image_id: Any, source: int) -> int:
-    """An image id as a 63-bit number; sources count their images each for itself."""
-    if isinstance(image_id, int) and abs(image_id) < 2**63 and not source:
-        return image_id
-    return _hash(source, image_id)
-
-
 def _hash(*values: Any) -> int:
     """A number of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, values)).encode()).digest()[:8]) >> 1
+    text = " ".join(map(str, values))
+    # JSON may contain half of a surrogate pair.
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8]) >> 1
 
 
 def token_id(value: Any) -> int:

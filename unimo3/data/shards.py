@@ -13,6 +13,7 @@ import io
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from PIL import Image
 from unimo3.data.formats.record import Sample
 from unimo3.data.images import decode
 from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write_index
-from unimo3.data.members import sha256_of
+from unimo3.data.members import Members, sha256_of
 from unimo3.errors import DataError
 
 # Names that nobody else uses: they are also written next to the tars of others while these are indexed.
@@ -77,12 +78,17 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class Reject:
-    """A record without a usable image."""
+    """A record without a usable image.
+
+    Attributes:
+        ids: of its entries, by which the data set's evaluation names them.
+    """
 
     split: str
     key: str
     image: str
     reason: str
+    ids: Sequence[int | str] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def write_shard(
             try:
                 images = [read_image(path, options) for path in sample.images]
             except UnusableImageError as error:
-                rejects.append(Reject(job.split, sample.key, str(error.path), error.reason))
+                rejects.append(Reject(job.split, sample.key, str(error.path), error.reason, sample.ids))
             else:
                 tar.write({"__key__": sample.key, **_members(sample, images)})
             between()
@@ -225,8 +231,11 @@ def index_tar(path: Path) -> ShardDone:
     return ShardDone(path.parent.name, 0, done["table"]["num_samples"], (), reused=done is earlier)
 
 
-def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
+def finish(folder: Path, dataset: str, split: str, names: Sequence[str], missing_ids: Sequence[int | str] = ()) -> int:
     """Make a folder's index of the tables next to its finished shards; `remove_traces` comes after.
+
+    Args:
+        missing_ids: of the entries that the split has and the shards do not.
 
     Returns:
         Number of samples.
@@ -235,7 +244,19 @@ def finish(folder: Path, dataset: str, split: str, names: Sequence[str]) -> int:
         DataError: the shards contain none.
     """
     stems = [folder / name.removesuffix(".tar") for name in names]
-    return write_index(folder, dataset, split, (_saved_table(stem) for stem in stems))
+    return write_index(folder, dataset, split, (_saved_table(stem) for stem in stems), missing_ids)
+
+
+def repeated_keys(folder: Path, names: Sequence[str]) -> list[tuple[str, str, int]]:
+    """The tars in which several samples have one key: name, such a key, and how many samples have an earlier one's."""
+    repeated = []
+    for name in names:
+        members = Members.from_bytes(_saved_table((folder / name).with_suffix("")).table)
+        counts = Counter(members.keys.tolist())
+        if len(counts) < len(members.keys):
+            key = counts.most_common(1)[0][0].decode("utf-8", "replace")
+            repeated.append((name, key, len(members.keys) - len(counts)))
+    return repeated
 
 
 def unindexed_shards(folder: Path) -> dict[str, str]:
@@ -307,7 +328,8 @@ def _read_done(path: Path) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return content
+    # An older version counted the items of one kind.
+    return content if isinstance(content["table"]["num_items"], dict) else None
 
 
 def _saved_table(stem: Path) -> ShardTable:

@@ -19,15 +19,15 @@ _NUM_IMAGES = 2
 class EntailmentSamples(ItemUnits):
     """Hypotheses about a photo; the label is a number of `ENTAILMENT_LABELS`."""
 
+    kind = "hypotheses"
+
     def build(self, unit: Unit) -> Inputs:
         """The image by a call, hypothesis, ``label`` [] and ``pair_id``."""
-        sample, item = self.index.item(unit.shard, unit.unit)
-        members, content = read_sample(self.index, unit.shard, sample)
+        members, item, hypothesis = self._read_item(unit)
         try:
-            hypothesis = content["hypotheses"][item]
             label = ENTAILMENT_LABELS.index(hypothesis["label"])
             text, pair_id = _text(hypothesis, "text"), _text(hypothesis, "pair_id")
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise BadSampleError(
                 f"hypothesis {item} of its json lacks a field, or has a label other than "
                 f"{', '.join(ENTAILMENT_LABELS)} ({error!r})"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unimo3.collectives import gather_rows
 from unimo3.model.fusion import FusionOutput, mean_gates
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
@@ -49,6 +50,7 @@ class Objective(ABC):
     reads_plain_text: bool
     reads_masked_text: bool
     reads_similarities: bool = False
+    needs_other_images: bool = False
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -95,8 +97,9 @@ class PretrainingTask(nn.Module):
                 ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
 
         Returns:
-            ``loss``, the weighted sum, each objective's own metrics under its name, and, where the model has gates,
-            ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`.
+            ``loss``, the weighted sum, each objective's own metrics under its name, where an objective needs other
+            images ``single_image_ratio``, 1 if all pairs of all ranks have one image id and else 0, and, where the
+            model has gates, ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`.
         """
         states = self._encode(batch)
         requests = [objective.fusion_input(states) for objective in self.objectives]
@@ -109,6 +112,9 @@ class PretrainingTask(nn.Module):
             total = total + objective.weight * losses["loss"]
             for key, value in losses.items():
                 report[f"{key}_{objective.name}"] = value.detach()
+        if any(objective.needs_other_images for objective in self.objectives):
+            ids = gather_rows(batch["image_id"])
+            report["single_image_ratio"] = (ids == ids[0]).all().float()
         return {"loss": total, **report}
 
     def _encode(self, batch: dict[str, Any]) -> TowerStates:

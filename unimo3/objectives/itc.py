@@ -37,6 +37,7 @@ class ImageTextContrast(Objective):
     reads_plain_text = True
     reads_masked_text = False
     reads_similarities = True
+    needs_other_images = True
 
     def fusion_input(self, states: TowerStates) -> FusionInput | None:
         """None: the contrast is between the towers."""

@@ -50,6 +50,7 @@ class ImageTextMatching(Objective):
     name = "itm"
     reads_plain_text = True
     reads_masked_text = False
+    needs_other_images = True
 
     def __init__(self, weight: float, seed: int, negatives: Negatives = "random"):
         super().__init__(weight)

@@ -67,6 +67,15 @@ class BatchPlan:
             )
         return errors
 
+    def contrast_errors(self) -> list[str]:
+        """Return an error if a micro-step has a single pair, which ITC and ITM compare with nothing."""
+        if self.micro_batch * self.world_size != 1:
+            return []
+        return [
+            f"training.micro_batch: {self.micro_batch}: contrast and matching draw wrong partners in a micro-step, "
+            "over all ranks; at least 2 pairs are needed there"
+        ]
+
 
 def ds_config_errors(path: str) -> list[str]:
     """Return the errors of a ds_config file, one line each."""

@@ -201,6 +201,13 @@ class Trainer:
         gates = {name: value.tolist() for name, value in step.gates.items()} if is_shown else {}
         run.metrics.write(metrics | gates)
         losses = {name: math.nan if value is None else value for name, value in metrics.items() if name[:4] == "loss"}
+        if self.rank == 0 and is_shown and metrics.get("single_image_ratio"):
+            log.warning(
+                "step %d: in %.0f%% of the micro-steps all pairs have one image_id, and contrast and matching have no "
+                "wrong partner to learn from; raise training.micro_batch, or check image_id in the shards",
+                run.step,
+                100 * metrics["single_image_ratio"],
+            )
         self._progress.update(1)
         self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
         if self.rank == 0 and self._progress.disable and is_shown:

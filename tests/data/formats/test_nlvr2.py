@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.data.conftest import convert as prepare_shards
 from tests.data.formats.conftest import convert, error_of, lose, set_at, write_lines
 
 TRAIN = [
@@ -78,6 +79,12 @@ ERRORS = [
 def test_a_bad_field_is_named(tmp_path, change, expected):
     path = write_lines(write_source(tmp_path) / "train.json", change(TRAIN))
     assert re.match(re.escape(f"{path}{expected}"), error_of("nlvr2", tmp_path))
+
+
+def test_a_repeated_identifier_is_refused(tmp_path, capfd):
+    write_lines(write_source(tmp_path / "source") / "test1.json", [*TEST, TEST[0] | {"label": "False"}])
+    assert prepare_shards("nlvr2", "--src", str(tmp_path / "source"), "--out", str(tmp_path / "out")) == 78
+    assert "'test1-0-1-0' stands twice in the source's split test; remove one record" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])

@@ -125,6 +125,10 @@ QUESTION_ERRORS = [
     ),
     (lose("questions", 1, "image_id"), ": questions[1]: field 'image_id' is missing; int expected"),
     (set_at("questions", 2, "question", value=""), ": questions[2]: field 'question' is empty; remove the record"),
+    (
+        set_at("questions", 2, "question_id", value=458752000),
+        ": questions[2]: question_id 458752000 is that of questions[0] too; ids are unique in a split, remove one",
+    ),
 ]
 
 
@@ -152,6 +156,10 @@ NOTE_ERRORS = [
     (
         lose("annotations", 0, "multiple_choice_answer"),
         ": annotations[0]: field 'multiple_choice_answer' is missing; str expected",
+    ),
+    (
+        set_at("annotations", 1, "question_id", value=458752001),
+        ": annotations[1]: question_id 458752001 has another annotation before it; remove one of them",
     ),
     (lose("annotations", 0, "answer_type"), ": annotations[0]: field 'answer_type' is missing; str expected"),
 ]
@@ -319,7 +327,9 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
         "key": "000000262144",
         "image": str(missing),
         "reason": "cannot be read (No such file or directory)",
+        "ids": [262144000, 262144005],
     }
+    assert ShardIndex(out / "test").missing_ids == [262144000, 262144005]
     assert [question["question_id"] for question in questions_in(out / "test")] == [1000]
 
 

@@ -1,9 +1,12 @@
 """Retrieval's evaluation: against scoring every pair by the full model, at any number of ranks, in little memory."""
 
+import json
+
 import pytest
 import torch
 
-from tests.data.conftest import convert, write_source
+from tests.data.conftest import convert, index_again, write_source
+from tests.data.test_identity import write_tar
 from tests.spawn import run_ranks
 from tests.training.retrieval.ranks import (
     BATCH,
@@ -16,6 +19,7 @@ from tests.training.retrieval.ranks import (
     plain_task,
     scores_of,
 )
+from unimo3.data.index import ShardIndex
 from unimo3.data.loader import evaluation_batches
 from unimo3.distributed import World
 from unimo3.errors import ConfigError
@@ -132,6 +136,29 @@ def test_little_memory_gives_the_same_metrics_and_scores(shards, alone):
 
 def test_a_shortlist_of_all_is_exact(shards, alone):
     assert evaluate(shards, RankingArgs(shortlist=10_000, pair_batch=16)) == alone["exact"]
+
+
+@pytest.fixture(scope="module")
+def spread(shards, tmp_path_factory):
+    """The same images and captions, a sample for each caption: every image's samples are in all six tars."""
+    index, root = ShardIndex(shards / "train"), tmp_path_factory.mktemp("spread")
+    (root / "train").mkdir()
+    (root / "tokenizer").symlink_to(shards / "tokenizer")
+    members = [index.read(shard, n) for shard, size in enumerate(index.samples_per_shard) for n in range(size)]
+    contents = [json.loads(sample["json"]) for sample in members]
+    for number, written in enumerate((int, str, float, int, str, float)):
+        samples = []
+        for sample, content in zip(members, contents, strict=True):
+            described = {"image_id": written(content["image_id"]), "caption": content["captions"][number]}
+            samples.append((str(len(samples)), {"jpg": sample["jpg"], "json": json.dumps(described).encode()}))
+        write_tar(root / "train" / f"{number}.tar", samples)
+    index_again(root / "train")
+    return root
+
+
+@pytest.mark.parametrize("name", ["shortlist", "exact", "folds"])
+def test_samples_of_one_image_id_are_one_image(shards, spread, alone, name):
+    assert evaluate(spread, SETTINGS[name]) == alone[name]
 
 
 def test_towers_run_once_an_image_and_once_a_text(shards):

@@ -32,6 +32,14 @@ class Sample:
     images: tuple[Path, ...]
     content: dict[str, Any]
 
+    @property
+    def ids(self) -> tuple[int | str, ...]:
+        """The names of its entries in the files that the data set's evaluation reads; none of captions."""
+        if "identifier" in self.content:
+            return (self.content["identifier"],)
+        questions = [question["question_id"] for question in self.content.get("questions", [])]
+        return (*questions, *(hypothesis["pair_id"] for hypothesis in self.content.get("hypotheses", [])))
+
 
 class Converter(Protocol):
     """Reads one format."""

@@ -37,9 +37,16 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
         questions = field(read_json(path, dict), "questions", path, list)
         notes = _Annotations(source / f"v2_mscoco_{part}_annotations.json", path) if has_answers else None
         of_image: dict[int, list[dict[str, Any]]] = {}
+        position_of: dict[int, int] = {}
         for number, question in enumerate(questions):
             where = f"{path}: questions[{number}]"
             identity = field(question, "question_id", where, int)
+            first = position_of.setdefault(identity, number)
+            if first != number:
+                raise DataError(
+                    f"{where}: question_id {identity} is that of questions[{first}] too; ids are unique in a split, "
+                    "remove one of them"
+                )
             image = field(question, "image_id", where, int)
             entry: dict[str, Any] = {"question_id": identity, "question": text(question, "question", where)}
             if notes is not None:
@@ -78,7 +85,10 @@ class _Annotations:
         self._notes: dict[int, tuple[str, dict[str, Any]]] = {}
         for number, note in enumerate(field(read_json(path, dict), "annotations", path, list)):
             where = f"{path}: annotations[{number}]"
-            self._notes[field(note, "question_id", where, int)] = (where, note)
+            identity = field(note, "question_id", where, int)
+            if identity in self._notes:
+                raise DataError(f"{where}: question_id {identity} has another annotation before it; remove one of them")
+            self._notes[identity] = (where, note)
 
     def answers(self, question: int, image: int, where: str) -> dict[str, Any]:
         """The human answers to a question about an image.

@@ -1,0 +1,163 @@
+"""Units of reading are counted by the kind that is read, also in indexes of version 2."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import convert, index_again
+from tests.data.test_identity import described, write_tar
+from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
+from unimo3.data.members import scan
+from unimo3.data.order import SampleOrder
+from unimo3.data.samples import VqaSamples
+from unimo3.data.shards import index_tar
+from unimo3.data.statements import EntailmentSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.errors import DataError
+
+READER = ReaderArgs(0, 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(coco):
+    return load_tokenizer(str(coco / "tokenizer"))
+
+
+def questions(*ids):
+    return [{"question_id": identity, "question": f"is it {identity}?", "answers": ["yes"]} for identity in ids]
+
+
+def hypotheses(*ids):
+    return [{"pair_id": identity, "text": f"it is {identity}", "label": "neutral"} for identity in ids]
+
+
+def write(folder, *contents):
+    write_tar(folder / "0.tar", [(str(number), described(number, content)) for number, content in enumerate(contents)])
+    index_again(folder)
+    return folder
+
+
+def vqa(folder, tokenizer):
+    return VqaSamples(ShardIndex(folder), tokenizer, 12, ImageTransform(16), AnswerVocabulary(["yes"]), 0)
+
+
+def evaluated(samples):
+    """All units, once."""
+    return [
+        row
+        for batch, counts in evaluation_batches(samples, 0, 1, 2, READER)
+        for row, is_counted in zip(batch.get("question") or batch["pair_id"], counts.tolist(), strict=True)
+        if is_counted
+    ]
+
+
+def test_questions_next_to_other_lists_are_all_read(tmp_path, tokenizer):
+    folder = write(
+        tmp_path,
+        {"captions": ["a"], "questions": questions(1, 2, 3)},
+        {"captions": [], "questions": questions(4)},
+        {"captions": ["a"] * 5, "questions": questions(5, 6), "hypotheses": hypotheses("x")},
+        {"captions": ["a"], "questions": []},
+        {"captions": "a text", "questions": questions(7)},
+        {"captions": ["a"], "questions": None},
+    )
+    samples = vqa(folder, tokenizer)
+    assert samples.units_per_shard == [7]
+    assert [question["question_id"] for question in evaluated(samples)] == [1, 2, 3, 4, 5, 6, 7]
+    order = SampleOrder(samples.units_per_shard, 0, 1)
+    (batch,) = next(iter(TrainingLoader([samples], order, 7, 7, 0, 1, READER)))
+    assert sorted(question["question_id"] for question in batch["question"]) == [1, 2, 3, 4, 5, 6, 7]
+    assert batch["num_replaced"] == 0
+
+
+def test_hypotheses_next_to_other_lists_are_all_read(tmp_path, tokenizer):
+    folder = write(
+        tmp_path,
+        {"captions": ["a"], "hypotheses": hypotheses("b", "c")},
+        {"questions": questions(1, 2, 3), "hypotheses": hypotheses("d")},
+    )
+    assert evaluated(EntailmentSamples(ShardIndex(folder), tokenizer, 12, ImageTransform(16), 0)) == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"questions": [', "sample 1#0 its json cannot be read"),
+        (b"[" * 100_000, "sample 1#0 its json cannot be read"),
+        ([1], "sample 1#0 its json is a list"),
+        ({"questions": questions(2)[0]}, "sample 1#0 its questions are a dict; a list is needed"),
+    ],
+    ids=["half", "deep", "list", "dict"],
+)
+def test_questions_that_cannot_be_read_are_units_and_errors(tmp_path, tokenizer, content, expected):
+    folder = write(tmp_path, {"questions": questions(1)}, content, {"questions": questions(3, 4)})
+    samples = vqa(folder, tokenizer)
+    with pytest.raises(DataError, match=expected):
+        evaluated(samples)
+    order = SampleOrder(samples.units_per_shard, 0, 1)
+    (batch,) = next(iter(TrainingLoader([samples], order, 4, 4, 0, 1, READER)))
+    assert batch["num_replaced"] == 1
+
+
+def as_version_2(folder, *counts):
+    """The index as it was written before, with one count for each sample: of the first list that its json has."""
+    table = dataclasses.replace(scan(folder / "0.tar"), num_items=np.asarray(counts)).to_bytes()
+    (folder / "index.members").write_bytes(table)
+    digest = hashlib.sha256(table).hexdigest()
+    content = json.loads((folder / "index.json").read_text())
+    content["shards"][0] |= {"num_items": sum(counts), "table": [0, len(table), digest]}
+    content |= {"version": 2, "num_items": sum(counts), "members_sha256": digest}
+    del content["missing_ids"]
+    (folder / "index.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_an_index_of_version_2_is_read(tmp_path, tokenizer):
+    folder = as_version_2(write(tmp_path, {"questions": questions(1, 2)}, {"questions": questions(3)}), 2, 1)
+    assert DataArgs(train=str(folder)).shard_errors("questions") == []
+    assert [question["question_id"] for question in evaluated(vqa(folder, tokenizer))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("captions", [["a"], ["a"] * 5])
+def test_a_wrong_count_of_version_2_is_an_error(tmp_path, tokenizer, captions):
+    content = {"questions": questions(1, 2, 3), "captions": captions}
+    folder = as_version_2(write(tmp_path, content), len(captions))
+    expected = rf"index\.json: counts {len(captions)} questions of sample 0 of 0\.tar, which has 3"
+    with pytest.raises(DataError, match=expected):
+        evaluated(vqa(folder, tokenizer))
+
+
+def test_items_that_version_2_does_not_count_are_an_error(tmp_path):
+    contents = ({"questions": questions(1)}, {"captions": ["a"]}, {"captions": [], "questions": questions(2)})
+    folder = as_version_2(write(tmp_path, *contents[:2]), 1, 0)
+    assert DataArgs(train=str(folder)).shard_errors("questions") == []
+    folder = as_version_2(write(tmp_path, *contents), 1, 0, 0)
+    (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
+    assert "index.json: counts 0 questions of sample 2 of 0.tar, which has 1" in problem
+
+
+def test_a_table_that_an_older_version_left_is_made_again(tmp_path):
+    folder = write(tmp_path, {"captions": ["a"], "questions": questions(1, 2)})
+    index_tar(folder / "0.tar")
+    note = folder / "0.unimo3-done"
+    content = json.loads(note.read_text())
+    content["table"]["num_items"] = 1
+    note.write_text(json.dumps(content))
+    assert convert("index", "--src", str(folder)) == 0
+    assert ShardIndex(folder).items_per_shard("questions") == [2]
+
+
+def test_an_index_that_counts_no_unit_is_refused_before_it_is_read(tmp_path):
+    folder = write(tmp_path, {"questions": questions(1)})
+    content = json.loads((folder / "index.json").read_text())
+    content["shards"][0]["num_items"] = 0
+    (folder / "index.json").write_text(json.dumps(content))
+    (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
+    assert "its index counts no questions" in problem
