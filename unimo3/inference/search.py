@@ -36,8 +36,8 @@ class Search:
             raise ConfigError(f"--rerank {rerank}: a number of candidates is needed, or 0 for none")
         if (width := gallery.embeds.shape[1]) != loaded.config.itc_size:
             raise ConfigError(
-                f"--index: has vectors of width {width}, the model makes {loaded.config.itc_size}; remove it and make it "
-                "again with python -m finetune.predict index"
+                f"--index: has vectors of width {width}, the model makes {loaded.config.itc_size}; remove it and make "
+                "it again with python -m finetune.predict index"
             )
         self._loaded, self._gallery, self._rerank, self._batch = loaded, gallery, rerank, batch
         self._task = RetrievalTask(loaded.model, seed=0)
