@@ -99,7 +99,7 @@ class FinetuneConfig:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return []  # the data group reports it
-        errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
+        errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained=True)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:

@@ -52,7 +52,9 @@ class PretrainConfig:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return errors  # the data group reports it
-        return errors + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
+        text = self.model.to_config().text_config
+        is_trained = bool(self.model.init or self.model.text.init)
+        return errors + tokenizer_errors(text, tokenizer, self.data.max_text_tokens, is_trained)
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""

@@ -105,7 +105,9 @@ class AnswerVocabulary:
         """
         try:
             answers = json.loads(path.read_text())["answers"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+                raise TypeError("its answers are no list of texts")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: is no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
                 "writes one next to its shards"

@@ -158,11 +158,14 @@ class PretrainSamples(SampleUnits):
     ):
         super().__init__(index, tokenizer, max_text_tokens, transform, seed)
         self._mlm_probability = mlm_probability
+        ids = set(tokenizer.get_vocab().values())
+        num_ids = max(ids) + 1
         self._mask = Masking(
             mlm_probability,
             token_id(tokenizer.mask_token_id),
-            frozenset(tokenizer.all_special_ids),
-            len(tokenizer),
+            # With the numbers that no entry has.
+            frozenset(tokenizer.all_special_ids) | (set(range(num_ids)) - ids),
+            num_ids,
         )
 
     def build(self, unit: Unit) -> Inputs:

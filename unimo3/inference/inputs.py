@@ -54,8 +54,9 @@ def read_pixels(loaded: Loaded, path: Path) -> Tensor:
 def _read_image(path: Path) -> Image.Image:
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name an image file") from error
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); name an image file") from error
     try:
         return decode(content)
     except MemoryError:
