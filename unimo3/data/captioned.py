@@ -8,7 +8,8 @@ Source: Karpathy and Fei-Fei, arXiv 1412.2306, for the five captions of COCO's a
 import numpy as np
 
 from unimo3.data.order import Unit
-from unimo3.data.samples import BadSampleError, Inputs, SampleUnits, captions_of, image_of, read_sample
+from unimo3.data.samples import Inputs, SampleUnits, image_of, read_sample
+from unimo3.data.texts import BadSampleError, captions_of
 
 
 class CaptionedImages(SampleUnits):

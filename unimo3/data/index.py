@@ -16,15 +16,19 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unimo3.data.cache import ShardCache
 from unimo3.data.members import Members, header_error, scan, sha256_of
+from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
-from unimo3.errors import DataError
+from unimo3.data.texts import lack_of
+from unimo3.errors import DataError, UnreachableError
 
 VERSION = 2
 INDEX, MEMBERS = "index.json", "index.members"
@@ -32,6 +36,10 @@ INDEX, MEMBERS = "index.json", "index.members"
 TEST_SPLITS = ("test", "test-dev")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
+# Samples that are read to judge what a folder contains.
+_NUM_PROBES = 32
+# Kinds of which each sample may have none, one or several, and each is read by itself.
+ITEM_KINDS = ("questions", "hypotheses")
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
@@ -189,22 +197,27 @@ class ShardIndex:
         """The sample an item of a shard belongs to, and the item's number in that sample."""
         return self._members(shard).item(item)
 
-    def holds(self, kind: str) -> bool:
-        """Whether there is a first sample and it has `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
-        first = next((number for number, shard in enumerate(self.shards) if shard.num_samples), None)
-        if first is None:
-            return False
-        members = self.read(first, 0)
-        try:
-            content = json.loads(members.get("json", b"{}"))
-        except ValueError:
-            content = {}
-        if kind == "captions" and ("txt" in members or (isinstance(content, dict) and content.get("caption"))):
-            return True
-        return isinstance(content, dict) and bool(content.get(kind))
+    def without(self, kind: str) -> tuple[list[str], int]:
+        """Samples without a `kind` (``captions``, ``questions`` and so on), with reasons, and how many were looked at.
 
-    def read(self, shard: int, sample: int) -> dict[str, bytes]:
+        They are some of all shards; of the first ones alone where shards would have to be copied for it.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        ends = np.cumsum(self.samples_per_shard)
+        reach = len(ends) if self._cache is None else int(np.searchsorted(ends, _NUM_PROBES)) + 1
+        order = SequentialOrder(self.samples_per_shard[:reach])
+        positions = np.unique(np.linspace(0, order.num_units - 1, _NUM_PROBES, dtype=np.int64))
+        units = [order[position] for position in positions.tolist()] if order.num_units else []
+        lacks = [(unit, lack_of(kind, self.read(unit.shard, unit.unit, ("json", "txt")))) for unit in units]
+        return [f"{self.key(unit.shard, unit.unit)} {reason}" for unit, reason in lacks if reason], len(units)
+
+    def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.
+
+        Args:
+            only: extensions to read, where not all are needed.
 
         Raises:
             DataError: the shard cannot be read.
@@ -216,7 +229,7 @@ class ShardIndex:
                 # pread leaves no file position behind, so forked workers can share a descriptor.
                 extension: os.pread(descriptor, int(members.sizes[sample, column]), int(offset))
                 for column, extension in enumerate(members.extensions)
-                if (offset := members.offsets[sample, column]) >= 0
+                if (offset := members.offsets[sample, column]) >= 0 and (only is None or extension in only)
             }
         except OSError as error:
             where = error.filename or self._file(self.shards[shard].name)
@@ -315,7 +328,7 @@ class ShardIndex:
     def _error_of(self, descriptor: int, number: int) -> str:
         """Why the shard's last member does not begin at the offset in its table; empty if it does."""
         members = self._members(number)
-        if not len(members.keys):
+        if not members.offsets.size:
             return ""
         row, column = divmod(int(members.offsets.argmax()), len(members.extensions))
         offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
@@ -324,14 +337,29 @@ class ShardIndex:
         return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
 
 
+def is_index(folder: Path) -> bool:
+    """Whether a folder has an ``index.json`` that `write_index` wrote, of any version."""
+    try:
+        content = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"version", "shards", "members_sha256"} <= content.keys()
+
+
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
+    shards = f"({index.dataset}, {index.split}); name other shards"
+    if not sum(index.samples_per_shard):
+        return [f"{name}: '{index.source}': holds no sample {shards}"]
     try:
-        has_kind = index.holds(kind)
+        lacks, num_read = index.without(kind)
+    except UnreachableError:
+        raise  # no setting is wrong
     except DataError as error:
         return [f"{name}: {error}"]
-    if has_kind:
+    # A sample without items is not read; one without a text is a bad one.
+    limit = num_read - 1 if kind in ITEM_KINDS else num_read // 2
+    if len(lacks) <= limit:
         return []
-    if not sum(index.samples_per_shard):
-        return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]
-    return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
+    samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
+    return [f"{name}: '{index.source}': {samples} have no {kind} {shards} (sample {lacks[0]})"]

@@ -7,7 +7,6 @@ Source: METER, arXiv 2111.02387, for the inputs.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,16 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.masking import Masking
+from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.order import Unit
+from unimo3.data.texts import BadSampleError, captions_of, content_of, plain
 from unimo3.data.transforms import ImageTransform
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
 Inputs = dict[str, Any]
-
-
-class BadSampleError(Exception):
-    """A sample cannot be used; the message is the reason, without the sample's key."""
 
 
 class Samples(Protocol):
@@ -69,8 +64,7 @@ class TextEncoder:
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and attention mask, [T] int64 each."""
-        # JSON may contain half of a surrogate pair, which is no text.
-        encoded = self._tokenizer.encode(text.encode("utf-8", "replace").decode())
+        encoded = self._tokenizer.encode(plain(text))
         return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
 
@@ -191,7 +185,7 @@ class VqaSamples(ItemUnits):
         members, content = read_sample(self.index, unit.shard, sample)
         try:
             question = content["questions"][item]
-            empty = not question["question"].strip()
+            empty = not plain(question["question"]).strip()
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise BadSampleError(f"question {item} of its json lacks a field ({error!r})") from error
         if empty:
@@ -216,15 +210,7 @@ def read_sample(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, b
         BadSampleError: it has no text that could be read.
     """
     members = index.read(shard, sample)
-    if "json" not in members and "txt" not in members:
-        raise BadSampleError("has no json member and no txt member")
-    try:
-        content = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"its json cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
-    return members, content
+    return members, content_of(members)
 
 
 def image_of(
@@ -260,12 +246,6 @@ def sample_rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Gen
     return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *key))
 
 
-def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
-    """A sample's texts: ``captions``, or a single ``caption`` or ``txt`` member in shards of other makers."""
-    texts = content.get("captions") or content.get("caption") or members.get("txt", b"").decode("utf-8", "replace")
-    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
-
-
 def _number(image_id: Any, source: int) -> int:
     """An image id as a 63-bit number; sources count their images each for itself."""
     if isinstance(image_id, int) and abs(image_id) < 2**63 and not source:
@@ -275,7 +255,8 @@ def _number(image_id: Any, source: int) -> int:
 
 def _hash(*values: Any) -> int:
     """A number of 63 bits, the same in every process."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, values)).encode()).digest()[:8]) >> 1
+    text = " ".join(map(str, values)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
 
 
 def token_id(value: Any) -> int:
