@@ -9,6 +9,7 @@ Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75,
 import argparse
 import atexit
 import functools
+import io
 import os
 import re
 import sys
@@ -82,7 +83,8 @@ def record_end(status: int, message: str = "") -> None:
     """
     if folder := os.environ.get("UNIMO3_STATUS_DIR"):
         with suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{status}\n{message}\n")
+            path = Path(folder, f"rank_{os.environ.get('RANK', '0')}")
+            path.write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoReturn:
@@ -126,6 +128,9 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         resume_collections()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # As stderr: a name that is no UTF-8, or half a surrogate pair, is shown by its number.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
         except RuntimeError as error:
