@@ -38,8 +38,8 @@ TEST_SPLITS = ("test", "test-dev")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
-# Kinds of which each sample may have none, one or several, and each is read by itself.
-ITEM_KINDS = ("questions", "hypotheses")
+# Items that are units of reading; a sample may have none.
+READ_BY_ITEM = ("questions", "hypotheses")
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
@@ -237,6 +237,14 @@ class ShardIndex:
                 f"{where}: cannot be read ({error.strerror}); check the file and its file system"
             ) from error
 
+    def close(self) -> None:
+        """Close the open files; the next read opens them again."""
+        self._forget_parents()
+        for descriptor in (*self._open.values(), *([] if self._table_file is None else [self._table_file])):
+            os.close(descriptor)
+        self._open.clear()
+        self._table_file = None
+
     def _file(self, name: str) -> str:
         return f"{self.source.rstrip('/')}/{name}"
 
@@ -357,8 +365,10 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
         raise  # no setting is wrong
     except DataError as error:
         return [f"{name}: {error}"]
+    finally:
+        index.close()
     # A sample without items is not read; one without a text is a bad one.
-    limit = num_read - 1 if kind in ITEM_KINDS else num_read // 2
+    limit = num_read - 1 if kind in READ_BY_ITEM else num_read // 2
     if len(lacks) <= limit:
         return []
     samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"

@@ -123,17 +123,17 @@ class _Samples:
         """
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
-        # Of no sample, as webdataset has it: names that begin with a dot or two underscores, or have no ending.
+        # Of no sample, as webdataset has it: names that begin with a dot or two underscores.
         if member.isdir() or not stem or stem.startswith("__"):
             return
         if not member.isfile() or not extension:
             self._skip(member, "it is a link or a device" if extension else "its name has no ending")
             return
-        if member.issparse():
+        key, extension = folder + slash + stem, extension.lower()
+        if member.issparse() and extension in _READ:
             raise DataError(
                 f"{self._path}: member {member.name!r} is stored without its zeros; make the tar without --sparse (-S)"
             )
-        key, extension = folder + slash + stem, extension.lower()
         if key not in self._latest or extension in self._members[self._latest[key]]:
             self._latest[key] = len(self._keys)  # a key that comes again is another sample
             self._keys.append(key)
@@ -143,10 +143,7 @@ class _Samples:
         self._members[row][extension] = (member.offset_data, member.size)
         if extension == "json":
             file.seek(member.offset_data)
-            count = _count_items(file.read(member.size))
-            if count is None:
-                self._skip(member, "it is no JSON object")
-            self._num_items[row] = count or 0
+            self._num_items[row] = _count_items(file.read(member.size))
         elif extension not in _READ and extension.rpartition(".")[2] in _READ:
             self._skip(member, _DOTS)
 
@@ -204,14 +201,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _count_items(content: bytes) -> int | None:
-    """Number of items in a ``json``; None if it is no JSON object."""
+def _count_items(content: bytes) -> int:
     try:
         described: Any = json.loads(content)
     except (ValueError, RecursionError):
-        return None
+        return 0
     if not isinstance(described, dict):
-        return None
+        return 0
     for name in ("captions", "questions", "hypotheses"):
         if isinstance(described.get(name), list):
             return len(described[name])
