@@ -9,6 +9,7 @@ Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75,
 import argparse
 import atexit
 import functools
+import io
 import os
 import re
 import signal
@@ -84,7 +85,8 @@ def record_end(status: int, message: str = "") -> None:
     """
     if folder := os.environ.get("UNIMO3_STATUS_DIR"):
         with suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{status}\n{message}\n")
+            path = Path(folder, f"rank_{os.environ.get('RANK', '0')}")
+            path.write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoReturn:
@@ -149,6 +151,9 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
         # A stream that was closed before the start is None: nothing can be printed to it.
         sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
         sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # As stderr: a name that is no UTF-8, or half a surrogate pair, is shown by its number.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
         except RuntimeError as error:

@@ -90,7 +90,8 @@ class AnswerVocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n")
+        text = json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n"
+        path.write_text(text, encoding="utf-8", errors="replace")
 
     def save_pretrained(self, save_directory: Path) -> None:
         """Write ``answers.json`` into a folder, next to what transformers' classes write there."""
@@ -104,7 +105,7 @@ class AnswerVocabulary:
             DataError: the file is missing, or contains no answers.
         """
         try:
-            answers = json.loads(path.read_text())["answers"]
+            answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
             if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
                 raise TypeError("its answers are no list of texts")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
