@@ -125,6 +125,7 @@ def evaluate_vqa(folder, tokenizer, missing_ids=()):
     answers = AnswerVocabulary(["yes", "no"])
     text = tiny_config().text_config.to_dict() | {"vocab_size": 400}
     task = Vqa(answers)
+    torch.manual_seed(0)
     objective = task.objective(Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, num_answers=2)))
     objective.device = torch.device("cpu")
     index = ShardIndex(folder)
