@@ -98,8 +98,11 @@ def begin(
         history.append(run, "exclude", job=job, nodes=sorted({*history.excluded(run, job), node}))
     attempts, checkpoint = history.read(run), progress(run)
     action, reason = "go", ""
+    in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
     bad = bad_nodes.current()
-    if listed := sorted(set(hosts) & bad.keys()):
+    if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
+        action, reason = "hold", f"{in_vain} starts in a row ended without a new checkpoint, whatever their reasons"
+    elif listed := sorted(set(hosts) & bad.keys()):
         action, reason = _elsewhere(f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
     elif attempts and attempts[-1].action is None:
         # Cut off: no process remained to decide.

@@ -3,7 +3,7 @@
 import pytest
 
 from slurm import bad_nodes, history
-from slurm.requeue_policy import begin, decide, end, final_status, main
+from slurm.requeue_policy import begin, decide, end, final_status, main, preflight
 
 
 def attempts(*records, action="requeue"):
@@ -40,6 +40,40 @@ def test_failures_before_a_release_and_on_excluded_nodes_do_not_count():
 )
 def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
     assert decide(status, attempts(*before), checkpoint, 4, in_array)[0] == action
+
+
+MAX_RESTARTS = 20
+CLASSES = {
+    "an error of the machines": lambda run: end(run, "7", 1, MAX_RESTARTS),
+    "a hang": lambda run: end(run, "7", 71, MAX_RESTARTS),
+    "memory": lambda run: end(run, "7", 137, MAX_RESTARTS),
+    "a lost node": lambda run: ("requeue", ""),  # nobody is left to record it
+    "a stop before the first step": lambda run: end(run, "7", 75, MAX_RESTARTS),
+    "a preemption before the first step": lambda run: end(run, "7", 143, MAX_RESTARTS, state="PREEMPTED"),
+    "pre-flight": lambda run: preflight(run, "7", ["n1", "n2"], run / "none", 1, MAX_RESTARTS),
+}
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("kinds", [[kind] for kind in CLASSES] + [list(CLASSES)], ids="+".join)
+def test_a_month_of_failures_ends_within_the_budget(tmp_path, monkeypatch, kinds, saves):
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    for number in range(1, 500):
+        if begin(tmp_path, "7", ["n1", "n2"], MAX_RESTARTS, {})[0] == "hold":
+            break
+        if saves:
+            folder = tmp_path / "checkpoints" / f"step_{number:08d}"
+            folder.mkdir(parents=True)
+            (folder / "MANIFEST.json").touch()
+        if CLASSES[kinds[number % len(kinds)]](tmp_path)[0] == "hold":
+            break
+        if saves and number > 3 * MAX_RESTARTS and set(kinds) <= STOPS:
+            return  # a run that is stopped and has saved is never held
+    # One start for each restart of the budget, and what of it was not counted as a failure.
+    assert number <= (len(kinds) * (MAX_RESTARTS + 2) if saves else 12), number
+
+
+STOPS = {"a stop before the first step", "a preemption before the first step"}
 
 
 def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
