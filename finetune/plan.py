@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from finetune.plan_settings import planned
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, config_class
 from finetune.vqa import PUBLISHED_ANSWERS
 from unimo3 import config
 from unimo3.errors import ConfigError, exit_with_status
@@ -94,7 +94,7 @@ def check_task(task: str) -> None:
 
 def read_run(task: str, argv: list[str]) -> PlannedRun:
     """The run of a task that settings describe."""
-    return config.parse(planned(TASKS[task]), argv, f"{_PROGRAM} {task}", __doc__ or "").planned_run()
+    return config.parse(planned(config_class(task)), argv, f"{_PROGRAM} {task}", __doc__ or "").planned_run()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ from unimo3.inference.lines import Answerer, answer_file, count_lines, error_mes
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
 
+log = logging.getLogger(__name__)
+
+_BYTE_ORDER_MARK = "\ufeff"
 _NUM_ERRORS_SHOWN = 10
 _RERANK = 32
 
@@ -84,7 +87,7 @@ def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path,
 def make_index(args: argparse.Namespace) -> None:
     """``predict index``."""
     texts = [] if args.texts is None else _read_texts(args.texts)
-    names = texts or images_in(args.images)
+    names, skipped = (texts, []) if texts else images_in(args.images)
     loaded = load(args.weights, Predictor.by_task["retrieval"].model_class, args.device, args.dtype)
     errors: list[str] = []
     with progress(len(names), "text" if texts else "image") as bar:
@@ -94,20 +97,33 @@ def make_index(args: argparse.Namespace) -> None:
             gallery, errors = embed_images(loaded, args.images, names, args.batch, bar.update)
     save(gallery, Path(args.weights), args.out)
     print(f"{args.out}: {len(gallery.names)} {gallery.kind}")
+    if skipped:
+        log.warning("%s: skipped %d files that are no images:\n  %s", args.images, len(skipped), _first(skipped))
     if errors:
         raise DataError(
             f"{args.images}: {len(errors)} of {len(names)} files could not be decoded; {args.out} has the others:\n  "
-            + "\n  ".join([*errors[:_NUM_ERRORS_SHOWN], *["..."] * (len(errors) > _NUM_ERRORS_SHOWN)])
+            + _first(errors)
         )
+
+
+def _first(lines: list[str]) -> str:
+    """The first of many lines, and how many more there are."""
+    num_more = len(lines) - _NUM_ERRORS_SHOWN
+    return "\n  ".join([*lines[:_NUM_ERRORS_SHOWN], *[f"and {num_more} more"] * (num_more > 0)])
 
 
 def _read_texts(path: Path) -> list[str]:
     try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--texts {path}: cannot be read ({error}); name a UTF-8 file with one text a line"
         ) from error
+    if "\0" in content:
+        raise ConfigError(f"--texts {path}: has zero bytes, as UTF-16 does; save it as UTF-8")
+    # A file made of several may have byte-order marks inside.
+    lines = (line.strip().removeprefix(_BYTE_ORDER_MARK).strip() for line in content.split("\n"))
+    texts = [line for line in lines if line]
     if not texts:
         raise ConfigError(f"--texts {path}: holds no text; write one a line")
     return texts

@@ -6,6 +6,7 @@ Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 """
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,7 +99,7 @@ class FinetuneConfig:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return []  # the data group reports it
-        errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens)
+        errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained=True)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:
@@ -195,19 +196,19 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     if val_index is not None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
-    Trainer(
-        run,
-        engine,
-        loader,
-        settings.training,
-        settings.optim,
-        settings.checkpoint,
-        listener,
-        watch,
-        evaluation,
-        only_evaluates=settings.eval_only,
-    ).train()
-    run.close()
+    with closing(run):
+        Trainer(
+            run,
+            engine,
+            loader,
+            settings.training,
+            settings.optim,
+            settings.checkpoint,
+            listener,
+            watch,
+            evaluation,
+            only_evaluates=settings.eval_only,
+        ).train()
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:

@@ -42,6 +42,6 @@ def write_files(folder: Path, files: dict[str, str], split: str, fingerprint: st
     paths = names_of(folder, files, split, fingerprint)
     for name, path in paths.items():
         staging = path.with_name(f"{path.name}.tmp")
-        staging.write_text(files[name])
+        staging.write_text(files[name], encoding="utf-8", errors="replace")
         staging.replace(path)
     return list(paths.values())

@@ -54,8 +54,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(removed)} removed, {len(checkpoints) - len(removed)} kept")
 
 
+# A run that trains meanwhile removes old ones.
+_REMOVED = "removed meanwhile"
+
+
 def describe(folder: Path) -> str:
     """One line on a checkpoint."""
+    try:
+        line = _describe(folder)
+    except FileNotFoundError:
+        if folder.exists():
+            raise
+        line = ""
+    return line if folder.exists() else f"{folder.name}  {_REMOVED}"
+
+
+def _describe(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if not (folder / store.MANIFEST).is_file():
         return f"{folder.name}  DAMAGED: has no {store.MANIFEST}"
@@ -78,8 +92,10 @@ def verify(checkpoints: list[Path], quarantined: list[Path]) -> None:
     damaged = []
     for folder in checkpoints:
         problems = store.verify(folder)
-        print(f"{folder.name}  {'good' if not problems else 'DAMAGED: ' + '; '.join(problems)}", flush=True)
-        if problems:
+        is_removed = bool(problems) and not folder.exists()
+        condition = _REMOVED if is_removed else "DAMAGED: " + "; ".join(problems) if problems else "good"
+        print(f"{folder.name}  {condition}", flush=True)
+        if problems and not is_removed:
             damaged.append(folder.name)
     if damaged:
         raise CheckpointError(

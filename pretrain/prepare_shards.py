@@ -58,7 +58,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="vqav2: answers given at least N times form OUT/answers.json (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, or an index whose tars have changed")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT, an index whose tars have changed, or another program's index.json",
+    )
     parser.add_argument(
         "--verify",
         action="store_true",

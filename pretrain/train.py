@@ -1,5 +1,6 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from unimo3 import config
@@ -51,7 +52,9 @@ class PretrainConfig:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return errors  # the data group reports it
-        return errors + tokenizer_errors(self.model.text.to_config(), tokenizer, self.data.max_text_tokens)
+        text = self.model.to_config().text_config
+        is_trained = bool(self.model.init or self.model.text.init)
+        return errors + tokenizer_errors(text, tokenizer, self.data.max_text_tokens, is_trained)
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
@@ -102,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
             val_index.fingerprint,
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
-    Trainer(
-        run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
-    ).train()
-    run.close()
+    with closing(run):
+        Trainer(
+            run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
+        ).train()
 
 
 if __name__ == "__main__":

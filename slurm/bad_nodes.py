@@ -16,13 +16,13 @@ Source: scontrol(1), ExcNodeList.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
 from slurm import history
+from slurm.commands import ANSWER, output_of
+from unimo3.json_lines import append_record, read_records
 
 DEFAULT = Path("slurm") / "bad_nodes.jsonl"
 HOURS = 12.0
@@ -35,22 +35,16 @@ def path_of() -> Path:
 
 def add(node: str, reason: str, job: str, hours: float = HOURS) -> None:
     """Note a node for some hours."""
-    entry = {"node": node, "reason": reason, "job": job, "until": round(time.time() + 3600 * hours)}
-    with path_of().open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_record(path_of(), {"node": node, "reason": reason, "job": job, "until": round(time.time() + 3600 * hours)})
 
 
 def current() -> dict[str, str]:
     """Nodes noted and not yet expired, with the reason."""
-    path = path_of()
     reasons: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-            if entry["until"] > time.time():
-                reasons[entry["node"]] = entry["reason"]
-        except (ValueError, KeyError, TypeError):
-            continue
+    for entry in read_records(path_of()):
+        node, until = entry.get("node"), entry.get("until")
+        if isinstance(node, str) and isinstance(until, (int, float)) and until > time.time():
+            reasons[node] = str(entry.get("reason", ""))
     return reasons
 
 
@@ -71,11 +65,7 @@ def expand(nodes: str) -> list[str]:
     """Single names of nodes listed as ``n[1-3],m7``."""
     if "[" not in nodes:
         return [node for node in nodes.split(",") if node]
-    return _output_of("scontrol", "show", "hostnames", nodes).split()
-
-
-def _output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return output_of("scontrol", "show", "hostnames", nodes).split()
 
 
 def main() -> None:
@@ -89,10 +79,10 @@ def main() -> None:
     ours = history.excluded(args.run, job)
     nodes, added = choose(excluded, ours, sorted(current()))
     if nodes == sorted(excluded):
-        print("keep")
+        print(ANSWER, "keep")
         return
     history.append(args.run, "exclude", job=job, nodes=added)
-    print("set", ",".join(nodes))
+    print(ANSWER, "set", ",".join(nodes))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,28 @@ set -euo pipefail
 # A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
 trap : TERM CONT USR1 USR2
 
-# A link of an array is addressed by the array's number and its own: the plain number may mean all of them.
-JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-export JOB=${JOB:-$SLURM_JOB_ID}
+# Filters and formats that a user has set for Slurm's commands would change the answers that are read here. With torchrun's
+# variables rank 0 would wait for a store that only torchrun starts.
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}"
 
-# Whatever else ends this script, as a failing line of the site's settings does, must not end the job with it.
+export JOB=$SLURM_JOB_ID # `name_job` says it more precisely
+
+# If this script exits before an action is chosen, as by an error in site.env, `lost` chooses one.
 trap 'lost $?' EXIT
 lost() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || settle "$1"; }
 
 say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
+
+# Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
+with_retries() {
+    local try
+    for try in {1..20}; do
+        ! "$@" || return 0
+        say "$1 $2 failed ($try of 20)"
+        sleep "${SLURM_RETRY_S:-15}"
+    done
+    return 1
+}
 
 setup() {
     ROOT=$PWD
@@ -27,8 +40,8 @@ setup() {
     set +a -u
     PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$ROOT/.venv/bin/python}")
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
-    [[ -z ${SLURM_NTASKS:-} ]] || RANKS_PER_NODE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-    RANKS_PER_NODE=${UNIMO3_RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}}
+    RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
+    unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE # a job submitted from this one would inherit them
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
@@ -46,18 +59,22 @@ setup() {
     say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
-with_retries() {
-    local try
-    for try in {1..20}; do
-        ! "$@" || return 0
-        say "$1 $2 failed ($try of 20)"
-        sleep "${SLURM_RETRY_S:-15}"
-    done
-    return 1
+# Ranks a node that the job itself asks for. SLURM_NTASKS and SLURM_NTASKS_PER_NODE may be those of an outer job.
+requested_ranks() {
+    local job
+    job=$(with_retries scontrol show job "$JOB" --oneliner)
+    if [[ $job =~ NtasksPerN:B:S:C=([1-9][0-9]*): ]]; then
+        echo "${BASH_REMATCH[1]}"
+    elif [[ -n ${UNIMO3_RANKS_PER_NODE:-} ]]; then
+        echo "$UNIMO3_RANKS_PER_NODE"
+    elif [[ -n ${SLURM_NTASKS:-} && " $job " == *" NumTasks=$SLURM_NTASKS "* ]]; then
+        echo $((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    else
+        return 1
+    fi
 }
 
-# As `with_retries`, while Slurm ends all processes of the job for what the command itself asks.
+# Like `with_retries`, but ignores SIGTERM: ``scontrol requeue`` makes Slurm end this script too.
 ignoring_term() { (trap '' TERM && with_retries "$@"); }
 
 # A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
@@ -78,9 +95,23 @@ free_port() {
 # Runs a module of the project once, on this node.
 tool() { "${PYTHON[@]}" -m "$@"; }
 
-# Runs a command once a rank, with the variables that torch's programs look for; each rank's end is written down, with
-# its time. Signals are the command's own affair: the shell around it lives as long as it does. What is over soon does
-# not hear them (IS_DEAF): a check that is asked to stop is no failed one.
+# The answer of a module of slurm/: its last line ``answer: ...``. All other lines, as of a container, are shown. No
+# temporary file is used, since a node whose /tmp is full must still find out that it is bad.
+answer_in() {
+    printf '%s\n' "$1" | grep --invert-match '^answer:' >&2 || true
+    printf '%s\n' "$1" | sed -n 's/^answer: *//p' | tail -n 1
+}
+
+answer_of() {
+    local output status=0
+    output=$(tool "$@" 2>&1) || status=$?
+    answer_in "$output"
+    return "$status"
+}
+
+# Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded with its
+# time. The shell around a rank survives stop signals, which the program handles. With IS_DEAF, short checks ignore them, so
+# that a stop request does not look like a failed check.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
     # shellcheck disable=SC2016
@@ -132,23 +163,23 @@ fresh_statuses() {
 }
 
 end() {
-    settle_by tool slurm.requeue_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
+    settle_by slurm.requeue_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
 }
 
 # Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
 take() {
-    local folder early comment stderr status
-    # What it says of wrong arguments is shown, and kept for the job's comment.
-    stderr=$(mktemp)
-    folder=$(tool slurm.runs "$@" 2>"$stderr") || { status=$? && cat "$stderr" >&2 && settle "$status" "$(tail -n 1 "$stderr")"; }
-    rm -f "$stderr"
+    local output folder early comment status=0
+    output=$(tool slurm.runs "$@" 2>&1) || status=$?
+    folder=$(answer_in "$output")
+    ((status == 0)) || settle "$status" "$(printf '%s\n' "$output" | sed -n 's/^ConfigError: //p' | tail -n 1)"
+    [[ -n $folder ]] || settle 1
     HOSTS=$(with_retries scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
     comment=$(with_retries squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
-    # Nodes that could not even start Python, where this one can.
+    # Earlier nodes are to blame for status 126 and 127 alone: Python did not start there, and it does here.
     [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
-    settle_by tool slurm.requeue_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
+    settle_by slurm.requeue_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
     # The reason of an earlier start; the user's own comment stays.
     [[ -z $early && $comment != "held: "* ]] || with_retries scontrol update JobId="$JOB" Comment=""
 }
@@ -185,19 +216,19 @@ preflight() {
     if ((status == 0 && NUM_RANKS > 1)); then
         ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
     fi
-    settle_by tool slurm.requeue_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
+    settle_by slurm.requeue_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
 }
 
-# Asks a command what is to be done, ``ACTION REASON`` on one line, and does it; returns if the job continues. A command
-# that has to know of another job first says ``ask JOB``: it may run in a container, where no Slurm is.
+# Asks a module what to do, ``ACTION REASON``, and does it; returns if the job continues. A module that needs the state of
+# another job answers ``ask JOB``: it may run in a container, where Slurm's commands are missing.
 settle_by() {
     local answer action="" reason known=()
     while true; do
-        if ! answer=$("$@" "${known[@]}"); then
-            say "cannot tell what to do: ${*:1:4} failed"
+        if ! answer=$(answer_of "$@" "${known[@]}"); then
+            say "${*:1:3} failed; the job is requeued, up to 3 times in a row"
             settle 1
         fi
-        read -r action reason <<<"$answer"
+        action=${answer%% *} reason=${answer#* }
         [[ $action == ask ]] || break
         known=(--known "$reason=$(state_of "$reason")")
     done
@@ -207,9 +238,8 @@ settle_by() {
     act "$action" "$reason"
 }
 
-# Where a start cannot be judged by what the run's folder says: 78 holds the job, anything else is tried again a few times
-# in a row, without a node on which Python cannot be started. Their number and nodes are kept in the job's comment:
-# nothing else need be there.
+# Without a run's folder to judge by: status 78 holds the job, any other requeues it up to 3 times in a row, without a node
+# that cannot start Python. The number of these starts and their nodes are in the job's comment.
 settle() {
     local action=hold early number nodes reason here=""
     early=$(early_ends)
@@ -236,8 +266,8 @@ early_ends() {
     with_retries squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
 }
 
-# A job's state; nothing if Slurm has forgotten it. One that Slurm does not tell of for minutes may still be at work, and
-# another job that is only being ended soon is not.
+# A job's state; nothing if Slurm has forgotten it. If squeue fails for minutes, the job may still run: RUNNING. If another
+# job is COMPLETING, its end is waited for.
 state_of() {
     local state try
     for try in {1..20}; do
@@ -257,12 +287,13 @@ state_of() {
     echo RUNNING
 }
 
-# Until the job's time limit, as it is now.
+# Until the job's time limit, as it is now; fails if there is none or Slurm gives no answer.
 seconds_left() {
-    local ends
-    ends=$(with_retries squeue --noheader --jobs="$JOB" --format=%e)
-    [[ $ends == *:* ]] || return 1 # there is none
-    echo $(($(date --date="$ends" +%s) - $(date +%s)))
+    local left
+    left=$(with_retries squeue --noheader --jobs="$JOB" --format=%L)
+    [[ $left =~ ^(([0-9]+)-)?(([0-9]+):)?([0-9]+):([0-9]+)$ ]] || return 1
+    local days=${BASH_REMATCH[2]:-0} hours=${BASH_REMATCH[4]:-0} minutes=${BASH_REMATCH[5]} seconds=${BASH_REMATCH[6]}
+    echo $((((10#$days * 24 + 10#$hours) * 60 + 10#$minutes) * 60 + 10#$seconds))
 }
 
 # Does what was decided: ACTION REASON [NODE]; the node is excluded at the next start, for this job alone.
@@ -283,9 +314,9 @@ act() {
     if [[ -n $here ]]; then
         change="set $excluded${excluded:+,}$here"
     elif [[ -n ${RUN:-} ]]; then
-        change=$(tool slurm.bad_nodes --run "$RUN" --excluded "$excluded") || change=keep
+        change=$(answer_of slurm.bad_nodes --run "$RUN" --excluded "$excluded") || change=keep
     fi
-    read -r change nodes <<<"$change"
+    nodes=${change#* } change=${change%% *}
     trap 'is_ended=yes' TERM
     case $action in
     requeue | exclude) ignoring_term scontrol requeue "$JOB" ;;
@@ -297,9 +328,24 @@ act() {
         ;;
     *) exit 1 ;;
     esac
-    # Only of a job that waits.
+    # Slurm changes this for a pending job only.
     [[ $change != "set" ]] || ignoring_term scontrol update JobId="$JOB" ExcNodeList="$nodes"
     # Slurm ends this script now; if it exited by itself before, the job would be taken for finished.
     [[ -n $is_ended ]] || sleep 120
     exit 1
 }
+
+# A link of an array is addressed by the array's number and its own: the plain number may mean all of them. sbatch passes
+# these variables of an outer job on, so Slurm is asked whether they belong to this one.
+name_job() {
+    local link links
+    [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || return 0
+    link=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}
+    links=$(with_retries squeue --noheader --jobs="$SLURM_JOB_ID" --format=%F_%K)
+    if [[ $'\n'$links$'\n' == *$'\n'"$link"$'\n'* ]]; then
+        JOB=$link
+    else
+        unset "${!SLURM_ARRAY_@}"
+    fi
+}
+name_job

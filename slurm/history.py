@@ -9,13 +9,12 @@ A begin without an end was cut off: by the loss of a node, a preemption without 
 Source: none.
 """
 
-import json
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from unimo3.json_lines import append_record, read_records
 
 FOLDER, FILE = "slurm", "history.jsonl"
 
@@ -49,13 +48,7 @@ def append(run: Path, event: str, **fields: Any) -> None:
     """Add a line, on disk when this returns."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
-    descriptor = os.open(folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append_record(folder / FILE, {"event": event, "time": round(time.time(), 3), **fields})
 
 
 def read(run: Path) -> list[Attempt]:
@@ -65,19 +58,11 @@ def read(run: Path) -> list[Attempt]:
         event, when = record.pop("event"), record.pop("time")
         if event == "begin":
             attempts.append(Attempt(when, **record))
-        elif event == "end" and attempts:
-            last = attempts[-1]
-            attempts[-1] = Attempt(
-                last.time,
-                last.job,
-                last.restart,
-                last.nodes,
-                last.checkpoint,
-                when,
-                record["status"],
-                record["action"],
-                record["reason"],
-            )
+        elif event == "end":
+            job, checkpoint = record.pop("job"), record.pop("checkpoint", None)
+            if not attempts or attempts[-1].job != job or attempts[-1].action is not None:
+                attempts.append(Attempt(when, job, 0, "", checkpoint))  # the line of its begin is damaged
+            attempts[-1] = replace(attempts[-1], ended=when, **record)
     return attempts
 
 
@@ -88,13 +73,8 @@ def excluded(run: Path, job: str) -> list[str]:
     return list(noted[-1]) if noted else []
 
 
-def _records(run: Path) -> Iterator[dict[str, Any]]:
-    path = run / FOLDER / FILE
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+def _records(run: Path) -> list[dict[str, Any]]:
+    return read_records(run / FOLDER / FILE)
 
 
 def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:

@@ -1,4 +1,4 @@
-"""What a job does next, as ``ACTION REASON`` on one line; asked by the job scripts before and after the programs.
+"""What a job does next, as ``answer: ACTION REASON``; asked by the job scripts before and after the programs.
 
     go         continue
     ask        ask again with the state that Slurm reports of another job; the reason is its number
@@ -19,20 +19,24 @@ Source: sysexits.h for the programs' statuses, unimo3/errors.py.
 """
 
 import argparse
+import errno
 import json
 import os
 import signal
 from pathlib import Path
 
 from slurm import bad_nodes, history, run_lock, squeue
+from slurm.commands import ANSWER
 from slurm.runs import progress
 
-# Restarts that brought no checkpoint: after failures; and after stops that were asked for, as preemptions are.
+# Starts in a row without a new checkpoint: the limits after failures and after stop requests, such as preemptions.
 MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
 MAX_EXCLUDES = 5
 DEFAULT_MAX_RESTARTS = 20
 _MESSAGE_CHARACTERS = 300
 _ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)))
+# Errors of the run's folder that no restart repairs.
+_FIXED_BY_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be fixed (status 78)",
     70: "the loss stayed not finite (status 70): start again with a lower optim.lr under another run.name",
@@ -53,7 +57,7 @@ def decide(
     if status == 75:
         in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
         if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
-            return "hold", f"asked to stop {in_vain} times in a row before it came to a step; give it more time"
+            return "hold", f"{in_vain} stop requests in a row without a new checkpoint; raise --time or --grace"
         return ("link" if in_array else "requeue"), f"asked to stop, saved at step {checkpoint}"
     if status in _REASONS:
         return "hold", _REASONS[status]
@@ -69,7 +73,7 @@ def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, m
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"
-    return "requeue", f"{what}: taken for a failure of the machines, start {len(attempts) + 1} follows"
+    return "requeue", f"{what}: an infrastructure failure; requeued as start {len(attempts) + 1}"
 
 
 def begin(
@@ -78,7 +82,7 @@ def begin(
     """Before a program starts: whether it may; if so the start is noted.
 
     Args:
-        known: states of other jobs, as Slurm reports them; of one that is not in it the action is ``ask``.
+        known: states of other jobs, as Slurm reports them. If the needed job is missing, the action is ``ask``.
         early: ``NODES: REASON``, where the job's last starts could not begin.
     """
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0)
@@ -108,7 +112,7 @@ def begin(
 
 
 def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
-    """Send the job to other nodes, unless that has not helped several times: it may ask for the very node."""
+    """Requeue without the bad nodes. After several times in a row, hold: the job may ask for a bad node itself."""
     last = [attempt.action for attempt in attempts[-MAX_EXCLUDES:]]
     if last == ["exclude"] * MAX_EXCLUDES:
         return (
@@ -216,19 +220,27 @@ def main() -> None:
     parser.add_argument("--state", default="RUNNING", help="of the job, as Slurm reports it")
     parser.add_argument("--early", default="", metavar="NODES: REASON", help="where the job could not begin before")
     args = parser.parse_args()
+    try:
+        action, reason = _decision(args)
+    except OSError as error:
+        if error.errno not in _FIXED_BY_PEOPLE:
+            raise
+        action = "done" if (args.event, args.status) == ("end", 0) else "hold"
+        reason = f"{args.run} cannot be written ({error.strerror}): check space, quota and permissions"
+    print(ANSWER, action, reason)
+
+
+def _decision(args: argparse.Namespace) -> tuple[str, str]:
     job = os.environ.get("JOB") or os.environ["SLURM_JOB_ID"]
     hosts = args.nodes.split()
     max_restarts = int(os.environ.get("MAX_RESTARTS", "") or DEFAULT_MAX_RESTARTS)
     if args.event == "begin":
-        action, reason = begin(
-            args.run, job, hosts, max_restarts, dict([args.known.split("=", 1)]) if args.known else {}, args.early
-        )
-    elif args.event == "preflight":
-        action, reason = preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
-    else:
-        status, message = final_status(args.status, args.statuses)
-        action, reason = end(args.run, job, status, max_restarts, message, args.state)
-    print(action, reason)
+        known = dict([args.known.split("=", 1)]) if args.known else {}
+        return begin(args.run, job, hosts, max_restarts, known, args.early)
+    if args.event == "preflight":
+        return preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
+    status, message = final_status(args.status, args.statuses)
+    return end(args.run, job, status, max_restarts, message, args.state)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints it.
+"""Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints ``answer: FOLDER``.
 
     RUN        of training
     OUT.job    of an export or a conversion: next to what it makes, which must not exist before
@@ -10,7 +10,6 @@ unknown task of fine-tuning ends with status 78, as invalid arguments do.
 Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for the form of arguments.
 """
 
-import ast
 import json
 import re
 import sys
@@ -19,14 +18,15 @@ from typing import Any
 
 import yaml
 
+from finetune.tasks import TASKS
+from slurm.commands import ANSWER
+
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
 _CONFIG_STATUS = 78
 _JOB_SUFFIX = ".job"
 # As unimo3/data/conversion.py and shards.py name them, which cannot be imported without the libraries they use.
 _STAGING, _SHARD_DONE = ".partial", "*.unimo3-done"
-_PACKAGE = "finetune"
-_FOLDER = Path(__file__).parents[1] / _PACKAGE
 
 
 class ArgumentError(ValueError):
@@ -124,14 +124,6 @@ def _of_recipe(path: Path) -> dict[str, Any]:
     return {key: group[key.removeprefix("run.")] for key in _DEFAULTS if key.removeprefix("run.") in group}
 
 
-def tasks() -> list[str]:
-    """Names of the fine-tuning tasks: the modules of finetune/ that have settings and a ``main``.
-
-    Their text is read, not imported: a job script asks before anything else, and importing torch takes seconds.
-    """
-    return sorted(path.stem for path in _FOLDER.glob("*.py") if _trains(path))
-
-
 def missing_program(module: str) -> list[str]:
     """An error if a task of fine-tuning does not exist.
 
@@ -139,15 +131,9 @@ def missing_program(module: str) -> list[str]:
         module: a program, such as ``finetune.vqa``; without a task ``finetune.``.
     """
     package, _, task = module.partition(".")
-    if package != _PACKAGE or task in tasks():
+    if package != "finetune" or task in TASKS:
         return []
-    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(tasks())}"]
-
-
-def _trains(path: Path) -> bool:
-    parts = ast.parse(path.read_text()).body
-    has_main = any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in parts)
-    return has_main and any(isinstance(part, ast.ClassDef) and part.name.endswith("Config") for part in parts)
+    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(TASKS)}"]
 
 
 def main(argv: list[str]) -> int:
@@ -161,7 +147,7 @@ def main(argv: list[str]) -> int:
     if errors:
         print("ConfigError:", "; ".join(errors), file=sys.stderr)
         return _CONFIG_STATUS
-    print(folder)
+    print(ANSWER, folder)
     return 0
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm import history
+from slurm.commands import output_of
 from slurm.runs import ArgumentError, work_folder
 
 # A job that has or may again have the run's folder to itself.
@@ -27,10 +28,9 @@ _PROGRAMS = {"pretrain": "pretrain.train", "export": "pretrain.export", "prepare
 
 def ask(job: str, form: str = "%T") -> str:
     """A job's first line in squeue's `form`, its state by default; empty if Slurm has forgotten it or is not here."""
-    command = ["squeue", "--noheader", f"--jobs={job}", "--states=all", f"--format={form}"]
     try:
-        stdout = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        stdout = output_of("squeue", "--noheader", f"--jobs={job}", "--states=all", f"--format={form}")
+    except (OSError, subprocess.SubprocessError):
         return ""
     return stdout.strip().split("\n")[0]
 
@@ -50,9 +50,8 @@ def queued() -> list[Queued]:
     Raises:
         OSError, subprocess.SubprocessError: Slurm does not answer.
     """
-    command = ["squeue", "--noheader", "--format=%F|%T|%Z|%o"]
     try:
-        stdout = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        stdout = output_of("squeue", "--noheader", "--format=%F|%T|%Z|%o")
     except FileNotFoundError:
         return []
     jobs: list[Queued] = []

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from slurm import bad_nodes, history, squeue
 from slurm.bad_nodes import choose, expand
+from slurm.commands import job_environment
 from slurm.resources import errors_of_work, of_training
 from slurm.runs import ArgumentError, missing_program, work_folder
 from slurm.site_config import Site, option_of, read_site, site_file
@@ -85,6 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         name = "SBATCH_OPTIONS" if args.job in TRAINING else "SBATCH_OPTIONS_CPU"
         what = "no partition and no GPUs are" if args.job in TRAINING else "no partition is"
         notices.append(f"{site_file()} gives sbatch no options ({name}): {what} asked for")
+    if dropped := job_environment()[1]:
+        notices.append(
+            f"{', '.join(dropped)}: not passed on; write sbatch options into SBATCH_OPTIONS of {site_file()}"
+        )
     for notice in notices:
         print(f"note: {notice}")
     if args.dry_run:
@@ -95,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(
             "sbatch: is not on this machine; --dry-run shows the command, unimo3.launch starts without Slurm"
         )
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=job_environment()[0], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"sbatch refuses it: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]

@@ -223,7 +223,7 @@ def test_help_and_print_config_list_every_setting(tmp_path):
         value = content
         for part in key.split("."):
             value = value[part]
-    assert "Optimizer steps of the whole run" in text
+    assert "Optimizer steps of the complete run" in text
 
 
 def test_a_model_built_from_python_has_the_defaults_of_the_recipes():

@@ -199,6 +199,27 @@ def test_every_error_has_its_exit_status_and_one_message(error, status, capfd):
     assert written == (f"{type(error).__name__}: {error}\n" if error else "")
 
 
+@pytest.mark.integration
+def test_output_that_cannot_be_written_hides_no_exit_status():
+    program = (
+        "import sys; from unimo3.errors import ConfigError, exit_with_status\n"
+        "def main():\n    if sys.argv[1] == 'fail': raise ConfigError('a')\n    print('output')\n"
+        "exit_with_status(main)()\n"
+    )
+
+    def status_of(how, redirection):
+        command = ["bash", "-c", f'"$0" -c "$1" {how} {redirection}', sys.executable, program]
+        environment = os.environ | {"PYTHONUNBUFFERED": ""}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
+
+    for redirection in (">&-", "2>&-", ">&- 2>&-", "2>/dev/full", ">/dev/full 2>/dev/full"):
+        assert status_of("fail", redirection) == 78, redirection
+    for redirection in (">&-", "2>/dev/full", "2>&-"):
+        assert status_of("succeed", redirection) == 0, redirection
+    assert status_of("succeed", ">/dev/full") == 1  # its result is lost
+    assert status_of("succeed", "| true; exit ${PIPESTATUS[0]}") in (0, 141)  # by who is faster
+
+
 @pytest.mark.parametrize(("error", "is_said"), [(ConfigError("a"), False), (DataError("b"), True)])
 def test_what_all_ranks_find_is_said_once_a_host(error, is_said, capfd, monkeypatch):
     def main():

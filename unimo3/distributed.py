@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
+from unimo3.errors import CheckpointError, ConfigError, Unimo3Error, UnreachableError
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ def init() -> World:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    if world_size_from_environment() == 1:
+        # Alone it meets nobody, whatever address another program has left in the environment.
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -104,21 +105,23 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         group: to agree through; the default group if none.
 
     Raises:
-        CheckpointError: on every rank, if it failed on any.
+        UnreachableError: on every rank, if it failed on some and for all of them because storage gave no answer.
+        CheckpointError: on every rank, if it failed on any for another reason.
     """
     result: Any = None
-    failure: tuple[str, bool] | None = None
+    failure: tuple[str, bool, bool] | None = None
     try:
         result = action()
     except Unimo3Error as error:
-        failure = (str(error), True)
+        failure = (str(error), True, isinstance(error, UnreachableError))
     except Exception as error:  # of any type: the other ranks must learn of it
-        failure = (f"{type(error).__name__}: {error}", False)
+        failure = (f"{type(error).__name__}: {error}", False, False)
     outcomes = all_gather_object((result, failure), group)
     failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
     if failures:
-        lines = [f"rank {rank}: {message}" for rank, (message, _) in failures.items()]
+        lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
         more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
-        end = "" if all(has_fix for _, has_fix in failures.values()) else f"; {fix}"
-        raise CheckpointError(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
+        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
+        kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
+        raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]

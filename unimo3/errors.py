@@ -9,8 +9,10 @@ Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75,
 import argparse
 import atexit
 import functools
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ EXIT_DIVERGED = 70
 EXIT_STALLED = 71
 EXIT_REQUEUE = 75
 EXIT_CONFIG = 78
+_EXIT_PIPE = 128 + signal.SIGPIPE  # as of programs that the signal ends
 
 
 _READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly)")
@@ -82,7 +85,8 @@ def record_end(status: int, message: str = "") -> None:
     """
     if folder := os.environ.get("UNIMO3_STATUS_DIR"):
         with suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{status}\n{message}\n")
+            path = Path(folder, f"rank_{os.environ.get('RANK', '0')}")
+            path.write_text(f"{status}\n{message}\n", encoding="utf-8", errors="backslashreplace")
 
 
 def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoReturn:
@@ -101,10 +105,28 @@ def end_process(status: int, message: str = "", is_recorded: bool = True) -> NoR
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        os._exit(_flush(status))
+    sys.exit(_flush(status))
+
+
+def _flush(status: int) -> int:
+    """Flush the output and return the status to end with: what cannot be written changes only that of success."""
+    for number, stream in ((2, sys.stderr), (1, sys.stdout)):
+        try:
+            stream.flush()
+        except OSError as error:
+            # The interpreter flushes again at its end; what is lost must not change the status then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            if number == 1 and status == EXIT_DONE:
+                status = _EXIT_PIPE if isinstance(error, BrokenPipeError) else 1
+                if status == 1:
+                    _report(f"standard output cannot be written ({error.strerror})")
+    return status
+
+
+def _report(text: str) -> None:
+    with suppress(OSError):  # the exit status has the rest
+        print(text, file=sys.stderr, flush=True)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -126,23 +148,27 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         resume_collections()
+        # A stream that was closed before the start is None: nothing can be printed to it.
+        sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+        sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # As stderr: a name that is no UTF-8, or half a surrogate pair, is shown by its number.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
         except RuntimeError as error:
             # torch raises it wherever the main thread is when a reader process dies.
             if not (died := _READER_DIED.search(str(error))):
                 raise
-            print(
+            _report(
                 f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, most "
-                "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again",
-                file=sys.stderr,
-                flush=True,
+                "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again"
             )
             end_process(1)
         except (Unimo3Error, Interrupted) as error:
             # An error that all ranks of a host have is reported once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                _report(f"{type(error).__name__}: {error}")
             end_process(error.exit_status, f"{type(error).__name__}: {error}")
         end_process(status or EXIT_DONE)
 

@@ -7,6 +7,7 @@ killed.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import math
 import os
@@ -23,6 +24,8 @@ from typing import Any
 from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, CommandParser, ConfigError, exit_with_status
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_LAUNCHER = "UNIMO3_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # Below those that the kernel gives to outgoing connections, by default from 32768 on.
 _PORTS = (10000, 30000)
 
@@ -47,13 +50,29 @@ def start_ranks(num_ranks: int, command: list[str], **popen_arguments: Any) -> l
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
+        _LAUNCHER: str(os.getpid()),
     }
+    # With torchrun's variables rank 0 would wait for a store that only torchrun starts.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     return [
         subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **popen_arguments
+            command, env=inherited | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **popen_arguments
         )
         for rank in range(num_ranks)
     ]
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this rank when its launcher ends, however that ends; without one do nothing.
+
+    A rank without its launcher would train on unseen. With SIGTERM it saves before it ends.
+    """
+    launcher = os.environ.pop(_LAUNCHER, None)  # this rank's own processes have another parent
+    if launcher is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: float = math.inf) -> int:

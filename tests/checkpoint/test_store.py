@@ -1,5 +1,8 @@
+import errno
+import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +15,10 @@ from pretrain import checkpoints as program
 from tests.checkpoint.conftest import SavedRuns
 from tests.checkpoint.ranks import RUNS, load_runs
 from tests.spawn import run_ranks
-from unimo3.checkpoint import store
+from unimo3.checkpoint import export, manifest, store
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
 
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -238,6 +241,25 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
     assert newest.is_dir()
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_storage_that_does_not_answer_is_no_damage(run_copy, monkeypatch, number):
+    run = run_copy("fp32")
+    newest, answers = store.list_checkpoints(run)[-1], iter([False, False])
+    stock = manifest.sha256_of
+
+    def sha256_of(path: Path) -> str:
+        if next(answers, True):
+            return stock(path)
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    monkeypatch.setattr(manifest, "_PAUSE_S", 0.0)
+    assert store.choose(run) == (newest, [])
+    answers = itertools.repeat(False)
+    with pytest.raises(UnreachableError, match=f"the storage does not answer .{os.strerror(number)}"):
+        store.choose(run)
+
+
 def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path, capsys):
     run = run_copy("fp32")
     checkpoints = run / "checkpoints"
@@ -337,6 +359,17 @@ def test_prune_removes_nothing_where_nothing_is_good(tmp_path, caplog):
     assert "none of the checkpoints is good; none is removed" in caplog.text
 
 
+def test_a_checkpoint_is_not_lost_when_saving_its_step_again_is_killed(run_copy):
+    run = run_copy("bf16")
+    newest = store.list_checkpoints(run)[-1]
+    replaced = newest.rename(newest.with_name(newest.name + ".replaced.tmp"))  # killed between the two renames
+    assert store.choose(run) == (newest, [])
+    assert not replaced.exists()
+    shutil.copytree(newest, replaced)  # killed after them
+    assert store.choose(run) == (newest, [])
+    assert replaced.exists()  # the next save removes it
+
+
 def test_uncommitted_folders_are_no_checkpoints(tmp_path):
     committed_checkpoint(tmp_path, 10)
     (tmp_path / "checkpoints" / "step_00000020").mkdir()
@@ -376,6 +409,21 @@ def test_program_lists_verifies_and_prunes(run_copy, capsys):
     (run / "config.yaml").write_text("checkpoint:\n  keep_last: 1\n  keep_every: 0\n")
     assert run_program("prune", str(run)) == 0
     assert names(store.list_checkpoints(run)) == ["step_00000004"]
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_not_damaged(run_copy, tmp_path, capsys, monkeypatch):
+    run = run_copy("fp32")
+    listed = store.list_folders(run)
+    monkeypatch.setattr(store, "list_folders", lambda _: listed)
+    moved = listed[0].rename(tmp_path / "removed")
+    for command in ("ls", "verify"):
+        assert run_program(command, str(run)) == 0
+        assert "step_00000002  removed meanwhile\n" in capsys.readouterr().out
+    moved.rename(listed[0])
+    monkeypatch.setattr(export, "copy_model_files", lambda *_: listed[0].rename(moved))
+    with pytest.raises(CheckpointError, match="step_00000002: was removed during the export"):
+        export.export_run(run, listed[0], tmp_path / "out", "fp32", "error", 10**9)
+    assert not (tmp_path / "out").exists()
 
 
 def test_program_refuses_a_run_without_checkpoints(tmp_path, capsys):

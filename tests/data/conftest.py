@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def convert(*arguments: str) -> int:
     with pytest.raises(SystemExit) as end:
         prepare_shards.main(list(arguments))
     return int(end.value.code or 0)
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """Samples' members by key and extension."""
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples.items():
+            for extension, content in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
 
 
 def index_again(folder: Path, dataset: str = "coco", split: str = "train") -> None:

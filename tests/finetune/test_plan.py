@@ -76,10 +76,10 @@ def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
 def test_a_task_must_come_first(capsys):
     for arguments in ((), ("--gpus", 8), TINY):
         assert refused(capsys, *arguments) == [
-            "TASK: not given; name one of vqa, nlvr2, snli_ve, retrieval before all else"
+            "TASK: not given; name one of nlvr2, retrieval, snli_ve, vqa before all else"
         ]
     assert refused(capsys, "coco", *TINY) == [
-        "TASK 'coco': there is no such task; name one of vqa, nlvr2, snli_ve, retrieval"
+        "TASK 'coco': there is no such task; name one of nlvr2, retrieval, snli_ve, vqa"
     ]
 
 

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.plan_settings import model_of_recipe, planned
 from finetune.task import Reading
-from finetune.tasks import TASKS
+from finetune.tasks import TASKS, config_class
 from finetune.vqa import PUBLISHED_ANSWERS
-from tests.kept import kept_by_a_real_step
+from tests.saved_tensors import bytes_saved_by_a_step
 from unimo3 import config
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
@@ -32,7 +32,7 @@ FIXTURES = {"vqa": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "retrieval": "
 
 def settings_of(task, weights, *arguments):
     shape = ("--data.max_text_tokens", str(TOKENS), "--image_size", str(SIDE))
-    return config.parse(planned(TASKS[task]), ["--init", str(weights), *shape, *map(str, arguments)], "", "")
+    return config.parse(planned(config_class(task)), ["--init", str(weights), *shape, *map(str, arguments)], "", "")
 
 
 @pytest.fixture(params=TASKS)
@@ -82,7 +82,7 @@ def test_operations_and_kept_memory_are_those_of_a_real_step(run):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task(many)
     assert cost.forward_flops == pytest.approx(counter.get_total_flops() / 32, rel=0.01)
-    measured = (kept_by_a_real_step(task, many) - kept_by_a_real_step(task, few)) / 16
+    measured = (bytes_saved_by_a_step(task, many) - bytes_saved_by_a_step(task, few)) / 16
     assert cost.saved_bytes == pytest.approx(measured, rel=0.03)
 
 
@@ -141,6 +141,6 @@ def test_a_recipes_model_is_that_of_pretraining():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_settings_of_planning_are_those_of_training_and_the_models_recipe(task):
-    trained = TASKS[task]
+    trained = config_class(task)
     assert trained.task.__name__.lower() == task.replace("_", "")
     assert set(config.flatten_fields(planned(trained))) == {*config.flatten_fields(trained), "model_recipe"}

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -344,15 +345,19 @@ def test_a_missing_image_one_that_is_none_and_an_empty_text_are_named(tuned, pho
     assert "DataError: --text: '  ': is empty" in refused(weights, photo, capsys, text="  ")
 
 
-def test_a_processor_of_another_resolution_or_of_none_is_named(tuned, photo, tmp_path, capsys):
+def test_a_processor_of_another_make_or_none_is_named(tuned, photo, tmp_path, capsys):
     folder = broken(tuned, tmp_path)
     path = folder / "processor_config.json"
     content = json.loads(path.read_text())
-    content["image_processor"]["size"] = {"height": 32, "width": 32}
-    path.write_text(json.dumps(content))
-    assert "its image processor makes 32 x 32 pixels, its config.json has the model read 16 x 16" in refused(
-        folder, photo, capsys
-    )
+    changes = {
+        "size": ({"height": 32, "width": 32}, "makes 32 x 32 pixels, its config.json has the model read 16 x 16"),
+        "do_normalize": (False, "has do_normalize False, training had True; export the run again"),
+        "resample": (2, "has resample 2, training had 3; export the run again"),
+        "image_mean": ([0.5, 0.5, 0.5], "has image_mean (0.5, 0.5, 0.5), training had (0.4"),
+    }
+    for name, (value, message) in changes.items():
+        path.write_text(json.dumps(content | {"image_processor": content["image_processor"] | {name: value}}))
+        assert f"its image processor {message}" in refused(folder, photo, capsys)
     path.unlink()
     assert "holds no tokenizer and image processor" in refused(folder, photo, capsys)
 
@@ -411,11 +416,63 @@ def test_a_file_without_a_line_leaves_earlier_answers(tuned, tmp_path, capsys):
     assert target.read_text() == "kept"
 
 
-def test_only_line_feeds_part_texts(tuned, tmp_path, capsys):
-    (tmp_path / "texts").write_text("a dog\x0bthat sleeps\r\ntwo\u2028dogs\n\n", newline="")
+def test_only_line_feeds_part_texts_and_byte_order_marks_are_no_text(tuned, tmp_path, capsys):
+    lines = "\ufeffa dog\x0bthat sleeps\r\ntwo\u2028dogs\n\n\ufeff \n \ufeffa cat\n"
+    (tmp_path / "texts").write_text(lines, encoding="utf-8", newline="")
     weights = tuned / "retrieval_weights"
     assert run("index", "--weights", weights, "--texts", tmp_path / "texts", "--out", tmp_path / "index") == 0
-    assert "2 texts" in capsys.readouterr().out
+    assert "3 texts" in capsys.readouterr().out
+    names = json.loads((tmp_path / "index" / "index.json").read_text())["names"]
+    assert names == ["a dog\x0bthat sleeps", "two\u2028dogs", "a cat"]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-16", "a cat"), ("utf-16-le", "a cat"), ("latin-1", "déjà vu")])
+def test_texts_of_another_encoding_are_refused(tuned, tmp_path, capsys, encoding, text):
+    (tmp_path / "texts").write_bytes(f"{text}\na dog\n".encode(encoding))
+    command = ("index", "--weights", tuned / "retrieval_weights", "--texts", tmp_path / "texts")
+    assert run(*command, "--out", tmp_path / "index") == 78
+    assert re.search(
+        r"texts: (cannot be read .*name a UTF-8 file|has zero bytes.*save it as UTF-8)", capsys.readouterr().err
+    )
+
+
+def test_skipped_files_are_named_and_images_are_found_by_content(tuned, photo, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for name in ("a.jfif", "b", "c.heic"):
+        (tmp_path / "images" / name).write_bytes(photo.read_bytes())
+    for number in range(12):
+        (tmp_path / "images" / f"notes{number:02d}.txt").write_text("no image")
+    command = ("index", "--weights", tuned / "retrieval_weights", "--images", tmp_path / "images")
+    assert run(*command, "--out", tmp_path / "index") == 0
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["names"] == ["a.jfif", "b", "c.heic"]
+    assert "skipped 12 files that are no images:\n  notes00.txt" in caplog.text
+    assert "notes09.txt\n  and 2 more" in caplog.text
+
+
+def test_a_tokenizer_that_pads_and_cuts_on_the_left_is_used_on_the_right(tuned, tmp_path):
+    long = " ".join(["is it a dog"] * 20)
+    (tmp_path / "photo.jpg").write_bytes(draw_jpeg(1))
+    entries = [{"image": "photo.jpg", "text": text} for text in ("is it?", f"how many {long}")]
+    expected = answers_to("vqa", tuned, tmp_path, entries)
+    left = broken(tuned, tmp_path, tokenizer_config={"padding_side": "left", "truncation_side": "left"})
+    for size in (1, 2):
+        options = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "left.jsonl", "--batch", size)
+        assert run("vqa", "--weights", left, *options) == 0
+        for record, wanted in zip(read_lines(tmp_path / "left.jsonl"), expected, strict=True):
+            assert scores_of(record) == pytest.approx(scores_of(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_config": {"pad_token": "</s>"}}, "its tokenizer pads with the id 2, its model with 1"),
+        ({"answers": {"answers": [1, 2, 3]}}, "answers.json cannot be read"),
+        ({"config": {"text_config": 5}}, "its config.json is none of transformers'"),
+        ({"config": {"hidden_size": "wide"}}, "config.json"),
+    ],
+)
+def test_changed_files_of_an_export_are_refused(tuned, photo, tmp_path, capsys, changes, message):
+    assert message in refused(broken(tuned, tmp_path, **changes), photo, capsys)
 
 
 @pytest.mark.integration

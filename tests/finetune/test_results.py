@@ -32,3 +32,8 @@ def test_other_shards_of_a_splits_name_do_not_overwrite_the_first(tmp_path):
     # The first's name stays the first's.
     write_files(tmp_path, {"predictions.json": "[3]"}, "val", "aaaaaaaaaa")
     assert (tmp_path / "predictions.json").read_text() == "[3]"
+
+
+def test_predictions_may_contain_half_a_surrogate_pair(tmp_path):
+    write_files(tmp_path, {"predictions.csv": "a-\ud83d-0-0,True\n"}, "val", "aaaaaaaaaa")
+    assert (tmp_path / "predictions.csv").read_text(encoding="utf-8") == "a-?-0-0,True\n"

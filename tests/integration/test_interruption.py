@@ -1,14 +1,16 @@
 """Stops by file and signal wherever a run is, ranks that hang, losses that are not finite."""
 
 import json
+import os
 import threading
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.commands import start_command
 from tests.integration.conftest import losses
-from tests.waiting import wait_for
+from tests.waiting import text_of, wait_for
 from unimo3.checkpoint import store
 from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
@@ -75,6 +77,23 @@ def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(errory, recipe, 
     assert [record["step"] for record in read_metrics(run, group="eval")] == [4, 8]
 
 
+def test_a_run_has_one_user_and_does_not_outlive_its_launcher(recipe, runs, program, tmp_path):
+    run, command = runs / "orphaned", ("tests.inject", "--config", recipe, "--run.name", "orphaned")
+    environment = os.environ | {"INJECT": '{"until_stop": [4]}'}
+    launcher = start_command("unimo3.launch", ("-n", "2", *command), environment, tmp_path / "log")
+    wait_for(lambda: len(read_metrics(run)) == 4, "4 steps", text_of(tmp_path / "log"))
+    ranks = read_heartbeats(run)
+    assert program.run(2, *command) == 78
+    assert f"pid {ranks[0].pid} on {ranks[0].host} uses this run" in program.output
+    assert program.run(1, "pretrain.train", "--config", recipe, "--run.name", "orphaned") == 78
+    assert [beat.pid for beat in read_heartbeats(run)] == [beat.pid for beat in ranks]
+    launcher.kill()
+    wait_for(lambda: not any(beat.lives() for beat in ranks), "the end of the ranks", text_of(tmp_path / "log"))
+    assert store.list_checkpoints(run)[-1].name == "step_00000005"  # they have saved
+    program.check(2, *command, "--training.stop_after", "6")
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))
+
+
 def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(errory, program, runs):
     run = runs / "frozen"
     assert errory("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
@@ -94,7 +113,7 @@ def test_a_rank_without_data_is_named_by_its_phase(errory, program, runs):
 def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(errory, program, runs, tmp_path):
     run = runs / "skipped"
     assert errory("skipped", {"nan": [[3, 1], [4, 1]]}, "--training.max_skipped", "2") == 0
-    assert "step 4 is skipped: the loss or its gradient is not finite" in program.output
+    assert "step 4: the loss or its gradient is not finite" in program.output
     records = read_metrics(run)
     assert [record["skipped_steps"] for record in records] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert [record["loss"] is None for record in records] == [False] * 3 + [True] * 2 + [False] * 3
@@ -107,4 +126,4 @@ def test_too_many_in_a_row_end_the_run_with_status_70(errory, program, runs):
     assert errory("diverged", {"nan": nan}, "--training.max_skipped", "2") == 70
     assert "DivergedError: step 5: the loss or its gradient is not finite" in program.output
     assert "3 steps in a row" in program.output
-    assert [loss["loss"] for loss in losses(runs / "diverged")][2:] == [None, None]
+    assert [loss["loss"] for loss in losses(runs / "diverged")][2:] == [None] * 3

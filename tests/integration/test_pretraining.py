@@ -45,6 +45,8 @@ def test_stopping_and_resuming_changes_nothing(straight, interrupted):
     assert [record["step"] for record in read_metrics(interrupted)] == list(range(1, 21))
     assert losses(interrupted) == losses(straight)
     assert evaluations(interrupted) == evaluations(straight)
+    events = EventAccumulator(str(interrupted / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     names = [path.name for path in sorted((straight / "checkpoints" / "step_00000020").glob("*optim_states.pt"))]
     assert len(names) == 2
 

@@ -1,8 +1,12 @@
 """Downstream classes: loaded from pretraining weights, losses, two images, retrieval, processor, Auto classes."""
 
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import (
     AutoModel,
@@ -12,6 +16,8 @@ from transformers import (
 )
 
 from tests.tiny import spread_gates, tiny_batch, tiny_config, tiny_pretraining_model
+from unimo3.data.images import decode
+from unimo3.data.samples import TextEncoder
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalise
 from unimo3.errors import ConfigError
@@ -158,15 +164,72 @@ def test_the_processor_gives_a_models_inputs(exported, processor):
     assert Unimo3Model.from_pretrained(exported)(**batch).pooler_output.shape == (2, 64)
 
 
-def test_the_processors_pixels_are_trainings(processor):
-    import io
+def file_of(image, kind="PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
-    from PIL import Image
 
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    expected = normalise(torch.tensor(ImageTransform(16)(content.getvalue(), np.random.default_rng(0))))
-    actual = processor(images=[image], return_tensors="pt")["pixel_values"][0]
-    # Resizing keeps integer grey values in both; two different ones are 0.015 apart.
-    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+def odd_files() -> dict[str, bytes]:
+    """Images of all modes, most of them with a transparent ground."""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    clear = colours.convert("RGBA")
+    clear.putalpha(Image.fromarray(rng.integers(0, 2, (40, 60), dtype=np.uint8) * 255))
+    deep = Image.fromarray(rng.integers(0, 65535, (40, 60), dtype=np.uint16))
+    palette = colours.quantize(64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "RGB": file_of(colours),
+        "RGBA": file_of(clear),
+        "RGBA WebP": file_of(clear, "WEBP", lossless=True, exact=True),
+        "LA": file_of(clear.convert("LA")),
+        "P with alpha": file_of(palette, transparency=bytes(range(64))),
+        "P with a colour key": file_of(palette, transparency=3),
+        "L with a colour key": file_of(colours.convert("L"), transparency=7),
+        "RGB with a colour key": file_of(colours, transparency=colours.getpixel((0, 0))),
+        "GIF with a colour key": file_of(palette, "GIF", transparency=3),
+        "16 bits": file_of(deep),
+        "16 bits TIFF": file_of(deep, "TIFF"),
+        "1 bit": file_of(colours.convert("1")),
+        "CMYK": file_of(colours.convert("CMYK"), "JPEG"),
+        "turned": file_of(colours, "JPEG", exif=exif),
+        "turned, damaged": file_of(colours, "JPEG", exif=b"Exif\0\0no TIFF"),
+    }
+
+
+def test_the_processors_pixels_are_trainings_in_every_mode(processor, tmp_path):
+    for name, content in odd_files().items():
+        path = tmp_path / "photo"
+        path.write_bytes(content)
+        forms = [Image.open(io.BytesIO(content)), decode(content), str(path), path]
+        first, *others = (processor(images=[form], return_tensors="pt")["pixel_values"][0] for form in forms)
+        assert all(torch.equal(first, other) for other in others), name
+        # Resizing keeps integer grey values in both; two different ones are 0.015 apart.
+        expected = normalise(torch.tensor(ImageTransform(16)(content, np.random.default_rng(0))))
+        torch.testing.assert_close(first, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_arrays_are_read_as_files_of_them_would_be(processor):
+    files = odd_files()
+    for name in ("RGB", "RGBA", "LA", "16 bits"):
+        image = Image.open(io.BytesIO(files[name]))
+        by_file, by_array = (processor(images=form, return_tensors="pt") for form in ([[image]], [np.asarray(image)]))
+        assert torch.equal(by_file["pixel_values"], by_array["pixel_values"]), name
+    with pytest.raises(TypeError):
+        processor(images=[np.zeros((20, 30, 3), dtype=np.uint16)])
+    with pytest.raises(OSError, match=r"gone\.jpg"):
+        processor(images=["gone.jpg"])
+
+
+def test_the_processor_pads_and_cuts_on_the_right(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left", "truncation_side": "left"}))
+    texts = ["two dogs", "a red dog on a hill and on and on"]
+    actual = Unimo3Processor.from_pretrained(tmp_path)(text=texts)
+    assert actual["input_ids"] == processor(text=texts)["input_ids"]
+    assert actual["attention_mask"][0] == [1] * 4 + [0] * 4
+    # A training text is cut at the same end.
+    assert actual["input_ids"][1] == TextEncoder(load_tokenizer(str(tmp_path)), 8)(texts[1])[0].tolist()

@@ -234,6 +234,9 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
             "model.vision.image_size: 100: not a",
         ),
         (VisionArgs(architecture="vit_base_patch16_siglip_224", image_size=224), "has not one class token"),
+        (VisionArgs(architecture="vit_base_patch16_rope_reg1_gap_256", image_size=256), "has not one class token"),
+        (VisionArgs(architecture="swin_tiny_patch4_window7_224", image_size=224), "has not one class token"),
+        (VisionArgs(architecture="vit_small_patch16_rope_mixed_224", image_size=224), "learns the frequencies of its"),
         (VisionArgs(architecture="resnet18"), "timm cannot build such a vision transformer"),
     ],
 )
@@ -269,3 +272,59 @@ def test_weights_in_several_files_are_those_that_their_index_names(tmp_path):
         index.write_text(text)
         with pytest.raises(ConfigError, match=rf"{index.name} is no index that names files of weights; copy it again"):
             TextArgs(init=str(tmp_path)).to_config()
+
+
+EVA_AND_BEIT = (
+    "eva02_tiny_patch14_224",
+    "eva_giant_patch14_clip_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "vit_small_patch16_rope_224",
+)
+
+
+def tower_of(architecture: str, image_size: int = 16) -> VisionTower:
+    return VisionTower(Unimo3VisionConfig(architecture, image_size, dict(SIZES)), DEPTH).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", EVA_AND_BEIT)
+def test_timms_evas_and_beits_are_image_towers(tmp_path, architecture):
+    sizes = {"patch_size": 8, "width": 32, "depth": DEPTH, "num_heads": 2}
+    text = TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    vision = VisionArgs(architecture=architecture, image_size=16, **sizes)
+    args = ModelArgs(text, vision, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    assert args.validate() == []
+    outside = spread(timm.create_model(architecture, img_size=16, num_classes=7, global_pool="token", **SIZES))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in outside.state_dict().items()}, tmp_path / "vit.safetensors"
+    )
+    tower = tower_of(architecture)
+    assert vision_errors(str(tmp_path / "vit.safetensors"), tower) == []
+    load_vision(tower, str(tmp_path / "vit.safetensors"))
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(tower(pixels)[:, -1], outside.forward_features(pixels), atol=1e-5, rtol=1e-5)
+    # What no file has, such as rotary and relative positions, is there after from_pretrained.
+    vision = {"architecture": architecture, "image_size": 16, "overrides": SIZES}
+    model = tiny_pretraining_model(vision_config=vision).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(again.unimo3.vision_tower(pixels), model.unimo3.vision_tower(pixels))
+    buffers = dict(again.unimo3.vision_tower.named_buffers())
+    for name, buffer in model.unimo3.vision_tower.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+
+
+def test_position_tables_without_a_class_token_are_resized(tmp_path):
+    architecture = "vit_small_patch16_rope_ape_224"
+    outside = timm.create_model(architecture, img_size=16, num_classes=0, global_pool="token", **SIZES)
+    save_file(outside.state_dict(), tmp_path / "vit.safetensors")
+    tower = tower_of(architecture, 24)
+    load_vision(tower, str(tmp_path / "vit.safetensors"))
+    assert tower(torch.randn(1, 3, 24, 24)).shape == (1, DEPTH, 10, 32)
+
+
+def test_a_clip_for_an_eva_is_named(tmp_path):
+    CLIPVisionModel(clip_vision()).save_pretrained(tmp_path)
+    (problem,) = vision_errors(str(tmp_path), tower_of("eva02_tiny_patch14_224"))
+    assert "is a CLIP, model.vision a Eva of timm; name a timm checkpoint file" in problem

@@ -153,10 +153,10 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, inject={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
-    # Two steps were tolerated before the third.
+    # Two steps were tolerated, the third ended the run.
     steps = jobs.steps("nan")
-    assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 2
-    assert steps[-1]["skipped_steps"] == 2
+    assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 3
+    assert steps[-1]["skipped_steps"] == 3
     assert newest_step(jobs.runs / "nan") == 4
     jobs.cluster.call("scancel", job)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from slurm import bad_nodes, history
-from slurm.requeue_policy import begin, decide, end, final_status
+from slurm.requeue_policy import begin, decide, end, final_status, main
 
 
 def attempts(*records, action="requeue"):
@@ -94,6 +94,17 @@ def test_an_end_that_slurm_has_already_decided_is_reported_as_such(tmp_path):
     action, reason = end(tmp_path, "7", 143, 9, state="COMPLETING")
     assert action == "left"
     assert reason == "status 143, saved at None; Slurm cancels or requeues the job (COMPLETING)"
+
+
+@pytest.mark.parametrize(("event", "status", "action"), [("begin", 0, "hold"), ("end", 75, "hold"), ("end", 0, "done")])
+def test_a_folder_that_cannot_be_written_holds_the_job(tmp_path, monkeypatch, capsys, event, status, action):
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" / "run"
+    monkeypatch.setenv("JOB", "7")
+    monkeypatch.setattr("sys.argv", ["requeue_policy", event, "--run", str(run), "--status", str(status)])
+    main()
+    answer = f"answer: {action} {run} cannot be written (Not a directory): check space, quota and permissions\n"
+    assert capsys.readouterr().out == answer
 
 
 def test_the_reason_names_what_the_program_said(tmp_path):

@@ -73,4 +73,4 @@ def test_a_task_that_is_none_is_a_setting_to_fix(module, capsys):
     )
     assert "--config missing.yaml: cannot be read" in printed.err
     assert main(["finetune.vqa"]) == 0
-    assert capsys.readouterr().out == "runs/run\n"
+    assert capsys.readouterr().out == "answer: runs/run\n"

@@ -93,7 +93,7 @@ def test_a_job_runs_elsewhere_when_its_node_is_marked_bad(jobs, monkeypatch):
     trap = jobs.folder / "trap"
     (jobs.folder / "site_of_bad_node.env").write_text(
         f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nBAD_NODES={jobs.folder}/bad_here.jsonl\n"
-        f"if [[ $SLURMD_NODENAME == n1 ]]; then LOCAL_DISK={trap}/no; fi\n"
+        f"if [[ $SLURMD_NODENAME == n1 ]]; then LOCAL_DISK={trap}/no; export TMPDIR={trap}/no; fi\n"
     )
     trap.write_text("a file")
     job = jobs.submit(

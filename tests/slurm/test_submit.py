@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from slurm import bad_nodes, submit, submit_checks
+from slurm.commands import job_environment
 
 # Has no room: what the kernel shows there takes none.
 FULL = Path("/sys/kernel")
@@ -174,6 +175,24 @@ def test_a_new_runs_notice_says_that_nothing_was_measured(checked, training):
     status, text = checked("--dry-run", *training)
     assert status == 0
     assert "note: the run has no steps yet: --grace, --time and --chain could not be checked" in text
+
+
+def test_variables_of_an_outer_job_are_not_passed_on(monkeypatch):
+    outer = {"SLURM_ARRAY_JOB_ID": "1", "SBATCH_PARTITION": "p", "UNIMO3_RANKS_PER_NODE": "5"}
+    for name, value in (outer | {"SLURM_CONF": "/c", "UNIMO3_SITE": "s"}).items():
+        monkeypatch.setenv(name, value)
+    environment, dropped = job_environment()
+    assert set(outer) <= set(dropped)
+    assert not outer.keys() & environment.keys()
+    assert (environment["SLURM_CONF"], environment["UNIMO3_SITE"]) == ("/c", "s")
+
+
+@pytest.mark.integration
+def test_variables_that_are_not_passed_on_are_named(checked, training, monkeypatch):
+    monkeypatch.setenv("SBATCH_PARTITION", "p")
+    status, text = checked("--dry-run", *training)
+    assert status == 0
+    assert "note: SBATCH_PARTITION: not passed on; write sbatch options into SBATCH_OPTIONS of" in text
 
 
 def test_only_a_wait_for_the_end_of_a_job_counts_as_one():

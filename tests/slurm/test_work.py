@@ -27,20 +27,21 @@ def script_of(folder, text):
     return path
 
 
-def python_that(site, name, does):
-    """A Python that does something else for the programs of exports and conversions, and how to use it."""
+def python_that(site, name, does, programs='"$*" == "-m pretrain."*'):
+    """A Python that first does something else, by default for exports and conversions; its path."""
     path = site.folder / name
-    programs = '"$*" == "-m pretrain."*'
     path.write_text(f'#!/bin/bash\n[[ {programs} ]] && {does}\nexec {site.python} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
 
 def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
-    export = batch(site, "slurm/export.sbatch", tmp_path / "no_run", "--out", tmp_path / "w")
+    # As in a container that greets on standard output.
+    greets = python_that(site, "greets", "echo Welcome", programs='"$*" == *slurm.*')
+    export = batch(site, "slurm/export.sbatch", tmp_path / "no_run", "--out", tmp_path / "w", UNIMO3_PYTHON=greets)
     shards = ("slurm/prepare_shards.sbatch", "coco", "--src", source, "--out", tmp_path / "o", "--shard-size", 0)
     conversion = batch(site, *shards)
-    nameless = batch(site, "slurm/export.sbatch", "runs/a")
+    nameless = batch(site, "slurm/export.sbatch", "runs/a", UNIMO3_PYTHON=greets)
     tasks = [batch(site, "slurm/finetune.sbatch", *words) for words in ((), ("nothing", "--run.name", "x"))]
     for job in (export, conversion, nameless, *tasks):
         site.wait_state(job, "SPECIAL_EXIT")
@@ -82,7 +83,7 @@ def test_a_killed_conversion_is_requeued_and_continues_within_its_budget(site, s
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
-    begin = 'settle_by tool slurm.requeue_policy begin --run "$RUN" --nodes n1'
+    begin = 'settle_by slurm.requeue_policy begin --run "$RUN" --nodes n1'
     stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
     script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
     jobs = [batch(site, script) for _ in range(2)]
@@ -114,7 +115,9 @@ def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", 'two  words "q" $(x)', "--odd"])
-def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name):
+def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name, monkeypatch):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SQUEUE_PARTITION", "none")
     script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", name, "--training.steps", NUM_STEPS)
     job = batch(site, *script, options=("--hold",))
     assert jobs_on(site.runs / name) == {str(job): "PENDING"}

@@ -121,6 +121,38 @@ def test_an_offloaded_optimizer_is_deepspeeds_and_trains_as_torchs():
     assert losses["AdamW"][3] != pytest.approx(losses["AdamW"][0], rel=5e-3)
 
 
+def losses_of_a_beit():
+    from unimo3.distributed import world
+    from unimo3.model.initialization import initialize_weights
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+    from unimo3.objectives.args import ObjectivesArgs
+    from unimo3.objectives.base import PretrainingTask
+
+    mine = rows(tiny_batch(8), 4 * world()[0], 4 * world()[0] + 4)
+    ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(8, 4, 2), clip_norm=0.0)
+    vision = tiny_config().vision_config.to_dict() | {"architecture": "beit_base_patch16_224"}
+    config, tasks = tiny_config(vision_config=vision), []
+    for model in (Unimo3ForPreTraining(config), build_model(ds_config, lambda: Unimo3ForPreTraining(config))):
+        initialize_weights(model, 0, std=0.1)
+        prepare_layers(model, KernelArgs(), activation_checkpointing=True, compile_towers=False)
+        tasks.append(PretrainingTask(model, ObjectivesArgs().build(seed=0)))
+    losses = [float(tasks[0](mine)["loss"])]
+    engine = build_engine(tasks[1], tasks[1].model, ds_config, OptimArgs(lr=1e-3, fused="torch"))
+    for _ in range(2):
+        loss = engine(mine)["loss"]
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.integration
+def test_a_beit_whose_attention_reads_weights_itself_trains_sharded():
+    for plain, first, second in run_ranks(2, losses_of_a_beit):
+        assert first == pytest.approx(plain, rel=1e-5)
+        assert second < first
+
+
 BRIDGED = {"bridge": True, "unimodal_levels": 2, "num_hidden_layers": 2}
 
 

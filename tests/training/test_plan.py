@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pretrain import plan
-from tests.kept import kept_by_a_real_step
+from tests.saved_tensors import bytes_saved_by_a_step
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
@@ -121,7 +121,7 @@ def test_activations_are_those_a_real_step_keeps(changes):
     model.unimo3.use_attention_kernel("triton" if "num_attention_heads" in changes else "reference")
     task = PretrainingTask(model, ObjectivesArgs().build(0)).train()
     few = 8 if "num_attention_heads" in changes else 32  # the interpreter takes its time
-    measured = (kept_by_a_real_step(task, tiny_batch(2 * few)) - kept_by_a_real_step(task, tiny_batch(few))) / few
+    measured = (bytes_saved_by_a_step(task, tiny_batch(2 * few)) - bytes_saved_by_a_step(task, tiny_batch(few))) / few
     # tiny_batch masks 1.5 of 10 tokens.
     objectives = ObjectivesArgs(mlm=MlmArgs(probability=1.5 / (TOKENS - 2)))
     assert trace(tiny_config(**changes), objectives).saved_bytes == pytest.approx(measured, rel=0.03)

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from unimo3.errors import EXIT_REQUEUE
 from unimo3.launch import STOP_SIGNALS
+from unimo3.training import preempt
 from unimo3.training.preempt import StopListener
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,18 @@ def test_a_stop_signal_is_noted_once(number, tmp_path):
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def test_a_file_counts_though_this_hosts_clock_is_ahead_of_the_servers(tmp_path, monkeypatch):
+    monkeypatch.setattr(preempt.time, "time", lambda ahead=time.time: ahead() + 60)
+    (tmp_path / "requeue").touch()
+    os.utime(tmp_path / "requeue", (0, 0))  # of an earlier start
+    listener = StopListener()
+    listener.watch(tmp_path)
+    assert not listener.received
+    (tmp_path / "requeue").touch()
+    listener.look()
+    assert listener.received
 
 
 @pytest.mark.integration

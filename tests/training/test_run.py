@@ -40,6 +40,21 @@ def test_a_changed_setting_is_named_with_both_values(settings):
     assert problem.startswith("optim.lr: 0.0003: this run was started with 1e-05; keep that, or choose a new run.name")
 
 
+@pytest.mark.parametrize("path", ["", "run", "run/checkpoints", "run/model"])
+@pytest.mark.parametrize("target", ["missing", "file"])
+def test_a_run_folder_that_is_none_is_refused_and_untouched(tmp_path, path, target):
+    (tmp_path / "file").write_text("")
+    link = tmp_path / "runs" / path
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / target)
+    (error,) = RunArgs(name="run", dir=str(tmp_path / "runs")).validate()
+    kind = f"a link to {tmp_path}/missing, which is missing" if target == "missing" else "a file"
+    assert error == f"run.dir: '{link}': is {kind}, no folder; mount it, remove it, or choose another run.dir"
+    link.unlink()
+    link.mkdir()
+    assert RunArgs(name="run", dir=str(tmp_path / "runs")).validate() == []
+
+
 def moved(settings, tokenizer):
     data = replace(settings.data, tokenizer=str(tokenizer))
     text = replace(settings.model.text, init="elsewhere/roberta-base")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.waiting import output_of, text_of, wait_for
 from unimo3.errors import EXIT_STALLED
-from unimo3.training.heartbeat import Heartbeat, describe_suspects
+from unimo3.training.heartbeat import Heartbeat, describe_suspects, read_heartbeats
 
 ROOT = Path(__file__).parents[2]
 STUCK = """
@@ -23,6 +23,8 @@ logging.basicConfig()
 watch._REPORTING_S = 1.0
 kept = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
 kept.beat(sys.argv[3], 5)
+real_time = time.time
+time.time = lambda: real_time() + 5000  # somebody sets the clock
 def stuck_here():
     while True:
         time.sleep(60)  # the test or the watch ends it
@@ -120,8 +122,13 @@ def test_a_folder_that_hangs_for_the_stacks_too_is_named(stuck, tmp_path):
 
 @pytest.mark.integration
 def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
-    process = stuck("0", "compute")
+    process = stuck("900", "compute")
     wait_for_heartbeat(tmp_path / "run")
+    # The watch has looked at the clock that was set, too.
+    wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > time.time() + 4000, "a heartbeat by the new clock")
+    last = read_heartbeats(tmp_path / "run")[0].time
+    wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > last + 1.5, "two more")
+    assert not (tmp_path / "run" / "stacks" / "rank_00000.txt").exists()  # it has not given up
     stacks = text_of(tmp_path / "run" / "stacks" / "asked_00000.txt")
 
     def ask():

@@ -47,21 +47,21 @@ def save(engine: Engine, run: Path, state: TrainState) -> Path:
     Raises:
         CheckpointError: on every rank, if any rank failed; earlier checkpoints are untouched.
     """
-    return prepare(engine, run, state, None)(None)
+    return begin_save(engine, run, state, None)(None)
 
 
-def prepare(engine: Engine, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
-    """Do what has to be done before training continues; every rank calls it.
+def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
+    """Run the part of a save that training waits for; every rank calls it.
 
     Args:
-        memory: gets a copy of what is to be written, so that training may change it. None: it is written at once.
+        memory: host memory for the copy that a background save writes later. None: the files are written now.
 
     Returns:
-        The rest, for another thread where there is a copy. It agrees through the process group it is given, and returns
-        the committed folder.
+        A function that finishes the save, in any thread if there is a copy. It synchronizes the ranks through the given
+        process group, and returns the committed folder.
 
     Raises:
-        CheckpointError: on every rank, as the rest does; earlier checkpoints are untouched.
+        CheckpointError: on every rank, as that function does; earlier checkpoints are untouched.
     """
     rank, _ = world()
     checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
@@ -126,7 +126,7 @@ def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callabl
 
 
 def _discard(staging: Path, group: Any) -> None:
-    """Remove the files of a failed save, else a full disk would stay full; they are gone when any rank returns."""
+    """Remove the files of a failed save, to free the disk; no rank returns before they are gone."""
 
     def remove() -> None:
         if world()[0] == 0:
@@ -140,8 +140,9 @@ def _clear_staging(staging: Path) -> None:
     staging.parent.mkdir(parents=True, exist_ok=True)
     if staging.exists():
         shutil.rmtree(staging)
+    store.restore_replaced(staging.parents[1])
     for path in staging.parent.glob("step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)  # somebody may be at it, or read from it
+        shutil.rmtree(path, ignore_errors=True)  # another process may still read from it
     staging.mkdir()
 
 
@@ -152,17 +153,17 @@ def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> No
     if on_disk != listed:
         raise OSError(f"{staging}: files appeared or vanished during the save: {sorted(on_disk ^ listed)}")
     write_manifest(staging, entries)
-    replaced = final.with_name(f"{final.name}.old.tmp")
+    replaced = final.with_name(f"{final.name}{store.REPLACED}")
     if final.exists():
         final.rename(replaced)  # the same step saved again, after resuming from an earlier one
     try:
         staging.rename(final)
     except OSError:
-        if replaced.exists():
-            replaced.rename(final)
+        store.restore_replaced(final.parents[1])
         raise
     # From here on it is committed, whatever else fails.
     try:
+        flush_folder(final.parent)
         latest = final.parent / "latest"
         write_and_flush(latest.with_suffix(".tmp"), final.name)
         latest.with_suffix(".tmp").replace(latest)

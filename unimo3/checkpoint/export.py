@@ -78,7 +78,14 @@ def export_run(
             shutil.rmtree(staging)
             raise
         flush_folder(out.parent)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        if not checkpoint.exists():
+            raise CheckpointError(
+                f"{checkpoint}: was removed during the export, as a training run does with old ones; export a newer "
+                "one, or keep some with checkpoint.keep_every"
+            ) from error
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{out}: the export failed and left nothing ({error}); check space, quota and permissions"
         ) from error

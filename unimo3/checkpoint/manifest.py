@@ -7,18 +7,33 @@ Names are relative to the checkpoint's folder, with ``/`` between parts, and may
 Source: the commit files of databases; SHA-256 from FIPS 180-4.
 """
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
+
+Result = TypeVar("Result")
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+# Of a server that fails over or a mount that is stale: not damage of a file.
+_NO_ANSWER = (
+    errno.ESTALE,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EREMOTEIO,
+)
+_NUM_TRIES, _PAUSE_S = 4, 5.0
 # One core hashes about as fast as one disk reads; several ranks may share a node.
 _MAX_THREADS = 4
 
@@ -53,16 +68,19 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
 
     Returns:
         One line a problem; none if all is well.
+
+    Raises:
+        UnreachableError: the storage gives no answer, which says nothing about the checkpoint.
     """
     try:
-        entries = _read(folder)
+        entries = _answer(lambda: _read(folder))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
         return [f"{MANIFEST} does not list {STATE}"]
     subset = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        problems = list(pool.map(lambda entry: _problem(folder, entry), subset))
+        problems = list(pool.map(lambda entry: _answer(lambda: _problem(folder, entry)), subset))
     problems += [
         _content_problem(folder / entry["name"]) for entry, problem in zip(subset, problems, strict=True) if not problem
     ]
@@ -129,8 +147,27 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
         if sha256_of(path) != entry["sha256"]:
             return f"{name} has another content than was written"
     except (OSError, ValueError) as error:  # ValueError: of a name no file can have
+        if isinstance(error, OSError) and error.errno in _NO_ANSWER:
+            raise
         return f"{name!r} cannot be read ({error})"
     return ""
+
+
+def _answer(read: Callable[[], Result]) -> Result:
+    """What `read` returns, after a pause if the storage does not answer at first."""
+    for number in range(1, _NUM_TRIES + 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _NO_ANSWER:
+                raise
+            if number == _NUM_TRIES:
+                raise UnreachableError(
+                    f"{error.filename or 'a file'}: the storage does not answer ({error.strerror}, {number} tries), so "
+                    "the checkpoint may be good; check the mount, then start again"
+                ) from error
+            time.sleep(_PAUSE_S)
+    raise AssertionError("unreachable")
 
 
 def _content_problem(path: Path) -> str:

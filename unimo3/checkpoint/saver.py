@@ -1,4 +1,4 @@
-"""A run's saves, at once or behind the training, and what follows from those that fail.
+"""Saves a run's checkpoints in the foreground or in a background thread, and handles failed saves.
 
 In the background, a save blocks the step only while this rank's state is copied to host memory, which the next save
 uses again. A thread does the rest and agrees through a separate process group. A second save waits for the first.
@@ -10,6 +10,7 @@ import atexit
 import logging
 import threading
 import time
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.commit import FIX, prepare
+from unimo3.checkpoint.commit import FIX, begin_save
 from unimo3.checkpoint.engine_files import HostMemory
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import all_gather_object, world
@@ -52,7 +53,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._committed_step: int | None = None
-        self._finished: list[tuple[int, float]] = []
+        self._finished: deque[tuple[int, float]] = deque()  # of the thread
         self._has_logged_memory = world()[0] != 0
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
@@ -72,12 +73,11 @@ class Saver:
 
     def take_finished(self) -> list[tuple[int, float]]:
         """Step of each save committed since the last call, and the seconds from its beginning to its commit."""
-        finished, self._finished = self._finished, []
-        return finished
+        return [self._finished.popleft() for _ in range(len(self._finished))]
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed on this rank and nobody has been notified; `wait` raises it."""
+        """Whether a save in the background has failed on this rank and is not raised yet; `wait` raises it."""
         return self._failure is not None
 
     def save(self, state: TrainState, is_last: bool = False, in_foreground: bool = False) -> None:
@@ -88,19 +88,20 @@ class Saver:
             in_foreground: whether to wait for it in any case.
 
         Raises:
-            CheckpointError: on every rank; this save or the one before failed, and it was the last one or
+            CheckpointError: on every rank; this save failed or, unless it is the last one, the one before, and
                 ``checkpoint.on_save_error`` is stop.
         """
-        before: CheckpointError | None = None
         try:
             self.wait()
         except CheckpointError as error:
             if not is_last:
                 raise
-            before = error  # there may be room again: the last save is tried all the same
+            # There may be room again; if this save succeeds, nothing is lost and the run ends as it would have.
+            if world()[0] == 0:
+                log.error("%s; the last save of the run is tried nevertheless", error)
         started = time.perf_counter()
         try:
-            finish = prepare(self._engine, self._run, state, self._memory if self._args.background else None)
+            finish = begin_save(self._engine, self._run, state, self._memory if self._args.background else None)
         except CheckpointError as error:
             self._failure = error
             self.wait(must_succeed=is_last)
@@ -128,11 +129,9 @@ class Saver:
             return
         work()
         self.wait(must_succeed=is_last)
-        if before is not None:
-            raise before
 
     def ensure(self, state: TrainState, is_last: bool = True) -> bool:
-        """Have a state saved when this returns, now or by a save that is done or under way; every rank calls it.
+        """Ensure that a state is committed: wait for a save under way, and save if it was another; every rank calls it.
 
         Returns:
             Whether it is committed; always true for the run's last save, which must succeed.

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 _LOOK = "see that every node can read the run's folder"
 _TAG = re.compile(r"^step_\d{8,}$")
 _QUARANTINED = re.compile(r"^step_\d{8,}\.damaged\d*$")
+# Suffix of a checkpoint whose step is saved again, until the new one has its name.
+REPLACED = ".replaced.tmp"
 
 
 def tag_of(step: int) -> str:
@@ -142,7 +144,7 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
     """
     damaged: list[Path] = []
     # All ranks use rank 0's listing: on a shared file system others may still see an older one.
-    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
+    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _restored(run) if world()[0] == 0 else None, _LOOK)[0]
     for folder in reversed(listed):
         if not (problems := _problems(folder)):
             return folder, damaged
@@ -150,6 +152,20 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
         if world()[0] == 0:
             log.warning("%s is damaged and skipped: %s", folder, "; ".join(problems))
     return None, damaged
+
+
+def restore_replaced(run: Path) -> None:
+    """Give a checkpoint its name back that a kill has left renamed while its step was saved again."""
+    for path in folder_of(run).glob(f"step_*{REPLACED}"):
+        folder = path.with_name(path.name.removesuffix(REPLACED))
+        if not folder.exists():
+            log.warning("%s: saving it again was cut off; the earlier one is used", folder)
+            path.rename(folder)
+
+
+def _restored(run: Path) -> list[Path]:
+    restore_replaced(run)
+    return _candidates(run)
 
 
 def _problems(folder: Path) -> list[str]:

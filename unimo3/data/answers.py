@@ -90,7 +90,8 @@ class AnswerVocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n")
+        text = json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n"
+        path.write_text(text, encoding="utf-8", errors="replace")
 
     def save_pretrained(self, save_directory: Path) -> None:
         """Write ``answers.json`` into a folder, next to what transformers' classes write there."""
@@ -104,8 +105,10 @@ class AnswerVocabulary:
             DataError: the file is missing, or contains no answers.
         """
         try:
-            answers = json.loads(path.read_text())["answers"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
+            if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+                raise TypeError("its answers are no list of texts")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: is no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
                 "writes one next to its shards"

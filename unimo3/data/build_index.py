@@ -4,13 +4,14 @@ Source: none.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from unimo3.data.index import INDEX, Shard, ShardIndex
+from unimo3.data.index import INDEX, Shard, ShardIndex, is_index
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -28,22 +29,35 @@ from unimo3.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 _NUM_SHOWN = 10
+_LOCK = ".unimo3-lock"
+_TAR = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lzo|br|z)|tgz|tbz2?|txz|tlz|tzst)$", re.IGNORECASE)
 
 
 def index(source: Path, overwrite: bool, comm: Any) -> None:
     """Index the tars of a folder where they lie; every rank calls it.
 
     Raises:
-        ConfigError: another process is indexing them.
-        DataError: a tar cannot be read, or is not the one that was indexed before and `overwrite` is not given; or
-            they contain no samples.
+        ConfigError: another process is indexing them, or another program's index.json is there and `overwrite` is not
+            given.
+        DataError: a tar cannot be read, is compressed, or is not the one that was indexed before and `overwrite` is not
+            given; or they contain no samples.
     """
     folder, progress = source.resolve(), Progress("samples")
     paths = sorted(folder.glob("*.tar"))
 
     def jobs() -> Iterator[Path]:
+        if others := _not_plain(folder):
+            raise DataError(
+                f"--src {source}: {len(others)} tars are compressed, or their names do not end in .tar "
+                f"({', '.join(others[:3])}); decompress and rename them, or move them away"
+            )
         if not paths:
             raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
+        if (folder / INDEX).exists() and not (overwrite or is_index(folder)):
+            raise ConfigError(
+                f"--src {source}: its {INDEX} was not written by this program, or is damaged; move it away, or give "
+                "--overwrite"
+            )
         yield from paths
 
     def work(path: Path, between: Any) -> ShardDone:
@@ -52,7 +66,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
     if comm is not None and comm.rank > 0:
         spread(comm, iter(()), work, progress.add)
         return
-    lock = FileLock(folder / "index.lock", timeout=0)
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
         acquired = lock.acquire()
     except (Timeout, OSError) as error:
@@ -69,7 +83,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             repeated = repeated_keys(folder, names)
             remove_traces(folder, names)
         finally:
-            (folder / "index.lock").unlink(missing_ok=True)
+            (folder / _LOCK).unlink(missing_ok=True)
     print(f"{source}: {count} samples in {len(paths)} shards")
     for name, key, number in repeated[:_NUM_SHOWN]:
         print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
@@ -77,12 +91,17 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         print(f"and so in {len(repeated) - _NUM_SHOWN} more tars")
 
 
+def _not_plain(folder: Path) -> list[str]:
+    """Names of the tars that are compressed, or whose ending is not .tar."""
+    return sorted(path.name for path in folder.iterdir() if _TAR.search(path.name) and path.suffix != ".tar")
+
+
 def _check_unchanged(folder: Path) -> None:
     """Refuse to index a changed tar again, which would make a damaged copy valid."""
     try:
         before = {shard.name: shard.sha256 for shard in ShardIndex(folder, check_files=False).shards}
     except DataError:
-        return  # an index of an older version, or a broken one
+        return  # an index of an older version, or one that lacks a field
     changed = [name for name, sha256 in unindexed_shards(folder).items() if before.get(name, sha256) != sha256]
     if changed:
         raise DataError(
@@ -116,7 +135,8 @@ def verify(folder: Path, comm: Any) -> None:
                 take(str(error))
                 continue
             take(members_error(split, index.members_sha256))
-            for name in sorted({path.name for path in split.glob("*.tar")} - {shard.name for shard in index.shards}):
+            tars = {path.name for path in split.glob("*.tar")} - {shard.name for shard in index.shards}
+            for name in sorted([*tars, *_not_plain(split)]):
                 take(f"{split / name}: is not in {INDEX}")
             for shard in index.shards:
                 num_shards += 1

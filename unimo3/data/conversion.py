@@ -21,7 +21,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.formats.record import Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
-from unimo3.data.index import INDEX, REJECTS, TEST_SPLITS
+from unimo3.data.index import REJECTS, TEST_SPLITS, is_index
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -209,7 +209,7 @@ def sibling_folders(out: Path) -> tuple[Path, Path]:
 def is_output(folder: Path) -> bool:
     """Whether an earlier run wrote a folder: splits with their index, and this program's other files, nothing else."""
     extras = ("tokenizer", "answers.json", REJECTS, MARK)
-    return folder.is_dir() and all(path.name in extras or (path / INDEX).is_file() for path in folder.iterdir())
+    return folder.is_dir() and all(path.name in extras or is_index(path) for path in folder.iterdir())
 
 
 def _remove(folder: Path) -> None:

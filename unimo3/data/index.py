@@ -22,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unimo3.data.cache import ShardCache
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error, scan, sha256_of
+from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
+from unimo3.data.texts import lack_of
 from unimo3.errors import DataError, UnreachableError
 
 VERSION = 3
@@ -38,6 +42,8 @@ TEST_SPLITS = ("test", "test-dev")
 ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
+# Samples that are read to judge what a folder contains.
+_NUM_PROBES = 32
 _AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
@@ -244,19 +250,21 @@ class ShardIndex:
                 f"{self.shards[shard].name}, which has {count}; {_AGAIN}"
             )
 
-    def holds(self, kind: str) -> bool:
-        """Whether there is a first sample and it has `kind`: ``captions`` (or a ``txt``), ``questions`` and so on."""
-        first = next((number for number, shard in enumerate(self.shards) if shard.num_samples), None)
-        if first is None:
-            return False
-        members = self.read(first, 0)
-        try:
-            content = json.loads(members.get("json", b"{}"))
-        except ValueError:
-            content = {}
-        if kind == "captions" and ("txt" in members or (isinstance(content, dict) and content.get("caption"))):
-            return True
-        return isinstance(content, dict) and bool(content.get(kind))
+    def without(self, kind: str) -> tuple[list[str], int]:
+        """Samples without a `kind` (``captions``, ``questions`` and so on), with reasons, and how many were looked at.
+
+        They are some of all shards; of the first ones alone where shards would have to be copied for it.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        ends = np.cumsum(self.samples_per_shard)
+        reach = len(ends) if self._cache is None else int(np.searchsorted(ends, _NUM_PROBES)) + 1
+        order = SequentialOrder(self.samples_per_shard[:reach])
+        positions = np.unique(np.linspace(0, order.num_units - 1, _NUM_PROBES, dtype=np.int64))
+        units = [order[position] for position in positions.tolist()] if order.num_units else []
+        lacks = [(unit, lack_of(kind, self.read(unit.shard, unit.unit, ("json", "txt")))) for unit in units]
+        return [f"{self.key(unit.shard, unit.unit)} {reason}" for unit, reason in lacks if reason], len(units)
 
     def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.
@@ -281,6 +289,14 @@ class ShardIndex:
             raise DataError(
                 f"{where}: cannot be read ({error.strerror}); check the file and its file system"
             ) from error
+
+    def close(self) -> None:
+        """Close the open files; the next read opens them again."""
+        self._forget_parents()
+        for descriptor in (*self._open.values(), *([] if self._table_file is None else [self._table_file])):
+            os.close(descriptor)
+        self._open.clear()
+        self._table_file = None
 
     def _file(self, name: str) -> str:
         return f"{self.source.rstrip('/')}/{name}"
@@ -374,7 +390,7 @@ class ShardIndex:
     def _error_of(self, descriptor: int, number: int) -> str:
         """Why the shard's last member does not begin at the offset in its table; empty if it does."""
         members = self._members(number)
-        if not len(members.keys):
+        if not members.offsets.size:
             return ""
         row, column = divmod(int(members.offsets.argmax()), len(members.extensions))
         offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
@@ -383,26 +399,37 @@ class ShardIndex:
         return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
 
 
+def is_index(folder: Path) -> bool:
+    """Whether a folder has an ``index.json`` that `write_index` wrote, of any version."""
+    try:
+        content = json.loads((folder / INDEX).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"version", "shards", "members_sha256"} <= content.keys()
+
+
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
-    try:
-        has_kind = index.holds(kind)
-    except DataError as error:
-        return [f"{name}: {error}"]
-    if has_kind:
-        return _count_errors(name, index, kind) if kind in ITEM_KINDS else []
+    shards = f"({index.dataset}, {index.split}); name other shards"
     if not sum(index.samples_per_shard):
-        return [f"{name}: '{index.source}': holds no sample ({index.dataset}, {index.split}); name other shards"]
-    return [f"{name}: '{index.source}': its samples have no {kind} ({index.dataset}, {index.split}); name other shards"]
-
-
-def _count_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
-    if not sum(index.items_per_shard(kind)):
-        return [f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"]
+        return [f"{name}: '{index.source}': holds no sample {shards}"]
     try:
-        index.check_uncounted(kind)
+        lacks, num_read = index.without(kind)
+        # A sample without items is not read; one without a text is a bad one.
+        limit = num_read - 1 if kind in ITEM_KINDS else num_read // 2
+        if len(lacks) > limit:
+            samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
+            return [f"{name}: '{index.source}': {samples} have no {kind} {shards} (sample {lacks[0]})"]
+        if kind in ITEM_KINDS:
+            if not sum(index.items_per_shard(kind)):
+                return [
+                    f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"
+                ]
+            index.check_uncounted(kind)
     except UnreachableError:
         raise  # no setting is wrong
     except DataError as error:
         return [f"{name}: {error}"]
+    finally:
+        index.close()
     return []

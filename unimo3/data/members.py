@@ -6,19 +6,32 @@ Source: the tar format of POSIX.1-1988; https://github.com/webdataset/webdataset
 import hashlib
 import io
 import json
+import logging
 import tarfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from unimo3.data.tar_members import tar_members
 from unimo3.errors import DataError
 
 COUNTED_KINDS = ("captions", "questions", "hypotheses")
 """Lists of a sample's ``json`` whose entries are its items, each kind by itself."""
-_BLOCK_BYTES = 512
+
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# The extensions that any task reads; those with a number are of a pair of images.
+_READ = frozenset(
+    ["json", "txt", *IMAGE_EXTENSIONS, *(f"{number}.{name}" for number in range(2) for name in IMAGE_EXTENSIONS)]
+)
+_DOTS = (
+    "a sample's key ends at the first dot of a name; where keys contain dots, rename the files and make the tar again"
+)
 
 
 @dataclass(frozen=True)
@@ -83,58 +96,100 @@ class Members:
 
 
 def scan(path: Path) -> Members:
-    """Read the headers of a tar; one without a sample has no rows.
+    """Read the headers of a tar, or of several that were joined to one file; one without a sample has no rows.
+
+    A member that no task reads has no column, so the table is linear in the number of members. Members that look as
+    if they should be read are counted in the log.
 
     Raises:
-        DataError: it is no tar that can be read from its beginning to its end.
+        DataError: it is no tar that can be read from its beginning to its end, or no member of its samples is read.
     """
-    samples: list[dict[str, tuple[int, int]]] = []
-    keys: list[str] = []
-    num_items: list[list[int]] = []
-    latest: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data + member.size
-                if not member.isfile():
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                # Of no sample, as webdataset has it: names that begin with a dot or two underscores, or have no ending.
-                if not stem or not extension or stem.startswith("__"):
-                    continue
-                key, extension = folder + slash + stem, extension.lower()
-                if key not in latest or extension in samples[latest[key]]:
-                    latest[key] = len(samples)  # a key that comes again is another sample
-                    samples.append({})
-                    keys.append(key)
-                    num_items.append([0] * len(COUNTED_KINDS))
-                samples[latest[key]][extension] = (member.offset_data, member.size)
-                if extension == "json":
-                    file = tar.extractfile(member)
-                    num_items[latest[key]] = count_items(file.read() if file else b"{}")
-        with path.open("rb") as raw:
-            # A tar ends in blocks of zeros. Python's reader accepts any end between two members.
-            raw.seek(-(-end // _BLOCK_BYTES) * _BLOCK_BYTES)
-            if raw.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
-                raise DataError(f"{path}: is cut off after {len(samples)} samples; copy it again")
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
-    extensions = sorted({extension for members in samples for extension in members})
-    offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
-    sizes = np.zeros_like(offsets)
-    for row, members in enumerate(samples):
-        for extension, (offset, size) in members.items():
-            column = extensions.index(extension)
-            offsets[row, column], sizes[row, column] = offset, size
-    return Members(
-        np.asarray([key.encode("utf-8", "surrogateescape") for key in keys], dtype=np.bytes_),
-        extensions,
-        offsets,
-        sizes,
-        np.asarray(num_items, dtype=np.int64).reshape(len(samples), len(COUNTED_KINDS)),
-    )
+    samples = _Samples(path)
+    for file, member in tar_members(path):
+        samples.add(file, member)
+    return samples.table()
+
+
+class _Samples:
+    """The samples of a tar, of its members in their order."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._keys: list[str] = []
+        self._members: list[dict[str, tuple[int, int]]] = []
+        self._num_items: list[list[int]] = []
+        self._latest: dict[str, int] = {}
+        self._unread: Counter[str] = Counter()
+        self._first_unread: dict[str, str] = {}
+
+    def add(self, file: BinaryIO, member: tarfile.TarInfo) -> None:
+        """Take a member to its sample.
+
+        Args:
+            file: to read its content from.
+
+        Raises:
+            DataError: its content is not in one piece.
+        """
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        # Of no sample, as webdataset has it: names that begin with a dot or two underscores.
+        if member.isdir() or not stem or stem.startswith("__"):
+            return
+        if not member.isfile() or not extension:
+            self._skip(member, "it is a link or a device" if extension else "its name has no ending")
+            return
+        key, extension = folder + slash + stem, extension.lower()
+        if member.issparse() and extension in _READ:
+            raise DataError(
+                f"{self._path}: member {member.name!r} is stored without its zeros; make the tar without --sparse (-S)"
+            )
+        if key not in self._latest or extension in self._members[self._latest[key]]:
+            self._latest[key] = len(self._keys)  # a key that comes again is another sample
+            self._keys.append(key)
+            self._members.append({})
+            self._num_items.append([0] * len(COUNTED_KINDS))
+        row = self._latest[key]
+        self._members[row][extension] = (member.offset_data, member.size)
+        if extension == "json":
+            file.seek(member.offset_data)
+            self._num_items[row] = count_items(file.read(member.size))
+        elif extension not in _READ and extension.rpartition(".")[2] in _READ:
+            self._skip(member, _DOTS)
+
+    def table(self) -> Members:
+        """The table of all samples.
+
+        Raises:
+            DataError: there are samples, and no member of them is read.
+        """
+        columns = sorted({name for members in self._members for name in members.keys() & _READ})
+        if self._keys and not columns:
+            raise DataError(
+                f"{self._path}: no member of its {len(self._keys)} samples is read, such as {self._keys[0]!r} with the "
+                f"ending {next(iter(self._members[0]))!r}; {', '.join((*IMAGE_EXTENSIONS, 'json', 'txt'))} are, and "
+                f"{_DOTS}"
+            )
+        for reason, count in self._unread.items():
+            first = self._first_unread[reason]
+            log.warning("%s: %d members are not read, such as %r: %s", self._path, count, first, reason)
+        offsets = np.full((len(self._keys), len(columns)), -1, dtype=np.int64)
+        sizes = np.zeros_like(offsets)
+        for row, members in enumerate(self._members):
+            for column, extension in enumerate(columns):
+                if extension in members:
+                    offsets[row, column], sizes[row, column] = members[extension]
+        return Members(
+            np.asarray([key.encode("utf-8", "surrogateescape") for key in self._keys], dtype=np.bytes_),
+            columns,
+            offsets,
+            sizes,
+            np.asarray(self._num_items, dtype=np.int64).reshape(len(self._keys), len(COUNTED_KINDS)),
+        )
+
+    def _skip(self, member: tarfile.TarInfo, reason: str) -> None:
+        self._unread[reason] += 1
+        self._first_unread.setdefault(reason, member.name)
 
 
 def header_error(header: bytes, size: int) -> str:

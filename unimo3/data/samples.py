@@ -7,7 +7,6 @@ Source: METER, arXiv 2111.02387, for the inputs.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -18,16 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.masking import Masking
+from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.order import Unit
+from unimo3.data.texts import BadSampleError, captions_of, content_of, plain
 from unimo3.data.transforms import ImageTransform
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
 Inputs = dict[str, Any]
-
-
-class BadSampleError(Exception):
-    """A sample cannot be used; the message is the reason, without the sample's key."""
 
 
 class Samples(Protocol):
@@ -69,8 +64,7 @@ class TextEncoder:
 
     def __call__(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """ids and attention mask, [T] int64 each."""
-        # JSON may contain half of a surrogate pair, which is no text.
-        encoded = self._tokenizer.encode(text.encode("utf-8", "replace").decode())
+        encoded = self._tokenizer.encode(plain(text))
         return np.asarray(encoded.ids), np.asarray(encoded.attention_mask)
 
 
@@ -158,11 +152,14 @@ class PretrainSamples(SampleUnits):
     ):
         super().__init__(index, tokenizer, max_text_tokens, transform, seed)
         self._mlm_probability = mlm_probability
+        ids = set(tokenizer.get_vocab().values())
+        num_ids = max(ids) + 1
         self._mask = Masking(
             mlm_probability,
             token_id(tokenizer.mask_token_id),
-            frozenset(tokenizer.all_special_ids),
-            len(tokenizer),
+            # With the numbers that no entry has.
+            frozenset(tokenizer.all_special_ids) | (set(range(num_ids)) - ids),
+            num_ids,
         )
 
     def build(self, unit: Unit) -> Inputs:
@@ -212,7 +209,7 @@ class VqaSamples(ItemUnits):
         """The image by a call, question, targets, and what scoring needs."""
         members, item, question = self._read_item(unit)
         try:
-            empty = not question["question"].strip()
+            empty = not plain(question["question"]).strip()
         except (KeyError, TypeError, AttributeError) as error:
             raise BadSampleError(f"question {item} of its json lacks a field ({error!r})") from error
         if empty:
@@ -237,24 +234,7 @@ def read_sample(index: ShardIndex, shard: int, sample: int) -> tuple[dict[str, b
         BadSampleError: it has no text that could be read.
     """
     members = index.read(shard, sample)
-    if "json" not in members and "txt" not in members:
-        raise BadSampleError("has no json member and no txt member")
     return members, content_of(members)
-
-
-def content_of(members: dict[str, bytes]) -> dict[str, Any]:
-    """The content of a sample's ``json``; empty where it has none.
-
-    Raises:
-        BadSampleError: the ``json`` cannot be read.
-    """
-    try:
-        content = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"its json cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
-    return content
 
 
 def identity_of(content: dict[str, Any], shard: int, sample: int, source: int = 0) -> int:
@@ -309,12 +289,6 @@ def sample_rng(seed: int, purpose: str, epoch: int, unit: Unit) -> np.random.Gen
     """The generator of a sample's draws for one purpose, the same wherever the sample is read."""
     key = (unit.shard, unit.unit, unit.source) if unit.source else (unit.shard, unit.unit)
     return np.random.default_rng((seed, int.from_bytes(purpose.encode()[:8]), epoch, *key))
-
-
-def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
-    """A sample's texts: ``captions``, or a single ``caption`` or ``txt`` member in shards of other makers."""
-    texts = content.get("captions") or content.get("caption") or members.get("txt", b"").decode("utf-8", "replace")
-    return [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str) and text.strip()]
 
 
 def _hash(*values: Any) -> int:

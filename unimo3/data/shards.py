@@ -27,6 +27,7 @@ from unimo3.data.images import decode
 from unimo3.data.index import INDEX, MEMBERS, Shard, ShardTable, table_of, write_index
 from unimo3.data.members import Members, sha256_of
 from unimo3.errors import DataError
+from unimo3.images import open_image
 
 # Names that nobody else uses: they are also written next to the tars of others while these are indexed.
 _DONE, _TABLE = ".unimo3-done", ".unimo3-table"
@@ -205,7 +206,7 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     except Exception as error:  # decoders meet damage with errors of any kind
         raise UnusableImageError(path, f"cannot be decoded ({error})") from error
     # By its content: names have other endings, or none.
-    extension = _EXTENSIONS.get(str(Image.open(io.BytesIO(content)).format))
+    extension = _EXTENSIONS.get(str(open_image(content).format))
     longer = max(image.size)
     is_large = bool(options.max_side) and longer > options.max_side
     if extension and not is_large:

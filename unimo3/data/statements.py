@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from unimo3.data.order import Unit
-from unimo3.data.samples import BadSampleError, Inputs, ItemUnits, SampleUnits, image_of, read_sample, sample_rng
+from unimo3.data.samples import Inputs, ItemUnits, SampleUnits, image_of, read_sample, sample_rng
 from unimo3.data.scoring import sentence_of
+from unimo3.data.texts import BadSampleError, plain
 
 ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
 TRUTH_LABELS = ("False", "True")
@@ -80,6 +81,6 @@ def _text(content: dict[str, Any], name: str) -> str:
     text = content[name]
     if not isinstance(text, str):
         raise TypeError(f"{name} is {text!r}")
-    if not text.strip():
+    if not plain(text).strip():
         raise ValueError(f"{name} is empty")
     return text

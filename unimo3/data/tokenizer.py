@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+# A word that no vocabulary has as an entry.
+_RARE = "\U0001f9ff\u0d4e\ua66e"
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> int:
@@ -54,10 +56,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> i
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer folder.
+    """Load a tokenizer folder. Texts are padded and cut on their right side, whatever the folder has.
 
     Raises:
-        ConfigError: there is none, or it has no mask, padding or class token.
+        ConfigError: there is none, it has no mask, padding or class token, or there are texts that it cannot encode.
     """
     from transformers import AutoTokenizer
 
@@ -82,4 +84,12 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     missing = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise ConfigError(f"data.tokenizer: '{folder}': has no {', '.join(missing)}; a RoBERTa-like one is needed")
+    try:
+        tokenizer.backend_tokenizer.encode(_RARE)
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': cannot encode a text with rare characters ({error}); give it an entry for "
+            "unknown words, or use a byte-level tokenizer such as RoBERTa's"
+        ) from error
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

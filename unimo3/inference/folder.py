@@ -12,16 +12,29 @@ from typing import Any, Literal
 
 import torch
 
-from unimo3.errors import CheckpointError, ConfigError
+from unimo3.data.transforms import image_processor
+from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
+from unimo3.model.args import largest_id, max_text_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.model.pretrained.fill import read_config
+from unimo3.model.pretrained.fill import first_line, read_config
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+# Of an image processor, what decides pixels.
+_PREPARATION = (
+    "do_resize",
+    "resample",
+    "do_center_crop",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -130,7 +143,7 @@ def _processor(folder: str, config: Unimo3Config) -> Any:
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
             f"--weights '{folder}': holds no tokenizer and image processor that transformers can read "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); name what python -m pretrain.export wrote"
+            f"({type(error).__name__}: {first_line(error)}); name what python -m pretrain.export wrote"
         ) from error
     size = config.vision_config.image_size
     prepared = getattr(processor.image_processor, "size", None) or {}
@@ -140,14 +153,25 @@ def _processor(folder: str, config: Unimo3Config) -> Any:
             f"--weights '{folder}': its image processor makes {_pixels(sides)} pixels, its config.json has the model "
             f"read {size} x {size}; export the run again"
         )
-    text = config.text_config
-    if len(processor.tokenizer) > text.vocab_size:
+    theirs, ours = processor.image_processor.to_dict(), image_processor(size).to_dict()
+    for name in _PREPARATION:
+        if theirs.get(name) != ours.get(name):
+            raise ConfigError(
+                f"--weights '{folder}': its image processor has {name} {theirs.get(name)}, training had "
+                f"{ours.get(name)}; export the run again"
+            )
+    text, tokenizer = config.text_config, processor.tokenizer
+    if largest_id(tokenizer) >= text.vocab_size:
         raise ConfigError(
-            f"--weights '{folder}': its tokenizer has {len(processor.tokenizer)} entries, its model {text.vocab_size}; "
-            "export the run again"
+            f"--weights '{folder}': its tokenizer has {len(tokenizer)} entries, the largest id is "
+            f"{largest_id(tokenizer)}, its model {text.vocab_size} entries; export the run again"
         )
-    # RoBERTa counts positions from behind the padding id, which is 1.
-    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, text.max_position_embeddings - 2)
+    if tokenizer.pad_token_id != text.pad_token_id:
+        raise ConfigError(
+            f"--weights '{folder}': its tokenizer pads with the id {tokenizer.pad_token_id}, its model with "
+            f"{text.pad_token_id}; export the run again"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_text_tokens(text, text.pad_token_id))
     return processor
 
 
@@ -156,15 +180,23 @@ def _pixels(size: tuple[Any, Any]) -> str:
 
 
 def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, dtype: torch.dtype) -> Any:
-    loaded: Any = model_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (Unimo3Error, MemoryError):
+        raise
+    except Exception as error:  # of a changed config.json, of any kind
+        raise CheckpointError(
+            f"--weights '{folder}': its config.json and its weights make no {model_class.__name__} "
+            f"({type(error).__name__}: {first_line(error)}); export the run again"
+        ) from error
     model, report = loaded
     errors = [
         f"{kind}: {', '.join(sorted(str(name) for name in names))}"

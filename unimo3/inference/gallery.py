@@ -10,6 +10,7 @@ Source: ALBEF, arXiv 2107.07651, section 4, for search by the towers.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,13 +23,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unimo3.errors import ConfigError, DataError
+from unimo3.images import FORMATS, is_image
 from unimo3.inference.ahead import one_ahead
 from unimo3.inference.folder import Loaded
 from unimo3.inference.inputs import read_pixels, tokens
 from unimo3.model.pretrained.fill import weight_files
 from unimo3.objectives.retrieval import RetrievalTask
 
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# A file of such a name has to be an image; any other is one if it begins as one.
+IMAGE_ENDINGS = (
+    ".apng",
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 Kind = Literal["images", "texts"]
 
 
@@ -51,18 +71,31 @@ class Gallery(NamedTuple):
         return self.root / self.names[number]
 
 
-def images_in(folder: Path) -> list[str]:
-    """Paths of all image files below a folder, relative to it, in order.
+def images_in(folder: Path) -> tuple[list[str], list[str]]:
+    """Paths of all image files below a folder, relative to it, in order, and of the files that are none.
+
+    Links to folders are not followed; they are among the second.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no image, or a folder cannot be listed.
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; name a folder of images")
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not names:
-        raise ConfigError(f"--images {folder}: has no image file ({', '.join(IMAGE_ENDINGS)}); name another folder")
-    return names
+    images, others = [], []
+    for root, folders, files in os.walk(folder, onerror=_raise_unlisted):
+        others += [path for name in folders if (path := Path(root, name)).is_symlink()]
+        for path in (Path(root, name) for name in files):
+            # A pipe or a device would be waited for; a link to nothing is reported when it is read.
+            is_readable = path.is_file() or not path.exists()
+            is_named = path.suffix.lower() in IMAGE_ENDINGS
+            (images if is_readable and (is_named or is_image(path)) else others).append(path)
+    if not images:
+        raise ConfigError(
+            f"--images {folder}: has no image among its {len(others)} files ({', '.join(FORMATS)} are read); name "
+            "another folder"
+        )
+    relative, skipped = (sorted(str(path.relative_to(folder)) for path in paths) for paths in (images, others))
+    return relative, skipped
 
 
 @torch.inference_mode()
@@ -149,9 +182,12 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
         described = json.loads((folder / "index.json").read_text())
         kind, root, names = described["kind"], Path(described["root"]), described["names"]
         embeds = load_file(folder / "embeds.safetensors")["embeds"]
-        if kind not in ("images", "texts") or embeds.shape[0] != len(names):
-            raise ValueError(f"{embeds.shape[0]} {kind} are embedded, {len(names)} named")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if kind not in ("images", "texts") or not names or not is_list:
+            raise ValueError("its kind or its names are not those of an index")
+        if embeds.dtype != torch.float32 or embeds.ndim != 2 or embeds.shape[0] != len(names):
+            raise ValueError(f"{embeds.dtype} {list(embeds.shape)} are embedded, {len(names)} {kind} named")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise ConfigError(
             f"--index {folder}: contains no complete index ({type(error).__name__}: {error}); {again}"
         ) from error
@@ -167,6 +203,10 @@ def digest_of(weights: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _raise_unlisted(error: OSError) -> None:
+    raise ConfigError(f"--images: {error.filename}: cannot be listed ({error.strerror}); see to its permissions")
 
 
 def _read(loaded: Loaded, paths: Sequence[Path]) -> list[Tensor | DataError]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimo3.data.images import decode
+from unimo3.data.texts import plain
 from unimo3.errors import DataError
 from unimo3.inference.folder import Loaded
 
@@ -54,8 +55,9 @@ def read_pixels(loaded: Loaded, path: Path) -> Tensor:
 def _read_image(path: Path) -> Image.Image:
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name an image file") from error
+    except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); name an image file") from error
     try:
         return decode(content)
     except MemoryError:
@@ -75,14 +77,12 @@ def checked_text(text: Any, where: str) -> str:
     """
     if not isinstance(text, str):
         raise DataError(f"{where}: {text!r}: a text is needed")
-    if not text.strip():
+    if not plain(text).strip():
         raise DataError(f"{where}: '{text}': is empty; say what is asked")
     return text
 
 
 def tokens(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, [B, T], on the model's device; long texts are cut as the folder defines."""
-    # JSON may contain half of a surrogate pair, which is no text.
-    clean = [text.encode("utf-8", "replace").decode() for text in texts]
-    made = loaded.processor(text=clean, return_tensors="pt")
+    made = loaded.processor(text=[plain(text) for text in texts], return_tensors="pt")
     return {name: made[name].to(loaded.device) for name in ("input_ids", "attention_mask")}

@@ -8,6 +8,7 @@ Each line of the result has the number of the source line that it answers:
 Source: the JSON Lines format, https://jsonlines.org.
 """
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from unimo3.inference.inputs import checked_text
 from unimo3.inference.predictors import Answers
 
 _NUM_ERRORS_SHOWN = 10
+_TOO_DEEP = "is nested too deeply; give it without the nested field"
 
 Prepared = TypeVar("Prepared")
 
@@ -49,13 +51,17 @@ def count_lines(source: Path) -> int:
     """Lines that are not blank.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or is UTF-16.
     """
     try:
         with source.open("rb") as file:
-            return sum(1 for line in file if line.strip())
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ConfigError(f"--input {source}: is UTF-16; save it as UTF-8")
+            file.seek(0)
+            return sum(1 for line in file if _content(line))
     except OSError as error:
-        raise ConfigError(f"--input {source}: cannot be read ({error.strerror}); name a file of JSON lines") from error
+        reason = error.strerror or error
+        raise ConfigError(f"--input {source}: cannot be read ({reason}); name a file of JSON lines") from error
 
 
 def answer_file(
@@ -80,9 +86,15 @@ def answer_file(
         with source.open("rb") as file, staging.open("w", encoding="utf-8") as out:
             for lines in one_ahead(partial(_parse, how.parse), _batches(file, how.batch)):
                 for record in _answer(lines, how.answer):
+                    try:
+                        line = json.dumps(record, ensure_ascii=True)
+                    except RecursionError:  # writing begins deeper in the stack than reading
+                        record = {**record, "input": None, "error": _TOO_DEEP}
+                        record.pop("answers", None)
+                        line = json.dumps(record, ensure_ascii=True)
                     if "error" in record:
                         errors.append(f"line {record['line']}: {record['error']}")
-                    out.write(json.dumps(record, ensure_ascii=True) + "\n")
+                    out.write(line + "\n")
                 num_lines += len(lines)
                 done(len(lines))
         if not num_lines:
@@ -137,10 +149,15 @@ def images_of(fields: dict[str, Any], num_images: int, folder: Path) -> tuple[Pa
     return tuple(folder / name for name in names)
 
 
+def _content(line: bytes) -> bytes:
+    """A line without its ends and its byte-order mark, which files made of several have inside too."""
+    return line.strip().removeprefix(codecs.BOM_UTF8).strip()
+
+
 def _batches(file: Any, batch: int) -> Iterator[list[tuple[int, bytes]]]:
     lines: list[tuple[int, bytes]] = []
-    for number, content in enumerate(file, start=1):
-        if content.strip():
+    for number, line in enumerate(file, start=1):
+        if content := _content(line):
             lines.append((number, content))
         if len(lines) == batch:
             yield lines
@@ -155,14 +172,16 @@ def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]
         content: Any = None
         try:
             try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                content = json.loads(line.decode())
+            except ValueError as error:
                 raise DataError(f"is no JSON ({error})") from error
             if not isinstance(content, dict):
                 raise DataError(f'is a {type(content).__name__}; an object such as {{"text": ...}} is needed')
             parsed.append(_Line(number, content, parse(content), ""))
         except DataError as error:
             parsed.append(_Line(number, content, None, str(error)))
+        except RecursionError:
+            parsed.append(_Line(number, None, None, _TOO_DEEP))
     return parsed
 
 

@@ -28,12 +28,17 @@ class Search:
         batch: pairs fused at a time.
 
     Raises:
-        ConfigError: a number is below its least.
+        ConfigError: a number is below its least, or the gallery is of another width.
     """
 
     def __init__(self, loaded: Loaded, gallery: Gallery, rerank: int, batch: int):
         if rerank < 0:
             raise ConfigError(f"--rerank {rerank}: a number of candidates is needed, or 0 for none")
+        if (width := gallery.embeds.shape[1]) != loaded.config.itc_size:
+            raise ConfigError(
+                f"--index: has vectors of width {width}, the model makes {loaded.config.itc_size}; remove it and make "
+                "it again with python -m finetune.predict index"
+            )
         self._loaded, self._gallery, self._rerank, self._batch = loaded, gallery, rerank, batch
         self._task = RetrievalTask(loaded.model, seed=0)
 

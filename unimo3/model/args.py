@@ -52,7 +52,8 @@ class TextArgs:
     intermediate_size: int = 3072
     """Inner width of the feed-forward networks."""
     max_position_embeddings: int = 514
-    """Rows of the position table; RoBERTa keeps the first two for padding, so texts have at most two tokens fewer."""
+    """Rows of the position table. Positions are counted from behind the tokenizer's padding id, which is 1 in
+    RoBERTa's: texts have at most two tokens fewer."""
     dropout: float = 0.1
     """Dropout probability of hidden states and attention weights."""
 
@@ -259,26 +260,51 @@ def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int)
         load_vision(model.unimo3.vision_tower, args.vision.init)
 
 
-def tokenizer_errors(text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[str]:
-    """Return where a text tower, a tokenizer and the length of texts do not fit together, one line per error."""
+def tokenizer_errors(
+    text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int, is_trained: bool
+) -> list[str]:
+    """Return where a text tower, a tokenizer and the length of texts do not fit together, one line per error.
+
+    Args:
+        is_trained: whether the tower has weights already, so that its padding id cannot be changed.
+    """
     errors = []
-    if len(tokenizer) > text.vocab_size:
+    largest = largest_id(tokenizer)
+    if largest >= text.vocab_size:
         errors.append(
-            f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries; set it to at "
-            "least that, or use the tokenizer that belongs to the weights"
+            f"model.text.vocab_size: {text.vocab_size}: data.tokenizer has {len(tokenizer)} entries, the largest id is "
+            f"{largest}; set it to at least {largest + 1}, or use the tokenizer that belongs to the weights"
         )
-    return errors + length_errors(text, max_tokens)
+    padding_id = tokenizer.pad_token_id
+    assert isinstance(padding_id, int)  # `load_tokenizer` has checked it
+    if is_trained and padding_id != text.pad_token_id:
+        errors.append(
+            f"data.tokenizer: pads with the id {padding_id}, the weights with {text.pad_token_id}; use the tokenizer "
+            "that belongs to the weights"
+        )
+    return errors + length_errors(text, max_tokens, padding_id)
 
 
-def length_errors(text: RobertaConfig, max_tokens: int) -> list[str]:
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of a tokenizer's entries; more than their number where ids are missing between them."""
+    return max(tokenizer.get_vocab().values())
+
+
+def max_text_tokens(text: RobertaConfig, padding_id: int) -> int:
+    """Tokens that a text can have: RoBERTa counts positions from behind the padding id."""
+    return max(0, text.max_position_embeddings - padding_id - 1)
+
+
+def length_errors(text: RobertaConfig, max_tokens: int, padding_id: int) -> list[str]:
     """Return an error if texts can be longer than a text tower has positions for."""
-    # RoBERTa counts positions from behind the padding id, which is 1.
-    most = text.max_position_embeddings - 2
+    most = max_text_tokens(text, padding_id)
     if max_tokens <= most:
         return []
     return [
         f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
-        f"allows {most}; lower it, or pretrain with model.text.max_position_embeddings {max_tokens + 2}"
+        f"allows {most}, since positions are counted from behind the padding id {padding_id}; lower it, use a "
+        "tokenizer with a lower padding id, or pretrain with model.text.max_position_embeddings "
+        f"{max_tokens + padding_id + 1}"
     ]
 
 
@@ -288,4 +314,4 @@ def resolve_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> 
     text.pad_token_id = tokenizer.pad_token_id
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
-    tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings - 2)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_text_tokens(text, text.pad_token_id))

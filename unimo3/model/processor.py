@@ -3,10 +3,14 @@
 Source: transformers' ProcessorMixin.
 """
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from unimo3.images import open_image, to_rgb
 from unimo3.model.config import Unimo3Config
 
 
@@ -18,6 +22,9 @@ class Unimo3Processor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
+        if tokenizer is not None:
+            # As in training, whatever the folder has: a text's vector would depend on the others of its batch.
+            tokenizer.padding_side = tokenizer.truncation_side = "right"
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -29,15 +36,33 @@ class Unimo3Processor(ProcessorMixin):
         """Prepare images, texts or both.
 
         Args:
-            images: a PIL image, an array, or a list of them.
+            images: a PIL image, the path of an image file, an array of 8 bits ([H, W], or [H, W, C] with C of 1 to 4),
+                or a list of them. Each becomes RGB as in training; see `to_rgb`.
             text: a text or a list of them; padded to the longest and cut at the tokenizer's limit unless requested
                 otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
+
+        Raises:
+            OSError, ValueError: an image is of an unknown kind, or damaged.
         """
         inputs: BatchFeature = super().__call__(
-            images=images, text=text, **({"padding": True, "truncation": True} | kwargs)
+            images=_rgb_of(images), text=text, **({"padding": True, "truncation": True} | kwargs)
         )
         return inputs
+
+
+def _rgb_of(images: Any) -> Any:
+    """PIL images and paths as RGB, and arrays that are not yet RGB of 8 bits."""
+    if isinstance(images, (list, tuple)):
+        return [_rgb_of(image) for image in images]
+    if isinstance(images, (str, Path)):
+        images = open_image(images)
+    elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
+        if images.shape[2:] == (1,):
+            images = images[..., 0]
+        if images.ndim == 2 or images.shape[-1] in (2, 4) or images.dtype == np.uint16:
+            images = Image.fromarray(images)
+    return to_rgb(images) if isinstance(images, Image.Image) else images
 
 
 AutoProcessor.register(Unimo3Config, Unimo3Processor)

@@ -80,6 +80,8 @@ class Unimo3PreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module, self.config.initializer_range)
+        if hasattr(module, "init_non_persistent_buffers"):  # timm's relative and rotary positions, which no file has
+            module.init_non_persistent_buffers()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1

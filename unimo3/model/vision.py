@@ -36,21 +36,23 @@ class VisionTower(nn.Module):
             global_pool="",
             **config.overrides,
         )
+        if getattr(vit, "cls_token", None) is None or getattr(vit, "num_prefix_tokens", 0) != 1:
+            raise ConfigError(
+                f"model.vision.architecture: '{config.architecture}': has not one class token, which pooling and "
+                "contrast read; use a vision transformer with one, such as vit_base_patch16_clip_quickgelu_224"
+            )
+        if getattr(vit, "rope_mixed", False):
+            raise ConfigError(
+                f"model.vision.architecture: '{config.architecture}': learns the frequencies of its rotary positions, "
+                "which is not supported; use one whose frequencies are constant, such as eva02_base_patch16_clip_224"
+            )
         # Only the transformer's forward may be called: ZeRO-3 gathers its class token and its position table when
         # that starts.
         vit.forward = partial(_top_states, vit, num_states)
         # In some architectures a patch is the product of several strides.
         patch = max(vit.patch_embed.feat_ratio(as_scalar=True), vit.patch_embed.patch_size[0])
-        errors = []
         if config.image_size % patch:
-            errors.append(f"model.vision.image_size: {config.image_size}: not a multiple of the patch size {patch}")
-        if not vit.has_class_token or vit.num_prefix_tokens != 1:
-            errors.append(
-                f"model.vision.architecture: '{config.architecture}': has not one class token, which pooling and "
-                "contrast read; use a vision transformer with one, such as vit_base_patch16_clip_quickgelu_224"
-            )
-        if errors:
-            raise ConfigError(errors)
+            raise ConfigError(f"model.vision.image_size: {config.image_size}: not a multiple of the patch size {patch}")
         self.vit = vit
         self.width: int = vit.num_features
         self.depth: int = len(vit.blocks)

@@ -3,16 +3,22 @@
     RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "beats", "since", "time"}: times in
                                       seconds since 1970; since: when the rank entered the phase; beats: phases entered
                                       so far
+    RUN/heartbeats/rank_00000.lock    host and pid of the process that has it locked, see `lock_run`
 
 Source: torch.distributed's flight recorder for the idea.
 """
 
+import fcntl
 import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
+
+from unimo3.errors import ConfigError
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
@@ -87,6 +93,52 @@ def other_process(run: Path) -> Heartbeat | None:
         if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.lives())):
             return beat
     return None
+
+
+_locked: list[TextIO] = []  # until this process ends
+
+
+def lock_run(run: Path) -> None:
+    """Lock a run for this rank until the process ends, so that no two processes train it; every rank calls it.
+
+    The kernel, or the server of a shared file system, releases the lock however the process ends. Under Slurm nothing
+    is done, since the job script has locked the folder: after the loss of a node a server may keep its process's lock.
+
+    Raises:
+        ConfigError: another process uses the run, or its folder cannot be written.
+    """
+    path = run / HEARTBEATS / f"rank_{int(os.environ.get('RANK', '0')):05d}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: '{path.parent}': cannot be written ({error.strerror}); check space, quota and permissions, or "
+            "choose another run.dir"
+        ) from error
+    if "UNIMO3_STATUS_DIR" in os.environ:
+        return
+    with suppress(OSError):  # a file system without locks: heartbeats are all there is
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(_in_use(run, file.read().strip() or "another process")) from None
+    beat = other_process(run)
+    if beat is not None and not beat.is_here:
+        user = f"pid {beat.pid} on {beat.host}"
+        raise ConfigError(f"{_in_use(run, user)}; after a crash try again in {_RECENT_S:.0f} s")
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locked.append(file)
+
+
+def _in_use(run: Path, user: str) -> str:
+    return (
+        f"run.name: {run}: {user} uses this run; wait for its end, stop it (touch {run / 'stop'} or kill the process), "
+        "or choose another run.name"
+    )
 
 
 def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, silent_s: float) -> str:

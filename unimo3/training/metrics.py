@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from unimo3.json_lines import read_records
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -100,30 +102,17 @@ def heat_map(weights: list) -> np.ndarray:
 
 def read_metrics(folder: Path, group: str | None = None) -> list[Metrics]:
     """Records of ``metrics.jsonl``: the training steps' (`group` None) or another group's."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [record for record in _complete_records(path) if record.get("group") == group]
+    return [record for record in read_records(folder / "metrics.jsonl") if record.get("group") == group]
 
 
 def drop_after(path: Path, step: int) -> None:
     """Remove records of steps after `step`, and a last line that a kill left half-written."""
     if not path.exists():
         return
-    records = [record for record in _complete_records(path) if record["step"] <= step]
+    records = [record for record in read_records(path) if record["step"] <= step]
     staging = path.with_suffix(".tmp")
     staging.write_text("".join(json.dumps(record) + "\n" for record in records))
     staging.replace(path)
-
-
-def _complete_records(path: Path) -> list[Metrics]:
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def step_metrics(

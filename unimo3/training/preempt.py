@@ -13,6 +13,7 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +49,7 @@ class StopRequested(BaseException):
 
 
 class StopListener:
-    """Remembers the first request this process got since `install`.
+    """Remembers the first request to stop: a file newer than this object, or a signal since `install`.
 
     Attributes:
         name: of what asked: a signal, or a file in the run's folder.
@@ -58,19 +59,19 @@ class StopListener:
         self.name: str | None = None
         self._request = StopRequest.NONE
         self._folder: Path | None = None
-        self._started = 0.0
+        self._started = time.time()
         self._is_passed_on = False
-        self._cuts_in = False
+        self._is_interruptible = False
 
     def install(self) -> "StopListener":
         """Take over the stop signals: until `watch` they end the process, to be started again."""
-        self._started = time.time()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         return self
 
     def watch(self, folder: Path) -> None:
         """From here on only note signals, and have `look` look for files in a run's folder."""
+        self._started += _server_is_ahead_s(folder)
         self._folder = folder
         self.look()
 
@@ -119,13 +120,13 @@ class StopListener:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """While in it, a request raises `StopRequested`."""
-        self._cuts_in = True
+        self._is_interruptible = True
         try:
             if self.received:
                 raise StopRequested
             yield
         finally:
-            self._cuts_in = False
+            self._is_interruptible = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
@@ -141,6 +142,17 @@ class StopListener:
             raise KeyboardInterrupt
         if self._request == StopRequest.NONE:
             self._request, self.name = StopRequest.REQUEUE, signal.Signals(number).name
-        if self._cuts_in:
-            self._cuts_in = False  # a second one must not raise where nobody catches it
+        if self._is_interruptible:
+            self._is_interruptible = False  # a second one must not raise where nobody catches it
             raise StopRequested
+
+
+def _server_is_ahead_s(folder: Path) -> float:
+    """Seconds by which the clock of the folder's file server, which dates its files, is ahead of this host's."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".clock") as file:
+        before = time.time()
+        file.write(b"1")
+        file.flush()
+        os.fsync(file.fileno())  # else a client of NFS answers by its own clock
+        return os.fstat(file.fileno()).st_mtime - before
+    return 0.0

@@ -11,6 +11,7 @@ RUN/ledger/              on request: which samples each rank read at each step
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ FREE_SETTINGS = (
 
 # Settings of data that decide what an evaluation alone computes.
 _READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
+
+# Folders in a run's folder.
+_FOLDERS = ("checkpoints", "heartbeats", "ledger", "model", "tensorboard")
 
 # Initial weights are not needed once there is a checkpoint; they may have been moved or removed.
 _FIRST_WEIGHTS = ("init", "model.init", "model.text.init", "model.vision.init")
@@ -124,7 +128,15 @@ class RunArgs:
             errors.append(f"run.seed: {self.seed}: 0 or more is needed")
         if not self.dir:
             errors.append("run.dir: '': a folder is needed")
-        return errors
+        return errors or [
+            f"run.dir: '{path}': is {_kind_of(path)}, no folder; mount it, remove it, or choose another run.dir"
+            for path in (Path(self.dir), self.folder, *(self.folder / name for name in _FOLDERS))
+            if os.path.lexists(path) and not path.is_dir()
+        ]
+
+
+def _kind_of(path: Path) -> str:
+    return f"a link to {path.readlink()}, which is missing" if not path.exists() else "a file"
 
 
 class Saveable(Protocol):

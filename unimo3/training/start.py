@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import warnings
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 
 from unimo3 import distributed
 from unimo3.apex import warn_of_wrong_apex
+from unimo3.launch import STOP_SIGNALS, end_with_launcher
+from unimo3.training.heartbeat import lock_run
 from unimo3.training.preempt import StopListener
 from unimo3.training.run import RunArgs
 from unimo3.training.watch import Watch
@@ -18,21 +21,30 @@ class Started(NamedTuple):
     """A process that has joined the others."""
 
     world: distributed.World
-    stop: StopListener
+    listener: StopListener
     watch: Watch
 
 
 def start_process(run: RunArgs, stall_after_s: float) -> Started:
-    """Join the other ranks; a stop signal ends the process with status 75 until training notes it.
+    """Lock the run and join the other ranks; from then until training, a stop signal ends the process with status 75.
 
     Args:
         run: its seed counts for all ranks; each rank's local draws (dropout) come from seed + rank.
         stall_after_s: see `TrainingArgs`.
+
+    Raises:
+        ConfigError: another process uses the run.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stop = StopListener().install()
-    watch = Watch(run.folder, stall_after_s, stop.look)
+    end_with_launcher()
+    lock_run(run.folder)
+    # While ranks join, Python handles no signal: the default action ends the process, and nothing is lost.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    listener = StopListener()
+    watch = Watch(run.folder, stall_after_s, listener.look)
     world = distributed.init()
+    listener.install()
     logging.basicConfig(
         level=logging.INFO if world.rank == 0 else logging.WARNING,
         format=f"%(asctime)s rank {world.rank} %(levelname)s %(message)s",
@@ -46,4 +58,4 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
         warn_of_wrong_apex()
     torch.manual_seed(run.seed + world.rank)
     watch.beat("build", 0)
-    return Started(world, stop, watch)
+    return Started(world, listener, watch)

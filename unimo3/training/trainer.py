@@ -136,7 +136,7 @@ class Trainer:
             with suppress(StopRequested), self.listener.interruptible():
                 micro_batches = next(self.batches)
         self.watch.beat("wait", self.run.step)
-        # After the data has come: a rank without any must not leave the others waiting for it in the next step.
+        # After the wait for data, so that no rank begins a step that another one skips.
         self.synchronize()
         return micro_batches if self.request == StopRequest.NONE else None
 
@@ -170,7 +170,12 @@ class Trainer:
         self._started = now
 
     def synchronize(self) -> None:
-        """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it."""
+        """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it.
+
+        Raises:
+            DataError, DivergedError: on every rank; of the last step.
+            CheckpointError: on every rank; of a save in the background.
+        """
         step, self._unlogged = self._unlogged, None
         flags = [*self.listener.counts(), self.saver.has_failed, step.num_bad if step else 0]
         vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
@@ -181,8 +186,8 @@ class Trainer:
         if step:
             means = {name: value / self.num_ranks for name, value in zip(step.means, values, strict=True)}
             self.run.count_bad_samples(int(num_bad))
-            self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
             self.log_step(step, means)
+            self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
         self.run.record_saves(self.saver.take_finished())
         if save_failed:
             self.saver.wait()
@@ -254,8 +259,8 @@ class Trainer:
             asked = f"asked to stop ({self.listener.name or 'by another rank'})"
             if self.only_evaluates:
                 raise Interrupted(
-                    f"{asked} during the evaluation {where}, of which nothing is saved; start the same command to do "
-                    "it again"
+                    f"{asked} during the evaluation {where}; its results are not saved; start the same command to "
+                    "repeat it"
                 )
             raise Interrupted(f"{asked}; {where}; start the same command to continue")
         if self.rank != 0:
@@ -272,7 +277,7 @@ class Trainer:
 
     def _ensure_saved(self, is_last: bool = True) -> bool:
         self.watch.beat("save", self.run.step)
-        # A step that the run was resumed at is saved.
+        # The step at which the run was resumed is saved already.
         return self.run.step == self.first_step or self.saver.ensure(self.run.state(), is_last)
 
     def _check_finite(self, step: _Step, loss: float, shown: Metrics) -> None:
@@ -291,7 +296,7 @@ class Trainer:
             )
         if self.rank == 0:
             log.warning(
-                "step %d is skipped: the loss or its gradient is not finite (%s), %d in a row of at most %d",
+                "step %d: the loss or its gradient is not finite (%s), %d in a row of at most %d",
                 self.run.step,
                 listed,
                 self._num_not_finite,
@@ -303,7 +308,7 @@ class Trainer:
         return step >= self.last_step or bool(every and step and step % every == 0)
 
     def _evaluation_is_missing(self, evaluation: Evaluation) -> bool:
-        """Whether the step at which a run was resumed was not evaluated on this data before a kill or a stop."""
+        """Whether the step at which the run was resumed still has to be evaluated on this data."""
         done = [
             record
             for record in read_metrics(self.run.folder, group="eval")

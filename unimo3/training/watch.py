@@ -52,6 +52,7 @@ class Watch:
             self._interval_s = min(self._interval_s, bound_s / 4)
         self._started = time.time()
         self._step, self._phase, self._beats, self._since = 0, "join", 0, self._started
+        self._progress_s = time.monotonic()  # of the last progress; the time of day may be set meanwhile
         self._ends = threading.Event()
         faulthandler.register(signal.SIGQUIT, all_threads=True)  # to the output until the folder is there
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._heartbeats, self._watch)]
@@ -61,6 +62,7 @@ class Watch:
     def beat(self, phase: str, step: int) -> None:
         """Record that a phase of a step begins; this is progress. Every rank does so at the same points."""
         self._phase, self._step, self._beats, self._since = phase, step, self._beats + 1, time.time()
+        self._progress_s = time.monotonic()
 
     def close(self) -> None:
         """End the watch; the last heartbeat reports that the rank has ended."""
@@ -101,9 +103,9 @@ class Watch:
             now = time.monotonic()
             if now - last > 10 * self._interval_s + 5:
                 # The process itself was stopped, as when a scheduler suspends a job: that is no stall.
-                self._since = time.time()
+                self._since, self._progress_s = time.time(), now
             last = now
-            if self._bound_s and time.time() - self._since > self._bound_s * _PATIENCE.get(self._phase, 1.0):
+            if self._bound_s and now - self._progress_s > self._bound_s * _PATIENCE.get(self._phase, 1.0):
                 self._give_up()
 
     def _write(self) -> None:

@@ -62,9 +62,12 @@ ERRORS = [
     (set_at(1, value=["train"]), ": line 2: is ['train']; an object with the field 'identifier' expected"),
     (lose(1, "identifier"), ": line 2: field 'identifier' is missing; str expected"),
     (set_at(1, "identifier", value=""), ": line 2: field 'identifier' is empty; remove the record"),
-    (
-        set_at(1, "identifier", value="train"),
-        ": line 2: field 'identifier' is 'train'; split-set-pair-sentence expected",
+    *(
+        (
+            set_at(1, "identifier", value=value),
+            f": line 2: field 'identifier' is {value!r}; split-set-pair-sentence expected",
+        )
+        for value in ("train", "train-7", "train-7-0", "train--0-1", "-7-0-1", "train-7-0-", "__a-7-0-1", "a-7-\0-1")
     ),
     (lose(0, "sentence"), ": line 1: field 'sentence' is missing; str expected"),
     (set_at(0, "sentence", value=" "), ": line 1: field 'sentence' is empty; remove the record or give it a text"),

@@ -6,6 +6,7 @@ Source: RFC 8259 (JSON) and https://jsonlines.org for the two kinds of file.
 """
 
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 from unimo3.errors import DataError
 
 Kind = TypeVar("Kind")
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class Converter(Protocol):
 def read_json(path: Path, kind: type[Kind]) -> Kind:
     """The content of a JSON file whose outermost value is a `kind`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = _loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise _unreadable(path, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); download it again") from error
     if not isinstance(content, kind):
         raise DataError(
@@ -95,8 +98,8 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = _loads(line)
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: is not JSON ({error}); download the file again") from error
         yield where, record
 
@@ -136,6 +139,22 @@ def choice(record: Any, name: str, where: str, options: Sequence[str]) -> str:
 def distinct(captions: Iterable[str]) -> list[str]:
     """The captions, stripped, without empty and repeated ones, in the order of their first appearance."""
     return list(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
+
+
+def _loads(text: str) -> Any:
+    """The value of a JSON text, in which half of a surrogate pair, which no file can store, becomes "?"."""
+    value = json.loads(text)
+    return _storable(value) if _ESCAPED_SURROGATE.search(text) else value
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_storable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_storable(name): _storable(entry) for name, entry in value.items()}
+    return value
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

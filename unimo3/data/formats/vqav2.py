@@ -121,8 +121,8 @@ def _answers(note: dict[str, Any], where: str) -> dict[str, Any]:
         "answers": answers,
         "multiple_choice_answer": field(note, "multiple_choice_answer", where, str),
         "answer_type": field(note, "answer_type", where, str),
-        "question_type": note.get("question_type", ""),
+        "question_type": field(note, "question_type", where, str) if "question_type" in note else "",
     }
     if "granularity" in note:
-        entry["granularity"] = note["granularity"]
+        entry["granularity"] = field(note, "granularity", where, str)
     return entry

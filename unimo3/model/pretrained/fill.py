@@ -129,9 +129,9 @@ def read_config(field: str, folder: str, kind: str, has_weights: bool = True) ->
         raise ConfigError(f"{where}: no config.json there; name a local Hugging Face {kind} folder")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
-            f"{where}: its config.json is none of transformers' ({str(error).splitlines()[0]}); name a local Hugging "
+            f"{where}: its config.json is none of transformers' ({first_line(error)}); name a local Hugging "
             f"Face {kind} folder"
         ) from error
     if has_weights:
@@ -140,6 +140,11 @@ def read_config(field: str, folder: str, kind: str, has_weights: bool = True) ->
         except CheckpointError as error:
             raise ConfigError(f"{where}: {error}") from error
     return config
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

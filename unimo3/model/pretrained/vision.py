@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
@@ -37,8 +38,8 @@ _CLIP_NAMES = (
     Rename(_LAYER + r"self_attn\.k_proj\.", r"blocks.\1.attn.qkv.", 1, 3),
     Rename(_LAYER + r"self_attn\.v_proj\.", r"blocks.\1.attn.qkv.", 2, 3),
 )
-# A classifier, and what belongs to pooling.
-_TIMM_UNUSED = r"^(head|fc_norm|head_dist)\."
+# A classifier, what belongs to pooling, and what follows from the sizes.
+_TIMM_UNUSED = r"^(head|fc_norm|head_dist)\.|relative_position_index$|k_bias$|^rope\.freqs_(cos|sin)$"
 _TIMM_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model")
 # timm's classes and transformers' names for them.
@@ -55,16 +56,17 @@ def vision_errors(path: str, tower: VisionTower) -> list[str]:
     except CheckpointError as error:
         return [f"{where}: {error}"]
     vit: Any = tower.vit
-    block = vit.blocks[0]
-    ours = {
-        "width": vit.embed_dim,
-        "depth": len(vit.blocks),
-        "patch_size": vit.patch_embed.patch_size[0],
-        "num_heads": block.attn.num_heads,
-        "inner width": block.mlp.fc1.out_features,
-        "activation": _ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
-        "layer_norm_eps": block.norm1.eps,
-    }
+    ours = {"width": vit.embed_dim, "depth": len(vit.blocks), "patch_size": vit.patch_embed.patch_size[0]}
+    if "num_heads" in theirs:  # a CLIP
+        if not isinstance(vit, VisionTransformer):
+            return [f"{where}: is a CLIP, model.vision a {type(vit).__name__} of timm; name a timm checkpoint file"]
+        block: Any = vit.blocks[0]
+        ours |= {
+            "num_heads": block.attn.num_heads,
+            "inner width": block.mlp.fc1.out_features,
+            "activation": _ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
+            "layer_norm_eps": block.norm1.eps,
+        }
     return [
         f"{where}: has {name} {theirs[name]}, model.vision has {size}; use weights of the same architecture"
         for name, size in ours.items()
@@ -88,7 +90,8 @@ def load_vision(tower: VisionTower, path: str) -> None:
 def position_fitter(tower: VisionTower) -> Any:
     """A `fill` adapter: position tables at the tower's grid, class tokens and tables with timm's leading axes."""
     vit: Any = tower.vit
-    grid, num_prefix = list(vit.patch_embed.grid_size), vit.num_prefix_tokens
+    grid = list(vit.patch_embed.grid_size)
+    num_prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
 
     def fit(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         if name.endswith("cls_token"):

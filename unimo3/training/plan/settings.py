@@ -32,8 +32,9 @@ class PlannedData(DataArgs):
         if self.validate():
             return []  # the check of these settings reports it
         if not self.has_tokenizer:
-            return length_errors(model.text_config, self.max_text_tokens)
-        return tokenizer_errors(model.text_config, load_tokenizer(self.tokenizer), self.max_text_tokens)
+            return length_errors(model.text_config, self.max_text_tokens, model.text_config.pad_token_id)
+        tokenizer = load_tokenizer(self.tokenizer)
+        return tokenizer_errors(model.text_config, tokenizer, self.max_text_tokens, is_trained=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def kept_by_a_real_step(task: nn.Module, batch: dict) -> int:
+def bytes_saved_by_a_step(task: nn.Module, batch: dict) -> int:
     """Bytes of the tensors that a forward pass saves, without weights."""
     storages = {}
 

@@ -1,0 +1,74 @@
+"""What `index` finds next to the tars: indexes of other programs, compressed tars, files that it must not touch."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.data.conftest import convert, write_tar
+from unimo3.data.index import ShardIndex
+
+WIDS = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "0.tar", "nsamples": 1}]}
+
+
+@pytest.fixture
+def tars(tmp_path):
+    write_tar(tmp_path / "0.tar", {"a": {"jpg": b"", "txt": b"x"}})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "content", [json.dumps(WIDS), "[]", "{}", '{"version": 2}', "null", "half {", "[" * 100_000, ""]
+)
+def test_the_index_of_another_program_is_replaced_only_on_request(tars, content, capfd):
+    path = tars / "index.json"
+    path.write_text(content)
+    assert convert("index", "--src", str(tars)) == 78
+    error = capfd.readouterr().err
+    assert f"--src {tars}: its index.json was not written by this program, or is damaged; move it away" in error
+    assert path.read_text() == content
+    assert sorted(entry.name for entry in tars.iterdir()) == ["0.tar", "index.json"]
+    assert convert("index", "--src", str(tars), "--overwrite") == 0
+    assert ShardIndex(tars).samples_per_shard == [1]
+
+
+def test_an_own_index_of_any_version_is_replaced_without_a_request(tars):
+    assert convert("index", "--src", str(tars)) == 0
+    path = tars / "index.json"
+    content = json.loads(path.read_text())
+    assert convert("index", "--src", str(tars)) == 0
+    path.write_text(json.dumps(content | {"version": 1}))
+    assert convert("index", "--src", str(tars)) == 0
+    assert json.loads(path.read_text()) == content
+
+
+def test_overwrite_does_not_take_the_index_of_another_program_for_a_split(source, tmp_path, capfd):
+    out = tmp_path / "out"
+    (out / "thesis").mkdir(parents=True)
+    (out / "thesis" / "index.json").write_text(json.dumps(WIDS))
+    assert convert("coco", "--src", str(source), "--out", str(out), "--overwrite") == 78
+    assert f"--out {out}: holds other things than shards" in capfd.readouterr().err
+    assert (out / "thesis" / "index.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.tgz", "1.tar.zst", "b.v2.tbz2", "1.TAR", "1.tar.Z", "1.txz"])
+def test_a_compressed_tar_is_named_and_not_skipped(tars, name, capfd):
+    assert convert("index", "--src", str(tars)) == 0
+    shutil.copy(tars / "0.tar", tars / name)
+    capfd.readouterr()
+    assert convert("index", "--src", str(tars)) == 78
+    assert f"1 tars are compressed, or their names do not end in .tar ({name}); decompress" in capfd.readouterr().err
+    assert convert("index", "--src", str(tars), "--verify") == 78
+    assert f"{tars / name}: is not in index.json" in capfd.readouterr().err
+    (tars / "0.tar").unlink()
+    assert convert("index", "--src", str(tars)) == 78
+    assert "decompress" in capfd.readouterr().err
+
+
+def test_files_of_others_next_to_the_tars_are_left_alone(tars):
+    names = ["0.tar.md5", "0.tar.json", "index.lock", "a.gz", "list.tar.txt"]
+    for name in names:
+        (tars / name).write_text("of others")
+    assert convert("index", "--src", str(tars)) == 0
+    assert [(tars / name).read_text() for name in names] == ["of others"] * len(names)
+    assert len(list(tars.iterdir())) == len(names) + 3

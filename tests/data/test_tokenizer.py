@@ -1,0 +1,131 @@
+"""Tokenizers of other makers: used rightly, or refused before a reader meets what they cannot do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, RobertaConfig
+
+from tests.tiny import tiny_config
+from unimo3.data.masking import Masking
+from unimo3.data.samples import PretrainSamples, TextEncoder
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
+from unimo3.errors import ConfigError
+from unimo3.model.args import resolve_tokens, tokenizer_errors
+from unimo3.model.unimo3 import Unimo3Model
+
+SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
+WORDS = [f"word{number}" for number in range(40)]
+TEXT = " ".join(WORDS)
+
+
+def write_tokenizer(folder: Path, ids: dict[str, int], unknown: str | None = "<unk>", model=None, **options) -> str:
+    """A tokenizer of whole words with these ids of its special tokens; other words follow, or stand before."""
+    free = (number for number in range(1000) if number not in ids.values())
+    vocabulary = ids | {word: next(free) for word in WORDS if word not in ids}
+    tokenizer = Tokenizer(model(vocabulary) if model else models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", ids["</s>"]), ("<s>", ids["<s>"]))
+    names = {"cls": "<s>", "bos": "<s>", "sep": "</s>", "eos": "</s>", "pad": "<pad>", "mask": "<mask>"}
+    special = {f"{role}_token": token for role, token in names.items()}
+    special |= {"unk_token": unknown} if unknown else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options).save_pretrained(folder)
+    return str(folder)
+
+
+def errors_of(folder: str, max_tokens: int, is_trained: bool = False, **sizes) -> list[str]:
+    text = RobertaConfig(**({"vocab_size": 50, "max_position_embeddings": 20} | sizes))
+    return tokenizer_errors(text, load_tokenizer(folder), max_tokens, is_trained)
+
+
+def longest(folder: str, max_tokens: int, **sizes):
+    """The text states of a text longer than `max_tokens`."""
+    text = tiny_config().text_config.to_dict() | {"vocab_size": 50, "max_position_embeddings": 20} | sizes
+    config, tokenizer = tiny_config(text_config=text), load_tokenizer(folder)
+    resolve_tokens(config, tokenizer)
+    batch = tokenizer([TEXT], truncation=True, max_length=max_tokens, return_tensors="pt")
+    assert batch["input_ids"].shape == (1, max_tokens)
+    assert tokenizer.model_max_length >= max_tokens
+    return Unimo3Model(config).encode_text(batch["input_ids"], batch["attention_mask"])
+
+
+@pytest.mark.parametrize("padding_id", [1, 0, 3, 7])
+def test_texts_are_as_long_as_positions_behind_the_padding_id_allow(tmp_path, padding_id):
+    ids = SPECIAL | {"<pad>": padding_id}
+    for number, token in enumerate(token for token in SPECIAL if token != "<pad>"):
+        ids[token] = 10 + number
+    folder, most = write_tokenizer(tmp_path, ids), 20 - padding_id - 1
+    assert errors_of(folder, most) == []
+    assert longest(folder, most).shape[2] == most
+    (problem,) = errors_of(folder, most + 1)
+    assert f"data.max_text_tokens: {most + 1}: model.text.max_position_embeddings 20 allows {most}, since" in problem
+    assert "or pretrain with model.text.max_position_embeddings 21" in problem
+
+
+def test_special_tokens_at_the_end_of_the_vocabulary_are_a_error(tmp_path):
+    folder = write_tokenizer(tmp_path, {token: 40 + number for number, token in enumerate(SPECIAL)})
+    (problem,) = errors_of(folder, 8)
+    assert "data.max_text_tokens: 8: model.text.max_position_embeddings 20 allows 0, since" in problem
+    assert "the padding id 41; lower it, use a tokenizer with a lower padding id" in problem
+    assert errors_of(folder, 8, max_position_embeddings=50) == []
+    assert longest(folder, 8, max_position_embeddings=50).shape[2] == 8
+
+
+@pytest.mark.parametrize("token", ["<mask>", "word39"])
+def test_the_largest_id_decides_and_gaps_are_neither_masked_nor_drawn(tmp_path, token):
+    folder = write_tokenizer(tmp_path, SPECIAL | {token: 60})
+    (problem,) = errors_of(folder, 8)
+    assert (
+        "model.text.vocab_size: 50: data.tokenizer has 45 entries, the largest id is 60; set it to at least 61"
+        in problem
+    )
+    assert errors_of(folder, 8, vocab_size=61) == []
+    tokenizer = load_tokenizer(folder)
+    mask = PretrainSamples(None, tokenizer, 50, ImageTransform(8), 0.9, 0)._mask
+    ids, _ = TextEncoder(tokenizer, 50)(TEXT)
+    drawn = {int(number) for seed in range(200) for number in mask(ids, np.random.default_rng(seed))[0]}
+    assert drawn <= set(tokenizer.get_vocab().values())
+    assert len(drawn) > 40
+
+
+def test_without_gaps_masks_are_those_of_before(tmp_path):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, SPECIAL))
+    mask = PretrainSamples(None, tokenizer, 50, ImageTransform(8), 0.5, 0)._mask
+    assert mask == Masking(0.5, 4, frozenset(SPECIAL.values()), len(tokenizer))
+
+
+def test_weights_keep_the_padding_id_that_they_were_trained_with(tmp_path):
+    folder = write_tokenizer(tmp_path, SPECIAL | {"<pad>": 3, "<unk>": 1})
+    assert errors_of(folder, 8) == []
+    (problem,) = errors_of(folder, 8, is_trained=True)
+    assert problem.startswith("data.tokenizer: pads with the id 3, the weights with 1; use the tokenizer that belongs")
+
+
+def word_piece(vocabulary):
+    return models.WordPiece(vocabulary, unk_token="[UNK]")
+
+
+def unigram(vocabulary):
+    return models.Unigram([(word, -1.0) for word in sorted(vocabulary, key=vocabulary.get)], unk_id=None)
+
+
+@pytest.mark.parametrize("model", [None, word_piece, unigram], ids=["words", "word pieces", "unigrams"])
+def test_a_tokenizer_without_an_entry_for_unknown_words_is_refused(tmp_path, model):
+    ids = {token: number for number, token in enumerate(("<s>", "<pad>", "</s>", "<mask>"))}
+    folder = write_tokenizer(tmp_path, ids, unknown=None, model=model)
+    with pytest.raises(ConfigError, match="cannot encode a text with rare characters"):
+        load_tokenizer(folder)
+
+
+def test_texts_are_padded_and_cut_on_the_right_whatever_the_folder_has(tmp_path):
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path, SPECIAL, **sides))
+    batch = tokenizer(["word1 word2", TEXT], padding=True, truncation=True, max_length=6)
+    ids = tokenizer.convert_tokens_to_ids
+    assert batch["input_ids"] == [
+        [0, ids("word1"), ids("word2"), 2, 1, 1],
+        [0, *(ids(f"word{number}") for number in range(4)), 2],
+    ]
+    assert [TextEncoder(tokenizer, 6)(text)[0].tolist() for text in ("word1 word2", TEXT)] == batch["input_ids"]

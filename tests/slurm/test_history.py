@@ -1,0 +1,13 @@
+from slurm import history
+
+
+def test_the_end_of_a_start_whose_line_is_damaged_is_not_another_starts(tmp_path):
+    history.append(tmp_path, "begin", job="1", restart=0, nodes="n1", checkpoint=None)
+    path = tmp_path / history.FOLDER / history.FILE
+    path.write_text(path.read_text() + '{"event": "begin", "time": 1.0, "job": "2", "re')  # a kill
+    history.append(tmp_path, "end", job="2", status=75, action="requeue", reason="why", checkpoint=4)
+    history.append(tmp_path, "begin", job="2", restart=1, nodes="n2", checkpoint=4)
+    first, second, third = history.read(tmp_path)
+    assert (first.job, first.action) == ("1", None)
+    assert (second.job, second.status, second.action, second.reason) == ("2", 75, "requeue", "why")
+    assert (third.job, third.restart, third.action) == ("2", 1, None)

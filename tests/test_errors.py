@@ -1,0 +1,44 @@
+"""The end of a program: its status and message, whatever characters are in its names."""
+
+import io
+import sys
+
+import pytest
+
+from unimo3.errors import DataError, exit_with_status
+
+NAMES = ["caf\udce9.jpg", "half \ud83d", "déjà 犬 🚲"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_printed_where_stdout_is_strict(monkeypatch, encoding, name):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors="strict"))
+
+    @exit_with_status
+    def main():
+        print(f"0.9000  {name}", flush=True)
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    line = printed.getvalue().decode(encoding)
+    assert line == f"0.9000  {name.encode(encoding, 'backslashreplace').decode(encoding)}\n"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_can_be_the_reason_that_a_job_script_reads(monkeypatch, tmp_path, name, capfd):
+    monkeypatch.setenv("UNIMO3_STATUS_DIR", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+
+    @exit_with_status
+    def main():
+        raise DataError(f"{name}: is missing")
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 78
+    shown = name.encode("utf-8", "backslashreplace").decode()
+    assert (tmp_path / "rank_3").read_text(encoding="utf-8") == f"78\nDataError: {shown}: is missing\n"
+    assert capfd.readouterr().err.startswith("DataError: ")

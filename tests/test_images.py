@@ -1,0 +1,148 @@
+"""The rule by which an image becomes RGB: orientation, alpha, depth, and which files are images at all."""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from unimo3.data.images import decode
+from unimo3.images import FORMATS, is_image, open_image, to_rgb
+
+BYTE, ASCII, SHORT, UNDEFINED = 1, 2, 3, 7
+ORIENTATION, X_RESOLUTION, IMAGE_WIDTH = 0x0112, 0x011A, 0x0100
+ROTATED_6 = (ORIENTATION, SHORT, 1, struct.pack("<H", 6))
+
+
+def noise(width: int = 30, height: int = 20) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exif_of(*entries: tuple[int, int, int, bytes], number: int | None = None) -> bytes:
+    """EXIF as a TIFF with these entries (tag, type, count, value), however wrong."""
+    listed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3].ljust(4, b"\0") for entry in entries)
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries) if number is None else number) + listed + bytes(4)
+    return b"Exif\0\0" + tiff
+
+
+def pixels(image: Image.Image) -> list:
+    return np.asarray(image).tolist()
+
+
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description tiff:Orientation=\"6\"/></x:xmpmeta>"
+# Whether the image is to be turned.
+EXIF = {
+    "is no TIFF": (exif_of()[:6] + b"no TIFF at all", False),
+    "is empty": (b"Exif\0\0", False),
+    "ends within its list": (exif_of((IMAGE_WIDTH, SHORT, 1, b"\1\0"), number=900)[:-6], False),
+    "has a text as orientation": (exif_of((ORIENTATION, ASCII, 2, b"6")), False),
+    "has an orientation of 9": (exif_of((ORIENTATION, SHORT, 1, b"\x09\0")), False),
+    "has orientations of a wrong type": (exif_of((ORIENTATION, 99, 70000, b"\xff\xff\xff\xff")), False),
+    "has a resolution in ASCII": (exif_of(ROTATED_6, (X_RESOLUTION, ASCII, 4, b"72\0\0")), True),
+    "has a width that is undefined": (exif_of((IMAGE_WIDTH, UNDEFINED, 4, b"\1\2\3\4"), ROTATED_6), True),
+    "has a width of no known type": (exif_of((IMAGE_WIDTH, 60, 4, b"\1\2\3\4"), ROTATED_6), True),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("what", EXIF)
+def test_exif_costs_no_image_and_turns_where_it_can_be_read(what, kind):
+    exif, is_turned = EXIF[what]
+    content = saved(noise(), kind, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = Image.open(io.BytesIO(content)).convert("RGB")
+        warnings.simplefilter("error")
+        actual = decode(content)
+    assert pixels(actual) == pixels(plain.transpose(Image.Transpose.ROTATE_270) if is_turned else plain)
+    assert pixels(to_rgb(actual)) == pixels(actual)
+
+
+def test_an_orientation_in_xmp_is_applied_once():
+    content = saved(noise(), "JPEG", xmp=XMP)
+    actual = decode(content)
+    assert pixels(actual) == pixels(
+        Image.open(io.BytesIO(content)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    )
+    assert pixels(to_rgb(actual)) == pixels(actual)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "P", "1"])
+def test_a_tiff_is_turned_once_in_every_mode(orientation, mode):
+    image = Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3) * 9000) if mode == "I;16" else noise(3, 2)
+    image = image if mode == "I;16" else image.convert(mode)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    turned, plain = (decode(saved(image, "TIFF", **options)) for options in ({"exif": exif}, {}))
+    method = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }[orientation]
+    assert pixels(turned) == pixels(plain if method is None else plain.transpose(method))
+
+
+def test_alpha_is_ignored_and_sixteen_bits_become_eight():
+    clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
+    for kind in ("PNG", "TIFF"):
+        assert decode(saved(clear, kind)).getpixel((0, 0)) == (10, 20, 30)
+    assert decode(saved(Image.new("LA", (2, 2), (40, 0)), "PNG")).getpixel((0, 0)) == (40, 40, 40)
+    keyed = decode(saved(Image.new("RGB", (2, 2), (1, 2, 3)), "PNG", transparency=(1, 2, 3)))
+    assert keyed.getpixel((0, 0)) == (1, 2, 3)
+    assert keyed.info == {}
+    deep = Image.fromarray(np.asarray([[0, 257 * 7], [65535, 300]], dtype=np.uint16))
+    for kind in ("PNG", "TIFF"):
+        assert np.asarray(decode(saved(deep, kind)))[..., 2].tolist() == [[0, 7], [255, 1]]
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 70000)], ids=["F", "I"])
+def test_numbers_beyond_sixteen_bits_are_refused(image):
+    with pytest.raises(ValueError, match="scale them to 8"):
+        decode(saved(image, "TIFF"))
+    with pytest.raises(ValueError, match="scale them to 8"):
+        to_rgb(image)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    "content", [POSTSCRIPT, saved(noise(), "ICO"), saved(noise(), "PCX"), b"%PDF-1.4", b"", b"<svg/>"]
+)
+def test_files_of_other_formats_are_no_images_and_start_no_program(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match="it is no image of a known kind"):
+        decode(content)
+    assert not is_image(tmp_path / "photo.jpg")
+    if content[:2] in (b"%!", b"\0\0", b"\n\5"):
+        # As users open it, before they hand it to the processor.
+        with pytest.raises(ValueError, match=r"it is a .* file; one of JPEG, PNG"):
+            to_rgb(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_documented_format_is_read_by_its_content(tmp_path, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    content = saved(noise(), kind)
+    (tmp_path / "photo").write_bytes(content)
+    assert is_image(tmp_path / "photo")
+    assert open_image(content).format == kind
+    assert decode(content).size == (30, 20)
+    several = saved(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))])
+    assert decode(several).size == to_rgb(Image.open(io.BytesIO(several))).size == (30, 20)

@@ -1,0 +1,21 @@
+import logging
+
+from unimo3.json_lines import append_record, read_records
+
+
+def test_a_record_after_a_cut_off_line_is_not_lost(tmp_path, caplog):
+    path = tmp_path / "records.jsonl"
+    assert read_records(path) == []
+    append_record(path, {"n": 1})
+    path.write_text(path.read_text() + '{"n": 2, "te')  # a kill
+    append_record(path, {"n": 3})
+    append_record(path, {"n": 4})
+    with caplog.at_level(logging.WARNING):
+        assert read_records(path) == [{"n": 1}, {"n": 3}, {"n": 4}]
+    assert f"{path}: 1 damaged lines are skipped, the first is line 2" in caplog.text
+
+
+def test_lines_that_are_no_records_are_skipped(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'[1]\n\n7\n\xff\n{"n": 1}\n\0\0\0\n{"n": 2}')
+    assert read_records(path) == [{"n": 1}, {"n": 2}]

@@ -1,0 +1,85 @@
+"""The texts of a sample: what its ``json`` and its ``txt`` member contain.
+
+Source: RFC 8259 (JSON); the Unicode Standard, section 23.8, for byte order marks.
+"""
+
+import codecs
+import json
+import re
+from typing import Any
+
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+class BadSampleError(Exception):
+    """A sample cannot be used; the message is the reason, without the sample's key."""
+
+
+def content_of(members: dict[str, bytes]) -> dict[str, Any]:
+    """The content of a sample's ``json``; empty if the sample has a ``txt`` alone.
+
+    Raises:
+        BadSampleError: it has no text that could be read.
+    """
+    if "json" not in members and "txt" not in members:
+        raise BadSampleError("has no json member and no txt member")
+    try:
+        content = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError(f"its json cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise BadSampleError(f"its json is a {type(content).__name__}; an object is needed")
+    return content
+
+
+def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
+    """A sample's texts: of its ``captions``, else its ``caption``, else the lines of its ``txt`` member.
+
+    The first of them that has a text counts. What is empty or no text is skipped.
+
+    Raises:
+        BadSampleError: the ``txt`` member counts, and its encoding is unknown.
+    """
+    for name in ("captions", "caption"):
+        values = content.get(name)
+        if texts := _usable(values if isinstance(values, list) else [values]):
+            return texts
+    return _usable(_LINE_END.split(_decode(members.get("txt", b""))))
+
+
+def plain(text: str) -> str:
+    """A text without what surrounds it in files: byte order marks and line ends; half a surrogate pair becomes "?"."""
+    return text.encode("utf-8", "replace").decode().strip("\ufeff\r\n")
+
+
+def lack_of(kind: str, members: dict[str, bytes]) -> str:
+    """Why a sample has no `kind` (``captions``, ``questions`` and so on); empty if it has."""
+    try:
+        content = content_of(members)
+        has_kind = bool(captions_of(members, content) if kind == "captions" else content.get(kind))
+    except BadSampleError as error:
+        return str(error)
+    return "" if has_kind else f"has no {kind}"
+
+
+def _usable(values: list[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str) and plain(value).strip()]
+
+
+def _decode(content: bytes) -> str:
+    """A text file's content: UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
+    encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"its txt cannot be read ({error}); write it as UTF-8") from error
+    if "\0" in text:
+        raise BadSampleError("its txt has zero bytes, as UTF-16 without a byte order mark has; write it as UTF-8")
+    return text
