@@ -17,9 +17,9 @@ from finetune.retrieval import Retrieval
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
-from tests.data.conftest import draw_jpeg, index_again
-from tests.data.test_identity import write_tar
+from tests.data.conftest import draw_jpeg, index_again, write_tar
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
@@ -206,6 +206,7 @@ def test_a_damaged_sample_of_a_task_is_never_lost(tokenizer, encode, name, data,
         num_damaged = num_units(kind, member)
         total = sum(samples.units_per_shard)
         assert total == NUM_GOOD * (2 if kind else 1) + num_damaged
+        assert DataArgs(train=folder).shard_errors(task.kind) == []
         num_bad = num_replaced(
             samples,
             position,
@@ -232,6 +233,7 @@ def test_a_damaged_sample_of_captions_is_never_lost(tokenizer, encode, is_retrie
     member = data.draw(damaged(pretraining_content(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
         index = write(Path(folder), pretraining_content, ["jpg"], position, member, picture)
+        assert DataArgs(train=folder).shard_errors("captions") == []
         reading = Reading(tokenizer, 12, ImageTransform(8), 0)
         trained = PretrainSamples(index, *reading[:3], 0.15, 0)
         if is_retrieval:
