@@ -1,5 +1,6 @@
 """Fine-tuning programs: each task is one, started with ``python -m``."""
 
-from unimo3.startup import postpone_collections
+from unimo3.startup import postpone_collections, use_utf8
 
+use_utf8()
 postpone_collections()

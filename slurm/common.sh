@@ -50,7 +50,7 @@ setup() {
     export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
     export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
     export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions CUDA_CACHE_PATH=$UNIMO3_LOCAL/cuda
-    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
     # The address that Slurm itself uses for the node: its name need not be known to the others.
     MASTER_ADDR=$(with_retries scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)

@@ -64,7 +64,26 @@ def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
         problems.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
         problems += _gpu_problems(num_gpus)
+    problems += address_problems()
     return problems + _disk_problems(local_disk, _MIN_FREE_BYTES, _MIN_FREE_INODES)
+
+
+def address_problems() -> list[str]:
+    """The problem of a node whose own name leads to itself alone: gloo would have the others connect there."""
+    is_on_one_host = os.environ.get("MASTER_ADDR", "127.").startswith("127.")
+    if is_on_one_host or os.environ.get("GLOO_SOCKET_IFNAME"):
+        return []
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        return [f"its name {name} has no address ({error}); add it to /etc/hosts or DNS"]
+    if not address.startswith("127."):
+        return []
+    return [
+        f"its name {name} is {address}, which other nodes cannot reach, and gloo would listen there; export "
+        "GLOO_SOCKET_IFNAME=INTERFACE in slurm/site.env, or correct /etc/hosts"
+    ]
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:

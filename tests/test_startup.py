@@ -1,8 +1,11 @@
 """What starting a program costs: modules that it does not need stay out of it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,20 @@ def test_a_rank_imports_no_compiler_and_collects_no_garbage_meanwhile():
     assert facts["restored"]
     assert facts["frozen"] > 100_000
     assert facts["compiles"]  # torch's compiler is still DeepSpeed's for whoever asks later
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "charset", "file"),
+    [("en_US", "ISO-8859-1", "レシピ.yaml"), ("ja_JP", "EUC-JP", "recipe.yaml")],  # Python itself fails on such words
+)
+def test_files_and_names_are_utf8_whatever_the_locale(tmp_path, name, charset, file):
+    if shutil.which("localedef") is None or not Path("/usr/share/i18n/charmaps").is_dir():
+        pytest.skip("needs localedef and the locales' sources")
+    subprocess.run(["localedef", "-f", charset, "-i", name, str(tmp_path / "odd")], check=True, capture_output=True)
+    recipe = tmp_path / file
+    recipe.write_text("run: {dir: 走行, name: é}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "slurm.runs", "pretrain.train", "--config", str(recipe)]
+    environment = os.environ | {"LOCPATH": str(tmp_path), "LC_ALL": "odd", "PYTHONUTF8": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.stdout.decode() == "answer: 走行/é\n", done.stderr

@@ -1,4 +1,4 @@
-"""Garbage collection while a program starts.
+"""What a program does before its imports: text files in UTF-8, and garbage collection later.
 
 Importing torch, timm, transformers and deepspeed creates millions of objects that live as long as the process. With
 Python's default thresholds the collector walks all of them dozens of times meanwhile, which takes a third of the start.
@@ -6,10 +6,24 @@ Python's default thresholds the collector walks all of them dozens of times mean
 
 import atexit
 import gc
+import locale
+import os
+import sys
 
 _DEFAULT = gc.get_threshold()
 # Allocations between collections of the youngest generation; the default is 700.
 _WHILE_IMPORTING = 1_000_000
+
+
+def use_utf8() -> None:
+    """Start a program again in Python's UTF-8 mode if the locale's encoding is another: files and names are UTF-8.
+
+    A program's package calls it. It does nothing where the package is imported by another program.
+    """
+    is_starting = sys.argv[:1] == ["-m"]  # until Python has found the module
+    if is_starting and not sys.flags.utf8_mode and locale.getpreferredencoding(False).upper() != "UTF-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def postpone_collections() -> None:

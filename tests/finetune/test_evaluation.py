@@ -24,7 +24,6 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import DataError
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.model.initialization import initialize_weights
 from unimo3.training.evaluation import Unguarded
 
 
@@ -126,9 +125,8 @@ def evaluate_vqa(folder, tokenizer, missing_ids=()):
     answers = AnswerVocabulary(["yes", "no"])
     text = tiny_config().text_config.to_dict() | {"vocab_size": 400}
     task = Vqa(answers)
-    model = Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, num_answers=2))
-    initialize_weights(model, 0, std=0.2)
-    objective = task.objective(model)
+    torch.manual_seed(0)
+    objective = task.objective(Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, num_answers=2)))
     objective.device = torch.device("cpu")
     index = ShardIndex(folder)
     if missing_ids:

@@ -35,6 +35,25 @@ def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
     assert slow_nodes({("a", "b"): 1.0}, 5.0) == {}
 
 
+@pytest.mark.parametrize(
+    ("master", "address", "interface", "problem"),
+    [
+        ("10.0.0.1", "127.0.1.1", "", "is 127.0.1.1, which other nodes cannot reach"),
+        ("node1", "127.0.0.1", "", "export GLOO_SOCKET_IFNAME=INTERFACE"),
+        ("10.0.0.1", "127.0.1.1", "eth0", ""),
+        ("10.0.0.1", "10.0.0.2", "", ""),
+        ("127.0.0.1", "127.0.1.1", "", ""),
+    ],
+)
+def test_a_node_whose_name_leads_to_itself_is_named(monkeypatch, master, address, interface, problem):
+    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    monkeypatch.setattr(preflight.socket, "gethostbyname", lambda _: address)
+    problems = preflight.address_problems()
+    assert problem in "; ".join(problems)
+    assert bool(problems) == bool(problem)
+
+
 def test_disk_space_covers_kept_saves_and_the_one_being_written(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
     monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)

@@ -212,6 +212,11 @@ class ShardIndex:
         """Number of samples of each shard."""
         return [shard.num_samples for shard in self.shards]
 
+    @property
+    def counts_kinds(self) -> bool:
+        """Whether the items of each kind are counted by themselves, as from version 3 on."""
+        return all(isinstance(shard.num_items, dict) for shard in self.shards)
+
     def items_per_shard(self, kind: str) -> list[int]:
         """Number of items of a kind, such as ``questions``, of each shard."""
         counts = (shard.num_items for shard in self.shards)
@@ -410,26 +415,30 @@ def is_index(folder: Path) -> bool:
 
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
-    shards = f"({index.dataset}, {index.split}); name other shards"
-    if not sum(index.samples_per_shard):
-        return [f"{name}: '{index.source}': holds no sample {shards}"]
     try:
-        lacks, num_read = index.without(kind)
-        # A sample without items is not read; one without a text is a bad one.
-        limit = num_read - 1 if kind in ITEM_KINDS else num_read // 2
-        if len(lacks) > limit:
-            samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
-            return [f"{name}: '{index.source}': {samples} have no {kind} {shards} (sample {lacks[0]})"]
-        if kind in ITEM_KINDS:
-            if not sum(index.items_per_shard(kind)):
-                return [
-                    f"{name}: '{index.source}': its index counts no {kind} ({index.dataset}, {index.split}); {_AGAIN}"
-                ]
-            index.check_uncounted(kind)
+        error = _kind_error(index, kind)
     except UnreachableError:
         raise  # no setting is wrong
-    except DataError as error:
-        return [f"{name}: {error}"]
+    except DataError as damage:
+        return [f"{name}: {damage}"]
     finally:
         index.close()
-    return []
+    return [f"{name}: '{index.source}': {error}"] if error else []
+
+
+def _kind_error(index: ShardIndex, kind: str) -> str:
+    shards = f"({index.dataset}, {index.split}); name other shards"
+    if not sum(index.samples_per_shard):
+        return f"holds no sample {shards}"
+    if kind in ITEM_KINDS and index.counts_kinds:
+        return "" if sum(index.items_per_shard(kind)) else f"its samples have no {kind} {shards}"
+    lacks, num_read = index.without(kind)
+    # A sample without items is not read; one without a text is a bad one.
+    if len(lacks) > (num_read - 1 if kind in ITEM_KINDS else num_read // 2):
+        samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
+        return f"{samples} have no {kind} {shards} (sample {lacks[0]})"
+    if kind in ITEM_KINDS:
+        if not sum(index.items_per_shard(kind)):
+            return f"its index counts no {kind}; {_AGAIN}"
+        index.check_uncounted(kind)
+    return ""
