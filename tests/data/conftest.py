@@ -71,10 +71,10 @@ def convert(*arguments: str) -> int:
     return int(end.value.code or 0)
 
 
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """Samples' members by key and extension."""
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]] | list[tuple[str, dict[str, bytes]]]) -> Path:
+    """Samples' members by key and extension; in a list, keys may repeat."""
     with tarfile.open(path, "w") as tar:
-        for key, members in samples.items():
+        for key, members in samples.items() if isinstance(samples, dict) else samples:
             for extension, content in members.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(content)

@@ -1,12 +1,10 @@
 """Which samples are of one image: by image_id, else by where they are stored."""
 
-import io
 import json
-import tarfile
 
 import pytest
 
-from tests.data.conftest import convert, draw_jpeg, index_again
+from tests.data.conftest import convert, draw_jpeg, index_again, write_tar
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, evaluation_batches
@@ -20,16 +18,6 @@ from unimo3.errors import DataError
 @pytest.fixture(scope="module")
 def tokenizer(coco):
     return load_tokenizer(str(coco / "tokenizer"))
-
-
-def write_tar(path, samples):
-    """Samples as (key, members by extension); keys may repeat."""
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples:
-            for extension, content in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
 
 
 def described(number, content):

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.conftest import convert, index_again
-from tests.data.test_identity import described, write_tar
+from tests.data.conftest import convert, index_again, write_tar
+from tests.data.test_identity import described
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex

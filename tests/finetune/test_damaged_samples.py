@@ -1,5 +1,6 @@
-"""Samples with damaged json, in pretraining and each task: used rightly, counted as bad, or one error; never lost."""
+"""Damaged samples in pretraining and each task: used rightly, counted as bad, or one error; never lost."""
 
+import io
 import json
 import tempfile
 from copy import deepcopy
@@ -9,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from finetune.nlvr2 import Nlvr2
 from finetune.retrieval import Retrieval
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
-from tests.data.conftest import draw_jpeg, index_again
-from tests.data.test_identity import write_tar
+from tests.data.conftest import draw_jpeg, index_again, write_tar
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
@@ -30,9 +32,23 @@ from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs
 
 READER = ReaderArgs(0, 1)
-IMAGES = {"jpg": draw_jpeg(0, 8, 8), "0.jpg": draw_jpeg(1, 8, 8), "1.jpg": draw_jpeg(2, 8, 8)}
 NUM_GOOD = 4
+GOOD = draw_jpeg(0, 8, 8)
 JUNK = [None, True, 0, 2**70, 1.5, float("nan"), "", " ", "\ud83d", "\ufeffa", "\0", "a " * 99, [], [[]], [None], {}]
+
+
+def saved(mode, kind):
+    file = io.BytesIO()
+    Image.new(mode, (8, 8)).save(file, kind)
+    return file.getvalue()
+
+
+# None: the member is missing.
+PICTURES = st.sampled_from(
+    [GOOD] * 8
+    + [GOOD[:200], b"", b"<html>not found</html>", None, saved("CMYK", "JPEG"), saved("P", "GIF")]
+    + [saved(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGBA", "I;16")]
+)
 
 
 def pretraining_content(number):
@@ -113,12 +129,13 @@ class Guess:
         return {"logits": torch.zeros(len(batch["pixel_values"]), self._num_classes)}
 
 
-def write(folder, content_of, data, position, images):
-    """Two tars: four good samples and one with `data`."""
-    members = [json.dumps(content_of(number)).encode() for number in range(NUM_GOOD)]
-    members.insert(position, data)
-    samples = [(str(number), {**images, "json": member}) for number, member in enumerate(members)]
-    for number, part in enumerate((samples[:2], samples[2:])):
+def write(folder, content_of, images, position, member, picture):
+    """Two tars: four good samples, and one of a json member and a picture for each of its images."""
+    samples = [dict.fromkeys(images, GOOD) | {"json": json.dumps(content_of(n)).encode()} for n in range(NUM_GOOD)]
+    damaged_images = {} if picture is None else dict.fromkeys(images, picture)
+    samples.insert(position, damaged_images | {"json": member})
+    named = [(str(number), members) for number, members in enumerate(samples)]
+    for number, part in enumerate((named[:2], named[2:])):
         write_tar(folder / f"{number}.tar", part)
     index_again(folder)
     return ShardIndex(folder)
@@ -169,27 +186,27 @@ def error_of(evaluate):
 
 
 TASKS = {
-    "vqa": (Vqa(AnswerVocabulary(["yes", "no"])), vqa_content, "questions", "question", {"jpg"}, 2),
-    "snli_ve": (SnliVe(), snli_ve_content, "hypotheses", "text", {"jpg"}, 3),
-    "nlvr2": (Nlvr2(), nlvr2_content, None, "statement", {"0.jpg", "1.jpg"}, 2),
+    "vqa": (Vqa(AnswerVocabulary(["yes", "no"])), vqa_content, "questions", "question", ["jpg"], 2),
+    "snli_ve": (SnliVe(), snli_ve_content, "hypotheses", "text", ["jpg"], 3),
+    "nlvr2": (Nlvr2(), nlvr2_content, None, "statement", ["0.jpg", "1.jpg"], 2),
 }
 many = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("name", TASKS)
 @many
-@given(data=st.data(), position=st.integers(0, NUM_GOOD))
-def test_damaged_json_of_a_task_is_never_lost(tokenizer, encode, name, data, position):
+@given(data=st.data(), picture=PICTURES, position=st.integers(0, NUM_GOOD))
+def test_a_damaged_sample_of_a_task_is_never_lost(tokenizer, encode, name, data, picture, position):
     task, content_of, kind, field, images, num_classes = TASKS[name]
     member = data.draw(damaged(content_of(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
-        used = {extension: IMAGES[extension] for extension in images}
-        index = write(Path(folder), content_of, member, position, used)
+        index = write(Path(folder), content_of, images, position, member, picture)
         reading = Reading(tokenizer, 12, ImageTransform(8), 0)
         samples = task.samples(index, reading)
         num_damaged = num_units(kind, member)
         total = sum(samples.units_per_shard)
         assert total == NUM_GOOD * (2 if kind else 1) + num_damaged
+        assert DataArgs(train=folder).shard_errors(task.kind) == []
         num_bad = num_replaced(
             samples,
             position,
@@ -211,11 +228,12 @@ def test_damaged_json_of_a_task_is_never_lost(tokenizer, encode, name, data, pos
 
 @pytest.mark.parametrize("is_retrieval", [False, True], ids=["pretraining", "retrieval"])
 @many
-@given(data=st.data(), position=st.integers(0, NUM_GOOD))
-def test_damaged_json_of_captions_is_never_lost(tokenizer, encode, is_retrieval, data, position):
+@given(data=st.data(), picture=PICTURES, position=st.integers(0, NUM_GOOD))
+def test_a_damaged_sample_of_captions_is_never_lost(tokenizer, encode, is_retrieval, data, picture, position):
     member = data.draw(damaged(pretraining_content(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
-        index = write(Path(folder), pretraining_content, member, position, {"jpg": IMAGES["jpg"]})
+        index = write(Path(folder), pretraining_content, ["jpg"], position, member, picture)
+        assert DataArgs(train=folder).shard_errors("captions") == []
         reading = Reading(tokenizer, 12, ImageTransform(8), 0)
         trained = PretrainSamples(index, *reading[:3], 0.15, 0)
         if is_retrieval:

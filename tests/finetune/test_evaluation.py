@@ -10,8 +10,8 @@ from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
-from tests.data.conftest import index_again
-from tests.data.test_identity import described, write_tar
+from tests.data.conftest import index_again, write_tar
+from tests.data.test_identity import described
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
 from tests.finetune.evaluating import DS_CONFIG, evaluate
 from tests.finetune.formats import check_vqa, nlvr2_metrics, read_lines, snli_ve_metrics

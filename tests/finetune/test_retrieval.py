@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from finetune.retrieval import RetrievalConfig
-from tests.data.conftest import index_again
-from tests.data.test_identity import described, write_tar
+from tests.data.conftest import index_again, write_tar
+from tests.data.test_identity import described
 from unimo3.config import collect_errors
 from unimo3.data.args import DataArgs
 from unimo3.training.args import TrainingArgs

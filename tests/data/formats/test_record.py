@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.formats.conftest import BOM, write_json, write_lines
 from unimo3.data.formats.record import (
+    Sample,
     choice,
     distinct,
     field,
@@ -132,3 +133,16 @@ def test_a_choice_outside_its_options_is_named_with_all_of_them():
 
 def test_distinct_captions_keep_their_order():
     assert distinct(["b", " a ", "b ", "", "A", "a", "  "]) == ["b", "a", "A"]
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ({"questions": [{"question_id": 7}, {"question_id": 5}]}, (7, 5)),
+        ({"hypotheses": [{"pair_id": "1.jpg#0r1e"}]}, ("1.jpg#0r1e",)),
+        ({"identifier": "dev-1-0-0", "statement": "a dog"}, ("dev-1-0-0",)),
+        ({"captions": ["a dog"]}, ()),
+    ],
+)
+def test_ids_are_those_of_the_files_of_predictions(content, ids):
+    assert Sample("key", (), {"image_id": 1} | content).ids == ids

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.data.conftest import convert, index_again, write_source
-from tests.data.test_identity import write_tar
+from tests.data.conftest import convert, index_again, write_source, write_tar
 from tests.spawn import run_ranks
 from tests.training.retrieval.ranks import (
     BATCH,
