@@ -19,6 +19,7 @@ Source: none.
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ from unimo3.inference.search import Search
 
 log = logging.getLogger(__name__)
 
-_BYTE_ORDER_MARK = "\ufeff"
+# With byte-order marks, which a file made of several has inside too.
+_BLANK = re.compile(r"^[\s\ufeff]+|[\s\ufeff]+$")
 _NUM_ERRORS_SHOWN = 10
 _RERANK = 32
 
@@ -121,8 +123,7 @@ def _read_texts(path: Path) -> list[str]:
         ) from error
     if "\0" in content:
         raise ConfigError(f"--texts {path}: has zero bytes, as UTF-16 does; save it as UTF-8")
-    # A file made of several may have byte-order marks inside.
-    lines = (line.strip().removeprefix(_BYTE_ORDER_MARK).strip() for line in content.split("\n"))
+    lines = (_BLANK.sub("", line) for line in content.split("\n"))
     texts = [line for line in lines if line]
     if not texts:
         raise ConfigError(f"--texts {path}: holds no text; write one a line")

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     model_config = settings.model.to_config()
     resolve_tokens(model_config, tokenizer)
+    # Programs that load the exported folder truncate texts where this run does.
+    tokenizer.model_max_length = settings.data.max_text_tokens
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)

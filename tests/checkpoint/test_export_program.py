@@ -3,18 +3,23 @@
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.checkpoint.exporting import MODEL, OPTIM, newest, run_program, strip_to_plain
+from unimo3.checkpoint.best_record import BestRecord, write_best
 
 
 def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy, tmp_path, capsys):
@@ -183,6 +188,57 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, na
     assert f"{name}: holds more than tensors and plain data, refused" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+_junk = (
+    st.none() | st.booleans() | st.integers(-3, 10**4) | st.floats() | st.text(max_size=5) | st.just([]) | st.just({})
+)
+
+
+@st.composite
+def changed_file(draw: Any) -> Callable[[bytes], bytes]:
+    """A change of a JSON file: another value in it or in its place, its end cut off, another encoding, deep nesting."""
+    kind, junk, part = (
+        draw(st.sampled_from(["value", "all", "cut", "encoding", "deep"])),
+        draw(_junk),
+        draw(st.floats(0, 1)),
+    )
+    encoding = draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32"]))
+
+    def change(content: bytes) -> bytes:
+        listed = json.loads(content)
+        if kind == "value" and listed:
+            return json.dumps(listed | {sorted(listed)[int(part * (len(listed) - 1))]: junk}).encode()
+        if kind == "cut":
+            return content[: int(part * len(content))]
+        if kind == "deep":
+            return b"[" * 100_000
+        return content.decode().encode(encoding) if kind == "encoding" else json.dumps(junk).encode()
+
+    return change
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["model/config.json", "best.json", "MANIFEST.json", "latest"]), change=changed_file())
+def test_changed_files_of_a_run_are_exported_rightly_or_refused(saved, tmp_path_factory, name, change):
+    folder = tmp_path_factory.getbasetemp() / "changed"
+    shutil.rmtree(folder, ignore_errors=True)
+    run = Path(shutil.copytree(saved.root / "fp32", folder / "run"))
+    write_best(run, BestRecord("step_00000004", 4, "loss", 1.0, "data"))
+    source, tag = run, ("--tag", "best")
+    if name == "latest":
+        source, tag = strip_to_plain(newest(run), folder / "plain").parent, ()
+        (source / "latest").write_bytes(change(b'{"a": 1}'))
+    else:
+        path = newest(run) / name if name == "MANIFEST.json" else run / name
+        path.write_bytes(change(path.read_bytes()))
+    status = run_program(source, *tag, "--out", folder / "out", "--dtype", "fp32")
+    assert status in (0, 78)
+    assert (folder / "out").exists() == (status == 0)
+    assert not (folder / "out.partial").exists()
+    if status == 0:
+        assert json.loads((folder / "out" / "export_report.json").read_text())["checkpoint"] == "step_00000004"
+        assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.integration

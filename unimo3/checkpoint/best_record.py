@@ -33,8 +33,9 @@ def read_best(run: Path) -> BestRecord | None:
         content = json.loads((run / BEST).read_text())
         if "figure" in content:  # the field's name until version 0.1
             content["metric"] = content.pop("figure")
-        return BestRecord(**content)
-    except (OSError, ValueError, TypeError):
+        record = BestRecord(**content)
+        return record if isinstance(record.tag, str) else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

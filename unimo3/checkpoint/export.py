@@ -173,7 +173,14 @@ def _public(source: ZeroCheckpoint, name: str) -> str:
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__} where an object is expected")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"RUN/model/{path.name}: is no configuration ({error}); copy it from another export of the run"
+        ) from error
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

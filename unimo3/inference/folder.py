@@ -35,6 +35,8 @@ _PREPARATION = (
     "image_mean",
     "image_std",
 )
+# Of a text: <s>, a word and </s>.
+_LEAST_TOKENS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,8 +93,8 @@ def load(
         raise ConfigError(errors)
     assert target is not None
     assert computed is not None
-    model = _model(folder, model_class, config, computed).to(target)
-    return Loaded(Path(folder), model.eval(), config, processor, target)
+    model = _model(folder, model_class, config, computed, target)
+    return Loaded(Path(folder), model, config, processor, target)
 
 
 def device_of(name: str) -> torch.device:
@@ -127,6 +129,8 @@ def _dtype_of(name: DtypeName, config: Unimo3Config, device: torch.device) -> to
 
 def _class_errors(folder: str, config: Unimo3Config, model_class: type[Unimo3PreTrainedModel]) -> list[str]:
     known = config.architectures or [model_class.__name__]
+    if not isinstance(known, list):
+        return [f"--weights '{folder}': its config.json has the architectures {known!r}; export the run again"]
     if model_class.__name__ in known:
         return []
     if model_class is Unimo3ForImageAndTextRetrieval and Unimo3ForPreTraining.__name__ in known:
@@ -140,11 +144,19 @@ def _class_errors(folder: str, config: Unimo3Config, model_class: type[Unimo3Pre
 def _processor(folder: str, config: Unimo3Config) -> Any:
     try:
         processor = Unimo3Processor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _check_processor(folder, config, processor)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
             f"--weights '{folder}': holds no tokenizer and image processor that transformers can read "
             f"({type(error).__name__}: {first_line(error)}); name what python -m pretrain.export wrote"
         ) from error
+    return processor
+
+
+def _check_processor(folder: str, config: Unimo3Config, processor: Any) -> None:
+    """Refuse a processor that prepares inputs in another way than training did; limit its texts to the positions."""
     size = config.vision_config.image_size
     prepared = getattr(processor.image_processor, "size", None) or {}
     sides = (prepared.get("height"), prepared.get("width"))
@@ -166,37 +178,62 @@ def _processor(folder: str, config: Unimo3Config) -> Any:
             f"--weights '{folder}': its tokenizer has {len(tokenizer)} entries, the largest id is "
             f"{largest_id(tokenizer)}, its model {text.vocab_size} entries; export the run again"
         )
-    if tokenizer.pad_token_id != text.pad_token_id:
+    padding_id = text.pad_token_id
+    if padding_id is None or tokenizer.pad_token_id != padding_id:
         raise ConfigError(
             f"--weights '{folder}': its tokenizer pads with the id {tokenizer.pad_token_id}, its model with "
-            f"{text.pad_token_id}; export the run again"
+            f"{padding_id}; export the run again"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_text_tokens(text, text.pad_token_id))
-    return processor
+    longest = min(tokenizer.model_max_length, max_text_tokens(text, padding_id))
+    if not isinstance(longest, int) or longest < _LEAST_TOKENS:
+        raise ConfigError(
+            f"--weights '{folder}': its tokenizer has model_max_length {tokenizer.model_max_length}, its model "
+            f"positions for {max_text_tokens(text, padding_id)} tokens; at least {_LEAST_TOKENS} are needed; export "
+            "the run again"
+        )
+    tokenizer.model_max_length = longest
 
 
 def _pixels(size: tuple[Any, Any]) -> str:
     return "no stated number of" if None in size else " x ".join(map(str, size))
 
 
-def _model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, dtype: torch.dtype) -> Any:
+def _model(
+    folder: str,
+    model_class: type[Unimo3PreTrainedModel],
+    config: Unimo3Config,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """The model in evaluation mode, after it has fused a blank image with a short text."""
+    size = config.vision_config.image_size
     try:
-        loaded: Any = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (Unimo3Error, MemoryError):
+        model = _read_model(folder, model_class, config, dtype).to(device).eval()
+        text = torch.zeros((1, _LEAST_TOKENS), dtype=torch.long, device=device)
+        with torch.inference_mode():
+            states = model.unimo3(text, torch.zeros((1, 3, size, size), dtype=dtype, device=device)).pooler_output
+        if not states.isfinite().all():
+            raise ValueError("it computes no finite numbers")
+    except (Unimo3Error, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a changed config.json, of any kind
         raise CheckpointError(
             f"--weights '{folder}': its config.json and its weights make no {model_class.__name__} "
             f"({type(error).__name__}: {first_line(error)}); export the run again"
         ) from error
+    return model
+
+
+def _read_model(folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, dtype: torch.dtype) -> Any:
+    loaded: Any = model_class.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     model, report = loaded
     errors = [
         f"{kind}: {', '.join(sorted(str(name) for name in names))}"

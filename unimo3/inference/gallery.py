@@ -81,7 +81,8 @@ def images_in(folder: Path) -> tuple[list[str], list[str]]:
     """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder}: no such folder; name a folder of images")
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     for root, folders, files in os.walk(folder, onerror=_raise_unlisted):
         others += [path for name in folders if (path := Path(root, name)).is_symlink()]
         for path in (Path(root, name) for name in files):

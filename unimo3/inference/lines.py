@@ -10,6 +10,7 @@ Source: the JSON Lines format, https://jsonlines.org.
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from unimo3.inference.inputs import checked_text
 from unimo3.inference.predictors import Answers
 
 _NUM_ERRORS_SHOWN = 10
+_BLANK = re.compile(rb"^(?:\s|\xef\xbb\xbf)+|\s+$")
 _TOO_DEEP = "is nested too deeply; give it without the nested field"
 
 Prepared = TypeVar("Prepared")
@@ -150,8 +152,8 @@ def images_of(fields: dict[str, Any], num_images: int, folder: Path) -> tuple[Pa
 
 
 def _content(line: bytes) -> bytes:
-    """A line without its ends and its byte-order mark, which files made of several have inside too."""
-    return line.strip().removeprefix(codecs.BOM_UTF8).strip()
+    """A line without blanks and byte-order marks before it, which files made of several have inside too."""
+    return _BLANK.sub(b"", line)
 
 
 def _batches(file: Any, batch: int) -> Iterator[list[tuple[int, bytes]]]:

@@ -8,6 +8,7 @@ Source: arXiv 2305.13697; transformers' PreTrainedModel for saving, loading and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,9 @@ class Unimo3PreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module, self.config.initializer_range)
-        if hasattr(module, "init_non_persistent_buffers"):  # timm's relative and rotary positions, which no file has
-            module.init_non_persistent_buffers()
+        compute_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
+        if compute_buffers is not None:  # timm's relative and rotary positions, which no file has
+            compute_buffers()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1

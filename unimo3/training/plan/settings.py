@@ -32,7 +32,7 @@ class PlannedData(DataArgs):
         if self.validate():
             return []  # the check of these settings reports it
         if not self.has_tokenizer:
-            return length_errors(model.text_config, self.max_text_tokens, model.text_config.pad_token_id)
+            return length_errors(model.text_config, self.max_text_tokens, model.text_config.pad_token_id or 0)
         tokenizer = load_tokenizer(self.tokenizer)
         return tokenizer_errors(model.text_config, tokenizer, self.max_text_tokens, is_trained=False)
 
