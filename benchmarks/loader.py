@@ -35,7 +35,8 @@ from tqdm import tqdm
 import unimo3  # noqa: F401  (it makes torchvision importable)
 from benchmarks.report import ROOT, usable_cores, write_report
 from unimo3.data.formats.record import Sample
-from unimo3.data.index import INDEX, MEMBERS, ShardIndex, ShardTable, table_of, write_index
+from unimo3.data.index import INDEX, MEMBERS, ShardIndex
+from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.masking import Masking
 from unimo3.data.order import SampleOrder

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pretrain import prepare_shards
-from unimo3.data.index import table_of, write_index
+from unimo3.data.index_writer import table_of, write_index
 
 
 def draw_jpeg(number: int, width: int = 40, height: int = 30) -> bytes:

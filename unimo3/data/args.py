@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import TEST_SPLITS, ShardIndex, index_errors
+from unimo3.data.index import TEST_SPLITS, ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
 from unimo3.data.samples import Samples
+from unimo3.data.shard_checks import index_errors
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment
 from unimo3.errors import ConfigError, DataError, UnreachableError

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error, scan, sha256_of
+from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
 from unimo3.data.texts import lack_of
-from unimo3.errors import DataError, UnreachableError
+from unimo3.errors import DataError
 
 VERSION = 3
 _READABLE = (2, VERSION)
@@ -44,7 +44,7 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
-_AGAIN = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
+REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
 @dataclass(frozen=True)
@@ -63,89 +63,6 @@ class Shard:
     table_offset: int
     table_bytes: int
     table_sha256: str
-
-
-@dataclass(frozen=True)
-class ShardTable:
-    """The entry of one tar in an index.
-
-    Attributes:
-        num_items: by kind.
-        table: its `Members` as bytes.
-    """
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_samples: int
-    num_items: dict[str, int]
-    table: bytes
-
-
-def table_of(path: Path) -> ShardTable:
-    """Read a tar once for its members and once for its checksum.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    members = scan(path)
-    num_items = dict(zip(COUNTED_KINDS, members.num_items.sum(axis=0).tolist(), strict=True))
-    content = members.to_bytes()
-    return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.keys), num_items, content)
-
-
-def write_index(
-    folder: Path, dataset: str, split: str, tables: Iterable[ShardTable], missing_ids: Sequence[int | str] = ()
-) -> int:
-    """Write ``index.members`` and then ``index.json``: a folder with an index.json is complete.
-
-    Args:
-        tables: one a shard, taken one by one.
-        missing_ids: of the entries that the split has and the shards do not.
-
-    Returns:
-        Number of samples.
-
-    Raises:
-        DataError: there is no sample in any of the shards.
-    """
-    shards: list[dict[str, Any]] = []
-    staging = folder / f"{MEMBERS}.tmp"
-    digest = hashlib.sha256()
-    with staging.open("wb") as file:
-        for table in tables:
-            shards.append(
-                {
-                    "name": table.name,
-                    "bytes": table.num_bytes,
-                    "sha256": table.sha256,
-                    "num_samples": table.num_samples,
-                    "num_items": table.num_items,
-                    "table": [file.tell(), len(table.table), hashlib.sha256(table.table).hexdigest()],
-                }
-            )
-            file.write(table.table)
-            digest.update(table.table)
-    num_samples = sum(shard["num_samples"] for shard in shards)
-    if not num_samples:
-        staging.unlink()
-        raise DataError(f"{folder}: its {len(shards)} tars hold no samples; an index needs at least one")
-    content = {
-        "version": VERSION,
-        "dataset": dataset,
-        "split": split,
-        "num_samples": num_samples,
-        "num_items": {kind: sum(shard["num_items"][kind] for shard in shards) for kind in COUNTED_KINDS},
-        "missing_ids": list(missing_ids),
-        "members_sha256": digest.hexdigest(),
-        "shards": shards,
-    }
-    # In this order: an old index.json with new members is detected by its checksums.
-    staging.replace(folder / MEMBERS)
-    staging = folder / f"{INDEX}.tmp"
-    staging.write_text(json.dumps(content, indent=1) + "\n")
-    staging.replace(folder / INDEX)
-    return num_samples
 
 
 class ShardIndex:
@@ -184,7 +101,7 @@ class ShardIndex:
                 for entry in content["shards"]
             ]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {_AGAIN}") from error
+            raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {REINDEX}") from error
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
         if check_files and not is_remote(self.source):
             self._check_files()
@@ -252,7 +169,7 @@ class ShardIndex:
         if indexed != count:
             raise DataError(
                 f"{self._file(INDEX)}: counts {indexed} {kind} of sample {self.key(shard, sample)} of "
-                f"{self.shards[shard].name}, which has {count}; {_AGAIN}"
+                f"{self.shards[shard].name}, which has {count}; {REINDEX}"
             )
 
     def without(self, kind: str) -> tuple[list[str], int]:
@@ -323,11 +240,11 @@ class ShardIndex:
         except DataError:
             raise
         except ValueError as error:
-            raise DataError(f"{path}: is not JSON ({error}); {_AGAIN}") from error
+            raise DataError(f"{path}: is not JSON ({error}); {REINDEX}") from error
         version = content.get("version") if isinstance(content, dict) else None
         if version not in _READABLE:
             versions = " and ".join(map(str, _READABLE))
-            raise DataError(f"{path}: version {version!r}, this program reads {versions}; {_AGAIN}")
+            raise DataError(f"{path}: version {version!r}, this program reads {versions}; {REINDEX}")
         return content
 
     def _check_files(self) -> None:
@@ -338,7 +255,7 @@ class ShardIndex:
             size = path.stat().st_size if path.is_file() else None
             if size != num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes, its index says {num_bytes}"
-                raise DataError(f"{path}: {state}; copy the folder again, or {_AGAIN}")
+                raise DataError(f"{path}: {state}; copy the folder again, or {REINDEX}")
 
     def _forget_parents(self) -> None:
         """A forked worker opens its own files, and does not close its parent's."""
@@ -359,7 +276,7 @@ class ShardIndex:
         if hashlib.sha256(content).hexdigest() != shard.table_sha256:
             raise DataError(
                 f"{self._file(MEMBERS)}: is not the one {INDEX} was written with (table of {shard.name}); copy the "
-                f"folder again, or {_AGAIN}"
+                f"folder again, or {REINDEX}"
             )
         if len(self._tables) == _MAX_TABLES:
             self._tables.popitem(last=False)
@@ -387,7 +304,7 @@ class ShardIndex:
                 descriptor = os.open(self._file(shard.name), os.O_RDONLY)
             if problem := self._error_of(descriptor, number):
                 os.close(descriptor)
-                raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {problem}; {_AGAIN}")
+                raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {problem}; {REINDEX}")
             self._open[number] = descriptor
         self._open.move_to_end(number)
         return self._open[number]
@@ -411,34 +328,3 @@ def is_index(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"version", "shards", "members_sha256"} <= content.keys()
-
-
-def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
-    """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
-    try:
-        error = _kind_error(index, kind)
-    except UnreachableError:
-        raise  # no setting is wrong
-    except DataError as damage:
-        return [f"{name}: {damage}"]
-    finally:
-        index.close()
-    return [f"{name}: '{index.source}': {error}"] if error else []
-
-
-def _kind_error(index: ShardIndex, kind: str) -> str:
-    shards = f"({index.dataset}, {index.split}); name other shards"
-    if not sum(index.samples_per_shard):
-        return f"holds no sample {shards}"
-    if kind in ITEM_KINDS and index.counts_kinds:
-        return "" if sum(index.items_per_shard(kind)) else f"its samples have no {kind} {shards}"
-    lacks, num_read = index.without(kind)
-    # A sample without items is not read; one without a text is a bad one.
-    if len(lacks) > (num_read - 1 if kind in ITEM_KINDS else num_read // 2):
-        samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
-        return f"{samples} have no {kind} {shards} (sample {lacks[0]})"
-    if kind in ITEM_KINDS:
-        if not sum(index.items_per_shard(kind)):
-            return f"its index counts no {kind}; {_AGAIN}"
-        index.check_uncounted(kind)
-    return ""

@@ -1,0 +1,38 @@
+"""Whether a setting's shards have the samples that a task reads, before anything starts.
+
+Source: none.
+"""
+
+from unimo3.data.index import ITEM_KINDS, REINDEX, ShardIndex
+from unimo3.errors import DataError, UnreachableError
+
+
+def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
+    """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
+    try:
+        error = _kind_error(index, kind)
+    except UnreachableError:
+        raise  # no setting is wrong
+    except DataError as damage:
+        return [f"{name}: {damage}"]
+    finally:
+        index.close()
+    return [f"{name}: '{index.source}': {error}"] if error else []
+
+
+def _kind_error(index: ShardIndex, kind: str) -> str:
+    shards = f"({index.dataset}, {index.split}); name other shards"
+    if not sum(index.samples_per_shard):
+        return f"holds no sample {shards}"
+    if kind in ITEM_KINDS and index.counts_kinds:
+        return "" if sum(index.items_per_shard(kind)) else f"its samples have no {kind} {shards}"
+    lacks, num_read = index.without(kind)
+    # A sample without items is not read; one without a text is a bad one.
+    if len(lacks) > (num_read - 1 if kind in ITEM_KINDS else num_read // 2):
+        samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
+        return f"{samples} have no {kind} {shards} (sample {lacks[0]})"
+    if kind in ITEM_KINDS:
+        if not sum(index.items_per_shard(kind)):
+            return f"its index counts no {kind}; {REINDEX}"
+        index.check_uncounted(kind)
+    return ""
