@@ -150,7 +150,9 @@ def image_file(draw: Any) -> bytes:
         image = Image.fromarray(np.asarray(photo())[..., 0].astype(np.uint16) * 257) if mode == "I;16" else photo()
         image = image if mode in ("I;16", "RGB") else image.convert(mode)
         file = io.BytesIO()
-        image.save(file, kind, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the EXIF, which saving reads
+            image.save(file, kind, **options)
         content = file.getvalue()
     except Exception:  # Pillow writes no such file
         content = draw(st.binary(max_size=40))
