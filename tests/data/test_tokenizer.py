@@ -64,7 +64,7 @@ def test_texts_are_as_long_as_positions_behind_the_padding_id_allow(tmp_path, pa
     assert "or pretrain with model.text.max_position_embeddings 21" in problem
 
 
-def test_special_tokens_at_the_end_of_the_vocabulary_are_a_error(tmp_path):
+def test_special_tokens_at_the_end_of_the_vocabulary_are_an_error(tmp_path):
     folder = write_tokenizer(tmp_path, {token: 40 + number for number, token in enumerate(SPECIAL)})
     (problem,) = errors_of(folder, 8)
     assert "data.max_text_tokens: 8: model.text.max_position_embeddings 20 allows 0, since" in problem

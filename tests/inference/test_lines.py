@@ -44,7 +44,7 @@ BAD = {
 }
 
 
-def test_a_line_that_cannot_be_used_is_an_error_and_the_others_are_answered(tmp_path):
+def test_a_line_that_cannot_be_used_has_its_error_others_are_answered(tmp_path):
     records = answer(tmp_path, b"\n".join([GOOD, *BAD, GOOD]) + b"\n")
     assert [record["line"] for record in records] == list(range(1, len(BAD) + 3))
     assert records[0]["answers"] == records[-1]["answers"] == [{"answer": [[40, 30], "what is it?"]}]

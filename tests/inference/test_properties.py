@@ -19,12 +19,14 @@ from PIL import Image
 from finetune.predict import _read_texts, answer_lines
 from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.images import decode
 from unimo3.data.samples import BadSampleError, image_of
 from unimo3.data.shards import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalise
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.inference.folder import load
+from unimo3.inference.gallery import images_in
 from unimo3.inference.inputs import Row, prepare, read_pixels
 from unimo3.inference.predictors import VqaPredictor
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
@@ -63,19 +65,20 @@ def photo(width: int = 12, height: int = 9) -> Image.Image:
 
 texts = st.text(max_size=12) | st.sampled_from(["is it?", "\ud83d", "\0", "\ufeff", "<mask>", "é" * 40, " "])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 10**4) | st.floats() | texts,
+    st.none() | st.booleans() | st.integers(-3, 99) | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=5,
 )
 images = st.sampled_from(["photo.png", "gone.png", "answers.json", ".", "", "a\0", "\ud83d", "\udc80/x"]) | values
 good_line = st.fixed_dictionaries({"image": st.just("photo.png"), "text": st.just("is it?")}, optional={"id": values})
+odd_line = st.fixed_dictionaries({"image": images, "text": st.just("is it?") | texts})
 any_line = st.dictionaries(st.sampled_from(["image", "text", "id"]), images | texts | values)
 encodings = st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-16-le"])
 
 
 @st.composite
 def line(draw: Any) -> bytes:
-    entry = draw(good_line | any_line | values)
+    entry = draw(good_line | odd_line | any_line | values)
     encoded = json.dumps(entry, ensure_ascii=draw(st.booleans())).encode(draw(encodings), "replace")
     damage = draw(st.sampled_from(["none"] * 5 + ["cut", "byte", "blank", "deep"]))
     if damage == "cut":
@@ -147,7 +150,9 @@ def image_file(draw: Any) -> bytes:
         image = Image.fromarray(np.asarray(photo())[..., 0].astype(np.uint16) * 257) if mode == "I;16" else photo()
         image = image if mode in ("I;16", "RGB") else image.convert(mode)
         file = io.BytesIO()
-        image.save(file, kind, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the EXIF, which saving reads
+            image.save(file, kind, **options)
         content = file.getvalue()
     except Exception:  # Pillow writes no such file
         content = draw(st.binary(max_size=40))
@@ -194,6 +199,26 @@ def test_an_image_has_the_same_pixels_everywhere_or_is_refused_everywhere(export
     if by_file is not None and trained_on is not None and by_hand is not None:
         assert torch.equal(by_file, by_hand)
         torch.testing.assert_close(by_file, trained_on, atol=1e-6, rtol=0)
+
+
+@quickly
+@given(files=st.dictionaries(st.sampled_from(["a.jpg", "b", "c.heic", "d.txt", "e.jfif", "f.PNG"]), image_file()))
+def test_every_file_is_indexed_or_named(tmp_path_factory, files):
+    folder = tmp_path_factory.getbasetemp() / "files"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    decodable = []
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        with contextlib.suppress(Exception):
+            decode(content)
+            decodable.append(name)
+    try:
+        found, skipped = images_in(folder)
+    except ConfigError:
+        found, skipped = [], sorted(files)
+    assert sorted([*found, *skipped]) == sorted(files)
+    assert set(decodable) <= set(found)
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

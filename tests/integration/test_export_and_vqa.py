@@ -82,7 +82,8 @@ def test_fp16_export_loads_and_gives_the_engines_outputs(program, straight, reci
     report = json.loads((out / "export_report.json").read_text())
     assert {entry["dtype"] for entry in report["tensors"]} == {"float16"}
     assert isinstance(AutoModel.from_pretrained(out), Unimo3Model)
-    assert AutoTokenizer.from_pretrained(out).mask_token == "<mask>"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (tokenizer.mask_token, tokenizer.model_max_length) == ("<mask>", 16)
     assert AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
 
 
