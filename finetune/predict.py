@@ -79,9 +79,11 @@ def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path,
         return None
     gallery = open_gallery(args.index, Path(args.weights))
     if gallery.kind == "images" and args.image:
-        raise ConfigError(f"--image {args.image[0]}: {args.index} holds images, which a text searches; give --text")
+        raise ConfigError(f"--image {args.image[0]}: {args.index} contains images, which a text searches; give --text")
     if gallery.kind == "texts" and args.text:
-        raise ConfigError(f"--text '{args.text[0]}': {args.index} holds texts, which an image searches; give --image")
+        raise ConfigError(
+            f"--text '{args.text[0]}': {args.index} contains texts, which an image searches; give --image"
+        )
     args.searched = gallery.kind
     return Search(loaded, gallery, _RERANK if args.rerank is None else args.rerank, args.batch).find
 
@@ -126,7 +128,7 @@ def _read_texts(path: Path) -> list[str]:
     lines = (_BLANK.sub("", line) for line in content.split("\n"))
     texts = [line for line in lines if line]
     if not texts:
-        raise ConfigError(f"--texts {path}: holds no text; write one a line")
+        raise ConfigError(f"--texts {path}: contains no text; write one a line")
     return texts
 
 

@@ -105,7 +105,7 @@ class FinetuneConfig:
         except ConfigError:
             return [
                 *errors,
-                f"init: '{self.init}': holds no tokenizer; name a folder that python -m pretrain.export wrote",
+                f"init: '{self.init}': contains no tokenizer; name a folder that python -m pretrain.export wrote",
             ]
         if trained.get_vocab() != tokenizer.get_vocab():
             errors.append(

@@ -151,7 +151,9 @@ class RowTask(Task):
         """
         samples = self.samples(held_out.shards, held_out.reading)
         if not sum(samples.units_per_shard):
-            raise DataError(f"data.val: '{held_out.shards.source}': holds no {self.kind} to score; name other shards")
+            raise DataError(
+                f"data.val: '{held_out.shards.source}': contains no {self.kind} to score; name other shards"
+            )
         batches = evaluation_batches(samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader)
         local_rows: list[Row] = []
         for loaded, counts in guard.batches(batches):

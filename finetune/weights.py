@@ -27,7 +27,8 @@ def task_errors(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
     if not other:
         return []
     return [
-        f"init: '{init}': holds weights of {other[0]}, this task tunes {expected}; name pretraining's weights, or some "
+        f"init: '{init}': contains weights of {other[0]}, this task tunes {expected}; name "
+        "pretraining's weights, or some "
         "that were tuned for this task"
     ]
 
@@ -47,7 +48,7 @@ def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) 
     if has_head or re.search(task.fresh, ""):
         return []
     return [
-        f"eval_only: true: the run has no checkpoint, and init '{init}' holds no weights tuned for this task; name "
+        f"eval_only: true: the run has no checkpoint, and init '{init}' contains no weights tuned for this task; name "
         "some, or train first"
     ]
 

@@ -4,6 +4,7 @@ Every stage is a command a user would type, printed before it runs.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,8 @@ class Demo:
 
     def run(self, *command: str, expected: int = 0, stop_at_step: int = 0, run_folder: Path | None = None) -> None:
         """Run ``python -m command``; with `stop_at_step`, send SIGTERM once `run_folder` has done that many steps."""
-        print(f"\n[{time.monotonic() - self.started:4.0f} s] python -m {' '.join(command)}", flush=True)
+        python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else sys.executable
+        print(f"\n[{time.monotonic() - self.started:4.0f} s] {python} -m {' '.join(command)}", flush=True)
         process = subprocess.Popen([sys.executable, "-m", *command])
         if stop_at_step:
             assert run_folder is not None

@@ -149,7 +149,7 @@ def _zero_folder(folder: Path, tag: str | None) -> Path:
             raise CheckpointError(f"{origin}: {tag!r} is no name of a folder in {folder}")
         folder = folder / tag
         if not any(folder.glob(_ZERO_FILES)):
-            raise CheckpointError(f"{origin}: {folder} holds no {_ZERO_FILES} files of DeepSpeed's ZeRO")
+            raise CheckpointError(f"{origin}: {folder} contains no {_ZERO_FILES} files of DeepSpeed's ZeRO")
     elif tag is not None:
         raise CheckpointError(f"--tag {tag}: {folder} is one checkpoint itself; leave out --tag")
     if (folder / store.STATE).is_file() or (folder / store.MANIFEST).is_file():

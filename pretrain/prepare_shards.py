@@ -39,8 +39,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=95, help="of that JPEG, 1 to 95 (default: %(default)s)")
     parser.add_argument(
         "--max-reject-ratio",
+        "--max-reject-share",  # its name until version 0.1, which queued jobs may have
         type=float,
-        metavar="SHARE",
+        metavar="RATIO",
         help="of a split's records without a usable image, past which it ends with status 78 (default: "
         f"{MAX_REJECT_RATIO:g}, and 0 of test splits)",
     )
@@ -88,7 +89,9 @@ def check(args: argparse.Namespace) -> None:
         if not args.overwrite:
             errors.append(f"--out {args.out}: exists; choose a new folder or give --overwrite")
         elif not is_output(args.out):
-            errors.append(f"--out {args.out}: holds other things than shards; --overwrite removes only what this wrote")
+            errors.append(
+                f"--out {args.out}: contains other things than shards; --overwrite removes only what this wrote"
+            )
     if args.out is not None and not args.verify:
         errors += [
             f"--out {args.out}: {path} is in the way: it is not a folder this program began; move it or choose another"

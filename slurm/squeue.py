@@ -157,7 +157,7 @@ def read_queue() -> Queue:
     try:
         return Queue(queued())
     except (OSError, subprocess.SubprocessError) as error:
-        return Queue(None, f"Slurm does not answer ({_message_of(error)})")
+        return Queue(None, f"Slurm does not answer ({message_of(error)})")
 
 
 def jobs_of(run: Path, attempts: list[history.Attempt], queue: Queue) -> list[Job]:
@@ -184,6 +184,7 @@ def _job(number: str, otherwise: str) -> Job:
     return Job(number, state or otherwise, reason, nodes, comment)
 
 
-def _message_of(error: Exception) -> str:
+def message_of(error: Exception) -> str:
+    """The last line of what a command of Slurm printed of its failure."""
     stderr = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
     return (stderr or str(error)).strip().splitlines()[-1]

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     runs = args.runs or _own_runs(queue)
     errors = [problem for run in runs for problem in _folder_errors(run, queue)]
     if not runs:
-        errors.append("no RUN is given, runs/ contains none and no job waits for one; name the folder of a run")
+        jobs = queue.error or "no job waits for one"
+        errors.append(f"no RUN is given, runs/ contains none and {jobs}; name the folder of a run")
     if args.every <= 0:
         errors.append(f"--every {args.every}: a number of seconds above 0 is needed")
     if errors:
@@ -95,6 +96,7 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
     state: dict[str, Any] = {
         "run": str(run),
         "jobs": [asdict(job) for job in jobs],
+        "queue_error": queue.error,
         "step": last.get("step"),
         "steps": num_steps,
         "loss": last.get("loss"),
@@ -132,7 +134,7 @@ def screen(state: dict[str, Any]) -> str:
     if state["stop"]:
         line("stop", f"{state['run']}/stop is there: every start saves and ends at once; remove it to continue")
     if not state["jobs"]:
-        line("job", "none of Slurm's is queued or has begun here")
+        line("job", state["queue_error"] or "none of Slurm's is queued or has begun here")
     if state["step"] is None:
         line("step", "none yet")
     else:

@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if not _options(args, site):
         name = "SBATCH_OPTIONS" if args.job in TRAINING else "SBATCH_OPTIONS_CPU"
         what = "no partition and no GPUs are" if args.job in TRAINING else "no partition is"
-        notices.append(f"{site_file()} gives sbatch no options ({name}): {what} asked for")
+        options = "gives sbatch no options" if site_file().is_file() else "does not exist; copy slurm/site.env.example"
+        notices.append(f"{site_file()} {options} ({name}): {what} asked for")
     if dropped := job_environment()[1]:
         notices.append(
             f"{', '.join(dropped)}: not passed on; write sbatch options into SBATCH_OPTIONS of {site_file()}"
@@ -170,7 +171,13 @@ def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[P
     if unnamed and not any(word in line for word in words for line in program_errors):
         errors.append(unnamed)
     if folder is not None:
-        errors += _conflict_errors(folder, args.dependency or "")
+        try:
+            errors += _conflict_errors(folder, args.dependency or "")
+        except (OSError, subprocess.SubprocessError) as error:
+            (notices if args.dry_run else errors).append(
+                f"squeue: gives no answer ({squeue.message_of(error)}); it is not known which jobs work on {folder}; "
+                "try again later"
+            )
     return folder, errors, notices
 
 
@@ -183,10 +190,7 @@ def program_of(job: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 def _conflict_errors(folder: Path, dependency: str) -> list[str]:
     """Other jobs on the folder, but those that this one waits for."""
-    try:
-        conflicting = jobs_on(folder)
-    except (OSError, subprocess.SubprocessError) as error:
-        return [f"squeue: gives no answer ({error}), so it is not known which jobs work on {folder}; try again later"]
+    conflicting = jobs_on(folder)
     awaited = awaited_jobs(dependency)
     return [
         f"{folder}: job {job} {'works on it' if state in squeue.AT_WORK else f'waits to work on it ({state})'}; cancel "

@@ -161,7 +161,7 @@ def check_shards(arguments: list[str]) -> ErrorsAndNotices:
     sources = {args.src.resolve(), (args.images or args.src).resolve()}
     size = sum(size_of(folder) for folder in sources if not sources & set(folder.parents))
     free = free_bytes(args.out) + size_of(args.out.with_name(args.out.name + ".partial"))
-    room = f"the source holds {size / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
+    room = f"the source has {size / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
     if size > free and not args.max_side:
         return [f"--out {args.out}: {room}; make room, choose another folder, or give --max-side to store less"], []
     return [], [f"--out {args.out}: {room}"]

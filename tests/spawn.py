@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -169,7 +170,8 @@ def _output(folder: Path) -> str:
 # Of the processes that run tests.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # Below those that the kernel hands out, and for each of these processes its own.
-_ports = itertools.cycle(range(30000 + 300 * WORKER, 30300 + 300 * WORKER))
+_first = random.SystemRandom().randrange(300)  # of tests that run next to these ones
+_ports = itertools.cycle(30000 + 300 * WORKER + (_first + number) % 300 for number in range(300))
 
 
 def _free_port() -> int:

@@ -106,7 +106,7 @@ def test_missing_data_is_named_with_the_command_that_makes_it():
         ('{"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3}}', "has 'optimizer'"),
         ('{"zero_optimization": {"stage": "auto"}}', "'stage' is \"auto\""),
         ("{", "is not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "contains no JSON object"),
         ('{"fp16": true}', "an object is needed"),
         ('{"zero_optimization": 3}', "an object is needed"),
         ('{"zero_optimization": {"stage": 7}}', "DeepSpeed refuses it"),

@@ -179,7 +179,7 @@ def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
     except yaml.YAMLError as error:
         raise ConfigError(f"{option} {path}: is not YAML ({error})") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{option} {path}: must hold groups of settings, as the recipes do")
+        raise ConfigError(f"{option} {path}: must contain groups of settings, as the recipes do")
     return renamed(_flatten_dict(content, known))
 
 

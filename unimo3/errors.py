@@ -165,6 +165,12 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
                 "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again"
             )
             end_process(1)
+        except BrokenPipeError:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:  # who reads the output has ended, as ``head`` does
+                end_process(_EXIT_PIPE)
+            raise
         except (Unimo3Error, Interrupted) as error:
             # An error that all ranks of a host have is reported once a host.
             if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -147,7 +147,7 @@ def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys
 def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, case):
     checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
     folder, message = {
-        "missing tag": (tmp_path / "plain", "holds no *_optim_states.pt files"),
+        "missing tag": (tmp_path / "plain", "contains no *_optim_states.pt files"),
         "tag of a checkpoint itself": (checkpoint, "is one checkpoint itself"),
     }[case]
     assert run_program(folder, "--tag", "global_step9", "--out", tmp_path / "out") == 78
@@ -185,7 +185,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, na
     assert (tmp_path / "ran").exists()
     (tmp_path / "ran").unlink()
     assert run_program(tmp_path / "plain", "--out", tmp_path / "out") == 78
-    assert f"{name}: holds more than tensors and plain data, refused" in capsys.readouterr().err
+    assert f"{name}: contains more than tensors and plain data, refused" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
 

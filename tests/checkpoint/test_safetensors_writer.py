@@ -87,7 +87,7 @@ def entry(first: int, last: int) -> dict:
 )
 def test_a_file_that_does_not_add_up_is_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is no complete safetensors file"):
         read_header(tmp_path / "file")
 
 

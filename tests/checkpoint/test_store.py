@@ -105,7 +105,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     add_an_unlisted_file: "is not listed",
     lead_out_of_the_folder: "leads out of the folder",
     name_what_cannot_be_a_file: f"{MANIFEST} cannot be read (ValueError: 'half\\ud800\\x00' is no name",
-    plant_a_pickle: "holds more than tensors and plain data, refused",
+    plant_a_pickle: "contains more than tensors and plain data, refused",
 }
 
 

@@ -47,7 +47,7 @@ def test_overwrite_does_not_take_the_index_of_another_program_for_a_split(source
     (out / "thesis").mkdir(parents=True)
     (out / "thesis" / "index.json").write_text(json.dumps(WIDS))
     assert convert("coco", "--src", str(source), "--out", str(out), "--overwrite") == 78
-    assert f"--out {out}: holds other things than shards" in capfd.readouterr().err
+    assert f"--out {out}: contains other things than shards" in capfd.readouterr().err
     assert (out / "thesis" / "index.json").is_file()
 
 

@@ -218,7 +218,7 @@ def test_folders_without_a_sample_are_refused(tmp_path, capfd):
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
     assert convert("index", "--src", str(tmp_path)) == 78
-    assert "its 1 tars hold no samples" in capfd.readouterr().err
+    assert "its 1 tars contain no samples" in capfd.readouterr().err
 
 
 def test_a_random_crop_is_of_the_size_asked_for_and_the_samples_own(coco, tokenizer):

@@ -75,7 +75,7 @@ def test_sequential_order_follows_the_shards():
 
 
 def test_an_order_without_units_is_refused():
-    with pytest.raises(ValueError, match="holds no units"):
+    with pytest.raises(ValueError, match="contains no units"):
         SampleOrder([0, 0], 0, 1)
 
 

@@ -236,7 +236,7 @@ def test_verify_reads_every_byte_again(alone, tmp_path, capfd):
 
 def lose_an_index(folder):
     (folder / "val" / "index.json").unlink()
-    return "val: holds tars and no index.json"
+    return "val: contains tars and no index.json"
 
 
 def break_an_index(folder):

@@ -191,7 +191,7 @@ def test_overwrite_refuses_a_folder_that_holds_anything_else(source, tmp_path, c
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
     (out / "thesis").mkdir()
     assert convert("coco", "--src", str(source), "--out", str(out), "--overwrite") == 78
-    assert f"--out {out}: holds other things than shards" in capfd.readouterr().err
+    assert f"--out {out}: contains other things than shards" in capfd.readouterr().err
     assert (out / "thesis").is_dir()
 
 

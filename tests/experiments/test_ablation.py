@@ -148,7 +148,7 @@ def test_all_bad_settings_are_named_at_once(tmp_path, capsys):
         assert part in message
 
 
-def test_a_error_of_all_variants_is_said_once():
+def test_an_error_of_all_variants_is_reported_once():
     (problem,) = replace(TINY, image_size=33).validate()
     assert problem.startswith("model.vision.image_size: 33: not a multiple of the patch size 16")
 

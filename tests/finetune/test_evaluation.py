@@ -211,5 +211,5 @@ def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp
     path.write_text(json.dumps(content))
     reading = Reading(tokenizer, 12, ImageTransform(16), 0)
     held_out = HeldOut(ShardIndex(tmp_path / "val"), reading, World(0, 0, 1), 2, ReaderArgs(0, 1))
-    with pytest.raises(DataError, match=r"data\.val: '.*val': holds no hypotheses to score; name other shards"):
+    with pytest.raises(DataError, match=r"data\.val: '.*val': contains no hypotheses to score; name other shards"):
         SnliVe().evaluate(None, held_out, Unguarded())

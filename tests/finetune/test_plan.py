@@ -97,7 +97,7 @@ def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path)
         ("run: {name: x}", "has no model; name a pretraining recipe, such as pretrain/recipes/base.yaml"),
         ("model: {num_attention_heads: 7}", "model.num_attention_heads: 7: must divide model.hidden_size 768"),
         ("model: {layers: 7}", "model.layers: '7': no such setting; "),
-        ("- model", "must hold groups of settings"),
+        ("- model", "must contain groups of settings"),
     ):
         recipe.write_text(content)
         (error,) = refused(capsys, "nlvr2", "--gpus", 8, "--model", recipe)
@@ -153,7 +153,7 @@ def test_weights_of_another_task_are_named(capsys, pretrained, tmp_path):
         json.dumps(json.loads(path.read_text()) | {"architectures": ["Unimo3ForImagesAndTextClassification"]})
     )
     (problem,) = refused(capsys, "vqa", "--gpus", 8, "--init", tmp_path / "tuned", "--data.max_text_tokens", 12)
-    assert problem.startswith(f"init: '{tmp_path / 'tuned'}': holds weights of Unimo3ForImagesAndTextClassification")
+    assert problem.startswith(f"init: '{tmp_path / 'tuned'}': contains weights of Unimo3ForImagesAndTextClassification")
 
 
 def test_a_vocabulary_other_than_that_of_tuned_weights_is_named(capsys, pretrained, tmp_path):

@@ -194,7 +194,7 @@ def test_an_index_of_other_weights_or_the_wrong_query_is_refused(tuned, searched
     assert f"--index {folder / 'of_images'}: was made by other weights" in capsys.readouterr().err
     weights = ("--weights", tuned / "retrieval_weights")
     assert run("retrieval", *weights, "--index", folder / "of_images", "--image", photo) == 78
-    assert "holds images, which a text searches" in capsys.readouterr().err
+    assert "contains images, which a text searches" in capsys.readouterr().err
 
 
 def test_an_undecodable_image_is_named_and_the_others_are_indexed(tuned, photo, tmp_path, capsys):
@@ -314,7 +314,7 @@ def refused(weights, photo, capsys, *options, task="vqa", text="is it?"):
 def test_weights_of_another_task_are_named(tuned, pretrained, photo, capsys):
     for weights, kind in (("vqa_weights", "Unimo3ForVisualQuestionAnswering"), (pretrained, "Unimo3ForPreTraining")):
         printed = refused(tuned / weights, photo, capsys, task="snli_ve")
-        assert f"holds weights of {kind}, Unimo3ForImageTextClassification is needed" in printed
+        assert f"contains weights of {kind}, Unimo3ForImageTextClassification is needed" in printed
         assert printed.count("  - ") == 1
 
 
@@ -359,7 +359,7 @@ def test_a_processor_of_another_make_or_none_is_named(tuned, photo, tmp_path, ca
         path.write_text(json.dumps(content | {"image_processor": content["image_processor"] | {name: value}}))
         assert f"its image processor {message}" in refused(folder, photo, capsys)
     path.unlink()
-    assert "holds no tokenizer and image processor" in refused(folder, photo, capsys)
+    assert "contains no tokenizer and image processor" in refused(folder, photo, capsys)
 
 
 def test_answers_of_another_number_than_the_head_are_named(tuned, photo, tmp_path, capsys):
@@ -412,7 +412,7 @@ def test_a_file_without_a_line_leaves_earlier_answers(tuned, tmp_path, capsys):
     source, target = write_lines(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl"
     target.write_text("kept")
     assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
-    assert f"--input {source}: holds no line; write one object a line" in capsys.readouterr().err
+    assert f"--input {source}: contains no line; write one object a line" in capsys.readouterr().err
     assert target.read_text() == "kept"
 
 

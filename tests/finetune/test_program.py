@@ -90,7 +90,7 @@ def test_an_image_size_the_patch_does_not_divide_is_named_with_two_fixes(nlvr2, 
 
 def test_weights_of_another_task_are_named(nlvr2, tuned_vqa, tmp_path):
     (problem,) = settings(Nlvr2Config, nlvr2, tuned_vqa, tmp_path).validate()
-    assert problem.startswith(f"init: '{tuned_vqa}': holds weights of Unimo3ForVisualQuestionAnswering, this task")
+    assert problem.startswith(f"init: '{tuned_vqa}': contains weights of Unimo3ForVisualQuestionAnswering, this task")
 
 
 def test_tuned_weights_answer_from_their_own_vocabulary(vqav2, tuned_vqa, tmp_path):
@@ -108,7 +108,9 @@ def test_a_vocabulary_other_than_the_weights_is_named(vqav2, tuned_vqa, tmp_path
 
 def test_evaluation_alone_needs_no_training_data(nlvr2, pretrained, tmp_path):
     (problem,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).validate()
-    assert problem.startswith(f"eval_only: true: the run has no checkpoint, and init '{pretrained}' holds no weights")
+    assert problem.startswith(
+        f"eval_only: true: the run has no checkpoint, and init '{pretrained}' contains no weights"
+    )
     errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": None}, eval_only=True).validate()
     assert errors[0] == "eval_only: true: data.val names nothing to evaluate on; name held-out shards"
     folder = tmp_path / "tuned"
@@ -155,7 +157,7 @@ def test_shards_without_a_sample_are_named(nlvr2, pretrained, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | nothing))
     (tmp_path / "val" / "index.members").write_bytes(b"")
     (problem,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(tmp_path / "val")}).validate()
-    assert problem == f"data.val: '{tmp_path / 'val'}': holds no sample (nlvr2, val); name other shards"
+    assert problem == f"data.val: '{tmp_path / 'val'}': contains no sample (nlvr2, val); name other shards"
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_every_line_is_answered_or_has_its_error(exported, predictor, lines):
         problem = str(error)
     content = source.read_bytes()
     if not target.exists():
-        assert "holds no line" in problem or "is UTF-16" in problem
+        assert "contains no line" in problem or "is UTF-16" in problem
         return
     records = [json.loads(text) for text in target.read_text().splitlines()]
     numbers = [

@@ -54,7 +54,7 @@ class Program:
             inject: of the module `tests.inject`.
         """
 
-        launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "10"] if num_ranks else []
+        launch = ["unimo3.launch", "-n", str(num_ranks), "--grace", "30"] if num_ranks else []
         command, *words = [*launch, module, *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         environment |= {"INJECT": json.dumps(inject)} if inject is not None else {}

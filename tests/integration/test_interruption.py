@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def errory(program, recipe, runs, monkeypatch):
+def start_with_failures(program, recipe, runs, monkeypatch):
     """Starts a run of 8 steps on two ranks with failures; its status."""
 
     def start(name, inject, *arguments, **options):
@@ -44,36 +44,36 @@ def phases(run):
     return {beat.rank: (beat.step, beat.phase) for beat in read_heartbeats(run)}
 
 
-def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(errory, program, runs):
+def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(start_with_failures, program, runs):
     run = runs / "stopped"
     when(lambda: phases(run) == {0: (3, "wait"), 1: (3, "data")}, (run / "stop").touch)
-    assert errory("stopped", {"no_data": [3, 1]}) == 0
+    assert start_with_failures("stopped", {"no_data": [3, 1]}) == 0
     assert f"stopped by the file {run / 'stop'}; step 3 of 8 is saved" in program.output
     assert store.list_checkpoints(run)[-1].name == "step_00000003"
     assert phases(run) == {0: (3, "ended"), 1: (3, "ended")}
-    assert errory("stopped", {}) == 0
+    assert start_with_failures("stopped", {}) == 0
     assert len(read_metrics(run)) == 3
     (run / "stop").unlink()
     # Asked to be requeued: the file is taken away, so that the next start continues.
     when(lambda: len(read_metrics(run)) >= 5, (run / "requeue").touch)
-    assert errory("stopped", {"until_stop": [5]}) == 75
+    assert start_with_failures("stopped", {"until_stop": [5]}) == 75
     assert "asked to stop (the file" in program.output
     assert not (run / "requeue").exists()
-    assert errory("stopped", {}) == 0
+    assert start_with_failures("stopped", {}) == 0
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 9))
 
 
-def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(errory, recipe, runs):
+def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(start_with_failures, recipe, runs):
     run = runs / "cut"
 
     def is_evaluating():
         return phases(run).get(0) == (4, "evaluate")
 
     val = ("--data.val", yaml.safe_load(recipe.read_text())["data"]["train"])  # two batches and no shared images
-    assert errory("cut", {"eval_until_stop": True}, *val, stop_when=is_evaluating) == 75
+    assert start_with_failures("cut", {"eval_until_stop": True}, *val, stop_when=is_evaluating) == 75
     assert store.list_checkpoints(run)[-1].name == "step_00000004"
     assert read_metrics(run, group="eval") == []
-    assert errory("cut", {}, *val) == 0
+    assert start_with_failures("cut", {}, *val) == 0
     assert [record["step"] for record in read_metrics(run, group="eval")] == [4, 8]
 
 
@@ -94,25 +94,25 @@ def test_a_run_has_one_user_and_does_not_outlive_its_launcher(recipe, runs, prog
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))
 
 
-def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(errory, program, runs):
+def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(start_with_failures, program, runs):
     run = runs / "frozen"
-    assert errory("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
+    assert start_with_failures("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
     assert "no progress for 30 s (training.stall_after_s); the others wait for rank 1 on " in program.output
     assert "its process is T (stopped)" in program.output
     assert "trainer.py" in (run / "stacks" / "rank_00000.txt").read_text()
     assert "inject.py" in (run / "stacks" / "asked_00001.txt").read_text()  # the stopped rank was woken for it alone
 
 
-def test_a_rank_without_data_is_named_by_its_phase(errory, program, runs):
-    assert errory("starved", {"no_data": [2, 0]}, "--training.stall_after_s", "30") == 71
+def test_a_rank_without_data_is_named_by_its_phase(start_with_failures, program, runs):
+    assert start_with_failures("starved", {"no_data": [2, 0]}, "--training.stall_after_s", "30") == 71
     assert "the others wait for rank 0 on " in program.output
     assert "in phase 'data' of step 2" in program.output
     assert all((runs / "starved" / "stacks" / f"rank_0000{rank}.txt").read_text() for rank in (0, 1))
 
 
-def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(errory, program, runs, tmp_path):
+def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(start_with_failures, program, runs, tmp_path):
     run = runs / "skipped"
-    assert errory("skipped", {"nan": [[3, 1], [4, 1]]}, "--training.max_skipped", "2") == 0
+    assert start_with_failures("skipped", {"nan": [[3, 1], [4, 1]]}, "--training.max_skipped", "2") == 0
     assert "step 4: the loss or its gradient is not finite" in program.output
     records = read_metrics(run)
     assert [record["skipped_steps"] for record in records] == [0, 0, 0, 1, 2, 2, 2, 2]
@@ -121,9 +121,9 @@ def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(errory, program,
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
-def test_too_many_in_a_row_end_the_run_with_status_70(errory, program, runs):
+def test_too_many_in_a_row_end_the_run_with_status_70(start_with_failures, program, runs):
     nan = [[step, 0] for step in range(2, 8)]
-    assert errory("diverged", {"nan": nan}, "--training.max_skipped", "2") == 70
+    assert start_with_failures("diverged", {"nan": nan}, "--training.max_skipped", "2") == 70
     assert "DivergedError: step 5: the loss or its gradient is not finite" in program.output
     assert "3 steps in a row" in program.output
     assert [loss["loss"] for loss in losses(runs / "diverged")][2:] == [None] * 3

@@ -25,8 +25,10 @@ def interrupted(program, recipe, runs):
     command = (2, "pretrain.train", "--config", recipe, "--run.name", "interrupted")
     program.check(*command, "--training.stop_after", "10")
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000006", "step_00000010"]
-    errory = (2, "tests.inject", *command[2:])
-    status = program.run(*errory, stop_when=lambda: len(read_metrics(run)) >= 12, inject={"until_stop": [12]})
+    start_with_failures = (2, "tests.inject", *command[2:])
+    status = program.run(
+        *start_with_failures, stop_when=lambda: len(read_metrics(run)) >= 12, inject={"until_stop": [12]}
+    )
     assert status == 75, program.output[-3000:]
     assert "asked to stop (SIGTERM)" in program.output
     stopped_at = store.list_checkpoints(run)[-1].name

@@ -135,9 +135,9 @@ def test_files_that_do_not_fit_are_named_before_anything_starts(tmp_path):
     assert "has width 64, model.vision has 32; use weights" in width
     assert "has depth 2, model.vision has 3" in depth
     assert "unknown kind of file; one of .safetensors, .pth" in errors_of("text.txt")[0]
-    assert "is no whole safetensors file" in errors_of("broken.safetensors")[0]
+    assert "is no complete safetensors file" in errors_of("broken.safetensors")[0]
     assert "cannot be read as plain tensors" in errors_of("code.pth")[0]
-    assert "holds no 'patch_embed.proj.weight'" in errors_of("other.safetensors")[0]
+    assert "contains no 'patch_embed.proj.weight'" in errors_of("other.safetensors")[0]
     assert "neither a file nor a folder with config.json" in errors_of("nothing")[0]
 
 
@@ -181,7 +181,7 @@ FOLDER_FIELDS = {
         ("{", "its config.json is none of transformers'"),
         ('{"architecture": "vit_base_patch16_224"}', "its config.json is none of transformers'"),
         ('{"model_type": "no_such_model"}', "its config.json is none of transformers'"),
-        ('{"model_type": "bert"}', "holds a 'bert' model"),
+        ('{"model_type": "bert"}', "contains a 'bert' model"),
         (None, "no config.json there|nor a folder with config.json|neither a file nor a folder"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_truncated_weights_file_is_named(tmp_path, field):
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])
     (problem,) = FOLDER_FIELDS[field](str(tmp_path)).validate()
-    assert problem.startswith(f"{field}: '{tmp_path}': model.safetensors is no whole safetensors file")
+    assert problem.startswith(f"{field}: '{tmp_path}': model.safetensors is no complete safetensors file")
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_a_conversions_source_is_reported_as_the_room_it_needs(checked, tmp_path
     with (source / "images.bin").open("wb") as file:
         file.truncate(shutil.disk_usage(tmp_path).free + 10**12)
     words = ("prepare_shards", "coco", "--src", source, "--out", tmp_path / "o")
-    refused(checked(*words), "the source holds ", "GB are free; make room, choose another folder, or give --max-side")
+    refused(checked(*words), "the source has ", "GB are free; make room, choose another folder, or give --max-side")
     status, text = checked("--dry-run", *words, "--max-side", "384")  # who knows how much that leaves
     assert status == 0
     assert "note: --out" in text

@@ -156,7 +156,7 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
         if 8 + length + end != size:
             raise ValueError(f"tensors up to byte {8 + length + end} in a file of {size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file ({type(error).__name__}: {error})") from error
+        raise CheckpointError(f"{path}: is no complete safetensors file ({type(error).__name__}: {error})") from error
     return locations
 
 

@@ -97,7 +97,7 @@ def load_structure(path: Path) -> dict[str, Any]:
         return {key: _replace_tensors(value, path) for key, value in loaded.items()}
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: holds more than tensors and plain data, refused: {reason}") from error
+        raise CheckpointError(f"{path}: contains more than tensors and plain data, refused: {reason}") from error
     except Exception as error:  # damage and malice end in errors of any kind
         raise CheckpointError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); verify the checkpoint"

@@ -127,7 +127,7 @@ def verify(folder: Path, comm: Any) -> None:
             raise DataError(f"{folder}: has no {INDEX}; prepare the shards first")
         for split in splits:
             if not (split / INDEX).is_file():
-                take(f"{split}: holds tars and no {INDEX}")
+                take(f"{split}: contains tars and no {INDEX}")
                 continue
             try:
                 index = ShardIndex(split, check_files=False)

@@ -79,7 +79,7 @@ def write_index(
     num_samples = sum(shard["num_samples"] for shard in shards)
     if not num_samples:
         staging.unlink()
-        raise DataError(f"{folder}: its {len(shards)} tars hold no samples; an index needs at least one")
+        raise DataError(f"{folder}: its {len(shards)} tars contain no samples; an index needs at least one")
     content = {
         "version": VERSION,
         "dataset": dataset,

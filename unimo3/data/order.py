@@ -46,7 +46,7 @@ class SampleOrder:
         self._window_shards = window_shards
         self.num_units = int(self._sizes.sum())
         if self.num_units == 0:
-            raise ValueError("units_per_shard: holds no units; an order needs at least one")
+            raise ValueError("units_per_shard: contains no units; an order needs at least one")
         if window_shards < 1:
             raise ValueError(f"window_shards: {window_shards}; at least 1 is needed")
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)

@@ -23,7 +23,7 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
 def _kind_error(index: ShardIndex, kind: str) -> str:
     shards = f"({index.dataset}, {index.split}); name other shards"
     if not sum(index.samples_per_shard):
-        return f"holds no sample {shards}"
+        return f"contains no sample {shards}"
     if kind in ITEM_KINDS and index.counts_kinds:
         return "" if sum(index.items_per_shard(kind)) else f"its samples have no {kind} {shards}"
     lacks, num_read = index.without(kind)

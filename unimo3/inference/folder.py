@@ -76,7 +76,9 @@ def load(
         )
     config = read_config("--weights", folder, "UNIMO-3")
     if not isinstance(config, Unimo3Config):
-        raise ConfigError(f"--weights '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 is needed")
+        raise ConfigError(
+            f"--weights '{folder}': contains a '{config.model_type}' model; an exported UNIMO-3 is needed"
+        )
     errors = _class_errors(folder, config, model_class)
     processor = None
     try:
@@ -136,7 +138,8 @@ def _class_errors(folder: str, config: Unimo3Config, model_class: type[Unimo3Pre
     if model_class is Unimo3ForImageAndTextRetrieval and Unimo3ForPreTraining.__name__ in known:
         return []
     return [
-        f"--weights '{folder}': holds weights of {known[0]}, {model_class.__name__} is needed; name an export of a run "
+        f"--weights '{folder}': contains weights of {known[0]}, {model_class.__name__} is needed; "
+        "name an export of a run "
         "that was tuned for this task"
     ]
 
@@ -149,7 +152,7 @@ def _processor(folder: str, config: Unimo3Config) -> Any:
         raise
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
-            f"--weights '{folder}': holds no tokenizer and image processor that transformers can read "
+            f"--weights '{folder}': contains no tokenizer and image processor that transformers can read "
             f"({type(error).__name__}: {first_line(error)}); name what python -m pretrain.export wrote"
         ) from error
     return processor

@@ -100,7 +100,7 @@ def answer_file(
                 num_lines += len(lines)
                 done(len(lines))
         if not num_lines:
-            raise DataError(f"--input {source}: holds no line; write one object a line")
+            raise DataError(f"--input {source}: contains no line; write one object a line")
         staging.replace(target)
     except OSError as error:
         raise ConfigError(

@@ -186,8 +186,9 @@ class ModelArgs:
         errors = self._range_errors()
         try:
             config = self.to_config()
-        except ConfigError as error:
-            return errors + error.errors + self.vision.to_config().validate()
+        except ConfigError as error:  # of the text tower, whose files may be missing
+            vision = self.vision.to_config()
+            return errors + error.errors + (vision.validate() or self._tower_errors(vision))
         errors += config.validate() + self._init_errors()
         text_width, width = config.text_config.hidden_size, config.hidden_size
         if config.tie_word_embeddings and text_width != width and min(text_width, width) > 0:
@@ -195,18 +196,19 @@ class ModelArgs:
                 f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
                 f"{width}; make them equal or set it to false"
             )
-        if errors:
-            return errors
+        return errors or self._tower_errors(config.vision_config, config)
+
+    def _tower_errors(self, vision: Unimo3VisionConfig, config: Unimo3Config | None = None) -> list[str]:
+        """Return whether timm builds the image tower, and whether the depth of `config` and ``vision.init`` fit it."""
         try:
             with torch.device("meta"):
-                tower = VisionTower(config.vision_config)
-                side = config.vision_config.image_size
-                tower(torch.empty(1, 3, side, side))
+                tower = VisionTower(vision)
+                tower(torch.empty(1, 3, vision.image_size, vision.image_size))
         except ConfigError as error:
             return error.errors
         except Exception as error:  # timm raises many types for sizes that do not fit together
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
-        errors = config.depth_errors(tower.depth)
+        errors = config.depth_errors(tower.depth) if config is not None else []
         return errors + (vision_errors(self.vision.init, tower) if self.vision.init else [])
 
     def _init_errors(self) -> list[str]:

@@ -238,7 +238,7 @@ def _read(path: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"training.ds_config: '{path}': is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"training.ds_config: '{path}': holds no JSON object; see ds_configs/zero3_bf16.json")
+        raise ConfigError(f"training.ds_config: '{path}': contains no JSON object; see ds_configs/zero3_bf16.json")
     return config
 
 

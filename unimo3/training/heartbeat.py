@@ -24,6 +24,8 @@ HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
 # Age of a live process's heartbeat: even many ranks write theirs every few seconds.
 _RECENT_S = 30.0
+# Longer than the 90 s after which a server of NFS gives up a client.
+_LOCK_WAIT_S = 150.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ _locked: list[TextIO] = []  # until this process ends
 def lock_run(run: Path) -> None:
     """Lock a run for this rank until the process ends, so that no two processes train it; every rank calls it.
 
-    The kernel, or the server of a shared file system, releases the lock however the process ends. Under Slurm nothing
-    is done, since the job script has locked the folder: after the loss of a node a server may keep its process's lock.
+    The kernel, or the server of a shared file system, releases the lock however the process ends. After the loss of a
+    node, a server does so only when it misses the node; a job of Slurm, which may be requeued by then, waits for it.
 
     Raises:
         ConfigError: another process uses the run, or its folder cannot be written.
@@ -116,22 +118,30 @@ def lock_run(run: Path) -> None:
             f"run.dir: '{path.parent}': cannot be written ({error.strerror}); check space, quota and permissions, or "
             "choose another run.dir"
         ) from error
-    if "UNIMO3_STATUS_DIR" in os.environ:
-        return
+    is_slurm = "UNIMO3_STATUS_DIR" in os.environ
+    ends = time.monotonic() + (_LOCK_WAIT_S if is_slurm else 0.0)
     with suppress(OSError):  # a file system without locks: heartbeats are all there is
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(_in_use(run, file.read().strip() or "another process")) from None
-    beat = other_process(run)
-    if beat is not None and not beat.is_here:
+        while not _is_locked(file):
+            if time.monotonic() >= ends:
+                file.seek(0)
+                raise ConfigError(_in_use(run, file.read().strip() or "another process"))
+            time.sleep(1.0)
+    beat = None if is_slurm else other_process(run)
+    if beat is not None:
         user = f"pid {beat.pid} on {beat.host}"
         raise ConfigError(f"{_in_use(run, user)}; after a crash try again in {_RECENT_S:.0f} s")
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locked.append(file)
+
+
+def _is_locked(file: TextIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _in_use(run: Path, user: str) -> str:

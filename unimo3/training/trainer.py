@@ -267,7 +267,8 @@ class Trainer:
             return
         if self.request == StopRequest.STOP and (run.step < self.last_step or self._is_evaluation_cut):
             what = "the evaluation is not finished" if self._is_evaluation_cut else where
-            log.info("stopped by the file %s; %s; remove it to continue", run.folder / STOP_FILE, what)
+            file = run.folder / STOP_FILE
+            log.info("stopped by the file %s; %s; to continue, type: rm %s", file, what, file)
         elif self.only_evaluates:
             log.info("done: the evaluation %s", where)
         else:

@@ -77,7 +77,7 @@ def test_one_folder_of_images_is_enough(source):
 
 def test_images_without_their_folders_are_named(tmp_path):
     write_json(tmp_path / "region_descriptions.json", CONTENT)
-    expected = f"{tmp_path}: holds neither VG_100K/ nor VG_100K_2/; --images must name the folder of both"
+    expected = f"{tmp_path}: contains neither VG_100K/ nor VG_100K_2/; --images must name the folder of both"
     assert error_of("vg", tmp_path) == expected
 
 

@@ -58,5 +58,5 @@ def _listing(images: Path) -> dict[str, Path]:
     # Two listings: the release does not name the folder of an image.
     folders = [images / name for name in _FOLDERS if (images / name).is_dir()]
     if not folders:
-        raise DataError(f"{images}: holds neither VG_100K/ nor VG_100K_2/; --images must name the folder of both")
+        raise DataError(f"{images}: contains neither VG_100K/ nor VG_100K_2/; --images must name the folder of both")
     return {file.name: folder for folder in folders for file in folder.iterdir()}

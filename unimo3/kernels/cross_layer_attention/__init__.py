@@ -130,7 +130,7 @@ def _check(
     for name, tensors in (("q", [q]), ("k", k), ("v", v), ("gate", [gate]), ("key_padding_mask", masks or ())):
         for tensor in tensors:
             if not isinstance(tensor, Tensor) and not (name == "gate" and tensor is None):
-                raise ValueError(f"{name}: holds a {type(tensor).__name__}; tensors are needed")
+                raise ValueError(f"{name}: is a {type(tensor).__name__}; tensors are needed")
     if q.dim() != 4 or not q.is_floating_point():
         raise ValueError(f"q: {q.dtype} of shape {tuple(q.shape)}; floating point [B, H, T, d] is needed")
     if len(k) != len(v) or not k:

@@ -110,7 +110,7 @@ def bridgetower_config(theirs: PreTrainedConfig, image_size: int | None = None) 
         ConfigError: it has a form that this model does not; every such field is named.
     """
     if not isinstance(theirs, BridgeTowerConfig):
-        raise ConfigError(f"holds a '{theirs.model_type}' model; a BridgeTower one is needed")
+        raise ConfigError(f"contains a '{theirs.model_type}' model; a BridgeTower one is needed")
     # transformers' annotation is wider than what its constructor sets.
     text: Any = theirs.text_config
     vision: Any = theirs.vision_config

@@ -25,7 +25,9 @@ def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
         raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
     config = read_config("init", folder, "UNIMO-3", has_weights)
     if not isinstance(config, Unimo3Config):
-        raise ConfigError(f"init: '{folder}': holds a '{config.model_type}' model; an exported UNIMO-3 one is needed")
+        raise ConfigError(
+            f"init: '{folder}': contains a '{config.model_type}' model; an exported UNIMO-3 one is needed"
+        )
     return config
 
 

@@ -198,7 +198,7 @@ def open_file(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file.name} is no whole safetensors file ({error}); copy it again") from error
+        raise CheckpointError(f"{file.name} is no complete safetensors file ({error}); copy it again") from error
 
 
 def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:

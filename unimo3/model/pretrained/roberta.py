@@ -22,7 +22,9 @@ def read_roberta_config(folder: str) -> RobertaConfig:
     """
     config = read_config("model.text.init", folder, "RoBERTa")
     if not isinstance(config, RobertaConfig):
-        raise ConfigError(f"model.text.init: '{folder}': holds a '{config.model_type}' model; a RoBERTa one is needed")
+        raise ConfigError(
+            f"model.text.init: '{folder}': contains a '{config.model_type}' model; a RoBERTa one is needed"
+        )
     return config
 
 

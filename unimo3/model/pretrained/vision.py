@@ -116,7 +116,7 @@ def _clip_sizes(folder: Path) -> dict[str, Any]:
     config = read_config("model.vision.init", str(folder), "CLIP")
     vision: Any = getattr(config, "vision_config", config)
     if not isinstance(vision, CLIPVisionConfig):
-        raise CheckpointError(f"holds a '{config.model_type}' model; a CLIP one is needed")
+        raise CheckpointError(f"contains a '{config.model_type}' model; a CLIP one is needed")
     return {
         "width": vision.hidden_size,
         "depth": vision.num_hidden_layers,
@@ -135,7 +135,7 @@ def _timm_sizes(file: Path) -> dict[str, int]:
     else:
         shapes = {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
     if "patch_embed.proj.weight" not in shapes:
-        raise CheckpointError("holds no 'patch_embed.proj.weight'; name a checkpoint of one of timm's transformers")
+        raise CheckpointError("contains no 'patch_embed.proj.weight'; name a checkpoint of one of timm's transformers")
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {"width": width, "depth": len(blocks), "patch_size": patch}
@@ -160,5 +160,5 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict):
-        raise CheckpointError("holds no dictionary of tensors; save a timm model's state_dict()")
+        raise CheckpointError("contains no dictionary of tensors; save a timm model's state_dict()")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
