@@ -83,6 +83,23 @@ while rank == 1 and len(os.listdir("{tmp_path}/ranks")) < 3:
 
 
 @pytest.mark.integration
+def test_the_status_that_knows_the_reason_counts_though_it_comes_later(tmp_path):
+    body = f"""
+if rank == 1:
+    open("{tmp_path}/crashes", "w").close()
+    os.kill(os.getpid(), signal.SIGSEGV)
+while not os.path.exists("{tmp_path}/crashes"):
+    time.sleep(0.01)
+time.sleep(0.3)  # the launcher has most often seen the crash by then
+sys.exit(71)
+"""
+    process = launch(tmp_path, body, "--grace", str(PATIENCE_S))
+    _, printed = output_of(process, "the launcher")
+    assert process.returncode == 71
+    assert "rank 1 was ended by SIGSEGV" in printed
+
+
+@pytest.mark.integration
 def test_a_signal_reaches_every_rank_and_they_may_take_their_time(tmp_path):
     body = f"""
 def stop(number, frame):

@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, CommandParser, ConfigError, exit_with_status
+from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, EXIT_STALLED, CommandParser, ConfigError, exit_with_status
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _LAUNCHER = "UNIMO3_LAUNCHER_PID"
@@ -79,7 +79,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     """Wait for all; when one fails, or `timeout_s` is over, give the others `grace_s` to end, then kill them.
 
     Returns:
-        The first non-zero status, or 0.
+        The status of a rank that knows the reason, or else the first non-zero status, or 0.
     """
     first_failure = 0
     deadline: float | None = None
@@ -88,8 +88,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
     while any([rank.poll() is None for rank in ranks]):  # noqa: C419
         failed = [rank.returncode for rank in ranks if rank.returncode]
         if failed and deadline is None:
-            # Of several that ended since the last poll, the status of one that knows the reason.
-            first_failure = next((status for status in failed if status in (EXIT_CONFIG, EXIT_DIVERGED)), failed[0])
+            first_failure = failed[0]
             deadline = time.monotonic() + grace_s
             for number, rank in enumerate(ranks):
                 if rank.returncode is not None and rank.returncode < 0:
@@ -101,7 +100,10 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
                 if rank.poll() is None:
                     rank.kill()
         time.sleep(0.1)
-    return first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    statuses = [rank.returncode for rank in ranks]
+    # A stopped rank that is woken to write its stacks may crash before another one ends with status 71.
+    decisive = next((status for status in (EXIT_CONFIG, EXIT_DIVERGED, EXIT_STALLED) if status in statuses), 0)
+    return decisive or first_failure or next((status for status in statuses if status), 0)
 
 
 def _report_signal(rank: int, number: int) -> None:
