@@ -8,6 +8,7 @@ import argparse
 import atexit
 import gc
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from unimo3.checkpoint.export import DTYPES, export_run
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_MAX_NAME_BYTES = 255  # of Linux's file systems
 _ZERO_FILES = "*_optim_states.pt"
 
 
@@ -145,8 +147,8 @@ def _zero_folder(folder: Path, tag: str | None) -> Path:
     if not any(folder.glob(_ZERO_FILES)):
         origin = "--tag" if tag is not None else f"{folder / 'latest'}"
         tag = tag if tag is not None else (folder / "latest").read_text(errors="replace").strip()
-        if tag in ("", ".", "..") or "/" in tag or "\0" in tag:
-            raise CheckpointError(f"{origin}: {tag!r} is no name of a folder in {folder}")
+        if tag in ("", ".", "..") or "/" in tag or "\0" in tag or len(os.fsencode(tag)) > _MAX_NAME_BYTES:
+            raise CheckpointError(f"{origin}: {tag[:_MAX_NAME_BYTES]!r} is no name of a folder in {folder}")
         folder = folder / tag
         if not any(folder.glob(_ZERO_FILES)):
             raise CheckpointError(f"{origin}: {folder} contains no {_ZERO_FILES} files of DeepSpeed's ZeRO")

@@ -143,14 +143,15 @@ def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys
     assert f"{name!r} in MANIFEST.json leads out of the folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["missing tag", "tag of a checkpoint itself"])
+@pytest.mark.parametrize("case", ["missing tag", "no name", "tag of a checkpoint itself"])
 def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, case):
     checkpoint = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
-    folder, message = {
-        "missing tag": (tmp_path / "plain", "contains no *_optim_states.pt files"),
-        "tag of a checkpoint itself": (checkpoint, "is one checkpoint itself"),
+    folder, tag, message = {
+        "missing tag": (tmp_path / "plain", "global_step9", "contains no *_optim_states.pt files"),
+        "no name": (tmp_path / "plain", "9" * 256, "is no name of a folder"),
+        "tag of a checkpoint itself": (checkpoint, "global_step9", "is one checkpoint itself"),
     }[case]
-    assert run_program(folder, "--tag", "global_step9", "--out", tmp_path / "out") == 78
+    assert run_program(folder, "--tag", tag, "--out", tmp_path / "out") == 78
     assert message in capsys.readouterr().err
 
 
