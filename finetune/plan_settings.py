@@ -17,7 +17,7 @@ from unimo3.model.args import ModelArgs
 from unimo3.model.config import Unimo3Config
 from unimo3.training.plan.make import PlannedRun
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
-from unimo3.training.plan.trace import Batch, Step, blank_inputs
+from unimo3.training.plan.step_trace import Batch, Step, blank_inputs
 
 _NOT_COUNTED = ["waiting for ranks and data", "evaluation"]
 _MODEL = "model."

@@ -21,8 +21,8 @@ from unimo3.objectives.base import PretrainingTask
 from unimo3.training.plan.command import machine_parser, print_plan
 from unimo3.training.plan.make import PlannedRun
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
+from unimo3.training.plan.step_trace import Batch, Step, blank_inputs
 from unimo3.training.plan.table import sizes_table
-from unimo3.training.plan.trace import Batch, Step, blank_inputs
 
 
 @dataclass(frozen=True)

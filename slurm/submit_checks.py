@@ -217,7 +217,7 @@ def _num_parameters(run: Path, settings: Any) -> int:
     """Of the model that a recipe of pretraining describes, or whose weights fine-tuning starts from."""
     from unimo3.checkpoint.initial_weights import config_of
     from unimo3.training.plan.memory import model_sizes
-    from unimo3.training.plan.trace import build_on_meta
+    from unimo3.training.plan.step_trace import build_on_meta
 
     is_new = hasattr(settings, "model")
     return model_sizes(build_on_meta(settings.model.to_config() if is_new else config_of(settings.init, run))).total

@@ -72,7 +72,7 @@ def test_the_launcher_ends_with_the_first_failures_status_and_no_rank(tmp_path):
     body = f"""
 open("{tmp_path}/ranks/%d" % os.getpid(), "w").close()
 while rank == 1 and len(os.listdir("{tmp_path}/ranks")) < 3:
-    time.sleep(0.01)
+    time.sleep(0.01)  # between two looks
 """
     process = launch(tmp_path, body + FAILS_ON_RANK_1.format("sys.exit(78)"))
     output_of(process, "the launcher")
@@ -89,7 +89,7 @@ if rank == 1:
     open("{tmp_path}/crashes", "w").close()
     os.kill(os.getpid(), signal.SIGSEGV)
 while not os.path.exists("{tmp_path}/crashes"):
-    time.sleep(0.01)
+    time.sleep(0.01)  # between two looks
 time.sleep(0.3)  # the launcher has most often seen the crash by then
 sys.exit(71)
 """
@@ -160,7 +160,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 signal.signal(signal.SIGUSR2, lambda number, frame: is_over.append(number))
 os.write(1, b"ready\\n")
 while not is_over:
-    time.sleep(0.01)
+    time.sleep(0.01)  # between two looks
 os.write(1, f"{got}\\n".encode())
 """
     # Whoever runs the tests under nohup has the signal ignored, and passes that on.

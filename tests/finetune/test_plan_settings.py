@@ -24,7 +24,7 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.model.initialization import initialize_weights
 from unimo3.training.evaluation import to_device
 from unimo3.training.plan.memory import model_sizes
-from unimo3.training.plan.trace import trace_step
+from unimo3.training.plan.step_trace import trace_step
 
 TOKENS, SIDE = 12, 16
 FIXTURES = {"vqa": "vqa", "nlvr2": "nlvr2", "snli_ve": "snli_ve", "retrieval": "coco"}

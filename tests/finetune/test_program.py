@@ -163,7 +163,7 @@ def test_shards_without_a_sample_are_named(nlvr2, pretrained, tmp_path):
 @pytest.fixture
 def process():
     """Another one that lives."""
-    sleeping = subprocess.Popen(["sleep", "100"])
+    sleeping = subprocess.Popen(["sleep", "infinity"])
     yield sleeping
     sleeping.kill()
     sleeping.wait()

@@ -9,7 +9,7 @@ from tests.tiny import rows, tiny_batch, tiny_config
 from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
 from unimo3.training.optim import OptimArgs
 from unimo3.training.plan.memory import Sharding, model_sizes, rank_memory
-from unimo3.training.plan.trace import build_on_meta
+from unimo3.training.plan.step_trace import build_on_meta
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 # What is run: a file of ds_configs/, and changes to its ZeRO section.

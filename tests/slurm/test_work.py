@@ -103,7 +103,7 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
 
 def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
     ledger = tmp_path / "bad_nodes.jsonl"
-    script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep 300")
+    script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep infinity")
     job = batch(site, script, options=("--hold", "--exclude=n2,n3"), BAD_NODES=str(ledger))
     history.append(tmp_path / "run", "exclude", job=str(job), nodes=["n3"])
     ledger.write_text(json.dumps({"node": "n3", "reason": "", "job": "1", "until": time.time() - 1}) + "\n")

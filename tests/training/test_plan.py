@@ -19,7 +19,7 @@ from unimo3.objectives.mlm import MlmArgs
 from unimo3.training.engine import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
-from unimo3.training.plan.trace import StepCost, build_on_meta, trace_step
+from unimo3.training.plan.step_trace import StepCost, build_on_meta, trace_step
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pretrain" / "recipes"

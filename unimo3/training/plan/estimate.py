@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from unimo3.errors import ConfigError
 from unimo3.training.engine import BatchPlan
 from unimo3.training.plan.memory import ModelSizes, RankMemory, Sharding, rank_memory
-from unimo3.training.plan.trace import StepCost
+from unimo3.training.plan.step_trace import StepCost
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import Sharding, model_sizes
 from unimo3.training.plan.report import Metrics, plan_metrics
-from unimo3.training.plan.trace import Step, StepCost, trace_step
+from unimo3.training.plan.step_trace import Step, StepCost, trace_step
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from unimo3.training.plan.memory import model_sizes
 from unimo3.training.plan.report import Metrics
-from unimo3.training.plan.trace import Step, trace_step
+from unimo3.training.plan.step_trace import Step, trace_step
 
 
 def sizes_table(recipes: dict[str, Step]) -> str:
