@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import CheckpointError, DataError
+from unimo3.training.metrics import MetricsWriter
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 
@@ -53,6 +55,15 @@ def test_a_run_folder_that_is_none_is_refused_and_untouched(tmp_path, path, targ
     link.unlink()
     link.mkdir()
     assert RunArgs(name="run", dir=str(tmp_path / "runs")).validate() == []
+
+
+def test_a_disk_that_is_full_for_the_ledger_ends_no_run(settings, caplog):
+    run = start(settings)
+    run.metrics = MetricsWriter(run.folder, 0, enabled=False)
+    run._ledger = Path("/dev/full").open("w", buffering=1)
+    run.record_keys([{"keys": ["a"]}])
+    assert "the ledger of step 0 cannot be written yet (" in caplog.text
+    run.close()
 
 
 def moved(settings, tokenizer):

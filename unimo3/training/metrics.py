@@ -87,11 +87,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close both."""
-        if self._file is not None:
-            self._file.close()
-        with suppress(OSError):  # reported before
-            if self._board is not None:
-                self._board.close()
+        for file in (self._file, self._board):
+            with suppress(OSError):  # reported before
+                if file is not None:
+                    file.close()
 
 
 def heat_map(weights: list) -> np.ndarray:

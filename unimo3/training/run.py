@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -282,7 +283,10 @@ class Run:
         """With ``data.ledger``, note which samples this rank read at this step."""
         if self._ledger is not None:
             keys = [key for batch in micro_batches for key in batch["keys"]]
-            self._ledger.write(json.dumps({"step": self.step, "keys": keys}) + "\n")
+            try:
+                self._ledger.write(json.dumps({"step": self.step, "keys": keys}) + "\n")
+            except OSError as error:  # the file keeps it in memory and tries again
+                log.warning("the ledger of step %d cannot be written yet (%s)", self.step, error)
 
     def record_saves(self, saves: Iterable[tuple[int, float]]) -> None:
         """Write how long committed saves took; what a grace period has to allow for."""
@@ -294,5 +298,6 @@ class Run:
     def close(self) -> None:
         """Close the metrics' files."""
         self.metrics.close()
-        if self._ledger is not None:
-            self._ledger.close()
+        with suppress(OSError):  # reported before
+            if self._ledger is not None:
+                self._ledger.close()
