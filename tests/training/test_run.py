@@ -60,7 +60,7 @@ def test_a_run_folder_that_is_none_is_refused_and_untouched(tmp_path, path, targ
 def test_a_disk_that_is_full_for_the_ledger_ends_no_run(settings, caplog):
     run = start(settings)
     run.metrics = MetricsWriter(run.folder, 0, enabled=False)
-    run._ledger = Path("/dev/full").open("w", buffering=1)
+    run._ledger = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
     run.record_keys([{"keys": ["a"]}])
     assert "the ledger of step 0 cannot be written yet (" in caplog.text
     run.close()
