@@ -57,7 +57,9 @@ def test_a_node_whose_name_leads_to_itself_is_named(monkeypatch, master, address
 def test_disk_space_covers_kept_saves_and_the_one_being_written(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
     monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)
-    free = preflight.shutil.disk_usage(tmp_path).free
+    usage = preflight.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)  # others write to the disk meanwhile
+    free = usage.free
     (tmp_path / "config.yaml").write_text("checkpoint: {keep_last: 4}\n")
     for step in (1, 2):
         folder = tmp_path / "checkpoints" / f"step_{step:08d}"
