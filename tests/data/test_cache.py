@@ -157,6 +157,8 @@ def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cach
     cache = open_cache(limit_bytes=2 * SIZE)
     shards = [store.add(f"{number}.tar") for number in range(8)]
     contents = list(store.files.values())
+    has_part = threading.Event()
+    store.instead["/shards/0.tar"] = [lambda: has_part.wait(PATIENCE_S)]  # a fetch that is seen under way
     processes = [start(fetch_all, cache, shards[k::4] * 2, contents[k::4] * 2) for k in range(4)]
     most, most_parts = 0, 0
     wait_for(cache.folder.is_dir, "the cache's folder")
@@ -166,6 +168,8 @@ def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cach
         parts = [int(announced) for _, announced, *rest in names if rest]
         most = max(most, sum(parts) + SIZE * (len(names) - len(parts)))
         most_parts = max(most_parts, len(parts))
+        if parts:
+            has_part.set()
         time.sleep(0.002)  # between two looks
     end_well(processes)
     assert 0 < most <= cache.limit_bytes
