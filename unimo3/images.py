@@ -1,6 +1,6 @@
 """The one rule by which an image becomes RGB: in training, in conversion, in prediction and in the exported processor.
 
-Orientation is applied, alpha and transparency are ignored, 16 bits become 8, and the first frame is read.
+Orientation is applied, alpha and transparency are ignored, 12 and 16 bits become 8, and the first frame is read.
 
 Source: Pillow; EXIF 2.3 and XMP for the orientation.
 """
@@ -19,6 +19,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Pillow's name for a JPEG with several pictures, which it finds out itself.
 _JPEG_OF_SEVERAL = "MPO"
+
+# Formats that Pillow gives as integers of 32 bits, with the values of 16.
+_SIXTEEN_BITS = ("PPM", "PNG")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +67,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image as RGB, upright by its EXIF or XMP.
 
     - An orientation that cannot be read is ignored, as is alpha: the stored colours are used.
-    - 16 bits a pixel are scaled to 8; an image with more, or of floating-point numbers, is refused.
+    - Grey of 12 or 16 bits is scaled to 8; integers whose white is unknown, and floating-point numbers, are refused.
 
     The result can be given to this function again, and stays as it is.
 
@@ -79,17 +82,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
         turn = _UPRIGHT.get(_orientation(image))
         upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I"):
-            # 16 bits a pixel; Pillow's own conversion would cut at 255 and leave white.
-            grey = np.asarray(upright, dtype=np.float32) / 257
-            if grey.min() < 0 or grey.max() > 255:
-                raise ValueError("its pixels have more than 16 bits; scale them to 8")
-            upright = Image.fromarray(grey.round().astype(np.uint8))
+            upright = _grey_of_8_bits(upright, image)
         elif upright.mode == "F":
             raise ValueError("its pixels are floating-point numbers; scale them to 8 bits")
         rgb = upright.convert("RGB")
     for name in _APPLIED:
         rgb.info.pop(name, None)
     return rgb
+
+
+def _grey_of_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Grey of 12 or 16 bits as 8 bits; Pillow's own conversion would cut at 255 and leave white.
+
+    Args:
+        file: the image as it was opened, with the fields of a TIFF.
+
+    Raises:
+        ValueError: its pixels are signed or have 32 bits, so nobody knows which value is white.
+    """
+    if image.mode == "I" and file.format not in _SIXTEEN_BITS:
+        raise ValueError("its pixels are integers that are signed or of more than 16 bits; scale them to 8")
+    fields = getattr(file, "tag_v2", None)  # of a TIFF
+    white = 65535 if fields is None else 2 ** fields[ExifTags.Base.BitsPerSample][0] - 1
+    grey = np.asarray(image, dtype=np.float32) / (white / 255)
+    if fields is not None and fields.get(ExifTags.Base.PhotometricInterpretation, 0) == 0:
+        grey = 255 - grey  # white is zero, which Pillow knows for 8 bits alone
+    return Image.fromarray(grey.round().astype(np.uint8))
 
 
 @contextmanager
