@@ -12,6 +12,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from unimo3.images import open_image, to_rgb
 from unimo3.model.config import Unimo3Config
+from unimo3.texts import plain
 
 
 class Unimo3Processor(ProcessorMixin):
@@ -38,15 +39,15 @@ class Unimo3Processor(ProcessorMixin):
         Args:
             images: a PIL image, the path of an image file, an array of 8 bits ([H, W], or [H, W, C] with C of 1 to 4),
                 or a list of them. Each becomes RGB as in training; see `to_rgb`.
-            text: a text or a list of them; padded to the longest and cut at the tokenizer's limit unless requested
-                otherwise.
+            text: a text or a list of them, without white space and byte order marks around it as in training; padded
+                to the longest and cut at the tokenizer's limit unless requested otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
 
         Raises:
             OSError, ValueError: an image is of an unknown kind, or damaged.
         """
         inputs: BatchFeature = super().__call__(
-            images=_rgb_of(images), text=text, **({"padding": True, "truncation": True} | kwargs)
+            images=_rgb_of(images), text=_plain_of(text), **({"padding": True, "truncation": True} | kwargs)
         )
         return inputs
 
@@ -63,6 +64,13 @@ def _rgb_of(images: Any) -> Any:
         if images.ndim == 2 or images.shape[-1] in (2, 4) or images.dtype == np.uint16:
             images = Image.fromarray(images)
     return to_rgb(images) if isinstance(images, Image.Image) else images
+
+
+def _plain_of(text: Any) -> Any:
+    """A text or a list of texts by the rule of training; words and pairs of the tokenizer as they are."""
+    if isinstance(text, (list, tuple)):
+        return [plain(entry) if isinstance(entry, str) else entry for entry in text]
+    return plain(text) if isinstance(text, str) else text
 
 
 AutoProcessor.register(Unimo3Config, Unimo3Processor)
