@@ -19,7 +19,6 @@ Source: none.
 import argparse
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +36,11 @@ from unimo3.inference.inputs import Row, checked_text, prepare
 from unimo3.inference.lines import Answerer, answer_file, count_lines, error_message, images_of, text_of
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
+from unimo3.texts import is_blank, plain
 
 log = logging.getLogger(__name__)
 
 # With byte-order marks, which a file made of several has inside too.
-_BLANK = re.compile(r"^[\s\ufeff]+|[\s\ufeff]+$")
 _NUM_ERRORS_SHOWN = 10
 _RERANK = 32
 
@@ -125,8 +124,7 @@ def _read_texts(path: Path) -> list[str]:
         ) from error
     if "\0" in content:
         raise ConfigError(f"--texts {path}: has zero bytes, as UTF-16 does; save it as UTF-8")
-    lines = (_BLANK.sub("", line) for line in content.split("\n"))
-    texts = [line for line in lines if line]
+    texts = [plain(line) for line in content.split("\n") if not is_blank(line)]
     if not texts:
         raise ConfigError(f"--texts {path}: contains no text; write one a line")
     return texts

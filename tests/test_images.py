@@ -3,6 +3,7 @@
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -109,12 +110,77 @@ def test_alpha_is_ignored_and_sixteen_bits_become_eight():
         assert np.asarray(decode(saved(deep, kind)))[..., 2].tolist() == [[0, 7], [255, 1]]
 
 
-@pytest.mark.parametrize("image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 70000)], ids=["F", "I"])
-def test_numbers_beyond_sixteen_bits_are_refused(image):
+PHOTOMETRIC, SAMPLE_FORMAT = 0x0106, 0x0153
+UNSIGNED, SIGNED, FLOATING = 1, 2, 3
+
+
+def grey_tiff(
+    values: list[int], bits: int, white_is_zero=False, sample_format=UNSIGNED, order="<", deflated=False
+) -> bytes:
+    """A TIFF of one row of grey values."""
+    if bits == 12:
+        packed = "".join(f"{value:012b}" for value in values)
+        content = int(packed, 2).to_bytes(len(packed) // 8)
+    else:
+        content = np.asarray(values).astype(f"{order}{'_uif'[sample_format]}{bits // 8}").tobytes()
+    content = zlib.compress(content) if deflated else content
+    facts = {256: len(values), 257: 1, 258: bits, 259: 8 if deflated else 1, PHOTOMETRIC: 0 if white_is_zero else 1}
+    facts |= {273: 8, 277: 1, 278: 1, 279: len(content), SAMPLE_FORMAT: sample_format}
+    entries = b"".join(struct.pack(f"{order}HHIHxx", tag, SHORT, 1, value) for tag, value in facts.items())
+    start = 8 + len(content) + len(content) % 2
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
+    return (head + content).ljust(start, b"\0") + struct.pack(f"{order}H", len(facts)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (8, {}),
+        (8, {"white_is_zero": True}),
+        (12, {}),
+        (16, {}),
+        (16, {"white_is_zero": True}),
+        (16, {"order": ">"}),
+    ],
+)
+def test_black_grey_and_white_stay_at_every_depth_of_a_tiff(bits, options, deflated):
+    white = 2**bits - 1
+    values = [0, white // 3, white * 2 // 5, white]
+    if options.get("white_is_zero"):
+        values = [white - value for value in values]
+    content = grey_tiff(values, bits, deflated=deflated, **options)
+    assert pixels(decode(content)) == [[[value] * 3 for value in (0, 85, 102, 255)]]
+
+
+@pytest.mark.parametrize("maximum", [255, 1000, 4095, 65535])
+def test_a_pgm_is_scaled_by_its_maximum(maximum):
+    values = [0, maximum // 5, maximum]
+    content = np.asarray(values, dtype="u1" if maximum < 256 else ">u2").tobytes()
+    assert pixels(decode(b"P5 3 1 %d\n" % maximum + content))[0] == [[value] * 3 for value in (0, 51, 255)]
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "sample_format", "order"),
+    [
+        ([0, 200], 32, UNSIGNED, "<"),
+        ([0, 60000], 32, SIGNED, "<"),
+        ([0, 60000], 32, SIGNED, ">"),
+        ([0, 1], 32, FLOATING, "<"),
+        ([0, 32767], 16, SIGNED, "<"),
+        ([-5, 200], 16, SIGNED, ">"),
+    ],
+)
+def test_grey_values_without_a_known_white_are_refused(values, bits, sample_format, order):
     with pytest.raises(ValueError, match="scale them to 8"):
-        decode(saved(image, "TIFF"))
+        decode(grey_tiff(values, bits, sample_format=sample_format, order=order))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+@pytest.mark.parametrize("value", [0, 1, 200, 70000])
+def test_numbers_beyond_sixteen_bits_are_refused(mode, value):
     with pytest.raises(ValueError, match="scale them to 8"):
-        to_rgb(image)
+        to_rgb(Image.new(mode, (2, 2), value))
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"

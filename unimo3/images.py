@@ -1,6 +1,6 @@
 """The one rule by which an image becomes RGB: in training, in conversion, in prediction and in the exported processor.
 
-Orientation is applied, alpha and transparency are ignored, 16 bits become 8, and the first frame is read.
+Orientation is applied, alpha and transparency are ignored, 12 and 16 bits become 8, and the first frame is read.
 
 Source: Pillow; EXIF 2.3 and XMP for the orientation.
 """
@@ -19,6 +19,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Pillow's name for a JPEG with several pictures, which it finds out itself.
 _JPEG_OF_SEVERAL = "MPO"
+
+# Formats that Pillow gives as integers of 32 bits, with the values of 16.
+_SIXTEEN_BITS = ("PPM", "PNG")
+
+_NUM_CHANNELS = (1, 2, 3, 4)
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,9 +46,9 @@ def open_image(file: bytes | str | Path) -> Image.Image:
 
     Raises:
         UnidentifiedImageError: it is of no such format.
-        OSError, ValueError, SyntaxError: it cannot be read, or is damaged.
+        OSError, ValueError, SyntaxError: it cannot be read, is damaged, or is larger than Pillow's pixel limit.
     """
-    with _without_warnings():
+    with _by_the_rule():
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
@@ -64,26 +69,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image as RGB, upright by its EXIF or XMP.
 
     - An orientation that cannot be read is ignored, as is alpha: the stored colours are used.
-    - 16 bits a pixel are scaled to 8; an image with more, or of floating-point numbers, is refused.
+    - Grey of 12 or 16 bits is scaled to 8; integers whose white is unknown, and floating-point numbers, are refused.
 
     The result can be given to this function again, and stays as it is.
 
     Raises:
-        ValueError: the image is of another format than `FORMATS`, or its pixels cannot be converted.
+        ValueError: the image is of another format than `FORMATS`, its pixels cannot be converted, or it is larger than
+            Pillow's pixel limit.
         OSError, SyntaxError: it is damaged.
     """
     if image.format not in (None, *FORMATS, _JPEG_OF_SEVERAL):
         raise ValueError(f"it is a {image.format} file; one of {', '.join(FORMATS)} is needed")
-    with _without_warnings():
+    limit, num_pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if limit is not None and num_pixels > limit:  # Pillow looks at files alone
+        raise ValueError(f"Image size ({num_pixels} pixels) exceeds limit of {limit} pixels")
+    with _by_the_rule():
         image.load()  # Pillow turns a TIFF here
         turn = _UPRIGHT.get(_orientation(image))
         upright = image if turn is None else image.transpose(turn)
         if upright.mode.startswith("I"):
-            # 16 bits a pixel; Pillow's own conversion would cut at 255 and leave white.
-            grey = np.asarray(upright, dtype=np.float32) / 257
-            if grey.min() < 0 or grey.max() > 255:
-                raise ValueError("its pixels have more than 16 bits; scale them to 8")
-            upright = Image.fromarray(grey.round().astype(np.uint8))
+            upright = _grey_of_8_bits(upright, image)
         elif upright.mode == "F":
             raise ValueError("its pixels are floating-point numbers; scale them to 8 bits")
         rgb = upright.convert("RGB")
@@ -92,12 +97,81 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb
 
 
+def image_of_array(array: np.ndarray, layout: str | None = None) -> Image.Image:
+    """An array as an image that `to_rgb` takes.
+
+    Args:
+        array: [H, W], [H, W, C] or [C, H, W], with C of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA). Integers
+            from 0 to 255, of uint16 from 0 to 65535, or truth values.
+        layout: ``channels_first`` or ``channels_last``; needed where the shape does not tell.
+
+    Raises:
+        ValueError: its shape or its values are not those of an image.
+    """
+    rows = _channels_last(array, layout)
+    if rows.dtype.kind == "b":
+        rows = rows.astype(np.uint8) * np.uint8(255)
+    elif rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"an array's values are {array.dtype}; integers from 0 to 255 are needed, or RGB from 0 to 1 with "
+            "do_rescale=False"
+        )
+    if rows.dtype == np.uint16:
+        if rows.ndim == 2:
+            return Image.fromarray(np.ascontiguousarray(rows))  # `to_rgb` scales it
+        rows = rows >> 8  # as Pillow reads colours of 16 bits
+    if rows.min() < 0 or rows.max() > 255:
+        raise ValueError(f"an array's values reach from {rows.min()} to {rows.max()}; from 0 to 255 are needed")
+    return Image.fromarray(np.ascontiguousarray(rows, dtype=np.uint8))
+
+
+def _channels_last(array: np.ndarray, layout: str | None) -> np.ndarray:
+    """An image's array as [H, W] or [H, W, C]."""
+    rows = array
+    if array.ndim == 3:
+        is_first, is_last = (array.shape[axis] in _NUM_CHANNELS for axis in (0, -1))
+        if layout is None and is_first and is_last:
+            raise ValueError(
+                f"an array of shape {list(array.shape)}: its channels may be first or last; give input_data_format, "
+                "channels_first or channels_last"
+            )
+        if layout == "channels_first" or (layout is None and is_first):
+            rows = np.moveaxis(array, 0, -1)
+        rows = rows[..., 0] if rows.shape[-1] == 1 else rows
+    if rows.ndim not in (2, 3) or not rows.size or (rows.ndim == 3 and rows.shape[-1] not in _NUM_CHANNELS):
+        raise ValueError(f"an array of shape {list(array.shape)} is no image; [H, W], [H, W, C] or [C, H, W] is needed")
+    return rows
+
+
+def _grey_of_8_bits(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Grey of 12 or 16 bits as 8 bits; Pillow's own conversion would cut at 255 and leave white.
+
+    Args:
+        file: the image as it was opened, with the fields of a TIFF.
+
+    Raises:
+        ValueError: its pixels are signed or have 32 bits, so nobody knows which value is white.
+    """
+    if image.mode == "I" and file.format not in _SIXTEEN_BITS:
+        raise ValueError("its pixels are integers that are signed or of more than 16 bits; scale them to 8")
+    fields = getattr(file, "tag_v2", None)  # of a TIFF
+    white = 65535 if fields is None else 2 ** fields[ExifTags.Base.BitsPerSample][0] - 1
+    grey = np.asarray(image, dtype=np.float32) / (white / 255)
+    if fields is not None and fields.get(ExifTags.Base.PhotometricInterpretation, 0) == 0:
+        grey = 255 - grey  # white is zero, which Pillow knows for 8 bits alone
+    return Image.fromarray(grey.round().astype(np.uint8))
+
+
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Ignore Pillow's warnings of damaged EXIF, and of palettes with transparency; that of a bomb stays."""
+def _by_the_rule() -> Iterator[None]:
+    """Ignore Pillow's warnings of damaged EXIF, and of palettes with transparency; that of a bomb is a ValueError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        yield
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(str(error)) from error
 
 
 def _orientation(image: Image.Image) -> Any:

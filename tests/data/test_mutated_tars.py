@@ -14,7 +14,8 @@ from tests.data.conftest import draw_jpeg
 from tests.data.mutations import JUNK, TEXTS, damaged, outcome, property_settings
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
-from unimo3.data.texts import BadSampleError, captions_of, content_of, plain
+from unimo3.data.texts import BadSampleError, captions_of, content_of
+from unimo3.texts import plain
 
 JPEG = draw_jpeg(0, 8, 8)
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "latin-1")
@@ -136,4 +137,4 @@ def test_any_number_of_joined_tars_is_read_completely(tmp_path_factory, parts):
         assert status == 0
         assert texts_of(folder) == wanted
     else:
-        assert "hold no samples" in error
+        assert "contain no samples" in error

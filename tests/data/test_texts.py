@@ -9,12 +9,15 @@ import pytest
 from tests.data.conftest import draw_jpeg, index_again, write_tar
 from unimo3.data.args import DataArgs
 from unimo3.data.captioned import CaptionedImages
+from unimo3.data.formats.record import distinct
 from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
 from unimo3.data.samples import PretrainSamples, TextEncoder
-from unimo3.data.texts import BadSampleError, captions_of, content_of, plain
+from unimo3.data.texts import BadSampleError, captions_of, content_of
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import ImageTransform
+from unimo3.data.transforms import ImageTransform, image_processor
+from unimo3.model.processor import Unimo3Processor
+from unimo3.texts import is_blank, plain
 
 FIVE = ["a dog runs", "two dogs", "ein Fuchs, müde", "犬", "a dog  again"]
 BOM = "\ufeff"
@@ -76,7 +79,11 @@ def test_a_txt_of_unknown_encoding_is_bad_only_where_it_counts(txt, reason):
 
 
 @pytest.mark.parametrize(
-    "unusable", [None, 5, float("nan"), {"en": "a cat"}, [], [None], ["", " \n", BOM], "", [["a"]], True]
+    "unusable",
+    [
+        *[None, 5, float("nan"), {"en": "a cat"}, [], [None], ["", " \n", BOM], "", [["a"]], True],
+        *[f" {BOM} ", "\u200b", ["\u200b \u2060", "\xa0\u3000"], "\u200e\u200f", "\0", "\xad"],
+    ],
 )
 def test_a_field_without_a_text_hides_no_other(unusable):
     good = ["a dog"]
@@ -88,12 +95,48 @@ def test_a_field_without_a_text_hides_no_other(unusable):
     assert captions(json={"captions": good, "caption": "two dogs"}, txt=b"three dogs") == good
 
 
-@pytest.mark.parametrize("text", ["a dog\n", "a dog\r\n", f"{BOM}a dog", f"\r\n{BOM}a dog"])
-def test_marks_and_line_ends_around_a_text_are_no_tokens(tokenizer, text):
-    encode = TextEncoder(tokenizer, 16)
-    assert encode(text)[0].tolist() == encode("a dog")[0].tolist()
-    assert encode(" a\ndog ")[0].tolist() != encode("a dog")[0].tolist()  # others are part of it
+AROUND = [
+    "{}\n",
+    "{}\r\n",
+    BOM + "{}",
+    f"\r\n{BOM}{{}}",
+    f" {BOM}{{}}",
+    f"{{}} {BOM} ",
+    "{}  ",
+    "\t{}\xa0",
+    "\u2028{}\x85",
+]
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_surrounds_a_text_is_no_token_in_training_nor_processor(tokenizer, around):
+    encode, processor = TextEncoder(tokenizer, 16), Unimo3Processor(image_processor(32), tokenizer)
+    text, ids = around.format("a dog"), tokenizer("a dog")["input_ids"]
+    assert (
+        encode(text)[0].tolist() == encode("a dog")[0].tolist() == [*ids, *[tokenizer.pad_token_id] * (16 - len(ids))]
+    )
+    assert processor(text=text)["input_ids"] == ids
+    assert processor(text=[text, "a dog"])["input_ids"] == [ids, ids]
     assert captions(json={"captions": [text]}) == captions(json={"caption": text}) == ["a dog"]
+    assert distinct([text, "a dog", BOM, "\u200b"]) == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a\ndog", "a  dog", f"a {BOM} dog", "a dog\u200d", "\u200fa dog", "\U0001f3f4\U000e0067\U000e007f", "?"]
+)
+def test_what_is_inside_a_text_stays(tokenizer, text):
+    assert plain(text) == text
+    assert not is_blank(text)
+    raw = tokenizer.backend_tokenizer.encode(text).ids
+    assert Unimo3Processor(image_processor(32), tokenizer)(text=text)["input_ids"] == raw
+    ids, mask = TextEncoder(tokenizer, 64)(text)
+    assert ids[mask == 1].tolist() == raw
+
+
+def test_half_a_surrogate_pair_is_a_question_mark_for_the_processor(tokenizer):
+    processor = Unimo3Processor(image_processor(32), tokenizer)
+    for half in ("a \ud83d dog", "a \udce9 dog"):
+        assert processor(text=[half])["input_ids"] == processor(text=["a ? dog"])["input_ids"]
 
 
 def test_a_txt_of_five_lines_is_five_captions_in_training_and_scoring(tokenizer, tmp_path):

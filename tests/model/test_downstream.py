@@ -217,10 +217,86 @@ def test_arrays_are_read_as_files_of_them_would_be(processor):
         image = Image.open(io.BytesIO(files[name]))
         by_file, by_array = (processor(images=form, return_tensors="pt") for form in ([[image]], [np.asarray(image)]))
         assert torch.equal(by_file["pixel_values"], by_array["pixel_values"]), name
-    with pytest.raises(TypeError):
-        processor(images=[np.zeros((20, 30, 3), dtype=np.uint16)])
+    grey = np.asarray(Image.open(io.BytesIO(files["RGB"])).convert("L"))
+    colours = np.asarray(Image.open(io.BytesIO(files["RGB"])))
+    wanted = {2: pixels_of(processor, [Image.fromarray(grey)]), 3: pixels_of(processor, [Image.fromarray(colours)])}
+    for plain in (grey, colours):
+        for kind in (np.int32, np.int64, np.uint32, np.int16):
+            assert torch.equal(pixels_of(processor, plain.astype(kind)), wanted[plain.ndim])
+        assert torch.equal(pixels_of(processor, plain.astype(np.uint16) * 257), wanted[plain.ndim])
+        assert torch.equal(pixels_of(processor, torch.tensor(plain)), wanted[plain.ndim])
+    assert torch.equal(pixels_of(processor, grey > 99), pixels_of(processor, (grey > 99).astype(np.uint8) * 255))
     with pytest.raises(OSError, match=r"gone\.jpg"):
         processor(images=["gone.jpg"])
+
+
+def pixels_of(processor, images, **options) -> torch.Tensor:
+    return processor(images=images, return_tensors="pt", **options)["pixel_values"]
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("form", [np.asarray, torch.tensor])
+def test_arrays_have_their_channels_first_or_last_alone_or_in_a_batch(processor, num_channels, form):
+    batch = np.random.default_rng(0).integers(0, 255, (2, 20, 30, num_channels), dtype=np.uint8)
+    modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+    wanted = pixels_of(processor, [Image.fromarray(image.squeeze(), modes[num_channels]) for image in batch])
+    first = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+    for images in (batch, first, list(batch), list(first)):
+        assert torch.equal(pixels_of(processor, [form(image) for image in images]), wanted)
+        assert torch.equal(pixels_of(processor, form(np.stack(images))), wanted)
+    assert torch.equal(pixels_of(processor, form(first[0])), wanted[:1])
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 4), (3, 20, 2), (3, 20, 3), (1, 20, 3), (4, 2, 2)])
+def test_an_array_of_two_possible_layouts_needs_its_layout(processor, shape):
+    array = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"channels may be first or last; .*input_data_format"):
+        processor(images=array)
+    for layout, last in (("channels_first", array.transpose(1, 2, 0)), ("channels_last", array)):
+        image = Image.fromarray(np.ascontiguousarray(last[..., 0] if last.shape[-1] == 1 else last))
+        assert torch.equal(pixels_of(processor, array, input_data_format=layout), pixels_of(processor, [image]))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((20, 30), 256), "reach from 256 to 256"),
+        (np.full((20, 30, 3), -1, dtype=np.int8), "reach from -1 to -1"),
+        (np.full((20, 30, 3), 0.5), "float64"),
+        (torch.full((2, 3, 20, 30), 0.5), "float32"),
+        (np.full((20, 30, 3), "a"), "<U1"),
+        (np.zeros((20, 30, 5), dtype=np.uint8), r"\[20, 30, 5\]"),
+        (np.zeros((0, 30, 3), dtype=np.uint8), r"\[0, 30, 3\]"),
+        (np.zeros(30, dtype=np.uint8), r"\[30\]"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused(processor, array, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=array)
+
+
+def test_values_from_zero_to_one_are_taken_on_request(processor):
+    array = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    actual = pixels_of(processor, (array / 255).astype(np.float32), do_rescale=False)
+    torch.testing.assert_close(actual, pixels_of(processor, array), atol=0.02, rtol=0)
+    with pytest.raises(ValueError, match="three channels"):
+        processor(images=np.zeros((20, 30, 4)), do_rescale=False)
+
+
+@pytest.mark.parametrize("limit", [1199, 500])
+def test_the_pixel_limit_holds_for_all_that_the_processor_is_given(processor, tmp_path, monkeypatch, limit):
+    image = Image.new("RGB", (40, 30))
+    image.save(tmp_path / "photo.png")
+    forms = (image, np.asarray(image), str(tmp_path / "photo.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
+    assert all(pixels_of(processor, [form]).shape == (1, 3, 16, 16) for form in forms)
+    opened = Image.open(tmp_path / "photo.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for form in (*forms, opened):
+        with pytest.raises(ValueError, match="exceeds limit of"):
+            processor(images=[form])
+    with pytest.raises(ValueError, match="exceeds limit of"):
+        decode((tmp_path / "photo.png").read_bytes())
 
 
 def test_the_processor_pads_and_cuts_on_the_right(processor, tmp_path):

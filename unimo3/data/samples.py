@@ -19,8 +19,9 @@ from unimo3.data.index import ShardIndex
 from unimo3.data.masking import Masking
 from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.order import Unit
-from unimo3.data.texts import BadSampleError, captions_of, content_of, plain
+from unimo3.data.texts import BadSampleError, captions_of, content_of
 from unimo3.data.transforms import ImageTransform
+from unimo3.texts import is_blank, plain
 
 Inputs = dict[str, Any]
 
@@ -209,7 +210,7 @@ class VqaSamples(ItemUnits):
         """The image by a call, question, targets, and what scoring needs."""
         members, item, question = self._read_item(unit)
         try:
-            empty = not plain(question["question"]).strip()
+            empty = is_blank(question["question"])
         except (KeyError, TypeError, AttributeError) as error:
             raise BadSampleError(f"question {item} of its json lacks a field ({error!r})") from error
         if empty:

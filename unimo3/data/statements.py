@@ -10,7 +10,8 @@ import numpy as np
 from unimo3.data.order import Unit
 from unimo3.data.samples import Inputs, ItemUnits, SampleUnits, image_of, read_sample, sample_rng
 from unimo3.data.scoring import sentence_of
-from unimo3.data.texts import BadSampleError, plain
+from unimo3.data.texts import BadSampleError
+from unimo3.texts import is_blank
 
 ENTAILMENT_LABELS = ("entailment", "neutral", "contradiction")
 TRUTH_LABELS = ("False", "True")
@@ -81,6 +82,6 @@ def _text(content: dict[str, Any], name: str) -> str:
     text = content[name]
     if not isinstance(text, str):
         raise TypeError(f"{name} is {text!r}")
-    if not plain(text).strip():
+    if is_blank(text):
         raise ValueError(f"{name} is empty")
     return text

@@ -8,6 +8,8 @@ import json
 import re
 from typing import Any
 
+from unimo3.texts import is_blank
+
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -42,7 +44,7 @@ def content_of(members: dict[str, bytes]) -> dict[str, Any]:
 def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]:
     """A sample's texts: of its ``captions``, else its ``caption``, else the lines of its ``txt`` member.
 
-    The first of them that has a text counts. What is empty or no text is skipped.
+    The first of them that has a text counts. What is blank or no text is skipped.
 
     Raises:
         BadSampleError: the ``txt`` member counts, and its encoding is unknown.
@@ -52,11 +54,6 @@ def captions_of(members: dict[str, bytes], content: dict[str, Any]) -> list[str]
         if texts := _usable(values if isinstance(values, list) else [values]):
             return texts
     return _usable(_LINE_END.split(_decode(members.get("txt", b""))))
-
-
-def plain(text: str) -> str:
-    """A text without what surrounds it in files: byte order marks and line ends; half a surrogate pair becomes "?"."""
-    return text.encode("utf-8", "replace").decode().strip("\ufeff\r\n")
 
 
 def lack_of(kind: str, members: dict[str, bytes]) -> str:
@@ -70,7 +67,7 @@ def lack_of(kind: str, members: dict[str, bytes]) -> str:
 
 
 def _usable(values: list[Any]) -> list[str]:
-    return [value for value in values if isinstance(value, str) and plain(value).strip()]
+    return [value for value in values if isinstance(value, str) and not is_blank(value)]
 
 
 def _decode(content: bytes) -> str:

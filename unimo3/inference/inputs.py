@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from unimo3.data.images import decode
-from unimo3.data.texts import plain
 from unimo3.errors import DataError
 from unimo3.inference.folder import Loaded
+from unimo3.texts import is_blank
 
 
 class Row(NamedTuple):
@@ -77,12 +77,12 @@ def checked_text(text: Any, where: str) -> str:
     """
     if not isinstance(text, str):
         raise DataError(f"{where}: {text!r}: a text is needed")
-    if not plain(text).strip():
+    if is_blank(text):
         raise DataError(f"{where}: '{text}': is empty; say what is asked")
     return text
 
 
 def tokens(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, [B, T], on the model's device; long texts are cut as the folder defines."""
-    made = loaded.processor(text=[plain(text) for text in texts], return_tensors="pt")
+    made = loaded.processor(text=list(texts), return_tensors="pt")
     return {name: made[name].to(loaded.device) for name in ("input_ids", "attention_mask")}

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from unimo3.images import open_image, to_rgb
+from unimo3.images import image_of_array, open_image, to_rgb
 from unimo3.model.config import Unimo3Config
+from unimo3.texts import plain
 
 
 class Unimo3Processor(ProcessorMixin):
@@ -36,33 +38,48 @@ class Unimo3Processor(ProcessorMixin):
         """Prepare images, texts or both.
 
         Args:
-            images: a PIL image, the path of an image file, an array of 8 bits ([H, W], or [H, W, C] with C of 1 to 4),
-                or a list of them. Each becomes RGB as in training; see `to_rgb`.
-            text: a text or a list of them; padded to the longest and cut at the tokenizer's limit unless requested
-                otherwise.
+            images: a PIL image, the path of an image file, an array or a tensor of an image or of a batch, or a list of
+                them. Each becomes RGB as in training; see `to_rgb`, and `image_of_array` for shapes and values.
+                With ``do_rescale=False`` arrays of floating-point numbers are RGB from 0 to 1.
+            text: a text or a list of them, without white space and byte order marks around it as in training; padded
+                to the longest and cut at the tokenizer's limit unless requested otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
 
         Raises:
-            OSError, ValueError: an image is of an unknown kind, or damaged.
+            OSError, ValueError: an image is of an unknown kind, damaged, or larger than Pillow's pixel limit.
         """
-        inputs: BatchFeature = super().__call__(
-            images=_rgb_of(images), text=text, **({"padding": True, "truncation": True} | kwargs)
-        )
+        is_scaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+        prepared = {"images": _rgb_of(images, kwargs.get("input_data_format"), is_scaled), "text": _plain_of(text)}
+        inputs: BatchFeature = super().__call__(**prepared, **({"padding": True, "truncation": True} | kwargs))
         return inputs
 
 
-def _rgb_of(images: Any) -> Any:
-    """PIL images and paths as RGB, and arrays that are not yet RGB of 8 bits."""
-    if isinstance(images, (list, tuple)):
-        return [_rgb_of(image) for image in images]
+def _rgb_of(images: Any, layout: str | None, is_scaled: bool) -> Any:
+    """PIL images, paths and arrays as RGB.
+
+    Args:
+        layout: of arrays.
+        is_scaled: whether floating-point numbers from 0 to 1 are expected; these stay as they are.
+    """
+    if isinstance(images, Tensor):
+        images = images.numpy(force=True)
+    if isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim > 3):
+        return [_rgb_of(image, layout, is_scaled) for image in images]
     if isinstance(images, (str, Path)):
         images = open_image(images)
-    elif isinstance(images, np.ndarray) and images.ndim in (2, 3):
-        if images.shape[2:] == (1,):
-            images = images[..., 0]
-        if images.ndim == 2 or images.shape[-1] in (2, 4) or images.dtype == np.uint16:
-            images = Image.fromarray(images)
+    elif isinstance(images, np.ndarray) and is_scaled and images.dtype.kind == "f":
+        if images.ndim != 3 or 3 not in (images.shape[0], images.shape[-1]):
+            raise ValueError(f"an array of shape {list(images.shape)} of {images.dtype}: three channels are needed")
+    elif isinstance(images, np.ndarray):
+        images = image_of_array(images, layout)
     return to_rgb(images) if isinstance(images, Image.Image) else images
+
+
+def _plain_of(text: Any) -> Any:
+    """A text or a list of texts by the rule of training; other values as they are, for the tokenizer to refuse."""
+    if isinstance(text, (list, tuple)):
+        return [plain(entry) if isinstance(entry, str) else entry for entry in text]
+    return plain(text) if isinstance(text, str) else text
 
 
 AutoProcessor.register(Unimo3Config, Unimo3Processor)

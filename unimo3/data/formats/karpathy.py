@@ -10,6 +10,7 @@ from typing import Any
 
 from unimo3.data.formats.record import choice, distinct, field, read_json
 from unimo3.errors import DataError
+from unimo3.texts import is_blank
 
 _SPLITS = ("train", "restval", "val", "test")
 
@@ -24,6 +25,6 @@ def read_captions(path: Path, omitted: Counter[str] | None) -> Iterator[tuple[st
         captions = distinct(texts)
         if not captions:
             raise DataError(f"{where}.sentences: have no text; every image needs at least one caption")
-        if omitted is not None and (num_empty := sum(not caption.strip() for caption in texts)):
+        if omitted is not None and (num_empty := sum(map(is_blank, texts))):
             omitted["empty caption"] += num_empty
         yield where, image, "train" if split == "restval" else split, captions

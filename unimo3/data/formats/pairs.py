@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unimo3.data.formats.record import Sample, read_json
 from unimo3.errors import DataError
+from unimo3.texts import is_blank, plain
 
 Pair = tuple[int, Path, str]
 """Row, image file, caption."""
@@ -18,9 +19,8 @@ Pair = tuple[int, Path, str]
 def pair_samples(split: str, pairs: Iterable[Pair], omitted: Counter[str]) -> Iterator[tuple[str, Sample]]:
     """One sample a pair, with its row as ``image_id``; empty captions are skipped."""
     for row, file, caption in pairs:
-        stripped = caption.strip()
-        if stripped:
-            yield split, Sample(f"{row:09d}", (file,), {"image_id": row, "captions": [stripped]})
+        if not is_blank(caption):
+            yield split, Sample(f"{row:09d}", (file,), {"image_id": row, "captions": [plain(caption)]})
         else:
             omitted["empty caption"] += 1
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from unimo3.errors import DataError
+from unimo3.texts import is_blank, plain
 
 Kind = TypeVar("Kind")
 
@@ -122,8 +123,8 @@ def field(record: Any, name: str, where: str | Path, kind: type[Kind]) -> Kind:
 
 def text(record: Any, name: str, where: str) -> str:
     """A record's text, stripped, which must not be empty."""
-    value = field(record, name, where, str).strip()
-    if not value:
+    value = plain(field(record, name, where, str))
+    if is_blank(value):
         raise DataError(f"{where}: field '{name}' is empty; remove the record or give it a text")
     return value
 
@@ -138,7 +139,7 @@ def choice(record: Any, name: str, where: str, options: Sequence[str]) -> str:
 
 def distinct(captions: Iterable[str]) -> list[str]:
     """The captions, stripped, without empty and repeated ones, in the order of their first appearance."""
-    return list(dict.fromkeys(stripped for caption in captions if (stripped := caption.strip())))
+    return list(dict.fromkeys(plain(caption) for caption in captions if not is_blank(caption)))
 
 
 def _loads(text: str) -> Any:

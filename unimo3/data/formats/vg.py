@@ -12,6 +12,7 @@ from pathlib import Path
 
 from unimo3.data.formats.record import Sample, distinct, field, read_json
 from unimo3.errors import DataError
+from unimo3.texts import plain
 
 _FOLDERS = ("VG_100K", "VG_100K_2")
 _BOX = ("x", "y", "width", "height")
@@ -38,7 +39,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
                     f"{position}: field 'image_id' is {image_id}, {identity} before it; one image a record expected"
                 )
             identity = image_id
-            phrase = field(region, "phrase", position, str).strip()
+            phrase = plain(field(region, "phrase", position, str))
             box = [field(region, side, position, int) for side in _BOX]
             if not phrase:
                 omitted["empty phrase"] += 1
