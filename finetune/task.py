@@ -177,8 +177,10 @@ class RowTask(Task):
         return Results(results.metrics, {_incomplete(name): content for name, content in results.files.items()})
 
     def _check_ids(self, rows: list[Row], shards: ShardIndex) -> None:
-        counts = Counter(row[self.id_field] for row in rows)
-        repeated = [ascii(identity) for identity, count in counts.items() if count > 1]
+        # Evaluation programs read 5 and "5" as one id.
+        counts = Counter(str(row[self.id_field]) for row in rows)
+        first = {str(row[self.id_field]): row[self.id_field] for row in reversed(rows)}
+        repeated = [ascii(first[name]) for name, count in counts.items() if count > 1]
         if repeated and self.has_unique_ids:
             raise DataError(
                 f"data.val: '{shards.source}': {len(repeated)} {self.id_field}s stand there more than once, such as "

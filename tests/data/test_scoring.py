@@ -8,8 +8,18 @@ from unimo3.data.scoring import pair_metrics, sentence_of
 def test_a_sentence_is_an_identifier_without_its_pair():
     assert sentence_of("test1-17-2-0") == sentence_of("test1-17-0-0") == "test1-17-0"
     assert sentence_of("test1-17-2-1") != sentence_of("test1-17-2-0")
-    with pytest.raises(ValueError, match="split-set-pair-sentence expected"):
-        sentence_of("test1-17")
+
+
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        *("test1-17", "test1-17-0", "dev--0-1", "-17-0-1", "dev-17-0-", "dev-17-0-1 ", " dev-17-0-1", "dev-17-0-1\n"),
+        *("dev-1,7-0-1", "dev-17-0-1\r", "dev-1\u20287-0-1", "dev-17-0-1\0", "dev-17-0-\ud83d"),
+    ],
+)
+def test_identifiers_that_a_file_of_predictions_cannot_have(identifier):
+    with pytest.raises(ValueError, match="split-set-pair-sentence expected, without commas, line ends and spaces"):
+        sentence_of(identifier)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from finetune.vqa import VqaConfig
 from tests.data.conftest import convert, draw_jpeg, write_source
 from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
+from unimo3.data.images import decode
 from unimo3.data.index import ShardIndex
 from unimo3.data.progress import Progress
-from unimo3.data.shards import ImageOptions, Reject, ShardDone
+from unimo3.data.shards import ImageOptions, Reject, ShardDone, UnusableImageError, read_image
 from unimo3.errors import DataError
 
 
@@ -329,3 +332,26 @@ def test_what_webdataset_takes_for_no_sample_is_none(tmp_path):
         {"jpg": b"7", "txt": b"8"},
     ]
     assert index.samples_per_shard == [3]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "GIF"])
+@pytest.mark.parametrize("size", [(65501, 1), (1, 65501)])
+def test_a_side_that_jpeg_cannot_have_rejects_the_record(tmp_path, kind, size):
+    path = tmp_path / "image"
+    Image.new("RGB", size).save(path, kind)
+    with pytest.raises(UnusableImageError, match=rf"its {size[0]} x {size[1]} pixels cannot be encoded as JPEG"):
+        read_image(path, ImageOptions())
+    assert max(decode(read_image(path, ImageOptions(max_side=64))[1]).size) == 64
+
+
+@pytest.mark.parametrize("length", [5, 70_000])
+def test_comments_of_other_formats_are_not_stored(tmp_path, length):
+    image, text = Image.new("RGB", (32, 16), (200, 0, 0)), PngInfo()
+    text.add_text("comment", "x" * length)
+    image.save(tmp_path / "image.png", pnginfo=text)
+    image.save(tmp_path / "image.gif", comment=b"x" * length)
+    image.save(tmp_path / "plain.png")
+    plain = read_image(tmp_path / "plain.png", ImageOptions(max_side=8))
+    for name in ("image.png", "image.gif"):
+        assert read_image(tmp_path / name, ImageOptions(max_side=8)) == plain
+    assert b"xxx" not in read_image(tmp_path / "image.gif", ImageOptions())[1]

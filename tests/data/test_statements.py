@@ -84,7 +84,9 @@ def rewrite(folder, out, change):
     return out
 
 
-@pytest.mark.parametrize("change", [{"label": "True"}, {"label": None}, {"statement": " "}, {"identifier": "dev-0"}])
+@pytest.mark.parametrize(
+    "change", [{"label": "True"}, {"label": None}, {"statement": " "}, {"identifier": "dev-0-0,1-0"}]
+)
 def test_a_statement_that_cannot_be_used_says_why(nlvr2, tokenizer, tmp_path, change):  # noqa: F811
     folder = rewrite(nlvr2 / "val", tmp_path / "val", lambda content: content | change)
     with pytest.raises(BadSampleError, match="its json lacks a field, or has a label that is not true or false"):

@@ -1,5 +1,6 @@
 """Tokenizers of other makers: used rightly, or refused before a reader meets what they cannot do."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,52 @@ def test_texts_are_padded_and_cut_on_the_right_whatever_the_folder_has(tmp_path)
         [0, *(ids(f"word{number}") for number in range(4)), 2],
     ]
     assert [TextEncoder(tokenizer, 6)(text)[0].tolist() for text in ("word1 word2", TEXT)] == batch["input_ids"]
+
+
+def changed(folder: Path, name: str, *path: str, value) -> str:
+    """A tokenizer's folder with another value in one of its files."""
+    write_tokenizer(folder, SPECIAL)
+    content = entry = json.loads((folder / name).read_text())
+    for field in path[:-1]:
+        entry = entry[field]
+    entry[path[-1]] = value
+    (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "number", "named"),
+    [
+        ("word5", 11, "'word5' and 'word6' have the id 11"),
+        ("<mask>", 3, "'<mask>' and '<unk>' have the id 3"),
+        ("word7", 2, "'</s>' and 'word7' have the id 2"),
+    ],
+)
+def test_two_entries_with_one_id_are_refused(tmp_path, entry, number, named):
+    with pytest.raises(ConfigError, match=f"data.tokenizer: .*: its entries {named}; "):
+        load_tokenizer(changed(tmp_path, "tokenizer.json", "model", "vocab", entry, value=number))
+
+
+@pytest.mark.parametrize("value", ["abc", "512", [512], {}])
+def test_a_longest_text_that_is_no_number_is_refused(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"data.tokenizer: .*: has model_max_length .*; a number"):
+        load_tokenizer(changed(tmp_path, "tokenizer_config.json", "model_max_length", value=value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<mask>", 4]},
+        {
+            "type": "RobertaProcessing",
+            "sep": ["<s>", 0],
+            "cls": ["</s>", 2],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        },
+    ],
+)
+def test_a_tokenizer_that_does_not_enclose_texts_is_refused(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"data.tokenizer: .*: does not put '<s>' before a text and '</s>' behind it"):
+        load_tokenizer(changed(tmp_path, "tokenizer.json", "post_processor", value=value))

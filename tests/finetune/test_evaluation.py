@@ -172,6 +172,8 @@ def test_rejects_next_to_an_older_index_are_missing_ids(vqa, tmp_path):
     [
         ((1, 2, 1), "1 question_ids stand there more than once, such as 1"),
         (("a", "b", "b"), "1 question_ids stand there more than once, such as 'b'"),
+        ((5, 6, "5"), "1 question_ids stand there more than once, such as 5"),
+        (("a", "-7", -7), "1 question_ids stand there more than once, such as '-7'"),
         ((1, None, 2), "sample 1#0: question_id is None; held-out questions need a number or a text"),
         ((1, [1], 2), r"sample 1#0: question_id is \[1\]; held-out questions need a number or a text"),
     ],

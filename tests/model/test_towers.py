@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.beit import checkpoint_filter_fn
 from transformers import (
     BridgeTowerConfig,
     CLIPConfig,
@@ -235,9 +236,21 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
         ),
         (VisionArgs(architecture="vit_base_patch16_siglip_224", image_size=224), "has not one class token"),
         (VisionArgs(architecture="vit_base_patch16_rope_reg1_gap_256", image_size=256), "has not one class token"),
-        (VisionArgs(architecture="swin_tiny_patch4_window7_224", image_size=224), "has not one class token"),
         (VisionArgs(architecture="vit_small_patch16_rope_mixed_224", image_size=224), "learns the frequencies of its"),
-        (VisionArgs(architecture="resnet18"), "timm cannot build such a vision transformer"),
+        (VisionArgs(architecture="deit_small_distilled_patch16_224", image_size=224), "has not one class token"),
+        (VisionArgs(width=100), "timm cannot build such a vision transformer"),
+        *(
+            (VisionArgs(architecture=name, image_size=224), f"'{name}': is a {kind} of timm, whose structure is not")
+            for name, kind in (
+                ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+                ("resnet18", "ResNet"),
+                ("cait_xxs24_224", "Cait"),
+                ("xcit_nano_12_p16_224", "Xcit"),
+                ("mvitv2_base_cls", "MultiScaleVit"),
+                ("convit_tiny", "ConVit"),
+                ("crossvit_9_240", "CrossVit"),
+            )
+        ),
     ],
 )
 def test_towers_that_cannot_serve_are_errors(vision, named):
@@ -313,6 +326,65 @@ def test_timms_evas_and_beits_are_image_towers(tmp_path, architecture):
     buffers = dict(again.unimo3.vision_tower.named_buffers())
     for name, buffer in model.unimo3.vision_tower.named_buffers():
         assert torch.equal(buffers[name], buffer), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["beit_base_patch16_224", "beitv2_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_norm_behind_timms_pooling_is_the_towers_norm(tmp_path, architecture):
+    outside = spread(timm.create_model(architecture, img_size=16, num_classes=7, **SIZES))
+    state, path = outside.state_dict(), tmp_path / "vit.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    tower = tower_of(architecture)
+    assert vision_errors(str(path), tower) == []
+    load_vision(tower, str(path))
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = outside.fc_norm(outside.forward_features(pixels))
+    torch.testing.assert_close(tower(pixels)[:, -1], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_size", [8, 24, 40])
+@pytest.mark.parametrize("sharing", [{}, {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}])
+def test_relative_position_tables_are_resized_as_timm_does(tmp_path, image_size, sharing):
+    sizes = SIZES | sharing
+    small, outside = (
+        spread(timm.create_model("beit_base_patch16_224", img_size=size, num_classes=0, global_pool="token", **sizes))
+        for size in (16, image_size)
+    )
+    path = tmp_path / "vit.safetensors"
+    save_file(small.state_dict(), path)
+    outside.load_state_dict(checkpoint_filter_fn(small.state_dict(), outside), strict=False)
+    tower = VisionTower(Unimo3VisionConfig("beit_base_patch16_224", image_size, sizes), DEPTH).eval()
+    assert vision_errors(str(path), tower) == []
+    load_vision(tower, str(path))
+    pixels = torch.randn(2, 3, image_size, image_size)
+    torch.testing.assert_close(tower(pixels)[:, -1], outside.forward_features(pixels), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("blocks.1.mlp.fc1.bias", None, "missing: blocks.1.mlp.fc1.bias"),
+        ("blocks.0.attn.relative_position_bias_table", (11, 2), r"of another shape: blocks.0.attn.relative_position_"),
+        ("blocks.0.attn.relative_position_bias_table", (2, 2), r"of another shape: blocks.0.attn.relative_position_"),
+        ("blocks.0.norm3.weight", (32,), "unexpected: blocks.0.norm3.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_before_anything_starts(tmp_path, name, shape, named):
+    state = timm.create_model("beit_base_patch16_224", img_size=16, num_classes=0, **SIZES).state_dict()
+    state.pop(name, None)
+    save_file(state | ({name: torch.zeros(shape)} if shape else {}), tmp_path / "vit.safetensors")
+    vision = VisionArgs(str(tmp_path / "vit.safetensors"), "beit_base_patch16_224", 16, 8, 32, DEPTH, 2)
+    text = TextArgs(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    (problem,) = ModelArgs(text, vision, hidden_size=32, num_hidden_layers=2, num_attention_heads=2).validate()
+    assert problem.startswith(f"model.vision.init: '{vision.init}': its tensors do not fit Beit; {named}")
+
+
+def test_missing_tensors_of_a_clip_are_named_before_anything_starts(tmp_path):
+    CLIPVisionModel(clip_vision()).save_pretrained(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (problem,) = vision_errors(str(tmp_path), image_tower(16))
+    assert "its tensors do not fit VisionTransformer; missing: blocks.0" in problem
 
 
 def test_position_tables_without_a_class_token_are_resized(tmp_path):

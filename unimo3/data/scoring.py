@@ -6,17 +6,22 @@ Source: nlvr2/eval/metrics.py of https://github.com/lil-lab/nlvr, and NLVR2, arX
 from collections.abc import Iterable
 
 _PAIR_INDEX = 2
+_NUM_PARTS = 4
 
 
 def sentence_of(identifier: str) -> str:
     """The identifier of an NLVR2 sentence: an example's identifier, split-set-pair-sentence, without the pair.
 
     Raises:
-        ValueError: it has not that form.
+        ValueError: it has not that form, or cannot be stored in a line ``identifier,label``.
     """
     parts = identifier.split("-")
-    if len(parts) <= _PAIR_INDEX:
-        raise ValueError(f"identifier {identifier!r}: split-set-pair-sentence expected")
+    is_storable = "," not in identifier and identifier.isprintable() and identifier == identifier.strip()
+    if len(parts) < _NUM_PARTS or not all(parts) or not is_storable:
+        raise ValueError(
+            f"field 'identifier' is {identifier!r}; split-set-pair-sentence expected, without commas, line ends and "
+            "spaces around it"
+        )
     return "-".join([*parts[:_PAIR_INDEX], *parts[_PAIR_INDEX + 1 :]])
 
 

@@ -190,7 +190,7 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     """A file's extension and bytes, after decoding it once; scaled and encoded again where `options` say so.
 
     Raises:
-        UnusableImageError: it is missing or no image that can be decoded.
+        UnusableImageError: it is missing, or no image that can be decoded and stored.
         DataError: it cannot be read now, for a reason of the machine's.
     """
     try:
@@ -215,8 +215,15 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     if is_large:
         width, height = (max(1, round(side * options.max_side / longer)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image.info.pop("comment", None)  # Pillow would store it, if it is short enough
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=options.quality)
+    try:
+        image.save(encoded, "JPEG", quality=options.quality)
+    except (OSError, ValueError) as error:
+        width, height = image.size
+        raise UnusableImageError(
+            path, f"its {width} x {height} pixels cannot be encoded as JPEG ({error}); use --max-side"
+        ) from error
     return "jpg", encoded.getvalue()
 
 

@@ -5,6 +5,7 @@ Source: the tokenizers library's byte-level BPE; RoBERTa, arXiv 1907.11692, for 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer folder. Texts are padded and cut on their right side, whatever the folder has.
 
     Raises:
-        ConfigError: there is none, it has no mask, padding or class token, or there are texts that it cannot encode.
+        ConfigError: there is none, it has no mask, padding or class token, two entries have one id, or texts are not
+            enclosed by its special tokens or cannot be encoded.
     """
     from transformers import AutoTokenizer
 
@@ -84,12 +86,30 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     missing = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise ConfigError(f"data.tokenizer: '{folder}': has no {', '.join(missing)}; a RoBERTa-like one is needed")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': has model_max_length {tokenizer.model_max_length!r}; a number, or none, is "
+            "needed in its tokenizer_config.json"
+        )
+    vocabulary = tokenizer.get_vocab()
+    repeated, count = Counter(vocabulary.values()).most_common(1)[0]
+    if count > 1:
+        entries = sorted(entry for entry, number in vocabulary.items() if number == repeated)
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': its entries {entries[0]!r} and {entries[1]!r} have the id {repeated}; each "
+            "needs its own: copy the folder again"
+        )
     try:
-        tokenizer.backend_tokenizer.encode(_RARE)
+        ids = tokenizer.backend_tokenizer.encode(_RARE).ids
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise ConfigError(
             f"data.tokenizer: '{folder}': cannot encode a text with rare characters ({error}); give it an entry for "
             "unknown words, or use a byte-level tokenizer such as RoBERTa's"
         ) from error
+    if ids[:1] + ids[-1:] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': does not put {tokenizer.cls_token!r} before a text and "
+            f"{tokenizer.sep_token!r} behind it; its tokenizer.json needs a post_processor, as RoBERTa's has"
+        )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

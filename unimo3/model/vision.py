@@ -10,10 +10,17 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3VisionConfig
+
+_STRUCTURES = (VisionTransformer, VisionTransformerRelPos, Eva, Beit)
+_EXAMPLE = "vit_base_patch16_clip_quickgelu_224"
 
 
 class VisionTower(nn.Module):
@@ -28,19 +35,20 @@ class VisionTower(nn.Module):
         errors = config.validate()
         if errors:
             raise ConfigError(errors)
-        vit: Any = timm.create_model(
-            config.architecture,
-            pretrained=False,
-            img_size=config.image_size,
-            num_classes=0,
-            global_pool="",
-            **config.overrides,
-        )
-        if getattr(vit, "cls_token", None) is None or getattr(vit, "num_prefix_tokens", 0) != 1:
-            raise ConfigError(
-                f"model.vision.architecture: '{config.architecture}': has not one class token, which pooling and "
-                "contrast read; use a vision transformer with one, such as vit_base_patch16_clip_quickgelu_224"
+        try:
+            vit: Any = timm.create_model(
+                config.architecture,
+                pretrained=False,
+                img_size=config.image_size,
+                num_classes=0,
+                global_pool="",
+                **config.overrides,
             )
+        except Exception:  # of many kinds, also for architectures that do not take these arguments
+            with torch.device("meta"):
+                _check_structure(config.architecture, timm.create_model(config.architecture, pretrained=False))
+            raise
+        _check_structure(config.architecture, vit)
         if getattr(vit, "rope_mixed", False):
             raise ConfigError(
                 f"model.vision.architecture: '{config.architecture}': learns the frequencies of its rotary positions, "
@@ -62,6 +70,21 @@ class VisionTower(nn.Module):
         """pixel_values [B, 3, S, S] -> [B, n, V, W], the last layer's states last."""
         states: Tensor = self.vit(pixel_values)
         return states
+
+
+def _check_structure(architecture: str, vit: Any) -> None:
+    where = f"model.vision.architecture: '{architecture}'"
+    if not isinstance(vit, _STRUCTURES):
+        names = ", ".join(kind.__name__ for kind in _STRUCTURES)
+        raise ConfigError(
+            f"{where}: is a {type(vit).__name__} of timm, whose structure is not supported; use a model of timm's "
+            f"classes {names} with one class token, such as {_EXAMPLE}"
+        )
+    if getattr(vit, "cls_token", None) is None or vit.num_prefix_tokens != 1:
+        raise ConfigError(
+            f"{where}: has not one class token, which pooling and contrast read; use a vision transformer with one, "
+            f"such as {_EXAMPLE}"
+        )
 
 
 def _top_states(vit: Any, num_states: int, pixel_values: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ ERRORS = [
             set_at(1, "identifier", value=value),
             f": line 2: field 'identifier' is {value!r}; split-set-pair-sentence expected",
         )
-        for value in ("train", "train-7", "train-7-0", "train--0-1", "-7-0-1", "train-7-0-", "__a-7-0-1", "a-7-\0-1")
+        for value in (
+            *("train", "train-7", "train-7-0", "train--0-1", "-7-0-1", "train-7-0-", "__a-7-0-1", "a-7-\0-1"),
+            *("a-7,8-0-1", "a-7-0\n-1"),
+        )
     ),
     (lose(0, "sentence"), ": line 1: field 'sentence' is missing; str expected"),
     (set_at(0, "sentence", value=" "), ": line 1: field 'sentence' is empty; remove the record or give it a text"),

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unimo3.data.formats.record import Sample, choice, field, first_file, read_records, text
+from unimo3.data.scoring import sentence_of
 from unimo3.errors import DataError
 
 # Our split, its file, its images' folder.
 _SPLITS = (("train", "train", "images/train"), ("val", "dev", "dev"), ("test", "test1", "test1"))
-_NUM_PARTS = 4  # of an identifier
 
 
 def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> Iterator[tuple[str, Sample]]:
@@ -26,10 +26,16 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
     for split, name, folder in _SPLITS:
         for where, record in read_records(first_file(source / f"{name}.json", source / f"{name}.jsonl")):
             identifier = text(record, "identifier", where)
-            pair, parts = identifier.rpartition("-")[0], identifier.split("-")
-            # A key that begins with two underscores is of no sample, and tars cannot store every character.
-            if len(parts) < _NUM_PARTS or not all(parts) or parts[0].startswith("__") or not identifier.isprintable():
-                raise DataError(f"{where}: field 'identifier' is {identifier!r}; split-set-pair-sentence expected")
+            pair = identifier.rpartition("-")[0]
+            try:
+                sentence_of(identifier)
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from error
+            if identifier.startswith("__"):  # a key that begins so is of no sample
+                raise DataError(
+                    f"{where}: field 'identifier' is {identifier!r}; split-set-pair-sentence expected, without two "
+                    "underscores before it"
+                )
             path = images / folder
             if split == "train" and "directory" in record:
                 path /= str(field(record, "directory", where, int))

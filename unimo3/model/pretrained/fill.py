@@ -55,6 +55,7 @@ def fill(
     """Fill `module`.
 
     Args:
+        tensors: those on the meta device are only compared.
         source: of the tensors, for errors.
         renames: the first that matches a name is applied; a name that none matches stays.
         unused: pattern of source names that the module does not use.
@@ -85,7 +86,8 @@ def fill(
             tensor = adapt(name, tensor, parameter.shape)
             block = parameter.chunk(num_parts)[part]
             if block.shape == tensor.shape:
-                block.copy_(tensor)
+                if not tensor.is_meta:
+                    block.copy_(tensor)
             else:
                 misfits.append(f"{source_name} {tuple(tensor.shape)} (here {tuple(block.shape)})")
         pieces[name].add(part)

@@ -1,6 +1,6 @@
 """Weights for the image tower: a Hugging Face CLIP folder, or a checkpoint file of timm.
 
-The position table is resized bicubically to the tower's grid.
+The position tables are resized to the tower's grid: those of absolute positions bicubically, others as timm does.
 
 Source: transformers' modeling_clip.py and timm's vision_transformer.py for the names; timm's resample_abs_pos_embed.
 """
@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from unimo3.errors import CheckpointError, ConfigError
-from unimo3.model.pretrained.fill import Rename, fill, open_file, read_config, read_file, read_tensors
+from unimo3.model.pretrained.fill import (
+    NamedTensors,
+    Rename,
+    fill,
+    open_file,
+    read_config,
+    read_file,
+    read_tensors,
+    weight_files,
+)
 from unimo3.model.vision import VisionTower
 
 _CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
@@ -39,7 +48,9 @@ _CLIP_NAMES = (
     Rename(_LAYER + r"self_attn\.v_proj\.", r"blocks.\1.attn.qkv.", 2, 3),
 )
 # A classifier, what belongs to pooling, and what follows from the sizes.
-_TIMM_UNUSED = r"^(head|fc_norm|head_dist)\.|relative_position_index$|k_bias$|^rope\.freqs_(cos|sin)$"
+_TIMM_UNUSED = r"^(head|head_dist)\.|relative_position_index$|k_bias$|^rope\.freqs_(cos|sin)$"
+# The final norm, where an architecture averages the tokens before it.
+_FC_NORM = r"^fc_norm\."
 _TIMM_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model")
 # timm's classes and transformers' names for them.
@@ -67,11 +78,18 @@ def vision_errors(path: str, tower: VisionTower) -> list[str]:
             "activation": _ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
             "layer_norm_eps": block.norm1.eps,
         }
-    return [
+    errors = [
         f"{where}: has {name} {theirs[name]}, model.vision has {size}; use weights of the same architecture"
         for name, size in ours.items()
         if name in theirs and theirs[name] != size
     ]
+    if not errors:
+        try:
+            shapes = _shapes(Path(path))
+            _fill(tower, path, ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items()))
+        except CheckpointError as error:
+            errors.append(str(error))
+    return errors
 
 
 def load_vision(tower: VisionTower, path: str) -> None:
@@ -80,15 +98,26 @@ def load_vision(tower: VisionTower, path: str) -> None:
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape, or the file cannot be read.
     """
+    _fill(tower, path, _timm_tensors(Path(path)) if Path(path).is_file() else read_tensors(Path(path)))
+
+
+def _fill(tower: VisionTower, path: str, tensors: NamedTensors) -> None:
+    """Fill the image tower with the tensors at `path`; those on the meta device are only compared."""
     fit, source = position_fitter(tower), f"model.vision.init: '{path}'"
-    if Path(path).is_file():
-        fill(tower.vit, _timm_tensors(Path(path)), source, unused=_TIMM_UNUSED, adapt=fit)
-    else:
-        fill(tower.vit, read_tensors(Path(path)), source, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
+    if not Path(path).is_file():
+        fill(tower.vit, tensors, source, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
+        return
+    renames, unused = (Rename(_FC_NORM, "norm."),), _TIMM_UNUSED
+    if "norm.weight" in _shapes(Path(path)) or "norm.weight" not in dict(tower.vit.named_parameters()):
+        unused += f"|{_FC_NORM}"
+    fill(tower.vit, tensors, source, renames, unused, adapt=fit)
 
 
 def position_fitter(tower: VisionTower) -> Any:
-    """A `fill` adapter: position tables at the tower's grid, class tokens and tables with timm's leading axes."""
+    """A `fill` adapter: position tables at the tower's grid, class tokens and tables with timm's leading axes.
+
+    Tables of relative positions have their values for the class token at the end.
+    """
     vit: Any = tower.vit
     grid = list(vit.patch_embed.grid_size)
     num_prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
@@ -96,6 +125,13 @@ def position_fitter(tower: VisionTower) -> Any:
     def fit(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         if name.endswith("cls_token"):
             return tensor.reshape(1, 1, -1)
+        if name.endswith("relative_position_bias_table") and tensor.ndim == len(shape) == 2:
+            num_class = shape[0] - (2 * grid[0] - 1) * (2 * grid[1] - 1)
+            num_positions = max(0, tensor.shape[0] - num_class)
+            if not num_positions or math.isqrt(num_positions) ** 2 != num_positions:
+                return tensor  # not of a square grid: an error of shape
+            resized: Tensor = resize_rel_pos_bias_table(tensor, (grid[0], grid[1]), shape)
+            return resized
         if not name.endswith("pos_embed"):
             return tensor
         table = tensor.reshape(1, -1, tensor.shape[-1]).float()
@@ -129,16 +165,23 @@ def _clip_sizes(folder: Path) -> dict[str, Any]:
 
 
 def _timm_sizes(file: Path) -> dict[str, int]:
-    if file.suffix == ".safetensors":
-        with open_file(file) as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    else:
-        shapes = {name: list(tensor.shape) for name, tensor in _unpickled(file).items()}
+    shapes = _shapes(file)
     if "patch_embed.proj.weight" not in shapes:
         raise CheckpointError("contains no 'patch_embed.proj.weight'; name a checkpoint of one of timm's transformers")
     width, _, _, patch = shapes["patch_embed.proj.weight"]
     blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {"width": width, "depth": len(blocks), "patch_size": patch}
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of the tensors of a folder or a file."""
+    if path.is_file() and path.suffix != ".safetensors":
+        return {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
+    shapes: dict[str, list[int]] = {}
+    for file in [path] if path.is_file() else weight_files(path):
+        with open_file(file) as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _timm_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
