@@ -3,6 +3,7 @@
 Source: the tar format of POSIX.1-1988; GNU tar's --ignore-zeros for joined tars.
 """
 
+import itertools
 import os
 import tarfile
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ _BLOCK_BYTES = 512
 _READ_BYTES = 2**20
 
 
-def tar_members(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarInfo]]:
-    """Each member, and the open tar to read its content from.
+def tar_members(path: Path) -> Iterator[tuple[BinaryIO, int, tarfile.TarInfo]]:
+    """The open file to read contents from, the number of the joined tar, and a member of it.
 
     Raises:
         DataError: the file is no tar that can be read from its beginning to its end.
@@ -25,7 +26,9 @@ def tar_members(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarInfo]]:
     try:
         with path.open("rb") as file:
             start: int | None = 0
-            while start is not None:
+            for part in itertools.count():
+                if start is None:
+                    break
                 file.seek(start)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     end = start
@@ -34,7 +37,7 @@ def tar_members(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarInfo]]:
                             raise tarfile.ReadError(f"the size of {member.name!r} is below 0")
                         end = tar.offset
                         num_members += 1
-                        yield file, member
+                        yield file, part, member
                 start = _next_start(file, end, num_members)
     except (MemoryError, DataError):
         raise
