@@ -112,17 +112,14 @@ class ShardIndex:
 
     @property
     def missing_ids(self) -> list[int | str]:
-        """Of the entries that the split has and the shards do not; of an index of version 2 the records' keys."""
+        """Of the entries that the split has and the shards do not, for version 2 of the list next to the split.
+
+        Raises:
+            DataError: that list cannot be read.
+        """
         if self._missing_ids is not None:
             return self._missing_ids
-        path = Path(self.source).parent / REJECTS
-        if is_remote(self.source) or not path.is_file():
-            return []
-        try:
-            rejects = [json.loads(line) for line in path.read_bytes().splitlines()]
-            return [reject["key"] for reject in rejects if reject["split"] == self.split]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: is no list of rejected records ({error!r}); prepare the shards again") from error
+        return [] if is_remote(self.source) else rejected_ids(Path(self.source), self.split)
 
     @property
     def samples_per_shard(self) -> list[int]:
@@ -239,7 +236,7 @@ class ShardIndex:
             ) from error
         except DataError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not JSON ({error}); {REINDEX}") from error
         version = content.get("version") if isinstance(content, dict) else None
         if version not in _READABLE:
@@ -319,6 +316,27 @@ class ShardIndex:
         name = f"{members.key(row)}.{members.extensions[column]}"
         problem = header_error(os.pread(descriptor, 512, offset - 512), size)
         return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
+
+
+def rejected_ids(folder: Path, split: str) -> list[int | str]:
+    """Ids of a split's entries in the list of rejected records next to its folder; keys where it has no ids.
+
+    Raises:
+        DataError: the list cannot be read.
+    """
+    path = folder.parent / REJECTS
+    if not path.is_file():
+        return []
+    try:
+        rejects = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [
+            identity
+            for reject in rejects
+            if reject["split"] == split
+            for identity in reject.get("ids", [reject["key"]])
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: is no list of rejected records ({error!r}); prepare the shards again") from error
 
 
 def is_index(folder: Path) -> bool:
