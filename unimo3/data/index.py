@@ -28,6 +28,7 @@ from unimo3.data.cache import ShardCache
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
+from unimo3.data.tar_members import another_tar_follows
 from unimo3.data.texts import lack_of
 from unimo3.errors import DataError
 
@@ -44,6 +45,8 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
+# In an index of version 2, which has only the first of joined tars.
+MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
@@ -307,7 +310,7 @@ class ShardIndex:
         return self._open[number]
 
     def _error_of(self, descriptor: int, number: int) -> str:
-        """Why the shard's last member does not begin at the offset in its table; empty if it does."""
+        """Why the shard's last member does not begin at the offset in its table, or is not the last; else empty."""
         members = self._members(number)
         if not members.offsets.size:
             return ""
@@ -315,7 +318,12 @@ class ShardIndex:
         offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
         name = f"{members.key(row)}.{members.extensions[column]}"
         problem = header_error(os.pread(descriptor, 512, offset - 512), size)
-        return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
+        if problem:
+            return f"{name} of {size} bytes should begin at byte {offset}, but {problem}"
+        if isinstance(self.shards[number].num_items, int):
+            with open(descriptor, "rb", closefd=False) as file:
+                return MORE_FOLLOWS if another_tar_follows(file, offset + size + -size % 512) else ""
+        return ""
 
 
 def rejected_ids(folder: Path, split: str) -> list[int | str]:
