@@ -12,6 +12,7 @@ import pytest
 from tests.data.conftest import convert, draw_jpeg, write_tar
 from unimo3.data.index import ShardIndex
 from unimo3.data.members import scan
+from unimo3.data.samples import image_of
 from unimo3.errors import DataError
 
 
@@ -260,3 +261,55 @@ def test_images_and_texts_that_share_no_sample_are_refused(tmp_path, parts, capf
     (tmp_path / "0.tar").write_bytes(joined(*parts))
     assert convert("index", "--src", str(tmp_path)) == 78
     assert re.search(r"0\.tar: \d samples have an image, .* and none has both; .*--sort=name", capfd.readouterr().err)
+
+
+def messages_of(caplog, tar: Path) -> list[str]:
+    """Warnings about a tar."""
+    return [record.getMessage().removeprefix(f"{tar}: ") for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "unread"),
+    [
+        (["cat.jpg", "cat.png", "cat.txt"], "cat.jpg", "cat.png"),
+        (["cat.webp", "cat.txt", "cat.gif"], "cat.webp", "cat.gif"),
+        (["cat.0.png", "cat.0.jpeg", "cat.1.jpg", "cat.json"], "cat.0.jpeg", "cat.0.png"),
+    ],
+)
+def test_a_second_image_under_one_key_is_counted(tmp_path, caplog, names, read, unread):
+    (tmp_path / "0.tar").write_bytes(joined(names))
+    assert convert("index", "--src", str(tmp_path)) == 0
+    (message,) = messages_of(caplog, tmp_path / "0.tar")
+    assert message == f"1 members are not read, such as {unread!r}: its sample has another image, which is read"
+    members = ShardIndex(tmp_path).read(0, 0)
+    number = 0 if ".0." in read else None
+    assert image_of(members, lambda content, _: content, None, number)() == f"0{read}".encode()
+
+
+@pytest.mark.parametrize(
+    "ending", ["jpg", "JPEG", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm"]
+)
+def test_images_of_every_documented_format_are_read_from_tars(tmp_path, ending, caplog):
+    content = draw_jpeg(0)
+    write_tar(
+        tmp_path / "0.tar", {"k": {ending: content, "txt": b"a"}, "pair": {f"1.{ending}": content, "json": b"{}"}}
+    )
+    assert convert("index", "--src", str(tmp_path)) == 0
+    index = ShardIndex(tmp_path)
+    assert image_of(index.read(0, 0), lambda content, _: content, None)() == content
+    assert image_of(index.read(0, 1), lambda content, _: content, None, 1)() == content
+    assert messages_of(caplog, tmp_path / "0.tar") == []
+
+
+def test_samples_without_an_image_are_counted(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", {f"{number}": {"heic": b"", "txt": b"a"} for number in range(20)})
+    write_tar(
+        tmp_path / "1.tar", {"a": {"jpg": b"", "txt": b"a"}, "b": {"json": b"{}"}, "c": {"cls": b"", "txt": b"c"}}
+    )
+    assert convert("index", "--src", str(tmp_path)) == 0
+    messages = [record.getMessage() for record in caplog.records]
+    endings = "jpg, jpeg, png, webp,"
+    assert any(message.startswith(f"{tmp_path}/0.tar: 20 samples have no image ({endings}") for message in messages)
+    assert any(message.startswith(f"{tmp_path}/1.tar: 2 samples have no image ({endings}") for message in messages)
+    assert any(message.endswith("such as 'b' with the ending 'json'") for message in messages)
+    assert len(messages) == 2

@@ -25,7 +25,11 @@ COUNTED_KINDS = ("captions", "questions", "hypotheses")
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Of several images of a sample, the first of these is read.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp"),
+    *("jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
+)
 # The extensions that any task reads; those with a number are of a pair of images.
 _READ = frozenset(
     ["json", "txt", *IMAGE_EXTENSIONS, *(f"{number}.{name}" for number in range(2) for name in IMAGE_EXTENSIONS)]
@@ -225,6 +229,7 @@ class _Samples:
                 f"{_DOTS}"
             )
         self._check_pairs()
+        self._count_other_images()
         for reason, count in self._unread.items():
             first = self._first_unread[reason]
             log.warning("%s: %d members are not read, such as %r: %s", self._path, count, first, reason)
@@ -232,6 +237,10 @@ class _Samples:
             first = next(iter(self._apart.values()))
             message = "%s: the members of %d samples are not neighbours, such as %r; each key is taken for one sample"
             log.warning(message, self._path, len(self._apart), first)
+        if lacking := [sample for sample in samples if sample.roles.isdisjoint(_IMAGES)]:
+            message = "%s: %d samples have no image (%s), such as %r with the ending %r"
+            first, ending = lacking[0].key, next(iter(lacking[0].members))
+            log.warning(message, self._path, len(lacking), ", ".join(IMAGE_EXTENSIONS), first, ending)
         offsets = np.full((len(samples), len(columns)), -1, dtype=np.int64)
         sizes = np.zeros_like(offsets)
         for row, sample in enumerate(samples):
@@ -262,6 +271,16 @@ class _Samples:
                 f"{self._samples[has_text.index(True)].key!r}, and none has both; give the members of a sample one "
                 "key, and make the tar again with tar --sort=name"
             )
+
+    def _count_other_images(self) -> None:
+        """Count the images of samples that have another of the same role."""
+        for sample in self._samples:
+            if len(sample.roles) < len(sample.members):
+                images = {name for name in sample.members if _role(name) in _IMAGES}
+                for role in _IMAGES:
+                    of_role = [role.replace("jpg", kind) for kind in IMAGE_EXTENSIONS]
+                    for name in [name for name in of_role if name in images][1:]:
+                        self._skip(f"{sample.key}.{name}", "its sample has another image, which is read")
 
     def _skip(self, name: str, reason: str) -> None:
         self._unread[reason] += 1
