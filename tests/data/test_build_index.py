@@ -72,3 +72,38 @@ def test_files_of_others_next_to_the_tars_are_left_alone(tars):
     assert convert("index", "--src", str(tars)) == 0
     assert [(tars / name).read_text() for name in names] == ["of others"] * len(names)
     assert len(list(tars.iterdir())) == len(names) + 3
+
+
+@pytest.mark.parametrize("state", ["as written", "version 2", "version 1", "damaged", "removed", "no rejects.jsonl"])
+def test_indexing_a_converted_split_again_keeps_its_missing_ids(source, tmp_path, state):
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "train2014" / "COCO_train2014_000000000002.jpg").unlink()
+    out = tmp_path / "out"
+    arguments = ("--src", str(tmp_path / "source"), "--out", str(out), "--min-answer-count", "1")
+    assert convert("vqav2", *arguments, "--max-reject-ratio", "0.5") == 0
+    path = out / "train" / "index.json"
+    content = json.loads(path.read_text())
+    assert content["missing_ids"] == [200, 201]
+    if state == "version 2":
+        del content["missing_ids"]
+    if state.startswith("version"):
+        path.write_text(json.dumps(content | {"version": int(state[-1])}))
+    if state == "damaged":
+        path.write_text("half {")
+    if state == "removed":
+        path.unlink()
+    if state == "no rejects.jsonl":
+        (out / "rejects.jsonl").unlink()
+    assert convert("index", "--src", str(out / "train"), "--overwrite") == 0
+    assert ShardIndex(out / "train").missing_ids == [200, 201]
+    assert convert("index", "--src", str(out / "train")) == 0
+    assert ShardIndex(out / "train").missing_ids == [200, 201]
+
+
+def test_the_rejects_of_others_are_not_read(tmp_path):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", {"a": {"jpg": b"", "txt": b"x"}})
+    for content in ("no JSON", '{"split": "tars", "key": "a"}'):
+        (tmp_path / "rejects.jsonl").write_text(content)
+        assert convert("index", "--src", str(tmp_path / "tars")) == 0
+        assert ShardIndex(tmp_path / "tars").missing_ids == []

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -141,6 +143,45 @@ def test_items_that_version_2_does_not_count_are_an_error(tmp_path):
     folder = as_version_2(write(tmp_path, *contents), 1, 0, 0)
     (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
     assert "index.json: counts 0 questions of sample 2 of 0.tar, which has 1" in problem
+
+
+def joined_and_indexed_by_version_2(folder, tail):
+    """A tar with one sample that is indexed, and what follows it in the file."""
+    folder = as_version_2(write(folder, {"questions": questions(1), "captions": ["a"]}), 1)
+    tar, path = folder / "0.tar", folder / "index.json"
+    tar.write_bytes(tar.read_bytes() + tail)
+    content = json.loads(path.read_text())
+    content["shards"][0] |= {"bytes": tar.stat().st_size, "sha256": hashlib.sha256(tar.read_bytes()).hexdigest()}
+    path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("padding", [0, 512, 3 * 2**20])
+def test_a_joined_tar_of_version_2_is_an_error(tmp_path, padding, capfd):
+    tail = bytes(padding) + write_tar(tmp_path / "b", {"b": described(2, {"captions": ["b"]})}).read_bytes()
+    (tmp_path / "c").mkdir()
+    folder = joined_and_indexed_by_version_2(tmp_path / "c", tail)
+    expected = r"0\.tar: is not the tar that was indexed: another tar follows .*; index it again"
+    with pytest.raises(DataError, match=expected):
+        ShardIndex(folder).read(0, 0)
+    for kind in ("captions", "questions"):
+        (problem,) = DataArgs(train=str(folder)).shard_errors(kind)
+        assert re.search(expected, problem)
+    assert convert("index", "--src", str(folder), "--verify") == 78
+    assert "0.tar: another tar follows the one that was indexed" in capfd.readouterr().err
+    assert convert("index", "--src", str(folder)) == 0
+    assert ShardIndex(folder).samples_per_shard == [2]
+
+
+def test_a_tar_of_version_2_may_end_in_anything_but_samples(tmp_path):
+    folder = joined_and_indexed_by_version_2(tmp_path, bytes(2**20 + 512))
+    assert DataArgs(train=str(folder)).shard_errors("captions") == []
+    assert convert("index", "--src", str(folder), "--verify") == 0
+    with tarfile.open(folder / "0.tar", "a") as tar:
+        for name in ("README", "__info__.json", "x" * 300):
+            tar.addfile(tarfile.TarInfo(name))
+    folder = joined_and_indexed_by_version_2(tmp_path, b"")
+    assert DataArgs(train=str(folder)).shard_errors("captions") == []
 
 
 def test_a_table_that_an_older_version_left_is_made_again(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from tests.data.conftest import convert, draw_jpeg, write_tar
 from unimo3.data.index import ShardIndex
 from unimo3.data.members import scan
+from unimo3.data.samples import image_of
 from unimo3.errors import DataError
 
 
@@ -194,3 +195,121 @@ def test_a_folder_of_names_that_are_no_utf8_is_indexed(tmp_path: Path):
     assert convert("index", "--src", str(folder)) == 0
     assert ShardIndex(folder).read(0, 0) == {"jpg": b"", "txt": b"x"}
     assert convert("index", "--src", str(folder), "--verify") == 0
+
+
+def joined(*parts: list[str]) -> bytes:
+    """Tars of these names, joined to one file; each member's content is the number of its part and its name."""
+    content = b""
+    for number, names in enumerate(parts):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                data = f"{number}{name}".encode()
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        content += file.getvalue()
+    return content
+
+
+# Names of each joined tar -> the names of each sample, after the number of their tar.
+GROUPED = {
+    "other kinds in a second tar": (
+        [["s.jpg", "s.txt", "t.jpg", "t.txt"], ["s.json", "s.png"]],
+        [["0s.jpg", "0s.txt"], ["0t.jpg", "0t.txt"], ["1s.json", "1s.png"]],
+    ),
+    "an image alone before": ([["s.jpg"], ["s.txt", "s.jpg"]], [["0s.jpg"], ["1s.txt", "1s.jpg"]]),
+    "another kind of image": ([["s.jpg", "s.txt"], ["s.png", "s.txt"]], [["0s.jpg", "0s.txt"], ["1s.png", "1s.txt"]]),
+    "at the seam": ([["s.jpg", "s.txt"], ["s.json", "t.jpg"]], [["0s.jpg", "0s.txt"], ["1s.json"], ["1t.jpg"]]),
+    "other kinds in one tar": (
+        [["s.jpg", "s.txt", "t.jpg", "s.json", "s.png"]],
+        [["0s.jpg", "0s.txt"], ["0t.jpg"], ["0s.json", "0s.png"]],
+    ),
+    "an image first and a complete sample later": (
+        [["s.jpg", "t.txt", "s.webp", "s.txt"]],
+        [["0s.jpg"], ["0t.txt"], ["0s.webp", "0s.txt"]],
+    ),
+    "images first": (
+        [["s.jpg", "t.png", "s.txt", "t.txt", "s.json", "t.json"]],
+        [["0s.jpg", "0s.txt", "0s.json"], ["0t.png", "0t.txt", "0t.json"]],
+    ),
+    "first images, second images, texts": (
+        [["s.0.jpg", "t.0.jpg", "s.1.png", "t.1.png", "s.json", "t.json"]],
+        [["0s.0.jpg", "0s.1.png", "0s.json"], ["0t.0.jpg", "0t.1.png", "0t.json"]],
+    ),
+    "neighbours twice": ([["s.jpg", "s.txt", "s.jpg", "s.txt"]], [["0s.jpg", "0s.txt"], ["0s.jpg", "0s.txt"]]),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_neighbours_with_one_key_are_a_sample(tmp_path, name, caplog):
+    parts, expected = GROUPED[name]
+    (tmp_path / "0.tar").write_bytes(joined(*parts))
+    assert convert("index", "--src", str(tmp_path)) == 0
+    index = ShardIndex(tmp_path)
+    assert index.samples_per_shard == [len(expected)]
+    actual = [sorted(content.decode() for content in index.read(0, row).values()) for row in range(len(expected))]
+    assert actual == [sorted(names) for names in expected]
+    is_counted = "members of 2 samples are not neighbours, such as 's'" in caplog.text
+    assert is_counted == name.startswith(("images first", "first images"))
+
+
+@pytest.mark.parametrize(
+    "parts", [[["s.jpg", "t.jpg"], ["s.json", "t.json"]], [["a.jpg", "b.txt"]], [["s.txt"], ["s.0.png", "s.1.png"]]]
+)
+def test_images_and_texts_that_share_no_sample_are_refused(tmp_path, parts, capfd):
+    (tmp_path / "0.tar").write_bytes(joined(*parts))
+    assert convert("index", "--src", str(tmp_path)) == 78
+    assert re.search(r"0\.tar: \d samples have an image, .* and none has both; .*--sort=name", capfd.readouterr().err)
+
+
+def messages_of(caplog, tar: Path) -> list[str]:
+    """Warnings about a tar."""
+    return [record.getMessage().removeprefix(f"{tar}: ") for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "unread"),
+    [
+        (["cat.jpg", "cat.png", "cat.txt"], "cat.jpg", "cat.png"),
+        (["cat.webp", "cat.txt", "cat.gif"], "cat.webp", "cat.gif"),
+        (["cat.0.png", "cat.0.jpeg", "cat.1.jpg", "cat.json"], "cat.0.jpeg", "cat.0.png"),
+    ],
+)
+def test_a_second_image_under_one_key_is_counted(tmp_path, caplog, names, read, unread):
+    (tmp_path / "0.tar").write_bytes(joined(names))
+    assert convert("index", "--src", str(tmp_path)) == 0
+    (message,) = messages_of(caplog, tmp_path / "0.tar")
+    assert message == f"1 members are not read, such as {unread!r}: its sample has another image, which is read"
+    members = ShardIndex(tmp_path).read(0, 0)
+    number = 0 if ".0." in read else None
+    assert image_of(members, lambda content, _: content, None, number)() == f"0{read}".encode()
+
+
+@pytest.mark.parametrize(
+    "ending", ["jpg", "JPEG", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm"]
+)
+def test_images_of_every_documented_format_are_read_from_tars(tmp_path, ending, caplog):
+    content = draw_jpeg(0)
+    write_tar(
+        tmp_path / "0.tar", {"k": {ending: content, "txt": b"a"}, "pair": {f"1.{ending}": content, "json": b"{}"}}
+    )
+    assert convert("index", "--src", str(tmp_path)) == 0
+    index = ShardIndex(tmp_path)
+    assert image_of(index.read(0, 0), lambda content, _: content, None)() == content
+    assert image_of(index.read(0, 1), lambda content, _: content, None, 1)() == content
+    assert messages_of(caplog, tmp_path / "0.tar") == []
+
+
+def test_samples_without_an_image_are_counted(tmp_path, caplog):
+    write_tar(tmp_path / "0.tar", {f"{number}": {"heic": b"", "txt": b"a"} for number in range(20)})
+    write_tar(
+        tmp_path / "1.tar", {"a": {"jpg": b"", "txt": b"a"}, "b": {"json": b"{}"}, "c": {"cls": b"", "txt": b"c"}}
+    )
+    assert convert("index", "--src", str(tmp_path)) == 0
+    messages = [record.getMessage() for record in caplog.records]
+    endings = "jpg, jpeg, png, webp,"
+    assert any(message.startswith(f"{tmp_path}/0.tar: 20 samples have no image ({endings}") for message in messages)
+    assert any(message.startswith(f"{tmp_path}/1.tar: 2 samples have no image ({endings}") for message in messages)
+    assert any(message.endswith("such as 'b' with the ending 'json'") for message in messages)
+    assert len(messages) == 2

@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from unimo3.data.index import INDEX, Shard, ShardIndex, is_index
+from unimo3.data.conversion import MARK
+from unimo3.data.index import INDEX, Shard, ShardIndex, is_index, rejected_ids
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -79,7 +80,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             spread(comm, jobs(), work, progress.add)
             if not overwrite and (folder / INDEX).is_file():
                 _check_unchanged(folder)
-            count = finish(folder, folder.parent.name, folder.name, names)
+            count = finish(folder, folder.parent.name, folder.name, names, _missing_ids(folder))
             repeated = repeated_keys(folder, names)
             remove_traces(folder, names)
         finally:
@@ -108,6 +109,19 @@ def _check_unchanged(folder: Path) -> None:
             f"{folder}: {len(changed)} tars are not those that were indexed before ({', '.join(changed[:3])}); copy "
             "them again, or give --overwrite if they were changed on purpose"
         )
+
+
+def _missing_ids(folder: Path) -> list[int | str]:
+    """Ids that a converted split lacks, which its tars do not show.
+
+    Raises:
+        DataError: the list of rejected records of an index that can be read, or of a conversion, cannot be read.
+    """
+    try:
+        before = ShardIndex(folder, check_files=False)
+    except DataError:
+        return rejected_ids(folder, folder.name) if (folder.parent / MARK).exists() else []
+    return before.missing_ids
 
 
 def verify(folder: Path, comm: Any) -> None:

@@ -28,6 +28,7 @@ from unimo3.data.cache import ShardCache
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
+from unimo3.data.tar_members import another_tar_follows
 from unimo3.data.texts import lack_of
 from unimo3.errors import DataError
 
@@ -44,6 +45,8 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
+# In an index of version 2, which has only the first of joined tars.
+MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
 
 
@@ -112,17 +115,14 @@ class ShardIndex:
 
     @property
     def missing_ids(self) -> list[int | str]:
-        """Of the entries that the split has and the shards do not; of an index of version 2 the records' keys."""
+        """Of the entries that the split has and the shards do not, for version 2 of the list next to the split.
+
+        Raises:
+            DataError: that list cannot be read.
+        """
         if self._missing_ids is not None:
             return self._missing_ids
-        path = Path(self.source).parent / REJECTS
-        if is_remote(self.source) or not path.is_file():
-            return []
-        try:
-            rejects = [json.loads(line) for line in path.read_bytes().splitlines()]
-            return [reject["key"] for reject in rejects if reject["split"] == self.split]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: is no list of rejected records ({error!r}); prepare the shards again") from error
+        return [] if is_remote(self.source) else rejected_ids(Path(self.source), self.split)
 
     @property
     def samples_per_shard(self) -> list[int]:
@@ -239,7 +239,7 @@ class ShardIndex:
             ) from error
         except DataError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not JSON ({error}); {REINDEX}") from error
         version = content.get("version") if isinstance(content, dict) else None
         if version not in _READABLE:
@@ -310,7 +310,7 @@ class ShardIndex:
         return self._open[number]
 
     def _error_of(self, descriptor: int, number: int) -> str:
-        """Why the shard's last member does not begin at the offset in its table; empty if it does."""
+        """Why the shard's last member does not begin at the offset in its table, or is not the last; else empty."""
         members = self._members(number)
         if not members.offsets.size:
             return ""
@@ -318,7 +318,33 @@ class ShardIndex:
         offset, size = int(members.offsets[row, column]), int(members.sizes[row, column])
         name = f"{members.key(row)}.{members.extensions[column]}"
         problem = header_error(os.pread(descriptor, 512, offset - 512), size)
-        return f"{name} of {size} bytes should begin at byte {offset}, but {problem}" if problem else ""
+        if problem:
+            return f"{name} of {size} bytes should begin at byte {offset}, but {problem}"
+        if isinstance(self.shards[number].num_items, int):
+            with open(descriptor, "rb", closefd=False) as file:
+                return MORE_FOLLOWS if another_tar_follows(file, offset + size + -size % 512) else ""
+        return ""
+
+
+def rejected_ids(folder: Path, split: str) -> list[int | str]:
+    """Ids of a split's entries in the list of rejected records next to its folder; keys where it has no ids.
+
+    Raises:
+        DataError: the list cannot be read.
+    """
+    path = folder.parent / REJECTS
+    if not path.is_file():
+        return []
+    try:
+        rejects = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [
+            identity
+            for reject in rejects
+            if reject["split"] == split
+            for identity in reject.get("ids", [reject["key"]])
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: is no list of rejected records ({error!r}); prepare the shards again") from error
 
 
 def is_index(folder: Path) -> bool:

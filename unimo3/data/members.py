@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import operator
 import tarfile
 import zipfile
 from collections import Counter
@@ -24,11 +25,16 @@ COUNTED_KINDS = ("captions", "questions", "hypotheses")
 
 log = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Of several images of a sample, the first of these is read.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp"),
+    *("jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
+)
 # The extensions that any task reads; those with a number are of a pair of images.
 _READ = frozenset(
     ["json", "txt", *IMAGE_EXTENSIONS, *(f"{number}.{name}" for number in range(2) for name in IMAGE_EXTENSIONS)]
 )
+_IMAGES = ("jpg", "0.jpg", "1.jpg")
 _DOTS = (
     "a sample's key ends at the first dot of a name; where keys contain dots, rename the files and make the tar again"
 )
@@ -102,31 +108,70 @@ def scan(path: Path) -> Members:
     if they should be read are counted in the log.
 
     Raises:
-        DataError: it is no tar that can be read from its beginning to its end, or no member of its samples is read.
+        DataError: it is no tar that can be read from its beginning to its end, no member of its samples is read, or
+            none of its images has a text.
     """
     samples = _Samples(path)
-    for file, member in tar_members(path):
-        samples.add(file, member)
+    for file, part, member in tar_members(path):
+        samples.add(file, part, member)
     return samples.table()
 
 
+@dataclass
+class _Sample:
+    """A sample's members.
+
+    Attributes:
+        part: number of the joined tar.
+        members: offset and size by extension.
+        num_items: of each of `COUNTED_KINDS`.
+    """
+
+    key: str
+    part: int
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_items: list[int] = field(default_factory=lambda: [0] * len(COUNTED_KINDS))
+
+    @property
+    def roles(self) -> set[str]:
+        """What its members are for a sample, which needs one of each."""
+        return {_role(extension) for extension in self.members}
+
+    def take(self, other: "_Sample") -> None:
+        """Add the members of another."""
+        self.members |= other.members
+        self.num_items = [sum(counts) for counts in zip(self.num_items, other.num_items, strict=True)]
+
+
+def _role(extension: str) -> str:
+    """The extension; of an image any of `_IMAGES`, whatever its format."""
+    number, dot, kind = extension.rpartition(".")
+    return f"{number}{dot}jpg" if kind in IMAGE_EXTENSIONS and extension in _READ else extension
+
+
 class _Samples:
-    """The samples of a tar, of its members in their order."""
+    """The samples of a tar, of its members in their order.
+
+    Neighbours with one key are a sample, as in webdataset. A key that comes again in the same tar continues its sample
+    if that has no member of the same role: so are tars whose images come first and whose texts come later. Otherwise,
+    and in another joined tar, it is another sample.
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self._keys: list[str] = []
-        self._members: list[dict[str, tuple[int, int]]] = []
-        self._num_items: list[list[int]] = []
-        self._latest: dict[str, int] = {}
+        self._samples: list[_Sample] = []
+        self._latest: dict[str, _Sample] = {}
+        self._open: _Sample | None = None
+        self._apart: dict[int, str] = {}
         self._unread: Counter[str] = Counter()
         self._first_unread: dict[str, str] = {}
 
-    def add(self, file: BinaryIO, member: tarfile.TarInfo) -> None:
+    def add(self, file: BinaryIO, part: int, member: tarfile.TarInfo) -> None:
         """Take a member to its sample.
 
         Args:
             file: to read its content from.
+            part: number of the joined tar.
 
         Raises:
             DataError: its content is not in one piece.
@@ -137,59 +182,109 @@ class _Samples:
         if member.isdir() or not stem or stem.startswith("__"):
             return
         if not member.isfile() or not extension:
-            self._skip(member, "it is a link or a device" if extension else "its name has no ending")
+            self._skip(member.name, "it is a link or a device" if extension else "its name has no ending")
             return
         key, extension = folder + slash + stem, extension.lower()
         if member.issparse() and extension in _READ:
             raise DataError(
                 f"{self._path}: member {member.name!r} is stored without its zeros; make the tar without --sparse (-S)"
             )
-        if key not in self._latest or extension in self._members[self._latest[key]]:
-            self._latest[key] = len(self._keys)  # a key that comes again is another sample
-            self._keys.append(key)
-            self._members.append({})
-            self._num_items.append([0] * len(COUNTED_KINDS))
-        row = self._latest[key]
-        self._members[row][extension] = (member.offset_data, member.size)
+        sample = self._open
+        if sample is None or (sample.key, sample.part) != (key, part) or extension in sample.members:
+            self._close()
+            sample = self._open = _Sample(key, part)
+        sample.members[extension] = (member.offset_data, member.size)
         if extension == "json":
             file.seek(member.offset_data)
-            self._num_items[row] = count_items(file.read(member.size))
+            sample.num_items = count_items(file.read(member.size))
         elif extension not in _READ and extension.rpartition(".")[2] in _READ:
-            self._skip(member, _DOTS)
+            self._skip(member.name, _DOTS)
+
+    def _close(self) -> None:
+        """Add the neighbours that were read last to the sample that they continue, or as another one."""
+        sample, self._open = self._open, None
+        if sample is None:
+            return
+        earlier = self._latest.get(sample.key)
+        if earlier is not None and earlier.part == sample.part and not earlier.roles & sample.roles:
+            earlier.take(sample)
+            self._apart[id(earlier)] = sample.key
+        else:
+            self._samples.append(sample)
+            self._latest[sample.key] = sample
 
     def table(self) -> Members:
         """The table of all samples.
 
         Raises:
-            DataError: there are samples, and no member of them is read.
+            DataError: there are samples, and no member of them is read, or none has both an image and a text.
         """
-        columns = sorted({name for members in self._members for name in members.keys() & _READ})
-        if self._keys and not columns:
+        self._close()
+        samples = self._samples
+        columns = sorted({name for sample in samples for name in sample.members.keys() & _READ})
+        if samples and not columns:
             raise DataError(
-                f"{self._path}: no member of its {len(self._keys)} samples is read, such as {self._keys[0]!r} with the "
-                f"ending {next(iter(self._members[0]))!r}; {', '.join((*IMAGE_EXTENSIONS, 'json', 'txt'))} are, and "
+                f"{self._path}: no member of its {len(samples)} samples is read, such as {samples[0].key!r} with the "
+                f"ending {next(iter(samples[0].members))!r}; {', '.join((*IMAGE_EXTENSIONS, 'json', 'txt'))} are, and "
                 f"{_DOTS}"
             )
+        self._check_pairs()
+        self._count_other_images()
         for reason, count in self._unread.items():
             first = self._first_unread[reason]
             log.warning("%s: %d members are not read, such as %r: %s", self._path, count, first, reason)
-        offsets = np.full((len(self._keys), len(columns)), -1, dtype=np.int64)
+        if self._apart:
+            first = next(iter(self._apart.values()))
+            message = "%s: the members of %d samples are not neighbours, such as %r; each key is taken for one sample"
+            log.warning(message, self._path, len(self._apart), first)
+        if lacking := [sample for sample in samples if sample.roles.isdisjoint(_IMAGES)]:
+            message = "%s: %d samples have no image (%s), such as %r with the ending %r"
+            first, ending = lacking[0].key, next(iter(lacking[0].members))
+            log.warning(message, self._path, len(lacking), ", ".join(IMAGE_EXTENSIONS), first, ending)
+        offsets = np.full((len(samples), len(columns)), -1, dtype=np.int64)
         sizes = np.zeros_like(offsets)
-        for row, members in enumerate(self._members):
+        for row, sample in enumerate(samples):
             for column, extension in enumerate(columns):
-                if extension in members:
-                    offsets[row, column], sizes[row, column] = members[extension]
+                if extension in sample.members:
+                    offsets[row, column], sizes[row, column] = sample.members[extension]
         return Members(
-            np.asarray([key.encode("utf-8", "surrogateescape") for key in self._keys], dtype=np.bytes_),
+            np.asarray([sample.key.encode("utf-8", "surrogateescape") for sample in samples], dtype=np.bytes_),
             columns,
             offsets,
             sizes,
-            np.asarray(self._num_items, dtype=np.int64).reshape(len(self._keys), len(COUNTED_KINDS)),
+            np.asarray([sample.num_items for sample in samples], dtype=np.int64).reshape(-1, len(COUNTED_KINDS)),
         )
 
-    def _skip(self, member: tarfile.TarInfo, reason: str) -> None:
+    def _check_pairs(self) -> None:
+        """Refuse a tar whose images and texts are different samples.
+
+        Raises:
+            DataError: there are images and texts, and no sample has both.
+        """
+        roles = [sample.roles for sample in self._samples]
+        has_image = [not names.isdisjoint(_IMAGES) for names in roles]
+        has_text = [not names.isdisjoint(("json", "txt")) for names in roles]
+        if any(has_image) and any(has_text) and not any(map(operator.and_, has_image, has_text)):
+            raise DataError(
+                f"{self._path}: {sum(has_image)} samples have an image, such as "
+                f"{self._samples[has_image.index(True)].key!r}, {sum(has_text)} have a json or a txt, such as "
+                f"{self._samples[has_text.index(True)].key!r}, and none has both; give the members of a sample one "
+                "key, and make the tar again with tar --sort=name"
+            )
+
+    def _count_other_images(self) -> None:
+        """Count the images of samples that have another of the same role."""
+        for sample in self._samples:
+            if len(sample.roles) < len(sample.members):
+                images = {name for name in sample.members if _role(name) in _IMAGES}
+                for role in _IMAGES:
+                    of_role = [role.replace("jpg", kind) for kind in IMAGE_EXTENSIONS]
+                    for name in [name for name in of_role if name in images][1:]:
+                        self._skip(f"{sample.key}.{name}", "its sample has another image, which is read")
+
+    def _skip(self, name: str, reason: str) -> None:
         self._unread[reason] += 1
-        self._first_unread.setdefault(reason, member.name)
+        self._first_unread.setdefault(reason, name)
 
 
 def header_error(header: bytes, size: int) -> str:

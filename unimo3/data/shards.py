@@ -24,9 +24,10 @@ from PIL import Image
 
 from unimo3.data.formats.record import Sample
 from unimo3.data.images import decode
-from unimo3.data.index import INDEX, MEMBERS, Shard
+from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX, Shard
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.members import Members, sha256_of
+from unimo3.data.tar_members import another_tar_follows
 from unimo3.errors import DataError
 from unimo3.images import open_image
 
@@ -306,7 +307,12 @@ def error_of(folder: Path, shard: Shard) -> str | None:
         actual = sha256_of(path)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None if actual == shard.sha256 else f"{path}: is not the shard that was indexed (SHA-256 {actual[:12]})"
+    if actual != shard.sha256:
+        return f"{path}: is not the shard that was indexed (SHA-256 {actual[:12]})"
+    if isinstance(shard.num_items, int):
+        with path.open("rb") as file:
+            return f"{path}: {MORE_FOLLOWS}; {REINDEX}" if another_tar_follows(file, 0) else None
+    return None
 
 
 def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:

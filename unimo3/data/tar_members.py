@@ -3,6 +3,7 @@
 Source: the tar format of POSIX.1-1988; GNU tar's --ignore-zeros for joined tars.
 """
 
+import itertools
 import os
 import tarfile
 from collections.abc import Iterator
@@ -15,31 +16,48 @@ _BLOCK_BYTES = 512
 _READ_BYTES = 2**20
 
 
-def tar_members(path: Path) -> Iterator[tuple[BinaryIO, tarfile.TarInfo]]:
-    """Each member, and the open tar to read its content from.
+def tar_members(path: Path) -> Iterator[tuple[BinaryIO, int, tarfile.TarInfo]]:
+    """The open file to read contents from, the number of the joined tar, and a member of it.
 
     Raises:
         DataError: the file is no tar that can be read from its beginning to its end.
     """
-    num_members = 0
     try:
         with path.open("rb") as file:
-            start: int | None = 0
-            while start is not None:
-                file.seek(start)
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    end = start
-                    while (member := tar.next()) is not None:
-                        if tar.offset < member.offset_data:
-                            raise tarfile.ReadError(f"the size of {member.name!r} is below 0")
-                        end = tar.offset
-                        num_members += 1
-                        yield file, member
-                start = _next_start(file, end, num_members)
+            for part, member in _members_from(file, 0):
+                yield file, part, member
     except (MemoryError, DataError):
         raise
     except Exception as error:  # Python's reader meets damage with errors of many kinds
         raise DataError(f"{path}: is no readable tar ({error}); make or copy it again") from error
+
+
+def another_tar_follows(file: BinaryIO, position: int) -> bool:
+    """Whether members of another tar follow the one in which a header or the end is at `position`."""
+    try:
+        return any(part for part, _ in _members_from(file, position))
+    except MemoryError:
+        raise
+    except Exception:  # damage, which Python's reader meets with errors of many kinds
+        return False
+
+
+def _members_from(file: BinaryIO, start: int | None) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """Each member from offset `start` on, after the number of its tar."""
+    num_members = 0
+    for part in itertools.count():
+        if start is None:
+            return
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            end = start
+            while (member := tar.next()) is not None:
+                if tar.offset < member.offset_data:
+                    raise tarfile.ReadError(f"the size of {member.name!r} is below 0")
+                end = tar.offset
+                num_members += 1
+                yield part, member
+        start = _next_start(file, end, num_members)
 
 
 def _next_start(file: BinaryIO, end: int, num_members: int) -> int | None:
