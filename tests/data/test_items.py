@@ -184,6 +184,40 @@ def test_a_tar_of_version_2_may_end_in_anything_but_samples(tmp_path):
     assert DataArgs(train=str(folder)).shard_errors("captions") == []
 
 
+@pytest.mark.parametrize("damaged", [b'{"questions": [', b"[" * 100_000, b"\xff", [1], b"null"])
+def test_a_json_that_version_2_could_not_count_is_a_bad_sample(tmp_path, damaged, caplog):
+    folder = as_version_2(write(tmp_path, {"questions": questions(1, 2)}, damaged), 2, 0)
+    assert DataArgs(train=str(folder)).shard_errors("questions") == []
+    expected = "its index counts no questions of 1 samples whose json cannot be read, such as 0.tar: 1; "
+    assert f"{expected}they are not trained on" in caplog.text
+    # Held-out data is scored completely.
+    (problem,) = DataArgs(train=str(folder), val=str(folder)).shard_errors("questions")
+    assert problem.startswith("data.val: ")
+    assert f"{expected}held-out samples must all be scored" in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ({"captions": ["a"]}, 1),
+        ({"captions": ["a"] * 3}, 3),
+        ({"hypotheses": hypotheses("b")}, 1),
+        ({"questions": None}, 1),
+    ],
+)
+def test_items_of_other_kinds_that_version_2_counts_are_an_error(tmp_path, tokenizer, content, count):
+    folder = as_version_2(write(tmp_path, {"questions": questions(1)}, content), 1, count)
+    samples, expected = (
+        vqa(folder, tokenizer),
+        rf"counts {count} questions of sample 1 of 0\.tar, which has 0; index it again",
+    )
+    with pytest.raises(DataError, match=expected):
+        evaluated(samples)
+    order = SampleOrder(samples.units_per_shard, 0, 1)
+    with pytest.raises(DataError, match=expected):
+        next(iter(TrainingLoader([samples], order, 1 + count, 1 + count, 0, 1, READER)))
+
+
 def test_a_table_that_an_older_version_left_is_made_again(tmp_path):
     folder = write(tmp_path, {"captions": ["a"], "questions": questions(1, 2)})
     index_tar(folder / "0.tar")

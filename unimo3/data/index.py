@@ -29,7 +29,7 @@ from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_erro
 from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
 from unimo3.data.tar_members import another_tar_follows
-from unimo3.data.texts import lack_of
+from unimo3.data.texts import BadSampleError, content_of, lack_of
 from unimo3.errors import DataError
 
 VERSION = 3
@@ -147,17 +147,27 @@ class ShardIndex:
         """The sample an item of a shard belongs to, and the item's number in that sample."""
         return self._members(shard).item(kind, item)
 
-    def check_uncounted(self, kind: str) -> None:
+    def check_uncounted(self, kind: str) -> list[str]:
         """Read the samples of which an index of version 2 counts no item; they may have some after another kind.
+
+        Returns:
+            Those whose ``json`` cannot be read, as ``TAR: KEY``. From version 3 on, such a sample counts as an item.
 
         Raises:
             DataError: one has items of `kind`, or a shard cannot be read.
         """
+        unreadable = []
         for shard, entry in enumerate(self.shards):
             if isinstance(entry.num_items, int):
                 for sample in (self._members(shard).num_items == 0).nonzero()[0].tolist():
                     content = self.read(shard, sample, ("json",)).get("json", b"{}")
-                    self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
+                    try:
+                        content_of({"json": content})
+                    except BadSampleError:
+                        unreadable.append(f"{entry.name}: {self.key(shard, sample)}")
+                    else:
+                        self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
+        return unreadable
 
     def check_items(self, kind: str, shard: int, sample: int, count: int) -> None:
         """Compare the number of items that a sample has with the number that was indexed.

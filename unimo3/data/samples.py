@@ -129,6 +129,8 @@ class ItemUnits(SampleUnits):
         sample, number = self.index.item(self.kind, unit.shard, unit.unit)
         members, content = read_sample(self.index, unit.shard, sample)
         items = content.get(self.kind)
+        if items is None:  # an index of version 2 counts the items of another kind
+            self.index.check_items(self.kind, unit.shard, sample, 0)
         if not isinstance(items, list):
             raise BadSampleError(f"its {self.kind} are a {type(items).__name__}; a list is needed")
         self.index.check_items(self.kind, unit.shard, sample, len(items))

@@ -3,14 +3,18 @@
 Source: none.
 """
 
+import logging
+
 from unimo3.data.index import ITEM_KINDS, REINDEX, ShardIndex
 from unimo3.errors import DataError, UnreachableError
+
+log = logging.getLogger(__name__)
 
 
 def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
     try:
-        error = _kind_error(index, kind)
+        error = _kind_error(index, kind, is_held_out=name == "data.val")
     except UnreachableError:
         raise  # no setting is wrong
     except DataError as damage:
@@ -20,7 +24,7 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     return [f"{name}: '{index.source}': {error}"] if error else []
 
 
-def _kind_error(index: ShardIndex, kind: str) -> str:
+def _kind_error(index: ShardIndex, kind: str, is_held_out: bool) -> str:
     shards = f"({index.dataset}, {index.split}); name other shards"
     if not sum(index.samples_per_shard):
         return f"contains no sample {shards}"
@@ -34,5 +38,12 @@ def _kind_error(index: ShardIndex, kind: str) -> str:
     if kind in ITEM_KINDS:
         if not sum(index.items_per_shard(kind)):
             return f"its index counts no {kind}; {REINDEX}"
-        index.check_uncounted(kind)
+        if unreadable := index.check_uncounted(kind):
+            problem = (
+                f"its index counts no {kind} of {len(unreadable)} samples whose json cannot be read, such as "
+                f"{unreadable[0]}"
+            )
+            if is_held_out:
+                return f"{problem}; held-out samples must all be scored: fix them and prepare the shards again"
+            log.warning("%s: %s; they are not trained on", index.source, problem)
     return ""
