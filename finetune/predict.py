@@ -17,7 +17,6 @@ Source: none.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
 from unimo3.inference.inputs import Row, checked_text, prepare
-from unimo3.inference.lines import Answerer, answer_file, count_lines, error_message, images_of, text_of
+from unimo3.inference.lines import Answerer, answer_file, count_lines, encoded, error_message, images_of, text_of
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
 from unimo3.texts import is_blank, plain
@@ -180,7 +179,7 @@ def show(answers: Answers, args: argparse.Namespace) -> None:
     """Print answers, the best first."""
     if args.json:
         asked = {"image": [str(path) for path in args.image], "text": args.text}
-        print(json.dumps({"task": args.task, "input": asked, "answers": answers}))
+        print(encoded({"task": args.task, "input": asked, "answers": answers}))
         return
     for answer in answers:
         numbers = {name: value for name, value in answer.items() if name in ("score", "match", "similarity")}

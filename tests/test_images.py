@@ -67,6 +67,17 @@ def test_exif_costs_no_image_and_turns_where_it_can_be_read(what, kind):
     assert pixels(to_rgb(actual)) == pixels(actual)
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_an_avif_with_damaged_exif_is_no_image():
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[270] = 6, "a dog"
+    content = saved(noise(), "AVIF", exif=exif)
+    assert content.count(b"MM\0*") + content.count(b"II*\0") == 1
+    assert decode(content).size == (20, 30)
+    with pytest.raises(ValueError, match="Invalid Exif payload"):
+        decode(content.replace(b"MM\0*", b"no T").replace(b"II*\0", b"no T"))
+
+
 def test_an_orientation_in_xmp_is_applied_once():
     content = saved(noise(), "JPEG", xmp=XMP)
     actual = decode(content)

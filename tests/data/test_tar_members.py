@@ -188,12 +188,18 @@ def test_folders_may_have_dots(tmp_path):
     assert [members.key(row) for row in range(2)] == ["v1.0/a", "v1.1/a"]
 
 
-def test_a_folder_of_names_that_are_no_utf8_is_indexed(tmp_path: Path):
+def test_a_folder_of_names_that_are_no_utf8_is_indexed(tmp_path: Path, capsys):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
     write_tar(folder / "\udcff.tar", {"\udce9": {"jpg": b"", "txt": b"x"}})
+    write_tar(tmp_path / "again.tar", {"\udce9": {"jpg": b"", "txt": b"y"}})
+    with (folder / "\udcff.tar").open("ab") as file:
+        file.write((tmp_path / "again.tar").read_bytes())
     assert convert("index", "--src", str(folder)) == 0
-    assert ShardIndex(folder).read(0, 0) == {"jpg": b"", "txt": b"x"}
+    assert r"such as '\udce9'" in capsys.readouterr().out
+    index = ShardIndex(folder)
+    assert index.read(0, 0) == {"jpg": b"", "txt": b"x"}
+    assert index.key(0, 0) == r"\udce9"
     assert convert("index", "--src", str(folder), "--verify") == 0
 
 

@@ -1,13 +1,14 @@
 """Lines of --input: each has one line in the output, with answers or with its error, whatever is in it."""
 
 import json
+import re
 
 import pytest
 
 from tests.data.conftest import draw_jpeg
-from unimo3.errors import ConfigError
+from unimo3.errors import ConfigError, DataError
 from unimo3.inference.inputs import _read_image
-from unimo3.inference.lines import Answerer, answer_file, count_lines, images_of, text_of
+from unimo3.inference.lines import Answerer, answer_file, count_lines, encoded, images_of, text_of
 
 
 def answer(folder, content: bytes) -> list[dict]:
@@ -50,6 +51,33 @@ def test_a_line_that_cannot_be_used_has_its_error_others_are_answered(tmp_path):
     assert records[0]["answers"] == records[-1]["answers"] == [{"answer": [[40, 30], "what is it?"]}]
     for record, (line, expected) in zip(records[1:-1], BAD.items(), strict=True):
         assert expected in record["error"], line[:50]
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "-Infinity", '{"a": [0, 2e400]}'])
+@pytest.mark.parametrize("name", ["n", "image", "text"])
+def test_a_number_that_no_json_has_costs_its_line_alone(tmp_path, name, number):
+    line = b'{"image": "photo.jpg", "text": "a", "%s": %s}' % (name.encode(), number.encode())
+    (_, bad, good) = answer(tmp_path, b"\n".join([GOOD, line, GOOD.replace(b"}", b', "n": 1e300, "m": -0.5}')]))
+    assert bad["error"].startswith("is no JSON (")
+    assert "is no finite number" in bad["error"]
+    assert good["input"] == json.loads(GOOD) | {"n": 1e300, "m": -0.5}
+    assert good["answers"]
+    assert not re.search("Infinity|NaN", (tmp_path / "out.jsonl").read_text().replace(bad["error"], ""))
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_no_number_is_the_error_of_its_line(tmp_path, score):
+    (tmp_path / "in.jsonl").write_bytes(b"{}\n{}\n")
+    scores = iter([0.5, score])
+    how = Answerer(lambda line: line, lambda rows: [[{"answer": "a", "score": next(scores)}] for _ in rows], 1)
+    num_lines, errors = answer_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", how)
+    assert num_lines == 2
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first["answers"]
+    assert second == {"line": 2, "input": {}, "error": errors[0].removeprefix("line 2: ")}
+    assert "no finite number" in second["error"]
+    with pytest.raises(DataError, match="no finite number"):
+        encoded({"answers": [{"score": score}]})
 
 
 def test_a_field_nested_to_any_depth_costs_its_line_alone(tmp_path):

@@ -62,8 +62,9 @@ class Members:
         object.__setattr__(self, "_ends", np.ascontiguousarray(np.cumsum(self.num_items, axis=0).T))
 
     def key(self, sample: int) -> str:
-        """A sample's key."""
-        return bytes(self.keys[sample]).decode("utf-8", "replace")
+        """A sample's key; bytes that are no UTF-8 as escapes, such as ``\\udce9``."""
+        key = bytes(self.keys[sample]).decode("utf-8", "surrogateescape")
+        return key.encode("utf-8", "backslashreplace").decode()
 
     def item(self, kind: str, item: int) -> tuple[int, int]:
         """The sample an item of a kind belongs to, and the item's number in that sample."""

@@ -264,7 +264,7 @@ def repeated_keys(folder: Path, names: Sequence[str]) -> list[tuple[str, str, in
         members = Members.from_bytes(_saved_table((folder / name).with_suffix("")).table)
         counts = Counter(members.keys.tolist())
         if len(counts) < len(members.keys):
-            key = counts.most_common(1)[0][0].decode("utf-8", "replace")
+            key = counts.most_common(1)[0][0].decode("utf-8", "surrogateescape")
             repeated.append((name, key, len(members.keys) - len(counts)))
     return repeated
 

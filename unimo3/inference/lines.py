@@ -10,6 +10,7 @@ Source: the JSON Lines format, https://jsonlines.org.
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,11 +90,13 @@ def answer_file(
             for lines in one_ahead(partial(_parse, how.parse), _batches(file, how.batch)):
                 for record in _answer(lines, how.answer):
                     try:
-                        line = json.dumps(record, ensure_ascii=True)
+                        line = encoded(record)
                     except RecursionError:  # writing begins deeper in the stack than reading
-                        record = {**record, "input": None, "error": _TOO_DEEP}
-                        record.pop("answers", None)
-                        line = json.dumps(record, ensure_ascii=True)
+                        record = {"line": record["line"], "input": None, "error": _TOO_DEEP}
+                        line = encoded(record)
+                    except DataError as error:
+                        record = {"line": record["line"], "input": record["input"], "error": str(error)}
+                        line = encoded(record)
                     if "error" in record:
                         errors.append(f"line {record['line']}: {record['error']}")
                     out.write(line + "\n")
@@ -109,6 +112,18 @@ def answer_file(
     finally:
         staging.unlink(missing_ok=True)
     return num_lines, errors
+
+
+def encoded(record: dict[str, Any]) -> str:
+    """A record with answers as JSON.
+
+    Raises:
+        DataError: a score is NaN or infinite, which JSON does not have.
+    """
+    try:
+        return json.dumps(record, ensure_ascii=True, allow_nan=False)
+    except ValueError as error:
+        raise DataError("a score is no finite number; verify the weights, or export them again") from error
 
 
 def error_message(source: Path, target: Path, num_lines: int, errors: list[str]) -> str:
@@ -174,7 +189,7 @@ def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]
         content: Any = None
         try:
             try:
-                content = json.loads(line.decode())
+                content = json.loads(line.decode(), parse_float=_finite, parse_constant=_finite)
             except ValueError as error:
                 raise DataError(f"is no JSON ({error})") from error
             if not isinstance(content, dict):
@@ -185,6 +200,14 @@ def _parse(parse: Callable[[dict[str, Any]], Any], batch: list[tuple[int, bytes]
         except RecursionError:
             parsed.append(_Line(number, None, None, _TOO_DEEP))
     return parsed
+
+
+def _finite(number: str) -> float:
+    """A JSON number; one that is too large for a float would be written as Infinity, which is no JSON."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
 
 
 def _answer(lines: list[_Line], answer: Callable[[list[Any]], list[Answers]]) -> Iterator[dict[str, Any]]:
