@@ -230,9 +230,6 @@ def test_a_table_that_an_older_version_left_is_made_again(tmp_path):
 
 
 def test_an_index_that_counts_no_unit_is_refused_before_it_is_read(tmp_path):
-    folder = write(tmp_path, {"questions": questions(1)})
-    content = json.loads((folder / "index.json").read_text())
-    content["shards"][0]["num_items"] = 0
-    (folder / "index.json").write_text(json.dumps(content))
+    folder = as_version_2(write(tmp_path, {"questions": questions(1)}), 0)
     (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
     assert "its index counts no questions" in problem

@@ -16,8 +16,9 @@ Source: https://github.com/webdataset/webdataset for the shards' layout; the tar
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
+# Above what any file has, and low enough for sums and offsets.
+_MAX_COUNT = 2**53
 # In an index of version 2, which has only the first of joined tars.
 MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
@@ -68,6 +71,70 @@ class Shard:
     table_sha256: str
 
 
+def _field(content: Any, name: str, is_right: Callable[[Any], bool]) -> Any:
+    """A field of JSON, None if it is missing.
+
+    Raises:
+        KeyError: it is not of its form.
+    """
+    value = content.get(name) if isinstance(content, dict) else None
+    if not is_right(value):
+        raise KeyError(name)
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_ids_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(type(identity) in (int, str) for identity in value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_COUNT
+
+
+def _is_counts(value: Any) -> bool:
+    """Of an index of version 2 one number."""
+    return _is_count(value) or (isinstance(value, dict) and all(_is_count(value.get(kind)) for kind in COUNTED_KINDS))
+
+
+def _is_table(value: Any) -> bool:
+    return _is_list(value) and len(value) == 3 and all(map(_is_count, value[:2])) and _is_sha256(value[2])
+
+
+def _is_file_name(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(os.fsencode(value)) and not set(value) & {"/", "\0"} and value != ".."
+    except UnicodeEncodeError:
+        return False
+
+
+def _shard_of(entry: Any) -> Shard:
+    """A shard's entry in an index.
+
+    Raises:
+        KeyError: a field is missing or of another form.
+    """
+    return Shard(
+        _field(entry, "name", _is_file_name),
+        _field(entry, "bytes", _is_count),
+        _field(entry, "sha256", _is_sha256),
+        _field(entry, "num_samples", _is_count),
+        _field(entry, "num_items", _is_counts),
+        *_field(entry, "table", _is_table),
+    )
+
+
 class ShardIndex:
     """An index, loaded; reads samples by offset, from any process.
 
@@ -88,22 +155,12 @@ class ShardIndex:
         self._cache = cache
         content = self._read_index()
         try:
-            self.dataset: str = content["dataset"]
-            self.split: str = content["split"]
-            self.members_sha256: str = content["members_sha256"]
-            self._missing_ids: list[int | str] | None = content.get("missing_ids")
-            self.shards = [
-                Shard(
-                    entry["name"],
-                    entry["bytes"],
-                    entry["sha256"],
-                    entry["num_samples"],
-                    entry["num_items"],
-                    *entry["table"],
-                )
-                for entry in content["shards"]
-            ]
-        except (KeyError, TypeError) as error:
+            self.dataset: str = _field(content, "dataset", _is_text)
+            self.split: str = _field(content, "split", _is_text)
+            self.members_sha256: str = _field(content, "members_sha256", _is_sha256)
+            self._missing_ids: list[int | str] | None = _field(content, "missing_ids", _is_ids_or_none)
+            self.shards = [_shard_of(entry) for entry in _field(content, "shards", _is_list)]
+        except KeyError as error:
             raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {REINDEX}") from error
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
         if check_files and not is_remote(self.source):
@@ -262,7 +319,10 @@ class ShardIndex:
         sizes[MEMBERS] = self._members_bytes
         for name, num_bytes in sizes.items():
             path = Path(self._file(name))
-            size = path.stat().st_size if path.is_file() else None
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except OSError:  # such as of a name that is too long
+                size = None
             if size != num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes, its index says {num_bytes}"
                 raise DataError(f"{path}: {state}; copy the folder again, or {REINDEX}")
@@ -288,9 +348,14 @@ class ShardIndex:
                 f"{self._file(MEMBERS)}: is not the one {INDEX} was written with (table of {shard.name}); copy the "
                 f"folder again, or {REINDEX}"
             )
+        members = Members.from_bytes(content)
+        num_items = members.num_items.sum(axis=0).tolist()
+        counts = num_items if isinstance(num_items, int) else dict(zip(COUNTED_KINDS, num_items, strict=True))
+        if (shard.num_samples, shard.num_items) != (len(members.keys), counts):
+            raise DataError(f"{self._file(INDEX)}: the counts of {shard.name} are not those of its table; {REINDEX}")
         if len(self._tables) == _MAX_TABLES:
             self._tables.popitem(last=False)
-        self._tables[number] = Members.from_bytes(content)
+        self._tables[number] = members
         return self._tables[number]
 
     @property

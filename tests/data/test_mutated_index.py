@@ -1,0 +1,131 @@
+"""Any index.json is read as it is, or refused with one message."""
+
+import contextlib
+import json
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.conftest import convert, draw_jpeg, write_tar
+from tests.data.mutations import mutated, outcome, property_settings
+from unimo3.data.args import DataArgs
+from unimo3.data.index import ShardIndex
+from unimo3.errors import DataError
+
+QUESTIONS = b'{"questions": [{"question_id": 1, "question": "?", "answers": ["yes"]}], "captions": ["a", "b"]}'
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    for number in range(2):
+        sample = {"jpg": draw_jpeg(number, 8, 8), "json": QUESTIONS}
+        write_tar(folder / f"{number}.tar", {"a": sample, "b": sample})
+    assert convert("index", "--src", str(folder)) == 0
+    return folder
+
+
+def read_all(folder):
+    """Read all that the index lists; at most a DataError is raised."""
+    index = ShardIndex(folder)
+    with contextlib.closing(index):
+        assert [isinstance(identity, int | str) for identity in index.missing_ids] == [True] * len(index.missing_ids)
+        for shard, num_samples in enumerate(index.samples_per_shard):
+            for sample in range(num_samples):
+                index.read(shard, sample)
+                index.key(shard, sample)
+            for kind in ("captions", "questions"):
+                for item in range(index.items_per_shard(kind)[shard]):
+                    index.item(kind, shard, item)
+
+
+def check(folder, content):
+    (folder / "index.json").write_text(content)
+    with contextlib.suppress(DataError):
+        read_all(folder)
+    for kind in ("captions", "questions", "statement"):
+        errors = DataArgs(train=str(folder), val=str(folder)).shard_errors(kind)
+        assert all(str(folder) in error for error in errors)
+    outcome("index", "--src", str(folder), "--verify")
+
+
+@property_settings
+@given(data=st.data())
+def test_any_index_is_read_or_refused(tmp_path_factory, written, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated_index"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(written, folder)
+    content = json.loads((folder / "index.json").read_text())
+    content["shards"][0]["num_samples"] = data.draw(st.sampled_from([2, 2, 2, 600, 2**52]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        content = data.draw(mutated(content))
+    check(folder, json.dumps(content))
+
+
+FIELDS = [
+    *[("shards", 0, name) for name in ("name", "bytes", "sha256", "num_samples", "num_items", "table")],
+    *[("shards", 1, "table", number) for number in range(3)],
+    ("shards", 0, "num_items", "questions"),
+    *[(name,) for name in ("dataset", "split", "members_sha256", "missing_ids", "shards", "version")],
+]
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=lambda path: "-".join(map(str, path)))
+def test_a_field_of_another_form_is_a_data_error(written, tmp_path, path):
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    text = (folder / "index.json").read_text()
+    for value in (None, -1, 1.5, True, 2**63, 10**400, "x", "../0.tar", "a\0b", "\ud83d", [], {}, [1], [None]):
+        None,
+        -1,
+        1.5,
+        True,
+        2**63,
+        10**400,
+        "x",
+        "../0.tar",
+        "a\0b",
+        "\ud83d",
+        [],
+        {},
+        [1],
+        [None],
+        {"a": 1},
+    ):
+        content = json.loads(text)
+        at = content
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = value
+        is_right = path in (("dataset",), ("split",)) and isinstance(value, str)
+        (folder / "index.json").write_text(json.dumps(content))
+        if is_right or (path == ("missing_ids",) and value in ([], [1], None)):
+            read_all(folder)
+            continue
+        with pytest.raises(DataError, match=r"index\.json: |is missing|has \d+ bytes|index\.members: "):
+            read_all(folder)
+        errors = DataArgs(train=str(folder)).shard_errors("captions")
+        assert len(errors) <= 1
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"version": 3, "shards": ' + "[" * 100_000, "", "null", "\x00"])
+def test_an_index_that_is_no_json_object_is_a_data_error(written, tmp_path, content):
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    check(folder, content)
+    with pytest.raises(DataError):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "num_items"])
+def test_counts_that_are_not_those_of_the_table_are_a_data_error(written, tmp_path, name):
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    for value in (1, 3) if name == "num_samples" else ({"captions": 4, "questions": 3, "hypotheses": 0}, 2):
+        content = json.loads((folder / "index.json").read_text())
+        content["shards"][1][name] = value
+        (folder / "index.json").write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"index\.json: the counts of 1\.tar are not those of its table"):
+            read_all(folder)
