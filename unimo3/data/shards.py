@@ -227,7 +227,10 @@ def index_tar(path: Path) -> ShardDone:
     Raises:
         DataError: it cannot be read.
     """
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again, or remove the link") from error
     digest = f"{state.st_size} {state.st_mtime_ns}"
     earlier = _read_done(path.with_suffix(_DONE))
     done = earlier if earlier is not None and earlier["digest"] == digest else _record_done(path, digest, [])
@@ -332,12 +335,15 @@ def _record_done(tar: Path, digest: str, rejects: list[Reject]) -> dict[str, Any
 
 
 def _read_done(path: Path) -> dict[str, Any] | None:
+    """The note of a finished shard; None if there is none, or it is of another form, such as an older version's."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        table = ShardTable(**content["table"], table=b"")
+        _ = content["digest"], [Reject(**reject) for reject in content["rejects"]]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
     # An older version counted the items of one kind.
-    return content if isinstance(content["table"]["num_items"], dict) else None
+    return content if isinstance(table.num_items, dict) else None
 
 
 def _saved_table(stem: Path) -> ShardTable:
