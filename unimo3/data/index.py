@@ -341,7 +341,7 @@ class ShardIndex:
         members = Members.from_bytes(content)
         num_items = members.num_items.sum(axis=0).tolist()
         counts = num_items if isinstance(num_items, int) else dict(zip(COUNTED_KINDS, num_items, strict=True))
-        if (shard.num_samples, shard.num_items) != (len(members.keys), counts):
+        if (shard.num_samples, shard.num_items) != (len(members.key_ends), counts):
             raise DataError(f"{self._file(INDEX)}: the counts of {shard.name} are not those of its table; {REINDEX}")
         if len(self._tables) == _MAX_TABLES:
             self._tables.popitem(last=False)

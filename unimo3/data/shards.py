@@ -258,10 +258,11 @@ def repeated_keys(folder: Path, names: Sequence[str]) -> list[tuple[str, str, in
     repeated = []
     for name in names:
         members = Members.from_bytes(_saved_table((folder / name).with_suffix("")).table)
-        counts = Counter(members.keys.tolist())
-        if len(counts) < len(members.keys):
+        keys = members.keys
+        counts = Counter(keys)
+        if len(counts) < len(keys):
             key = counts.most_common(1)[0][0].decode("utf-8", "replace")
-            repeated.append((name, key, len(members.keys) - len(counts)))
+            repeated.append((name, key, len(keys) - len(counts)))
     return repeated
 
 
