@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unimo3.data.conversion import MARK
-from unimo3.data.index import INDEX, MEMBERS, Shard, ShardIndex, is_index, rejected_ids
+from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
+from unimo3.data.index_form import Shard
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (

@@ -104,9 +104,13 @@ class Members:
         """The members that `to_bytes` wrote."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             # Earlier, every key had the width of the longest.
-            keys = _joined(arrays["keys"].tolist()) if "keys" in arrays else (arrays["key_bytes"], arrays["key_ends"])
+            if "keys" in arrays:
+                key_bytes, key_ends = _joined(arrays["keys"].tolist())
+            else:
+                key_bytes, key_ends = arrays["key_bytes"], arrays["key_ends"]
             return cls(
-                *keys,
+                key_bytes,
+                key_ends,
                 arrays["extensions"].tolist(),
                 arrays["offsets"],
                 arrays["sizes"],

@@ -24,7 +24,8 @@ from PIL import Image
 
 from unimo3.data.formats.record import Sample
 from unimo3.data.images import decode
-from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX, Shard
+from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX
+from unimo3.data.index_form import Shard
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.members import Members, sha256_of
 from unimo3.data.tar_members import another_tar_follows
