@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.conftest import convert, write_tar
 from unimo3.data.index import ShardIndex
+from unimo3.data.shards import index_tar
 
 WIDS = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [{"url": "0.tar", "nsamples": 1}]}
 
@@ -107,3 +108,63 @@ def test_the_rejects_of_others_are_not_read(tmp_path):
         (tmp_path / "rejects.jsonl").write_text(content)
         assert convert("index", "--src", str(tmp_path / "tars")) == 0
         assert ShardIndex(tmp_path / "tars").missing_ids == []
+
+
+def test_a_tar_that_cannot_be_opened_is_a_data_error(tars, capfd):
+    make = {
+        "1.tar": lambda path: path.symlink_to("nowhere"),
+        "2.tar": lambda path: path.symlink_to("2.tar"),
+        "3.tar": lambda path: path.mkdir(),
+    }
+    for name, method in make.items():
+        method(tars / name)
+        assert convert("index", "--src", str(tars)) == 78
+        error = capfd.readouterr().err
+        assert f"DataError: {tars / name}: " in error
+        assert "Traceback" not in error
+        (tars / name).rmdir() if name == "3.tar" else (tars / name).unlink()
+    assert convert("index", "--src", str(tars)) == 0
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.members", "index.json.tmp", "index.members.tmp"])
+def test_a_folder_where_the_index_is_written_is_named(tars, name, capfd):
+    (tars / name).mkdir()
+    for option in ([], ["--overwrite"]):
+        assert convert("index", "--src", str(tars), *option) == 78
+        assert f"--src {tars}: {name} is a folder; move it away" in capfd.readouterr().err
+    assert (tars / name).is_dir()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        "null",
+        "half {",
+        "[" * 100_000,
+        '{"table": []}',
+        '{"table": {"num_items": {}}}',
+        "\xff",
+        '{"digest": 1}',
+    ],
+)
+def test_a_note_of_another_form_is_written_again(tars, content):
+    (tars / "0.unimo3-done").write_text(content, encoding="latin-1")
+    assert convert("index", "--src", str(tars)) == 0
+    assert ShardIndex(tars).samples_per_shard == [1]
+    assert not (tars / "0.unimo3-done").exists()
+
+
+def test_a_note_with_a_field_of_another_form_is_written_again(tars):
+    index_tar(tars / "0.tar")
+    note = tars / "0.unimo3-done"
+    right = json.loads(note.read_text())
+    for name in ("name", "num_bytes", "sha256", "num_samples", "num_items"):
+        for table in ({key: value for key, value in right["table"].items() if key != name}, {**right["table"], "x": 1}):
+            note.write_text(json.dumps(right | {"table": table}))
+            assert not index_tar(tars / "0.tar").reused
+    for rejects in (None, [1], [{"split": "train"}]):
+        note.write_text(json.dumps(right | {"rejects": rejects}))
+        assert not index_tar(tars / "0.tar").reused
+    assert index_tar(tars / "0.tar").reused

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import tarfile
@@ -15,7 +16,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
-from unimo3.data.members import scan
+from unimo3.data.members import Members, scan
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import VqaSamples
 from unimo3.data.shards import index_tar
@@ -233,3 +234,24 @@ def test_an_index_that_counts_no_unit_is_refused_before_it_is_read(tmp_path):
     folder = as_version_2(write(tmp_path, {"questions": questions(1)}), 0)
     (problem,) = DataArgs(train=str(folder)).shard_errors("questions")
     assert "its index counts no questions" in problem
+
+
+def test_one_long_key_does_not_widen_the_others(tmp_path):
+    keys = [f"{number:04d}" for number in range(2000)] + ["d/" * 10_000 + "x", "é", "\udce9"]
+    members = scan(write_tar(tmp_path / "0.tar", {key: {"txt": b"a"} for key in keys}))
+    content = members.to_bytes()
+    assert len(content) < 2003 * 64 + 2 * 20_001
+    for table in (members, Members.from_bytes(content)):
+        assert [table.key(row).encode("utf-8", "replace") for row in range(2003)] == [
+            key.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode() for key in keys
+        ]
+        assert table.to_bytes() == content
+
+
+def test_a_table_with_keys_of_one_width_is_read(tmp_path):
+    members = scan(write_tar(tmp_path / "0.tar", {key: {"txt": b"a"} for key in ("a", "é" * 30, "v1.0/bcd")}))
+    file = io.BytesIO()
+    keys = np.asarray([b"a", "é".encode() * 30, b"v1.0/bcd"], dtype=np.bytes_)
+    arrays = {name: getattr(members, name) for name in ("offsets", "sizes", "num_items")}
+    np.savez(file, keys=keys, extensions=np.asarray(members.extensions, dtype=np.str_), **arrays)
+    assert Members.from_bytes(file.getvalue()).to_bytes() == members.to_bytes()

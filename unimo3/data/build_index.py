@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unimo3.data.conversion import MARK
-from unimo3.data.index import INDEX, Shard, ShardIndex, is_index, rejected_ids
+from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
+from unimo3.data.index_form import Shard
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -38,8 +39,8 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
     """Index the tars of a folder where they lie; every rank calls it.
 
     Raises:
-        ConfigError: another process is indexing them, or another program's index.json is there and `overwrite` is not
-            given.
+        ConfigError: another process is indexing them, a folder is in the way of a file of the index, or the index.json
+            of another program is there and `overwrite` is not given.
         DataError: a tar cannot be read, is compressed, or is not the one that was indexed before and `overwrite` is not
             given; or they contain no samples.
     """
@@ -54,6 +55,9 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             )
         if not paths:
             raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
+        for name in (INDEX, MEMBERS, f"{INDEX}.tmp", f"{MEMBERS}.tmp"):
+            if (folder / name).is_dir():
+                raise ConfigError(f"--src {source}: {name} is a folder; move it away, the index is written there")
         if (folder / INDEX).exists() and not (overwrite or is_index(folder)):
             raise ConfigError(
                 f"--src {source}: its {INDEX} was not written by this program, or is damaged; move it away, or give "

@@ -16,16 +16,15 @@ Source: https://github.com/webdataset/webdataset for the shards' layout; the tar
 import hashlib
 import json
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unimo3.data.cache import ShardCache
+from unimo3.data.index_form import field, is_ids_or_none, is_list, is_sha256, is_text, shard_of
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder
 from unimo3.data.remote import check_source, is_remote
@@ -46,93 +45,9 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
-# Above what any file has, and low enough for sums and offsets.
-_MAX_COUNT = 2**53
 # In an index of version 2, which has only the first of joined tars.
 MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file, and its table of members in ``index.members``.
-
-    Attributes:
-        num_items: by kind; in an index of version 2 one number.
-    """
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_samples: int
-    num_items: dict[str, int] | int
-    table_offset: int
-    table_bytes: int
-    table_sha256: str
-
-
-def _field(content: Any, name: str, is_right: Callable[[Any], bool]) -> Any:
-    """A field of JSON, None if it is missing.
-
-    Raises:
-        KeyError: it is not of its form.
-    """
-    value = content.get(name) if isinstance(content, dict) else None
-    if not is_right(value):
-        raise KeyError(name)
-    return value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _is_ids_or_none(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(type(identity) in (int, str) for identity in value))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_COUNT
-
-
-def _is_counts(value: Any) -> bool:
-    """Of an index of version 2 one number."""
-    return _is_count(value) or (isinstance(value, dict) and all(_is_count(value.get(kind)) for kind in COUNTED_KINDS))
-
-
-def _is_table(value: Any) -> bool:
-    return _is_list(value) and len(value) == 3 and all(map(_is_count, value[:2])) and _is_sha256(value[2])
-
-
-def _is_file_name(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(os.fsencode(value)) and not set(value) & {"/", "\0"} and value != ".."
-    except UnicodeEncodeError:
-        return False
-
-
-def _shard_of(entry: Any) -> Shard:
-    """A shard's entry in an index.
-
-    Raises:
-        KeyError: a field is missing or of another form.
-    """
-    return Shard(
-        _field(entry, "name", _is_file_name),
-        _field(entry, "bytes", _is_count),
-        _field(entry, "sha256", _is_sha256),
-        _field(entry, "num_samples", _is_count),
-        _field(entry, "num_items", _is_counts),
-        *_field(entry, "table", _is_table),
-    )
 
 
 class ShardIndex:
@@ -155,11 +70,11 @@ class ShardIndex:
         self._cache = cache
         content = self._read_index()
         try:
-            self.dataset: str = _field(content, "dataset", _is_text)
-            self.split: str = _field(content, "split", _is_text)
-            self.members_sha256: str = _field(content, "members_sha256", _is_sha256)
-            self._missing_ids: list[int | str] | None = _field(content, "missing_ids", _is_ids_or_none)
-            self.shards = [_shard_of(entry) for entry in _field(content, "shards", _is_list)]
+            self.dataset: str = field(content, "dataset", is_text)
+            self.split: str = field(content, "split", is_text)
+            self.members_sha256: str = field(content, "members_sha256", is_sha256)
+            self._missing_ids: list[int | str] | None = field(content, "missing_ids", is_ids_or_none)
+            self.shards = [shard_of(entry) for entry in field(content, "shards", is_list)]
         except KeyError as error:
             raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {REINDEX}") from error
         self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
@@ -351,7 +266,7 @@ class ShardIndex:
         members = Members.from_bytes(content)
         num_items = members.num_items.sum(axis=0).tolist()
         counts = num_items if isinstance(num_items, int) else dict(zip(COUNTED_KINDS, num_items, strict=True))
-        if (shard.num_samples, shard.num_items) != (len(members.keys), counts):
+        if (shard.num_samples, shard.num_items) != (len(members.key_ends), counts):
             raise DataError(f"{self._file(INDEX)}: the counts of {shard.name} are not those of its table; {REINDEX}")
         if len(self._tables) == _MAX_TABLES:
             self._tables.popitem(last=False)

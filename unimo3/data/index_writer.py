@@ -41,7 +41,7 @@ def table_of(path: Path) -> ShardTable:
     members = scan(path)
     num_items = dict(zip(COUNTED_KINDS, members.num_items.sum(axis=0).tolist(), strict=True))
     content = members.to_bytes()
-    return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.keys), num_items, content)
+    return ShardTable(path.name, path.stat().st_size, sha256_of(path), len(members.key_ends), num_items, content)
 
 
 def write_index(

@@ -45,13 +45,15 @@ class Members:
     """A shard's members: one row a sample, one column an extension (-1 where a sample lacks it).
 
     Attributes:
-        keys: [samples] UTF-8 bytes.
+        key_bytes: [bytes] of all keys, one after the other, as UTF-8.
+        key_ends: [samples] where each key ends in `key_bytes`.
         offsets: [samples, extensions] of the members' content.
         num_items: [samples, kinds] items of each of `COUNTED_KINDS` in the samples' ``json``; [samples] in tables of
             version 2, which count the first of these kinds that a ``json`` has.
     """
 
-    keys: np.ndarray
+    key_bytes: np.ndarray
+    key_ends: np.ndarray
     extensions: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
@@ -63,8 +65,16 @@ class Members:
 
     def key(self, sample: int) -> str:
         """A sample's key; bytes that are no UTF-8 as escapes, such as ``\\udce9``."""
-        key = bytes(self.keys[sample]).decode("utf-8", "surrogateescape")
-        return key.encode("utf-8", "backslashreplace").decode()
+        return self._key(sample).decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The keys of all samples."""
+        return [self._key(sample) for sample in range(len(self.key_ends))]
+
+    def _key(self, sample: int) -> bytes:
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return self.key_bytes[start : int(self.key_ends[sample])].tobytes()
 
     def item(self, kind: str, item: int) -> tuple[int, int]:
         """The sample an item of a kind belongs to, and the item's number in that sample."""
@@ -81,7 +91,7 @@ class Members:
         """The table for `from_bytes`; equal members give equal bytes."""
         # As np.savez, which would write the time of day as well.
         archive = io.BytesIO()
-        arrays = {name: getattr(self, name) for name in ("keys", "offsets", "sizes", "num_items")}
+        arrays = {name: getattr(self, name) for name in ("key_bytes", "key_ends", "offsets", "sizes", "num_items")}
         with zipfile.ZipFile(archive, "w") as file:
             for name, array in (arrays | {"extensions": np.asarray(self.extensions, dtype=np.str_)}).items():
                 content = io.BytesIO()
@@ -93,13 +103,25 @@ class Members:
     def from_bytes(cls, content: bytes) -> "Members":
         """The members that `to_bytes` wrote."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            # Earlier, every key had the width of the longest.
+            if "keys" in arrays:
+                key_bytes, key_ends = _joined(arrays["keys"].tolist())
+            else:
+                key_bytes, key_ends = arrays["key_bytes"], arrays["key_ends"]
             return cls(
-                arrays["keys"],
+                key_bytes,
+                key_ends,
                 arrays["extensions"].tolist(),
                 arrays["offsets"],
                 arrays["sizes"],
                 arrays["num_items"],
             )
+
+
+def _joined(keys: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """`key_bytes` and `key_ends` of `Members`."""
+    ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    return np.frombuffer(b"".join(keys), dtype=np.uint8), ends
 
 
 def scan(path: Path) -> Members:
@@ -249,7 +271,7 @@ class _Samples:
                 if extension in sample.members:
                     offsets[row, column], sizes[row, column] = sample.members[extension]
         return Members(
-            np.asarray([sample.key.encode("utf-8", "surrogateescape") for sample in samples], dtype=np.bytes_),
+            *_joined([sample.key.encode("utf-8", "surrogateescape") for sample in samples]),
             columns,
             offsets,
             sizes,

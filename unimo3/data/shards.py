@@ -24,7 +24,8 @@ from PIL import Image
 
 from unimo3.data.formats.record import Sample
 from unimo3.data.images import decode
-from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX, Shard
+from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX
+from unimo3.data.index_form import Shard
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.members import Members, sha256_of
 from unimo3.data.tar_members import another_tar_follows
@@ -234,7 +235,10 @@ def index_tar(path: Path) -> ShardDone:
     Raises:
         DataError: it cannot be read.
     """
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); copy it again, or remove the link") from error
     digest = f"{state.st_size} {state.st_mtime_ns}"
     earlier = _read_done(path.with_suffix(_DONE))
     done = earlier if earlier is not None and earlier["digest"] == digest else _record_done(path, digest, [])
@@ -262,10 +266,11 @@ def repeated_keys(folder: Path, names: Sequence[str]) -> list[tuple[str, str, in
     repeated = []
     for name in names:
         members = Members.from_bytes(_saved_table((folder / name).with_suffix("")).table)
-        counts = Counter(members.keys.tolist())
-        if len(counts) < len(members.keys):
+        keys = members.keys
+        counts = Counter(keys)
+        if len(counts) < len(keys):
             key = counts.most_common(1)[0][0].decode("utf-8", "surrogateescape")
-            repeated.append((name, key, len(members.keys) - len(counts)))
+            repeated.append((name, key, len(keys) - len(counts)))
     return repeated
 
 
@@ -339,12 +344,15 @@ def _record_done(tar: Path, digest: str, rejects: list[Reject]) -> dict[str, Any
 
 
 def _read_done(path: Path) -> dict[str, Any] | None:
+    """The note of a finished shard; None if there is none, or it is of another form, such as an older version's."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        table = ShardTable(**content["table"], table=b"")
+        _ = content["digest"], [Reject(**reject) for reject in content["rejects"]]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
     # An older version counted the items of one kind.
-    return content if isinstance(content["table"]["num_items"], dict) else None
+    return content if isinstance(table.num_items, dict) else None
 
 
 def _saved_table(stem: Path) -> ShardTable:
