@@ -165,11 +165,11 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
                 "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again"
             )
             end_process(1)
-        except BrokenPipeError:
+        except OSError:
             try:
                 sys.stdout.flush()
-            except BrokenPipeError:  # who reads the output has ended, as ``head`` does
-                end_process(_EXIT_PIPE)
+            except OSError:  # a print failed: the disk is full, or the reader has ended, as ``head`` does
+                end_process(EXIT_DONE, is_recorded=False)  # with the status of lost output, see `_flush`
             raise
         except (Unimo3Error, Interrupted) as error:
             # An error that all ranks of a host have is reported once a host.
