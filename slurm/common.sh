@@ -10,7 +10,7 @@ trap : TERM CONT USR1 USR2
 # variables rank 0 would wait for a store that only torchrun starts.
 unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}"
 
-export JOB=$SLURM_JOB_ID # `name_job` says it more precisely
+export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 
 # If this script exits before an action is chosen, as by an error in site.env, `lost` chooses one.
 trap 'lost $?' EXIT

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import output_of, text_of, wait_for
-from unimo3.errors import EXIT_STALLED
+from unimo3.errors import EXIT_STALLED, ConfigError
+from unimo3.training import heartbeat
 from unimo3.training.heartbeat import Heartbeat, describe_suspects, read_heartbeats
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +145,32 @@ def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     printed = stacks()
     assert printed.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
     assert "stuck_here" in printed
+
+
+LOCKS = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+file.write("pid 7 on n1")
+file.flush()
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.integration
+def test_a_locked_run_is_refused_and_a_job_waits_for_its_lock(tmp_path, monkeypatch):
+    path = tmp_path / "heartbeats" / "rank_00000.lock"  # without a heartbeat, as when both have just started
+    path.parent.mkdir()
+    command = [sys.executable, "-c", LOCKS, str(path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    monkeypatch.delenv("UNIMO3_STATUS_DIR", raising=False)
+    with pytest.raises(ConfigError, match="pid 7 on n1 uses this run"):
+        heartbeat.lock_run(tmp_path)
+    monkeypatch.setenv("UNIMO3_STATUS_DIR", str(tmp_path))
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda _: other.communicate())  # the wait ends the other process
+    heartbeat.lock_run(tmp_path)
+    assert other.returncode == 0
+    assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
