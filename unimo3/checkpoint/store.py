@@ -144,7 +144,7 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
     """
     damaged: list[Path] = []
     # All ranks use rank 0's listing: on a shared file system others may still see an older one.
-    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _restored(run) if world()[0] == 0 else None, _LOOK)[0]
+    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: _candidates(run) if world()[0] == 0 else None, _LOOK)[0]
     for folder in reversed(listed):
         if not (problems := _problems(folder)):
             return folder, damaged
@@ -155,17 +155,15 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
 
 
 def restore_replaced(run: Path) -> None:
-    """Give a checkpoint its name back that a kill has left renamed while its step was saved again."""
+    """Give a checkpoint its name back that a kill has left renamed while its step was saved again.
+
+    For the process that trains the run: what only reads could come between the two renames of a save.
+    """
     for path in folder_of(run).glob(f"step_*{REPLACED}"):
         folder = path.with_name(path.name.removesuffix(REPLACED))
         if not folder.exists():
             log.warning("%s: saving it again was cut off; the earlier one is used", folder)
             path.rename(folder)
-
-
-def _restored(run: Path) -> list[Path]:
-    restore_replaced(run)
-    return _candidates(run)
 
 
 def _problems(folder: Path) -> list[str]:

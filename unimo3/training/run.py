@@ -196,6 +196,8 @@ class Run:
             CheckpointError: there are checkpoints but no good one; or the newest good one was made from other data,
                 with other settings.
         """
+        if self._rank == 0 and self._fingerprint is not None:
+            store.restore_replaced(self.folder)
         newest, damaged = store.choose(self.folder)
         if newest is None and broadcast_object(self._rank == 0 and store.has_folders(self.folder)):
             raise CheckpointError(
