@@ -18,8 +18,8 @@ import torch
 
 from tests.checkpoint.ranks import start_engine, state_at, train
 from tests.spawn import run_ranks, run_ranks_to_any_end
-from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.load import load, newest_good
 from unimo3.checkpoint.saver import Saver
 from unimo3.distributed import world
 
@@ -64,8 +64,8 @@ def own_save(engine: Any, run: Path, step: int, background: bool) -> None:
 
 def own_load(engine: Any, run: Path) -> int:
     """The newest good checkpoint; its step."""
-    newest = store.newest_good(run)
-    return 0 if newest is None else store.load(engine, newest).step
+    newest = newest_good(run)
+    return 0 if newest is None else load(engine, newest).step
 
 
 def plain_save(engine: Any, run: Path, step: int, background: bool) -> None:

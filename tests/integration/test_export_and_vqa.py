@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.spawn import run_ranks
-from unimo3.checkpoint import store
+from unimo3.checkpoint.load import load, newest_good
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
@@ -31,7 +31,7 @@ def gathered_weights_and_outputs(run, recipe):
     ds_config = read_ds_config(settings.training.ds_config, settings.batch_plan(2), settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(settings.model.to_config()))
     engine = build_engine(PretrainingTask(model, settings.objectives.build(0)), model, ds_config, settings.optim)
-    store.load(engine, store.newest_good(run))
+    load(engine, newest_good(run))
     engine.eval()
     with torch.no_grad():
         out = model(*fixed_batch(torch.bfloat16))

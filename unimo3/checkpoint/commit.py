@@ -23,6 +23,7 @@ from unimo3.checkpoint.engine_files import (
     write_captured,
     write_engine_files,
 )
+from unimo3.checkpoint.load import describe_engine
 from unimo3.checkpoint.manifest import (
     STATE,
     flush_and_hash,
@@ -66,7 +67,7 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
     rank, _ = world()
     checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
-    state = replace(state, engine=store.describe_engine(engine))
+    state = replace(state, engine=describe_engine(engine))
     # Each step of the protocol ends in agreement: a failed rank notifies the others instead of leaving them waiting.
     on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
     generators = captured_rng()
