@@ -1,15 +1,26 @@
-"""Process groups: one rank a process, from the environment a launcher sets.
+"""The process group and its collectives: one rank a process, from the environment a launcher sets.
 
-Source: DeepSpeed's init_distributed; the variables are those of torchrun and of this project's Slurm scripts.
+`gather_rows` and `take_rows` have gradients: they let N ranks compute one batch's losses. The loss averaged over ranks
+and its gradients equal those of one process on the concatenated batch. Without a process group (or with one rank) a
+collective returns its input.
+
+Source: DeepSpeed's init_distributed; the variables are those of torchrun and of this project's Slurm scripts. ALBEF,
+arXiv 2107.07651, gathers features the same way but without a gradient.
 """
 
+# Shapes: R ranks, B samples a rank (equal on all ranks).
+
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from unimo3.errors import CheckpointError, ConfigError, Unimo3Error, UnreachableError
+from unimo3.launch import free_port, world_size_from_environment
 
 
 @dataclass(frozen=True)
@@ -21,22 +32,13 @@ class World:
     size: int
 
 
-def world_size_from_environment() -> int:
-    """Number of ranks this process was started with, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def init() -> World:
     """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one.
 
     Raises:
         ConfigError: there are other ranks, and the environment does not name the address to join them.
     """
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-
-    from unimo3.launch import free_port
+    import deepspeed  # seconds, which programs without a process group do not need
 
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size_from_environment() > 1 and missing:
@@ -61,22 +63,16 @@ def init() -> World:
     return World(dist.get_rank(), local_rank, dist.get_world_size())
 
 
-def _process_group() -> Any:
-    """`torch.distributed` in a process that has joined a group, else None; torch is not imported for the answer."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
-
-
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) without a process group."""
-    dist = _process_group()
-    return (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
+    is_joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if world()[1] > 1:
-        _process_group().barrier()
+        dist.barrier()
 
 
 def all_gather_object(value: Any, group: Any = None) -> list[Any]:
@@ -85,7 +81,7 @@ def all_gather_object(value: Any, group: Any = None) -> list[Any]:
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    _process_group().all_gather_object(values, value, group=group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -125,3 +121,79 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
         raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """[B, ...] on every rank -> [R B, ...] in rank order, with gradient to every rank's rows."""
+    return x if world()[1] == 1 else _GatherRows.apply(x)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's `x`, without gradient."""
+    total = x.detach().clone()
+    if world()[1] > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def take_rows(x: Tensor, source: Tensor) -> Tensor:
+    """Fetch rows of the concatenated batch, wherever they are, with gradient to their owner.
+
+    Only rows that change owner travel, and to each rank once however often it wants them: a rank receives at most B.
+
+    Args:
+        x: this rank's rows, [B, ...].
+        source: [R B] the same on every rank: row `source[i]` of the concatenated batch becomes row i.
+
+    Returns:
+        This rank's rows of the result, [B, ...].
+    """
+    rank, size = world()
+    batch = x.shape[0]
+    if size == 1:
+        return x[source.to(x.device)]
+    owner, local = source.view(size, batch) // batch, source.view(size, batch) % batch
+    stays = source.new_empty(0)
+    sent = [local[to, owner[to] == rank].unique() if to != rank else stays for to in range(size)]
+    received = [local[rank, owner[rank] == of].unique() if of != rank else stays for of in range(size)]
+    outgoing = x[torch.cat(sent).to(x.device)]
+    incoming = _ExchangeRows.apply(outgoing, [len(rows) for rows in received], [len(rows) for rows in sent])
+    # Row i of the result: a row of x when it stays, else the index of the row received from its owner.
+    index = local[rank].clone()
+    start = batch
+    for of, rows in enumerate(received):
+        if of != rank:
+            index[owner[rank] == of] = start + torch.searchsorted(rows, local[rank, owner[rank] == of])
+        start += len(rows)
+    return torch.cat([x, incoming])[index.to(x.device)]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rank, size = world()
+        ctx.batch = x.shape[0]
+        rows = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total[ctx.rank * ctx.batch : (ctx.rank + 1) * ctx.batch]
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
+        ctx.receive_sizes, ctx.send_sizes = receive_sizes, send_sizes
+        received = x.new_empty(sum(receive_sizes), *x.shape[1:])
+        dist.all_to_all_single(received, x.contiguous(), receive_sizes, send_sizes)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        returned = grad.new_empty(sum(ctx.send_sizes), *grad.shape[1:])
+        dist.all_to_all_single(returned, grad.contiguous(), ctx.send_sizes, ctx.receive_sizes)
+        return returned, None, None

@@ -102,8 +102,7 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
 
 def disagreeing_rank():
     """Every rank draws different similarities; states and masks contain the number of their row."""
-    from unimo3.collectives import gather_rows
-    from unimo3.distributed import world
+    from unimo3.distributed import gather_rows, world
 
     rank, size = world()
     num_rows = 4

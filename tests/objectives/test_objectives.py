@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.spawn import run_ranks
 from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
-from unimo3.collectives import take_rows
+from unimo3.distributed import sum_over_ranks, take_rows, world
 from unimo3.model.fusion import mean_gates
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
@@ -106,8 +106,6 @@ def test_no_masked_token_anywhere_gives_a_zero_loss():
 
 
 def exchange_on_rank():
-    from unimo3.distributed import world
-
     rank, size = world()
     all_rows = torch.arange(size * 3, dtype=torch.float64)[:, None] * torch.ones(1, 2, dtype=torch.float64)
     local_rows = all_rows[rank * 3 : rank * 3 + 3].clone().requires_grad_()
@@ -158,9 +156,6 @@ def test_rows_travel_between_three_ranks_with_their_gradient(exchanges):
 
 
 def losses_on_rank(negatives):
-    from unimo3.collectives import sum_over_ranks
-    from unimo3.distributed import world
-
     rank, size = world()
     micro_batch = BATCH // size
     model = tiny_pretraining_model().double()

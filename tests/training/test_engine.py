@@ -47,8 +47,7 @@ def test_a_ds_config_has_no_key_deepspeed_does_not_know():
 
 
 def losses_under_each_config():
-    from unimo3.collectives import sum_over_ranks
-    from unimo3.distributed import world
+    from unimo3.distributed import sum_over_ranks, world
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs

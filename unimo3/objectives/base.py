@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unimo3.collectives import gather_rows
+from unimo3.distributed import gather_rows
 from unimo3.model.fusion import FusionOutput, mean_gates
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 

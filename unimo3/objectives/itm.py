@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unimo3.collectives import gather_rows, take_rows
-from unimo3.distributed import world
+from unimo3.distributed import gather_rows, take_rows, world
 from unimo3.model.fusion import FusionOutput
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negatives, hard_negative_quantiles

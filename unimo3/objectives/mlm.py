@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import world
+from unimo3.distributed import sum_over_ranks, world
 from unimo3.model.fusion import FusionOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimo3.collectives import gather_rows
-from unimo3.distributed import world
+from unimo3.distributed import gather_rows, world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from unimo3.collectives import sum_over_ranks
 from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
 from unimo3.data.transforms import normalise
-from unimo3.distributed import World
+from unimo3.distributed import World, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.training.early_stopping import Best
 from unimo3.training.metrics import Metrics

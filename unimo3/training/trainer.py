@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.saver import Saver
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import broadcast_object, world
+from unimo3.distributed import broadcast_object, sum_over_ranks, world
 from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.training.args import TrainingArgs
