@@ -26,9 +26,9 @@ from finetune.task import score_batch
 from finetune.vqa import Vqa
 from pretrain.toy import blind_rates
 from unimo3.data.answers import AnswerVocabulary
-from unimo3.data.blind import accuracy_by_group
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
+from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import PretrainSamples, Samples, VqaSamples
 from unimo3.data.tokenizer import load_tokenizer

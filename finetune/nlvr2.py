@@ -18,7 +18,7 @@ from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
-from unimo3.data.scoring import pair_metrics
+from unimo3.data.metrics import pair_metrics
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
 from unimo3.errors import exit_with_status
 from unimo3.model.config import Unimo3Config

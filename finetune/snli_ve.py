@@ -16,8 +16,8 @@ from torch import Tensor
 from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
-from unimo3.data.blind import accuracy_by_group
 from unimo3.data.index import ShardIndex
+from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.statements import ENTAILMENT_LABELS, EntailmentSamples
 from unimo3.errors import exit_with_status
 from unimo3.model.config import Unimo3Config

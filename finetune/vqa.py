@@ -18,9 +18,9 @@ from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of, model_files_of
-from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
-from unimo3.data.blind import accuracy_by_group
+from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
+from unimo3.data.metrics import accuracy_by_group, vqa_accuracy
 from unimo3.data.remote import is_remote
 from unimo3.data.samples import VqaSamples
 from unimo3.errors import ConfigError, DataError, exit_with_status

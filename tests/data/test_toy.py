@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from pretrain import toy
-from unimo3.data.answers import vqa_accuracy
 from unimo3.data.blind import BlindGuesser
+from unimo3.data.metrics import vqa_accuracy
 from unimo3.data.toy.language import captions, pair_statement, questions, statement
 from unimo3.data.toy.scene import draw_scene
 
