@@ -39,7 +39,6 @@ from unimo3.training.heartbeat import other_process
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
-from unimo3.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +151,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         Interrupted: asked to stop; a checkpoint has been saved.
         Unimo3Error: see `train`; or the weights do not fit.
     """
+    from unimo3.training.trainer import Trainer  # imports deepspeed, which predict does without
+
     tokenizer = load_tokenizer(settings.data.tokenizer)
     # Programs that load the exported folder truncate texts where this run does.
     tokenizer.model_max_length = settings.data.max_text_tokens

@@ -20,6 +20,7 @@ from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
+from unimo3.inference.predictors import MatchPredictor
 from unimo3.launch import world_size_from_environment
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
@@ -39,6 +40,7 @@ class Retrieval(Task):
     kind = "captions"
     unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
+    predictor = MatchPredictor
     unused = r"^mlm_head\."
     best_metric = "recall_mean"
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning task is: its model, samples, loss and evaluation.
+"""What a fine-tuning task is: its model, samples, loss, evaluation and predictor.
 
 A new task is a file that has these and its settings; `finetune/tasks.py` lists it.
 
@@ -22,6 +22,7 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.errors import DataError
+from unimo3.inference.predictors import Predictor
 from unimo3.model.config import Unimo3Config
 from unimo3.model.heads import PRETRAINING_HEADS
 from unimo3.model.unimo3 import Unimo3PreTrainedModel
@@ -76,6 +77,7 @@ class Task(ABC):
         unit: what a row of a batch is, such as ``question``.
         num_images: of a row.
         model_class: has the task's head.
+        predictor: makes answers of what the model returns, for `finetune.predict`.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
         unused: pattern of pretraining's tensors that the model does not use.
         best_metric: by which the best checkpoint is chosen; larger is better.
@@ -85,6 +87,7 @@ class Task(ABC):
     unit: ClassVar[str]
     num_images: ClassVar[int] = 1
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    predictor: ClassVar[type[Predictor]]
     fresh: ClassVar[str] = r"^$"
     unused: ClassVar[str] = PRETRAINING_HEADS
     best_metric: ClassVar[str]

@@ -56,7 +56,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(exported) -> VqaPredictor:
-    return VqaPredictor(load(str(exported), VqaPredictor.model_class, device="cpu"))
+    return VqaPredictor(load(str(exported), Unimo3ForVisualQuestionAnswering, device="cpu"))
 
 
 def photo(width: int = 12, height: int = 9) -> Image.Image:
@@ -97,7 +97,7 @@ def test_every_line_is_answered_or_has_its_error(exported, predictor, lines):
     options = argparse.Namespace(input=source, output=target, top=2, batch=3)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            answer_lines(options, predictor, None)
+            answer_lines(options, predictor, 1, None)
         problem = ""
     except (ConfigError, DataError) as error:
         problem = str(error)
@@ -251,7 +251,7 @@ def test_a_changed_export_is_used_rightly_or_refused(exported, tmp_path_factory,
         written = file.read_bytes()
         file.write_bytes(written[: data.draw(st.integers(0, len(written)))] + data.draw(st.binary(max_size=3)))
     try:
-        predictor = VqaPredictor(load(str(folder), VqaPredictor.model_class, device="cpu"))
+        predictor = VqaPredictor(load(str(folder), Unimo3ForVisualQuestionAnswering, device="cpu"))
         (answers,) = predictor.predict([prepare(predictor.loaded, Row((exported / "photo.png",), "is it?"))], top=3)
     except (ConfigError, CheckpointError, DataError):
         return
