@@ -223,7 +223,7 @@ def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Conf
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     if weights:
         # A head may start random only where it will be trained.
-        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh, unused=task.unused)
+        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh)
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     return build_engine(task.objective(model), model, ds_config, settings.optim)
 

@@ -41,7 +41,6 @@ class Retrieval(Task):
     unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
     predictor = MatchPredictor
-    unused = r"^mlm_head\."
     best_metric = "recall_mean"
 
     def __init__(self, ranking: RankingArgs, seed: int):

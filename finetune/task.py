@@ -24,7 +24,6 @@ from unimo3.engine import Engine
 from unimo3.errors import DataError
 from unimo3.inference.predictors import Predictor
 from unimo3.model.config import Unimo3Config
-from unimo3.model.heads import PRETRAINING_HEADS
 from unimo3.model.unimo3 import Unimo3PreTrainedModel
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.run import Saveable
@@ -79,7 +78,6 @@ class Task(ABC):
         model_class: has the task's head.
         predictor: makes answers of what the model returns, for `finetune.predict`.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
-        unused: pattern of pretraining's tensors that the model does not use.
         best_metric: by which the best checkpoint is chosen; larger is better.
     """
 
@@ -89,7 +87,6 @@ class Task(ABC):
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     predictor: ClassVar[type[Predictor]]
     fresh: ClassVar[str] = r"^$"
-    unused: ClassVar[str] = PRETRAINING_HEADS
     best_metric: ClassVar[str]
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)
