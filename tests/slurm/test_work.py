@@ -83,7 +83,7 @@ def test_a_killed_conversion_is_requeued_and_continues_within_its_budget(site, s
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
-    begin = 'settle_by slurm.requeue_policy begin --run "$RUN" --nodes n1'
+    begin = 'apply_policy begin --run "$RUN" --nodes n1'
     stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
     script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
     jobs = [batch(site, script) for _ in range(2)]
@@ -103,7 +103,7 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
 
 def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
     ledger = tmp_path / "bad_nodes.jsonl"
-    script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep infinity")
+    script = script_of(tmp_path, "((NUM_RESTARTS)) || apply_action requeue why; sleep infinity")
     job = batch(site, script, options=("--hold", "--exclude=n2,n3"), BAD_NODES=str(ledger))
     history.append(tmp_path / "run", "exclude", job=str(job), nodes=["n3"])
     ledger.write_text(json.dumps({"node": "n3", "reason": "", "job": "1", "until": time.time() - 1}) + "\n")
