@@ -83,7 +83,7 @@ while rank == 1 and len(os.listdir("{tmp_path}/ranks")) < 3:
 
 
 @pytest.mark.integration
-def test_the_status_that_knows_the_reason_counts_though_it_comes_later(tmp_path):
+def test_a_later_status_with_a_reason_has_precedence(tmp_path):
     body = f"""
 if rank == 1:
     open("{tmp_path}/crashes", "w").close()
@@ -100,7 +100,7 @@ sys.exit(71)
 
 
 @pytest.mark.integration
-def test_a_signal_reaches_every_rank_and_they_may_take_their_time(tmp_path):
+def test_a_signal_reaches_every_rank_and_the_launcher_waits(tmp_path):
     body = f"""
 def stop(number, frame):
     os.write(1, b"saving\\n")  # the handler may interrupt a print, which cannot be entered twice
@@ -148,7 +148,7 @@ stuck_here()
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("sent", "got"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
-def test_what_a_terminal_sends_to_all_reaches_each_rank_once(tmp_path, sent, got):
+def test_a_terminals_signal_reaches_each_rank_once(tmp_path, sent, got):
     body = """
 got = []
 is_over = []
@@ -238,7 +238,7 @@ def test_output_that_cannot_be_written_hides_no_exit_status():
 
 
 @pytest.mark.parametrize(("error", "is_said"), [(ConfigError("a"), False), (DataError("b"), True)])
-def test_what_all_ranks_find_is_said_once_a_host(error, is_said, capfd, monkeypatch):
+def test_an_error_of_all_ranks_is_printed_once_a_host(error, is_said, capfd, monkeypatch):
     def main():
         raise error
 

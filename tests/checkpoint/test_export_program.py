@@ -47,7 +47,7 @@ def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy
     assert "step_00000004 as fp16" in shown
 
 
-def test_the_newest_good_checkpoint_is_taken_unless_one_is_named(run_copy, tmp_path, capsys):
+def test_the_newest_good_checkpoint_is_used_unless_one_is_named(run_copy, tmp_path, capsys):
     run = run_copy("bf16")
     (newest(run) / MODEL).write_bytes(b"damaged")
     assert run_program(run, "--out", tmp_path / "one") == 0

@@ -26,7 +26,7 @@ def is_correct(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
 
 
 @pytest.mark.integration
-def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
+def test_every_kill_leaves_a_checkpoint_to_resume_from(tmp_path):
     straight, kills = begin(tmp_path, "own"), list(outcomes(tmp_path, "own", POINTS))
     assert len(kills) >= POINTS
     # The other rank is killed as well, unless it has noticed before and failed by itself.
@@ -40,6 +40,6 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
 
 
 @pytest.mark.integration
-def test_deepspeeds_own_saves_do_not_survive_them(tmp_path):
+def test_saves_of_deepspeed_alone_do_not_survive_kills(tmp_path):
     straight, kills = begin(tmp_path, "plain"), list(outcomes(tmp_path, "plain", 4))
     assert not all(is_correct(straight, kill) for kill in kills)

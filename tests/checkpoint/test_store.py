@@ -189,7 +189,7 @@ def test_training_continues_as_if_never_stopped(saved, loaded, run):
         assert after[run]["losses"] == before[run]["losses"]
 
 
-def test_generators_are_each_ranks_own(saved):
+def test_each_rank_has_its_own_generators(saved):
     folder = saved.root / "bf16" / "checkpoints" / "step_00000004"
     draws = []
     for rank in range(2):
@@ -229,7 +229,7 @@ def test_all_ranks_choose_the_same_earlier_checkpoint(loaded):
     assert [results["chosen"] for results in loaded] == [expected, expected]
 
 
-def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
+def test_a_damaged_checkpoint_is_named_in_the_log_and_stays(run_copy, caplog):
     run = run_copy("fp32")
     newest = run / "checkpoints" / "step_00000004"
     delete_a_file(newest)
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_storage_that_does_not_answer_is_no_damage(run_copy, monkeypatch, number):
+def test_storage_that_does_not_answer_is_not_damage(run_copy, monkeypatch, number):
     run = run_copy("fp32")
     newest, answers = store.list_checkpoints(run)[-1], iter([False, False])
     stock = manifest.sha256_of
@@ -284,7 +284,7 @@ def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path,
 
 
 @pytest.mark.integration
-def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
+def test_a_load_that_fails_on_one_rank_fails_on_every_rank(loaded):
     """Gathering persistent parameters is collective: a rank that continued would wait forever."""
     assert loaded[0]["one rank"] == loaded[1]["one rank"]
     assert "rank 1: " in loaded[0]["one rank"]
@@ -293,7 +293,7 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
 
 
 @pytest.mark.integration
-def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
+def test_a_failed_save_raises_on_every_rank_and_the_previous_one_stays(loaded):
     for results in loaded:
         errors = results["errors"]
         assert "preparing" in errors["blocked folder"]

@@ -83,6 +83,6 @@ def test_accuracy_by_the_official_rule(answers, expected):
         assert vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
 
 
-def test_unanimous_answers_are_compared_as_they_stand():
+def test_unanimous_answers_are_compared_without_normalisation():
     assert vqa_accuracy("the cat", ["cat"] * 10) == 0.0
     assert vqa_accuracy("cat\n", ["cat"] * 10) == 1.0

@@ -140,7 +140,7 @@ def test_a_complete_file_replaces_the_old_one_with_size_and_checksum(store, shar
     assert file.getvalue() == content
 
 
-def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, shard, caplog):
+def test_a_truncated_body_is_requested_again_and_never_accepted(store, shard, caplog):
     store.instead[SHARD] = [("cut",)] * 2
     assert received(shard) == store.files[SHARD]
     assert sum("bytes early; trying again in 0.01 s" in record.getMessage() for record in caplog.records) == 2
@@ -152,7 +152,7 @@ def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, s
 
 
 @pytest.mark.parametrize(("status", "fix"), [(401, "sends no login"), (403, "sends no login"), (404, "fix the sour")])
-def test_what_another_try_cannot_fix_is_refused_at_once(store, shard, status, fix):
+def test_errors_that_a_retry_cannot_fix_are_refused_at_once(store, shard, status, fix):
     store.instead[SHARD] = [status]
     with pytest.raises(DataError, match=rf"{shard}: the server answers {status}.*{fix}"):
         received(shard)
@@ -160,7 +160,7 @@ def test_what_another_try_cannot_fix_is_refused_at_once(store, shard, status, fi
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-def test_a_busy_server_is_asked_again_up_to_four_times(store, shard, status, caplog):
+def test_a_busy_server_is_retried_up_to_four_times(store, shard, status, caplog):
     store.instead[SHARD] = [status] * 4
     assert received(shard) == store.files[SHARD]
     assert sum(f"answers {status}" in record.getMessage() for record in caplog.records) == 4
@@ -170,7 +170,7 @@ def test_a_busy_server_is_asked_again_up_to_four_times(store, shard, status, cap
     assert store.requests[SHARD] == 5 + 5
 
 
-def test_a_server_that_is_gone_is_an_error_that_says_so(store, shard):
+def test_a_server_that_is_gone_is_named_in_the_error(store, shard):
     store.close()
     with pytest.raises(DataError, match=r"Connection refused.*see whether its server or mount works"):
         received(shard)
@@ -203,7 +203,7 @@ def test_a_file_that_changes_between_two_tries_is_the_later_one(store, shard):
     assert received(shard) == b"new"
 
 
-def test_no_more_is_waited_for_once_the_limit_is_passed(store):
+def test_receiving_ends_once_the_byte_limit_is_passed(store):
     store.files["/shards/index.json"] = bytes(4 * 2**20)
     store.instead["/shards/index.json"] = [("stall",)]
     file = io.BytesIO()
@@ -219,7 +219,7 @@ def test_a_file_of_a_mounted_folder_is_received_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["1.tar", "0.tar/x", "."])
-def test_a_file_that_a_mounted_folder_does_not_hold_is_refused_at_once(quick, tmp_path, caplog, name):
+def test_a_file_missing_from_a_mounted_folder_is_refused_without_retry(quick, tmp_path, caplog, name):
     (tmp_path / "0.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{tmp_path}.*: cannot be read \(.*mount its folder with all of its files"):
         received(str(tmp_path / name))

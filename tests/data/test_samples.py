@@ -69,7 +69,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
             load_tokenizer(folder)
 
 
-def test_masking_follows_its_shares_and_spares_special_tokens():
+def test_masking_follows_its_ratios_and_skips_special_tokens():
     masking = Masking(0.15, mask_id=4, special_ids=frozenset(range(5)), vocab_size=1000)
     rng = np.random.default_rng(0)
     ids = np.concatenate([[0], rng.integers(5, 1000, 60), [2], [1] * 10])
@@ -139,7 +139,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch):
 # Captions, questions, batches.
 
 
-def test_every_caption_of_an_image_comes_before_one_comes_again(coco, tokenizer):
+def test_every_caption_of_an_image_is_used_before_one_repeats(coco, tokenizer):
     samples = pretrain_samples(coco / "train", tokenizer)
     num_captions = 6  # of seven in the source two are alike
     seen = [tuple(samples.build(Unit(epoch, 0, 1))["input_ids"].tolist()) for epoch in range(2 * num_captions)]
@@ -281,7 +281,7 @@ def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
 
 
 @pytest.mark.integration
-def test_an_error_in_a_reader_is_no_death(coco, tokenizer):
+def test_an_error_in_a_reader_is_not_reported_as_a_dead_reader(coco, tokenizer):
     samples = pretrain_samples(coco / "train", tokenizer)
 
     def fails(text):

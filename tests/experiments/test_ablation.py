@@ -84,13 +84,13 @@ def test_a_finished_run_counts_only_with_equal_settings(work, finished):
 
 
 @pytest.mark.integration
-def test_a_run_gives_the_same_figures_again(work, finished):
+def test_a_repeated_run_gives_the_same_metrics(work, finished):
     first = finished.result(work)
     finished.do(work)
     assert finished.result(work)["metrics"] == first["metrics"]
 
 
-def test_variants_share_initial_values_and_sizes(work):
+def test_variants_have_equal_initial_values_and_sizes(work):
     data = ablation_run.Data(work, TINY)
     models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ablation_run.VARIANTS}
     reference = models["in_layer"].state_dict()
@@ -188,7 +188,7 @@ def test_differences_are_taken_within_a_seed():
 
 
 @pytest.mark.integration
-def test_the_report_says_which_differences_are_clear(tmp_path):
+def test_the_report_names_the_clear_differences(tmp_path):
     results = [result("in_layer", seed, 0) for seed in range(3)]
     results += [result("x", seed, 0.02 + seed / 1000) for seed in range(3)]
     blind = {"overall": 0.4, "fine": 0.3, "object": 0.5, "scene": 0.45}
@@ -223,7 +223,7 @@ def test_a_larger_variant_is_not_among_the_winners(tmp_path):
 
 
 @pytest.mark.integration
-def test_tower_layers_have_columns_of_their_own(tmp_path):
+def test_tower_layers_have_separate_columns(tmp_path):
     widths = []
     for variants in (["in_layer", "x"], ["in_layer", "x", "with_towers"]):
         results = [result(name, 0, 0) for name in variants]
@@ -233,7 +233,7 @@ def test_tower_layers_have_columns_of_their_own(tmp_path):
     assert ablation_report._level_names(4, 2) == ["t1", "t2", "0", "1"]
 
 
-def test_shares_are_those_of_visible_levels():
+def test_mean_gates_are_those_of_visible_levels():
     padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
     expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
     for gates, row in zip(ablation_run.gates_by_layer(padded, 3, 0), expected, strict=True):

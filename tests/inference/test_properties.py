@@ -118,7 +118,7 @@ def test_every_line_is_answered_or_has_its_error(exported, predictor, lines):
 
 @quickly
 @given(parts=st.lists(texts, max_size=5), encoding=encodings, tail=st.binary(max_size=4))
-def test_texts_are_what_the_file_says_or_the_file_is_refused(exported, parts, encoding, tail):
+def test_texts_equal_those_of_the_file_or_the_file_is_refused(exported, parts, encoding, tail):
     path = exported / "texts"
     content = "\n".join(parts).encode(encoding, "replace") + tail
     path.write_bytes(content)

@@ -167,7 +167,7 @@ def test_vqa_accuracy_is_the_predictions_official_accuracy(vqa_run, source):
     assert evaluations[-1]["accuracy_overall"] == pytest.approx(accuracy["overall"])
 
 
-def test_a_run_continues_from_its_own_model_and_answers(program, vqa_run, vqav2, recipe, runs, tmp_path):
+def test_a_run_continues_from_its_saved_model_and_answers(program, vqa_run, vqav2, recipe, runs, tmp_path):
     """Its first weights are gone, and the shards' vocabulary is in another order by now."""
     shutil.copytree(vqav2, tmp_path / "shards")
     answers = AnswerVocabulary.load(vqav2 / "answers.json").answers

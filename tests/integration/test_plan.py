@@ -115,7 +115,7 @@ def planned(name):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", RUNS)
-def test_a_running_engine_holds_what_was_planned(held, name):
+def test_a_running_engine_uses_the_planned_memory(held, name):
     memory = planned(name)
     expected = memory.device | memory.host | memory.pass_bytes
     kinds = set(expected) - {"gathered_weights", "buckets"}

@@ -64,7 +64,7 @@ def run(program, weights, coco, recipe, runs):  # noqa: F811
     return runs / "retrieval"
 
 
-def test_it_trains_and_measures_recall(run):
+def test_retrieval_trains_and_measures_recall(run):
     losses = [record["loss"] for record in read_metrics(run)]
     assert len(losses) == 4
     assert all(record["loss_itc"] > 0 and record["loss_itm"] > 0 for record in read_metrics(run))
@@ -78,7 +78,7 @@ def test_it_trains_and_measures_recall(run):
     assert json.loads((run / "best.json").read_text())["metric"] == "recall_mean"
 
 
-def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # noqa: F811
+def test_exported_weights_of_retrieval_give_the_runs_metrics(program, run, coco, recipe):  # noqa: F811
     out = recipe.parent / "retrieval_weights"
     program.check(0, "pretrain.export", run, "--out", out, "--dtype", "fp32")
     task = RetrievalTask(Unimo3ForImageAndTextRetrieval.from_pretrained(out), seed=0)

@@ -58,7 +58,7 @@ def test_a_third_of_the_pairs_is_right():
     assert len(request.text) == len(request.image) == len(request.mask) == 3 * BATCH
 
 
-def test_a_batch_of_one_image_counts_its_own_pairs_alone():
+def test_a_batch_of_one_image_counts_only_its_correct_pairs():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     batch["image_id"] = torch.full((BATCH,), 7)
     request = ImageTextMatching(1.0, 0, "hard").fusion_input(encode(model, batch))

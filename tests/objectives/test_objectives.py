@@ -43,7 +43,7 @@ def test_changing_a_weight_changes_the_total_by_its_loss(name, negatives):
 
 
 @pytest.mark.parametrize("name", ["mlm", "itm", "itc"])
-def test_a_weight_of_zero_leaves_the_objective_out(name):
+def test_a_weight_of_zero_disables_the_objective(name):
     report = losses(args(**{name: 0.0}))
     assert f"loss_{name}" not in report
     alone = losses(args(**({"mlm": 0.0, "itm": 0.0, "itc": 0.0} | {name: 1.0})))
@@ -70,7 +70,7 @@ def test_sharing_a_call_of_the_fusion_encoder_leaves_each_loss_as_it_is(negative
             torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-5)
 
 
-def test_mlm_equals_the_heads_loss_over_whole_logits():
+def test_mlm_equals_the_heads_loss_over_all_logits():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     report = losses(args(itm=0.0, itc=0.0), model, batch)
     logits = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"]).prediction_logits
@@ -78,7 +78,7 @@ def test_mlm_equals_the_heads_loss_over_whole_logits():
     torch.testing.assert_close(report["loss_mlm"], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_gate_maps_are_the_models_own_stream_by_stream():
+def test_gate_maps_equal_the_models_gates_of_each_stream():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     spread_gates(model)
     report = losses(args(itm=0.0, itc=0.0), model, batch)
@@ -138,7 +138,7 @@ def exchanges():
 
 
 @pytest.mark.integration
-def test_a_row_that_all_want_goes_to_each_other_rank_once(exchanges):
+def test_a_row_that_all_ranks_need_is_sent_to_each_rank_once(exchanges):
     assert [sizes for _, sizes in exchanges] == [[0], [2], [0]]
 
 

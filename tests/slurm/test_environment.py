@@ -61,7 +61,7 @@ def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
     assert f"this is {link}_3" in site.log(link)
 
 
-def test_ranks_are_those_that_the_job_asks_for_or_the_sites(site, tmp_path):
+def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
     script = script_of(tmp_path, 'echo "$NUM_RANKS ranks"')
     outer = {"SLURM_NTASKS": "7", "SLURM_NTASKS_PER_NODE": "7"}
     asked = {

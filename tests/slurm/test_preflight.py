@@ -54,7 +54,7 @@ def test_a_node_whose_name_leads_to_itself_is_named(monkeypatch, master, address
     assert bool(problems) == bool(problem)
 
 
-def test_disk_space_covers_kept_saves_and_the_one_being_written(tmp_path, monkeypatch):
+def test_disk_space_covers_retained_saves_and_the_one_being_written(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
     monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)
     usage = preflight.shutil.disk_usage(tmp_path)

@@ -22,7 +22,7 @@ def run_program(program, *arguments):
     return ended.value.code
 
 
-def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
+def test_eight_jobs_submitted_at_once_on_one_host_all_rendezvous(jobs):
     options = ("--nodelist=n1", "--ntasks-per-node=2", "--overcommit", "--partition=shared")
     arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
     # The first one still runs when the last one begins.
@@ -138,7 +138,7 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
     assert (last.nodes, last.action) == ("n1 n3", "done")
 
 
-def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
+def test_of_three_nodes_the_one_with_a_slow_network_is_excluded(jobs):
     python = jobs.folder / "python_with_a_slow_network_on_n2"
     python.write_text(
         f'#!/bin/bash\n[[ $SLURMD_NODENAME != n2 || "$*" != *"slurm.preflight network"* ]] || '
@@ -166,7 +166,7 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
     assert "an all-reduce runs at 0.0" in entry["reason"]
 
 
-def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
+def test_a_job_with_too_few_gpus_is_held_and_no_node_is_excluded(jobs):
     (jobs.folder / "site_with_gpus.env").write_text(f"GPUS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\n")
     job = jobs.submit(
         "no_gpus",
@@ -181,7 +181,7 @@ def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
     jobs.cluster.call("scancel", job)
 
 
-def test_a_full_disk_holds_the_job_which_resumes_when_there_is_space(jobs, straight):
+def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, straight):
     disk = jobs.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
@@ -282,7 +282,7 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
 
 
 @pytest.mark.parametrize("name", ['two words, quote\'d "both" $(touch ran) `touch ran`', "--odd"])
-def test_odd_names_are_carried_as_they_are(site, capsys, name):
+def test_odd_names_are_passed_unchanged(site, capsys, name):
     words = ("pretrain", "--config", site.recipe, "--run.name", name, "--training.stop_after", "1")
     assert run_program(submit, "--dry-run", *words) == 0
     command = capsys.readouterr().out.splitlines()[-1]

@@ -310,7 +310,7 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
     torch.testing.assert_close(gradients, plain_gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_the_batch_plan():
+def test_the_batch_plan_divides_the_global_batch():
     assert BatchPlan(4096, 64, 8).num_accumulation == 8
     assert BatchPlan(4096, 64, 8).validate() == []
     assert BatchPlan(100, 8, 4).validate()[0].startswith("training.global_batch: 100: does not divide")
