@@ -164,8 +164,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
         log.warning(
-            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, say nothing about "
-            "other data",
+            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, are not those "
+            "of other data",
             val_index.source,
         )
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)

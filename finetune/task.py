@@ -122,7 +122,7 @@ class RowTask(Task):
 
     Attributes:
         id_field: of a row, by which a file of predictions names it.
-        has_unique_ids: whether the data set's format says that no two rows have one id.
+        has_unique_ids: whether the data set's format forbids two rows of one id.
     """
 
     id_field: ClassVar[str]
@@ -144,7 +144,7 @@ class RowTask(Task):
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.
 
-        A file of predictions has every id of the split once. Where the shards lack some, its name says so.
+        A file of predictions has every id of the split once. Where the shards lack some, it is named ``_incomplete``.
 
         Raises:
             DataError: there is no row to score, or two rows have one id.

@@ -208,7 +208,7 @@ preflight() {
     [[ ${PREFLIGHT:-yes} == yes ]] || return 0
     local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
     rm -rf "$mark" && mkdir -p "$mark"
-    # One node's failure says nothing of the others: they are heard to the end.
+    # One node's failure is not that of the others: all are waited for.
     local -x IS_DEAF=yes
     local STEP_MINUTES=15
     RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" -m slurm.preflight \

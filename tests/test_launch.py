@@ -237,15 +237,15 @@ def test_output_that_cannot_be_written_hides_no_exit_status():
     assert status_of("succeed", "| (exec <&-; sleep 1); exit ${PIPESTATUS[0]}") in (0, 141)  # by who is faster
 
 
-@pytest.mark.parametrize(("error", "is_said"), [(ConfigError("a"), False), (DataError("b"), True)])
-def test_an_error_of_all_ranks_is_printed_once_a_host(error, is_said, capfd, monkeypatch):
+@pytest.mark.parametrize(("error", "is_printed"), [(ConfigError("a"), False), (DataError("b"), True)])
+def test_an_error_of_all_ranks_is_printed_once_a_host(error, is_printed, capfd, monkeypatch):
     def main():
         raise error
 
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         exit_with_status(main)()
-    assert bool(capfd.readouterr().err) == is_said
+    assert bool(capfd.readouterr().err) == is_printed
 
 
 def test_a_package_named_apex_that_is_not_nvidias_is_noticed(tmp_path, monkeypatch, caplog):

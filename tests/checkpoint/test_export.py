@@ -244,7 +244,7 @@ def test_verification_opens_files_and_index_and_compares_types(saved, tmp_path, 
     elif damage == "swapped index":
         index = tmp_path / weights.INDEX
         index.write_text(index.read_text().replace(first.name, second.name))
-        message = "does not tell where the tensors are"
+        message = "does not give the offsets of the tensors"
     else:
         # The same bytes under another name of their type.
         first.write_bytes(first.read_bytes().replace(b'"F32"', b'"I32"'))

@@ -79,7 +79,7 @@ class Store:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, name: str, num_bytes: int = SIZE, folder: str = "/shards") -> tuple[str, int, str]:
-        """Serve a shard; return the arguments that fetch it."""
+        """Offer a shard; return the arguments that fetch it."""
         content = np.random.default_rng(len(self.files)).bytes(num_bytes)
         self.files[f"{folder}/{name}"] = content
         return name, num_bytes, hashlib.sha256(content).hexdigest()
@@ -263,7 +263,7 @@ def test_https_urls_are_remote_and_paths_are_not():
 
 
 @pytest.fixture
-def served(coco, store):
+def remote_coco(coco, store):
     """The store with COCO's training shards and their index."""
     for path in (coco / "train").iterdir():
         store.files[f"/coco/train/{path.name}"] = path.read_bytes()
@@ -279,11 +279,11 @@ def read(data: DataArgs, tokenizer: str, num_steps: int = 5) -> list[list[str]]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(served, coco, tmp_path, workers):
+def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(remote_coco, coco, tmp_path, workers):
     tokenizer, limit = str(coco / "tokenizer"), 40_000
     local = DataArgs(train=str(coco / "train"), window_shards=2, num_workers=0)
     remote = DataArgs(
-        train=f"{served.url}/coco/train/",
+        train=f"{remote_coco.url}/coco/train/",
         window_shards=2,
         num_workers=workers,
         prefetch=1,
@@ -308,28 +308,28 @@ def test_a_mounted_source_may_go_through_the_cache_too(coco, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(served, coco, tmp_path, workers):
+def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(remote_coco, coco, tmp_path, workers):
     for number in range(4):
         name = f"/coco/train/00000{number}.tar"
-        content = bytearray(served.files[name])
+        content = bytearray(remote_coco.files[name])
         content[len(content) // 2] ^= 1
-        served.files[name] = bytes(content)
+        remote_coco.files[name] = bytes(content)
     data = DataArgs(
-        train=f"{served.url}/coco/train", num_workers=workers, cache_dir=str(tmp_path / "cache"), cache_gb=1
+        train=f"{remote_coco.url}/coco/train", num_workers=workers, cache_dir=str(tmp_path / "cache"), cache_gb=1
     )
     with pytest.raises(DataError, match=r"00000\d\.tar: the source.s file is not the one that was indexed") as error:
         read(data, str(coco / "tokenizer"))
     assert "Traceback" not in str(error.value)
 
 
-def test_addresses_that_cannot_be_used_are_errors_of_the_setting(served, tmp_path):
+def test_addresses_that_cannot_be_used_are_errors_of_the_setting(remote_coco, tmp_path):
     def errors_of(source, **settings):
         return DataArgs(train=source, **settings).shard_errors("captions")
 
-    (problem,) = errors_of(f"{served.url}/coco/train")
+    (problem,) = errors_of(f"{remote_coco.url}/coco/train")
     assert "an address needs a cache; set data.cache_dir and data.cache_gb" in problem
     (problem,) = errors_of("pipe:cat x.tar")
     assert problem.startswith("data.train: ")
     assert "pipe: runs a shell" in problem
-    (problem,) = errors_of(f"{served.url}/nowhere", cache_dir=str(tmp_path / "cache"))
+    (problem,) = errors_of(f"{remote_coco.url}/nowhere", cache_dir=str(tmp_path / "cache"))
     assert "404" in problem

@@ -136,7 +136,7 @@ def test_a_changed_or_missing_shard_is_named(source, tmp_path):
     convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4")
     shard = out / "train" / "000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(DataError, match=r"000001\.tar: has \d+ bytes, its index says"):
+    with pytest.raises(DataError, match=r"000001\.tar: has \d+ bytes, its index has"):
         ShardIndex(out / "train")
     shard.unlink()
     with pytest.raises(DataError, match=r"000001\.tar: is missing"):
@@ -206,7 +206,7 @@ def lose_members(folder):
 def cut_members(folder):
     path = folder / "index.members"
     path.write_bytes(path.read_bytes()[:-30])
-    return r"index\.members: has \d+ bytes, its index says"
+    return r"index\.members: has \d+ bytes, its index has"
 
 
 def change_members(folder):

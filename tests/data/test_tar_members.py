@@ -105,10 +105,10 @@ def sparse_header(name: str) -> bytes:
     return bytes(header)
 
 
-@pytest.mark.parametrize("place", ["alone", "last", "joined"])
-def test_a_sparse_member_is_named_with_the_fix(tmp_path, place):
+@pytest.mark.parametrize("position", ["alone", "last", "joined"])
+def test_a_sparse_member_is_named_with_the_fix(tmp_path, position):
     member = sparse_header("a.jpg") + b"x" * 512
-    content = {"alone": member, "last": without_end(ONE) + member, "joined": ONE + member}[place] + bytes(1024)
+    content = {"alone": member, "last": without_end(ONE) + member, "joined": ONE + member}[position] + bytes(1024)
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"member 'a\.jpg' is stored without its zeros; make the tar without --sparse"):
         scan(tmp_path / "0.tar")

@@ -23,7 +23,7 @@ TEXT = " ".join(WORDS)
 
 
 def write_tokenizer(folder: Path, ids: dict[str, int], unknown: str | None = "<unk>", model=None, **options) -> str:
-    """A tokenizer of whole words with these ids of its special tokens; other words follow, or stand before."""
+    """A tokenizer of complete words with these ids of its special tokens; other words follow, or stand before."""
     free = (number for number in range(1000) if number not in ids.values())
     vocabulary = ids | {word: next(free) for word in WORDS if word not in ids}
     tokenizer = Tokenizer(model(vocabulary) if model else models.WordLevel(vocabulary, unk_token=unknown))

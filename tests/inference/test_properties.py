@@ -214,17 +214,17 @@ def test_every_file_is_indexed_or_named(tmp_path_factory, files):
             decode(content)
             decodable.append(name)
     try:
-        found, skipped = images_in(folder)
+        images, skipped = images_in(folder)
     except ConfigError:
-        found, skipped = [], sorted(files)
-    assert sorted([*found, *skipped]) == sorted(files)
-    assert set(decodable) <= set(found)
+        images, skipped = [], sorted(files)
+    assert sorted([*images, *skipped]) == sorted(files)
+    assert set(decodable) <= set(images)
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Of each value in a JSON, the keys and numbers that lead to it."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, entry in entries for found in paths_in(entry, (*path, key)))]
+    return [path, *(below for key, entry in entries for below in paths_in(entry, (*path, key)))]
 
 
 def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -245,8 +245,8 @@ def test_a_changed_export_is_used_rightly_or_refused(exported, tmp_path_factory,
     file = folder / data.draw(st.sampled_from(names))
     content = json.loads(file.read_text())
     if data.draw(st.booleans()):
-        place = data.draw(st.sampled_from(paths_in(content)))
-        file.write_text(json.dumps(changed(content, place, data.draw(values))))
+        path = data.draw(st.sampled_from(paths_in(content)))
+        file.write_text(json.dumps(changed(content, path, data.draw(values))))
     else:
         written = file.read_bytes()
         file.write_bytes(written[: data.draw(st.integers(0, len(written)))] + data.draw(st.binary(max_size=3)))

@@ -68,8 +68,8 @@ def test_each_sample_is_read_once_over_all_restarts(straight, interrupted):
         return {record["step"]: record["keys"] for record in map(json.loads, lines)}, len(lines)
 
     for rank in range(2):
-        (wanted, _), (found, num_lines) = ledger(straight, rank), ledger(interrupted, rank)
-        assert found == wanted
+        (expected, _), (keys, num_lines) = ledger(straight, rank), ledger(interrupted, rank)
+        assert keys == expected
         assert num_lines == 20
 
 
@@ -176,7 +176,7 @@ def test_a_ds_config_of_another_precision_is_refused(program, recipe, straight):
         2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--training.ds_config", fp32
     )
     assert status == 78
-    assert "was written under ZeRO-3 bf16, training.ds_config now says ZeRO-3 fp32" in program.output
+    assert "was written under ZeRO-3 bf16, training.ds_config is now ZeRO-3 fp32" in program.output
 
 
 def test_bad_settings_end_with_78_before_any_process_group(program, recipe):

@@ -85,8 +85,8 @@ def test_exported_weights_of_retrieval_give_the_runs_metrics(program, run, coco,
     task.device = torch.device("cpu")
     samples = CaptionedImages(ShardIndex(coco / "val"), load_tokenizer(str(out)), 16, ImageTransform(32))
     ranking = RankingArgs(shortlist=2, fold_images=1)
-    found = held_out_recall(task, samples, World(0, 0, 1), 4, ReaderArgs(0, 1), ranking, Unguarded())
-    assert found == json.loads((run / "recall.json").read_text())
+    recall = held_out_recall(task, samples, World(0, 0, 1), 4, ReaderArgs(0, 1), ranking, Unguarded())
+    assert recall == json.loads((run / "recall.json").read_text())
 
 
 def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(

@@ -64,8 +64,8 @@ def test_towers_fusion_encoder_and_heads_run_once_a_step(negatives):
 @pytest.mark.parametrize("negatives", ["random", "hard"])
 def test_sharing_a_call_of_the_fusion_encoder_leaves_each_loss_as_it_is(negatives):
     together = losses(args(negatives=negatives))
-    for left_out in ("mlm", "itm"):
-        apart = losses(args(**{left_out: 0.0}, negatives=negatives))
+    for omitted in ("mlm", "itm"):
+        apart = losses(args(**{omitted: 0.0}, negatives=negatives))
         for name in apart.keys() - {"loss", "gates_text", "gates_image"}:
             torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Starts that end before the run's folder can say anything, and a container in which no Slurm is."""
+"""Starts that end before anything is written to the run's folder, and a container in which no Slurm is."""
 
 import json
 

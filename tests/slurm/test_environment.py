@@ -1,4 +1,4 @@
-"""Jobs whose environment changes what Slurm's commands print, or what belongs to another job: the outcome stays."""
+"""Jobs whose environment changes what Slurm's commands print, or what belongs to another job: the result stays."""
 
 import pytest
 

@@ -80,7 +80,7 @@ def test_a_status_with_a_reason_has_precedence(tmp_path):
     assert final_status(137, tmp_path)[0] == 137
     (tmp_path / "rank_0").write_text("78\nConfigError: Invalid configuration (1 error):\n  - a: b\n")
     assert final_status(143, tmp_path) == (78, "ConfigError: Invalid configuration (1 error): - a: b")
-    (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
+    (tmp_path / "rank_0").write_text("75")  # written when all have saved
     assert final_status(137, tmp_path)[0] == 75
     assert final_status(0, None)[0] == 0
 

@@ -13,7 +13,7 @@ _NUM_PROCESSES, _NUM_ROUNDS, _ROUND_S = 2, 200, 0.003
 
 
 def race(number, folder, start, won):
-    """In each round all claim the same folder at the same instant; `dead` has it from before and is at work no more."""
+    """In each round all lock the same folder at the same instant; `dead` has it from before and is at work no more."""
     for n in range(_NUM_ROUNDS):
         while time.monotonic() < start + n * _ROUND_S:
             pass

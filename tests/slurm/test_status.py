@@ -102,7 +102,7 @@ def test_a_stop_file_is_shown_and_a_held_job_has_its_reason(run, fake_squeue):
 
 @pytest.fixture
 def fake_squeue(tmp_path, monkeypatch):
-    """Has a program in squeue's place that says what a test wants; for answers a Slurm gives only when it is ill."""
+    """Has a program in place of squeue that prints what a test wants; for answers a Slurm gives only when it is ill."""
 
     def answers(script):
         program = tmp_path / "bin" / "squeue"

@@ -195,14 +195,14 @@ def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, stra
     python.chmod(0o755)
     try:
         fill = "--checkpoint.keep_last", 50, "--checkpoint.every_steps", 1, "--run.dir", disk, "--data.ledger", "true"
-        own = {} if is_mounted else {"UNIMO3_PYTHON": str(python)}
-        job = jobs.submit("full", *fill, options=("--nodes=2",), **own)
+        variables = {} if is_mounted else {"UNIMO3_PYTHON": str(python)}
+        job = jobs.submit("full", *fill, options=("--nodes=2",), **variables)
         jobs.wait_state(job, "SPECIAL_EXIT")
         assert ("No space left on device" if is_mounted else "File too large") in jobs.log(job)
         assert "status 78" in jobs.cluster.job(job)["Comment"]
-        kept = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
-        assert kept or not is_mounted
-        assert not any(name.endswith(".tmp") for name in kept)
+        remaining = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
+        assert remaining or not is_mounted
+        assert not any(name.endswith(".tmp") for name in remaining)
         if is_mounted:
             subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         is_full.unlink()
@@ -211,7 +211,7 @@ def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, stra
         assert_as_if_undisturbed(disk / "full", straight)
         first, second = history.read(disk / "full")
         assert (first.action, second.action) == ("hold", "done")
-        assert second.checkpoint == (int(kept[-1].removeprefix("step_")) if kept else None)
+        assert second.checkpoint == (int(remaining[-1].removeprefix("step_")) if remaining else None)
     finally:
         if is_mounted:
             subprocess.run(["umount", "-l", str(disk)], check=True)

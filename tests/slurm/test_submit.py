@@ -158,7 +158,7 @@ def tuning(pretrained, vqav2, tmp_path):
 def test_a_new_fine_tunings_disk_follows_from_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
     with safe_open(pretrained / "model.safetensors", "pt") as weights:
         elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
-    # To 0.1 MB, as the message tells it in the place of GB.
+    # To 0.1 MB, as the message has it in place of GB.
     monkeypatch.setattr(submit_checks, "_GB", 1e6)
     checkpoints = 12 * elements / 1e6
     full = ("--run.dir", FULL)
@@ -305,8 +305,8 @@ def run(tmp_path):
 )
 def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, arguments, problem):
     (tmp_path / "empty").mkdir()
-    places = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
-    refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), problem)
+    paths = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
+    refused(checked(*options, "export", *[paths.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration
@@ -332,8 +332,8 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
     ],
 )
 def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, arguments, problem):
-    places = {"SOURCE": source, "o": tmp_path / "o"}
-    refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), problem)
+    paths = {"SOURCE": source, "o": tmp_path / "o"}
+    refused(checked("prepare_shards", *[paths.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration

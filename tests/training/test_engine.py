@@ -217,13 +217,13 @@ def fill_sharded_model(args):
     ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(2, 1, 2), clip_norm=0.0)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(args.to_config()))
 
-    most_whole = 0
+    most_gathered = 0
     enter = zero.GatheredParameters.__enter__
 
     def count(context):
-        nonlocal most_whole
+        nonlocal most_gathered
         enter(context)
-        most_whole = max(most_whole, sum(p.numel() for p in model.parameters()))
+        most_gathered = max(most_gathered, sum(p.numel() for p in model.parameters()))
 
     zero.GatheredParameters.__enter__ = count
     set_initial_weights(model, args, seed=0)
@@ -238,7 +238,7 @@ def fill_sharded_model(args):
         "text": base.text_tower.encoder.layer[1].output.dense.bias.detach().clone(),
         "image": base.vision_tower.vit.blocks[1].attn.proj.bias.detach().clone(),
     }
-    return differing, most_whole, max(p.numel() for p in plain.parameters()), probes
+    return differing, most_gathered, max(p.numel() for p in plain.parameters()), probes
 
 
 @pytest.mark.integration
@@ -275,12 +275,12 @@ def test_sharded_models_are_filled_from_elsewhere_one_parameter_at_a_time(tmp_pa
         (text_bias, vit.blocks[1].attn.proj.bias),
     ]
     for cases in run_ranks(2, fill_sharded_models, str(tmp_path)):
-        for (differing, most_whole, largest, probes), (text, image) in zip(cases, expected, strict=True):
+        for (differing, most_gathered, largest, probes), (text, image) in zip(cases, expected, strict=True):
             assert differing == []
             assert torch.equal(probes["text"], text)
             assert torch.equal(probes["image"], image)
             # A linear map is filled with its bias.
-            assert largest <= most_whole < 1.1 * largest
+            assert largest <= most_gathered < 1.1 * largest
 
 
 @pytest.mark.integration

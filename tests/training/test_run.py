@@ -164,7 +164,7 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_again(settings, capl
     folder = store.folder_of(run.folder) / "step_00000005"
     folder.mkdir(parents=True)
     (folder / "MANIFEST.json").write_text('{"files": []}')
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good, the log says why"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good, see the log"):
         run.resume(SimpleNamespace())
     assert "step_00000005 is damaged" in caplog.text
     assert not (run.folder / "metrics.jsonl").exists()

@@ -59,7 +59,7 @@ def load(engine: Engine, folder: Path) -> TrainState:
     state: TrainState = on_all_ranks(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)[0]
     if state.engine != describe_engine(engine):
         raise CheckpointError(
-            f"{folder}: was written under {state.engine}, training.ds_config now says {describe_engine(engine)}; use a "
+            f"{folder}: was written under {state.engine}, training.ds_config is now {describe_engine(engine)}; use a "
             "ds_config of the same stage and precision"
         )
 

@@ -189,7 +189,7 @@ class UnusableImageError(Exception):
 
 
 def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
-    """A file's extension and bytes, after decoding it once; scaled and encoded again where `options` say so.
+    """A file's extension and bytes, after decoding it once; scaled and encoded again if `options` ask for it.
 
     Raises:
         UnusableImageError: it is missing, or no image that can be decoded and stored.

@@ -53,10 +53,10 @@ class ImageTextContrast(Objective):
         """The mean over this rank's rows, each against the complete batch."""
         similarities = states.similarities
         assert similarities is not None
-        excluded = similarities.same_image.scatter(1, similarities.own[:, None], False)
+        excluded = similarities.same_image.scatter(1, similarities.indices[:, None], False)
 
         def contrast(logits: Tensor) -> Tensor:
-            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.own)
+            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.indices)
 
         loss = (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2
         return {"loss": loss, "temperature": similarities.temperature.squeeze()}

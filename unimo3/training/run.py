@@ -202,7 +202,7 @@ class Run:
         newest, damaged = choose(self.folder)
         if newest is None and broadcast_object(self._rank == 0 and store.has_folders(self.folder)):
             raise CheckpointError(
-                f"{store.folder_of(self.folder)}: none of the checkpoints is good, the log says why; copy a good one "
+                f"{store.folder_of(self.folder)}: none of the checkpoints is good, see the log; copy a good one "
                 "back, or move them all away to train from the beginning"
             )
         if newest is not None:
@@ -275,7 +275,7 @@ class Run:
         """
         self.num_bad_samples += number
         limit, num_read = self._settings.data.max_bad_ratio, self.step * self._global_batch
-        # A single bad sample among the first says nothing about their ratio.
+        # A single bad sample among the first is no estimate of their ratio.
         if self.num_bad_samples > max(limit * num_read, 1 if limit else 0):
             raise DataError(
                 f"{self._settings.data.train}: {self.num_bad_samples} of {num_read} samples could not be used, more "
