@@ -48,7 +48,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
     import torch
 
     from unimo3.checkpoint.args import CheckpointArgs
-    from unimo3.checkpoint.saver import Saver
+    from unimo3.checkpoint.save import Saver
     from unimo3.checkpoint.state import TrainState
     from unimo3.distributed import barrier, world
 

@@ -10,7 +10,7 @@ from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.load import load
-from unimo3.checkpoint.saver import Saver
+from unimo3.checkpoint.save import Saver
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
 

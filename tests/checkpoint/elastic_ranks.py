@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tests.checkpoint.ranks import draw, every_value, start_engine, state_at
-from unimo3.checkpoint.commit import save
 from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.distributed import world
 from unimo3.errors import CheckpointError
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.checkpoint.ranks import full_moment, state_at
 from tests.spawn import run_ranks
-from unimo3.checkpoint.commit import save
 from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.distributed import world
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}

@@ -20,7 +20,7 @@ from tests.checkpoint.ranks import start_engine, state_at, train
 from tests.spawn import run_ranks, run_ranks_to_any_end
 from unimo3.checkpoint.args import CheckpointArgs
 from unimo3.checkpoint.load import load, newest_good
-from unimo3.checkpoint.saver import Saver
+from unimo3.checkpoint.save import Saver
 from unimo3.distributed import world
 
 # What changes files, or opens one.

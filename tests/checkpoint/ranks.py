@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import tiny_batch, tiny_config
-from unimo3.checkpoint.commit import save
 from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saver import Saver
+from unimo3.checkpoint.save import Saver
 from unimo3.distributed import broadcast_object, sum_over_ranks, world
 from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
