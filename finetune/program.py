@@ -168,7 +168,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
             "of other data",
             val_index.source,
         )
-    world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
+    process = start_process(settings.run, settings.training.stall_after_s)
+    world = process.world
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
@@ -183,7 +184,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         return Reading(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
 
     trained = reading(settings.data.augment, settings.data.crop_scale)
-    loader: Any = ()
+    loader = None
     if not settings.eval_only:
         loader = settings.data.training_loader(
             [task.samples(index, trained) for index in indexes],
@@ -199,18 +200,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
-        Trainer(
-            run,
-            engine,
-            loader,
-            settings.training,
-            settings.optim,
-            settings.checkpoint,
-            listener,
-            watch,
-            evaluation,
-            only_evaluates=settings.eval_only,
-        ).train()
+        Trainer(settings, process, run, engine, loader, evaluation).train()
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
