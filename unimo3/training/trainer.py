@@ -151,18 +151,10 @@ class Trainer:
         run, engine = self.run, self.engine
         scale = lr_scale(run.step, self.training.steps, self.optim.warmup_ratio)
         set_lr(engine.optimizer, scale)
-        sums: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            self.watch.beat("compute" if run.step > self.first_step else "start", run.step)
-            report = engine(to_device(batch, engine.device))
-            engine.backward(report["loss"])
-            engine.step()
-            for name, value in report.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        means = self._accumulate(micro_batches)
         run.step += 1
         run.record_keys(micro_batches)
         run.num_skipped += step_was_skipped(engine)
-        means = {name: value / len(micro_batches) for name, value in sorted(sums.items())}
         now = time.perf_counter()
         self._unlogged = _Step(
             means={name: value.reshape(()) for name, value in means.items() if value.numel() == 1},
@@ -174,6 +166,18 @@ class Trainer:
             seconds=now - self._started,
         )
         self._started = now
+
+    def _accumulate(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """Run each micro-batch; the engine takes its step after the last one. Returns the means of what they report."""
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
+            report = self.engine(to_device(batch, self.engine.device))
+            self.engine.backward(report["loss"])
+            self.engine.step()
+            for name, value in report.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        return {name: value / len(micro_batches) for name, value in sorted(sums.items())}
 
     def synchronize(self) -> None:
         """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it.
