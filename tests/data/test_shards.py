@@ -21,7 +21,8 @@ from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.images import decode
 from unimo3.data.index import ShardIndex
 from unimo3.data.progress import Progress
-from unimo3.data.shards import ImageOptions, Reject, ShardDone, UnusableImageError, read_image
+from unimo3.data.shards import Reject, ShardDone
+from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.errors import DataError
 
 

@@ -11,14 +11,16 @@ from PIL import Image
 
 from experiments import ablation, ablation_report, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
+from experiments.ablation_settings import VARIANTS as ALL_VARIANTS
+from experiments.ablation_settings import Data, Settings, option
 from unimo3.errors import ConfigError
 
-TINY = ablation_run.Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
+TINY = Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
 VARIANTS = ("in_layer", "cross_layer_token")
 
 
 def arguments(work, out):
-    sizes = [word for name in TINY.__dict__ for word in (ablation_run.option(name), str(getattr(TINY, name)))]
+    sizes = [word for name in TINY.__dict__ for word in (option(name), str(getattr(TINY, name)))]
     return [
         "--quick",
         "--seeds",
@@ -44,7 +46,7 @@ def run(argv):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    ablation_run.Data(folder, TINY).make()
+    Data(folder, TINY).make()
     return folder
 
 
@@ -91,8 +93,8 @@ def test_a_repeated_run_gives_the_same_metrics(work, finished):
 
 
 def test_variants_have_equal_initial_values_and_sizes(work):
-    data = ablation_run.Data(work, TINY)
-    models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ablation_run.VARIANTS}
+    data = Data(work, TINY)
+    models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ALL_VARIANTS}
     reference = models["in_layer"].state_dict()
     for name, model in models.items():
         values = model.state_dict()
@@ -103,7 +105,7 @@ def test_variants_have_equal_initial_values_and_sizes(work):
 
 
 def test_vqa_starts_from_the_pretrained_towers_and_fusion(work):
-    pretrained = ablation_run.build_pretraining_model(TINY.model("bridge"), ablation_run.Data(work, TINY), 0)
+    pretrained = ablation_run.build_pretraining_model(TINY.model("bridge"), Data(work, TINY), 0)
     with torch.no_grad():
         for parameter in pretrained.parameters():
             parameter.add_(0.125)
@@ -114,7 +116,7 @@ def test_vqa_starts_from_the_pretrained_towers_and_fusion(work):
 
 
 def test_variants_of_unequal_size_are_refused(capsys):
-    small = ablation_run.Settings(width=8, layers=8)
+    small = Settings(width=8, layers=8)
     with pytest.raises(ConfigError, match="cross_layer_token has"):
         ablation.check_sizes(small)
     assert "in_layer: " in capsys.readouterr().out

@@ -21,7 +21,7 @@ from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.images import decode
 from unimo3.data.samples import BadSampleError, image_of
-from unimo3.data.shards import ImageOptions, UnusableImageError, read_image
+from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalise
 from unimo3.errors import CheckpointError, ConfigError, DataError
