@@ -79,28 +79,7 @@ class Settings:
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model; all but the interaction is as in pretrain/recipes/tiny.yaml."""
-        heads = 4
-        return ModelArgs(
-            text=TextArgs(
-                vocab_size=VOCABULARY,
-                hidden_size=self.width,
-                num_hidden_layers=self.layers,
-                num_attention_heads=heads,
-                intermediate_size=4 * self.width,
-                max_position_embeddings=40,
-                dropout=0.0,
-            ),
-            vision=VisionArgs(
-                image_size=self.image_size, patch_size=PATCH_SIZE, width=self.width, depth=self.layers, num_heads=heads
-            ),
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=heads,
-            initializer_range=0.08,
-            dropout=0.0,
-            itc_size=64,
-            **VARIANTS[variant],
-        )
+        return toy_model(self.width, self.layers, self.image_size, VOCABULARY, **VARIANTS[variant])
 
 
 class Data:
@@ -163,3 +142,19 @@ class Data:
 def option(field: str) -> str:
     """A setting's name on the command line."""
     return f"--{field.replace('_', '-')}"
+
+
+def toy_model(width: int, num_layers: int, image_size: int, vocab_size: int, **others: Any) -> ModelArgs:
+    """A model of towers and a fusion encoder of one size; all but that is as in pretrain/recipes/tiny.yaml."""
+    sizes = {"hidden_size": width, "num_hidden_layers": num_layers, "num_attention_heads": 4}
+    return ModelArgs(
+        text=TextArgs(
+            vocab_size=vocab_size, intermediate_size=4 * width, max_position_embeddings=40, dropout=0.0, **sizes
+        ),
+        vision=VisionArgs(image_size=image_size, patch_size=PATCH_SIZE, width=width, depth=num_layers, num_heads=4),
+        initializer_range=0.08,
+        dropout=0.0,
+        itc_size=64,
+        **sizes,
+        **others,
+    )
