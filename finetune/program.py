@@ -21,11 +21,10 @@ from unimo3.data.args import DataArgs
 from unimo3.data.index import TEST_SPLITS
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
-from unimo3.distributed import broadcast_object
+from unimo3.distributed import broadcast_object, world_size_from_environment
 from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
-from unimo3.launch import world_size_from_environment
 from unimo3.model.args import tokenizer_errors
 from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights

@@ -18,10 +18,10 @@ from unimo3 import config
 from unimo3.data.captioned import CaptionedImages, samples_of_images
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
+from unimo3.distributed import world_size_from_environment
 from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
 from unimo3.inference.predictors import MatchPredictor
-from unimo3.launch import world_size_from_environment
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Guard

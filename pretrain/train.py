@@ -10,9 +10,9 @@ from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.kernels.args import KernelArgs
-from unimo3.launch import world_size_from_environment
 from unimo3.model.args import ModelArgs, resolve_tokens, set_initial_weights, tokenizer_errors
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining

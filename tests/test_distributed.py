@@ -6,7 +6,6 @@ import pytest
 from tests.spawn import run_ranks
 from unimo3 import distributed
 from unimo3.errors import ConfigError
-from unimo3.launch import world_size_from_environment
 
 
 def describe_world() -> dict:
@@ -14,7 +13,7 @@ def describe_world() -> dict:
     distributed.barrier()
     return {
         "world": (rank, size),
-        "environment": world_size_from_environment(),
+        "environment": distributed.world_size_from_environment(),
         "gathered": distributed.all_gather_object({"rank": rank}),
         "broadcast": distributed.broadcast_object(f"from {rank}"),
         "accelerator": os.environ["DS_ACCELERATOR"],
@@ -43,7 +42,7 @@ def test_ranks_know_their_number_and_exchange_objects():
 def test_a_process_alone_needs_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert distributed.world() == (0, 1)
-    assert world_size_from_environment() == 1
+    assert distributed.world_size_from_environment() == 1
     assert distributed.all_gather_object("mine") == ["mine"]
     assert distributed.broadcast_object("mine") == "mine"
     distributed.barrier()

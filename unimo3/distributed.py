@@ -4,23 +4,26 @@
 and its gradients equal those of one process on the concatenated batch. Without a process group (or with one rank) a
 collective returns its input.
 
+torch is imported where it is used: programs that only read files call `world` and `on_all_ranks` too.
+
 Source: DeepSpeed's init_distributed; the variables are those of torchrun and of this project's Slurm scripts. ALBEF,
 arXiv 2107.07651, gathers features the same way but without a gradient.
 """
 
 # Shapes: R ranks, B samples a rank (equal on all ranks).
 
+from __future__ import annotations
+
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from unimo3.errors import CheckpointError, ConfigError, Unimo3Error, UnreachableError
-from unimo3.launch import free_port, world_size_from_environment
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,22 @@ class World:
     size: int
 
 
+def world_size_from_environment() -> int:
+    """Number of ranks this process was started with, before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init() -> World:
     """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one.
 
     Raises:
         ConfigError: there are other ranks, and the environment does not name the address to join them.
     """
-    import deepspeed  # seconds, which programs without a process group do not need
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from unimo3.launch import free_port
 
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world_size_from_environment() > 1 and missing:
@@ -63,16 +75,22 @@ def init() -> World:
     return World(dist.get_rank(), local_rank, dist.get_world_size())
 
 
+def _process_group() -> Any:
+    """`torch.distributed` in a process that has joined a group, else None; torch is not imported for the answer."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) without a process group."""
-    is_joined = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
+    dist = _process_group()
+    return (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if world()[1] > 1:
-        dist.barrier()
+        _process_group().barrier()
 
 
 def all_gather_object(value: Any, group: Any = None) -> list[Any]:
@@ -81,7 +99,7 @@ def all_gather_object(value: Any, group: Any = None) -> list[Any]:
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    dist.all_gather_object(values, value, group=group)
+    _process_group().all_gather_object(values, value, group=group)
     return values
 
 
@@ -125,14 +143,19 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
 
 def gather_rows(x: Tensor) -> Tensor:
     """[B, ...] on every rank -> [R B, ...] in rank order, with gradient to every rank's rows."""
-    return x if world()[1] == 1 else _GatherRows.apply(x)
+    if world()[1] == 1:
+        return x
+    from unimo3.gradient_collectives import GatherRows
+
+    gathered: Tensor = GatherRows.apply(x)
+    return gathered
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's `x`, without gradient."""
     total = x.detach().clone()
     if world()[1] > 1:
-        dist.all_reduce(total)
+        _process_group().all_reduce(total)
     return total
 
 
@@ -152,12 +175,16 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
     batch = x.shape[0]
     if size == 1:
         return x[source.to(x.device)]
+    import torch
+
+    from unimo3.gradient_collectives import ExchangeRows
+
     owner, local = source.view(size, batch) // batch, source.view(size, batch) % batch
     stays = source.new_empty(0)
     sent = [local[to, owner[to] == rank].unique() if to != rank else stays for to in range(size)]
     received = [local[rank, owner[rank] == of].unique() if of != rank else stays for of in range(size)]
     outgoing = x[torch.cat(sent).to(x.device)]
-    incoming = _ExchangeRows.apply(outgoing, [len(rows) for rows in received], [len(rows) for rows in sent])
+    incoming = ExchangeRows.apply(outgoing, [len(rows) for rows in received], [len(rows) for rows in sent])
     # Row i of the result: a row of x when it stays, else the index of the row received from its owner.
     index = local[rank].clone()
     start = batch
@@ -166,34 +193,3 @@ def take_rows(x: Tensor, source: Tensor) -> Tensor:
             index[owner[rank] == of] = start + torch.searchsorted(rows, local[rank, owner[rank] == of])
         start += len(rows)
     return torch.cat([x, incoming])[index.to(x.device)]
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rank, size = world()
-        ctx.batch = x.shape[0]
-        rows = [torch.empty_like(x) for _ in range(size)]
-        dist.all_gather(rows, x.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.rank * ctx.batch : (ctx.rank + 1) * ctx.batch]
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, receive_sizes: list[int], send_sizes: list[int]) -> Tensor:
-        ctx.receive_sizes, ctx.send_sizes = receive_sizes, send_sizes
-        received = x.new_empty(sum(receive_sizes), *x.shape[1:])
-        dist.all_to_all_single(received, x.contiguous(), receive_sizes, send_sizes)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        returned = grad.new_empty(sum(ctx.send_sizes), *grad.shape[1:])
-        dist.all_to_all_single(returned, grad.contiguous(), ctx.send_sizes, ctx.receive_sizes)
-        return returned, None, None

@@ -30,11 +30,6 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _PORTS = (10000, 30000)
 
 
-def world_size_from_environment() -> int:
-    """Number of ranks this process was started with, before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def free_port() -> int:
     """A TCP port nobody uses, for rank 0 to listen on once it has loaded its modules, seconds later."""
     while True:
