@@ -44,7 +44,7 @@ def test_the_report_compares_each_contestant_with_ours(tmp_path):
     assert "## Measured on" in out.read_text()
 
 
-def test_what_cannot_be_measured_is_named(capsys):
+def test_arguments_that_cannot_be_measured_are_named(capsys):
     argv = ["--cpu", "--rounds", "0", "--contestants", "flex", "--cases", "huge"]
     assert run(argv) == 78
     message = capsys.readouterr().err

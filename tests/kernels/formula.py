@@ -73,16 +73,18 @@ def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
     dropped = attend(q, k, one_hot, gates, None, dropout_p)[..., :keys].detach()
     full = attend(q, k, one_hot, gates, None)[..., :keys].detach()
     factors = (dropped / full).double()
-    kept = factors > 0
-    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - dropout_p)), atol=1e-3, rtol=0)
-    deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
-    assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    survives = factors > 0
+    torch.testing.assert_close(
+        factors[survives], torch.full_like(factors[survives], 1 / (1 - dropout_p)), atol=1e-3, rtol=0
+    )
+    deviation = (dropout_p * (1 - dropout_p) / survives.numel()) ** 0.5
+    assert abs(survives.double().mean().item() - (1 - dropout_p)) < 5 * deviation
     # Samples and heads draw for themselves.
-    first, *others = kept.flatten(0, 1)
+    first, *others = survives.flatten(0, 1)
     assert all((first != other).any() for other in others)
     torch.manual_seed(seed)
     out = attend(q, k, v, gate, mask, dropout_p)
-    assert_close_to_formula(q, k, v, gate, mask, out, kept.double() / (1 - dropout_p))
+    assert_close_to_formula(q, k, v, gate, mask, out, survives.double() / (1 - dropout_p))
 
 
 def draw_uneven(lengths, dtype, batch=2, heads=2, tokens=19, width=32, seed=0):

@@ -102,7 +102,7 @@ def test_the_record_has_what_the_compiler_gives(rows, sample):
 
 
 @pytest.mark.integration
-def test_a_spill_is_seen(sample):
+def test_a_register_spill_is_detected(sample):
     local_bytes, fits = sample[-2]
     assert local_bytes > 0
     assert not fits
