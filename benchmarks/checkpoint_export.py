@@ -94,11 +94,7 @@ def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: boo
         # Never touched, these take no memory; `skip_data` leaves holes in the file where their values belong.
         flat = [torch.nn.Parameter(torch.empty(length)) for length in lengths]
         state = {
-            number: {
-                "step": torch.tensor(4.0),
-                "exp_avg": torch.empty(length),
-                "exp_avg_sq": torch.empty(length),
-            }
+            number: {"step": torch.tensor(4.0), "exp_avg": torch.empty(length), "exp_avg_sq": torch.empty(length)}
             for number, length in enumerate(lengths)
         }
         settings = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8}

@@ -115,13 +115,7 @@ class TrainingRun:
         staging.replace(file)
 
     def _train(
-        self,
-        stage: str,
-        task: nn.Module,
-        model: Unimo3PreTrainedModel,
-        samples: Samples,
-        num_steps: int,
-        lr: float,
+        self, stage: str, task: nn.Module, model: Unimo3PreTrainedModel, samples: Samples, num_steps: int, lr: float
     ) -> dict[str, Any]:
         """Train for `num_steps`; the loss of each tenth of them, and the median seconds of a step without reading."""
         optim = OptimArgs(lr=lr, fusion_factor=1.0, head_factor=1.0)

@@ -24,15 +24,7 @@ from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
 from unimo3.data.index import REJECTS, TEST_SPLITS, is_index
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
-from unimo3.data.shards import (
-    ShardDone,
-    ShardJob,
-    cut,
-    finish,
-    remove_traces,
-    remove_unlisted,
-    write_shard,
-)
+from unimo3.data.shards import ShardDone, ShardJob, cut, finish, remove_traces, remove_unlisted, write_shard
 from unimo3.data.stored_images import ImageOptions
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
@@ -161,44 +153,64 @@ def convert(wanted: Conversion, comm: Any) -> None:
         spread(comm, source.jobs(), work, progress.add)
         progress.show()
         _check_rejects(wanted, progress, staging)
-        for path in staging.iterdir():
-            if path.name not in (*source.shards, MARK):  # of an earlier attempt with other arguments
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_leftovers(staging, source)
         if progress.rejects:
             _write_rejects(progress, staging)
         source.write_vocabularies(staging)
-        counts = {}
-        names = {split: [f"{number:06d}.tar" for number in range(count)] for split, count in source.shards.items()}
-        for split in names:
-            remove_unlisted(staging / split, names[split])
-            missing = sorted(
-                (reject["key"], number, identity)
-                for reject in progress.rejects
-                if reject["split"] == split
-                for number, identity in enumerate(reject["ids"])
-            )
-            missing_ids = [identity for _, _, identity in missing]
-            counts[split] = finish(staging / split, wanted.format, split, names[split], missing_ids)
-            remove_traces(staging / split, names[split])
-        if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
-            raise DataError(
-                f"--out {wanted.out}: has been made by another program meanwhile; move it away and start the same "
-                f"command again, or rename {staging}, which is complete"
-            )
-        # Renamed first: the path of a conversion never has a half removed one.
-        replaced = sibling_folders(wanted.out)[1]
-        _remove(replaced)
-        if wanted.out.exists():
-            (wanted.out / MARK).touch()
-            wanted.out.rename(replaced)
-        staging.rename(wanted.out)
-        _remove(replaced)
+        counts = _index_splits(wanted, source, progress, staging)
+        _publish(wanted, staging)
     for split, count in counts.items():
         print(f"{wanted.out / split}: {count} samples in {source.shards[split]} shards")
     for reason, count in source.omitted.items():
         print(f"skipped {count} records: {reason}")
     if progress.rejects:
         print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
+
+
+def _remove_leftovers(staging: Path, source: Source) -> None:
+    """Remove what an earlier attempt with other arguments has left."""
+    for path in staging.iterdir():
+        if path.name not in (*source.shards, MARK):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _index_splits(wanted: Conversion, source: Source, progress: Progress, staging: Path) -> dict[str, int]:
+    """Write each split's index; the number of its samples."""
+    counts = {}
+    for split, num_shards in source.shards.items():
+        names = [f"{number:06d}.tar" for number in range(num_shards)]
+        remove_unlisted(staging / split, names)
+        missing = sorted(
+            (reject["key"], number, identity)
+            for reject in progress.rejects
+            if reject["split"] == split
+            for number, identity in enumerate(reject["ids"])
+        )
+        missing_ids = [identity for _, _, identity in missing]
+        counts[split] = finish(staging / split, wanted.format, split, names, missing_ids)
+        remove_traces(staging / split, names)
+    return counts
+
+
+def _publish(wanted: Conversion, staging: Path) -> None:
+    """Give a complete conversion its name, in place of the one that it replaces.
+
+    Raises:
+        DataError: another program has made the folder.
+    """
+    if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
+        raise DataError(
+            f"--out {wanted.out}: has been made by another program meanwhile; move it away and start the same "
+            f"command again, or rename {staging}, which is complete"
+        )
+    # Renamed first: the path of a conversion never has a half removed one.
+    replaced = sibling_folders(wanted.out)[1]
+    _remove(replaced)
+    if wanted.out.exists():
+        (wanted.out / MARK).touch()
+        wanted.out.rename(replaced)
+    staging.rename(wanted.out)
+    _remove(replaced)
 
 
 def sibling_folders(out: Path) -> tuple[Path, Path]:

@@ -174,11 +174,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
         self.vision_tower.compile()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        output_gates: bool = False,
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, output_gates: bool = False
     ) -> Unimo3ModelOutput:
         """Fuse texts [B, T] with images [B, 3, S, S]; attention_mask [B, T] is 1 where a token is real."""
         if attention_mask is None:
@@ -215,11 +211,7 @@ class Unimo3ForPreTraining(Unimo3PreTrainedModel):
         self.mlm_head.decoder = value
 
     def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor,
-        attention_mask: Tensor | None = None,
-        output_gates: bool = False,
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None, output_gates: bool = False
     ) -> Unimo3PreTrainingOutput:
         """Score texts [B, T] against images [B, 3, S, S] with every head."""
         if attention_mask is None:

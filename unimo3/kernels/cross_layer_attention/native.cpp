@@ -5,7 +5,7 @@
 //     dq   = sum_i dS_i K_i / sqrt(d)                     dK_i = dS_i^T q / sqrt(d)     dV_i = (g_i r o P_i)^T dO
 //
 // r is dropout's mask over 1 - p, drawn once for all levels. Backward makes P again from the saved log-sum-exp. Tables of
-// queries by keys are kept transposed, [keys][queries], for a block of queries: softmax then runs over rows, all lanes
+// queries by keys are stored transposed, [keys][queries], for a block of queries: softmax then runs over rows, all lanes
 // being queries, and every product is a tile of the one routine `product`. They stay in a core's cache; nothing of that
 // size goes to memory. Sums run in a fixed order, so results do not depend on the number of threads.
 //
@@ -42,13 +42,13 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats exponential(Floats x) {
     const Floats shift = all(12582912.f);  // adding it rounds to a whole number
     const Floats clamped = x < -87.f ? all(-87.f) : x;
-    const Floats whole = (clamped * 1.44269504f + shift) - shift;
-    const Floats rest = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const Floats integer = (clamped * 1.44269504f + shift) - shift;
+    const Floats rest = (clamped - integer * 0.693359375f) - integer * -2.12194440e-4f;
     Floats power = all(1.98756915e-4f);
     for (float factor : {1.39819995e-3f, 8.33345191e-3f, 4.16657962e-2f, 1.66666657e-1f, 0.5f})
         power = power * rest + factor;
     power = power * rest * rest + rest + 1.f;
-    const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+    const Ints exponent = (__builtin_convertvector(integer, Ints) + 127) << 23;
     Floats scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < -87.f ? Floats{} : power * scale;
@@ -146,13 +146,13 @@ struct Block {
     int64_t sample = 0, head = 0, first = 0, count = 0, padded = 0, num_keys = 0;
     const uint8_t *readable = nullptr;
     float scale;
-    std::vector<float> q, q_t, do_t, p, dp, kept, o;
+    std::vector<float> q, q_t, do_t, p, dp, factors, o;
     float gate[QUERY_BLOCK], lse[QUERY_BLOCK];
 
     Block(const Shape &shape, const Tensors &t)
         : shape(shape), t(t), scale(1 / std::sqrt(float(shape.width))), q(QUERY_BLOCK * shape.width),
           q_t(QUERY_BLOCK * shape.width), do_t(QUERY_BLOCK * shape.width), p(QUERY_BLOCK * shape.longest),
-          dp(QUERY_BLOCK * shape.longest), kept(shape.dropout > 0 ? QUERY_BLOCK * shape.longest : 0),
+          dp(QUERY_BLOCK * shape.longest), factors(shape.dropout > 0 ? QUERY_BLOCK * shape.longest : 0),
           o(QUERY_BLOCK * shape.width) {}
 
     // Keys behind the last readable one are not looked at.
@@ -181,7 +181,7 @@ struct Block {
         }
     }
 
-    // A pair of key and query is kept or not by a hash of its place, the same in both passes.
+    // A pair of key and query survives or not by a hash of its indices, the same in both passes.
     void draw() {
         const uint32_t least = uint32_t(double(shape.dropout) * 4294967296.0), low = shape.seed, high = shape.seed >> 32;
         Words lane;
@@ -191,7 +191,7 @@ struct Block {
             const Words key = mixed((row ^ uint32_t(v)) + high);
             for (int64_t i = 0; i < padded; i += LANES) {
                 const Words drawn = mixed(key ^ (lane + uint32_t(first + i)));
-                store(&kept[v * padded + i], drawn >= least ? all(1 / (1 - shape.dropout)) : Floats{});
+                store(&factors[v * padded + i], drawn >= least ? all(1 / (1 - shape.dropout)) : Floats{});
             }
         }
     }
@@ -204,7 +204,7 @@ struct Block {
     }
 
     // Of this block's queries, in lse and offsets.
-    int64_t place_of(int64_t level) const {
+    int64_t offset_of(int64_t level) const {
         return ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
     }
 
@@ -226,37 +226,37 @@ struct Block {
                 const Floats e = reads(v) ? exponential(load(&p[v * padded + i]) - most) : Floats{};
                 store(&p[v * padded + i], e), sum += e;
             }
-            const Floats share = load(gate + i) / sum;
+            const Floats scale = load(gate + i) / sum;
             for (int64_t v = 0; v < num_keys; v++) {
-                float *place = &p[v * padded + i];
-                store(place, load(place) * (shape.dropout > 0 ? share * load(&kept[v * padded + i]) : share));
+                float *weight = &p[v * padded + i];
+                store(weight, load(weight) * (shape.dropout > 0 ? scale * load(&factors[v * padded + i]) : scale));
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.lse[place_of(level) + i + lane] = most[lane] + std::log(sum[lane]);
+                t.lse[offset_of(level) + i + lane] = most[lane] + std::log(sum[lane]);
         }
     }
 
     // Scores in p and dO V^T in dp become what dV and dK are products of; offsets are written.
     void differentiate(int64_t level) {
         load_gate(level);
-        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[place_of(level) + i] : 0;
+        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[offset_of(level) + i] : 0;
         for (int64_t i = 0; i < padded; i += LANES) {
-            const Floats offset = load(lse + i), share = load(gate + i);
+            const Floats offset = load(lse + i), gate_weight = load(gate + i);
             Floats mean{};
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
                 const Floats e = reads(v) ? exponential(load(weight) - offset) : Floats{};
-                if (shape.dropout > 0) store(slope, load(slope) * load(&kept[v * padded + i]));
+                if (shape.dropout > 0) store(slope, load(slope) * load(&factors[v * padded + i]));
                 store(weight, e), mean += e * load(slope);
             }
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
-                const Floats gated = load(weight) * share;
+                const Floats gated = load(weight) * gate_weight;
                 store(slope, gated * (load(slope) - mean));
-                store(weight, shape.dropout > 0 ? gated * load(&kept[v * padded + i]) : gated);
+                store(weight, shape.dropout > 0 ? gated * load(&factors[v * padded + i]) : gated);
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.offsets[place_of(level) + i + lane] = mean[lane];
+                t.offsets[offset_of(level) + i + lane] = mean[lane];
         }
     }
 
@@ -266,7 +266,7 @@ struct Block {
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
             if (num_keys == 0) {
-                std::fill_n(t.lse + place_of(index), count, 0.f);
+                std::fill_n(t.lse + offset_of(index), count, 0.f);
                 continue;
             }
             scores(level.k, p, q_t);
@@ -291,7 +291,7 @@ struct Block {
                 for (float *grad : {grad_k, grad_v})
                     std::fill(grad + num_keys * width, grad + level.keys * width, 0.f);
             if (num_keys == 0) {
-                std::fill_n(t.offsets + place_of(index), count, 0.f);
+                std::fill_n(t.offsets + offset_of(index), count, 0.f);
                 continue;
             }
             scores(level.k, p, q_t);

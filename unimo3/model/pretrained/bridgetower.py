@@ -9,12 +9,7 @@ Source: BridgeTower, arXiv 2206.08657; transformers' modeling_bridgetower.py for
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    BridgeTowerConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    RobertaConfig,
-)
+from transformers import BridgeTowerConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 
 from unimo3.errors import ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
