@@ -154,7 +154,7 @@ class Trainer:
             for name, value in report.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
         run.step += 1
-        run.record_keys(micro_batches)
+        run.record_samples(micro_batches)
         run.num_skipped += step_was_skipped(engine)
         means = {name: value / len(micro_batches) for name, value in sorted(sums.items())}
         now = time.perf_counter()
