@@ -37,7 +37,7 @@ from unimo3.data.shards import (
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 
-# What distinguishes this program's folders from others, which are never removed.
+# What distinguishes this program's folders from others, which are never removed; in that of a split, what it is.
 MARK = ".unimo3-shards"
 MAX_REJECT_RATIO = 0.001
 
@@ -180,6 +180,8 @@ def convert(wanted: Conversion, comm: Any) -> None:
             missing_ids = [identity for _, _, identity in missing]
             counts[split] = finish(staging / split, wanted.format, split, names[split], missing_ids)
             remove_traces(staging / split, names[split])
+            record = {"dataset": wanted.format, "split": split, "missing_ids": missing_ids}
+            (staging / split / MARK).write_text(json.dumps(record) + "\n")
         if wanted.out.exists() and not (wanted.overwrite and is_output(wanted.out)):
             raise DataError(
                 f"--out {wanted.out}: has been made by another program meanwhile; move it away and start the same "
