@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from unimo3.data.conversion import MARK
 from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
 from unimo3.data.index_form import Shard, field, is_ids_or_none, is_text
+from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -24,7 +25,7 @@ from unimo3.data.shards import (
     index_tar,
     members_error,
     remove_traces,
-    repeated_keys,
+    survey,
     unindexed_shards,
 )
 from unimo3.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         ConfigError: another process is indexing them, a folder is in the way of a file of the index, or the index.json
             of another program is there and `overwrite` is not given.
         DataError: a tar cannot be read, is compressed, or is missing or not the one that was indexed before and
-            `overwrite` is not given; or they contain no samples.
+            `overwrite` is not given; or none of their samples has an image and a text.
     """
     folder, progress = source.resolve(), Progress("samples")
     paths = sorted(folder.glob("*.tar"))
@@ -85,17 +86,28 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             spread(comm, jobs(), work, progress.add)
             if not overwrite and (folder / INDEX).is_file():
                 _check_unchanged(folder, names)
+            found = survey(folder, names)
+            if found.num_samples and not found.num_complete:
+                raise DataError(
+                    f"--src {source}: none of its {found.num_samples} samples can be read: {found.num_imageless} have "
+                    f"no image ({', '.join(IMAGE_EXTENSIONS)}), {found.num_textless} no json and no txt; make the tars "
+                    "again"
+                )
             dataset, split, missing_ids = _origin(folder)
-            count = finish(folder, dataset, split, names, missing_ids)
-            repeated = repeated_keys(folder, names)
+            finish(folder, dataset, split, names, missing_ids)
             remove_traces(folder, names)
         finally:
             (folder / _LOCK).unlink(missing_ok=True)
-    print(f"{source}: {count} samples in {len(paths)} shards")
-    for name, key, number in repeated[:_NUM_SHOWN]:
+    print(f"{source}: {found.num_samples} samples in {len(paths)} shards")
+    if found.num_complete < found.num_samples:
+        print(
+            f"{source}: {found.num_imageless} samples have no image, {found.num_textless} no json and no txt; they are "
+            "bad samples"
+        )
+    for name, key, number in found.repeated[:_NUM_SHOWN]:
         print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
-    if len(repeated) > _NUM_SHOWN:
-        print(f"and so in {len(repeated) - _NUM_SHOWN} more tars")
+    if len(found.repeated) > _NUM_SHOWN:
+        print(f"and so in {len(found.repeated) - _NUM_SHOWN} more tars")
 
 
 def _not_plain(folder: Path) -> list[str]:
