@@ -22,6 +22,7 @@ from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.config import Unimo3VisionConfig
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_roberta, load_vision, vision_errors
 from unimo3.model.vision import VisionTower
 
@@ -385,6 +386,36 @@ def test_missing_tensors_of_a_clip_are_named_before_anything_starts(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (problem,) = vision_errors(str(tmp_path), image_tower(16))
     assert "its tensors do not fit VisionTransformer; missing: blocks.0" in problem
+
+
+# Architectures with scales of layers, separate biases of attention, and every kind of norm.
+CONSTANTS = (
+    *EVA_AND_BEIT,
+    "deit3_small_patch16_224",
+    "vit_relpos_base_patch16_cls_224",
+    "vit_base_patch16_xp_224",
+    "vit_small_resnet26d_224",
+    "vit_base_r26_s32_224",
+)
+
+
+@pytest.mark.parametrize("architecture", CONSTANTS)
+def test_constants_of_timms_layers_begin_as_timms(architecture):
+    sizes = {name: size for name, size in SIZES.items() if name != "patch_size" or "_r" not in architecture}
+    outside = timm.create_model(architecture, img_size=32, num_classes=0, global_pool="", **sizes)
+    constants = {
+        name: parameter.flatten()[0].item()
+        for name, parameter in outside.named_parameters()
+        if (parameter == parameter.flatten()[0]).all()
+    }
+    tower = VisionTower(Unimo3VisionConfig(architecture, 32, sizes))
+    initialize_weights(spread(tower), seed=0)
+    parameters = dict(tower.vit.named_parameters())
+    for name, constant in constants.items():
+        # A residual network's last norm of a block may begin at one as well.
+        is_last_norm = name.endswith(("bn3.weight", "norm3.weight"))
+        assert (parameters[name] == (1.0 if is_last_norm else constant)).all(), name
+    assert parameters["blocks.0.mlp.fc1.weight" if "_xp_" not in architecture else "blocks.0.in_proj.weight"].std() > 0
 
 
 def test_position_tables_without_a_class_token_are_resized(tmp_path):
