@@ -16,6 +16,7 @@ from finetune.task import HeldOut, Reading, Task
 from finetune.weights import head_errors, resized, task_errors
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.export import changed_files
 from unimo3.checkpoint.initial_weights import config_of, has_begun, model_files_of, weights_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import TEST_SPLITS
@@ -92,6 +93,7 @@ class FinetuneConfig:
             )
         if self.eval_only and not has_begun(self.run.folder):
             errors += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        errors += [f"init: {problem}" for problem in changed_files(model_files_of(self.init, self.run.folder))]
         return errors + self._tokenizer_errors(model)
 
     def _tokenizer_errors(self, model: Unimo3Config) -> list[str]:
