@@ -381,6 +381,30 @@ def test_tensors_that_do_not_fit_are_named_before_anything_starts(tmp_path, name
     assert problem.startswith(f"model.vision.init: '{vision.init}': its tensors do not fit Beit; {named}")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("roberta.encoder.layer.1.output.dense.bias", None, "missing: encoder.layer.1.output.dense.bias"),
+        ("roberta.embeddings.position_embeddings.weight", (7, 32), "of another shape: roberta.embeddings.position_"),
+        ("roberta.encoder.layer.2.output.dense.bias", (32,), "unexpected: roberta.encoder.layer.2.output.dense.bias"),
+    ],
+)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_a_robertas_tensors_are_compared_before_anything_starts(tmp_path, name, shape, named, max_shard_size):
+    outside = RobertaForMaskedLM(RobertaConfig(**tiny_config().text_config.to_diff_dict() | {"num_hidden_layers": 2}))
+    state = outside.state_dict()
+    state.pop(name, None)
+    outside.save_pretrained(
+        tmp_path, state_dict=state | ({name: torch.zeros(shape)} if shape else {}), max_shard_size=max_shard_size
+    )
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "20KB")
+    vision = VisionArgs("nowhere", ARCHITECTURE, 16, 8, 32, DEPTH, 2)
+    args = ModelArgs(TextArgs(init=str(tmp_path)), vision, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    of_text, of_vision = sorted(args.validate())
+    assert of_text.startswith(f"model.text.init: '{tmp_path}': its tensors do not fit RobertaModel; {named}")
+    assert of_vision.startswith("model.vision.init: 'nowhere': ")
+
+
 def test_missing_tensors_of_a_clip_are_named_before_anything_starts(tmp_path):
     CLIPVisionModel(clip_vision()).save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
