@@ -130,7 +130,8 @@ class FinetuneConfig:
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
-        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
+        contrasts = self.task.contrasts and not self.eval_only
+        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size, contrasts)
 
 
 def busy_errors(run: Path) -> list[str]:
