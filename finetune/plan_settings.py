@@ -66,7 +66,7 @@ class PlannedFinetuning(FinetuneConfig):
         model, task = self.model_config(), self.planned_task()
         task.configure(model)
         words = {"unit": task.unit, "not_counted": _NOT_COUNTED}
-        return PlannedRun(self._step(model, task), self.training, self.optim.clip_norm, words)
+        return PlannedRun(self._step(model, task), self.training, self.optim.clip_norm, task.contrasts, words)
 
     def _step(self, model: Unimo3Config, task: Task) -> Step:
         def batch(num_rows: int) -> Batch:

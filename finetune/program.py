@@ -16,7 +16,8 @@ from finetune.task import HeldOut, Reading, Task
 from finetune.weights import head_errors, resized, task_errors
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.initial_weights import config_of, has_begun, model_files_of, weights_of
+from unimo3.checkpoint.export import changed_files
+from unimo3.checkpoint.initial_weights import config_of, has_begun, model_files_of, run_of, weights_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import TEST_SPLITS
 from unimo3.data.tokenizer import load_tokenizer
@@ -28,7 +29,7 @@ from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import tokenizer_errors
 from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
-from unimo3.model.pretrained import load_exported
+from unimo3.model.pretrained import exported_errors, load_exported
 from unimo3.model.processor import Unimo3Processor
 from unimo3.training.args import TrainingArgs
 from unimo3.training.early_stopping import Best, BestArgs
@@ -91,6 +92,7 @@ class FinetuneConfig:
             )
         if self.eval_only and not has_begun(self.run.folder):
             errors += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        errors += [f"init: {problem}" for problem in changed_files(model_files_of(self.init, self.run.folder))]
         return errors + self._tokenizer_errors(model)
 
     def _tokenizer_errors(self, model: Unimo3Config) -> list[str]:
@@ -127,7 +129,8 @@ class FinetuneConfig:
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
-        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
+        contrasts = self.task.contrasts and not self.eval_only
+        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size, contrasts)
 
 
 def busy_errors(run: Path) -> list[str]:
@@ -159,6 +162,13 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     resized(model_config, settings.image_size)
     task.configure(model_config)
     model_config.architectures = [task.model_class.__name__]
+    # A head may start random only where it will be trained.
+    fresh = r"^$" if settings.eval_only else task.fresh
+    # A run's checkpoint is exported first, by all ranks, and a run that continues has its own.
+    if not has_begun(settings.run.folder) and run_of(settings.init) is None:
+        errors = exported_errors(settings.init, task.model_class, model_config, fresh)
+        if errors:
+            raise ConfigError(errors)
     indexes = [] if settings.eval_only else settings.data.open_train()
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
@@ -170,7 +180,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
     batch = settings.batch_plan(world.size)
-    engine = _build_engine(settings, task, model_config, batch)
+    engine = _build_engine(settings, task, model_config, batch, fresh)
 
     fingerprint = None if settings.eval_only else settings.data.fingerprint(indexes)
     run = Run(settings, batch.global_batch, fingerprint)
@@ -202,7 +212,9 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         Trainer(settings, process, run, engine, loader, evaluation).train()
 
 
-def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
+def _build_engine(
+    settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan, fresh: str
+) -> Any:
     # If a run continues, the checkpoint has all weights.
     begins = broadcast_object(not has_begun(settings.run.folder))
     weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
@@ -211,8 +223,7 @@ def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Conf
     model = build_model(ds_config, lambda: task.model_class(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     if weights:
-        # A head may start random only where it will be trained.
-        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh)
+        load_exported(model, weights, fresh=fresh)
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     return build_engine(task.objective(model), model, ds_config, settings.optim)
 

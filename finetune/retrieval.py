@@ -18,7 +18,6 @@ from unimo3 import config
 from unimo3.data.captioned import CaptionedImages, samples_of_images
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
-from unimo3.distributed import world_size_from_environment
 from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
 from unimo3.inference.predictors import MatchPredictor
@@ -41,6 +40,7 @@ class Retrieval(Task):
     unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
     predictor = MatchPredictor
+    contrasts = True
     best_metric = "recall_mean"
 
     def __init__(self, ranking: RankingArgs, seed: int):
@@ -84,8 +84,6 @@ class RetrievalConfig(FinetuneConfig):
     def validate(self) -> list[str]:
         """Return which settings do not fit together, one line per error."""
         errors = super().validate()
-        if not self.eval_only:
-            errors += self.batch_plan(world_size_from_environment()).contrast_errors()
         try:
             val = self.data.open_val()
         except DataError:

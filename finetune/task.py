@@ -78,6 +78,7 @@ class Task(ABC):
         model_class: has the task's head.
         predictor: makes answers of what the model returns, for `finetune.predict`.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
+        contrasts: whether its loss compares the rows of a micro-step with each other.
         best_metric: by which the best checkpoint is chosen; larger is better.
     """
 
@@ -87,6 +88,7 @@ class Task(ABC):
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
     predictor: ClassVar[type[Predictor]]
     fresh: ClassVar[str] = r"^$"
+    contrasts: ClassVar[bool] = False
     best_metric: ClassVar[str]
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)

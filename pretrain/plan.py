@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 def read_run(argv: list[str]) -> PlannedRun:
     """The run that settings describe."""
     settings = parse_settings(argv)
-    return PlannedRun(recipe_of(settings), settings.training, settings.optim.clip_norm)
+    contrasts = settings.objectives.contrasts
+    return PlannedRun(recipe_of(settings), settings.training, settings.optim.clip_norm, contrasts)
 
 
 def parse_settings(argv: list[str]) -> PlanConfig:

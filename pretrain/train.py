@@ -43,8 +43,6 @@ class PretrainConfig:
     def validate(self) -> list[str]:
         """Return which settings do not fit together, one line per error."""
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        if self.objectives.itc.weight > 0 or self.objectives.itm.weight > 0:
-            errors += self.batch_plan(world_size_from_environment()).contrast_errors()
         errors += self.data.shard_errors("captions")
         if self.model.validate():
             return errors  # the model group reports it
@@ -58,7 +56,9 @@ class PretrainConfig:
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""
-        return BatchPlan(self.training.global_batch, self.training.micro_batch, world_size)
+        return BatchPlan(
+            self.training.global_batch, self.training.micro_batch, world_size, contrasts=self.objectives.contrasts
+        )
 
 
 @exit_with_status

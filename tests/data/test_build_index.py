@@ -75,16 +75,45 @@ def test_other_files_next_to_the_tars_stay(tars):
     assert len(list(tars.iterdir())) == len(names) + 3
 
 
-@pytest.mark.parametrize("state", ["as written", "version 2", "version 1", "damaged", "removed", "no rejects.jsonl"])
-def test_indexing_a_converted_split_again_keeps_its_missing_ids(source, tmp_path, state):
-    shutil.copytree(source, tmp_path / "source")
-    (tmp_path / "source" / "train2014" / "COCO_train2014_000000000002.jpg").unlink()
+@pytest.fixture(scope="module")
+def lacking(source, tmp_path_factory):
+    """A conversion of VQAv2 of whose training images one is missing."""
+    root = tmp_path_factory.mktemp("lacking")
+    shutil.copytree(source, root / "source")
+    (root / "source" / "train2014" / "COCO_train2014_000000000002.jpg").unlink()
+    arguments = ("--src", str(root / "source"), "--out", str(root / "out"), "--min-answer-count", "1")
+    assert convert("vqav2", *arguments, "--shard-size", "8", "--max-reject-ratio", "0.5") == 0
+    return root / "out"
+
+
+@pytest.mark.parametrize(
+    ("state", "has_record", "name"),
+    [
+        ("as written", True, "val"),
+        ("as written", False, "dev"),
+        ("version 2", False, "dev"),
+        ("version 1", False, "dev"),
+        ("version 2", True, "../moved/dev"),
+        ("damaged", True, "../moved/dev"),
+        ("removed", True, "test"),
+        ("no rejects.jsonl", False, "../moved/test"),
+        # Of an earlier version, without a record: all that is left is the name.
+        ("damaged", False, "train"),
+        ("removed", False, "train"),
+    ],
+)
+def test_a_converted_split_that_is_indexed_again_stays_what_it_is(lacking, tmp_path, state, has_record, name):
     out = tmp_path / "out"
-    arguments = ("--src", str(tmp_path / "source"), "--out", str(out), "--min-answer-count", "1")
-    assert convert("vqav2", *arguments, "--max-reject-ratio", "0.5") == 0
-    path = out / "train" / "index.json"
+    shutil.copytree(lacking, out)
+    shutil.rmtree(out / "val")
+    folder = out / name
+    folder.parent.mkdir(exist_ok=True)
+    (out / "train").rename(folder)
+    path = folder / "index.json"
     content = json.loads(path.read_text())
     assert content["missing_ids"] == [200, 201]
+    if not has_record:
+        (folder / ".unimo3-shards").unlink()
     if state == "version 2":
         del content["missing_ids"]
     if state.startswith("version"):
@@ -95,10 +124,22 @@ def test_indexing_a_converted_split_again_keeps_its_missing_ids(source, tmp_path
         path.unlink()
     if state == "no rejects.jsonl":
         (out / "rejects.jsonl").unlink()
-    assert convert("index", "--src", str(out / "train"), "--overwrite") == 0
-    assert ShardIndex(out / "train").missing_ids == [200, 201]
-    assert convert("index", "--src", str(out / "train")) == 0
-    assert ShardIndex(out / "train").missing_ids == [200, 201]
+    for option in (["--overwrite"], []):
+        assert convert("index", "--src", str(folder), *option) == 0
+        index = ShardIndex(folder)
+        assert (index.split, index.missing_ids) == ("train", [200, 201])
+        assert index.dataset == ("out" if name == "train" else "vqav2")
+
+
+def test_tars_that_are_lost_do_not_leave_an_index_silently(lacking, tmp_path, capfd):
+    folder = tmp_path / "train"
+    shutil.copytree(lacking / "train", folder)
+    (folder / "000001.tar").unlink()
+    assert convert("index", "--src", str(folder)) == 78
+    assert "1 tars that were indexed before are missing (000001.tar); copy them again" in capfd.readouterr().err
+    assert len(json.loads((folder / "index.json").read_text())["shards"]) == 2
+    assert convert("index", "--src", str(folder), "--overwrite") == 0
+    assert [shard.name for shard in ShardIndex(folder).shards] == ["000000.tar"]
 
 
 def test_the_rejects_of_others_are_not_read(tmp_path):

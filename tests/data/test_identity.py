@@ -54,6 +54,12 @@ def test_equal_keys_in_one_tar_are_other_images_and_reported(tmp_path, tokenizer
     assert "0.tar: 2 samples have the key of an earlier sample, such as 'a'" in (output := capfd.readouterr().out)
     assert "1.tar" not in output
     assert len(set(identities(tmp_path, tokenizer))) == 6
+    samples = PretrainSamples(ShardIndex(tmp_path), tokenizer, 16, ImageTransform(16), 0.15, 0)
+    (batch, _), *_ = evaluation_batches(samples, 0, 1, 6, ReaderArgs(0, 1))
+    assert batch["samples"] == [
+        *((str(tmp_path), "0.tar", number, key) for number, key in enumerate("aaba")),
+        *((str(tmp_path), "1.tar", number, key) for number, key in enumerate("ac")),
+    ]
 
 
 @pytest.mark.parametrize(

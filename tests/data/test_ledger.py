@@ -36,8 +36,8 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
         for step, micro_batches in zip(range(start, stop), loader, strict=False):
             for micro_step, batch in enumerate(micro_batches):
                 rows = [
-                    [key, digest(batch["mlm_input_ids"][row]), digest(batch["images"][row])]
-                    for row, key in enumerate(batch["keys"])
+                    [*sample, digest(batch["mlm_input_ids"][row]), digest(batch["images"][row])]
+                    for row, sample in enumerate(batch["samples"])
                 ]
                 file.write(json.dumps({"step": step, "position": [micro_step, rank], "rows": rows}) + "\n")
             time.sleep(0.01)  # a step takes a while, so that a kill comes between two
@@ -113,11 +113,12 @@ def test_kills_and_other_numbers_of_ranks_and_readers_change_nothing(sources, tm
     assert sorted(stopped.steps) == list(range(STEPS))
     for step in range(STEPS):
         assert stopped.steps[step] == straight.steps[step], step
-    # Samples of two sources may have the same keys.
-    assert {key.rsplit("/", 1)[0] for step in straight.steps.values() for key, *_ in step} == {
-        str(first / "train"),
-        str(second / "train"),
-    }
-    # More than an epoch of the first source and several of the second: the captions, masks and crops are others.
     rows = [tuple(row) for step in straight.steps.values() for row in step]
-    assert len({row[0] for row in rows}) < len(set(rows)) == len(rows)
+    indexes = {str(folder): ShardIndex(folder) for folder in (first / "train", second / "train")}
+    for source, shard, number, key, *_ in rows:
+        index = indexes[source]
+        assert index.key([entry.name for entry in index.shards].index(shard), number) == key
+    # Samples of two sources may have the same keys.
+    assert {row[0] for row in rows} == set(indexes)
+    # More than an epoch of the first source and several of the second: the captions, masks and crops are others.
+    assert len({row[:4] for row in rows}) < len(set(rows)) == len(rows)

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from finetune.vqa import VqaConfig
-from tests.data.conftest import convert, draw_jpeg, write_source
+from tests.data.conftest import convert, draw_jpeg, write_source, write_tar
 from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.images import decode
@@ -121,10 +121,7 @@ def test_foreign_tars_can_be_indexed(tmp_path):
 
 
 def test_indexing_does_not_change_other_files(tmp_path):
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        info = tarfile.TarInfo("one.txt")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"one"))
+    write_tar(tmp_path / "0.tar", {"one": {"jpg": b"", "txt": b"one"}})
     for name in ("0.done", "0.table", "0.json"):
         (tmp_path / name).write_text("of a downloader")
     assert convert("index", "--src", str(tmp_path)) == 0

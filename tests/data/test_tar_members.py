@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.conftest import convert, draw_jpeg, write_tar
+from tests.data.conftest import convert, draw_jpeg, index_again, write_tar
+from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.members import scan
 from unimo3.data.samples import image_of
@@ -298,7 +299,11 @@ def test_a_second_image_under_one_key_is_counted(tmp_path, caplog, names, read, 
 def test_images_of_every_documented_format_are_read_from_tars(tmp_path, ending, caplog):
     content = draw_jpeg(0)
     write_tar(
-        tmp_path / "0.tar", {"k": {ending: content, "txt": b"a"}, "pair": {f"1.{ending}": content, "json": b"{}"}}
+        tmp_path / "0.tar",
+        {
+            "k": {ending: content, "txt": b"a"},
+            "pair": {f"{number}.{ending}": content for number in range(2)} | {"json": b"{}"},
+        },
     )
     assert convert("index", "--src", str(tmp_path)) == 0
     index = ShardIndex(tmp_path)
@@ -307,15 +312,51 @@ def test_images_of_every_documented_format_are_read_from_tars(tmp_path, ending, 
     assert messages_of(caplog, tmp_path / "0.tar") == []
 
 
-def test_samples_without_an_image_are_counted(tmp_path, caplog):
+def test_samples_without_an_image_are_counted(tmp_path, caplog, capfd):
     write_tar(tmp_path / "0.tar", {f"{number}": {"heic": b"", "txt": b"a"} for number in range(20)})
     write_tar(
-        tmp_path / "1.tar", {"a": {"jpg": b"", "txt": b"a"}, "b": {"json": b"{}"}, "c": {"cls": b"", "txt": b"c"}}
+        tmp_path / "1.tar",
+        {
+            "a": {"jpg": b"", "txt": b"a"},
+            "b": {"json": b"{}"},
+            "c": {"cls": b"", "txt": b"c"},
+            "d": {"0.jpg": b"", "json": b"{}"},
+            "e": {"png": b""},
+        },
     )
     assert convert("index", "--src", str(tmp_path)) == 0
+    assert f"{tmp_path}: 23 samples have no image, 1 no json and no txt; they are bad samples" in capfd.readouterr().out
     messages = [record.getMessage() for record in caplog.records]
-    endings = "jpg, jpeg, png, webp,"
-    assert any(message.startswith(f"{tmp_path}/0.tar: 20 samples have no image ({endings}") for message in messages)
-    assert any(message.startswith(f"{tmp_path}/1.tar: 2 samples have no image ({endings}") for message in messages)
+    for name, number in (("0.tar", 20), ("1.tar", 3)):
+        start = f"{tmp_path}/{name}: {number} samples have no image, or one of a pair (jpg, jpeg, png, webp,"
+        assert any(message.startswith(start) for message in messages)
     assert any(message.endswith("such as 'b' with the ending 'json'") for message in messages)
     assert len(messages) == 2
+
+
+IMAGELESS = {"a": {"heic": b"", "txt": b"a"}}, {"b": {"json": b"{}"}, "c": {"0.jpg": b"", "json": b"{}"}}
+TEXTLESS = ({"a": {"jpg": b""}}, {"b": {"0.jpg": b"", "1.jpg": b""}, "c": {"png": b"", "cls": b""}})
+
+
+@pytest.mark.parametrize(
+    ("tars", "counts"),
+    [
+        (IMAGELESS, "3 samples can be read: 3 have no image (jpg, "),
+        (TEXTLESS, "3 samples can be read: 0 have no image (jpg, "),
+        ((IMAGELESS[0], TEXTLESS[0]), "2 samples can be read: 1 have no image (jpg, "),
+    ],
+)
+def test_tars_of_which_no_sample_can_be_read_are_refused(tmp_path, tars, counts, capfd):
+    for number, samples in enumerate(tars):
+        write_tar(tmp_path / f"{number}.tar", samples)
+    for _ in range(2):  # the second finds the notes of the first
+        assert convert("index", "--src", str(tmp_path)) == 78
+        assert f"DataError: --src {tmp_path}: none of its {counts}" in capfd.readouterr().err
+        assert not (tmp_path / "index.json").exists()
+    index_again(tmp_path)  # as an earlier version did
+    (error,) = DataArgs(train=str(tmp_path)).shard_errors("captions")
+    assert f"its samples have no {'captions' if tars is TEXTLESS else 'image'} (coco, train)" in error
+    # One that can be read is enough.
+    write_tar(tmp_path / "9.tar", {"good": {"webp": b"", "txt": b"a"}})
+    assert convert("index", "--src", str(tmp_path)) == 0
+    assert f"{tmp_path}: {sum(map(len, tars)) + 1} samples in" in capfd.readouterr().out

@@ -179,3 +179,23 @@ def test_a_longest_text_that_is_no_number_is_refused(tmp_path, value):
 def test_a_tokenizer_that_does_not_enclose_texts_is_refused(tmp_path, value):
     with pytest.raises(ConfigError, match=r"data.tokenizer: .*: does not put '<s>' before a text and '</s>' behind it"):
         load_tokenizer(changed(tmp_path, "tokenizer.json", "post_processor", value=value))
+
+
+@pytest.mark.parametrize(
+    ("role", "token", "named"),
+    [
+        ("pad", "</s>", "its sep_token and its pad_token are both '</s>'"),
+        ("pad", "<s>", "its cls_token and its pad_token are both '<s>'"),
+        ("pad", "<mask>", "its pad_token and its mask_token are both '<mask>'"),
+        ("pad", "<unk>", "its pad_token and its unk_token are both '<unk>'"),
+        ("mask", "<unk>", "its mask_token and its unk_token are both '<unk>'"),
+        ("mask", "</s>", "its sep_token and its mask_token are both '</s>'"),
+        ("sep", "<s>", "its cls_token and its sep_token are both '<s>'"),
+        ("unk", "</s>", "its sep_token and its unk_token are both '</s>'"),
+    ],
+)
+def test_two_roles_of_one_token_are_refused(tmp_path, role, token, named):
+    with pytest.raises(ConfigError, match=f"data.tokenizer: .*: {named}; padding"):
+        load_tokenizer(changed(tmp_path, "tokenizer_config.json", f"{role}_token", value=token))
+    # As RoBERTa's, whose first and last token have two names each.
+    assert load_tokenizer(write_tokenizer(tmp_path / "right", SPECIAL)).bos_token == "<s>"

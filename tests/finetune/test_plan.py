@@ -49,6 +49,15 @@ def test_a_task_is_planned_without_data_weights_or_gpu(capsys):
     assert set(report["activation_bytes_per_pair"]) == {"with_checkpointing", "without_checkpointing"}
 
 
+@pytest.mark.parametrize(("task", "planned"), [("retrieval", 4), ("vqa", 1)])
+def test_a_single_row_on_one_gpu_is_planned_only_without_contrast(capsys, task, planned):
+    recipe = ("--config", RECIPES / f"{task}_tiny.yaml", "--training.global_batch", 4, "--training.micro_batch", 1)
+    status, output = run_command(capsys, task, *recipe, *TINY, "--gpus", 1, "--json")
+    assert status == 0
+    sizes = json.loads(output.out)["micro_batch"]
+    assert (sizes["planned"], sizes["recipe_fits"]) == (planned, planned == 1)
+
+
 def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
     recipe = ("--config", RECIPES / "snli_ve_tiny.yaml")
     status, output = run_command(

@@ -14,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import predict
+from finetune.vqa import VqaConfig
 from pretrain import export
 from tests.data.conftest import draw_jpeg
 from tests.finetune.formats import read_lines
 from tests.spawn import ROOT
 from tests.waiting import PATIENCE_S
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
 
 pytestmark = pytest.mark.xdist_group("finetune")
 
@@ -299,6 +301,7 @@ def broken(tuned, tmp_path, **changes):
     """VQA's export with another file in it."""
     folder = tmp_path / "broken"
     shutil.copytree(tuned / "vqa_weights", folder)
+    (folder / "export_report.json").unlink()  # which shows any change of a file
     for name, content in changes.items():
         path = folder / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | content))
@@ -473,6 +476,43 @@ def test_a_tokenizer_that_pads_and_cuts_on_the_left_is_used_on_the_right(tuned, 
 )
 def test_changed_files_of_an_export_are_refused(tuned, photo, tmp_path, capsys, changes, message):
     assert message in refused(broken(tuned, tmp_path, **changes), photo, capsys)
+
+
+def permuted_answers(folder):
+    path = folder / "answers.json"
+    AnswerVocabulary(AnswerVocabulary.load(path).answers[::-1]).save(path)
+    return "answers.json"
+
+
+def permuted_vocabulary(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    return "tokenizer.json"
+
+
+def other_computation(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["text_config"] |= {"num_attention_heads": 1}
+    path.write_text(json.dumps(content | {"layer_norm_eps": 0.1}))
+    return "config.json"
+
+
+@pytest.mark.parametrize("change", [permuted_answers, permuted_vocabulary, other_computation])
+def test_files_that_still_fit_the_weights_are_refused_if_changed(tuned, vqa, photo, tmp_path, capsys, change):
+    folder = tmp_path / "changed"
+    shutil.copytree(tuned / "vqa_weights", folder)
+    options = {"init": str(folder), "data": DataArgs(train=str(vqa / "train"), tokenizer=str(folder))}
+    assert not [error for error in VqaConfig(**options).validate() if error.startswith("init: ")]
+    name = change(folder)
+    message = f"'{folder}': its {name} is not the one that was exported; copy it again"
+    assert f"--weights {message}" in refused(folder, photo, capsys)
+    assert [error for error in VqaConfig(**options).validate() if error.startswith(f"init: {message}")]
+    (folder / "export_report.json").unlink()
+    assert run("vqa", "--weights", folder, "--image", photo, "--text", "is it?") == 0
 
 
 @pytest.mark.integration

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.nlvr2 import Nlvr2, Nlvr2Config
+from finetune.nlvr2 import main as nlvr2_main
 from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
@@ -66,6 +69,24 @@ def test_nothing_is_trained_on_a_test_split(nlvr2, pretrained, tmp_path, split):
     (problem,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": str(tmp_path / split)}).validate()
     assert problem.startswith(f"data.train: '{tmp_path / split}': is the split {split} of nlvr2, to be tested on")
     assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(tmp_path / split)}).validate() == []
+
+
+def test_missing_tensors_are_named_before_anything_starts(nlvr2, pretrained, tmp_path, capsys):
+    shutil.copytree(pretrained, tmp_path / "weights")
+    tensors = load_file(pretrained / "model.safetensors")
+    missing = [name for name in tensors if name.endswith("layers.1.feed_forward.outer.bias")]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    save_file(kept | {"surprise": torch.zeros(1)}, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
+    wanted = settings(Nlvr2Config, nlvr2, tmp_path / "weights", tmp_path)
+    config.save(wanted, tmp_path / "config.yaml")
+    with pytest.raises(SystemExit) as end:
+        nlvr2_main(["--config", str(tmp_path / "config.yaml")])
+    assert end.value.code == 78
+    error = capsys.readouterr().err
+    assert f"init: '{tmp_path / 'weights'}': its tensors do not fit Unimo3ForImagesAndTextClassification" in error
+    assert f"missing: {', '.join(missing)}; unexpected: surprise. Use weights of the same" in error
+    assert not torch.distributed.is_initialized()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_split_that_is_missing_is_named(nlvr2, pretrained, tmp_path):

@@ -65,7 +65,7 @@ def test_the_interrupted_runs_weights_equal_the_straight_ones(straight, interrup
 def test_each_sample_is_read_once_over_all_restarts(straight, interrupted):
     def ledger(run, rank):
         lines = (run / "ledger" / f"rank_{rank:05d}.jsonl").read_text().splitlines()
-        return {record["step"]: record["keys"] for record in map(json.loads, lines)}, len(lines)
+        return {record["step"]: record["samples"] for record in map(json.loads, lines)}, len(lines)
 
     for rank in range(2):
         (expected, _), (keys, num_lines) = ledger(straight, rank), ledger(interrupted, rank)

@@ -170,6 +170,22 @@ def test_a_missing_tensor_is_named():
         load_bridgetower(outside)
 
 
+@pytest.mark.parametrize("interaction", ["in_layer", "cross_layer"])
+def test_missing_tensors_are_named_before_anything_starts(tmp_path, interaction):
+    config = draw_config(np.random.default_rng(1))
+    outside = BridgeTowerForMaskedLM(config)
+    state = outside.state_dict()
+    state.pop("bridgetower.cross_modal_text_layers.0.attention.self.key.weight")
+    state.pop("mlm_score.transform.dense.bias")
+    outside.save_pretrained(tmp_path, state_dict=state)
+    args = model_args(tmp_path, config.vision_config.image_size, interaction=interaction)
+    (problem,) = args.validate()
+    assert problem.startswith(f"model.init: '{tmp_path}': its tensors do not fit Unimo3ForPreTraining; missing: ")
+    assert "missing: mlm_head.dense.bias, unimo3.fusion.text.layers.0.self_attention.qkv.weight. Use" in problem
+    outside.save_pretrained(tmp_path)
+    assert args.validate() == []
+
+
 def test_settings_that_contradict_the_folder_are_errors(tmp_path):
     config = draw_config(np.random.default_rng(1))
     BridgeTowerModel(config).save_pretrained(tmp_path)

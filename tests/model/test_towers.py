@@ -22,6 +22,7 @@ from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.config import Unimo3VisionConfig
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_roberta, load_vision, vision_errors
 from unimo3.model.vision import VisionTower
 
@@ -380,11 +381,65 @@ def test_tensors_that_do_not_fit_are_named_before_anything_starts(tmp_path, name
     assert problem.startswith(f"model.vision.init: '{vision.init}': its tensors do not fit Beit; {named}")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("roberta.encoder.layer.1.output.dense.bias", None, "missing: encoder.layer.1.output.dense.bias"),
+        ("roberta.embeddings.position_embeddings.weight", (7, 32), "of another shape: roberta.embeddings.position_"),
+        ("roberta.encoder.layer.2.output.dense.bias", (32,), "unexpected: roberta.encoder.layer.2.output.dense.bias"),
+    ],
+)
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+def test_a_robertas_tensors_are_compared_before_anything_starts(tmp_path, name, shape, named, max_shard_size):
+    outside = RobertaForMaskedLM(RobertaConfig(**tiny_config().text_config.to_diff_dict() | {"num_hidden_layers": 2}))
+    state = outside.state_dict()
+    state.pop(name, None)
+    outside.save_pretrained(
+        tmp_path, state_dict=state | ({name: torch.zeros(shape)} if shape else {}), max_shard_size=max_shard_size
+    )
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "20KB")
+    vision = VisionArgs("nowhere", ARCHITECTURE, 16, 8, 32, DEPTH, 2)
+    args = ModelArgs(TextArgs(init=str(tmp_path)), vision, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    of_text, of_vision = sorted(args.validate())
+    assert of_text.startswith(f"model.text.init: '{tmp_path}': its tensors do not fit RobertaModel; {named}")
+    assert of_vision.startswith("model.vision.init: 'nowhere': ")
+
+
 def test_missing_tensors_of_a_clip_are_named_before_anything_starts(tmp_path):
     CLIPVisionModel(clip_vision()).save_pretrained(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (problem,) = vision_errors(str(tmp_path), image_tower(16))
     assert "its tensors do not fit VisionTransformer; missing: blocks.0" in problem
+
+
+# Architectures with scales of layers, separate biases of attention, and every kind of norm.
+CONSTANTS = (
+    *EVA_AND_BEIT,
+    "deit3_small_patch16_224",
+    "vit_relpos_base_patch16_cls_224",
+    "vit_base_patch16_xp_224",
+    "vit_small_resnet26d_224",
+    "vit_base_r26_s32_224",
+)
+
+
+@pytest.mark.parametrize("architecture", CONSTANTS)
+def test_constants_of_timms_layers_begin_as_timms(architecture):
+    sizes = {name: size for name, size in SIZES.items() if name != "patch_size" or "_r" not in architecture}
+    outside = timm.create_model(architecture, img_size=32, num_classes=0, global_pool="", **sizes)
+    constants = {
+        name: parameter.flatten()[0].item()
+        for name, parameter in outside.named_parameters()
+        if (parameter == parameter.flatten()[0]).all()
+    }
+    tower = VisionTower(Unimo3VisionConfig(architecture, 32, sizes))
+    initialize_weights(spread(tower), seed=0)
+    parameters = dict(tower.vit.named_parameters())
+    for name, constant in constants.items():
+        # A residual network's last norm of a block may begin at one as well.
+        is_last_norm = name.endswith(("bn3.weight", "norm3.weight"))
+        assert (parameters[name] == (1.0 if is_last_norm else constant)).all(), name
+    assert parameters["blocks.0.mlp.fc1.weight" if "_xp_" not in architecture else "blocks.0.in_proj.weight"].std() > 0
 
 
 def test_position_tables_without_a_class_token_are_resized(tmp_path):

@@ -11,6 +11,7 @@ from unimo3.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pretrain" / "recipes"
+ANSWERS = ("recipe_divides", "recipe_contrasts", "recipe_fits", "recipe_fits_with_checkpointing")
 
 
 def run_command(capsys, *arguments):
@@ -41,7 +42,7 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert report["machine"]["peak_flops"] == 989e12
     assert report["parameters"].pop("total") == sum(report["parameters"].values()) > 2_000_000
     sizes = {"recipe": 32, "share": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
-    answers = dict.fromkeys(("recipe_divides", "recipe_fits", "recipe_fits_with_checkpointing"), True)
+    answers = dict.fromkeys(ANSWERS, True)
     assert report["micro_batch"] == sizes | answers
     assert report["time"]["hours"] == pytest.approx(report["time"]["step_s"] / 100)
     assert set(report["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
@@ -74,6 +75,20 @@ def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
     assert (
         "the recipe's 24 does not divide the global batch over the ranks; set training.micro_batch to 32;" in output.out
     )
+
+
+def test_a_single_pair_on_one_gpu_is_planned_only_without_contrast(capsys):
+    tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", 1, "--training.micro_batch", 1)
+    _, output = run_command(capsys, *tiny)
+    assert "the recipe's 1 is a single pair, which contrast and matching compare with nothing; set" in output.out
+    assert "set training.micro_batch to 64;" in output.out
+    status, output = run_command(capsys, *tiny, "--training.global_batch", 1)
+    assert status == 78
+    assert "training.micro_batch: 1: contrast and matching draw wrong partners" in output.err
+    alone = ("--objectives.itc.weight", 0, "--objectives.itm.weight", 0)
+    status, output = run_command(capsys, *tiny, "--training.global_batch", 1, *alone)
+    assert status == 0
+    assert "micro-batch: the recipe's 1 fits" in output.out
 
 
 def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_file(capsys):

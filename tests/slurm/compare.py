@@ -10,13 +10,13 @@ from tests.slurm.jobs import NUM_STEPS
 from unimo3.training.metrics import read_metrics
 
 
-def ledger(run: Path) -> dict[int, list[str]]:
-    """Sample keys of each step, over all ranks, however many there were."""
-    keys_of: dict[int, list[str]] = {}
+def ledger(run: Path) -> dict[int, list[list]]:
+    """Samples of each step, over all ranks, however many there were."""
+    samples_of: dict[int, list[list]] = {}
     for path in sorted((run / "ledger").glob("*.jsonl")):
         for record in map(json.loads, path.read_text().splitlines()):
-            keys_of.setdefault(record["step"], []).extend(record["keys"])
-    return {step: sorted(keys) for step, keys in keys_of.items()}
+            samples_of.setdefault(record["step"], []).extend(record["samples"])
+    return {step: sorted(samples) for step, samples in samples_of.items()}
 
 
 def assert_as_if_undisturbed(run: Path, straight: Path) -> None:

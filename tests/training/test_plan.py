@@ -1,5 +1,6 @@
 """The planner's metrics against formulas done by hand and real runs on the CPU."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -210,10 +211,10 @@ def test_what_is_gathered_is_bounded_by_the_ds_config():
     assert memory(config).pass_bytes["gathered_weights"] == 2 * (2_000_000 + 6_000_000)
 
 
-def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256):
+def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256, contrasts=False):
     machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops={"bf16": 1e12}, utilization=0.5)
     cost = StepCost(1e9, 2e9, saved_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
-    batch = BatchPlan(global_batch, micro_batch, num_gpus)
+    batch = BatchPlan(global_batch, micro_batch, num_gpus, contrasts)
     names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
     small = {"reduce_bucket_size": 100_000, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     shardings = {name: ds_config(name) for name in names}
@@ -251,6 +252,20 @@ def test_too_little_memory_for_one_pair_is_an_error_with_the_fix():
     with pytest.raises(ConfigError, match="not even a micro-batch of one pair fits") as error:
         chosen(1_000_000)
     assert "activation_checkpointing" in str(error.value)
+
+
+@pytest.mark.parametrize(("num_gpus", "global_batch"), [(1, 8), (1, 7), (1, 2), (2, 8)])
+def test_no_plan_has_a_micro_step_that_training_refuses(num_gpus, global_batch):
+    planned: dict[bool, set[int]] = {False: set(), True: set()}
+    for memory_bytes in range(12_000_000, 60_000_000, 1_000_000):
+        for contrasts in planned:
+            with contextlib.suppress(ConfigError):
+                micro_batch = chosen(memory_bytes, 1, num_gpus, global_batch, contrasts).micro_batch
+                assert BatchPlan(global_batch, micro_batch, num_gpus, contrasts).validate() == []
+                planned[contrasts].add(micro_batch)
+    assert (1 in planned[False], 1 in planned[True]) == (True, num_gpus > 1)
+    with pytest.raises(ConfigError, match="of two pairs, or of more" if num_gpus == 1 else "of one pair"):
+        chosen(12_000_000, 1, num_gpus, global_batch, contrasts=True)
 
 
 def test_some_ds_configs_are_excluded_on_a_gpu():

@@ -1,5 +1,6 @@
 """A run's folder: its settings, what counts as too many bad samples, and checkpoints of which none is good."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +62,26 @@ def test_a_disk_that_is_full_for_the_ledger_ends_no_run(settings, caplog):
     run = start(settings)
     run.metrics = MetricsWriter(run.folder, 0, enabled=False)
     run._ledger = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
-    run.record_keys([{"keys": ["a"]}])
+    run.record_samples([{"samples": [("s", "0.tar", 0, "a")]}])
     assert "the ledger of step 0 cannot be written yet (" in caplog.text
     run.close()
+
+
+def test_a_ledger_of_an_earlier_version_is_continued(settings):
+    run = start(replace(settings, data=replace(settings.data, ledger=True)))
+    path = run.folder / "ledger" / "rank_00000.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1, "keys": ["a"]}\n{"step": 2, "keys": ["b"]}\n{"step": 3, "keys": ["c"]}\n{"step"')
+    run.step = 2
+    run.resume(SimpleNamespace())
+    run.step = 3
+    run.record_samples([{"samples": [("coco", "0.tar", 7, "c")]}, {"samples": [("coco", "1.tar", 7, "c")]}])
+    run.close()
+    assert list(map(json.loads, path.read_text().splitlines())) == [
+        {"step": 1, "keys": ["a"]},
+        {"step": 2, "keys": ["b"]},
+        {"step": 3, "samples": [["coco", "0.tar", 7, "c"], ["coco", "1.tar", 7, "c"]]},
+    ]
 
 
 def moved(settings, tokenizer):

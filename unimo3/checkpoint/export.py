@@ -1,7 +1,7 @@
 """Sharded ZeRO checkpoint -> a folder of safetensors that ``from_pretrained`` loads.
 
     OUT/model.safetensors            or model-00001-of-00003.safetensors ... and model.safetensors.index.json
-    OUT/export_report.json           what became of each tensor
+    OUT/export_report.json           what became of each tensor, and the SHA-256 of the other files
     OUT/config.json, tokenizer, ...  the files of RUN/model, answers.json among them in VQA
 
 Values that the target type cannot represent are an error that names the tensors, unless the caller chooses otherwise.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
-from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable
+from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable, sha256_of
 from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
@@ -72,6 +72,7 @@ def export_run(
                 # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
                 has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
                 _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else DTYPES[dtype])
+                _record_files(staging)
             _flush(staging)
             staging.rename(out)
         except BaseException:
@@ -149,6 +150,28 @@ def export_weights(
     return reports
 
 
+def changed_files(folder: str) -> list[str]:
+    """Return which files next to an export's weights are not those that it was written with, one line each.
+
+    The files decide what the weights compute: heads of another number fit the same tensors, and so do answers in
+    another order. A folder whose report lists no files, or without one as ``save_pretrained`` writes, is not checked.
+    """
+    root = Path(folder)
+    if not (root / REPORT).is_file():
+        return []
+    try:
+        listed = json.loads((root / REPORT).read_bytes()).get("files", {}).items()
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        return [f"'{folder}': its {REPORT} cannot be read ({type(error).__name__}); export the run again"]
+    files = _other_files(root)
+    return [
+        f"'{folder}': its {name} is {'missing' if name not in files else 'not the one that was exported'}; copy it "
+        f"again or export the run again, or remove {REPORT} if it was changed on purpose"
+        for name, sha256 in listed
+        if name not in files or sha256_of(files[name]) != sha256
+    ]
+
+
 def copy_model_files(run: Path, out: Path) -> None:
     """Copy configuration, tokenizer and image processor, and the list of answers where there is one.
 
@@ -183,6 +206,19 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
         ) from error
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _other_files(folder: Path) -> dict[str, Path]:
+    """The files next to the weights and the report, by their names in the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    return {path.relative_to(folder).as_posix(): path for path in paths if path.name != REPORT}
+
+
+def _record_files(folder: Path) -> None:
+    """Add the SHA-256 of the files next to the weights to the report."""
+    report = json.loads((folder / REPORT).read_text())
+    report["files"] = {name: sha256_of(path) for name, path in _other_files(folder).items()}
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _flush(folder: Path) -> None:

@@ -50,7 +50,7 @@ class DataArgs:
     """Fraction of unreadable samples of all read so far past which the run ends with status 78; up to it they are
     replaced and counted. A single one is tolerated however few were read, unless this is 0."""
     ledger: bool = False
-    """Whether to write the sample keys of each step and rank into the run's folder."""
+    """Whether to write which samples each step and rank read into the run's folder."""
 
     @property
     def reader(self) -> ReaderArgs:

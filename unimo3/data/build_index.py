@@ -3,9 +3,10 @@
 Source: none.
 """
 
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from unimo3.data.conversion import MARK
 from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
-from unimo3.data.index_form import Shard
+from unimo3.data.index_form import Shard, field, is_ids_or_none, is_text
+from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
@@ -23,7 +25,7 @@ from unimo3.data.shards import (
     index_tar,
     members_error,
     remove_traces,
-    repeated_keys,
+    survey,
     unindexed_shards,
 )
 from unimo3.errors import ConfigError, DataError
@@ -41,8 +43,8 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
     Raises:
         ConfigError: another process is indexing them, a folder is in the way of a file of the index, or the index.json
             of another program is there and `overwrite` is not given.
-        DataError: a tar cannot be read, is compressed, or is not the one that was indexed before and `overwrite` is not
-            given; or they contain no samples.
+        DataError: a tar cannot be read, is compressed, or is missing or not the one that was indexed before and
+            `overwrite` is not given; or none of their samples has an image and a text.
     """
     folder, progress = source.resolve(), Progress("samples")
     paths = sorted(folder.glob("*.tar"))
@@ -83,17 +85,29 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         try:
             spread(comm, jobs(), work, progress.add)
             if not overwrite and (folder / INDEX).is_file():
-                _check_unchanged(folder)
-            count = finish(folder, folder.parent.name, folder.name, names, _missing_ids(folder))
-            repeated = repeated_keys(folder, names)
+                _check_unchanged(folder, names)
+            found = survey(folder, names)
+            if found.num_samples and not found.num_complete:
+                raise DataError(
+                    f"--src {source}: none of its {found.num_samples} samples can be read: {found.num_imageless} have "
+                    f"no image ({', '.join(IMAGE_EXTENSIONS)}), {found.num_textless} no json and no txt; make the tars "
+                    "again"
+                )
+            dataset, split, missing_ids = _origin(folder)
+            finish(folder, dataset, split, names, missing_ids)
             remove_traces(folder, names)
         finally:
             (folder / _LOCK).unlink(missing_ok=True)
-    print(f"{source}: {count} samples in {len(paths)} shards")
-    for name, key, number in repeated[:_NUM_SHOWN]:
+    print(f"{source}: {found.num_samples} samples in {len(paths)} shards")
+    if found.num_complete < found.num_samples:
+        print(
+            f"{source}: {found.num_imageless} samples have no image, {found.num_textless} no json and no txt; they are "
+            "bad samples"
+        )
+    for name, key, number in found.repeated[:_NUM_SHOWN]:
         print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
-    if len(repeated) > _NUM_SHOWN:
-        print(f"and so in {len(repeated) - _NUM_SHOWN} more tars")
+    if len(found.repeated) > _NUM_SHOWN:
+        print(f"and so in {len(found.repeated) - _NUM_SHOWN} more tars")
 
 
 def _not_plain(folder: Path) -> list[str]:
@@ -101,8 +115,12 @@ def _not_plain(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if _TAR.search(path.name) and path.suffix != ".tar")
 
 
-def _check_unchanged(folder: Path) -> None:
-    """Refuse to index a changed tar again, which would make a damaged copy valid."""
+def _check_unchanged(folder: Path, names: Collection[str]) -> None:
+    """Refuse to index changed tars again, or fewer, which would make a damaged copy valid.
+
+    Raises:
+        DataError: a tar is not the one that was indexed before, or is missing.
+    """
     try:
         before = {shard.name: shard.sha256 for shard in ShardIndex(folder, check_files=False).shards}
     except DataError:
@@ -113,19 +131,31 @@ def _check_unchanged(folder: Path) -> None:
             f"{folder}: {len(changed)} tars are not those that were indexed before ({', '.join(changed[:3])}); copy "
             "them again, or give --overwrite if they were changed on purpose"
         )
+    if missing := sorted(before.keys() - set(names)):
+        raise DataError(
+            f"{folder}: {len(missing)} tars that were indexed before are missing ({', '.join(missing[:3])}); copy them "
+            "again, or give --overwrite if they were removed on purpose"
+        )
 
 
-def _missing_ids(folder: Path) -> list[int | str]:
-    """Ids that a converted split lacks, which its tars do not show.
+def _origin(folder: Path) -> tuple[str, str, list[int | str]]:
+    """Data set, split, and the ids that the split lacks: by the conversion's record, else by an earlier index.
+
+    The folder may have been renamed or moved since, so its name counts only where it has neither.
 
     Raises:
-        DataError: the list of rejected records of an index that can be read, or of a conversion, cannot be read.
+        DataError: the list of rejected records of an earlier index or of a conversion cannot be read.
     """
-    try:
-        before = ShardIndex(folder, check_files=False)
-    except DataError:
-        return rejected_ids(folder, folder.name) if (folder.parent / MARK).exists() else []
-    return before.missing_ids
+    for name in (MARK, INDEX):
+        try:
+            content = json.loads((folder / name).read_bytes()) if name == MARK or is_index(folder) else None
+            dataset, split = field(content, "dataset", is_text), field(content, "split", is_text)
+            missing_ids = field(content, "missing_ids", is_ids_or_none)
+        except (OSError, ValueError, RecursionError, KeyError):
+            continue
+        return dataset, split, rejected_ids(folder, split) if missing_ids is None else missing_ids
+    is_converted = (folder.parent / MARK).exists()
+    return folder.parent.name, folder.name, rejected_ids(folder, folder.name) if is_converted else []
 
 
 def verify(folder: Path, comm: Any) -> None:

@@ -29,7 +29,7 @@ from unimo3.data.stored_images import ImageOptions
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 
-# What distinguishes this program's folders from others, which are never removed.
+# What distinguishes this program's folders from others, which are never removed; in that of a split, what it is.
 MARK = ".unimo3-shards"
 MAX_REJECT_RATIO = 0.001
 
@@ -189,6 +189,8 @@ def _index_splits(wanted: Conversion, source: Source, progress: Progress, stagin
         missing_ids = [identity for _, _, identity in missing]
         counts[split] = finish(staging / split, wanted.format, split, names, missing_ids)
         remove_traces(staging / split, names)
+        record = {"dataset": wanted.format, "split": split, "missing_ids": missing_ids}
+        (staging / split / MARK).write_text(json.dumps(record) + "\n")
     return counts
 
 

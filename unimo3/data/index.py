@@ -45,6 +45,7 @@ ITEM_KINDS = ("questions", "hypotheses")
 _MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
+NO_IMAGE = "has no image"
 # In an index of version 2, which has only the first of joined tars.
 MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
@@ -155,7 +156,7 @@ class ShardIndex:
             )
 
     def without(self, kind: str) -> tuple[list[str], int]:
-        """Samples without a `kind` (``captions``, ``questions`` and so on), with reasons, and how many were looked at.
+        """Samples without an image or a `kind` (``captions`` and so on), with reasons, and how many were looked at.
 
         They are some of all shards; of the first ones alone where shards would have to be copied for it.
 
@@ -167,7 +168,12 @@ class ShardIndex:
         order = SequentialOrder(self.samples_per_shard[:reach])
         positions = np.unique(np.linspace(0, order.num_units - 1, _NUM_PROBES, dtype=np.int64))
         units = [order[position] for position in positions.tolist()] if order.num_units else []
-        lacks = [(unit, lack_of(kind, self.read(unit.shard, unit.unit, ("json", "txt")))) for unit in units]
+        lacks = [
+            (unit, lack_of(kind, self.read(unit.shard, unit.unit, ("json", "txt"))))
+            if self._members(unit.shard).parts()[0][unit.unit]
+            else (unit, NO_IMAGE)
+            for unit in units
+        ]
         return [f"{self.key(unit.shard, unit.unit)} {reason}" for unit, reason in lacks if reason], len(units)
 
     def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:

@@ -230,8 +230,8 @@ class _Batches(Dataset[Batch]):
             key = samples.key(candidate)
             try:
                 inputs = text if text is not None and not step else samples.build(candidate)
-                name = key if len(self._sources) == 1 else f"{samples.index.source}/{key}"
-                return {**inputs, "images": inputs["images"](), "keys": name}, replaced
+                position = (samples.index.source, samples.index.shards[candidate.shard].name, candidate.unit)
+                return {**inputs, "images": inputs["images"](), "keys": key, "samples": (*position, key)}, replaced
             except BadSampleError as error:
                 if not self._replaces:
                     raise DataError(

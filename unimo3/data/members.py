@@ -35,6 +35,7 @@ _READ = frozenset(
     ["json", "txt", *IMAGE_EXTENSIONS, *(f"{number}.{name}" for number in range(2) for name in IMAGE_EXTENSIONS)]
 )
 _IMAGES = ("jpg", "0.jpg", "1.jpg")
+_TEXTS = ("json", "txt")
 _DOTS = (
     "a sample's key ends at the first dot of a name; where keys contain dots, rename the files and make the tar again"
 )
@@ -86,6 +87,13 @@ class Members:
         """Number of a sample's items of a kind."""
         counts = self.num_items[sample]
         return int(counts if counts.ndim == 0 else counts[COUNTED_KINDS.index(kind)])
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """[samples] whether each has an image or a pair of images, and whether it has a ``json`` or a ``txt``."""
+        roles = np.asarray([_role(extension) for extension in self.extensions], dtype=np.str_)
+        has = {role: np.any(self.offsets[:, roles == role] >= 0, axis=1) for role in (*_IMAGES, *_TEXTS)}
+        image, first, second = (np.asarray(has[role]) for role in _IMAGES)
+        return image | (first & second), np.any([has[role] for role in _TEXTS], axis=0)
 
     def to_bytes(self) -> bytes:
         """The table for `from_bytes`; equal members give equal bytes."""
@@ -159,6 +167,11 @@ class _Sample:
     def roles(self) -> set[str]:
         """What its members are for a sample, which needs one of each."""
         return {_role(extension) for extension in self.members}
+
+    @property
+    def has_image(self) -> bool:
+        """Whether it has an image, or both of a pair."""
+        return "jpg" in self.roles or self.roles.issuperset(_IMAGES[1:])
 
     def take(self, other: "_Sample") -> None:
         """Add the members of another."""
@@ -260,8 +273,8 @@ class _Samples:
             first = next(iter(self._apart.values()))
             message = "%s: the members of %d samples are not neighbours, such as %r; each key is taken for one sample"
             log.warning(message, self._path, len(self._apart), first)
-        if lacking := [sample for sample in samples if sample.roles.isdisjoint(_IMAGES)]:
-            message = "%s: %d samples have no image (%s), such as %r with the ending %r"
+        if lacking := [sample for sample in samples if not sample.has_image]:
+            message = "%s: %d samples have no image, or one of a pair (%s), such as %r with the ending %r"
             first, ending = lacking[0].key, next(iter(lacking[0].members))
             log.warning(message, self._path, len(lacking), ", ".join(IMAGE_EXTENSIONS), first, ending)
         offsets = np.full((len(samples), len(columns)), -1, dtype=np.int64)
@@ -286,7 +299,7 @@ class _Samples:
         """
         roles = [sample.roles for sample in self._samples]
         has_image = [not names.isdisjoint(_IMAGES) for names in roles]
-        has_text = [not names.isdisjoint(("json", "txt")) for names in roles]
+        has_text = [not names.isdisjoint(_TEXTS) for names in roles]
         if any(has_image) and any(has_text) and not any(map(operator.and_, has_image, has_text)):
             raise DataError(
                 f"{self._path}: {sum(has_image)} samples have an image, such as "

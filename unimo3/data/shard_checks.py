@@ -5,7 +5,7 @@ Source: none.
 
 import logging
 
-from unimo3.data.index import ITEM_KINDS, REINDEX, ShardIndex
+from unimo3.data.index import ITEM_KINDS, NO_IMAGE, REINDEX, ShardIndex
 from unimo3.errors import DataError, UnreachableError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def _kind_error(index: ShardIndex, kind: str, is_held_out: bool) -> str:
     # A sample without items is not read; one without a text is a bad one.
     if len(lacks) > (num_read - 1 if kind in ITEM_KINDS else num_read // 2):
         samples = "its samples" if len(lacks) == num_read else f"{len(lacks)} of {num_read} samples that were read"
-        return f"{samples} have no {kind} {shards} (sample {lacks[0]})"
+        lacking = "image" if lacks[0].endswith(NO_IMAGE) else kind
+        return f"{samples} have no {lacking} {shards} (sample {lacks[0]})"
     if kind in ITEM_KINDS:
         if not sum(index.items_per_shard(kind)):
             return f"its index counts no {kind}; {REINDEX}"

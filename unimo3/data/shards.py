@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset
 
 from unimo3.data.formats.record import Sample
@@ -183,17 +184,38 @@ def finish(folder: Path, dataset: str, split: str, names: Sequence[str], missing
     return write_index(folder, dataset, split, (_saved_table(stem) for stem in stems), missing_ids)
 
 
-def repeated_keys(folder: Path, names: Sequence[str]) -> list[tuple[str, str, int]]:
-    """The tars in which several samples have one key: name, such a key, and how many samples have an earlier one's."""
+@dataclass(frozen=True)
+class Survey:
+    """What the tables next to finished shards show of their samples.
+
+    Attributes:
+        num_samples, num_imageless, num_textless, num_complete: of all, of those without an image, without a text, and
+            with both.
+        repeated: the tars in which several samples have one key: name, such a key, and how many have an earlier one's.
+    """
+
+    num_samples: int
+    num_imageless: int
+    num_textless: int
+    num_complete: int
+    repeated: list[tuple[str, str, int]]
+
+
+def survey(folder: Path, names: Sequence[str]) -> Survey:
+    """Look through the tables next to finished shards."""
+    counts = np.zeros(4, dtype=np.int64)
     repeated = []
     for name in names:
         members = Members.from_bytes(_saved_table((folder / name).with_suffix("")).table)
         keys = members.keys
-        counts = Counter(keys)
-        if len(counts) < len(keys):
-            key = counts.most_common(1)[0][0].decode("utf-8", "surrogateescape")
-            repeated.append((name, key, len(keys) - len(counts)))
-    return repeated
+        of_key = Counter(keys)
+        if len(of_key) < len(keys):
+            key = of_key.most_common(1)[0][0].decode("utf-8", "surrogateescape")
+            repeated.append((name, key, len(keys) - len(of_key)))
+        has_image, has_text = members.parts()
+        counts += len(keys), (~has_image).sum(), (~has_text).sum(), (has_image & has_text).sum()
+    num_samples, num_imageless, num_textless, num_complete = counts.tolist()
+    return Survey(num_samples, num_imageless, num_textless, num_complete, repeated)
 
 
 def unindexed_shards(folder: Path) -> dict[str, str]:

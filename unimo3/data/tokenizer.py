@@ -5,6 +5,7 @@ Source: the tokenizers library's byte-level BPE; RoBERTa, arXiv 1907.11692, for 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,8 +61,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer folder. Texts are padded and cut on their right side, whatever the folder has.
 
     Raises:
-        ConfigError: there is none, it has no mask, padding or class token, two entries have one id, or texts are not
-            enclosed by its special tokens or cannot be encoded.
+        ConfigError: there is none, it has no mask, padding or class token, or two of them are one, two entries have one
+            id, or texts are not enclosed by its special tokens or cannot be encoded.
     """
     from transformers import AutoTokenizer
 
@@ -99,6 +100,14 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer: '{folder}': its entries {entries[0]!r} and {entries[1]!r} have the id {repeated}; each "
             "needs its own: copy the folder again"
         )
+    # The begin and end tokens are not compared: nothing reads them, and RoBERTa's are its class token and separator.
+    for one, other in itertools.combinations((*needed, "unk_token"), 2):
+        if getattr(tokenizer, f"{one}_id") == getattr(tokenizer, f"{other}_id"):
+            raise ConfigError(
+                f"data.tokenizer: '{folder}': its {one} and its {other} are both {getattr(tokenizer, one)!r}; padding, "
+                "masks, unknown words and the ends of a text are told apart by their ids: give each an entry of its "
+                "own, as RoBERTa's have"
+            )
     try:
         ids = tokenizer.backend_tokenizer.encode(_RARE).ids
     except Exception as error:  # the tokenizers library raises plain exceptions

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from unimo3.checkpoint.export import changed_files
 from unimo3.data.transforms import image_processor
 from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
 from unimo3.model.args import largest_id, max_text_tokens
@@ -91,6 +92,7 @@ def load(
         computed = _dtype_of(dtype, config, target)
     except ConfigError as error:
         errors += error.errors
+    errors += [f"--weights {problem}" for problem in changed_files(folder)]
     if errors:
         raise ConfigError(errors)
     assert target is not None

@@ -14,11 +14,13 @@ from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
 from unimo3.model.heads import TEMPERATURE_BOUNDS
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import (
+    bridgetower_errors,
     fill_from_bridgetower,
     load_roberta,
     load_vision,
     read_bridgetower_config,
     read_roberta_config,
+    roberta_errors,
     vision_errors,
 )
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -196,7 +198,7 @@ class ModelArgs:
                 f"model.tie_word_embeddings: true: the text width {text_width} is not the fusion width "
                 f"{width}; make them equal or set it to false"
             )
-        return errors or self._tower_errors(config.vision_config, config)
+        return errors or self._built_errors(config)
 
     def _tower_errors(self, vision: Unimo3VisionConfig, config: Unimo3Config | None = None) -> list[str]:
         """Return whether timm builds the image tower, and whether the depth of `config` and ``vision.init`` fit it."""
@@ -210,6 +212,15 @@ class ModelArgs:
             return [f"model.vision: {self.vision}: timm cannot build such a vision transformer ({error})"]
         errors = config.depth_errors(tower.depth) if config is not None else []
         return errors + (vision_errors(self.vision.init, tower) if self.vision.init else [])
+
+    def _built_errors(self, config: Unimo3Config) -> list[str]:
+        """Return whether the model can be built, and whether the weights fit that are named for it or its towers."""
+        errors = self._tower_errors(config.vision_config, config)
+        if self.text.init:
+            errors += roberta_errors(self.text.init, config.text_config)
+        if self.init and not errors:
+            errors += bridgetower_errors(self.init, config)
+        return errors
 
     def _init_errors(self) -> list[str]:
         if not self.init:

@@ -3,7 +3,7 @@
 Each module's values come from a generator seeded by its name, so they do not depend on the order of construction, on
 the number of ranks, or on how ZeRO-3 has sharded the parameters.
 
-Source: BERT's normal(0, 0.02), arXiv 1810.04805.
+Source: BERT's normal(0, 0.02), arXiv 1810.04805; timm for the constants of its layers.
 """
 
 import contextlib
@@ -38,9 +38,10 @@ def initialize_module(module: nn.Module, std: float, generator: torch.Generator 
         init.copy_(module.bias, module.initial_bias())
         if module.weight is not None:
             init.zeros_(module.weight)
-    elif isinstance(module, nn.LayerNorm):
-        if module.elementwise_affine:
+    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)):
+        if module.weight is not None:
             init.ones_(module.weight)
+        if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=std, generator=generator)
@@ -54,6 +55,9 @@ def initialize_module(module: nn.Module, std: float, generator: torch.Generator 
         init.constant_(module.temperature, module.temperature_init)
     elif isinstance(module, SecondImageShift):
         init.zeros_(module.vector)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        # Constants of timm's layers: scales of layers, separate biases, relative positions.
+        reset()
     else:
         # Parameters that are no part of a layer: a ViT's class token and position table.
         for parameter in module.parameters(recurse=False):

@@ -19,6 +19,11 @@ class ObjectivesArgs:
     itm: ItmArgs = field(default_factory=ItmArgs)
     itc: ItcArgs = field(default_factory=ItcArgs)
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether the pairs of a micro-step are compared with each other."""
+        return self.itc.weight > 0 or self.itm.weight > 0
+
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each."""
         weights = {group.name: getattr(self, group.name).weight for group in fields(self)}

@@ -37,11 +37,16 @@ _REMOVED = ("elasticity", "nebula", "compression_training", "autotuning", "optim
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is spread: `global_batch` = `micro_batch` x `num_accumulation` x `world_size`."""
+    """How a global batch is spread: `global_batch` = `micro_batch` x `num_accumulation` x `world_size`.
+
+    Attributes:
+        contrasts: whether the loss compares the pairs of a micro-step with each other, as ITC and ITM do.
+    """
 
     global_batch: int
     micro_batch: int
     world_size: int
+    contrasts: bool = False
 
     @property
     def num_accumulation(self) -> int:
@@ -63,11 +68,11 @@ class BatchPlan:
                 f"{self.micro_batch} on {self.world_size} ranks; use {f'{below} or ' if below else ''}{above}, "
                 "or change training.micro_batch or the number of ranks"
             )
-        return errors
+        return errors + self.contrast_errors()
 
     def contrast_errors(self) -> list[str]:
         """Return an error if a micro-step has a single pair, which ITC and ITM compare with nothing."""
-        if self.micro_batch * self.world_size != 1:
+        if not self.contrasts or self.micro_batch * self.world_size != 1:
             return []
         return [
             f"training.micro_batch: {self.micro_batch}: contrast and matching draw wrong partners in a micro-step, "

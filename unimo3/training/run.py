@@ -282,12 +282,12 @@ class Run:
                 f"than data.max_bad_ratio {limit}; the log names them; prepare the shards again or raise it"
             )
 
-    def record_keys(self, micro_batches: Iterable[dict[str, Any]]) -> None:
-        """With ``data.ledger``, note which samples this rank read at this step."""
+    def record_samples(self, micro_batches: Iterable[dict[str, Any]]) -> None:
+        """With ``data.ledger``, note which samples this rank read at this step: source, shard, number there, key."""
         if self._ledger is not None:
-            keys = [key for batch in micro_batches for key in batch["keys"]]
+            samples = [sample for batch in micro_batches for sample in batch["samples"]]
             try:
-                self._ledger.write(json.dumps({"step": self.step, "keys": keys}) + "\n")
+                self._ledger.write(json.dumps({"step": self.step, "samples": samples}) + "\n")
             except OSError as error:  # the file keeps it in memory and tries again
                 log.warning("the ledger of step %d cannot be written yet (%s)", self.step, error)
 

@@ -153,7 +153,7 @@ class Trainer:
         set_lr(engine.optimizer, scale)
         means = self._accumulate(micro_batches)
         run.step += 1
-        run.record_keys(micro_batches)
+        run.record_samples(micro_batches)
         run.num_skipped += step_was_skipped(engine)
         now = time.perf_counter()
         self._unlogged = _Step(

@@ -13,6 +13,7 @@ from tests.data.conftest import convert as prepare_shards
 from tests.data.conftest import draw_jpeg
 from tests.data.formats.conftest import convert, error_of, lose, set_at, write_json
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.args import DataArgs
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
 from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
@@ -331,6 +332,12 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
     }
     assert ShardIndex(out / "test").missing_ids == [262144000, 262144005]
     assert [question["question_id"] for question in questions_in(out / "test")] == [1000]
+    # By whatever name it is indexed again, it is the split that is submitted.
+    (out / "test").rename(out / "holdout")
+    assert prepare_shards("index", "--src", str(out / "holdout")) == 0
+    assert ShardIndex(out / "holdout").missing_ids == [262144000, 262144005]
+    (error,) = DataArgs(train=str(out / "holdout")).shard_errors("questions")
+    assert "is the split test of vqav2, to be tested on and not trained on" in error
 
 
 def test_all_that_the_toy_writes_is_read(drawn):

@@ -9,11 +9,21 @@ Source: BridgeTower, arXiv 2206.08657; transformers' modeling_bridgetower.py for
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import BridgeTowerConfig, PreTrainedConfig, PreTrainedModel, RobertaConfig
 
-from unimo3.errors import ConfigError
+from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
-from unimo3.model.pretrained.fill import Rename, fill, read_config, read_names, read_tensors
+from unimo3.model.pretrained.fill import (
+    NamedTensors,
+    Rename,
+    fill,
+    read_config,
+    read_names,
+    read_shapes,
+    read_tensors,
+    without_values,
+)
 from unimo3.model.pretrained.vision import position_fitter
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 
@@ -201,12 +211,27 @@ def load_bridgetower(path_or_model: str | Path | PreTrainedModel, image_size: in
     return model.eval()
 
 
+def bridgetower_errors(folder: str, config: Unimo3Config) -> list[str]:
+    """Return why a folder's weights do not fit a model of that configuration, by the files' headers alone."""
+    try:
+        with torch.device("meta"):
+            model = Unimo3ForPreTraining(config)
+        _fill(model, folder, without_values(read_shapes(Path(folder))))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def fill_from_bridgetower(model: Unimo3ForPreTraining, folder: str) -> None:
     """Fill a pretraining model, sharded or not, from a BridgeTower folder; what BridgeTower lacks keeps its values.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
+    _fill(model, folder, read_tensors(Path(folder)))
+
+
+def _fill(model: Unimo3ForPreTraining, folder: str, tensors: NamedTensors) -> None:
     base: Unimo3Model = model.unimo3
     names = read_names(Path(folder))
     heads = [r"^itc_head\."]
@@ -215,7 +240,7 @@ def fill_from_bridgetower(model: Unimo3ForPreTraining, folder: str) -> None:
             heads.append(ours)
     fill(
         model,
-        read_tensors(Path(folder)),
+        tensors,
         f"model.init: '{folder}'",
         [*_HEADS, *_base_names("unimo3.")],
         f"{_UNUSED}|{_blocks_from(base)}",

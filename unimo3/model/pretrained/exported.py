@@ -6,9 +6,11 @@ Source: the safetensors format.
 from pathlib import Path
 from typing import cast
 
-from unimo3.errors import ConfigError
+import torch
+
+from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.config import Unimo3Config
-from unimo3.model.pretrained.fill import fill, read_config, read_tensors
+from unimo3.model.pretrained.fill import NamedTensors, fill, read_config, read_shapes, read_tensors, without_values
 from unimo3.model.pretrained.vision import position_fitter
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 
@@ -31,6 +33,19 @@ def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
     return config
 
 
+def exported_errors(
+    folder: str, model_class: type[Unimo3PreTrainedModel], config: Unimo3Config, fresh: str
+) -> list[str]:
+    """Return why an exported folder's weights do not fit a model, by the files' headers alone; see `load_exported`."""
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+        _fill(model, folder, without_values(read_shapes(Path(folder))), fresh)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$") -> None:
     """Fill a model from an exported folder; the position table of images is resized bicubically to the model's grid.
 
@@ -42,6 +57,10 @@ def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$")
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of another shape.
     """
+    _fill(model, folder, read_tensors(Path(folder)), fresh)
+
+
+def _fill(model: Unimo3PreTrainedModel, folder: str, tensors: NamedTensors, fresh: str) -> None:
     fit = position_fitter(cast(Unimo3Model, model.unimo3).vision_tower)
     unused = "|".join(model._keys_to_ignore_on_load_unexpected or [r"^$"])
-    fill(model, read_tensors(Path(folder)), f"init: '{folder}'", unused=unused, fresh=fresh, adapt=fit)
+    fill(model, tensors, f"init: '{folder}'", unused=unused, fresh=fresh, adapt=fit)

@@ -168,6 +168,20 @@ def read_names(folder: Path) -> list[str]:
     return names
 
 
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Of every tensor of a folder's weights, or of one safetensors file, by the files' headers; see `read_tensors`."""
+    shapes: dict[str, list[int]] = {}
+    for file in [path] if path.is_file() else weight_files(path):
+        with open_file(file) as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def without_values(shapes: dict[str, list[int]]) -> NamedTensors:
+    """Tensors for `fill` to compare only."""
+    return ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights, chosen as transformers does: the single one, else those that the index names.
 

@@ -22,11 +22,11 @@ from unimo3.model.pretrained.fill import (
     NamedTensors,
     Rename,
     fill,
-    open_file,
     read_config,
     read_file,
+    read_shapes,
     read_tensors,
-    weight_files,
+    without_values,
 )
 from unimo3.model.vision import VisionTower
 
@@ -85,8 +85,7 @@ def vision_errors(path: str, tower: VisionTower) -> list[str]:
     ]
     if not errors:
         try:
-            shapes = _shapes(Path(path))
-            _fill(tower, path, ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items()))
+            _fill(tower, path, without_values(_shapes(Path(path))))
         except CheckpointError as error:
             errors.append(str(error))
     return errors
@@ -177,11 +176,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     """Of the tensors of a folder or a file."""
     if path.is_file() and path.suffix != ".safetensors":
         return {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
-    shapes: dict[str, list[int]] = {}
-    for file in [path] if path.is_file() else weight_files(path):
-        with open_file(file) as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    return shapes
+    return read_shapes(path)
 
 
 def _timm_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ node alone; offloading also moves state over the host's bus.
 Source: ZeRO, arXiv 1910.02054, for the volumes; ZeRO++, arXiv 2306.10209, for hpZ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unimo3.errors import ConfigError
 from unimo3.training.engine import BatchPlan
@@ -86,7 +86,11 @@ def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch:
         return memory.peak_bytes(micro_batch * cost.peak_bytes + cost.fixed_bytes)
 
     rank_batch = batch.global_batch // batch.world_size
-    fitting = [size for size in range(1, rank_batch + 1) if needed_bytes(size) <= machine.usable_bytes]
+    fitting = [
+        size
+        for size in range(1, rank_batch + 1)
+        if needed_bytes(size) <= machine.usable_bytes and not replace(batch, micro_batch=size).contrast_errors()
+    ]
     return Fit(
         name,
         sharding,
@@ -119,12 +123,12 @@ def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
         fits: of all configurations to choose from.
 
     Raises:
-        ConfigError: not even a micro-batch of one pair fits.
+        ConfigError: not even the smallest micro-batch fits: one pair, or two where one has nothing to compare with.
     """
     ordered = sorted(fits, key=_traffic)
-    fitting = [fit for fit in ordered if fit.fits] or [fit for fit in ordered if fit.largest]
+    fitting = [fit for fit in ordered if fit.fits] or [fit for fit in ordered if fit.largest_dividing]
     if not fitting:
-        raise ConfigError(_impossible(ordered, machine))
+        raise ConfigError(_impossible(ordered, batch, machine))
     taken = fitting[0]
     micro_batch = batch.micro_batch if taken.fits else taken.largest_dividing
     return Choice(taken, micro_batch, {fit.name: _reason(fit, taken, batch, machine) for fit in ordered})
@@ -152,10 +156,13 @@ def _reason(fit: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
     return f"would fit, but moves no less than {taken.name}"
 
 
-def _impossible(suited: list[Fit], machine: Machine) -> str:
+def _impossible(suited: list[Fit], batch: BatchPlan, machine: Machine) -> str:
+    least = "one pair"
+    if replace(batch, micro_batch=1).contrast_errors():
+        least = "two pairs, or of more that divides training.global_batch,"
     states = ", ".join(f"{fit.name} {gigabytes(fit.memory.peak_bytes(0))}" for fit in suited)
     return (
-        f"--gpu-memory {gigabytes(machine.memory_bytes)}: not even a micro-batch of one pair fits: of "
+        f"--gpu-memory {gigabytes(machine.memory_bytes)}: not even a micro-batch of {least} fits: of "
         f"{gigabytes(machine.usable_bytes)} usable a rank needs without any pair: {states}; take more or larger GPUs, "
         "a ds_config that offloads, set training.activation_checkpointing to true, or lower stage3_max_live_parameters "
         "and stage3_max_reuse_distance"

@@ -3,7 +3,7 @@
 Source: none.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,12 +25,14 @@ class PlannedRun:
         step: what it computes.
         training: its length, batch and ds_config.
         clip_norm: of its gradients.
+        contrasts: whether its loss compares the pairs of a micro-step; see `BatchPlan`.
         words: entries of the plan that name what is counted; see `plan_text`.
     """
 
     step: Step
     training: TrainingArgs
     clip_norm: float
+    contrasts: bool
     words: Metrics = field(default_factory=dict)
 
 
@@ -42,12 +44,15 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
         compares: whether the run is planned with and without activation checkpointing; else only as it is.
 
     Raises:
-        ConfigError: the global batch does not divide over the GPUs, or not even one pair fits.
+        ConfigError: the global batch does not divide over the GPUs, or no micro-batch fits that training accepts.
     """
     training = run.training
-    if errors := BatchPlan(training.global_batch, 1, machine.num_gpus).validate():
+    errors = BatchPlan(training.global_batch, 1, machine.num_gpus).validate()
+    batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus, run.contrasts)
+    if training.global_batch == 1:
+        errors += replace(batch, micro_batch=1).contrast_errors()
+    if errors:
         raise ConfigError(errors)
-    batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus)
     ds_path = Path(training.ds_config)
     candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
     # The recipe's may be in another folder; its path distinguishes it from one of ours with the same name.

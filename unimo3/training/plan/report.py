@@ -1,5 +1,6 @@
 """A plan as plain metrics, for JSON, and as a text for readers."""
 
+from dataclasses import replace
 from typing import Any
 
 from unimo3.training.engine import BatchPlan
@@ -57,7 +58,8 @@ def plan_metrics(
         },
         "micro_batch": {
             "recipe": batch.micro_batch,
-            "recipe_divides": not batch.validate(),
+            "recipe_divides": not replace(batch, contrasts=False).validate(),
+            "recipe_contrasts": not batch.contrast_errors(),
             "recipe_fits": choice.fit.fits,
             "recipe_fits_with_checkpointing": True in costs and _recipe_fits(choice, costs[True], batch, machine),
             "share": batch.global_batch // batch.world_size,
@@ -129,7 +131,11 @@ def _memory_lines(rank: Metrics, usable: str) -> list[str]:
 def _micro_batch_line(sizes: Metrics) -> str:
     fits = "fits"
     if not sizes["recipe_fits"]:
-        problem = "does not fit" if sizes["recipe_divides"] else "does not divide the global batch over the ranks"
+        problem = "does not fit"
+        if not sizes["recipe_divides"]:
+            problem = "does not divide the global batch over the ranks"
+        elif not sizes["recipe_contrasts"]:
+            problem = "is a single pair, which contrast and matching compare with nothing"
         fits = f"{problem}; set training.micro_batch to {sizes['planned']}"
         if sizes["recipe_fits_with_checkpointing"]:
             fits += " or training.activation_checkpointing to true"
