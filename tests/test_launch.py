@@ -21,6 +21,7 @@ RANK = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3" and os.environ["MASTER_PORT"]
+assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # torch would wait for a store that only torchrun starts
 {body}
 """
 FAILS_ON_RANK_1 = "if rank == 1:\n    {}\nsignal.pause()"
@@ -38,7 +39,7 @@ def launch(tmp_path, body, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
         cwd=ROOT,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "TORCHELASTIC_USE_AGENT_STORE": "True"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
