@@ -81,7 +81,8 @@ def test_a_signal_ends_ranks_that_wait_for_one_that_never_comes(tmp_path, number
     port = free_port()
     shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        SERVER.Process(target=join_with, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, tmp_path)) for rank in "01"
+        SERVER.Process(target=join_with, args=(shared | {"RANK": rank, "LOCAL_RANK": rank}, tmp_path), daemon=True)
+        for rank in "01"
     ]
     for rank in ranks:
         rank.start()

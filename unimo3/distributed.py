@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from unimo3.errors import CheckpointError, ConfigError, Unimo3Error, UnreachableError
+from unimo3.errors import CHECK_MOUNT, CheckpointError, ConfigError, Unimo3Error, UnreachableError, no_answer
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,18 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
     failure: tuple[str, bool, bool] | None = None
     try:
         result = action()
-    except Unimo3Error as error:
-        failure = (str(error), True, isinstance(error, UnreachableError))
     except Exception as error:  # of any type: the other ranks must learn of it
-        failure = (f"{type(error).__name__}: {error}", False, False)
+        silent = no_answer(error)
+        reason = silent or error
+        has_fix = isinstance(reason, Unimo3Error)
+        failure = (str(reason) if has_fix else f"{type(reason).__name__}: {reason}", has_fix, silent is not None)
     outcomes = all_gather_object((result, failure), group)
     failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
     if failures:
         lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
         more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
-        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
         kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
+        fix = CHECK_MOUNT if kind is UnreachableError else fix
+        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
         raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]

@@ -15,7 +15,7 @@ from unimo3.data.samples import Samples
 from unimo3.data.shard_checks import index_errors
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment
-from unimo3.errors import ConfigError, DataError, UnreachableError
+from unimo3.errors import ConfigError, DataError, no_answer
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ class DataArgs:
                 elif source is not None:
                     try:
                         index = self._open(source)
-                    except UnreachableError:
-                        raise  # no setting is wrong
                     except DataError as error:
+                        if no_answer(error):
+                            raise  # no setting is wrong
                         errors.append(f"{name}: '{source}': {error}")
                     else:
                         errors += index_errors(name, index, kind)
