@@ -233,8 +233,8 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
         results = task.evaluate(engine, held_out, guard)
         if results is None:
             return None
+        written = write_files(run.folder, results.files, index.split, index.fingerprint)
         if world.rank == 0:
-            written = write_files(run.folder, results.files, index.split, index.fingerprint)
             kind = "metrics and answers" if results.metrics else "answers"
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
         return results.metrics

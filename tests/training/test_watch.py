@@ -105,7 +105,7 @@ def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
 @pytest.mark.integration
 def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
     (tmp_path / "run" / "heartbeats").mkdir(parents=True)
-    os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.tmp")
+    os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.json.tmp")
     process = stuck("0.5", "compute")
     _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED

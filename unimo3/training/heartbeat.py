@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from unimo3.errors import ConfigError
+from unimo3.writing import naming, replace_text
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
@@ -67,10 +68,7 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
         OSError: it cannot be written.
     """
     beat = Heartbeat(rank, socket.gethostname(), os.getpid(), step, phase, beats, since, time.time())
-    path = run / HEARTBEATS / f"rank_{rank:05d}.json"
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(asdict(beat)) + "\n")
-    staging.replace(path)
+    replace_text(run / HEARTBEATS / f"rank_{rank:05d}.json", json.dumps(asdict(beat)) + "\n")
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
@@ -130,10 +128,11 @@ def lock_run(run: Path) -> None:
     if beat is not None:
         user = f"pid {beat.pid} on {beat.host}"
         raise ConfigError(f"{_in_use(run, user)}; after a crash try again in {_RECENT_S:.0f} s")
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _locked.append(file)
+    with naming(path):
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def _is_locked(file: TextIO) -> bool:
