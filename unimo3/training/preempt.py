@@ -13,7 +13,6 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from unimo3.collectives import sum_over_ranks
 from unimo3.distributed import world
 from unimo3.errors import EXIT_REQUEUE, end_process
 from unimo3.launch import STOP_SIGNALS
+from unimo3.training.heartbeat import server_is_ahead_s
 
 REQUEUE_FILE, STOP_FILE = "requeue", "stop"
 
@@ -71,7 +71,7 @@ class StopListener:
 
     def watch(self, folder: Path) -> None:
         """From here on only note signals, and have `look` look for files in a run's folder."""
-        self._started += _server_is_ahead_s(folder)
+        self._started += server_is_ahead_s(folder)
         self._folder = folder
         self.look()
 
@@ -145,14 +145,3 @@ class StopListener:
         if self._is_interruptible:
             self._is_interruptible = False  # a second one must not raise where nobody catches it
             raise StopRequested
-
-
-def _server_is_ahead_s(folder: Path) -> float:
-    """Seconds by which the clock of the folder's file server, which dates its files, is ahead of this host's."""
-    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".clock") as file:
-        before = time.time()
-        file.write(b"1")
-        file.flush()
-        os.fsync(file.fileno())  # else a client of NFS answers by its own clock
-        return os.fstat(file.fileno()).st_mtime - before
-    return 0.0
