@@ -166,13 +166,16 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
             "other data",
             val_index.source,
         )
+    image_size = model_config.vision_config.image_size
+    settings.data.check_limits(
+        settings.training.micro_batch, image_size, task.num_images, trains=not settings.eval_only
+    )
     world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
     fingerprint = None if settings.eval_only else settings.data.fingerprint(indexes)
     run = Run(settings, batch.global_batch, fingerprint)
-    image_size = model_config.vision_config.image_size
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
     run.resume(engine)
 

@@ -231,6 +231,12 @@ FULL, STALE = (OSError(number, os.strerror(number), "f") for number in (errno.EN
     [
         (FULL, 78, "ConfigError: Invalid configuration (1 error):\n  - [Errno 28] No space left on device: 'f'; free"),
         (OSError(errno.EMFILE, "Too many open files"), 78, "raise ulimit -n, or lower data.num_workers"),
+        (
+            RuntimeError("Caught\n  File a\nRuntimeError: shm </a>: No space left on device (28)\n"),
+            78,
+            "- RuntimeError: shm",
+        ),
+        (RuntimeError("can't start new thread"), 78, "- can't start new thread; raise ulimit -u"),
         (STALE, 1, "UnreachableError: [Errno 116] Stale file handle: 'f'; check the server or the mount"),
         (caused_by(DataError("x.tar: cannot be read"), STALE), 1, "UnreachableError: x.tar: cannot be read\n"),
         (caused_by(CheckpointError("no state"), caused_by(ValueError(), STALE)), 1, "UnreachableError: no state\n"),

@@ -51,7 +51,11 @@ _REMEDIES = {
     errno.EROFS: "mount it writable, or choose another folder",
     errno.EFBIG: "raise ulimit -f",
     errno.EMFILE: "raise ulimit -n, or lower data.num_workers and data.prefetch",
+    errno.EAGAIN: "raise ulimit -u, or lower data.num_workers",
 }
+# Parts of the messages of a RuntimeError of Python's or torch's. A network may be unavailable for a while, too.
+_TEXTS = {os.strerror(number): number for number in _REMEDIES if number != errno.EAGAIN}
+_TEXTS |= {"can't start new thread": errno.EAGAIN, "received 0 items of ancdata": errno.EMFILE}
 
 
 class Unimo3Error(ValueError):
@@ -109,13 +113,18 @@ def no_answer(error: BaseException | None) -> OSError | UnreachableError | None:
     return None
 
 
-def explained(error: Unimo3Error | OSError) -> Unimo3Error | None:
+def explained(error: Unimo3Error | OSError | RuntimeError) -> Unimo3Error | None:
     """The error to end a program with, where another one came from storage or from a limit; None: it has no message."""
     if no_answer(error) and not isinstance(error, UnreachableError):
         return UnreachableError(str(error) if isinstance(error, Unimo3Error) else f"{error}; {CHECK_MOUNT}")
-    if isinstance(error, OSError):
-        return ConfigError(f"{error}; {_REMEDIES[error.errno]}") if error.errno in _REMEDIES else None
-    return error
+    if isinstance(error, Unimo3Error):
+        return error
+    number = next((number for part, number in _TEXTS.items() if part in str(error)), None)
+    number = error.errno if isinstance(error, OSError) else number
+    if number not in _REMEDIES:
+        return None
+    # Of an error in a reader process, the line after its traceback.
+    return ConfigError(f"{str(error).strip().splitlines()[-1]}; {_REMEDIES[number]}")
 
 
 def record_end(status: int, message: str = "") -> None:
@@ -204,18 +213,17 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
-        except RuntimeError as error:
-            # torch raises it wherever the main thread is when a reader process dies.
-            if not (died := _READER_DIED.search(str(error))):
-                raise
-            _report(
-                f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, most "
-                "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again"
-            )
-            end_process(1)
         except Interrupted as error:
             _end_by(error, is_first)
-        except (Unimo3Error, OSError) as error:
+        except (Unimo3Error, OSError, RuntimeError) as error:
+            # torch raises it wherever the main thread is when a reader process dies.
+            if died := _READER_DIED.search(str(error)):
+                _report(
+                    f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, "
+                    "most often memory ran out, or /dev/shm (Bus error): lower data.num_workers or data.prefetch, and "
+                    "start the same command again"
+                )
+                end_process(1)
             if isinstance(error, OSError):
                 try:
                     sys.stdout.flush()
