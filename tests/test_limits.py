@@ -67,6 +67,8 @@ def test_each_limit_of_a_shell_is_named_if_it_is_too_low(limit, monkeypatch):
     limit(resource.RLIMIT_AS, 2**40)
     assert limits.process_limit_errors(1, 1, has_gpu=False) == []
     assert limits.process_limit_errors(1, 1, has_gpu=True)[0].startswith("ulimit -v: 1073741824 kB")
+    limit(resource.RLIMIT_AS, 2**30)
+    assert limits.process_limit_errors(1, 1, has_gpu=False)[0].startswith("ulimit -v: 1048576 kB")
 
 
 def test_a_users_own_processes_count():

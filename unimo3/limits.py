@@ -8,6 +8,8 @@ import resource
 from pathlib import Path
 
 SHARED_MEMORY, ADAPTERS = "/dev/shm", Path("/sys/class/infiniband")
+# Importing torch and DeepSpeed takes nearly as much; a GPU's memory and the host's are mapped in addition.
+_MIN_ADDRESSES = 2**31
 _PASSED_ON = "Slurm passes on that of the shell that submits"
 
 
@@ -52,8 +54,8 @@ def process_limit_errors(num_files: int, num_threads: int, has_gpu: bool) -> lis
             f"({_PASSED_ON}), or lower data.num_workers"
         )
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if has_gpu and limit != resource.RLIM_INFINITY:
-        errors.append(f"ulimit -v: {limit // 1024} kB, a GPU takes more addresses; set it to unlimited ({_PASSED_ON})")
+    if limit != resource.RLIM_INFINITY and (has_gpu or limit < _MIN_ADDRESSES):
+        errors.append(f"ulimit -v: {limit // 1024} kB of addresses are too few; set it to unlimited ({_PASSED_ON})")
     return errors
 
 
