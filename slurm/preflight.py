@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from slurm.runs import checkpoint_bytes, newest_step
+from unimo3.errors import ConfigError
 from unimo3.limits import locked_memory_errors, process_limit_errors, shared_memory_errors
 
 _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
@@ -150,11 +151,15 @@ def main() -> None:
         return
     from slurm import network
 
-    measured = network.measure(args.floor)
+    try:
+        measured = network.measure(args.floor)
+        lines = [f"{node}: {seen}" for node, seen in measured["gpus"].items()]
+        lines += [f"an all-reduce over all ranks runs at {measured['gbps']:.2f} GB/s", *measured["problems"]]
+        lines += [f"{node}: {problem}" for node, problem in measured["nodes"].items()]
+    except ConfigError as error:
+        measured, lines = {"problems": [], "nodes": {}, "job": error.errors}, error.errors
     if os.environ["RANK"] == "0":
-        print(f"pre-flight: an all-reduce over all ranks runs at {measured['gbps']:.2f} GB/s", flush=True)
-        for problem in [*measured["problems"], *(f"{node}: {problem}" for node, problem in measured["nodes"].items())]:
-            print(f"pre-flight: {problem}", flush=True)
+        print("".join(f"pre-flight: {line}\n" for line in lines), end="", flush=True)
         _write(args.mark / "network.json", measured)
     os._exit(0)  # gloo's threads may abort a process that takes itself apart
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import fake_gpus
 from tests.spawn import SERVER, run_alone, run_ranks
 from tests.waiting import wait_for, wait_for_end
 from unimo3 import distributed
@@ -73,6 +74,41 @@ def test_ranks_that_cannot_know_where_to_meet_get_an_error(monkeypatch):
 def test_the_launcher_ends_the_others_when_a_rank_fails():
     with pytest.raises(AssertionError, match="planted"):
         run_ranks(2, fail_on_rank_0)  # the other rank ends by a signal alone
+
+
+def take_gpu(visible: list[str]) -> str:
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[distributed.world()[0]]
+    fake_gpus.install()
+    try:
+        seen = distributed.choose_gpu()
+    except ConfigError as error:
+        return str(error)
+    assert seen.endswith(f"takes number {os.environ['LOCAL_RANK']}")  # which DeepSpeed takes, too
+    return visible[distributed.world()[0]].split(",")[int(os.environ["LOCAL_RANK"])]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("visible", "taken"),
+    [
+        (["0,1", "0,1"], ["0", "1"]),
+        (["0", "1"], ["0", "1"]),  # --gpu-bind=single:1, --gpus-per-task=1
+        (["1", "0"], ["1", "0"]),
+        (["0,1", "2,3"], ["0", "3"]),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_whatever_it_sees(visible, taken):
+    assert run_ranks(len(visible), take_gpu, visible) == taken
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("visible", [["0,1"] * 3, ["1", "1"]])
+def test_ranks_that_would_share_a_gpu_are_refused_on_every_rank(visible):
+    (error,) = set(run_ranks(len(visible), take_gpu, visible))
+    assert f"CUDA_VISIBLE_DEVICES: '{visible[0]}': rank " in error
+    assert "would share a GPU with another: local rank " in error
+    assert f"sees {len(visible[0].split(','))} GPUs" in error
+    assert "ask for a GPU a rank (--gpus-per-node), or start fewer ranks" in error
 
 
 @pytest.mark.integration

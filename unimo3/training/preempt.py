@@ -62,6 +62,7 @@ class StopListener:
         self._started = time.time()
         self._is_passed_on = False
         self._is_interruptible = False
+        self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
 
     def install(self) -> "StopListener":
         """Take over the stop signals: until `watch` they end the process, to be started again."""
@@ -130,7 +131,7 @@ class StopListener:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if self._is_first_of_host:
                 print(
                     f"Interrupted: asked to stop ({signal.Signals(number).name}) before training began, nothing is "
                     "lost; start the same command to continue",
