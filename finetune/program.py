@@ -177,6 +177,10 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
             "of other data",
             val_index.source,
         )
+    image_size = model_config.vision_config.image_size
+    settings.data.check_limits(
+        settings.training.micro_batch, image_size, task.num_images, trains=not settings.eval_only
+    )
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
     batch = settings.batch_plan(world.size)
@@ -184,7 +188,6 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
 
     fingerprint = None if settings.eval_only else settings.data.fingerprint(indexes)
     run = Run(settings, batch.global_batch, fingerprint)
-    image_size = model_config.vision_config.image_size
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
     run.resume(engine)
 
@@ -235,8 +238,8 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
         results = task.evaluate(engine, held_out, guard)
         if results is None:
             return None
+        written = write_files(run.folder, results.files, index.split, index.fingerprint)
         if world.rank == 0:
-            written = write_files(run.folder, results.files, index.split, index.fingerprint)
             kind = "metrics and answers" if results.metrics else "answers"
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
         return results.metrics

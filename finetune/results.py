@@ -12,10 +12,13 @@ Source: none.
 
 from pathlib import Path
 
+from unimo3.distributed import on_all_ranks, world
 from unimo3.training.metrics import read_metrics
+from unimo3.writing import replace_text
 
 _PLAIN_SPLIT = "val"
 _FINGERPRINT_DIGITS = 8
+_FIX = "check space, quota and permissions of the run's folder, then start the same command again"
 
 
 def names_of(folder: Path, files: dict[str, str], split: str, fingerprint: str) -> dict[str, Path]:
@@ -38,10 +41,19 @@ def names_of(folder: Path, files: dict[str, str], split: str, fingerprint: str) 
 
 
 def write_files(folder: Path, files: dict[str, str], split: str, fingerprint: str) -> list[Path]:
-    """Write each file by rename; see `names_of`."""
-    paths = names_of(folder, files, split, fingerprint)
-    for name, path in paths.items():
-        staging = path.with_name(f"{path.name}.tmp")
-        staging.write_text(files[name], encoding="utf-8", errors="replace")
-        staging.replace(path)
-    return list(paths.values())
+    """Write each file by rename on rank 0, and return their paths; every rank calls it. See `names_of`.
+
+    Raises:
+        CheckpointError: on every rank; one cannot be written.
+    """
+
+    def write() -> list[Path]:
+        if world()[0] != 0:
+            return []
+        paths = names_of(folder, files, split, fingerprint)
+        for name, path in paths.items():
+            replace_text(path, files[name], errors="replace")
+        return list(paths.values())
+
+    written: list[Path] = on_all_ranks(f"writing the results for {split}", write, _FIX)[0]
+    return written

@@ -72,12 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.model_max_length = settings.data.max_text_tokens
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
+    image_size = model_config.vision_config.image_size
+    settings.data.check_limits(settings.training.micro_batch, image_size, num_images=1)
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
 
     batch = settings.batch_plan(world.size)
-    image_size = model_config.vision_config.image_size
-
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
     set_initial_weights(model, settings.model, settings.run.seed)

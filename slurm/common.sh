@@ -41,7 +41,8 @@ setup() {
     PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$ROOT/.venv/bin/python}")
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
     RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
-    unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE # a job submitted from this one would inherit them
+    # A job submitted from this one would inherit them, and srun is told the numbers of tasks.
+    unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
@@ -204,6 +205,14 @@ requeue_before_time_limit() {
     apply_action requeue "the time limit is near and the program has not ended"
 }
 
+# A task sees all GPUs that the job has on its node, whatever each rank will see.
+see_all_gpus() {
+    [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || return 0
+    [[ -z ${SLURM_GPUS_PER_TASK:-}${SLURM_TRES_PER_TASK:-} ]] || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
+    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND
+    export SLURM_GPU_BIND=none
+}
+
 preflight() {
     [[ ${PREFLIGHT:-yes} == yes ]] || return 0
     local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
@@ -211,8 +220,9 @@ preflight() {
     # One node's failure is not that of the others: all are waited for.
     local -x IS_DEAF=yes
     local STEP_MINUTES=15
-    RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" -m slurm.preflight \
-        node --run "$RUN" --mark "$mark" --gpus "${GPUS_PER_NODE:-0}" --local-disk "${LOCAL_DISK:-/tmp}" || status=$?
+    (see_all_gpus && RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" \
+        -m slurm.preflight node --run "$RUN" --mark "$mark" --gpus "${GPUS_PER_NODE:-0}" \
+        --local-disk "${LOCAL_DISK:-/tmp}") || status=$?
     if ((status == 0 && NUM_RANKS > 1)); then
         ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
     fi

@@ -1,6 +1,6 @@
 """How fast all ranks of a job exchange tensors, and which node slows them down.
 
-    {"problems": [...], "gbps", "nodes": {NODE: problem}}     network.json, written by rank 0
+    {"problems": [...], "gbps", "nodes": {NODE: problem}, "gpus": {NODE: what its ranks see}}    network.json, of rank 0
 
 Only if all of them together are below the floor are pairs of neighbouring nodes timed, each node with the one before
 and the one after it: a node with two slow pairs is a slow one. With two nodes, the slow one cannot be identified.
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from unimo3.distributed import choose_gpu
+
 # 16 MiB: the bandwidth counts, not the latency.
 _ROUNDS, _ELEMENTS = 4, 2**22
 
@@ -25,25 +27,28 @@ def measure(floor_gbps: float) -> dict[str, Any]:
 
     Args:
         floor_gbps: 10^9 bytes a second that are needed; 0: nothing is judged.
+
+    Raises:
+        ConfigError: on every rank; two would have the same GPU.
     """
     gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    seen = choose_gpu() if gpu else ""
     dist.init_process_group("nccl" if gpu else "gloo")
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (os.environ.get("SLURMD_NODENAME", socket.gethostname()), seen))
+    names = [name for name, _ in gathered]
     nodes = list(dict.fromkeys(names))
+    gpus = {node: "; ".join(seen for name, seen in gathered if name == node) for node in nodes if gpu}
     gbps = _slowest(_gbps(None))
     if gbps >= floor_gbps:
-        return {"problems": [], "gbps": gbps, "nodes": {}}
+        return {"problems": [], "gbps": gbps, "nodes": {}, "gpus": gpus}
     problem = (
         f"an all-reduce of {4 * _ELEMENTS / 1e6:.0f} MB over {', '.join(nodes[:2])}"
         f"{f' and {len(nodes) - 2} more' if len(nodes) > 2 else ''} runs at {gbps:.2f} GB/s, below "
         f"MIN_ALLREDUCE_GBPS {floor_gbps:g}"
     )
-    if len(nodes) == 1:
-        return {"problems": [problem], "gbps": gbps, "nodes": {nodes[0]: problem}}
-    return {"problems": [problem], "gbps": gbps, "nodes": slow_nodes(_time_pairs(nodes, names), floor_gbps)}
+    slow = {nodes[0]: problem} if len(nodes) == 1 else slow_nodes(_time_pairs(nodes, names), floor_gbps)
+    return {"problems": [problem], "gbps": gbps, "nodes": slow, "gpus": gpus}
 
 
 def rounds_of(num_nodes: int) -> list[list[tuple[int, int]]]:

@@ -17,10 +17,14 @@ from pathlib import Path
 import yaml
 
 from slurm.runs import checkpoint_bytes, newest_step
+from unimo3.errors import ConfigError
+from unimo3.limits import locked_memory_errors, process_limit_errors, shared_memory_errors
 
 _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safetensors")
 _MIN_FREE_BYTES = 10**9
 _MIN_FREE_INODES = 1000
+# A program compares its settings with the limits itself; less than this is enough for none. NCCL uses /dev/shm, too.
+_MIN_FILES, _MIN_THREADS_PER_GPU, _MIN_SHARED_BYTES, _MIN_SHARED_BYTES_OF_NCCL = 256, 64, 32 * 10**6, 10**9
 
 
 def job_problems(run: Path, num_gpus: int) -> list[str]:
@@ -33,7 +37,8 @@ def job_problems(run: Path, num_gpus: int) -> list[str]:
             f"the job has {allocated} GPUs a node, GPUS_PER_NODE in slurm/site.env is {num_gpus}; ask for them, as "
             f"with --gpus-per-node={num_gpus}"
         )
-    return problems
+    # Slurm gives a job's processes the limits of the shell that submitted it.
+    return problems + process_limit_errors(_MIN_FILES, _MIN_THREADS_PER_GPU * max(1, num_gpus), num_gpus > 0)
 
 
 def _needed(run: Path) -> tuple[int, int]:
@@ -64,14 +69,16 @@ def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
         problems.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
         problems += _gpu_problems(num_gpus)
+    problems += shared_memory_errors(_MIN_SHARED_BYTES_OF_NCCL if num_gpus > 1 else _MIN_SHARED_BYTES)
     problems += address_problems()
+    if not _is_on_one_host():
+        problems += locked_memory_errors()
     return problems + _disk_problems(local_disk, _MIN_FREE_BYTES, _MIN_FREE_INODES)
 
 
 def address_problems() -> list[str]:
     """The problem of a node whose own name leads to itself alone: gloo would have the others connect there."""
-    is_on_one_host = os.environ.get("MASTER_ADDR", "127.").startswith("127.")
-    if is_on_one_host or os.environ.get("GLOO_SOCKET_IFNAME"):
+    if _is_on_one_host() or os.environ.get("GLOO_SOCKET_IFNAME"):
         return []
     name = socket.gethostname()
     try:
@@ -84,6 +91,10 @@ def address_problems() -> list[str]:
         f"its name {name} is {address}, which other nodes cannot reach, and gloo would listen there; export "
         "GLOO_SOCKET_IFNAME=INTERFACE in slurm/site.env, or correct /etc/hosts"
     ]
+
+
+def _is_on_one_host() -> bool:
+    return os.environ.get("MASTER_ADDR", "127.").startswith("127.")
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:
@@ -140,11 +151,15 @@ def main() -> None:
         return
     from slurm import network
 
-    measured = network.measure(args.floor)
+    try:
+        measured = network.measure(args.floor)
+        lines = [f"{node}: {seen}" for node, seen in measured["gpus"].items()]
+        lines += [f"an all-reduce over all ranks runs at {measured['gbps']:.2f} GB/s", *measured["problems"]]
+        lines += [f"{node}: {problem}" for node, problem in measured["nodes"].items()]
+    except ConfigError as error:
+        measured, lines = {"problems": [], "nodes": {}, "job": error.errors}, error.errors
     if os.environ["RANK"] == "0":
-        print(f"pre-flight: an all-reduce over all ranks runs at {measured['gbps']:.2f} GB/s", flush=True)
-        for problem in [*measured["problems"], *(f"{node}: {problem}" for node, problem in measured["nodes"].items())]:
-            print(f"pre-flight: {problem}", flush=True)
+        print("".join(f"pre-flight: {line}\n" for line in lines), end="", flush=True)
         _write(args.mark / "network.json", measured)
     os._exit(0)  # gloo's threads may abort a process that takes itself apart
 

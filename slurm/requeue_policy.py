@@ -182,7 +182,7 @@ def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, ma
     answers = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
     measured = answers.pop("network", {"problems": [], "nodes": {}})
     network = measured["problems"]
-    of_job = list(dict.fromkeys(problem for answer in answers.values() for problem in answer.get("job", [])))
+    of_job = list(dict.fromkeys(problem for one in (*answers.values(), measured) for problem in one.get("job", [])))
     bad = {
         host: "; ".join(answers[host]["problems"]) if host in answers else "gave no answer"
         for host in hosts

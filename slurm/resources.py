@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from slurm.site_config import Site, option_of
 
 _DEFAULT_TIME, _DEFAULT_GRACE_S = "24:00:00", 300
+# Before its time limit a job has `_AT_END_S` of slurm/common.sh less, and the start of a save must fit, too.
+_AT_END_S, GRACE_SLACK_S = 45, 60
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[s
         errors.append(_TIME.format(wall))
     if args.chain < 1:
         errors.append(f"--chain {args.chain}: at least 1 link is needed")
-    if grace_s < 1 or (time_s is not None and grace_s >= time_s):
-        errors.append(f"--grace {grace_s}: at least 1 second and less than --time is needed")
+    if grace_s <= GRACE_SLACK_S or (time_s is not None and grace_s >= time_s):
+        errors.append(
+            f"--grace {grace_s}: more than {GRACE_SLACK_S} seconds and less than --time are needed; the job script "
+            f"requeues what has not ended {_AT_END_S} s before the time limit"
+        )
     return Resources(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), errors
 
 

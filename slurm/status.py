@@ -24,6 +24,7 @@ from unimo3.training.heartbeat import read_heartbeats
 
 _RECENT_STEPS = 20
 _SILENT_S = 60.0
+_CLOCKS_DIFFER_S = 60.0
 _NUM_RESTARTS_SHOWN = 5
 # Begins the comment of a job that the scripts hold, slurm/common.sh.
 _HELD = "held: "
@@ -186,8 +187,8 @@ def _checkpoint(run: Path) -> dict[str, Any] | None:
 
 
 def _ranks(run: Path, since: float) -> dict[str, Any] | None:
-    """Summary of the ranks' last heartbeats, without those from before the last start."""
-    beats = [beat for beat in read_heartbeats(run) if beat.time >= since]
+    """Summary of the ranks' last heartbeats, without those from before the last start, by its node's clock."""
+    beats = [beat for beat in read_heartbeats(run) if beat.time >= since - _CLOCKS_DIFFER_S]
     if not beats:
         return None
     phases: dict[str, int] = {}

@@ -15,15 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slurm.resources import Resources
+from slurm.resources import GRACE_SLACK_S, Resources
 from slurm.runs import checkpoint_bytes
 from unimo3 import config
 from unimo3.errors import CheckpointError, ConfigError
 
 ErrorsAndNotices = tuple[list[str], list[str]]
 
-# A save that takes longer than usual must still fit, and so must the start of one.
-_GRACE_FACTOR, _GRACE_SLACK_S = 2.0, 60.0
+# A save that takes longer than usual must still fit.
+_GRACE_FACTOR = 2.0
 _GB = 1e9
 # The weights in float32 and Adam's two moments; an export in float32.
 _CHECKPOINT_BYTES_PER_PARAMETER, _EXPORT_BYTES_PER_PARAMETER = 12, 4
@@ -84,7 +84,7 @@ def _time_errors(run: Path, settings: Any, grace_s: int, time_s: float, chain: i
     step_s = median(record["step_s"] for record in steps) if steps else 0.0
     saves = [record["save_s"] for record in read_metrics(run, group="save")]
     errors, notices = [], []
-    needed = _GRACE_FACTOR * max(saves, default=0.0) + step_s + _GRACE_SLACK_S
+    needed = _GRACE_FACTOR * max(saves, default=0.0) + step_s + GRACE_SLACK_S
     if saves and grace_s < needed:
         errors.append(
             f"--grace {grace_s}: a save has taken {max(saves):.1f} s and a step takes {step_s:.1f} s; at least "

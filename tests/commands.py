@@ -29,30 +29,30 @@ def start_command(
     arguments: Sequence[object],
     environment: Mapping[str, str],
     output: Path,
-    max_file_bytes: int | None = None,
+    limits: Mapping[int, int] | None = None,
 ) -> BaseProcess:
     """Start a module as a command.
 
     Args:
         environment: replaces the test's own.
         output: file that standard output and error are appended to.
-        max_file_bytes: where writing a file fails, as on a disk that is full.
+        limits: of the process, by their numbers in `resource`.
     """
     sys.audit("tests.spawn.start", module)
     words = [str(argument) for argument in arguments]
-    process = SERVER.Process(target=_command, args=(module, words, dict(environment), output, max_file_bytes))
+    process = SERVER.Process(target=_command, args=(module, words, dict(environment), output, dict(limits or {})))
     process.start()
     return process
 
 
 def _command(
-    module: str, arguments: list[str], environment: dict[str, str], output: Path, max_file_bytes: int | None
+    module: str, arguments: list[str], environment: dict[str, str], output: Path, limits: dict[int, int]
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
     redirect_output(output)
-    if max_file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    for number, limit in limits.items():
+        resource.setrlimit(number, (limit, limit))
     if module == "unimo3.launch":
         subprocess.Popen = _Rank  # type: ignore[misc,assignment]
     _run_as_main(module, arguments, environment)

@@ -1,5 +1,6 @@
 """The local launcher: environment, statuses and signals reach where they should; errors have their exit status."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ RANK = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["WORLD_SIZE"] == "3" and os.environ["MASTER_PORT"]
+assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ  # torch would wait for a store that only torchrun starts
 {body}
 """
 FAILS_ON_RANK_1 = "if rank == 1:\n    {}\nsignal.pause()"
@@ -38,7 +40,7 @@ def launch(tmp_path, body, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "unimo3.launch", "-n", "3", "--grace", "1", *arguments, "program", "--flag", "x"],
         cwd=ROOT,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin", "TORCHELASTIC_USE_AGENT_STORE": "True"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -214,6 +216,42 @@ def test_every_error_has_its_exit_status_and_one_message(error, status, capfd):
     assert end.value.code == status
     written = capfd.readouterr().err
     assert written == (f"{type(error).__name__}: {error}\n" if error else "")
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+FULL, STALE = (OSError(number, os.strerror(number), "f") for number in (errno.ENOSPC, errno.ESTALE))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (FULL, 78, "ConfigError: Invalid configuration (1 error):\n  - [Errno 28] No space left on device: 'f'; free"),
+        (OSError(errno.EMFILE, "Too many open files"), 78, "raise ulimit -n, or lower data.num_workers"),
+        (
+            RuntimeError("Caught\n  File a\nRuntimeError: shm </a>: No space left on device (28)\n"),
+            78,
+            "- RuntimeError: shm",
+        ),
+        (RuntimeError("can't start new thread"), 78, "- can't start new thread; raise ulimit -u"),
+        (STALE, 1, "UnreachableError: [Errno 116] Stale file handle: 'f'; check the server or the mount"),
+        (caused_by(DataError("x.tar: cannot be read"), STALE), 1, "UnreachableError: x.tar: cannot be read\n"),
+        (caused_by(CheckpointError("no state"), caused_by(ValueError(), STALE)), 1, "UnreachableError: no state\n"),
+        (caused_by(CheckpointError("no state"), FULL), 78, "CheckpointError: no state\n"),
+    ],
+)
+def test_a_disk_a_limit_or_a_mount_is_one_message_of_every_rank(error, status, message, capfd, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "3")  # another rank may have no such error
+    with pytest.raises(SystemExit) as end:
+        exit_with_status(main)()
+    assert end.value.code == status
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.integration

@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from unimo3.errors import ConfigError
+from unimo3.writing import replace_text
 
 Config = TypeVar("Config")
 Flat = dict[str, Any]
@@ -118,9 +119,7 @@ def renamed(flat: Flat) -> Flat:
 
 def save(config: Any, path: Path) -> None:
     """Write a dataclass as YAML that ``--config`` reads back; the file is written atomically."""
-    staging = path.with_name(f"{path.name}.tmp")
-    staging.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    staging.replace(path)
+    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def read_flat(path: Path, config_class: type | None = None, option: str = "--config") -> Flat:

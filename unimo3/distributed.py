@@ -15,12 +15,13 @@ arXiv 2107.07651, gathers features the same way but without a gradient.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unimo3.errors import CheckpointError, ConfigError, Unimo3Error, UnreachableError
+from unimo3.errors import CHECK_MOUNT, CheckpointError, ConfigError, Unimo3Error, UnreachableError, no_answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,8 @@ def init() -> World:
     """Join the process group: NCCL where there is a GPU, else gloo. A process without a launcher is a world of one.
 
     Raises:
-        ConfigError: there are other ranks, and the environment does not name the address to join them.
+        ConfigError: there are other ranks, and the environment does not name the address to join them; or ranks would
+            share a GPU.
     """
     import deepspeed
     import torch
@@ -67,12 +69,57 @@ def init() -> World:
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        choose_gpu()
     else:
         # DeepSpeed would compile it here, half a minute on a new machine; only its inference engine calls it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return World(dist.get_rank(), local_rank, dist.get_world_size())
+
+
+# Through which ranks agreed before they joined a group: the group's own has the same server.
+_stores: list[Any] = []
+
+
+def choose_gpu() -> str:
+    """Choose this rank's GPU before it joins a group; every rank calls it.
+
+    It is the GPU with the number of the local rank, modulo those that the rank sees: Slurm may show each task its own
+    alone. LOCAL_RANK is set to its index, for which DeepSpeed takes it.
+
+    Returns:
+        What the rank sees, in words.
+
+    Raises:
+        ConfigError: on every rank; two would have the same GPU.
+    """
+    import torch
+    from torch.distributed.rendezvous import rendezvous
+
+    local_rank, size, count = int(os.environ["LOCAL_RANK"]), world_size_from_environment(), torch.cuda.device_count()
+    index = local_rank % count
+    torch.cuda.set_device(index)
+    os.environ["LOCAL_RANK"] = str(index)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed refuses another value
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = f"local rank {local_rank} sees {count} GPUs ({visible or 'all'}) and takes number {index}"
+    if size == 1:
+        return seen
+    store = next(rendezvous("env://"))[0]
+    _stores.append(store)
+    if store.add(f"gpu {torch.cuda.get_device_properties(index).uuid}", 1) > 1:
+        store.set(
+            "shared gpu",
+            f"CUDA_VISIBLE_DEVICES: {visible!r}: rank {os.environ['RANK']} on {socket.gethostname()} would share a GPU "
+            f"with another: {seen}; ask for a GPU a rank (--gpus-per-node), or start fewer ranks (--ntasks-per-node, "
+            "unimo3.launch -n)",
+        )
+    if store.add("gpus", 1) == size:
+        store.set("all gpus", "")
+    store.wait(["all gpus"])
+    if store.check(["shared gpu"]):
+        raise ConfigError(store.get("shared gpu").decode())
+    return seen
 
 
 def _process_group() -> Any:
@@ -126,17 +173,19 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
     failure: tuple[str, bool, bool] | None = None
     try:
         result = action()
-    except Unimo3Error as error:
-        failure = (str(error), True, isinstance(error, UnreachableError))
     except Exception as error:  # of any type: the other ranks must learn of it
-        failure = (f"{type(error).__name__}: {error}", False, False)
+        silent = no_answer(error)
+        reason = silent or error
+        has_fix = isinstance(reason, Unimo3Error)
+        failure = (str(reason) if has_fix else f"{type(reason).__name__}: {reason}", has_fix, silent is not None)
     outcomes = all_gather_object((result, failure), group)
     failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
     if failures:
         lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
         more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
-        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
         kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
+        fix = CHECK_MOUNT if kind is UnreachableError else fix
+        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
         raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
     return [outcome for outcome, _ in outcomes]
 

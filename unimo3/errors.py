@@ -8,6 +8,7 @@ Source: sysexits.h for the numbers (EX_SOFTWARE 70, EX_OSERR 71, EX_TEMPFAIL 75,
 
 import argparse
 import atexit
+import errno
 import functools
 import io
 import os
@@ -30,6 +31,31 @@ _EXIT_PIPE = 128 + signal.SIGPIPE  # as of programs that the signal ends
 
 
 _READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly)")
+
+
+# Of a server that fails over or a mount that is stale: neither damage of a file nor a wrong setting.
+NO_ANSWER = (
+    errno.ESTALE,
+    errno.EIO,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EREMOTEIO,
+)
+CHECK_MOUNT = "check the server or the mount, then start the same command again"
+# Limits of a disk or of the process that people have to raise.
+_REMEDIES = {
+    errno.ENOSPC: "free space, then start the same command again",
+    errno.EDQUOT: "free space or have the quota raised, then start the same command again",
+    errno.EROFS: "mount it writable, or choose another folder",
+    errno.EFBIG: "raise ulimit -f",
+    errno.EMFILE: "raise ulimit -n, or lower data.num_workers and data.prefetch",
+    errno.EAGAIN: "raise ulimit -u, or lower data.num_workers",
+}
+# Parts of the messages of a RuntimeError of Python's or torch's. A network may be unavailable for a while, too.
+_TEXTS = {os.strerror(number): number for number in _REMEDIES if number != errno.EAGAIN}
+_TEXTS |= {"can't start new thread": errno.EAGAIN, "received 0 items of ancdata": errno.EMFILE}
 
 
 class Unimo3Error(ValueError):
@@ -56,14 +82,14 @@ class DataError(Unimo3Error):
     """A data file is missing, unreadable or not in its format."""
 
 
-class UnreachableError(DataError):
+class CheckpointError(Unimo3Error):
+    """A checkpoint or exported folder is missing, incomplete or of another model."""
+
+
+class UnreachableError(DataError, CheckpointError):
     """A server or a mount gave no answer; it may at the next start."""
 
     exit_status = 1
-
-
-class CheckpointError(Unimo3Error):
-    """A checkpoint or exported folder is missing, incomplete or of another model."""
 
 
 class DivergedError(Unimo3Error):
@@ -76,6 +102,29 @@ class Interrupted(Exception):
     """The run was asked to stop, has saved a checkpoint, and wants to be started again."""
 
     exit_status = EXIT_REQUEUE
+
+
+def no_answer(error: BaseException | None) -> OSError | UnreachableError | None:
+    """The error of storage that gave no answer, from which another one came; None: it came from none."""
+    while error is not None:
+        if isinstance(error, UnreachableError) or (isinstance(error, OSError) and error.errno in NO_ANSWER):
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+def explained(error: Unimo3Error | OSError | RuntimeError) -> Unimo3Error | None:
+    """The error to end a program with, where another one came from storage or from a limit; None: it has no message."""
+    if no_answer(error) and not isinstance(error, UnreachableError):
+        return UnreachableError(str(error) if isinstance(error, Unimo3Error) else f"{error}; {CHECK_MOUNT}")
+    if isinstance(error, Unimo3Error):
+        return error
+    number = next((number for part, number in _TEXTS.items() if part in str(error)), None)
+    number = error.errno if isinstance(error, OSError) else number
+    if number not in _REMEDIES:
+        return None
+    # Of an error in a reader process, the line after its traceback.
+    return ConfigError(f"{str(error).strip().splitlines()[-1]}; {_REMEDIES[number]}")
 
 
 def record_end(status: int, message: str = "") -> None:
@@ -124,6 +173,13 @@ def _flush(status: int) -> int:
     return status
 
 
+def _end_by(error: Unimo3Error | Interrupted, is_reported: bool) -> NoReturn:
+    message = f"{type(error).__name__}: {error}"
+    if is_reported:
+        _report(message)
+    end_process(error.exit_status, message)
+
+
 def _report(text: str) -> None:
     with suppress(OSError):  # the exit status has the rest
         print(text, file=sys.stderr, flush=True)
@@ -148,6 +204,7 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         resume_collections()
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its host; later it is the index of a GPU
         # A stream that was closed before the start is None: nothing can be printed to it.
         sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
         sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
@@ -156,26 +213,26 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
-        except RuntimeError as error:
+        except Interrupted as error:
+            _end_by(error, is_first)
+        except (Unimo3Error, OSError, RuntimeError) as error:
             # torch raises it wherever the main thread is when a reader process dies.
-            if not (died := _READER_DIED.search(str(error))):
+            if died := _READER_DIED.search(str(error)):
+                _report(
+                    f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, "
+                    "most often memory ran out, or /dev/shm (Bus error): lower data.num_workers or data.prefetch, and "
+                    "start the same command again"
+                )
+                end_process(1)
+            if isinstance(error, OSError):
+                try:
+                    sys.stdout.flush()
+                except OSError:  # a print failed: the disk is full, or the reader has ended, as ``head`` does
+                    end_process(EXIT_DONE, is_recorded=False)  # with the status of lost output, see `_flush`
+            if (reason := explained(error)) is None:
                 raise
-            _report(
-                f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, most "
-                "often memory ran out: lower data.num_workers or data.prefetch, and start the same command again"
-            )
-            end_process(1)
-        except OSError:
-            try:
-                sys.stdout.flush()
-            except OSError:  # a print failed: the disk is full, or the reader has ended, as ``head`` does
-                end_process(EXIT_DONE, is_recorded=False)  # with the status of lost output, see `_flush`
-            raise
-        except (Unimo3Error, Interrupted) as error:
             # An error that all ranks of a host have is reported once a host.
-            if not isinstance(error, (ConfigError, Interrupted)) or os.environ.get("LOCAL_RANK", "0") == "0":
-                _report(f"{type(error).__name__}: {error}")
-            end_process(error.exit_status, f"{type(error).__name__}: {error}")
+            _end_by(reason, is_first or not isinstance(error, ConfigError))
         end_process(status or EXIT_DONE)
 
     return wrapped

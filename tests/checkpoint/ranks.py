@@ -16,7 +16,7 @@ from unimo3.checkpoint.load import load, newest_good
 from unimo3.checkpoint.save import save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
@@ -191,11 +191,14 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     return {"state": state, "weights": weights, "moments": state_tensors, "losses": train(engine, range(4, 6))}
 
 
-def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Path) -> dict[str, Any]:
+def load_runs(
+    root: Path, damaged: list[Path], errors: Path, without_rank_1: Path, unanswered: list[Path]
+) -> dict[str, Any]:
     """`load_run` for each of `RUNS`; which checkpoint is chosen in each damaged run; and `fail_to_save`.
 
     Args:
         without_rank_1: a checkpoint that rank 1 cannot load.
+        unanswered: checkpoints of which the storage gives no answer for a file.
     """
     results: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
     results["chosen"] = [None if (newest := newest_good(run)) is None else newest.name for run in damaged]
@@ -204,6 +207,12 @@ def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Pat
         load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
     except CheckpointError as error:
         results["one rank"] = str(error)
+    results["unanswered"] = []
+    for folder in unanswered:
+        try:
+            load(start_engine(3, bf16=True), folder)
+        except UnreachableError as error:
+            results["unanswered"].append(str(error))
     return results
 
 

@@ -19,7 +19,7 @@ from unimo3.checkpoint import export, manifest, store
 from unimo3.checkpoint.load import choose, newest_good, quarantine
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
-from unimo3.errors import CheckpointError, UnreachableError
+from unimo3.errors import CHECK_MOUNT, CheckpointError, UnreachableError
 
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -110,6 +110,17 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 }
 
 
+RNG = "rng_rank_1.safetensors"
+SILENT = {OPTIM: "loading", RNG: "loading", store.STATE: "reading"}
+
+
+def unanswered(folder: Path, name: str) -> Path:
+    """A checkpoint of which reading one file ends with EIO, as of storage that gives no answer."""
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/self/mem")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of two fresh ranks: loaded runs, choices in damaged runs, saves that failed."""
@@ -132,7 +143,9 @@ def loaded(saved: SavedRuns, tmp_path_factory: pytest.TempPathFactory) -> list[d
     without = shutil.copytree(saved.root / "bf16" / "checkpoints" / "step_00000004", root / "without" / "step_00000004")
     (without / "rng_rank_1.safetensors").unlink()
     runs = [*damaged, nothing_good, stale_latest, root / "no_run"]
-    return run_ranks(2, load_runs, saved.root, runs, errors, without)
+    newest = saved.root / "bf16" / "checkpoints" / "step_00000004"
+    silent = [unanswered(shutil.copytree(newest, root / name / "step_00000004"), name) for name in SILENT]
+    return run_ranks(2, load_runs, saved.root, runs, errors, without, silent)
 
 
 def committed_checkpoint(run: Path, step: int) -> Path:
@@ -261,6 +274,16 @@ def test_storage_that_does_not_answer_is_not_damage(run_copy, monkeypatch, numbe
         choose(run)
 
 
+def test_a_file_that_gives_no_answer_at_its_second_look_is_no_damage(run_copy, monkeypatch):
+    run = run_copy("fp32")
+    newest = store.list_checkpoints(run)[-1]
+    monkeypatch.setattr(manifest, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(manifest, "_problem", lambda *_: "")  # its checksum was read before
+    unanswered(newest, MODEL)
+    with pytest.raises(UnreachableError, match=f"{MODEL}: the storage does not answer .Input/output error"):
+        choose(run)
+
+
 def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path, capsys):
     run = run_copy("fp32")
     checkpoints = run / "checkpoints"
@@ -290,6 +313,17 @@ def test_a_load_that_fails_on_one_rank_fails_on_every_rank(loaded):
     assert "rank 1: " in loaded[0]["one rank"]
     assert "rank 0" not in loaded[0]["one rank"]
     assert "rng_rank_1.safetensors" in loaded[0]["one rank"]
+
+
+@pytest.mark.integration
+def test_a_load_without_an_answer_is_no_damage_and_is_tried_again(loaded):
+    assert UnreachableError.exit_status == 1  # which a job retries; with 78 it would be held
+    for results in loaded:
+        for (name, doing), message in zip(SILENT.items(), results["unanswered"], strict=True):
+            assert message.startswith(doing), name
+            assert "Input/output error" in message
+            assert message.endswith(CHECK_MOUNT)
+            assert "move this checkpoint away" not in message
 
 
 @pytest.mark.integration

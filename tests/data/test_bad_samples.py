@@ -20,7 +20,7 @@ from unimo3.data.order import SampleOrder, Unit
 from unimo3.data.samples import BadSampleError, PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
-from unimo3.errors import DataError
+from unimo3.errors import DataError, UnreachableError
 from unimo3.training.evaluation import to_device
 
 
@@ -179,9 +179,15 @@ def make_unreadable(folder):
     return r"000000\.tar: cannot be read \(Is a directory\)"
 
 
+def give_no_answer(folder):
+    (folder / "000000.tar").unlink()
+    (folder / "000000.tar").symlink_to("/proc/self/mem")  # reading it ends with EIO
+    return r"000000\.tar: cannot be read \(Input/output error\)"
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("damage", [exchange, lose, make_unreadable])
+@pytest.mark.parametrize("damage", [exchange, lose, make_unreadable, give_no_answer])
 def test_a_shard_that_goes_bad_under_a_run_ends_it_with_its_name(coco, tmp_path, tokenizer, damage, workers):
     folder = tmp_path / "train"
     shutil.copytree(coco / "train", folder)
@@ -192,6 +198,7 @@ def test_a_shard_that_goes_bad_under_a_run_ends_it_with_its_name(coco, tmp_path,
         for _, _ in zip(range(8), TrainingLoader([samples], order, 4, 4, 0, 1, reader), strict=False):
             pass
     assert "Traceback" not in str(error.value)
+    assert isinstance(error.value, UnreachableError) == (damage is give_no_answer)  # it may answer at the next start
     with pytest.raises(DataError, match=expected):
         list(evaluation_batches(samples, 0, 1, 4, reader))
 

@@ -195,17 +195,19 @@ def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
     folder = tmp_path / "runs" / "run"
     (folder / "heartbeats").mkdir(parents=True)
 
-    def errors_after(**changes):
+    def errors_after(age_s=0, **changes):
         beat = Heartbeat(0, socket.gethostname(), process.pid, 7, "compute", 9, time.time(), time.time())
         path = folder / "heartbeats" / "rank_00000.json"
         path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(beat, **changes))))
+        os.utime(path, (time.time() - age_s,) * 2)
         errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": ""}, eval_only=True).validate()
         return [problem for problem in errors if "is in use" in problem]
 
     (problem,) = errors_after()
     assert problem.startswith(f"eval_only: true: {folder} is in use, rank 0 is at step 7 (pid {process.pid} on ")
     assert errors_after(host="another")
-    assert not errors_after(host="another", time=time.time() - 60)
+    assert errors_after(host="another", time=time.time() - 3600)  # its clock is behind
+    assert not errors_after(host="another", age_s=60, time=time.time() + 3600)
     assert not errors_after(phase="ended")
     assert not errors_after(rank=1)
     assert not errors_after(pid=os.getpid())

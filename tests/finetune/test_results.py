@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from finetune.results import write_files
+from unimo3.errors import CheckpointError
 
 FILES = {"predictions.json": "[]", "accuracy.json": "{}"}
 
@@ -32,6 +35,16 @@ def test_other_shards_of_a_splits_name_do_not_overwrite_the_first(tmp_path):
     # The first's name stays the first's.
     write_files(tmp_path, {"predictions.json": "[3]"}, "val", "aaaaaaaaaa")
     assert (tmp_path / "predictions.json").read_text() == "[3]"
+
+
+def test_results_on_a_full_disk_are_one_error_with_the_files_name(tmp_path):
+    (tmp_path / "accuracy.json.tmp").symlink_to("/dev/full")
+    expected = (
+        rf"writing the results for val failed .*No space left on device: '{tmp_path}/accuracy.json'\); check space"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        write_files(tmp_path, FILES, "val", "aaaaaaaaaa")
+    assert not (tmp_path / "accuracy.json").exists()
 
 
 def test_predictions_may_contain_half_a_surrogate_pair(tmp_path):

@@ -46,11 +46,11 @@ class Program:
         self.folder = folder
         self.output = ""
 
-    def run(self, num_ranks, module, *arguments, stop_when=None, max_file_bytes=None, inject=None):
+    def run(self, num_ranks, module, *arguments, stop_when=None, limits=None, inject=None):
         """Start a module on `num_ranks` ranks; send SIGTERM once `stop_when` is true; return the exit status.
 
         Args:
-            max_file_bytes: where writing a file fails, as on a disk that is full.
+            limits: of the process, by their numbers in `resource`, such as RLIMIT_FSIZE for a disk that is full.
             inject: of the module `tests.inject`.
         """
 
@@ -60,7 +60,7 @@ class Program:
         environment |= {"INJECT": json.dumps(inject)} if inject is not None else {}
         log = self.folder / "output.log"
         log.write_text("")
-        process = start_command(command, words, environment, log, max_file_bytes)
+        process = start_command(command, words, environment, log, limits)
         if stop_when is not None:
             wait_for(lambda: process.exitcode is not None or stop_when(), f"the stop of {module}", text_of(log))
             os.kill(process.pid, signal.SIGTERM)

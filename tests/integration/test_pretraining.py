@@ -1,6 +1,7 @@
 """Pretraining as users start it: stops, resumes, other world sizes, bad input."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -100,6 +101,14 @@ def test_two_ranks_train_as_one_does(program, recipe, runs):
         assert other["loss"] == pytest.approx(one["loss"], rel=BF16_TOLERANCE)
 
 
+def test_too_few_open_files_end_a_run_before_it_touches_anything(program, recipe, runs):
+    command = ("pretrain.train", "--config", recipe, "--run.name", "limited")
+    assert program.run(2, *command, limits={resource.RLIMIT_NOFILE: 48}) == 78
+    assert program.output.count("ulimit -n: 48 open files, up to ") == 1
+    assert program.output.count("\n") == 2, program.output
+    assert not (runs / "limited").exists()
+
+
 def test_a_failed_background_save_ends_the_run_or_is_retried(program, recipe, runs):
     command = (
         2,
@@ -113,14 +122,14 @@ def test_a_failed_background_save_ends_the_run_or_is_retried(program, recipe, ru
         "--checkpoint.every_steps",
         "2",
     )
-    room = 150_000  # more than anything but the optimizer's files takes
-    assert program.run(*command, "--run.name", "full", max_file_bytes=room) == 78
+    room = {resource.RLIMIT_FSIZE: 150_000}  # more than anything but the optimizer's files takes
+    assert program.run(*command, "--run.name", "full", limits=room) == 78
     assert "CheckpointError: writing" in program.output
     assert "step_00000002.tmp failed (rank 0: " in program.output
     assert 2 <= len(read_metrics(runs / "full")) < 8
     # With warn the run continues, but not past its end.
     warn = ("--run.name", "warned", "--checkpoint.on_save_error", "warn")
-    assert program.run(*command, *warn, max_file_bytes=room) == 78
+    assert program.run(*command, *warn, limits=room) == 78
     assert program.output.count("training continues (checkpoint.on_save_error: warn)") >= 2
     assert len(read_metrics(runs / "warned")) == 8
     assert store.list_checkpoints(runs / "warned") == []

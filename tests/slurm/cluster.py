@@ -43,6 +43,7 @@ TaskPlugin=task/none
 SchedulerType=sched/backfill
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout={slurmd_timeout_s}
 # A busy machine's daemons may answer late.
@@ -102,7 +103,8 @@ class Cluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         lines = [
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 "
+            "Gres=gpu:2"
             for name in self.nodes
         ]
         listed = ",".join(self.nodes)
@@ -123,6 +125,10 @@ class Cluster:
             **self._timings,
         )
         (self.folder / "slurm.conf").write_text(head + "\n".join(lines) + "\n")
+        # In the place of GPUs: Slurm gives them to tasks, which see their numbers in CUDA_VISIBLE_DEVICES.
+        for number, device in enumerate(("null", "zero")):
+            (self.folder / f"gpu{number}").symlink_to(f"/dev/{device}")
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         files = {
             kind: f"--{kind}={self.folder}/munge.{kind.split('-')[0]}" for kind in ("socket", "pid-file", "log-file")
         }

@@ -62,16 +62,37 @@ def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
 
 
 def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
-    script = script_of(tmp_path, 'echo "$NUM_RANKS ranks"')
+    script = script_of(tmp_path, 'echo "$NUM_RANKS ranks"; [[ -z ${SLURM_GPUS:-} ]] || ranks echo "a task"')
     outer = {"SLURM_NTASKS": "7", "SLURM_NTASKS_PER_NODE": "7"}
     asked = {
         ("--ntasks-per-node=2",): outer | {"UNIMO3_RANKS_PER_NODE": "5"},
         ("--nodes=2", "--ntasks-per-node=2"): {},
         ("--nodes=1", "--ntasks=2"): {},
         ("--nodes=1-2",): {"UNIMO3_RANKS_PER_NODE": "2"},
+        ("--nodes=1", "--gpus=2", "--ntasks-per-gpu=1"): {},
     }
     jobs = {batch(site, script, options=options, **variables): options for options, variables in asked.items()}
     for job, options in jobs.items():
         site.wait_state(job, "COMPLETED")
         nodes = int(site.cluster.job(job)["NumNodes"])
         assert f"{2 * nodes} ranks\n" in site.log(job), options
+    assert site.log(job).count("a task\n") == 2
+
+
+def test_tasks_that_see_a_gpu_each_pass_and_those_that_share_one_hold_the_job(site, tmp_path):
+    shared = "unset SLURM_GPUS_PER_TASK; export SLURM_GPU_BIND=map_gpu:0,0 SLURM_GPUS_PER_NODE=2"
+    preflight = "HOSTS=$SLURMD_NODENAME GPUS_PER_NODE=2; preflight; echo passed"
+    script = script_of(tmp_path, f"{preflight}; {shared}; preflight; echo passed again")
+    python = site.folder / "python_with_gpus"
+    does = '[[ "$*" != *slurm.preflight* ]] || set -- -m tests.fake_gpus "${@:2}"'
+    python.write_text(f'#!/bin/bash\n{does}\nexec {site.python} "$@"\n')
+    python.chmod(0o755)
+    options = ("--ntasks-per-node=2", "--gpus-per-task=1")
+    job = batch(site, script, options=options, UNIMO3_PYTHON=str(python), PREFLIGHT="yes")
+    site.wait_state(job, "SPECIAL_EXIT")
+    log = site.log(job)
+    assert "local rank 0 sees 1 GPUs (0) and takes number 0; local rank 1 sees 1 GPUs (1) and takes number 0" in log
+    assert "passed\n" in log
+    assert "passed again" not in log
+    assert "would share a GPU with another: local rank " in site.cluster.job(job)["Comment"]
+    site.cluster.call("scancel", job)

@@ -6,6 +6,7 @@ import pytest
 
 from slurm import preflight
 from slurm.network import rounds_of, slow_nodes
+from unimo3 import limits
 
 
 @pytest.mark.parametrize("num_nodes", [2, 3, 4, 7, 8])
@@ -70,3 +71,12 @@ def test_disk_space_covers_retained_saves_and_the_one_being_written(tmp_path, mo
     ]
     (tmp_path / "config.yaml").write_text("checkpoint: {keep_last: 1}\n")
     assert preflight.job_problems(tmp_path, 0) == []
+
+
+def test_limits_of_the_shell_are_the_jobs_and_shared_memory_is_the_nodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (48, 48))
+    monkeypatch.setattr(limits, "SHARED_MEMORY", str(tmp_path / "missing"))
+    assert any("ulimit -n: 48 open files" in problem for problem in preflight.job_problems(tmp_path, 0))
+    problems = preflight.node_problems(tmp_path, 0, tmp_path)
+    assert not any("ulimit" in problem for problem in problems)
+    assert any("missing: cannot be used (No such file" in problem for problem in problems)

@@ -1,6 +1,7 @@
 """What the state of a run is output from, without a Slurm."""
 
 import json
+import os
 import time
 from dataclasses import asdict
 
@@ -67,8 +68,11 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_shown(run, tmp_path):
     now = time.time()
     before = ("compute", now - 2000)  # of a start with more ranks
     for rank, (phase, seen) in enumerate((("compute", now), ("compute", now - 300), ("ended", now - 900), before)):
-        beat = Heartbeat(rank, f"n{rank}", 100 + rank, 10, phase, 50, seen, seen)
-        (run / "heartbeats" / f"rank_0000{rank}.json").write_text(json.dumps(asdict(beat)))
+        skewed = seen + 500 * rank  # by their nodes' clocks
+        beat = Heartbeat(rank, f"n{rank}", 100 + rank, 10, phase, 50, skewed, skewed)
+        path = run / "heartbeats" / f"rank_0000{rank}.json"
+        path.write_text(json.dumps(asdict(beat)))
+        os.utime(path, (seen, seen))
     (tmp_path / "bad_nodes.jsonl").write_text(
         json.dumps({"node": "n9", "reason": "no GPU", "job": "7", "until": now + 9}) + "\n"
     )

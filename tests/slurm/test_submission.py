@@ -268,7 +268,7 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
     job = site.submit("taken", options=("--nodes=1",), inject={"until_stop": [1]})
     site.wait_step(job, "taken", 1)
     arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", NUM_STEPS)
-    assert run_program(submit, "--time", "10", "--grace", "60", *arguments) == 78
+    assert run_program(submit, "--time", "10", "--grace", "90", *arguments) == 78
     assert f"taken: job {job} works on it" in capsys.readouterr().err
     # Who submits by hand all the same finds the second job held.
     other = site.submit("taken", options=("--nodes=1",))

@@ -62,7 +62,8 @@ def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training)
     [
         (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
         (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
-        (["--time", "5", "--grace", "300"], "--grace 300: at least 1 second and less than --time"),
+        (["--time", "5", "--grace", "300"], "--grace 300: more than 60 seconds and less than --time are needed"),
+        (["--grace", "60"], "--grace 60: more than 60 seconds and less than --time are needed"),
         (["--chain", "0"], "--chain 0: at least 1 link"),
         (["--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
         (["--nodez", "1"], "unrecognized arguments: --nodez"),

@@ -84,6 +84,14 @@ def test_a_ledger_of_an_earlier_version_is_continued(settings):
     ]
 
 
+def test_a_start_on_a_full_disk_names_the_file(settings):
+    path = settings.run.folder / "config.yaml"
+    path.parent.mkdir()
+    path.with_name("config.yaml.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        start(settings)
+
+
 def moved(settings, tokenizer):
     data = replace(settings.data, tokenizer=str(tokenizer))
     text = replace(settings.model.text, init="elsewhere/roberta-base")

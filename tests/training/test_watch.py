@@ -1,5 +1,6 @@
 """The end of a process without progress, and who is named for it."""
 
+import json
 import os
 import re
 import signal
@@ -105,7 +106,7 @@ def test_a_rank_that_waits_for_one_that_never_came_reports_it(stuck, tmp_path):
 @pytest.mark.integration
 def test_a_heartbeat_that_hangs_stops_no_watch(stuck, tmp_path):
     (tmp_path / "run" / "heartbeats").mkdir(parents=True)
-    os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.tmp")
+    os.mkfifo(tmp_path / "run" / "heartbeats" / "rank_00000.json.tmp")
     process = stuck("0.5", "compute")
     _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
@@ -130,8 +131,10 @@ def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     process = stuck("900", "compute")
     wait_for_heartbeat(tmp_path / "run")
     # The watch has looked at the clock that was set, too.
-    wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > time.time() + 4000, "a heartbeat by the new clock")
+    noted = tmp_path / "run" / "heartbeats" / "rank_00000.json"
+    wait_for(lambda: json.loads(noted.read_text())["time"] > time.time() + 4000, "a heartbeat by the new clock")
     last = read_heartbeats(tmp_path / "run")[0].time
+    assert last < time.time() + 4000  # by this process's clock
     wait_for(lambda: read_heartbeats(tmp_path / "run")[0].time > last + 1.5, "two more")
     assert not (tmp_path / "run" / "stacks" / "rank_00000.txt").exists()  # it has not given up
     stacks = text_of(tmp_path / "run" / "stacks" / "asked_00000.txt")
@@ -174,3 +177,16 @@ def test_a_locked_run_is_refused_and_a_job_waits_for_its_lock(tmp_path, monkeypa
     heartbeat.lock_run(tmp_path)
     assert other.returncode == 0
     assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600])
+def test_a_heartbeat_of_another_host_is_recent_by_its_servers_clock(tmp_path, monkeypatch, ahead_s):
+    path = tmp_path / "heartbeats" / "rank_00000.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(vars(beat(0, "compute", 9, since_s=5.0))))
+    monkeypatch.setattr(heartbeat.time, "time", lambda stock=time.time: stock() + ahead_s)  # of this host
+    found = heartbeat.other_process(tmp_path)
+    assert found is not None
+    assert abs(found.time - found.since - 5.0) < 0.1
+    os.utime(path, (path.stat().st_mtime - 60,) * 2)
+    assert heartbeat.other_process(tmp_path) is None

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from unimo3.writing import replace_text
+
 BEST = "best.json"
 
 
@@ -41,6 +43,4 @@ def read_best(run: Path) -> BestRecord | None:
 
 def write_best(run: Path, record: BestRecord) -> None:
     """Record a committed checkpoint as the best, by rename."""
-    staging = run / f"{BEST}.tmp"
-    staging.write_text(json.dumps(asdict(record), indent=1) + "\n")
-    staging.replace(run / BEST)
+    replace_text(run / BEST, json.dumps(asdict(record), indent=1) + "\n")

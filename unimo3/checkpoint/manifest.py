@@ -7,32 +7,22 @@ Names are relative to the checkpoint's folder, with ``/`` between parts, and may
 Source: the commit files of databases; SHA-256 from FIPS 180-4.
 """
 
-import errno
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from unimo3.errors import CheckpointError, UnreachableError
+from unimo3.errors import CHECK_MOUNT, NO_ANSWER, CheckpointError, UnreachableError, no_answer
 
 Result = TypeVar("Result")
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
-# Of a server that fails over or a mount that is stale: not damage of a file.
-_NO_ANSWER = (
-    errno.ESTALE,
-    errno.EIO,
-    errno.ETIMEDOUT,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.EREMOTEIO,
-)
 _NUM_TRIES, _PAUSE_S = 4, 5.0
 # One core hashes about as fast as one disk reads; several ranks may share a node.
 _MAX_THREADS = 4
@@ -73,17 +63,18 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         UnreachableError: the storage gives no answer; the checkpoint may be good.
     """
     try:
-        entries = _answer(lambda: _read(folder))
+        entries = _answer(folder / MANIFEST, lambda: _read(folder))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
         return [f"{MANIFEST} does not list {STATE}"]
     subset = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        problems = list(pool.map(lambda entry: _answer(lambda: _problem(folder, entry)), subset))
-    problems += [
-        _content_problem(folder / entry["name"]) for entry, problem in zip(subset, problems, strict=True) if not problem
-    ]
+        problems = list(
+            pool.map(lambda entry: _answer(folder / entry["name"], lambda: _problem(folder, entry)), subset)
+        )
+    sound = [folder / entry["name"] for entry, problem in zip(subset, problems, strict=True) if not problem]
+    problems += [_answer(path, partial(_content_problem, path)) for path in sound]
     if part == 0:
         # DeepSpeed and export take such files by pattern, so an unlisted one must not be in the folder.
         names = {entry["name"] for entry in entries}
@@ -147,24 +138,24 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
         if sha256_of(path) != entry["sha256"]:
             return f"{name} has another content than was written"
     except (OSError, ValueError) as error:  # ValueError: of a name no file can have
-        if isinstance(error, OSError) and error.errno in _NO_ANSWER:
+        if no_answer(error):
             raise
         return f"{name!r} cannot be read ({error})"
     return ""
 
 
-def _answer(read: Callable[[], Result]) -> Result:
-    """What `read` returns, after a pause if the storage does not answer at first."""
+def _answer(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` returns of a file, after a pause if the storage does not answer at first."""
     for number in range(1, _NUM_TRIES + 1):
         try:
             return read()
         except OSError as error:
-            if error.errno not in _NO_ANSWER:
+            if error.errno not in NO_ANSWER:
                 raise
             if number == _NUM_TRIES:
                 raise UnreachableError(
-                    f"{error.filename or 'a file'}: the storage does not answer ({error.strerror}, {number} tries), so "
-                    "the checkpoint may be good; check the mount, then start again"
+                    f"{path}: the storage does not answer ({error.strerror}, {number} tries), so "
+                    f"the checkpoint may be good; {CHECK_MOUNT}"
                 ) from error
             time.sleep(_PAUSE_S)
     raise AssertionError("unreachable")
@@ -181,5 +172,7 @@ def _content_problem(path: Path) -> str:
     try:
         load_structure(path)
     except CheckpointError as error:
+        if isinstance(silent := no_answer(error), OSError):
+            raise silent from error
         return str(error)
     return ""

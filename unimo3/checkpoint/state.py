@@ -93,14 +93,15 @@ def load_rng(path: Path, new_rank: int | None = None) -> None:
     """
     import numpy as np
     import torch
-    from safetensors import safe_open
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as opened:
-            described: dict[str, Any] = json.loads(opened.metadata()["generators"])
-    except (OSError, KeyError, ValueError) as error:
+        content = path.read_bytes()
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        described: dict[str, Any] = json.loads(header["__metadata__"]["generators"])
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: contains no generator states ({error}); use an earlier checkpoint") from error
     version, words, gauss = described["python"]
     random.setstate((version, tuple(words), gauss))

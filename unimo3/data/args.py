@@ -3,19 +3,27 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import TEST_SPLITS, ShardIndex
+from unimo3.data.index import MAX_OPEN_SHARDS, TEST_SPLITS, ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
 from unimo3.data.samples import Samples
 from unimo3.data.shard_checks import index_errors
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment
-from unimo3.errors import ConfigError, DataError, UnreachableError
+from unimo3.errors import ConfigError, DataError, no_answer
+from unimo3.limits import process_limit_errors, shared_memory_errors
+
+# Measured, rounded up: what a process has open and starts besides, with its model, its logs and its libraries.
+_FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
+_THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
 
 
 @dataclass(frozen=True)
@@ -126,9 +134,9 @@ class DataArgs:
                 elif source is not None:
                     try:
                         index = self._open(source)
-                    except UnreachableError:
-                        raise  # no setting is wrong
                     except DataError as error:
+                        if no_answer(error):
+                            raise  # no setting is wrong
                         errors.append(f"{name}: '{source}': {error}")
                     else:
                         errors += index_errors(name, index, kind)
@@ -138,6 +146,33 @@ class DataArgs:
                                 "on and not trained on; name its train"
                             )
         return errors
+
+    def check_limits(self, micro_batch: int, image_size: int, num_images: int, trains: bool = True) -> None:
+        """Refuse limits of this host that reading would meet later.
+
+        Args:
+            image_size: height and width in pixels.
+            num_images: of a row.
+
+        Raises:
+            ConfigError: shared memory, or the number of open files or of processes, is too small for the readers.
+        """
+        num_local, num_ranks = (int(os.environ.get(f"{of}WORLD_SIZE", "1")) for of in ("LOCAL_", ""))
+        # Those of training keep what they have read ahead while others read for an evaluation.
+        num_readers = self.num_workers * (trains + (self.val is not None))
+        batch_bytes = micro_batch * num_images * 3 * image_size**2
+        num_sources = trains * len(self.sources) + (self.val is not None)
+        errors = shared_memory_errors(num_local * num_readers * self.prefetch * batch_bytes)
+        errors += process_limit_errors(
+            _FILES_OF_RANK
+            + _FILES_OF_SOURCE * num_sources
+            + num_readers * (_FILES_OF_READER + self.prefetch)
+            + _FILES_OF_PEER * num_ranks,
+            num_local * (_THREADS_OF_RANK + _THREADS_OF_READER * num_readers),
+            torch.cuda.is_available(),
+        )
+        if errors:
+            raise ConfigError(errors)
 
     def _open(self, source: str) -> ShardIndex:
         cache = ShardCache(source, Path(self.cache_dir), int(self.cache_gb * 1e9)) if self.cache_dir else None

@@ -42,7 +42,7 @@ TEST_SPLITS = ("test", "test-dev")
 # Kinds of which each sample may have none, one or several, and each is read by itself.
 ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
-_MAX_TABLES, _MAX_OPEN_SHARDS = 128, 32
+_MAX_TABLES, MAX_OPEN_SHARDS = 128, 32
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
 NO_IMAGE = "has no image"
@@ -291,7 +291,7 @@ class ShardIndex:
     def _descriptor(self, number: int) -> int:
         self._forget_parents()
         if number not in self._open:
-            if len(self._open) == _MAX_OPEN_SHARDS:
+            if len(self._open) == MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
             shard = self.shards[number]
             if self._cache is not None:

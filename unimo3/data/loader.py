@@ -34,7 +34,7 @@ from unimo3.data.order import (
 )
 from unimo3.data.samples import Inputs, Samples
 from unimo3.data.texts import BadSampleError
-from unimo3.errors import DataError
+from unimo3.errors import DataError, explained
 from unimo3.launch import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ NO_POSITION = -1
 _TEXTS_AHEAD = 16
 # Samples of further shards that are tried instead of a bad one.
 _MAX_FURTHER = 1024
-# Key of a message for the reading process: an error raised in a worker would arrive with the worker's traceback in it.
+# Key of an error for the reading process: one raised in a worker would arrive with the worker's traceback in it.
 UNUSABLE = "unusable"
 
 
@@ -145,7 +145,7 @@ def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: Read
     try:
         for batch in iterator:
             if UNUSABLE in batch:
-                raise DataError(batch[UNUSABLE])
+                raise batch[UNUSABLE]
             replaced = batch.pop("replaced")
             for row in replaced:
                 for key, reason in row:
@@ -174,7 +174,7 @@ def _end_readers(iterator: Any) -> None:
 
 
 class _Batches(Dataset[Batch]):
-    """Positions of an order -> a batch, or a message under `UNUSABLE`.
+    """Positions of an order -> a batch, or an error under `UNUSABLE`.
 
     Its ``images`` are a tensor in shared memory, written there as they are decoded. The rest is small and stays numpy
     arrays, which travel in the queue's message: each tensor would take a connection between the processes.
@@ -207,7 +207,7 @@ class _Batches(Dataset[Batch]):
                     rows.append(row)
                     replaced.append(bad)
         except DataError as error:
-            return {UNUSABLE: str(error)}
+            return {UNUSABLE: explained(error)}
         return {"images": images, **_stacked(rows), "positions": np.asarray(positions), "replaced": replaced}
 
     def _text(self, unit: Unit) -> Inputs | None:

@@ -6,7 +6,7 @@ Source: none.
 import logging
 
 from unimo3.data.index import ITEM_KINDS, NO_IMAGE, REINDEX, ShardIndex
-from unimo3.errors import DataError, UnreachableError
+from unimo3.errors import DataError, no_answer
 
 log = logging.getLogger(__name__)
 
@@ -15,9 +15,9 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     """Errors of shards as setting `name`, which needs samples with `kind`, one line per error."""
     try:
         error = _kind_error(index, kind, is_held_out=name == "data.val")
-    except UnreachableError:
-        raise  # no setting is wrong
     except DataError as damage:
+        if no_answer(damage):
+            raise  # no setting is wrong
         return [f"{name}: {damage}"]
     finally:
         index.close()

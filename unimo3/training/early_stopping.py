@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
-from unimo3.distributed import broadcast_object, world
+from unimo3.checkpoint.save import FIX
+from unimo3.distributed import broadcast_object, on_all_ranks, world
 from unimo3.training.metrics import Metrics, read_metrics
 from unimo3.training.run import Run
 
@@ -57,9 +58,14 @@ class Best:
         value, data = metrics.get(self._metric), self._fingerprint
         if value is None or data is None or not broadcast_object(world()[0] == 0 and self._is_better(run, value)):
             return
-        if save() and world()[0] == 0:
+        if save():
             record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
-            write_best(run.folder, record)
+
+            def write() -> None:
+                if world()[0] == 0:
+                    write_best(run.folder, record)
+
+            on_all_ranks("recording the best", write, FIX)
 
     def last_step(self, run: Run, planned: int) -> int:
         """Where the run ends: at step `planned`, or here if patience is at its end."""

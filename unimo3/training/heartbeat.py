@@ -1,8 +1,8 @@
 """What every rank was doing last, and which of them holds up the others.
 
     RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "beats", "since", "time"}: times in
-                                      seconds since 1970; since: when the rank entered the phase; beats: phases entered
-                                      so far
+                                      seconds since 1970 by the rank's own clock; since: when it entered the phase;
+                                      beats: phases entered so far
     RUN/heartbeats/rank_00000.lock    host and pid of the process that has it locked, see `lock_run`
 
 Source: torch.distributed's flight recorder for the idea.
@@ -12,13 +12,15 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from unimo3.errors import ConfigError
+from unimo3.writing import naming, replace_text
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
@@ -67,21 +69,33 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
         OSError: it cannot be written.
     """
     beat = Heartbeat(rank, socket.gethostname(), os.getpid(), step, phase, beats, since, time.time())
-    path = run / HEARTBEATS / f"rank_{rank:05d}.json"
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(asdict(beat)) + "\n")
-    staging.replace(path)
+    replace_text(run / HEARTBEATS / f"rank_{rank:05d}.json", json.dumps(asdict(beat)) + "\n")
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
-    """Every rank's last heartbeat, in the order of ranks; what cannot be read is skipped."""
-    beats = []
+    """Every rank's last heartbeat, in the order of ranks; what cannot be read is skipped.
+
+    Times are by this host's clock: hosts' clocks differ, so the file server's says how old a heartbeat is.
+    """
+    beats: list[Heartbeat] = []
+    ahead_s = server_is_ahead_s(run / HEARTBEATS)
     for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
-        try:
-            beats.append(Heartbeat(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
-            continue
+        with suppress(OSError, ValueError, TypeError), path.open() as file:
+            beat = Heartbeat(**json.load(file))
+            written = os.fstat(file.fileno()).st_mtime - ahead_s
+            beats.append(replace(beat, time=written, since=beat.since + written - beat.time))
     return beats
+
+
+def server_is_ahead_s(folder: Path) -> float:
+    """Seconds by which the clock of the folder's file server, which dates its files, is ahead of this host's."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".clock") as file:
+        before = time.time()
+        file.write(b"1")
+        file.flush()
+        os.fsync(file.fileno())  # else a client of NFS answers by its own clock
+        return os.fstat(file.fileno()).st_mtime - before
+    return 0.0
 
 
 def other_process(run: Path) -> Heartbeat | None:
@@ -130,10 +144,11 @@ def lock_run(run: Path) -> None:
     if beat is not None:
         user = f"pid {beat.pid} on {beat.host}"
         raise ConfigError(f"{_in_use(run, user)}; after a crash try again in {_RECENT_S:.0f} s")
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _locked.append(file)
+    with naming(path):
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def _is_locked(file: TextIO) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from unimo3.json_lines import read_records
+from unimo3.writing import replace_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -109,9 +110,7 @@ def drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     records = [record for record in read_records(path) if record["step"] <= step]
-    staging = path.with_suffix(".tmp")
-    staging.write_text("".join(json.dumps(record) + "\n" for record in records))
-    staging.replace(path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def step_metrics(

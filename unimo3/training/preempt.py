@@ -13,7 +13,6 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ import torch
 from unimo3.distributed import sum_over_ranks, world
 from unimo3.errors import EXIT_REQUEUE, end_process
 from unimo3.launch import STOP_SIGNALS
+from unimo3.training.heartbeat import server_is_ahead_s
 
 REQUEUE_FILE, STOP_FILE = "requeue", "stop"
 
@@ -61,6 +61,7 @@ class StopListener:
         self._started = time.time()
         self._is_passed_on = False
         self._is_interruptible = False
+        self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
 
     def install(self) -> "StopListener":
         """Take over the stop signals: until `watch` they end the process, to be started again."""
@@ -70,7 +71,7 @@ class StopListener:
 
     def watch(self, folder: Path) -> None:
         """From here on only note signals, and have `look` look for files in a run's folder."""
-        self._started += _server_is_ahead_s(folder)
+        self._started += server_is_ahead_s(folder)
         self._folder = folder
         self.look()
 
@@ -129,7 +130,7 @@ class StopListener:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if self._is_first_of_host:
                 print(
                     f"Interrupted: asked to stop ({signal.Signals(number).name}) before training began, nothing is "
                     "lost; start the same command to continue",
@@ -144,14 +145,3 @@ class StopListener:
         if self._is_interruptible:
             self._is_interruptible = False  # a second one must not raise where nobody catches it
             raise StopRequested
-
-
-def _server_is_ahead_s(folder: Path) -> float:
-    """Seconds by which the clock of the folder's file server, which dates its files, is ahead of this host's."""
-    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".clock") as file:
-        before = time.time()
-        file.write(b"1")
-        file.flush()
-        os.fsync(file.fileno())  # else a client of NFS answers by its own clock
-        return os.fstat(file.fileno()).st_mtime - before
-    return 0.0

@@ -28,6 +28,7 @@ from unimo3.distributed import broadcast_object, world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.training.metrics import MetricsWriter, drop_after
+from unimo3.writing import naming
 
 log = logging.getLogger(__name__)
 
@@ -181,14 +182,15 @@ class Run:
         # A start before the first checkpoint begins again, perhaps from other weights or with other answers.
         if self._rank != 0 or (final.exists() and store.has_folders(self.folder)):
             return
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir()
-        for part in parts:
-            part.save_pretrained(staging)
-        if final.exists():
-            shutil.rmtree(final)
-        staging.rename(final)
+        with naming(staging):
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir()
+            for part in parts:
+                part.save_pretrained(staging)
+            if final.exists():
+                shutil.rmtree(final)
+            staging.rename(final)
 
     def resume(self, engine: Engine) -> None:
         """Load the newest good checkpoint, if there is one, and continue the metrics from there.

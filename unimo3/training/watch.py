@@ -50,9 +50,9 @@ class Watch:
         self._interval_s = max(1.0, self._size / 200)  # many ranks share the folder's server
         if bound_s:
             self._interval_s = min(self._interval_s, bound_s / 4)
-        self._started = time.time()
-        self._step, self._phase, self._beats, self._since = 0, "join", 0, self._started
-        self._progress_s = time.monotonic()  # of the last progress; the time of day may be set meanwhile
+        self._step, self._phase, self._beats, self._since = 0, "join", 0, time.time()
+        # Of the start and the last progress; the time of day may be set meanwhile.
+        self._started_s = self._progress_s = time.monotonic()
         self._ends = threading.Event()
         faulthandler.register(signal.SIGQUIT, all_threads=True)  # to the output until the folder is there
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._heartbeats, self._watch)]
@@ -131,9 +131,10 @@ class Watch:
             log.error("stacks cannot be written (%s)", error)
         self._ends.wait(3 * self._interval_s)  # for the others' stacks
         beats = read_heartbeats(self._run)
+        started = time.time() - (time.monotonic() - self._started_s)
         alive = [beat.rank for beat in beats if time.time() - beat.time < 10 * self._interval_s]
         if self._rank == min(alive, default=self._rank):
-            suspects = describe_suspects(beats, self._size, self._started, 5 * self._interval_s)
+            suspects = describe_suspects(beats, self._size, started, 5 * self._interval_s)
             message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
                 "%s. Every rank's stacks are in %s; ending, to start again from the last checkpoint",
@@ -141,7 +142,7 @@ class Watch:
                 self._run / STACKS,
             )
             record_end(EXIT_STALLED, message)
-        if any(_wake(beat) for beat in beats if beat.time > self._started and beat.rank != self._rank):
+        if any(_wake(beat) for beat in beats if beat.time > started and beat.rank != self._rank):
             time.sleep(1.0)
         logging.shutdown()
         os._exit(EXIT_STALLED)
