@@ -4,11 +4,11 @@ Source: none.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from unimo3.errors import ConfigError
+from unimo3.project_files import project_file
 from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
@@ -48,7 +48,7 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
     if errors := BatchPlan(training.global_batch, 1, machine.num_gpus).validate():
         raise ConfigError(errors)
     batch = BatchPlan(training.global_batch, training.micro_batch, machine.num_gpus)
-    ds_path = Path(training.ds_config)
+    ds_path = project_file(training.ds_config)
     candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
     # The recipe's may be in another folder; its path distinguishes it from one of ours with the same name.
     recipe_name = next((name for name, path in candidates.items() if path.resolve() == ds_path.resolve()), str(ds_path))
