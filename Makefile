@@ -13,12 +13,13 @@ PYTEST := $(RUN) -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reor
 
 setup: $(STAMP)
 
-# Once: a second call installs nothing until requirements.txt changes.
-$(STAMP): requirements.txt
+# Once: a second call installs nothing until one of the two files changes.
+$(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
 	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 demo: setup

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.toy import blind_rates
 from unimo3.errors import EXIT_REQUEUE, CommandParser, ConfigError, exit_with_status
+from unimo3.project_files import project_file
 from unimo3.training.metrics import read_metrics
 
 NUM_RANKS = 2
@@ -27,11 +28,12 @@ class Demo:
     def __init__(self, folder: Path):
         self.folder = folder
         self.started = time.monotonic()
+        is_here = Path.cwd() in Path(sys.executable).parents
+        self.python = Path(os.path.relpath(sys.executable) if is_here else sys.executable)
 
     def run(self, *command: str, expected: int = 0, stop_at_step: int = 0, run_folder: Path | None = None) -> None:
         """Run ``python -m command``; with `stop_at_step`, send SIGTERM once `run_folder` has done that many steps."""
-        python = os.path.relpath(sys.executable) if Path.cwd() in Path(sys.executable).parents else sys.executable
-        print(f"\n[{time.monotonic() - self.started:4.0f} s] {python} -m {' '.join(command)}", flush=True)
+        print(f"\n[{time.monotonic() - self.started:4.0f} s] {self.python} -m {' '.join(command)}", flush=True)
         process = subprocess.Popen([sys.executable, "-m", *command])
         if stop_at_step:
             assert run_folder is not None
@@ -115,7 +117,7 @@ class Demo:
         """Optimizer steps of a recipe."""
         import yaml
 
-        steps: int = yaml.safe_load(Path(recipe).read_text())["training"]["steps"]
+        steps: int = yaml.safe_load(project_file(recipe).read_text())["training"]["steps"]
         return steps
 
     def report(self, data: Path, runs: Path, weights: Path) -> None:
@@ -147,7 +149,7 @@ class Demo:
             (runs / "vqa_tiny" / "predictions.json", "answers in VQAv2's submission format"),
         ):
             print(f"  {path}: {about}")
-        print(f"\nCurves: .venv/bin/tensorboard --logdir {runs}")
+        print(f"\nCurves: {self.python.with_name('tensorboard')} --logdir {runs}")
 
 
 @exit_with_status

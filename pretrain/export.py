@@ -68,6 +68,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Choose a checkpoint, verify it, export it."""
+    # Otherwise the collector walks all of torch's objects again when the process ends: a third of a second.
+    atexit.register(gc.freeze)
     args = parse_arguments(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     max_file_bytes = check(args)
@@ -187,6 +189,4 @@ def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) 
 
 
 if __name__ == "__main__":
-    # Otherwise the collector walks all of torch's objects again when the process ends: a third of a second.
-    atexit.register(gc.freeze)
     main()

@@ -29,12 +29,13 @@ HOURS = 12.0
 
 
 def path_of() -> Path:
-    """Where the ledger is: BAD_NODES in the environment, or next to the job scripts."""
+    """Where the ledger is: BAD_NODES in the environment, or slurm/ of the folder in which a job runs."""
     return Path(os.environ.get("BAD_NODES", "") or DEFAULT)
 
 
 def add(node: str, reason: str, job: str, hours: float = HOURS) -> None:
     """Note a node for some hours."""
+    path_of().parent.mkdir(parents=True, exist_ok=True)
     append_record(path_of(), {"node": node, "reason": reason, "job": job, "until": round(time.time() + 3600 * hours)})
 
 

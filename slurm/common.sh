@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What all job scripts share: where things are, one srun task a rank, and what follows from a program's exit status.
-# Sourced on the first node of a job, in the folder of the project.
+# Sourced on the first node of a job, in the job's folder.
 set -euo pipefail
 
 # A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
@@ -30,7 +30,16 @@ with_retries() {
 }
 
 setup() {
-    ROOT=$PWD
+    [[ -z ${UNIMO3_ROOT:-} ]] || settle 78 "UNIMO3_ROOT is not read any more; name the job's folder with sbatch --chdir=DIR"
+    # In a checkout there is a .venv; installed, this file is in an environment itself.
+    local project
+    project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    BIN=$project/.venv/bin
+    if [[ $project == */lib/*/site-packages ]]; then
+        BIN=${project%/lib/*}/bin
+    else
+        export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
+    fi
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
     # Exported, for the programs to see it; and not under -u, which modules' own scripts may fail under.
@@ -38,7 +47,7 @@ setup() {
     # shellcheck source=slurm/site.env.example
     [[ ! -f $site ]] || source "$site"
     set +a -u
-    PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$ROOT/.venv/bin/python}")
+    PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$BIN/python}")
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
     RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
     # A job submitted from this one would inherit them, and srun is told the numbers of tasks.
@@ -51,7 +60,7 @@ setup() {
     export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
     export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
     export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions CUDA_CACHE_PATH=$UNIMO3_LOCAL/cuda
-    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONUTF8=1 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+    export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONUTF8=1
 
     # The address that Slurm itself uses for the node: its name need not be known to the others.
     MASTER_ADDR=$(with_retries scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)

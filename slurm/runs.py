@@ -20,6 +20,7 @@ import yaml
 
 from finetune.tasks import TASKS
 from slurm.commands import ANSWER
+from unimo3.project_files import project_file
 
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
@@ -76,7 +77,7 @@ def run_folder(arguments: list[str], start: Path = Path()) -> Path:
                 raise ArgumentError(f"--{key}: a value is needed after it")
             value = rest.pop(0)
         if key == "config":
-            settings |= _of_recipe(start / value)
+            settings |= _of_recipe(project_file(value, start))
         elif key in _DEFAULTS:
             settings[key] = value
     name, folder = str(settings["run.name"]), str(settings["run.dir"])

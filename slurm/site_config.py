@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unimo3.errors import ConfigError
 
-_DEFAULT = Path(__file__).with_name("site.env")
+_DEFAULT = Path("slurm") / "site.env"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Site:
 
 
 def site_file() -> Path:
-    """Where they are: UNIMO3_SITE in the environment, or slurm/site.env."""
+    """Where they are: UNIMO3_SITE in the environment, or slurm/site.env of the folder in which jobs run."""
     return Path(os.environ.get("UNIMO3_SITE", "") or _DEFAULT)
 
 

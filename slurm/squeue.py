@@ -1,8 +1,7 @@
 """What Slurm reports of jobs: one job's state, all jobs of the project's scripts, and the jobs of one folder.
 
 Slurm reports each job's command and folder as they were submitted, so a job's run is found without notes that could go
-stale. The words' quotes are lost: a value reaches to the next word that begins with ``--``. A job submitted in one copy
-of the project for another that UNIMO3_ROOT names is not found if its folder is relative to that.
+stale. The words' quotes are lost: a value reaches to the next word that begins with ``--``.
 
 Source: squeue(1), %o and %Z.
 """
@@ -21,7 +20,6 @@ from slurm.runs import ArgumentError, work_folder
 ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED")
 
-_ROOT, _COMMON = Path(__file__).parents[1], Path("slurm") / "common.sh"
 _SCRIPT = re.compile(r"(?:^|/)(pretrain|finetune|export|prepare_shards)\.sbatch(?: |$)")
 _PROGRAMS = {"pretrain": "pretrain.train", "export": "pretrain.export", "prepare_shards": "pretrain.prepare_shards"}
 
@@ -57,7 +55,7 @@ def queued() -> list[Queued]:
     jobs: list[Queued] = []
     for line in stdout.splitlines():
         job, state, start, words = (*line.split("|", 3), "", "", "")[:4]
-        folder = _folder_of(_root(Path(start)), words)
+        folder = _folder_of(Path(start), words)
         if folder is not None:
             jobs.append(Queued(job, state, folder.resolve()))
     return jobs
@@ -79,14 +77,6 @@ def jobs_on(folder: Path, known: list[Queued] | None = None) -> dict[str, str]:
         if (job := attempt.job.partition("_")[0]) not in states and (state := ask(attempt.job)) in ACTIVE:
             states[job] = state
     return states
-
-
-def _root(start: Path) -> Path:
-    """Where a job's script starts its program: where it was submitted, or what UNIMO3_ROOT named.
-
-    Slurm does not report a job's environment. A job submitted elsewhere is held, unless UNIMO3_ROOT names the project.
-    """
-    return start if (start / _COMMON).is_file() else _ROOT
 
 
 def _folder_of(start: Path, command: str) -> Path | None:

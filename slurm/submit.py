@@ -26,8 +26,9 @@ from slurm.site_config import Site, option_of, read_site, site_file
 from slurm.squeue import jobs_on
 from slurm.submit_checks import check_export, check_shards, check_training
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.project_files import package_folder
 
-ROOT = Path(__file__).parents[1]
+SCRIPTS = package_folder("slurm")
 TRAINING = ("pretrain", "finetune")
 # Kinds of dependency that wait for a job's end; `after` waits for its start alone, and one link is not the full array.
 _ENDS, _ENDED = re.compile(r"(afterany|afterok|afternotok|afterburstbuffer):"), re.compile(r":(\d+)(?=:|$)")
@@ -66,7 +67,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     before_job = words[
         : next((index for index, word in enumerate(words) if word in JOBS and words[index - 1] != "--job-name"), 0)
     ]
-    if not {"-h", "--help"} & set(before_job):
+    if not {"-h", "--help", "--version"} & set(before_job):
         options.parse_args(before_job)  # else the value of an unknown option would be taken for the job
     return parser.parse_args(words)
 
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     if not _options(args, site):
         name = "SBATCH_OPTIONS" if args.job in TRAINING else "SBATCH_OPTIONS_CPU"
         what = "no partition and no GPUs are" if args.job in TRAINING else "no partition is"
-        options = "gives sbatch no options" if site_file().is_file() else "does not exist; copy slurm/site.env.example"
+        missing = f"does not exist; copy {SCRIPTS / 'site.env.example'}"
+        options = "gives sbatch no options" if site_file().is_file() else missing
         notices.append(f"{site_file()} {options} ({name}): {what} asked for")
     if dropped := job_environment()[1]:
         notices.append(
@@ -94,14 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     for notice in notices:
         print(f"note: {notice}")
     if args.dry_run:
-        print((ROOT / "slurm" / f"{args.job}.sbatch").read_text())
+        print((SCRIPTS / f"{args.job}.sbatch").read_text())
         print(shlex.join(command))
         return
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch: is not on this machine; --dry-run shows the command, unimo3.launch starts without Slurm"
         )
-    done = subprocess.run(command, cwd=ROOT, env=job_environment()[0], capture_output=True, text=True)
+    done = subprocess.run(command, env=job_environment()[0], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"sbatch refuses it: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]
@@ -132,7 +134,7 @@ def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], f
         words += [] if option_of(_options(args, site), "output") else ["--output=%x-%A_%a.log"]
     if args.dependency:
         words.append(f"--dependency={args.dependency}")
-    return [*words, str(ROOT / "slurm" / f"{args.job}.sbatch"), *arguments]
+    return [*words, str(SCRIPTS / f"{args.job}.sbatch"), *arguments]
 
 
 def _options(args: argparse.Namespace, site: Site) -> list[str]:

@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
+from unimo3 import __version__
 from unimo3.errors import ConfigError
+from unimo3.project_files import project_file
+from unimo3.startup import started_as
 from unimo3.writing import replace_text
 
 Config = TypeVar("Config")
@@ -40,20 +43,18 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
     Args:
         config_class: a dataclass whose fields are groups (dataclasses) or plain values, all with defaults.
         argv: the arguments; ``sys.argv[1:]`` when None.
-        program: how users start it, for the help text.
+        program: how users start it, for the help text: ``python -m MODULE``.
 
     Raises:
         ConfigError: with one line for every unknown key, value of a wrong type and error of the settings.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(config_class, program, description)
-    if any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in argv):
-        try:
-            parser.parse_args(argv)
-        except ArgumentError as error:
-            raise ConfigError(f"{_type_hint(error)}; fix it before --print_config") from error
+    if about := [word for word in argv if word in ("-h", "--help", "--version")]:
+        parser.parse_args(about[:1])
+    printing = [word for word in argv if word.startswith("--print_config")]
     known = set(flatten_fields(config_class))
-    overrides = _read_overrides(argv, known)
+    overrides = _read_overrides([word for word in argv if word not in printing], known)
     errors = []
     texts: dict[str, str] = {}
     for key, value in overrides.items():
@@ -75,6 +76,8 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
                 good[key] = parser.parse_args([f"--{key}={text}"])[key]
             except ArgumentError as error:
                 errors.append(f"{key}: {overrides[key]!r}: {_type_hint(error)}")
+    if printing and not errors:
+        parser.parse_args([*(f"--{key}={text}" for key, text in texts.items()), *printing])
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
     errors += collect_errors(built)
@@ -141,7 +144,8 @@ def fingerprint(flat: Flat) -> str:
 
 
 def _parser(config_class: type, program: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
+    version = f"unimo3 {__version__}"
+    parser = ArgumentParser(prog=started_as(program), description=description, version=version, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; later arguments win.")
     parser.add_class_arguments(config_class)
     return parser
@@ -172,7 +176,7 @@ def _read_overrides(argv: list[str], known: set[str]) -> Flat:
 
 def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(project_file(path).read_text())
     except OSError as error:
         raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}); name a recipe file") from error
     except yaml.YAMLError as error:

@@ -20,7 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from unimo3.startup import resume_collections
+from unimo3 import __version__
+from unimo3.startup import resume_collections, started_as
 
 EXIT_DONE = 0
 EXIT_DIVERGED = 70
@@ -189,8 +190,12 @@ class CommandParser(argparse.ArgumentParser):
     """Command lines whose mistakes end like any other bad setting: status 78 under `exit_with_status`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        if kwargs.get("prog", "").startswith("python -m "):  # of a subcommand it begins as that of its parent
+            kwargs["prog"] = started_as(kwargs["prog"])
         # A misspelt option must not count as the abbreviation of another.
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        if self.add_help:
+            self.add_argument("--version", action="version", version=f"unimo3 {__version__}")
 
     def error(self, message: str) -> NoReturn:
         """Print the usage, then raise the error."""

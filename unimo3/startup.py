@@ -9,6 +9,7 @@ import gc
 import locale
 import os
 import sys
+from pathlib import Path
 
 _DEFAULT = gc.get_threshold()
 # Allocations between collections of the youngest generation; the default is 700.
@@ -20,10 +21,16 @@ def use_utf8() -> None:
 
     A program's package calls it. It does nothing where the package is imported by another program.
     """
-    is_starting = sys.argv[:1] == ["-m"]  # until Python has found the module
+    is_starting = sys.argv[:1] == ["-m"] or started_as("")  # -m: until Python has found the module
     if is_starting and not sys.flags.utf8_mode and locale.getpreferredencoding(False).upper() != "UTF-8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def started_as(program: str) -> str:
+    """The console script by which the user has started a program, else `program`, such as ``python -m MODULE``."""
+    script = Path(*sys.argv[:1]).name
+    return script if script.startswith("unimo3-") else program
 
 
 def postpone_collections() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -217,36 +218,37 @@ def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, stra
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source, tmp_path_factory):
+def test_conversion_pretraining_export_and_tuning_form_a_chain(jobs, source, tmp_path_factory):
+    # Not the project's folder, as of a project that is installed.
     folder = tmp_path_factory.mktemp("chain")
     log = f"--output={jobs.folder}/%j.log"
 
     def chained(after, script, *arguments):
         options = [f"--dependency=afterok:{after}"] if after else []
-        return jobs.sbatch("sbatch", "--parsable", "--time=120", log, *options, *script, *arguments, PREFLIGHT="no")
+        options += ["--time=120", log, f"--chdir={folder}"]
+        return jobs.sbatch("sbatch", "--parsable", *options, *script, *arguments, PREFLIGHT="no")
 
-    shards = ("--ntasks=2", "--overcommit", "slurm/prepare_shards.sbatch")
-    coco_out, vqa_out, weights_out = folder / "coco", folder / "vqa", folder / "weights"  # as the next ones name them
+    scripts = ROOT / "slurm"
+    shards = ("--ntasks=2", "--overcommit", scripts / "prepare_shards.sbatch")
+    coco_out, vqa_out, weights_out = Path("coco"), Path("vqa"), Path("weights")  # as the next ones name them
     one = chained(None, shards, "coco", "--src", source, "--out", coco_out, "--shard-size", 4, "--tokenizer-vocab", 300)
     two = chained(one, shards, "vqav2", "--src", source, "--out", vqa_out, "--shard-size", 4, "--min-answer-count", 3)
-    common = ("--run.dir", folder / "runs", "--data.tokenizer", coco_out / "tokenizer")
+    common = ("--run.dir", "runs", "--data.tokenizer", coco_out / "tokenizer")
     data = ("--data.train", coco_out / "train", "--data.val", coco_out / "val")
     train = ("--config", jobs.recipe, *common, "--training.steps", 4)
-    three = chained(two, ("--nodes=2", "slurm/pretrain.sbatch"), *train, *data, "--run.name", "pretrained")
-    four = chained(three, ("slurm/export.sbatch",), folder / "runs" / "pretrained", "--out", weights_out)
+    three = chained(two, ("--nodes=2", scripts / "pretrain.sbatch"), *train, *data, "--run.name", "pretrained")
+    four = chained(three, (scripts / "export.sbatch",), "runs/pretrained", "--out", weights_out)
     recipe = yaml.safe_load(jobs.recipe.read_text())
     tuning = {key: recipe[key] for key in ("optim", "training", "checkpoint")}
     (folder / "vqa.yaml").write_text(yaml.safe_dump(tuning | {"data": {"max_text_tokens": 16, "num_workers": 0}}))
     five = chained(
         four,
-        ("--nodes=2", "slurm/finetune.sbatch"),
+        ("--nodes=2", scripts / "finetune.sbatch"),
         "vqa",
         "--config",
-        folder / "vqa.yaml",
+        "vqa.yaml",
         "--init",
         weights_out,
-        "--run.dir",
-        folder / "runs",
         "--run.name",
         "tuned",
         "--data.train",
@@ -261,7 +263,7 @@ def test_conversion_pretraining_export_and_finetuning_form_a_chain(jobs, source,
     for job in (one, two, three, four, five):
         jobs.wait_state(job, "COMPLETED")
     assert (folder / "runs" / "tuned" / "predictions.json").is_file()
-    assert (weights_out / "model.safetensors").is_file()
+    assert (folder / weights_out / "model.safetensors").is_file()
 
 
 def test_a_second_job_on_a_running_run_is_refused(site, capsys):

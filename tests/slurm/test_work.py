@@ -1,6 +1,7 @@
 """Exports, conversions and whatever begins a job, on a real Slurm: held, requeued, or one at a time."""
 
 import json
+import shutil
 import subprocess
 import time
 
@@ -55,13 +56,13 @@ def test_a_job_with_a_wrong_argument_is_held_with_the_reason(site, source, tmp_p
     site.cluster.call("scancel", export, conversion, nameless, *tasks)
 
 
-def test_a_job_submitted_outside_the_projects_folder_is_held_with_a_reason(site, tmp_path):
-    scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
-    log = f"--output={site.folder}/%j.log"
-    numbers = [int(site.cluster.call("sbatch", "--parsable", log, path, cwd=tmp_path)) for path in scripts]
+def test_a_copy_of_a_script_without_common_sh_is_held_with_a_reason(site, tmp_path):
+    scripts = [shutil.copy(path, tmp_path) for path in (ROOT / "slurm").glob("*.sbatch")]
+    log, there = f"--output={site.folder}/%j.log", f"--chdir={tmp_path}"
+    numbers = [int(site.cluster.call("sbatch", "--parsable", log, there, path)) for path in scripts]
     for number in numbers:
         site.wait_state(number, "SPECIAL_EXIT")
-        assert f"{tmp_path} is not the project's folder" in site.cluster.job(number)["Comment"]
+        assert "no common.sh next to the script" in site.cluster.job(number)["Comment"]
     site.cluster.call("scancel", *numbers)
 
 
@@ -137,11 +138,10 @@ def test_a_run_whose_first_job_waits_is_shown_with_slurms_reason(site, capsys):
     site.cluster.call("scancel", job)
 
 
-def test_a_job_submitted_from_elsewhere_is_detected(site, tmp_path, monkeypatch):
-    words = (ROOT / "slurm" / "pretrain.sbatch", "--run.dir", "runs", "--run.name", tmp_path.name)
-    monkeypatch.setitem(site.cluster.environment, "UNIMO3_ROOT", str(ROOT))
-    job = site.cluster.call("sbatch", "--parsable", "--hold", *words, cwd=tmp_path).strip()
-    assert jobs_on(ROOT / "runs" / tmp_path.name) == {job: "PENDING"}
+def test_a_job_submitted_from_elsewhere_is_detected(site, tmp_path):
+    words = (ROOT / "slurm" / "pretrain.sbatch", "--config", "pretrain/recipes/tiny.yaml")
+    job = site.cluster.call("sbatch", "--parsable", "--hold", f"--chdir={tmp_path}", *words).strip()
+    assert jobs_on(tmp_path / "runs" / "tiny") == {job: "PENDING"}
     site.cluster.call("scancel", job)
 
 

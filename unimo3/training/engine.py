@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,11 +23,12 @@ from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
+from unimo3.project_files import package_folder, project_file
 from unimo3.training.optim import OptimArgs, build_optimizer
 
 Model = TypeVar("Model", bound=Unimo3PreTrainedModel)
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+DS_CONFIGS = package_folder("ds_configs")
 """Folder of the configurations that come with the project."""
 # Keys of a ds_config whose values are settings of the recipe.
 _BY_RECIPE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -239,7 +239,7 @@ def gradient_norm(engine: Engine) -> float:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(project_file(path).read_text())
     except OSError as error:
         raise ConfigError(
             f"training.ds_config: '{path}': cannot be read ({error.strerror}); name a file of ds_configs/"

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, dense_rows, make_operator
+from unimo3.project_files import package_folder
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = package_folder("unimo3.kernels.cross_layer_attention") / "native.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 # A head's width is a multiple of the widest vector.
 WIDTH_MULTIPLE = 16

@@ -4,11 +4,11 @@ Source: none.
 """
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
 from unimo3.errors import ConfigError
+from unimo3.project_files import project_file
 from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
@@ -53,7 +53,7 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
         errors += replace(batch, micro_batch=1).contrast_errors()
     if errors:
         raise ConfigError(errors)
-    ds_path = Path(training.ds_config)
+    ds_path = project_file(training.ds_config)
     candidates = {path.name: path for path in sorted(DS_CONFIGS.glob("*.json"))}
     # The recipe's may be in another folder; its path distinguishes it from one of ours with the same name.
     recipe_name = next((name for name, path in candidates.items() if path.resolve() == ds_path.resolve()), str(ds_path))

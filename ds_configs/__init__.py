@@ -1,0 +1,1 @@
+"""DeepSpeed configurations, which `unimo3.training.engine` reads."""
