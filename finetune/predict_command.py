@@ -6,8 +6,8 @@ Source: none.
 import argparse
 from pathlib import Path
 
+from unimo3.dtypes import DTYPES
 from unimo3.errors import CommandParser, ConfigError
-from unimo3.inference.folder import DTYPES
 from unimo3.inference.predictors import Predictor
 
 

@@ -49,7 +49,7 @@ def test_the_readmes_example_has_about_ten_lines_and_predicts(tuned, tmp_path, c
     photo = tmp_path / "photo.jpg"
     folder = str(tuned / "vqa_weights")
     code = code.replace("weights/vqa", folder).replace("photo.jpg", str(photo))
-    predictor = VqaPredictor(load(folder, VqaPredictor.model_class, device="cpu"))
+    predictor = VqaPredictor(load(folder, VqaPredictor.model_class(), device="cpu"))
     for content in odd_photos():
         photo.write_bytes(content)
         exec(code, {})

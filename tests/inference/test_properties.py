@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.predict import _read_texts, answer_lines
+from finetune.predict_program import _read_texts, answer_lines
 from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.images import decode
@@ -56,7 +56,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(exported) -> VqaPredictor:
-    return VqaPredictor(load(str(exported), VqaPredictor.model_class, device="cpu"))
+    return VqaPredictor(load(str(exported), VqaPredictor.model_class(), device="cpu"))
 
 
 def photo(width: int = 12, height: int = 9) -> Image.Image:
@@ -251,7 +251,7 @@ def test_a_changed_export_is_used_rightly_or_refused(exported, tmp_path_factory,
         written = file.read_bytes()
         file.write_bytes(written[: data.draw(st.integers(0, len(written)))] + data.draw(st.binary(max_size=3)))
     try:
-        predictor = VqaPredictor(load(str(folder), VqaPredictor.model_class, device="cpu"))
+        predictor = VqaPredictor(load(str(folder), VqaPredictor.model_class(), device="cpu"))
         (answers,) = predictor.predict([prepare(predictor.loaded, Row((exported / "photo.png",), "is it?"))], top=3)
     except (ConfigError, CheckpointError, DataError):
         return

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import webdataset
 from PIL import Image
 
 from unimo3.data.formats.record import Sample
@@ -130,6 +129,8 @@ def write_shard(
     Args:
         between: called after every image.
     """
+    from webdataset import TarWriter  # which imports torch
+
     target = folder / job.split / job.name
     done, digest = target.with_suffix(_DONE), job.digest(options)
     if (earlier := _still_good(job, target, digest, options)) is not None:
@@ -140,7 +141,7 @@ def write_shard(
     # Named after the process: one that a kill has orphaned may still be at it.
     staging = target.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     with staging.open("wb") as file:
-        tar = webdataset.TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
+        tar = TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
         for sample in job.samples:
             try:
                 images = [read_image(path, options) for path in sample.images]

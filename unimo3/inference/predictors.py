@@ -5,24 +5,21 @@ Source: METER, arXiv 2111.02387, for what each head's logits mean; ALBEF, arXiv 
 
 # Shapes: B rows, I images of a row, S pixels a side, C classes.
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import ConfigError, DataError
-from unimo3.inference.folder import Loaded
-from unimo3.inference.inputs import Prepared, tokens
-from unimo3.model.downstream import (
-    Unimo3ForImageAndTextRetrieval,
-    Unimo3ForImagesAndTextClassification,
-    Unimo3ForImageTextClassification,
-    Unimo3ForVisualQuestionAnswering,
-)
-from unimo3.model.unimo3 import Unimo3PreTrainedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.inference.folder import Loaded
+    from unimo3.inference.inputs import Prepared
+    from unimo3.model.unimo3 import Unimo3PreTrainedModel
 
 Answers = list[dict[str, Any]]
 """The best first; plain values."""
@@ -35,12 +32,12 @@ class Predictor(ABC):
 
     Attributes:
         by_task: the predictor of each task.
-        model_class: has the task's head.
+        architecture: class of `unimo3.model.downstream` that has the task's head.
         num_images: a row has.
     """
 
-    by_task: ClassVar[dict[str, type["Predictor"]]] = {}
-    model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    by_task: ClassVar[dict[str, type[Predictor]]] = {}
+    architecture: ClassVar[str]
     num_images: ClassVar[int] = 1
 
     def __init_subclass__(cls, task: str = "") -> None:
@@ -50,11 +47,23 @@ class Predictor(ABC):
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
 
+    @classmethod
+    def model_class(cls) -> type[Unimo3PreTrainedModel]:
+        """The class that `architecture` names."""
+        from unimo3.model import downstream
+
+        model_class: type[Unimo3PreTrainedModel] = getattr(downstream, cls.architecture)
+        return model_class
+
     @abstractmethod
     def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
         """Answers to each of B rows, at most `top`."""
 
     def _logits(self, rows: Sequence[Prepared]) -> Any:
+        import torch
+
+        from unimo3.inference.inputs import tokens
+
         images = torch.stack([row.pixels for row in rows]).to(self.loaded.device)  # [B, I, 3, S, S]
         if self.num_images == 1:
             images = images[:, 0]
@@ -91,7 +100,7 @@ class Classes(Predictor):
 class VqaPredictor(Classes, task="vqa"):
     """Answers to questions; a score is the accuracy the model expects of the answer, for each by itself."""
 
-    model_class = Unimo3ForVisualQuestionAnswering
+    architecture = "Unimo3ForVisualQuestionAnswering"
 
     def _class_names(self) -> list[str]:
         path = self.loaded.folder / "answers.json"
@@ -116,20 +125,20 @@ class VqaPredictor(Classes, task="vqa"):
 class Nlvr2Predictor(Classes, task="nlvr2"):
     """Whether a statement is true of two images."""
 
-    model_class = Unimo3ForImagesAndTextClassification
+    architecture = "Unimo3ForImagesAndTextClassification"
     num_images = 2
 
 
 class SnliVePredictor(Classes, task="snli_ve"):
     """Whether an image entails a hypothesis."""
 
-    model_class = Unimo3ForImageTextClassification
+    architecture = "Unimo3ForImageTextClassification"
 
 
 class MatchPredictor(Predictor, task="retrieval"):
     """Whether image and text belong together: ``match``, a probability, and ``similarity`` of the towers, a cosine."""
 
-    model_class = Unimo3ForImageAndTextRetrieval
+    architecture = "Unimo3ForImageAndTextRetrieval"
 
     def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
         """See `Predictor`; there is one answer a row."""
