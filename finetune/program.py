@@ -60,8 +60,10 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
-    fingerprint = None if settings.eval_only else settings.data.fingerprint(indexes)
-    run = Run(settings, batch.global_batch, fingerprint)
+    if settings.eval_only:
+        run = Run(settings, batch.global_batch, None)
+    else:
+        run = Run(settings, batch.global_batch, settings.data.fingerprint(indexes), settings.data.facts(indexes))
     image_size = model_config.vision_config.image_size
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
     run.resume(engine)

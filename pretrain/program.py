@@ -53,7 +53,8 @@ def pretrain(settings: PretrainConfig) -> None:
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)
-    run = Run(settings, batch.global_batch, settings.data.fingerprint(indexes))
+    data = settings.data
+    run = Run(settings, batch.global_batch, data.fingerprint(indexes), data.facts(indexes))
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
     run.resume(engine)
 

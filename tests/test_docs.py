@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "slurm" / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "experiments" / "README.md",

@@ -2,6 +2,7 @@
 
     OUT/model.safetensors            or model-00001-of-00003.safetensors ... and model.safetensors.index.json
     OUT/export_report.json           what became of each tensor
+    OUT/README.md                    the model card
     OUT/config.json, tokenizer, ...  the files of RUN/model, answers.json among them in VQA
 
 Values that the target type cannot represent are an error that names the tensors, unless the caller chooses otherwise.
@@ -21,6 +22,7 @@ import torch
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable
+from unimo3.checkpoint.model_card import write_card
 from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
@@ -72,6 +74,7 @@ def export_run(
                 # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
                 has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
                 _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else dtype_of(dtype))
+                write_card(run, checkpoint, staging, dtype, reports)
             _flush(staging)
             staging.rename(out)
         except BaseException:

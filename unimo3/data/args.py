@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
@@ -98,6 +98,19 @@ class DataArgs(Checked):
         weights = [str(weight) for weight in self.sources.values()]
         mixture = list(zip((index.fingerprint for index in indexes), weights, strict=True))
         return hashlib.sha256(json.dumps(mixture).encode()).hexdigest()
+
+    def facts(self, indexes: list[ShardIndex]) -> list[dict[str, Any]]:
+        """What is recorded of each source in checkpoints: its name, size, weight in the mixture and fingerprint."""
+        return [
+            {
+                "dataset": index.dataset,
+                "split": index.split,
+                "samples": sum(index.samples_per_shard),
+                "weight": weight,
+                "fingerprint": index.fingerprint,
+            }
+            for index, weight in zip(indexes, self.sources.values(), strict=True)
+        ]
 
     def training_loader(
         self,
