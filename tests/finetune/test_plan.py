@@ -141,7 +141,7 @@ def test_all_errors_are_reported_in_one_message(capsys):
         "training.micro_batch",
         "eval_only",
     ]
-    # Those that only the model tells come after the others.
+    # Those that need the model come after the others.
     errors = refused(capsys, "vqa", *TINY, "--gpus", 1, "--image_size", 70, "--answers", "nowhere.json")
     assert [line.split(": ")[0] for line in errors] == ["image_size", "answers"]
     assert errors[-2] == "image_size: 70: not a multiple of the patch size 16; use 64 or 80"

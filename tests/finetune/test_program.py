@@ -75,8 +75,8 @@ def test_missing_tensors_are_named_before_anything_starts(nlvr2, pretrained, tmp
     shutil.copytree(pretrained, tmp_path / "weights")
     tensors = load_file(pretrained / "model.safetensors")
     missing = [name for name in tensors if name.endswith("layers.1.feed_forward.outer.bias")]
-    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
-    save_file(kept | {"surprise": torch.zeros(1)}, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
+    others = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    save_file(others | {"surprise": torch.zeros(1)}, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
     wanted = settings(Nlvr2Config, nlvr2, tmp_path / "weights", tmp_path)
     config.save(wanted, tmp_path / "config.yaml")
     with pytest.raises(SystemExit) as end:

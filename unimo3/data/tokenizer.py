@@ -112,7 +112,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         if getattr(tokenizer, f"{one}_id") == getattr(tokenizer, f"{other}_id"):
             raise ConfigError(
                 f"data.tokenizer: '{folder}': its {one} and its {other} are both {getattr(tokenizer, one)!r}; padding, "
-                "masks, unknown words and the ends of a text are told apart by their ids: give each an entry of its "
+                "masks, unknown words and the ends of a text are distinguished by their ids: give each an entry of its "
                 "own, as RoBERTa's have"
             )
     try:
