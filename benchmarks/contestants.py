@@ -19,9 +19,8 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerITMH
 
 from unimo3.model.config import Unimo3Config
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.args import ItcArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.objectives.itc import ItcArgs
 
 BRIDGETOWER, IN_LAYER, CROSS_LAYER = CONTESTANTS = ("bridgetower", "in_layer", "cross_layer")
 HEAD_WIDTH = 64  # BridgeTower's image tower has no other.

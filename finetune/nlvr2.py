@@ -9,12 +9,9 @@ format: a line ``identifier,label`` an example, the label True or False, no head
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from finetune.program import FinetuneConfig, finetune
+from finetune.args import FinetuneConfig
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
@@ -22,9 +19,13 @@ from unimo3.data.metrics import pair_metrics
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
 from unimo3.errors import exit_with_status
 from unimo3.inference.predictors import ClassPredictor
-from unimo3.model.config import Unimo3Config
-from unimo3.model.downstream import Unimo3ForImagesAndTextClassification
-from unimo3.objectives.classification import ClassificationTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.model.config import Unimo3Config
+    from unimo3.model.downstream import Unimo3ForImagesAndTextClassification
+    from unimo3.objectives.classification import ClassificationTask
 
 
 class Nlvr2(RowTask):
@@ -34,12 +35,12 @@ class Nlvr2(RowTask):
     unit = "statement"
     id_field = "identifier"
     num_images = 2
-    model_class = Unimo3ForImagesAndTextClassification
+    architecture = "Unimo3ForImagesAndTextClassification"
     predictor = ClassPredictor
     fresh = r"^(pair_head|image_shift)\."
     best_metric = "accuracy"
 
-    def configure(self, config: Unimo3Config) -> None:
+    def configure(self, config: "Unimo3Config") -> None:
         """Two classes, false and true."""
         config.id2label = dict(enumerate(TRUTH_LABELS))
         config.label2id = {label: number for number, label in enumerate(TRUTH_LABELS)}
@@ -48,15 +49,19 @@ class Nlvr2(RowTask):
         """Statements with their two images."""
         return ImagePairSamples(index, *reading)
 
-    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+    def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Numbers of classes."""
+        import torch
+
         return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
-    def objective(self, model: Unimo3ForImagesAndTextClassification) -> ClassificationTask:
+    def objective(self, model: "Unimo3ForImagesAndTextClassification") -> "ClassificationTask":
         """Cross-entropy."""
+        from unimo3.objectives.classification import ClassificationTask
+
         return ClassificationTask(model)
 
-    def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
+    def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The likelier label, and whether it is right."""
         best = report["logits"].argmax(dim=-1).tolist()
         return [
@@ -84,6 +89,8 @@ class Nlvr2Config(FinetuneConfig):
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(Nlvr2Config, argv, "python -m finetune.nlvr2", __doc__ or "")
+    from finetune.program import finetune
+
     finetune(settings, settings.build_task())
 
 

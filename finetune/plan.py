@@ -4,9 +4,12 @@ Everything is computed from the task's model and loss without values; no GPU, no
 Hours are those of training: evaluation, of rows and by ranking, is not counted.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.plan_settings import planned
 from finetune.tasks import TASKS, config_class
@@ -14,8 +17,9 @@ from finetune.vqa import PUBLISHED_ANSWERS
 from unimo3 import config
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.training.plan.command import machine_of, machine_parser, print_plan
-from unimo3.training.plan.make import PlannedRun, make_plan
-from unimo3.training.plan.table import needs_table
+
+if TYPE_CHECKING:
+    from unimo3.training.plan.make import PlannedRun
 
 _PROGRAM = "python -m finetune.plan"
 _EPILOG = (
@@ -72,6 +76,9 @@ def table(args: argparse.Namespace, rest: list[str]) -> str:
     if args.task is not None or args.json:
         option = "--json" if args.task is None else f"TASK '{args.task}'"
         raise ConfigError(f"{option}: a table names the task of each recipe, and is markdown; leave it or --table out")
+    from unimo3.training.plan.make import make_plan
+    from unimo3.training.plan.table import needs_table
+
     machine = machine_of(args)
     if args.ds_config is not None:
         rest = [*rest, "--training.ds_config", args.ds_config]

@@ -6,18 +6,20 @@ Source: none.
 import json
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune.program import FinetuneConfig
-from finetune.task import Task
-from finetune.weights import resized, task_errors
+from finetune.args import FinetuneConfig
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of
 from unimo3.errors import ConfigError
 from unimo3.model.args import ModelArgs
-from unimo3.model.config import Unimo3Config
-from unimo3.training.plan.make import PlannedRun
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
-from unimo3.training.plan.step_trace import Batch, Step, blank_inputs
+
+if TYPE_CHECKING:
+    from finetune.task import Task
+    from unimo3.model.config import Unimo3Config
+    from unimo3.training.plan.make import PlannedRun
+    from unimo3.training.plan.step_trace import Batch, Step
 
 _NOT_COUNTED = ["waiting for ranks and data", "evaluation"]
 _MODEL = "model."
@@ -32,23 +34,26 @@ class PlannedFinetuning(FinetuneConfig):
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
-    def validate(self) -> list[str]:
-        """Return which settings do not fit together, one line per error; the shards are not read."""
-        errors = []
-        if self.eval_only:
-            errors.append("eval_only: true: only training is planned; leave it out")
+    def quick_errors(self) -> list[str]:
+        """Return an error if nothing is to be trained; the shards are not read."""
+        return ["eval_only: true: only training is planned; leave it out"] if self.eval_only else []
+
+    def slow_errors(self) -> list[str]:
+        """Return where model, task, tokenizer and length of texts do not fit together, one line per error."""
         try:
-            errors += self.data.model_errors(self.model_config())
+            errors = self.data.model_errors(self.model_config())
         except ConfigError as error:
-            errors += error.errors
+            errors = error.errors
         return errors + self.planned_errors()
 
-    def model_config(self) -> Unimo3Config:
+    def model_config(self) -> "Unimo3Config":
         """The model's configuration, at the task's resolution.
 
         Raises:
             ConfigError: there is none, or it does not fit the task.
         """
+        from finetune.weights import resized, task_errors
+
         if self.init and self.model_recipe:
             raise ConfigError(f"--model {self.model_recipe}: init '{self.init}' names the model too; leave one out")
         if not self.init and not self.model_recipe:
@@ -61,19 +66,23 @@ class PlannedFinetuning(FinetuneConfig):
             raise ConfigError(errors)
         return model
 
-    def planned_run(self) -> PlannedRun:
+    def planned_run(self) -> "PlannedRun":
         """What decides the plan."""
+        from unimo3.training.plan.make import PlannedRun
+
         model, task = self.model_config(), self.planned_task()
         task.configure(model)
         words = {"unit": task.unit, "not_counted": _NOT_COUNTED}
         return PlannedRun(self._step(model, task), self.training, self.optim.clip_norm, task.contrasts, words)
 
-    def _step(self, model: Unimo3Config, task: Task) -> Step:
-        def batch(num_rows: int) -> Batch:
+    def _step(self, model: "Unimo3Config", task: "Task") -> "Step":
+        from unimo3.training.plan.step_trace import Step, blank_inputs
+
+        def batch(num_rows: int) -> "Batch":
             inputs = blank_inputs(model, num_rows, self.data.max_text_tokens, task.num_images)
             return inputs | task.blank_labels(num_rows)
 
-        return Step(model, task.model_class, task.objective, batch, self.kernels)
+        return Step(model, task.model_class(), task.objective, batch, self.kernels)
 
 
 def planned(config_class: type[FinetuneConfig]) -> type[PlannedFinetuning]:
@@ -86,7 +95,7 @@ class _ModelOfRecipe:
     model: ModelArgs = field(default_factory=ModelArgs)
 
 
-def model_of_recipe(path: str) -> Unimo3Config:
+def model_of_recipe(path: str) -> "Unimo3Config":
     """The configuration that a pretraining recipe's ``model`` gives.
 
     Raises:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finetune.task import Task
 from finetune.tasks import TASKS, config_class
+from unimo3.dtypes import DTYPES
 from unimo3.errors import CommandParser, ConfigError
-from unimo3.inference.folder import DTYPES
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:

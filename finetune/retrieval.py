@@ -8,11 +8,9 @@ BridgeTower, arXiv 2206.08657, for the settings.
 
 import json
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from finetune.program import FinetuneConfig, finetune
+from finetune.args import FinetuneConfig
 from finetune.task import HeldOut, Reading, Results, Task
 from unimo3 import config
 from unimo3.data.captioned import CaptionedImages, samples_of_images
@@ -21,11 +19,14 @@ from unimo3.data.samples import PretrainSamples
 from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
 from unimo3.inference.predictors import MatchPredictor
-from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.objectives.retrieval import RetrievalTask
-from unimo3.training.evaluation import Guard
 from unimo3.training.retrieval.args import RankingArgs
-from unimo3.training.retrieval.evaluation import held_out_recall
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+    from unimo3.objectives.retrieval import RetrievalTask
+    from unimo3.training.evaluation import Guard
 
 
 class Retrieval(Task):
@@ -38,7 +39,7 @@ class Retrieval(Task):
 
     kind = "captions"
     unit = "caption"
-    model_class = Unimo3ForImageAndTextRetrieval
+    architecture = "Unimo3ForImageAndTextRetrieval"
     predictor = MatchPredictor
     contrasts = True
     best_metric = "recall_mean"
@@ -53,16 +54,22 @@ class Retrieval(Task):
             index, reading.tokenizer, reading.max_text_tokens, reading.transform, mlm_probability=0.0, seed=reading.seed
         )
 
-    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+    def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Which image a row has, all of them different, and the rows' positions in the sample order."""
+        import torch
+
         return {"image_id": torch.arange(num_rows), "positions": torch.arange(num_rows)}
 
-    def objective(self, model: Unimo3ForImageAndTextRetrieval) -> RetrievalTask:
+    def objective(self, model: "Unimo3ForImageAndTextRetrieval") -> "RetrievalTask":
         """Contrast, and matching with hard negatives."""
+        from unimo3.objectives.retrieval import RetrievalTask
+
         return RetrievalTask(model, self._seed)
 
-    def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
+    def evaluate(self, engine: Engine, held_out: HeldOut, guard: "Guard") -> Results | None:
         """Recall; see `held_out_recall`."""
+        from unimo3.training.retrieval.evaluation import held_out_recall
+
         reading = held_out.reading
         samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)
         metrics = held_out_recall(
@@ -81,9 +88,9 @@ class RetrievalConfig(FinetuneConfig):
 
     task = Retrieval
 
-    def validate(self) -> list[str]:
-        """Return which settings do not fit together, one line per error."""
-        errors = super().validate()
+    def quick_errors(self) -> list[str]:
+        """Return which settings do not fit together or the shards, or name no weights, one line per error."""
+        errors = super().quick_errors()
         try:
             val = self.data.open_val()
         except DataError:
@@ -101,6 +108,8 @@ class RetrievalConfig(FinetuneConfig):
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(RetrievalConfig, argv, "python -m finetune.retrieval", __doc__ or "")
+    from finetune.program import finetune
+
     finetune(settings, settings.build_task())
 
 

@@ -8,12 +8,9 @@ and ``gold_label`` under the names of its release, https://github.com/necla-ml/S
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from finetune.program import FinetuneConfig, finetune
+from finetune.args import FinetuneConfig
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
@@ -21,9 +18,13 @@ from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.statements import ENTAILMENT_LABELS, EntailmentSamples
 from unimo3.errors import exit_with_status
 from unimo3.inference.predictors import ClassPredictor
-from unimo3.model.config import Unimo3Config
-from unimo3.model.downstream import Unimo3ForImageTextClassification
-from unimo3.objectives.classification import ClassificationTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.model.config import Unimo3Config
+    from unimo3.model.downstream import Unimo3ForImageTextClassification
+    from unimo3.objectives.classification import ClassificationTask
 
 
 class SnliVe(RowTask):
@@ -33,12 +34,12 @@ class SnliVe(RowTask):
     unit = "hypothesis"
     id_field = "pair_id"
     has_unique_ids = False  # no server reads the file, and the release promises nothing
-    model_class = Unimo3ForImageTextClassification
+    architecture = "Unimo3ForImageTextClassification"
     predictor = ClassPredictor
     fresh = r"^entailment_head\."
     best_metric = "accuracy_overall"
 
-    def configure(self, config: Unimo3Config) -> None:
+    def configure(self, config: "Unimo3Config") -> None:
         """Three classes."""
         config.id2label = dict(enumerate(ENTAILMENT_LABELS))
         config.label2id = {label: number for number, label in enumerate(ENTAILMENT_LABELS)}
@@ -47,15 +48,19 @@ class SnliVe(RowTask):
         """Hypotheses with their photo."""
         return EntailmentSamples(index, *reading)
 
-    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+    def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Numbers of classes."""
+        import torch
+
         return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
-    def objective(self, model: Unimo3ForImageTextClassification) -> ClassificationTask:
+    def objective(self, model: "Unimo3ForImageTextClassification") -> "ClassificationTask":
         """Cross-entropy."""
+        from unimo3.objectives.classification import ClassificationTask
+
         return ClassificationTask(model)
 
-    def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
+    def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The likeliest label, and the true one."""
         best = report["logits"].argmax(dim=-1).tolist()
         return [
@@ -82,6 +87,8 @@ class SnliVeConfig(FinetuneConfig):
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(SnliVeConfig, argv, "python -m finetune.snli_ve", __doc__ or "")
+    from finetune.program import finetune
+
     finetune(settings, settings.build_task())
 
 

@@ -5,28 +5,31 @@ A new task is a file that has these and its settings; `finetune/tasks.py` lists 
 Source: open_clip's open_clip_train/task for the idea that a task owns batch -> losses and its report.
 """
 
+from __future__ import annotations
+
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
-
+from unimo3.data.args import ReaderArgs
 from unimo3.data.index import ShardIndex
-from unimo3.data.loader import ReaderArgs, evaluation_batches
-from unimo3.data.samples import Samples
-from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.errors import DataError
-from unimo3.inference.predictors import Predictor
-from unimo3.model.config import Unimo3Config
-from unimo3.model.unimo3 import Unimo3PreTrainedModel
-from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.run import Saveable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+    from unimo3.data.samples import Samples
+    from unimo3.data.transforms import ImageTransform
+    from unimo3.inference.predictors import Predictor
+    from unimo3.model.config import Unimo3Config
+    from unimo3.model.unimo3 import Unimo3PreTrainedModel
+    from unimo3.training.evaluation import Guard
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Task(ABC):
         kind: entries of a sample's ``json`` that it is about, such as ``questions``.
         unit: what a row of a batch is, such as ``question``.
         num_images: of a row.
-        model_class: has the task's head.
+        architecture: class of `unimo3.model.downstream` that has the task's head.
         predictor: makes answers of what the model returns, for `finetune.predict`.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
         contrasts: whether its loss compares the rows of a micro-step with each other.
@@ -85,11 +88,19 @@ class Task(ABC):
     kind: ClassVar[str]
     unit: ClassVar[str]
     num_images: ClassVar[int] = 1
-    model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    architecture: ClassVar[str]
     predictor: ClassVar[type[Predictor]]
     fresh: ClassVar[str] = r"^$"
     contrasts: ClassVar[bool] = False
     best_metric: ClassVar[str]
+
+    @classmethod
+    def model_class(cls) -> type[Unimo3PreTrainedModel]:
+        """The class that `architecture` names."""
+        from unimo3.model import downstream
+
+        model_class: type[Unimo3PreTrainedModel] = getattr(downstream, cls.architecture)
+        return model_class
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)
         """Give the model's configuration the head's classes."""
@@ -151,6 +162,8 @@ class RowTask(Task):
         Raises:
             DataError: there is no row to score, or two rows have one id.
         """
+        from unimo3.data.loader import evaluation_batches
+
         samples = self.samples(held_out.shards, held_out.reading)
         if not sum(samples.units_per_shard):
             raise DataError(
@@ -196,13 +209,17 @@ def _incomplete(name: str) -> str:
     return f"{stem}_incomplete{dot}{ending}" if stem == "predictions" else name
 
 
-@torch.no_grad()
 def score_batch(task: RowTask, engine: Engine, loaded: dict[str, Any], counts: Tensor) -> list[Row]:
     """The rows of a batch that count.
 
     Args:
         counts: [B] bool; see `evaluation_batches`.
     """
+    import torch
+
+    from unimo3.training.evaluation import to_device
+
     engine.eval()
-    rows = task.score(engine(to_device(loaded, engine.device)), loaded)
+    with torch.no_grad():
+        rows = task.score(engine(to_device(loaded, engine.device)), loaded)
     return [row for row, is_counted in zip(rows, counts.tolist(), strict=True) if is_counted]

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from finetune.program import FinetuneConfig
+    from finetune.args import FinetuneConfig
 
 # Class of the settings in each task's module. Job scripts read the names, without the seconds that torch takes.
 TASKS = {

@@ -9,12 +9,9 @@ Source: METER, arXiv 2111.02387, for the settings; https://visualqa.org for the 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from finetune.program import FinetuneConfig, finetune
+from finetune.args import FinetuneConfig
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of, model_files_of
@@ -25,9 +22,13 @@ from unimo3.data.remote import is_remote
 from unimo3.data.samples import VqaSamples
 from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.inference.predictors import VqaPredictor
-from unimo3.model.config import Unimo3Config
-from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-from unimo3.objectives.vqa import VqaTask
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.model.config import Unimo3Config
+    from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+    from unimo3.objectives.vqa import VqaTask
 
 PUBLISHED_ANSWERS = 3129
 """Of VQAv2: answers that occur at least nine times, and METER's classes."""
@@ -39,7 +40,7 @@ class Vqa(RowTask):
     kind = "questions"
     unit = "question"
     id_field = "question_id"
-    model_class = Unimo3ForVisualQuestionAnswering
+    architecture = "Unimo3ForVisualQuestionAnswering"
     predictor = VqaPredictor
     fresh = r"^vqa_head\."
     best_metric = "accuracy_overall"
@@ -47,7 +48,7 @@ class Vqa(RowTask):
     def __init__(self, answers: AnswerVocabulary):
         self._answers = answers
 
-    def configure(self, config: Unimo3Config) -> None:
+    def configure(self, config: "Unimo3Config") -> None:
         """One class an answer."""
         config.num_answers = len(self._answers)
 
@@ -60,15 +61,19 @@ class Vqa(RowTask):
         tokenizer, max_text_tokens, transform, seed = reading
         return VqaSamples(index, tokenizer, max_text_tokens, transform, self._answers, seed)
 
-    def blank_labels(self, num_rows: int) -> dict[str, Tensor]:
+    def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Soft targets."""
+        import torch
+
         return {"targets": torch.empty(num_rows, len(self._answers), device="meta")}
 
-    def objective(self, model: Unimo3ForVisualQuestionAnswering) -> VqaTask:
+    def objective(self, model: "Unimo3ForVisualQuestionAnswering") -> "VqaTask":
         """Soft targets over the vocabulary."""
+        from unimo3.objectives.vqa import VqaTask
+
         return VqaTask(model)
 
-    def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
+    def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The best answer, its official accuracy (None where no answers are known), its type and toy granularity.
 
         Raises:
@@ -122,11 +127,11 @@ class VqaConfig(FinetuneConfig):
 
     task = Vqa
 
-    def validate(self) -> list[str]:
-        """Return which settings do not fit together, one line per error."""
-        errors = super().validate()
+    def slow_errors(self) -> list[str]:
+        """Return where weights, tokenizer, answers and task do not fit together, one line per error."""
+        errors = super().slow_errors()
         # Where the vocabulary is follows from these.
-        if any(problem.startswith(("init:", "data.train:", "eval_only:")) for problem in errors):
+        if any(problem.startswith(("init:", "eval_only:")) for problem in errors):
             return errors
         return errors + self.answers_errors()
 
@@ -192,6 +197,8 @@ class VqaConfig(FinetuneConfig):
 def main(argv: list[str] | None = None) -> None:
     """Train until done, interrupted or in error; unimo3/errors.py lists the exit statuses."""
     settings = config.parse(VqaConfig, argv, "python -m finetune.vqa", __doc__ or "")
+    from finetune.program import finetune
+
     finetune(settings, settings.build_task())
 
 

@@ -22,7 +22,7 @@ _TASK_CLASSES = {
 
 def task_errors(init: str, config: Unimo3Config, task: type[Task]) -> list[str]:
     """Return an error if weights were tuned for another task, by the class that their configuration names."""
-    expected = task.model_class.__name__
+    expected = task.architecture
     other = [name for name in config.architectures or () if name in _TASK_CLASSES - {expected}]
     if not other:
         return []
@@ -42,7 +42,7 @@ def head_errors(init: str, folder: str, config: Unimo3Config, task: type[Task]) 
     try:
         names = read_names(Path(folder))
     except CheckpointError:
-        has_head = task.model_class.__name__ in (config.architectures or ())
+        has_head = task.architecture in (config.architectures or ())
     else:
         has_head = any(re.search(task.fresh, name) for name in names)
     if has_head or re.search(task.fresh, ""):

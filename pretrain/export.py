@@ -4,6 +4,8 @@ For a run, ``from_pretrained`` loads the folder. For a checkpoint without a run 
 ``*_optim_states.pt`` files, or its parent with ``latest``), it has weights, index and report only.
 """
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import gc
@@ -12,13 +14,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BEST, read_best
-from unimo3.checkpoint.casting import TensorReport
-from unimo3.checkpoint.export import DTYPES, export_run
 from unimo3.checkpoint.load import newest_good
+from unimo3.dtypes import DTYPES
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
+
+if TYPE_CHECKING:
+    from unimo3.checkpoint.casting import TensorReport
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MAX_NAME_BYTES = 255  # of Linux's file systems
@@ -47,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--tag",
         help="checkpoint, such as step_00001000, or best: the one RUN/best.json names (default: the newest good one)",
     )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp16", help="type of the weights (default: fp16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="type of the weights (default: fp16)")
     parser.add_argument(
         "--on-overflow",
         choices=("error", "clamp", "keep-fp32"),
@@ -74,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     max_file_bytes = check(args)
     choice = choose_checkpoint(args.run, args.tag)
+    from unimo3.checkpoint.export import export_run
+
     reports = export_run(
         choice.run,
         choice.checkpoint,

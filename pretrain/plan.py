@@ -6,23 +6,23 @@ Everything is computed from the recipe's model without values; no GPU and no dat
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pretrain.train import PretrainConfig
 from unimo3 import config
 from unimo3.data.masking import IGNORED
 from unimo3.errors import exit_with_status
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.config import Unimo3Config
-from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
 from unimo3.training.plan.command import machine_parser, print_plan
-from unimo3.training.plan.make import PlannedRun
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
-from unimo3.training.plan.step_trace import Batch, Step, blank_inputs
-from unimo3.training.plan.table import sizes_table
+
+if TYPE_CHECKING:
+    from unimo3.model.config import Unimo3Config
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+    from unimo3.objectives.base import PretrainingTask
+    from unimo3.training.plan.make import PlannedRun
+    from unimo3.training.plan.step_trace import Batch, Step
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,12 @@ class PlanConfig(PretrainConfig):
     data: PlannedData = field(default_factory=PlannedData)
     training: PlannedTraining = field(default_factory=PlannedTraining)
 
-    def validate(self) -> list[str]:
-        """Return which settings do not fit together, one line per error; the shards are not read."""
+    def quick_errors(self) -> list[str]:
+        """Return none: the shards are not read."""
+        return []
+
+    def slow_errors(self) -> list[str]:
+        """Return where model, tokenizer and length of texts do not fit together, one line per error."""
         return [] if self.model.validate() else self.data.model_errors(self.model.to_config())
 
 
@@ -53,15 +57,19 @@ def main(argv: list[str] | None = None) -> None:
     """Plan, and print it."""
     args, rest = parse_arguments(argv)
     if args.table:
+        from unimo3.training.plan.table import sizes_table
+
         recipes = {path.stem: recipe_of(parse_settings(["--config", str(path), *rest])) for path in args.table}
         print(sizes_table(recipes))
         return
     print_plan(args, rest, read_run)
 
 
-def read_run(argv: list[str]) -> PlannedRun:
+def read_run(argv: list[str]) -> "PlannedRun":
     """The run that settings describe."""
     settings = parse_settings(argv)
+    from unimo3.training.plan.make import PlannedRun
+
     contrasts = settings.objectives.contrasts
     return PlannedRun(recipe_of(settings), settings.training, settings.optim.clip_norm, contrasts)
 
@@ -71,20 +79,25 @@ def parse_settings(argv: list[str]) -> PlanConfig:
     return config.parse(PlanConfig, argv, "python -m pretrain.plan", __doc__ or "")
 
 
-def recipe_of(settings: PlanConfig) -> Step:
+def recipe_of(settings: PlanConfig) -> "Step":
     """What of the settings decides sizes."""
     model = settings.model.to_config()
     return pretraining_step(model, settings.objectives, settings.data.max_text_tokens, settings.kernels)
 
 
-def pretraining_step(model: Unimo3Config, objectives: ObjectivesArgs, num_tokens: int, kernels: KernelArgs) -> Step:
+def pretraining_step(model: "Unimo3Config", objectives: ObjectivesArgs, num_tokens: int, kernels: KernelArgs) -> "Step":
     """A step with all objectives.
 
     Args:
         num_tokens: T; texts are counted at full length.
     """
+    import torch
 
-    def batch(num_pairs: int) -> Batch:
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+    from unimo3.objectives.base import PretrainingTask
+    from unimo3.training.plan.step_trace import Step, blank_inputs
+
+    def batch(num_pairs: int) -> "Batch":
         inputs = blank_inputs(model, num_pairs, num_tokens)
         labels = torch.full((num_pairs * num_tokens,), IGNORED)
         # <s> and </s> are never predicted; at least one token of a text is.
@@ -97,7 +110,7 @@ def pretraining_step(model: Unimo3Config, objectives: ObjectivesArgs, num_tokens
             "positions": torch.arange(num_pairs),
         }
 
-    def objective(model: Unimo3ForPreTraining) -> PretrainingTask:
+    def objective(model: "Unimo3ForPreTraining") -> "PretrainingTask":
         return PretrainingTask(model, objectives.build(seed=0))
 
     return Step(model, Unimo3ForPreTraining, objective, batch, kernels)

@@ -30,7 +30,7 @@ with_retries() {
 }
 
 setup() {
-    [[ -z ${UNIMO3_ROOT:-} ]] || settle 78 "UNIMO3_ROOT is not read any more; name the job's folder with sbatch --chdir=DIR"
+    [[ -z ${UNIMO3_ROOT:-} ]] || apply_default_policy 78 "UNIMO3_ROOT is not read any more; name the job's folder with sbatch --chdir=DIR"
     # In a checkout there is a .venv; installed, this file is in an environment itself.
     local project
     project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -50,7 +50,7 @@ setup() {
     PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$BIN/python}")
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
     RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
-    # A job submitted from this one would inherit them, and srun is told the numbers of tasks.
+    # A job submitted from this one would inherit them, and srun gets the numbers of tasks from this script.
     unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from slurm import bad_nodes, history, squeue
+from slurm import bad_nodes, history, prometheus, squeue
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import read_heartbeats
@@ -34,7 +34,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
     parser = CommandParser(prog="python -m slurm.status", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs (default: those in runs/)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a run, a line each")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object a run, a line each")
+    output.add_argument(
+        "--prometheus",
+        type=Path,
+        metavar="FILE",
+        help="write FILE atomically for the textfile collector of Prometheus' node-exporter, and print nothing",
+    )
     parser.add_argument("--watch", action="store_true", help="print again every few seconds, until Ctrl-C")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: %(default)s)")
     return parser.parse_args(argv)
@@ -56,10 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(errors)
     while True:
         states = [state_of(run, queue) for run in runs]
-        text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
-        if args.watch and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
-        print(text, flush=True)
+        if args.prometheus:
+            prometheus.write(args.prometheus, states, len(bad_nodes.current()))
+        else:
+            show(states, args)
         if not args.watch:
             return
         try:
@@ -67,6 +74,14 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             return
         queue = squeue.read_queue()
+
+
+def show(states: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the states of runs."""
+    text = "\n".join(json.dumps(state) for state in states) if args.json else "\n\n".join(map(screen, states))
+    if args.watch and sys.stdout.isatty():
+        print("\033[2J\033[H", end="")
+    print(text, flush=True)
 
 
 def _own_runs(queue: squeue.Queue) -> list[Path]:
@@ -97,6 +112,7 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
     state: dict[str, Any] = {
         "run": str(run),
         "jobs": [asdict(job) for job in jobs],
+        "held": any(job.comment.startswith(_HELD) for job in jobs),
         "queue_error": queue.error,
         "step": last.get("step"),
         "steps": num_steps,

@@ -115,6 +115,7 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
     from pretrain import export
     from unimo3.checkpoint.torch_file import close_files
     from unimo3.checkpoint.zero import ZeroCheckpoint
+    from unimo3.dtypes import dtype_of
 
     try:
         args = export.parse_arguments(arguments)
@@ -133,7 +134,7 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
         return [*errors, str(error)], []
     finally:
         close_files()
-    item_bytes = export.DTYPES[args.dtype].itemsize
+    item_bytes = dtype_of(args.dtype).itemsize
     needed, free = 0, free_bytes(args.out)
     for name in source.names():
         dtype = source.dtype(name)

@@ -16,9 +16,12 @@ import torch.utils.cpp_extension
 import torch.utils.tensorboard
 
 import finetune.nlvr2
+import finetune.predict_program
+import finetune.program
 import finetune.retrieval
 import finetune.snli_ve
 import finetune.vqa
+import pretrain.program
 import pretrain.train
 import unimo3.model.downstream
 from unimo3.startup import resume_collections

@@ -53,8 +53,8 @@ def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
         "64",
         "--optim.lr",
         "fast",
-        "--model.vision.image_size",
-        "60",
+        "--model.vision.patch_size",
+        "-16",
         "--training.global_batch",
         "65",
         "--objectives.mlm.weight",
@@ -64,7 +64,7 @@ def test_five_errors_are_five_lines_each_with_field_value_and_fix(good):
     expected = {
         "model.hiden_size": ("64", "did you mean model.hidden_size?"),
         "optim.lr": ("fast", "float"),
-        "model.vision.image_size": ("60", "use 48 or 64"),
+        "model.vision.patch_size": ("-16", "a number above 0"),
         "training.global_batch": ("65", "use 64 or 96"),
         "objectives.mlm.weight": ("-1", "0 (off) or more"),
     }

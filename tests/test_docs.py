@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "slurm" / "README.md",
+    ROOT / "containers" / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "experiments" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

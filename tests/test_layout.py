@@ -5,7 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+
+from unimo3 import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,10 +55,21 @@ def test_pretrain_and_finetune_do_not_import_each_other():
             assert not [m for m in imports(path) if m.split(".")[0] == other], path
 
 
-def test_only_the_engine_reads_ds_configs():
+def test_one_module_reads_ds_configs():
     readers = [path for path in (ROOT / "unimo3").rglob("*.py") if "ds_configs" in path.read_text()]
     # args.py: the default of a setting; project_files.py: where they are
-    assert {path.name for path in readers} == {"engine.py", "args.py", "project_files.py"}
+    assert {path.name for path in readers} == {"ds_config.py", "args.py", "project_files.py"}
+
+
+def test_the_version_stands_once():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    newest = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert newest.startswith(f"## [{__version__}] - ")
+
+
+def test_ci_runs_what_the_workflow_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text())
+    assert ".ci/run" in [step.get("run") for step in workflow["jobs"]["check"]["steps"]]
 
 
 def test_requirements_pin_a_version_of_each_dependency():

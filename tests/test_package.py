@@ -13,7 +13,7 @@ import yaml
 from tests.spawn import ROOT
 from unimo3 import __version__
 
-SOURCES = ("unimo3", "pretrain", "finetune", "slurm", "ds_configs", "pyproject.toml", "README.md")
+SOURCES = ("unimo3", "pretrain", "finetune", "slurm", "ds_configs", "pyproject.toml", "README.md", "LICENSE")
 TASKS = ("nlvr2", "retrieval", "snli_ve", "vqa")
 # Calls the console scripts' functions one after the other, since each process would import torch again.
 PROGRAM = """
@@ -82,6 +82,9 @@ def test_the_wheel_has_all_programs_and_files_in_an_empty_folder(tmp_path):
     kernel, library, scripts = map(Path, printed["data"])
     for path in (kernel / "native.cpp", library / "py.typed", scripts / "common.sh", scripts / "site.env.example"):
         assert path.is_file()
+    (record,) = installed.glob("unimo3-*.dist-info")
+    assert (record / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert "\nLicense-Expression: Apache-2.0\n" in (record / "METADATA").read_text()
     assert not any((installed / name).exists() for name in ("tests", "benchmarks", "experiments"))
     # Each script by itself starts its program.
     assert checked(installed / "bin" / "unimo3-status", "--version", cwd=empty, env=environment) == (

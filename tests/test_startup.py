@@ -11,16 +11,42 @@ import pytest
 
 from tests.spawn import ROOT
 
+# What each program imports until its help, its version, an error of its settings or a list of checkpoints is printed.
+COMMANDS = (
+    *(
+        f"pretrain.{name} --help"
+        for name in ("train", "prepare_shards", "export", "checkpoints", "plan", "toy", "demo")
+    ),
+    *(f"finetune.{name} --help" for name in ("nlvr2", "retrieval", "snli_ve", "vqa", "predict", "plan")),
+    *(f"{name} --help" for name in ("finetune.__main__", "unimo3.launch", "slurm.submit", "slurm.status")),
+    "finetune.predict vqa --help",
+    "pretrain.train --version",
+    "pretrain.train --config pretrain/recipes/base.yaml --print_config",
+    "pretrain.train --config pretrain/recipes/base.yaml --optim.lr 0 --model.hiden_size 1",
+    "finetune.vqa --config finetune/recipes/vqa_base.yaml",
+    "pretrain.checkpoints ls RUN",
+    "slurm.status RUN",
+    "slurm.submit --dry-run prepare_shards coco --src pretrain --out new",
+)
 LIGHT = """
-import json, sys
-import pretrain.checkpoints, slurm.requeue_policy, slurm.runs, slurm.status, slurm.submit, unimo3.launch
-print(json.dumps({"modules": len(sys.modules), "torch": "torch" in sys.modules}))
+import contextlib, importlib, io, json, sys
+import slurm.requeue_policy, slurm.runs
+imported = {}
+for command in sys.argv[1:]:
+    program, *words = command.split()
+    sys.argv = ["-m", *words]
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        importlib.import_module(program).main()
+    heavy = [name for name in ("torch", "transformers", "deepspeed", "timm") if name in sys.modules]
+    imported[command] = [heavy, len(sys.modules), len(output.getvalue())]
+print(json.dumps(imported))
 """
 RANK = """
 import gc, json, sys
 default = gc.get_threshold()
 import torchvision_first
-import pretrain.train
+import pretrain.program
 from unimo3.errors import exit_with_status
 from unimo3.training.engine import import_muon_uncompiled
 import_muon_uncompiled()
@@ -38,18 +64,22 @@ main()
 """
 
 
-def run(program, **options):
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, **options)
+def run(program, *words, **options):
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr  # as without freeing the frozen objects
     return json.loads(done.stdout)
 
 
 @pytest.mark.integration
-def test_what_only_reads_files_imports_no_torch():
-    facts = run(LIGHT)
-    assert not facts["torch"]
-    assert facts["modules"] < 500
+def test_helps_errors_and_lists_import_no_torch(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("training: {steps: 1}\n")
+    imported = run(LIGHT, *(command.replace("RUN", str(tmp_path)) for command in COMMANDS))
+    for command, (heavy, num_modules, length) in imported.items():
+        assert not heavy, command
+        assert num_modules < 600, command
+        assert length or "lr 0" in command or "vqa_base" in command  # errors are on the other stream
 
 
 @pytest.mark.integration

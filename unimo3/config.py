@@ -2,7 +2,8 @@
 
 A program's settings are one dataclass of groups; each group stands next to the code it configures, with a docstring
 under each field that ``--help`` prints. A dataclass may have ``validate() -> list[str]``; each error names the field,
-the value and the fix.
+the value and the fix. Modules of settings import torch and its libraries where they are used: ``--help`` and most
+errors come without them, see `Checked`.
 
 Source: jsonargparse, https://jsonargparse.readthedocs.io; collected errors after litgpt's ``validate_args``.
 """
@@ -37,6 +38,23 @@ RENAMED = {
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """Settings some of whose checks import torch, transformers, timm or deepspeed, which takes seconds."""
+
+    def quick_errors(self) -> list[str]:
+        """Return the errors that are found without these libraries, one line each."""
+        return []
+
+    def slow_errors(self) -> list[str]:
+        """Return the other errors, one line each; called where there are no quick ones."""
+        return []
+
+    def validate(self) -> list[str]:
+        """Return the errors of these settings, one line each."""
+        return self.quick_errors() or self.slow_errors()
+
+
 def parse(config_class: type[Config], argv: list[str] | None, program: str, description: str) -> Config:
     """Build `config_class` from ``--config FILE`` and ``--group.key value`` arguments; later ones win.
 
@@ -46,7 +64,8 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         program: how users start it, for the help text: ``python -m MODULE``.
 
     Raises:
-        ConfigError: with one line for every unknown key, value of a wrong type and error of the settings.
+        ConfigError: with one line for every unknown key, value of a wrong type and error of the settings; or, if
+            there are none of these, for every one of `Checked.slow_errors`.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(config_class, program, description)
@@ -80,20 +99,25 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         parser.parse_args([*(f"--{key}={text}" for key, text in texts.items()), *printing])
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    errors += collect_errors(built)
-    if errors:
+    if errors := errors + _errors(built, "quick_errors") or _errors(built, "slow_errors"):
         raise ConfigError(errors)
     return built
 
 
 def collect_errors(config: Any) -> list[str]:
-    """All errors of a dataclass: its groups' first, then its own."""
+    """All errors of a dataclass: its groups' first, then its own; slow ones only if there are no quick ones."""
+    return _errors(config, "quick_errors") or _errors(config, "slow_errors")
+
+
+def _errors(config: Any, check: str) -> list[str]:
     errors = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            errors += collect_errors(value)
-    if hasattr(config, "validate"):
+            errors += _errors(value, check)
+    if isinstance(config, Checked):
+        errors += getattr(config, check)()
+    elif check == "quick_errors" and hasattr(config, "validate"):
         errors += config.validate()
     return errors
 

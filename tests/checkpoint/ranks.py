@@ -21,7 +21,8 @@ from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.engine import build_engine, build_model
 from unimo3.training.optim import OptimArgs
 
 Weights = dict[str, Tensor]

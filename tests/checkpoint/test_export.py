@@ -28,9 +28,10 @@ from tests.checkpoint.exporting import (
 )
 from tests.checkpoint.ranks import unimo_output
 from unimo3.checkpoint import weights
-from unimo3.checkpoint.export import DTYPES, export_weights
+from unimo3.checkpoint.export import export_weights
 from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
 from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
@@ -40,7 +41,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 )
 def test_exported_tensors_equal_the_gathered_ones(saved, tmp_path, run, dtype):
     reports = export_weights(newest(saved.root / run), tmp_path, dtype, "error", MB)
-    expected = expected_weights(saved.results[0][run], DTYPES[dtype])
+    expected = expected_weights(saved.results[0][run], dtype_of(dtype))
     exported = load_file(tmp_path / "model.safetensors")
     assert exported.keys() == expected.keys()
     for name, weight in expected.items():

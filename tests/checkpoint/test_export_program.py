@@ -31,6 +31,7 @@ def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy
     (tmp_path / "out.partial" / "left_by_a_killed_export").write_text("half")
     assert run_program(run, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
         "answers.json",
         "config.json",
         "export_report.json",

@@ -14,7 +14,8 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, world
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import load_exported, read_exported_config
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.engine import build_engine, build_model
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.optim import OptimArgs
 
@@ -42,7 +43,7 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
     for name, task in (("vqa", Vqa(answers)), ("nlvr2", Nlvr2()), ("snli_ve", SnliVe())):
         config = read_exported_config(str(weights))
         task.configure(config)
-        model = build_model(read, lambda task=task, config=config: task.model_class(config))
+        model = build_model(read, lambda task=task, config=config: task.model_class()(config))
         initialize_weights(model, 2, std=0.8)
         load_exported(model, str(weights), fresh=task.fresh)
         engine = build_engine(task.objective(model), model, read, OptimArgs())

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.xdist_group("finetune")
 
 @pytest.mark.parametrize("name", TASKS)
 def test_exported_weights_give_the_trained_models_logits(tuned, name):
-    model, report = config_class(name).task.model_class.from_pretrained(
-        tuned / f"{name}_weights", output_loading_info=True
+    model, report = (
+        config_class(name).task.model_class().from_pretrained(tuned / f"{name}_weights", output_loading_info=True)
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == (torch.bfloat16 if name == "nlvr2" else torch.float32)

@@ -75,8 +75,8 @@ def test_missing_tensors_are_named_before_anything_starts(nlvr2, pretrained, tmp
     shutil.copytree(pretrained, tmp_path / "weights")
     tensors = load_file(pretrained / "model.safetensors")
     missing = [name for name in tensors if name.endswith("layers.1.feed_forward.outer.bias")]
-    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
-    save_file(kept | {"surprise": torch.zeros(1)}, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
+    others = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    save_file(others | {"surprise": torch.zeros(1)}, tmp_path / "weights" / "model.safetensors", {"format": "pt"})
     wanted = settings(Nlvr2Config, nlvr2, tmp_path / "weights", tmp_path)
     config.save(wanted, tmp_path / "config.yaml")
     with pytest.raises(SystemExit) as end:
@@ -223,22 +223,14 @@ def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_pat
     assert problem.startswith("training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step")
 
 
-def test_all_errors_are_reported_together(nlvr2, pretrained, tmp_path):
-    errors = settings(
-        Nlvr2Config,
-        nlvr2,
-        pretrained,
-        tmp_path,
-        {"train": str(nlvr2 / "test"), "val": "nowhere"},
-        {"micro_batch": 3},
-        image_size=30,
-    ).validate()
-    assert [problem.partition(":")[0] for problem in errors] == [
-        "training.global_batch",
-        "data.train",
-        "data.val",
-        "image_size",
-    ]
+def test_all_errors_are_reported_those_of_the_model_after_others(nlvr2, tuned_vqa, tmp_path):
+    def fields(*groups):
+        errors = settings(Nlvr2Config, nlvr2, tuned_vqa, tmp_path, *groups, image_size=30).validate()
+        return [problem.partition(":")[0] for problem in errors]
+
+    data = {"train": str(nlvr2 / "test"), "val": "nowhere"}
+    assert fields(data, {"micro_batch": 3}) == ["training.global_batch", "data.train", "data.val"]
+    assert fields() == ["init", "image_size"]
 
 
 def test_labels_are_in_the_configuration_under_their_names():

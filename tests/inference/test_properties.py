@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.predict import _read_texts, answer_lines
+from finetune.predict_program import _read_texts, answer_lines
 from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.images import decode

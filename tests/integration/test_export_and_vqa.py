@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.spawn import run_ranks
 from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.state import TrainState
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
@@ -25,7 +27,8 @@ def gathered_weights_and_outputs(run, recipe):
     from pretrain.train import PretrainConfig
     from unimo3 import config
     from unimo3.objectives.base import PretrainingTask
-    from unimo3.training.engine import build_engine, build_model, read_ds_config
+    from unimo3.training.ds_config import read_ds_config
+    from unimo3.training.engine import build_engine, build_model
 
     settings = config.parse(PretrainConfig, ["--config", recipe], "", "")
     ds_config = read_ds_config(settings.training.ds_config, settings.batch_plan(2), settings.optim.clip_norm)
@@ -80,11 +83,36 @@ def test_fp16_export_loads_and_gives_the_engines_outputs(program, straight, reci
     torch.testing.assert_close(output.matching_logits, matching, atol=0.02, rtol=0.02)
     torch.testing.assert_close(output.prediction_logits, prediction, atol=0.05, rtol=0.05)
     report = json.loads((out / "export_report.json").read_text())
+    assert_card(out, straight)
     assert {entry["dtype"] for entry in report["tensors"]} == {"float16"}
     assert isinstance(AutoModel.from_pretrained(out), Unimo3Model)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert (tokenizer.mask_token, tokenizer.model_max_length) == ("<mask>", 16)
     assert AutoImageProcessor.from_pretrained(out).size == {"height": 32, "width": 32}
+
+
+def assert_card(out, run):
+    """The model card has what the run's own files have."""
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "unimo3"
+    assert card.data.license is None  # left to the user
+    state = TrainState.read(run / "checkpoints" / "step_00000020" / "state.json")
+    (source,) = state.extra["data"]
+    assert (source["dataset"], source["split"], source["weight"]) == ("coco", "train", 1.0)
+    assert source["fingerprint"] == state.index_fingerprint
+    (evaluation,) = [record for record in read_metrics(run, group="eval") if record["step"] == 20]
+    for line in (
+        "from unimo3.model.unimo3 import Unimo3ForPreTraining",
+        "| optimizer steps | 20 of 20 |",
+        f"| coco | train | {source['samples']} | 1.0 | {state.index_fingerprint} |",
+        f"| 20 | held-out | `{evaluation['data'][:12]}` | `loss` | {evaluation['loss']:.4f} |",
+        "| type asked for | fp16 |",
+        "- Texts are cut after 16 tokens.",
+    ):
+        assert line in card.text.splitlines(), card.text
+    # Nothing that reads the folder takes the card for something else, and an export without one is as good.
+    (out / "README.md").unlink()
+    assert Unimo3ForPreTraining.from_pretrained(out).dtype == torch.float16
 
 
 def test_a_base_model_from_the_export_equals_the_exported_one(weights):

@@ -6,7 +6,8 @@ import pytest
 
 from tests.spawn import run_ranks
 from tests.tiny import rows, tiny_batch, tiny_config
-from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.engine import build_engine, build_model
 from unimo3.training.optim import OptimArgs
 from unimo3.training.plan.memory import Sharding, model_sizes, rank_memory
 from unimo3.training.plan.step_trace import build_on_meta

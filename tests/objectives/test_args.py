@@ -2,10 +2,7 @@
 
 import pytest
 
-from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.itc import ItcArgs
-from unimo3.objectives.itm import ItmArgs
-from unimo3.objectives.mlm import MlmArgs
+from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 
 
 def test_hard_negatives_need_the_contrast_that_trains_their_similarities():

@@ -10,11 +10,8 @@ from tests.spawn import run_ranks
 from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
 from unimo3.distributed import sum_over_ranks, take_rows, world
 from unimo3.model.fusion import mean_gates
-from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.objectives.itc import ItcArgs
-from unimo3.objectives.itm import ItmArgs
-from unimo3.objectives.mlm import MlmArgs
 
 BATCH = 8
 

@@ -3,9 +3,7 @@
 import pytest
 
 from pretrain.train import PretrainConfig
-from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.itc import ItcArgs
-from unimo3.objectives.itm import ItmArgs
+from unimo3.objectives.args import ItcArgs, ItmArgs, ObjectivesArgs
 from unimo3.training.args import TrainingArgs
 
 NOTHING = "training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step"

@@ -29,7 +29,7 @@ def test_the_scripts_begin_their_work_alike():
 def setup_prints(common, words, **environment):
     """What a script prints after `setup`, where Slurm's answers do not matter."""
     stubs = "with_retries() { echo NodeAddr=n1; }; requested_ranks() { echo 1; }"
-    stubs += '; settle() { echo "$*"; trap - EXIT; exit; }'
+    stubs += '; apply_default_policy() { echo "$*"; trap - EXIT; exit; }'
     needed = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "n1"}
     environment = os.environ | needed | {"SLURMD_NODENAME": "n1", "PYTHONPATH": "", "UNIMO3_SITE": ""} | environment
     program = f'source {common}; {stubs}; setup; echo "{words}"; trap - EXIT'

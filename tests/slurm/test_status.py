@@ -1,13 +1,16 @@
 """What the state of a run is output from, without a Slurm."""
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from slurm import history, squeue, status
+from slurm import bad_nodes, history, prometheus, squeue, status
+from tests.waiting import PATIENCE_S
 from unimo3.training.heartbeat import Heartbeat
 
 
@@ -141,9 +144,54 @@ def test_a_slurm_that_does_not_answer_is_reported(run, fake_squeue, capsys):
     refused(run.parent / "none", capsys, "no such folder, and Slurm does not answer (slurm_load_jobs error: Unable")
 
 
-def refused(folder, capsys, text):
+@pytest.mark.integration
+def test_prometheus_reads_the_values_of_runs_that_have_some(run, tmp_path, fake_squeue, capsys):
+    write_steps(run, *[8.0] * 20, *[4.0] * 19)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 42, "loss": null, "pairs_per_s": 2.0, "step_s": 4.0}\n')
+    history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
+    history.append(run, "begin", job="7", restart=1, nodes="n1", checkpoint=10)
+    history.append(run, "begin", job="7", restart=2, nodes="n1", checkpoint=10)
+    manifest = run / "checkpoints" / "step_00000010" / "MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    os.utime(manifest, (time.time() - 900, time.time() - 900))
+    bad_nodes.add("n9", "no GPU", "7")
+    new = tmp_path / 'new "run"'
+    new.mkdir()
+    (new / "config.yaml").touch()
+    fake_squeue("case $* in *=7*) echo 'SPECIAL_EXIT|JobHeldUser||held: a setting';; esac")
+    path = tmp_path / "unimo3.prom"
+    path.write_text("of an earlier call")
     with pytest.raises(SystemExit) as ended:
-        status.main([str(folder)])
+        status.main([str(run), str(new), "--prometheus", str(path)])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == ""
+    assert sorted(tmp_path.glob("*prom*")) == [path]
+
+    families = {family.name: family for family in text_string_to_metric_families(path.read_text())}
+    assert families["unimo3_restarts"].type == "counter"
+    values = {name: {s.labels.get("run"): s.value for s in family.samples} for name, family in families.items()}
+    age_s, loss = values["unimo3_checkpoint_age_seconds"].pop(str(run)), values["unimo3_loss"].pop(str(run))
+    assert 900 <= age_s < 900 + PATIENCE_S
+    assert math.isnan(loss)
+    assert values == {
+        "unimo3_step": {str(run): 42},
+        "unimo3_loss": {},
+        "unimo3_pairs_per_second": {str(run): 4.0},  # of the last 20 steps, 19 at 4 and one at 2
+        "unimo3_checkpoint_age_seconds": {},
+        "unimo3_held": {str(run): 1, str(new): 0},
+        "unimo3_restarts": {str(run): 2, str(new): 0},
+        "unimo3_bad_nodes": {None: 1},
+    }
+    fake_squeue("exit 1")  # what Slurm knows is not known then
+    refused(run, capsys, f"--prometheus {tmp_path}/none/x: cannot be written", "--prometheus", tmp_path / "none" / "x")
+    assert "unimo3_held{" not in prometheus.text_of([state_of(run)], 0)
+
+
+def refused(folder, capsys, text, *options):
+    with pytest.raises(SystemExit) as ended:
+        status.main([str(folder), *map(str, options)])
     assert ended.value.code == 78
     assert text in capsys.readouterr().err
 

@@ -10,14 +10,8 @@ import pytest
 from tests.spawn import run_ranks
 from tests.tiny import rows, tiny_batch, tiny_config
 from unimo3.kernels.args import KernelArgs
-from unimo3.training.engine import (
-    BatchPlan,
-    build_engine,
-    build_model,
-    gradient_norm,
-    prepare_layers,
-    read_ds_config,
-)
+from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.engine import build_engine, build_model, gradient_norm, prepare_layers
 from unimo3.training.optim import OptimArgs
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

@@ -12,12 +12,9 @@ from tests.saved_tensors import bytes_saved_by_a_step
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
-from unimo3.objectives.args import ObjectivesArgs
+from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
-from unimo3.objectives.itc import ItcArgs
-from unimo3.objectives.itm import ItmArgs
-from unimo3.objectives.mlm import MlmArgs
-from unimo3.training.engine import BatchPlan
+from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
 from unimo3.training.plan.step_trace import StepCost, build_on_meta, trace_step

@@ -185,8 +185,8 @@ def test_a_heartbeat_of_another_host_is_recent_by_its_servers_clock(tmp_path, mo
     path.parent.mkdir()
     path.write_text(json.dumps(vars(beat(0, "compute", 9, since_s=5.0))))
     monkeypatch.setattr(heartbeat.time, "time", lambda stock=time.time: stock() + ahead_s)  # of this host
-    found = heartbeat.other_process(tmp_path)
-    assert found is not None
-    assert abs(found.time - found.since - 5.0) < 0.1
+    other = heartbeat.other_process(tmp_path)
+    assert other is not None
+    assert abs(other.time - other.since - 5.0) < 0.1
     os.utime(path, (path.stat().st_mtime - 60,) * 2)
     assert heartbeat.other_process(tmp_path) is None

@@ -2,6 +2,7 @@
 
     OUT/model.safetensors            or model-00001-of-00003.safetensors ... and model.safetensors.index.json
     OUT/export_report.json           what became of each tensor, and the SHA-256 of the other files
+    OUT/README.md                    the model card, which users complete: the report has no SHA-256 of it
     OUT/config.json, tokenizer, ...  the files of RUN/model, answers.json among them in VQA
 
 Values that the target type cannot represent are an error that names the tensors, unless the caller chooses otherwise.
@@ -21,12 +22,13 @@ import torch
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable, sha256_of
+from unimo3.checkpoint.model_card import write_card
 from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 REPORT = "export_report.json"
 # An engine trains a task whose `model` attribute is what users load.
 _PREFIX = "model."
@@ -71,8 +73,9 @@ def export_run(
             if run is not None:
                 # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
                 has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
-                _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else DTYPES[dtype])
+                _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else dtype_of(dtype))
                 _record_files(staging)
+                write_card(run, checkpoint, staging, dtype, reports)
             _flush(staging)
             staging.rename(out)
         except BaseException:
@@ -108,7 +111,7 @@ def export_weights(
     Names lose the ``model.`` that a run of this project has before them; other checkpoints' names stay as they are.
 
     Args:
-        dtype: of floating-point tensors: a key of `DTYPES`.
+        dtype: of floating-point tensors: one of `unimo3.dtypes.DTYPES`.
         on_overflow: what to do with values beyond the type's largest (fp16: 65504): refuse, clamp, or keep that
             tensor in float32.
         max_file_bytes: limit of a file's size, unless one tensor is larger.
@@ -121,7 +124,7 @@ def export_weights(
     """
     source = ZeroCheckpoint(checkpoint)
     names = {name: _public(source, name) for name in source.names()}
-    options = Options(DTYPES[dtype], on_overflow, max_file_bytes, num_jobs or default_jobs(), is_read_back=verify)
+    options = Options(dtype_of(dtype), on_overflow, max_file_bytes, num_jobs or default_jobs(), is_read_back=verify)
     try:
         reports, errors = write_weights(source, names, out, options)
         if errors:

@@ -5,17 +5,20 @@ A run that has checkpoints needs none of this any more.
 Source: none.
 """
 
+from __future__ import annotations
+
 import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unimo3.checkpoint import store
-from unimo3.checkpoint.export import export_run
 from unimo3.checkpoint.load import newest_good
 from unimo3.distributed import on_all_ranks, world
-from unimo3.errors import CheckpointError
-from unimo3.model.config import Unimo3Config
-from unimo3.model.pretrained import read_exported_config
+from unimo3.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from unimo3.model.config import Unimo3Config
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,15 @@ def model_files_of(init: str, own_run: Path) -> str:
     return init if run is None else str(run / "model")
 
 
+def config_errors(folder: str) -> list[str]:
+    """Return an error if a folder, of `model_files_of`, has no configuration."""
+    if not folder:
+        return ["init: '': names no weights; name an exported folder, or a run or one of its checkpoints"]
+    if not (Path(folder) / "config.json").is_file():
+        return [f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote"]
+    return []
+
+
 def config_of(init: str, own_run: Path) -> Unimo3Config:
     """The configuration of the weights that the run starts from or continues with.
 
@@ -54,6 +66,10 @@ def config_of(init: str, own_run: Path) -> Unimo3Config:
         ConfigError: there is none, or it is another model's.
     """
     folder = model_files_of(init, own_run)
+    if errors := config_errors(folder):
+        raise ConfigError(errors)
+    from unimo3.model.pretrained import read_exported_config
+
     has_none = has_begun(own_run) or (run_of(init) is not None and Path(folder).name == "model")
     return read_exported_config(folder, has_weights=not has_none)
 
@@ -97,6 +113,8 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
 
     def export() -> None:
         if rank == 0:
+            from unimo3.checkpoint.export import export_run
+
             shutil.rmtree(out, ignore_errors=True)  # of another source
             export_run(run, checkpoint, out, "fp32", "error", _MAX_FILE_BYTES)
             (out / _SOURCE).write_text(f"{_name_of(init)}\n{checkpoint.name}")

@@ -45,13 +45,13 @@ from unimo3.checkpoint.manifest import (
     write_manifest,
 )
 from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
+from unimo3.checkpoint.store import SAVE_FIX
 from unimo3.distributed import all_gather_object, on_all_ranks, world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FIX = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
 # Of the slowest rank's writing.
 _TIMEOUT = timedelta(hours=12)
 # For a running save when the run ends by an error; a node that is gone must not block the others forever.
@@ -140,7 +140,7 @@ class Saver:
             except CheckpointError as error:
                 self._failure = error
             except Exception as error:  # such as of the group, when another rank's process has ended
-                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {FIX}")
+                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {SAVE_FIX}")
 
         if self._args.background and not self._has_logged_memory:
             log.info(
@@ -239,7 +239,7 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
     staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
     state = replace(state, engine=describe_engine(engine))
     # Each step of the protocol ends in agreement: a failed rank notifies the others instead of leaving them waiting.
-    on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, FIX)
+    on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, SAVE_FIX)
     generators = captured_rng()
     files: list[Path] = []
     if memory is None:
@@ -261,10 +261,10 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
 
     def finish(group: Any) -> Path:
         try:
-            written = on_all_ranks(f"writing {staging}", write, FIX, group)
-            parts = on_all_ranks(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), FIX, group)
+            written = on_all_ranks(f"writing {staging}", write, SAVE_FIX, group)
+            parts = on_all_ranks(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), SAVE_FIX, group)
             on_all_ranks(
-                f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, FIX, group
+                f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, SAVE_FIX, group
             )
         except CheckpointError:
             _discard(staging, group)
@@ -278,7 +278,7 @@ def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callabl
     """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
     try:
         with without_barriers(engine.optimizer):
-            return on_all_ranks(doing, action, FIX)[world()[0]]
+            return on_all_ranks(doing, action, SAVE_FIX)[world()[0]]
     except CheckpointError:
         _discard(staging, None)
         raise
@@ -293,7 +293,7 @@ def _discard(staging: Path, group: Any) -> None:
         if world()[0] == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
-    on_all_ranks(f"removing {staging}", remove, FIX, group)
+    on_all_ranks(f"removing {staging}", remove, SAVE_FIX, group)
 
 
 def _clear_staging(staging: Path) -> None:

@@ -17,6 +17,7 @@ from unimo3.checkpoint.manifest import MANIFEST, STATE, verify
 
 __all__ = [
     "MANIFEST",
+    "SAVE_FIX",
     "STATE",
     "folder_of",
     "has_folders",
@@ -30,6 +31,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+SAVE_FIX = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
+"""What to do when a save fails."""
 _TAG = re.compile(r"^step_\d{8,}$")
 _QUARANTINED = re.compile(r"^step_\d{8,}\.damaged\d*$")
 # Suffix of a checkpoint whose step is saved again, until the new one has its name.

@@ -7,27 +7,37 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
+from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
 from unimo3.data.index import MAX_OPEN_SHARDS, TEST_SPLITS, ShardIndex
-from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import training_order
-from unimo3.data.samples import Samples
 from unimo3.data.shard_checks import index_errors
-from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import Augment
+from unimo3.data.tokenizer import folder_errors, load_tokenizer
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors
 
+if TYPE_CHECKING:
+    from unimo3.data.loader import TrainingLoader
+    from unimo3.data.samples import Samples
+
+Augment = Literal["none", "randaugment"]
 # Measured, rounded up: what a process has open and starts besides, with its model, its logs and its libraries.
 _FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
 _THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
 
 
 @dataclass(frozen=True)
-class DataArgs:
+class ReaderArgs:
+    """How many processes read, and how far ahead."""
+
+    num_workers: int
+    prefetch: int
+
+
+@dataclass(frozen=True)
+class DataArgs(Checked):
     """Shards, tokenizer, and how samples are read."""
 
     train: dict[str, float] | str = ""
@@ -94,22 +104,37 @@ class DataArgs:
         mixture = list(zip((index.fingerprint for index in indexes), weights, strict=True))
         return hashlib.sha256(json.dumps(mixture).encode()).hexdigest()
 
+    def facts(self, indexes: list[ShardIndex]) -> list[dict[str, Any]]:
+        """What is recorded of each source in checkpoints: its name, size, weight in the mixture and fingerprint."""
+        return [
+            {
+                "dataset": index.dataset,
+                "split": index.split,
+                "samples": sum(index.samples_per_shard),
+                "weight": weight,
+                "fingerprint": index.fingerprint,
+            }
+            for index, weight in zip(indexes, self.sources.values(), strict=True)
+        ]
+
     def training_loader(
         self,
-        sources: Sequence[Samples],
+        sources: "Sequence[Samples]",
         global_batch: int,
         micro_batch: int,
         rank: int,
         world_size: int,
         seed: int,
         start_step: int,
-    ) -> TrainingLoader:
+    ) -> "TrainingLoader":
         """The run's stream from `start_step` on, one rank's part of it; see `TrainingLoader`.
 
         Args:
             sources: one for each of `open_train`.
             seed: of the run.
         """
+        from unimo3.data.loader import TrainingLoader
+
         units = [samples.units_per_shard for samples in sources]
         order = training_order(units, list(self.sources.values()), seed, self.window_shards)
         return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
@@ -157,6 +182,8 @@ class DataArgs:
         Raises:
             ConfigError: shared memory, or the number of open files or of processes, is too small for the readers.
         """
+        import torch
+
         num_local, num_ranks = (int(os.environ.get(f"{of}WORLD_SIZE", "1")) for of in ("LOCAL_", ""))
         # Those of training keep what they have read ahead while others read for an evaluation.
         num_readers = self.num_workers * (trains + (self.val is not None))
@@ -178,13 +205,17 @@ class DataArgs:
         cache = ShardCache(source, Path(self.cache_dir), int(self.cache_gb * 1e9)) if self.cache_dir else None
         return ShardIndex(source, cache)
 
-    def validate(self) -> list[str]:
-        """Return the errors of these settings, one line per error; `shard_errors` checks the shards."""
-        errors = []
+    def slow_errors(self) -> list[str]:
+        """Return why the tokenizer cannot be used, one line per error."""
         try:
             load_tokenizer(self.tokenizer)
         except ConfigError as error:
-            errors += error.errors
+            return error.errors
+        return []
+
+    def quick_errors(self) -> list[str]:
+        """Return the other errors of these settings, one line per error; `shard_errors` checks the shards."""
+        errors = folder_errors(self.tokenizer)
         if self.max_text_tokens < 3:
             errors.append(
                 f"data.max_text_tokens: {self.max_text_tokens}: at least 3 are needed, for <s>, a word and </s>"

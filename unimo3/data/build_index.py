@@ -86,11 +86,11 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             spread(comm, jobs(), work, progress.add)
             if not overwrite and (folder / INDEX).is_file():
                 _check_unchanged(folder, names)
-            found = survey(folder, names)
-            if found.num_samples and not found.num_complete:
+            tars = survey(folder, names)
+            if tars.num_samples and not tars.num_complete:
                 raise DataError(
-                    f"--src {source}: none of its {found.num_samples} samples can be read: {found.num_imageless} have "
-                    f"no image ({', '.join(IMAGE_EXTENSIONS)}), {found.num_textless} no json and no txt; make the tars "
+                    f"--src {source}: none of its {tars.num_samples} samples can be read: {tars.num_imageless} have "
+                    f"no image ({', '.join(IMAGE_EXTENSIONS)}), {tars.num_textless} no json and no txt; make the tars "
                     "again"
                 )
             dataset, split, missing_ids = _origin(folder)
@@ -98,16 +98,16 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
             remove_traces(folder, names)
         finally:
             (folder / _LOCK).unlink(missing_ok=True)
-    print(f"{source}: {found.num_samples} samples in {len(paths)} shards")
-    if found.num_complete < found.num_samples:
+    print(f"{source}: {tars.num_samples} samples in {len(paths)} shards")
+    if tars.num_complete < tars.num_samples:
         print(
-            f"{source}: {found.num_imageless} samples have no image, {found.num_textless} no json and no txt; they are "
+            f"{source}: {tars.num_imageless} samples have no image, {tars.num_textless} no json and no txt; they are "
             "bad samples"
         )
-    for name, key, number in found.repeated[:_NUM_SHOWN]:
+    for name, key, number in tars.repeated[:_NUM_SHOWN]:
         print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
-    if len(found.repeated) > _NUM_SHOWN:
-        print(f"and so in {len(found.repeated) - _NUM_SHOWN} more tars")
+    if len(tars.repeated) > _NUM_SHOWN:
+        print(f"and so in {len(tars.repeated) - _NUM_SHOWN} more tars")
 
 
 def _not_plain(folder: Path) -> list[str]:

@@ -16,7 +16,6 @@ import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unimo3.data.args import ReaderArgs
 from unimo3.data.order import (
     MixedOrder,
     SampleOrder,
@@ -48,14 +48,6 @@ _TEXTS_AHEAD = 16
 _MAX_FURTHER = 1024
 # Key of an error for the reading process: one raised in a worker would arrive with the worker's traceback in it.
 UNUSABLE = "unusable"
-
-
-@dataclass(frozen=True)
-class ReaderArgs:
-    """How many processes read, and how far ahead."""
-
-    num_workers: int
-    prefetch: int
 
 
 class TrainingLoader:

@@ -6,13 +6,13 @@ at any number of ranks and readers.
 Source: METER, arXiv 2111.02387, for the inputs.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -20,8 +20,12 @@ from unimo3.data.masking import Masking
 from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.order import Unit
 from unimo3.data.texts import BadSampleError, captions_of, content_of
-from unimo3.data.transforms import ImageTransform
 from unimo3.texts import is_blank, plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from unimo3.data.transforms import ImageTransform
 
 Inputs = dict[str, Any]
 
@@ -55,6 +59,8 @@ class TextEncoder:
     """Text -> ids and mask of a fixed length; a longer text keeps its beginning and its </s>."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int):
+        from tokenizers import Tokenizer
+
         # A copy with its lengths set once: the tokenizer's call sets and looks them up again for every text, which
         # takes longer than the text.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from unimo3.data.formats.record import Sample
 from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX
@@ -107,6 +106,8 @@ def write_shard(
     Args:
         between: called after every image.
     """
+    from webdataset import TarWriter  # which imports torch
+
     target = folder / job.split / job.name
     done, digest = target.with_suffix(_DONE), job.digest(options)
     if (earlier := _still_good(job, target, digest, options)) is not None:
@@ -117,7 +118,7 @@ def write_shard(
     # Named after the process: one that a kill has orphaned may still be at it.
     staging = target.with_suffix(f".{socket.gethostname()}-{os.getpid()}.tmp")
     with staging.open("wb") as file:
-        tar = webdataset.TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
+        tar = TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
         for sample in job.samples:
             try:
                 images = [read_image(path, options) for path in sample.images]

@@ -57,6 +57,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> i
     return len(wrapped)
 
 
+def folder_errors(folder: str) -> list[str]:
+    """Return an error if a tokenizer's folder does not exist."""
+    if folder and Path(folder).is_dir():
+        return []
+    return [
+        f"data.tokenizer: '{folder}': no such folder; in fine-tuning name the exported folder that init names, in "
+        "pretraining a RoBERTa folder, or train one with python -m pretrain.prepare_shards coco --tokenizer-vocab N"
+    ]
+
+
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer folder. Texts are padded and cut on their right side, whatever the folder has.
 
@@ -64,13 +74,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         ConfigError: there is none, it has no mask, padding or class token, or two of them are one, two entries have one
             id, or texts are not enclosed by its special tokens or cannot be encoded.
     """
+    if errors := folder_errors(folder):
+        raise ConfigError(errors)
     from transformers import AutoTokenizer
 
-    if not folder or not Path(folder).is_dir():
-        raise ConfigError(
-            f"data.tokenizer: '{folder}': no such folder; in fine-tuning name the exported folder that init names, in "
-            "pretraining a RoBERTa folder, or train one with python -m pretrain.prepare_shards coco --tokenizer-vocab N"
-        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
@@ -105,7 +112,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         if getattr(tokenizer, f"{one}_id") == getattr(tokenizer, f"{other}_id"):
             raise ConfigError(
                 f"data.tokenizer: '{folder}': its {one} and its {other} are both {getattr(tokenizer, one)!r}; padding, "
-                "masks, unknown words and the ends of a text are told apart by their ids: give each an entry of its "
+                "masks, unknown words and the ends of a text are distinguished by their ids: give each an entry of its "
                 "own, as RoBERTa's have"
             )
     try:

@@ -7,7 +7,6 @@ Source: CLIP's mean and standard deviation, arXiv 2103.00020; METER resizes to a
 
 import random
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +16,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
+from unimo3.data.args import Augment
 from unimo3.data.images import decode
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-Augment = Literal["none", "randaugment"]
 
 
 def image_processor(image_size: int) -> CLIPImageProcessorPil:

@@ -14,6 +14,7 @@ import torch
 
 from unimo3.checkpoint.export import changed_files
 from unimo3.data.transforms import image_processor
+from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
 from unimo3.model.args import largest_id, max_text_tokens
 from unimo3.model.config import Unimo3Config
@@ -38,7 +39,6 @@ _PREPARATION = (
 )
 # Of a text: <s>, a word and </s>.
 _LEAST_TOKENS = 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def device_of(name: str) -> torch.device:
 
 def _dtype_of(name: DtypeName, config: Unimo3Config, device: torch.device) -> torch.dtype:
     stored = getattr(torch, str(config.dtype).removeprefix("torch."), torch.float32) if config.dtype else torch.float32
-    chosen: torch.dtype = DTYPES.get(name, stored)
+    chosen: torch.dtype = stored if name == "auto" else dtype_of(name)
     if device.type != "cpu" or chosen is not torch.float16:
         return chosen
     if name == "fp16":

@@ -5,17 +5,20 @@ Source: METER, arXiv 2111.02387, for what each head's logits mean; ALBEF, arXiv 
 
 # Shapes: B rows, I images of a row, S pixels a side, C classes.
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import ConfigError, DataError
-from unimo3.inference.folder import Loaded
-from unimo3.inference.inputs import Prepared, tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unimo3.inference.folder import Loaded
+    from unimo3.inference.inputs import Prepared
 
 Answers = list[dict[str, Any]]
 """The best first; plain values."""
@@ -38,6 +41,10 @@ class Predictor(ABC):
         """Answers to each of B rows, at most `top`."""
 
     def _logits(self, rows: Sequence[Prepared]) -> Any:
+        import torch
+
+        from unimo3.inference.inputs import tokens
+
         images = torch.stack([row.pixels for row in rows]).to(self.loaded.device)  # [B, I, 3, S, S]
         if images.shape[1] == 1:
             images = images[:, 0]

@@ -2,15 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-
-from unimo3.apex import NORM_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
-from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS, interprets_triton
-from unimo3.kernels.layer_norm import use_apex_layer_norm
+
+if TYPE_CHECKING:
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +29,10 @@ class KernelArgs:
         Raises:
             ConfigError: the requested one does not support them, or not on this machine.
         """
+        import torch
+
+        from unimo3.kernels.cross_layer_attention import interprets_triton
+
         self.supported_on_gpu(width)
         if self.cross_layer_attention == "triton" and not (torch.cuda.is_available() or interprets_triton()):
             raise ConfigError("kernels.cross_layer_attention: 'triton': runs on GPUs, and there is none here; use auto")
@@ -43,6 +44,8 @@ class KernelArgs:
         Raises:
             ConfigError: they are asked for and do not support it.
         """
+        from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS
+
         if self.cross_layer_attention == "triton" and width not in HEAD_WIDTHS:
             raise ConfigError(
                 f"kernels.cross_layer_attention: 'triton': supports head widths {', '.join(map(str, HEAD_WIDTHS))}, "
@@ -50,12 +53,15 @@ class KernelArgs:
             )
         return self.cross_layer_attention != "reference" and width in HEAD_WIDTHS
 
-    def choose_layer_norm(self, model: nn.Module) -> None:
+    def choose_layer_norm(self, model: "nn.Module") -> None:
         """Give a model the layer norm that these settings name, and log it.
 
         Raises:
             ConfigError: the requested one is not available here.
         """
+        from unimo3.apex import NORM_EXTENSION, missing_apex
+        from unimo3.kernels.layer_norm import use_apex_layer_norm
+
         missing = missing_apex(NORM_EXTENSION)
         if self.layer_norm == "apex" and missing:
             raise ConfigError(f"kernels.layer_norm: 'apex': {missing}; use auto or torch")

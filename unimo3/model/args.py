@@ -4,28 +4,23 @@ Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' d
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import PreTrainedTokenizerBase, RobertaConfig
-
+from unimo3.config import Checked
 from unimo3.errors import ConfigError
-from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
-from unimo3.model.heads import TEMPERATURE_BOUNDS
-from unimo3.model.initialization import initialize_weights
-from unimo3.model.pretrained import (
-    bridgetower_errors,
-    fill_from_bridgetower,
-    load_roberta,
-    load_vision,
-    read_bridgetower_config,
-    read_roberta_config,
-    roberta_errors,
-    vision_errors,
-)
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.model.vision import VisionTower
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, RobertaConfig
+
+    from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
+    from unimo3.model.unimo3 import Unimo3ForPreTraining
+
+INTERACTIONS = ("in_layer", "cross_layer")
+GATES = ("token", "static", "uniform")
+TEMPERATURE_BOUNDS = (0.001, 0.5)
+"""Of the contrastive temperature."""
+PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
+"""Pattern of the parameters that only pretraining's objectives use."""
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
 _TEXT_COUNTS = (
     "vocab_size",
@@ -59,12 +54,16 @@ class TextArgs:
     dropout: float = 0.1
     """Dropout probability of hidden states and attention weights."""
 
-    def to_config(self) -> RobertaConfig:
+    def to_config(self) -> "RobertaConfig":
         """The tower's configuration."""
         if self.init:
+            from unimo3.model.pretrained import read_roberta_config
+
             config = read_roberta_config(self.init)
             config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.dropout
             return config
+        from transformers import RobertaConfig
+
         return RobertaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -98,8 +97,10 @@ class VisionArgs:
     num_heads: int = 0
     """Attention heads; 0: the architecture's default."""
 
-    def to_config(self) -> Unimo3VisionConfig:
+    def to_config(self) -> "Unimo3VisionConfig":
         """The tower's configuration."""
+        from unimo3.model.config import Unimo3VisionConfig
+
         sizes: dict[str, Any] = {
             "patch_size": self.patch_size,
             "embed_dim": self.width,
@@ -111,7 +112,7 @@ class VisionArgs:
 
 
 @dataclass(frozen=True)
-class ModelArgs:
+class ModelArgs(Checked):
     """Towers and cross-modal encoder."""
 
     text: TextArgs = field(default_factory=TextArgs)
@@ -146,18 +147,22 @@ class ModelArgs:
     tie_word_embeddings: bool = True
     """Whether the MLM decoder shares the word embedding; the text and fusion widths must then be equal."""
 
-    def to_config(self) -> Unimo3Config:
+    def to_config(self) -> "Unimo3Config":
         """The model's configuration.
 
         Raises:
             ConfigError: `text.init` is not a RoBERTa folder, or `init` no BridgeTower one.
         """
         if self.init:
+            from unimo3.model.pretrained import read_bridgetower_config
+
             config = read_bridgetower_config(self.init, self.vision.image_size)
             config.update(self._free_settings())
             text = config.text_config
             text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.text.dropout
             return config
+        from unimo3.model.config import Unimo3Config
+
         return Unimo3Config(
             text_config=self.text.to_config(),
             vision_config=self.vision.to_config(),
@@ -183,15 +188,24 @@ class ModelArgs:
             "itc_temperature_init": self.itc_temperature_init,
         }
 
-    def validate(self) -> list[str]:
-        """Return the errors of these settings, one line each: field, value and fix."""
-        errors = self._range_errors()
+    def quick_errors(self) -> list[str]:
+        """Return the errors that are found without a model, one line each: field, value and fix."""
+        errors = self._range_errors() + self._init_errors()
+        if self.init:
+            return errors  # the sizes are those of its weights
+        if not self.text.init:
+            errors += text_errors(self.text)
+        vision = self.vision
+        return errors + image_errors(vision.architecture, vision.image_size, vision.patch_size) + fusion_errors(self)
+
+    def slow_errors(self) -> list[str]:
+        """Return where the model cannot be built, one line per error: field, value and fix."""
         try:
             config = self.to_config()
         except ConfigError as error:  # of the text tower, whose files may be missing
             vision = self.vision.to_config()
-            return errors + error.errors + (vision.validate() or self._tower_errors(vision))
-        errors += config.validate() + self._init_errors()
+            return error.errors + (vision.validate() or self._tower_errors(vision))
+        errors = config.validate()
         text_width, width = config.text_config.hidden_size, config.hidden_size
         if config.tie_word_embeddings and text_width != width and min(text_width, width) > 0:
             errors.append(
@@ -200,8 +214,13 @@ class ModelArgs:
             )
         return errors or self._built_errors(config)
 
-    def _tower_errors(self, vision: Unimo3VisionConfig, config: Unimo3Config | None = None) -> list[str]:
+    def _tower_errors(self, vision: "Unimo3VisionConfig", config: "Unimo3Config | None" = None) -> list[str]:
         """Return whether timm builds the image tower, and whether the depth of `config` and ``vision.init`` fit it."""
+        import torch
+
+        from unimo3.model.pretrained import vision_errors
+        from unimo3.model.vision import VisionTower
+
         try:
             with torch.device("meta"):
                 tower = VisionTower(vision)
@@ -213,8 +232,10 @@ class ModelArgs:
         errors = config.depth_errors(tower.depth) if config is not None else []
         return errors + (vision_errors(self.vision.init, tower) if self.vision.init else [])
 
-    def _built_errors(self, config: Unimo3Config) -> list[str]:
+    def _built_errors(self, config: "Unimo3Config") -> list[str]:
         """Return whether the model can be built, and whether the weights fit that are named for it or its towers."""
+        from unimo3.model.pretrained import bridgetower_errors, roberta_errors
+
         errors = self._tower_errors(config.vision_config, config)
         if self.text.init:
             errors += roberta_errors(self.text.init, config.text_config)
@@ -258,12 +279,65 @@ class ModelArgs:
         return errors
 
 
-def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int) -> None:
+def text_errors(text: "TextArgs | RobertaConfig") -> list[str]:
+    """Return an error if a text tower's width does not divide into its heads."""
+    heads = text.num_attention_heads
+    if heads > 0 and text.hidden_size % heads:
+        return [f"model.text.num_attention_heads: {heads}: must divide {text.hidden_size}"]
+    return []
+
+
+def image_errors(architecture: str, size: int, patch: int) -> list[str]:
+    """Return an error if an image does not divide into patches.
+
+    Args:
+        size: of the image's side, in pixels; `ModelArgs` reports numbers below 1, of the patch too.
+        patch: of the patch's side; 0: as the architecture's name states it.
+    """
+    stated = (part.removeprefix("patch") for part in architecture.split("_") if part.startswith("patch"))
+    patch = patch or next((int(number) for number in stated if number.isdigit()), 0)
+    if patch <= 0 or size <= 0 or size % patch == 0:
+        return []
+    return [
+        f"model.vision.image_size: {size}: not a multiple of the patch size {patch}; "
+        f"use {size // patch * patch or patch} or {(size // patch + 1) * patch}"
+    ]
+
+
+def fusion_errors(model: "ModelArgs | Unimo3Config") -> list[str]:
+    """Return the errors of a cross-modal encoder's settings, one line each: field, value and fix."""
+    errors = []
+    if model.num_attention_heads > 0 and model.hidden_size % model.num_attention_heads:
+        errors.append(
+            f"model.num_attention_heads: {model.num_attention_heads}: must divide model.hidden_size {model.hidden_size}"
+        )
+    if model.num_hidden_layers < 1:
+        errors.append(f"model.num_hidden_layers: {model.num_hidden_layers}: at least one fusion layer is needed")
+    if model.interaction not in INTERACTIONS:
+        errors.append(f"model.interaction: '{model.interaction}': one of {', '.join(INTERACTIONS)} is supported")
+    if model.gate not in GATES:
+        errors.append(f"model.gate: '{model.gate}': one of {', '.join(GATES)} is supported")
+    if not 0 < model.gate_init < 1:
+        errors.append(f"model.gate_init: {model.gate_init}: a number strictly between 0 and 1 is needed")
+    if model.unimodal_levels < 0:
+        errors.append(f"model.unimodal_levels: {model.unimodal_levels}: 0 or a number of tower layers is needed")
+    if model.unimodal_levels > 0 and model.interaction != "cross_layer":
+        errors.append(
+            f"model.unimodal_levels: {model.unimodal_levels}: {model.interaction} reads the partner layer alone; "
+            "set it to 0, or model.interaction to cross_layer"
+        )
+    return errors
+
+
+def set_initial_weights(model: "Unimo3ForPreTraining", args: ModelArgs, seed: int) -> None:
     """Give a new model, sharded by ZeRO-3 or not, the values that `args` names: random, then those of other models.
 
     Raises:
         CheckpointError: a tensor of a folder or file is missing, unexpected or of another shape.
     """
+    from unimo3.model.initialization import initialize_weights
+    from unimo3.model.pretrained import fill_from_bridgetower, load_roberta, load_vision
+
     initialize_weights(model, seed, args.initializer_range)
     if args.init:
         fill_from_bridgetower(model, args.init)
@@ -274,7 +348,7 @@ def set_initial_weights(model: Unimo3ForPreTraining, args: ModelArgs, seed: int)
 
 
 def tokenizer_errors(
-    text: RobertaConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int, is_trained: bool
+    text: "RobertaConfig", tokenizer: "PreTrainedTokenizerBase", max_tokens: int, is_trained: bool
 ) -> list[str]:
     """Return where a text tower, a tokenizer and the length of texts do not fit together, one line per error.
 
@@ -298,17 +372,17 @@ def tokenizer_errors(
     return errors + length_errors(text, max_tokens, padding_id)
 
 
-def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def largest_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The largest id of a tokenizer's entries; more than their number where ids are missing between them."""
     return max(tokenizer.get_vocab().values())
 
 
-def max_text_tokens(text: RobertaConfig, padding_id: int) -> int:
+def max_text_tokens(text: "RobertaConfig", padding_id: int) -> int:
     """Tokens that a text can have: RoBERTa counts positions from behind the padding id."""
     return max(0, text.max_position_embeddings - padding_id - 1)
 
 
-def length_errors(text: RobertaConfig, max_tokens: int, padding_id: int) -> list[str]:
+def length_errors(text: "RobertaConfig", max_tokens: int, padding_id: int) -> list[str]:
     """Return an error if texts can be longer than a text tower has positions for."""
     most = max_text_tokens(text, padding_id)
     if max_tokens <= most:
@@ -321,7 +395,7 @@ def length_errors(text: RobertaConfig, max_tokens: int, padding_id: int) -> list
     ]
 
 
-def resolve_tokens(config: Unimo3Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def resolve_tokens(config: "Unimo3Config", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Give a configuration the tokenizer's special ids, and the tokenizer the length that the positions allow."""
     text = config.text_config
     text.pad_token_id = tokenizer.pad_token_id

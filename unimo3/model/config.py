@@ -8,8 +8,7 @@ from typing import Any
 import timm
 from transformers import PreTrainedConfig, RobertaConfig
 
-INTERACTIONS = ("in_layer", "cross_layer")
-GATES = ("token", "static", "uniform")
+from unimo3.model.args import fusion_errors, image_errors, text_errors
 
 
 class Unimo3VisionConfig(PreTrainedConfig):
@@ -43,14 +42,7 @@ class Unimo3VisionConfig(PreTrainedConfig):
                 f"model.vision.architecture: '{self.architecture}': timm has no such model; "
                 "timm.list_models('vit*') lists them"
             ]
-        patch = self.overrides.get("patch_size", _patch_size(self.architecture))
-        # `ModelArgs` reports numbers below 1.
-        if patch and patch > 0 and self.image_size > 0 and self.image_size % patch:
-            return [
-                f"model.vision.image_size: {self.image_size}: not a multiple of the patch size {patch}; "
-                f"use {self.image_size // patch * patch or patch} or {(self.image_size // patch + 1) * patch}"
-            ]
-        return []
+        return image_errors(self.architecture, self.image_size, self.overrides.get("patch_size", 0))
 
 
 class Unimo3Config(PreTrainedConfig):
@@ -154,36 +146,4 @@ class Unimo3Config(PreTrainedConfig):
 
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each: field, value and fix."""
-        errors = list(self.vision_config.validate())
-        text_heads = self.text_config.num_attention_heads
-        if text_heads > 0 and self.text_config.hidden_size % text_heads:
-            errors.append(f"model.text.num_attention_heads: {text_heads}: must divide {self.text_config.hidden_size}")
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            errors.append(
-                f"model.num_attention_heads: {self.num_attention_heads}: "
-                f"must divide model.hidden_size {self.hidden_size}"
-            )
-        if self.num_hidden_layers < 1:
-            errors.append(f"model.num_hidden_layers: {self.num_hidden_layers}: at least one fusion layer is needed")
-        if self.interaction not in INTERACTIONS:
-            errors.append(f"model.interaction: '{self.interaction}': one of {', '.join(INTERACTIONS)} is supported")
-        if self.gate not in GATES:
-            errors.append(f"model.gate: '{self.gate}': one of {', '.join(GATES)} is supported")
-        if not 0 < self.gate_init < 1:
-            errors.append(f"model.gate_init: {self.gate_init}: a number strictly between 0 and 1 is needed")
-        if self.unimodal_levels < 0:
-            errors.append(f"model.unimodal_levels: {self.unimodal_levels}: 0 or a number of tower layers is needed")
-        if self.unimodal_levels > 0 and self.interaction != "cross_layer":
-            errors.append(
-                f"model.unimodal_levels: {self.unimodal_levels}: {self.interaction} reads the partner layer alone; "
-                "set it to 0, or model.interaction to cross_layer"
-            )
-        return errors
-
-
-def _patch_size(architecture: str) -> int | None:
-    """Patch size in pixels as the architecture's name states it, or None."""
-    for part in architecture.split("_"):
-        if part.startswith("patch") and part[5:].isdigit():
-            return int(part[5:])
-    return None
+        return self.vision_config.validate() + text_errors(self.text_config) + fusion_errors(self)

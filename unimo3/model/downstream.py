@@ -17,8 +17,9 @@ from transformers import AutoModelForVisualQuestionAnswering
 from transformers.utils import ModelOutput
 
 from unimo3.errors import ConfigError
+from unimo3.model.args import PRETRAINING_HEADS
 from unimo3.model.config import Unimo3Config
-from unimo3.model.heads import PRETRAINING_HEADS, ClassifierHead, ItcHead, ItcOutput, ItmHead, SecondImageShift
+from unimo3.model.heads import ClassifierHead, ItcHead, ItcOutput, ItmHead, SecondImageShift
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 
 

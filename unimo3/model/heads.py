@@ -12,12 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize
 
+from unimo3.model.args import TEMPERATURE_BOUNDS
 from unimo3.model.config import Unimo3Config
-
-TEMPERATURE_BOUNDS = (0.001, 0.5)
-
-PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
-"""Pattern of the parameters that only pretraining's objectives use."""
 
 
 class _ClampWithReturn(torch.autograd.Function):

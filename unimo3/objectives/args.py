@@ -1,14 +1,63 @@
-"""Settings of the pretraining objectives: a group for each, which stands next to the objective itself.
+"""Settings of the pretraining objectives: a group for each.
 
-To add an objective, write its file, with a group of settings that has ``weight`` and ``build``, and a field here.
+To add an objective, write its file, and here a group of settings that has ``weight`` and ``build``, and a field.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
 
-from unimo3.objectives.base import Objective
-from unimo3.objectives.itc import ItcArgs
-from unimo3.objectives.itm import ItmArgs
-from unimo3.objectives.mlm import MlmArgs
+if TYPE_CHECKING:
+    from unimo3.objectives.base import Objective
+
+Negatives = Literal["random", "hard"]
+
+
+@dataclass(frozen=True)
+class MlmArgs:
+    """Masked language modelling."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 turns it off."""
+    probability: float = 0.15
+    """Fraction of a text's tokens to predict; of them 80 % are masked, 10 % replaced, 10 % unchanged."""
+
+    def build(self, seed: int) -> "Objective":
+        """The objective of a run with this seed."""
+        from unimo3.objectives.mlm import MaskedLanguageModeling
+
+        return MaskedLanguageModeling(self.weight)
+
+
+@dataclass(frozen=True)
+class ItmArgs:
+    """Image-text matching."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 turns it off."""
+    negatives: Negatives = "random"
+    """How negative pairs are chosen from the step's batch. random: any other image, for half the texts. hard: for every
+    text an image and for every image a text, drawn by the similarity that ITC learns; the fusion encoder then reads
+    three pairs for one."""
+
+    def build(self, seed: int) -> "Objective":
+        """The objective of a run with this seed."""
+        from unimo3.objectives.itm import ImageTextMatching
+
+        return ImageTextMatching(self.weight, seed, self.negatives)
+
+
+@dataclass(frozen=True)
+class ItcArgs:
+    """Image-text contrast between the towers."""
+
+    weight: float = 1.0
+    """Factor of its loss in the total; 0 turns it off."""
+
+    def build(self, seed: int) -> "Objective":
+        """The objective of a run with this seed."""
+        from unimo3.objectives.itc import ImageTextContrast
+
+        return ImageTextContrast(self.weight)
 
 
 @dataclass(frozen=True)
@@ -43,6 +92,6 @@ class ObjectivesArgs:
             errors.append(f"objectives.mlm.probability: {self.mlm.probability}: a ratio between 0 and 1 is needed")
         return errors
 
-    def build(self, seed: int) -> list[Objective]:
+    def build(self, seed: int) -> "list[Objective]":
         """The objectives, in the order in which every rank computes them."""
         return [getattr(self, group.name).build(seed) for group in fields(self)]

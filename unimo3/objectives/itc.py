@@ -7,26 +7,12 @@ Source: CLIP, arXiv 2103.00020; ALBEF, arXiv 2107.07651.
 
 # Shapes: B samples a rank, N samples of all ranks.
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.similarity import ContrastedModel
-
-
-@dataclass(frozen=True)
-class ItcArgs:
-    """Image-text contrast between the towers."""
-
-    weight: float = 1.0
-    """Factor of its loss in the total; 0 turns it off."""
-
-    def build(self, seed: int) -> Objective:
-        """The objective of a run with this seed."""
-        return ImageTextContrast(self.weight)
 
 
 class ImageTextContrast(Objective):

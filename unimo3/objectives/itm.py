@@ -9,37 +9,18 @@ Source: METER, arXiv 2111.02387 (random negatives, half the batch); ALBEF, arXiv
 
 # Shapes: R ranks, B samples a rank, N = R B, P pairs a rank (B random, 3 B hard).
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unimo3.distributed import gather_rows, take_rows, world
+from unimo3.objectives.args import Negatives
 from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negatives, hard_negative_quantiles
 from unimo3.objectives.similarity import ContrastedModel
 
-Negatives = Literal["random", "hard"]
 IGNORED = -100
 """Label of a pair that does not count."""
-
-
-@dataclass(frozen=True)
-class ItmArgs:
-    """Image-text matching."""
-
-    weight: float = 1.0
-    """Factor of its loss in the total; 0 turns it off."""
-    negatives: Negatives = "random"
-    """How negative pairs are chosen from the step's batch. random: any other image, for half the texts. hard: for every
-    text an image and for every image a text, drawn by the similarity that ITC learns; the fusion encoder then reads
-    three pairs for one."""
-
-    def build(self, seed: int) -> Objective:
-        """The objective of a run with this seed."""
-        return ImageTextMatching(self.weight, seed, self.negatives)
 
 
 class ImageTextMatching(Objective):

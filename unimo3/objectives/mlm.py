@@ -3,28 +3,12 @@
 Source: BERT, arXiv 1810.04805; on fused states as METER, arXiv 2111.02387.
 """
 
-from dataclasses import dataclass
-
 from torch.nn.functional import cross_entropy
 
 from unimo3.distributed import sum_over_ranks, world
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.similarity import ContrastedModel
-
-
-@dataclass(frozen=True)
-class MlmArgs:
-    """Masked language modelling."""
-
-    weight: float = 1.0
-    """Factor of its loss in the total; 0 turns it off."""
-    probability: float = 0.15
-    """Fraction of a text's tokens to predict; of them 80 % are masked, 10 % replaced, 10 % unchanged."""
-
-    def build(self, seed: int) -> Objective:
-        """The objective of a run with this seed."""
-        return MaskedLanguageModeling(self.weight)
 
 
 class MaskedLanguageModeling(Objective):

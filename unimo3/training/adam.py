@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from unimo3.apex import OPTIMIZER_EXTENSION, missing_apex
 from unimo3.errors import ConfigError
+from unimo3.training.args import Fused
 
 log = logging.getLogger(__name__)
 
-Fused = Literal["auto", "apex", "deepspeed", "torch"]
 # Keys of a parameter group; all others are specific to an implementation.
 _SHARED = ("params", "lr", "betas", "eps", "weight_decay")
 

@@ -1,13 +1,59 @@
-"""Settings of the training loop."""
+"""Settings of the training loop and of its optimizer."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from unimo3.training.engine import ds_config_errors
+from unimo3.config import Checked
+from unimo3.training import ds_config
+
+Fused = Literal["auto", "apex", "deepspeed", "torch"]
 
 
 @dataclass(frozen=True)
-class TrainingArgs:
+class OptimArgs:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-5
+    """Peak learning rate of the towers."""
+    fusion_factor: float = 5.0
+    """Multiplier of it for the fusion encoder."""
+    head_factor: float = 5.0
+    """Multiplier of it for the heads."""
+    weight_decay: float = 0.01
+    """Decay of weight matrices; biases, norms and single parameters have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    warmup_ratio: float = 0.1
+    """Fraction of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    fused: Fused = "auto"
+    """Whose fused kernels run the update. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's CPUAdam where the
+    ds_config offloads the optimizer or there is no GPU, else its FusedAdam; both are compiled when first used. torch:
+    torch's AdamW. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
+
+    def validate(self) -> list[str]:
+        """Return the errors of these settings, one line each."""
+        errors = []
+        for name in ("lr", "fusion_factor", "head_factor", "eps"):
+            if getattr(self, name) <= 0:
+                errors.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                errors.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
+        for name in ("beta1", "beta2", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
+        return errors
+
+
+@dataclass(frozen=True)
+class TrainingArgs(Checked):
     """Length, batch and engine of the run."""
 
     steps: int = 100_000
@@ -36,8 +82,12 @@ class TrainingArgs:
     log_every: int = 50
     """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
 
-    def validate(self) -> list[str]:
-        """Return the errors of these settings, one line each."""
+    def slow_errors(self) -> list[str]:
+        """Return what DeepSpeed or this machine refuses of the ds_config, one line per error."""
+        return ds_config.engine_errors(self.ds_config)
+
+    def quick_errors(self) -> list[str]:
+        """Return the other errors of these settings, one line each."""
         errors = [
             f"training.{name}: {getattr(self, name)}: at least 1 is needed"
             for name in ("steps", "log_every")
@@ -50,4 +100,4 @@ class TrainingArgs:
         ]
         if not 0 <= self.stall_after_s < math.inf:
             errors.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
-        return errors + ds_config_errors(self.ds_config)
+        return errors + ds_config.file_errors(self.ds_config)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
-from unimo3.checkpoint.save import FIX
 from unimo3.distributed import broadcast_object, on_all_ranks, world
 from unimo3.training.metrics import Metrics, read_metrics
 from unimo3.training.run import Run
@@ -65,7 +64,7 @@ class Best:
                 if world()[0] == 0:
                     write_best(run.folder, record)
 
-            on_all_ranks("recording the best", write, FIX)
+            on_all_ranks("recording the best", write, store.SAVE_FIX)
 
     def last_step(self, run: Run, planned: int) -> int:
         """Where the run ends: at step `planned`, or here if patience is at its end."""

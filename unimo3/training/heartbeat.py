@@ -75,7 +75,7 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
 def read_heartbeats(run: Path) -> list[Heartbeat]:
     """Every rank's last heartbeat, in the order of ranks; what cannot be read is skipped.
 
-    Times are by this host's clock: hosts' clocks differ, so the file server's says how old a heartbeat is.
+    Times are by this host's clock: hosts' clocks differ, so the file server's decides how old a heartbeat is.
     """
     beats: list[Heartbeat] = []
     ahead_s = server_is_ahead_s(run / HEARTBEATS)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from unimo3.json_lines import read_records
 from unimo3.writing import replace_text
@@ -139,6 +138,8 @@ def step_metrics(
 
 def peak_memory_bytes() -> int:
     """Peak memory of this process: the GPU's where there is one, else resident."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

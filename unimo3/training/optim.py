@@ -4,56 +4,14 @@ Source: METER, arXiv 2111.02387 (fusion and heads at five times the towers' rate
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
-from unimo3.training.adam import Fused, build_adam
-
-
-@dataclass(frozen=True)
-class OptimArgs:
-    """AdamW and its learning rate."""
-
-    lr: float = 1e-5
-    """Peak learning rate of the towers."""
-    fusion_factor: float = 5.0
-    """Multiplier of it for the fusion encoder."""
-    head_factor: float = 5.0
-    """Multiplier of it for the heads."""
-    weight_decay: float = 0.01
-    """Decay of weight matrices; biases, norms and single parameters have none."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.98
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    warmup_ratio: float = 0.1
-    """Fraction of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    fused: Fused = "auto"
-    """Whose fused kernels run the update. apex: NVIDIA apex's FusedAdam. deepspeed: DeepSpeed's CPUAdam where the
-    ds_config offloads the optimizer or there is no GPU, else its FusedAdam; both are compiled when first used. torch:
-    torch's AdamW. auto: deepspeed for an offloaded optimizer, apex on a GPU where it is installed, else torch."""
-
-    def validate(self) -> list[str]:
-        """Return the errors of these settings, one line each."""
-        errors = []
-        for name in ("lr", "fusion_factor", "head_factor", "eps"):
-            if getattr(self, name) <= 0:
-                errors.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
-        for name in ("weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                errors.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
-        for name in ("beta1", "beta2", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
-        return errors
+from unimo3.training.adam import build_adam
+from unimo3.training.args import OptimArgs
 
 
 def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs, offloaded: bool = False) -> torch.optim.Optimizer:

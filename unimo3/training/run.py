@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +157,10 @@ class Run:
         settings: the program's complete configuration, without `changed_settings`; its ``run`` group names the folder.
         global_batch: pairs an optimizer step.
         fingerprint: of the training data's index. None: this process trains on none, whatever the run was trained on.
+        data: facts on each source of the training data, for the record.
     """
 
-    def __init__(self, settings: Any, global_batch: int, fingerprint: str | None):
+    def __init__(self, settings: Any, global_batch: int, fingerprint: str | None, data: Sequence[dict[str, Any]] = ()):
         self.folder: Path = settings.run.folder
         self.step = 0
         self.num_bad_samples = 0
@@ -168,6 +169,7 @@ class Run:
         self._settings = settings
         self._global_batch = global_batch
         self._fingerprint = fingerprint
+        self._data = list(data)
         self._ledger: TextIO | None = None
         self._keeps_ledger: bool = settings.data.ledger
         self._rank, self._world_size = world()
@@ -264,6 +266,7 @@ class Run:
             global_batch=self._global_batch,
             extra={
                 "settings": settings,
+                "data": self._data,
                 "bad_samples": self.num_bad_samples,
                 "skipped_steps": self.num_skipped,
             },

@@ -60,7 +60,8 @@ def plain_task(shards):
 
 def metrics_of_engine(shards, name):
     """Evaluate and train a step, twice: metrics and losses."""
-    from unimo3.training.engine import BatchPlan, build_engine, build_model, read_ds_config
+    from unimo3.training.ds_config import BatchPlan, read_ds_config
+    from unimo3.training.engine import build_engine, build_model
     from unimo3.training.optim import OptimArgs
 
     rank, size = world()

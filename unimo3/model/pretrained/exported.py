@@ -19,12 +19,8 @@ def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
     """Read an exported folder's configuration, or that of a run's ``model``, which has no weights next to it.
 
     Raises:
-        ConfigError: there is none, or it is another model's.
+        ConfigError: there is none that can be read, or it is another model's.
     """
-    if not folder:
-        raise ConfigError("init: '': names no weights; name an exported folder, or a run or one of its checkpoints")
-    if not (Path(folder) / "config.json").is_file():
-        raise ConfigError(f"init: '{folder}': no config.json there; name a folder that python -m pretrain.export wrote")
     config = read_config("init", folder, "UNIMO-3", has_weights)
     if not isinstance(config, Unimo3Config):
         raise ConfigError(

@@ -3,17 +3,21 @@
 Source: none.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from unimo3.errors import CommandParser, ConfigError
-from unimo3.training.engine import DS_CONFIGS
-from unimo3.training.plan.estimate import Machine
-from unimo3.training.plan.make import PlannedRun, make_plan
-from unimo3.training.plan.report import plan_text
+from unimo3.training.ds_config import DS_CONFIGS
+from unimo3.training.plan.settings import Machine
+
+if TYPE_CHECKING:
+    from unimo3.training.plan.make import PlannedRun
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 # Of one H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
@@ -107,5 +111,8 @@ def print_plan(args: argparse.Namespace, rest: list[str], read_run: Callable[[li
         errors += error.errors
     if errors:
         raise ConfigError(errors)
+    from unimo3.training.plan.make import make_plan
+    from unimo3.training.plan.report import plan_text
+
     plan = make_plan(run, machine, args.ds_config)
     print(json.dumps(plan, indent=2) if args.json else plan_text(plan))

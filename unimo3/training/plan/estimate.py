@@ -10,37 +10,10 @@ Source: ZeRO, arXiv 1910.02054, for the volumes; ZeRO++, arXiv 2306.10209, for h
 from dataclasses import dataclass, replace
 
 from unimo3.errors import ConfigError
-from unimo3.training.engine import BatchPlan
+from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.memory import ModelSizes, RankMemory, Sharding, rank_memory
+from unimo3.training.plan.settings import Machine
 from unimo3.training.plan.step_trace import StepCost
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPUs to be used.
-
-    Attributes:
-        num_gpus: of all nodes, one rank each.
-        memory_bytes: of one GPU.
-        reserve: fraction of it left to the CUDA context, NCCL and fragmentation.
-        peak_flops: of one GPU and second, by the precision of a step (bf16, fp16, fp32).
-        utilization: fraction of the peak that a step reaches.
-    """
-
-    num_gpus: int
-    memory_bytes: int
-    reserve: float
-    peak_flops: dict[str, float]
-    utilization: float
-
-    @property
-    def usable_bytes(self) -> float:
-        """Of one GPU, less the reserve."""
-        return self.memory_bytes * (1 - self.reserve)
-
-    def step_s(self, global_batch: int, flops: float, precision: str) -> float:
-        """Seconds an optimizer step takes at `flops` a pair, communication not counted."""
-        return global_batch * flops / (self.num_gpus * self.peak_flops[precision] * self.utilization)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from unimo3.errors import ConfigError
 from unimo3.project_files import project_file
 from unimo3.training.args import TrainingArgs
-from unimo3.training.engine import DS_CONFIGS, BatchPlan, read_ds_config
+from unimo3.training.ds_config import DS_CONFIGS, BatchPlan, read_ds_config
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import Sharding, model_sizes
 from unimo3.training.plan.report import Metrics, plan_metrics

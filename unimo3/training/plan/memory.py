@@ -11,17 +11,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from unimo3.dtypes import dtype_of
 from unimo3.errors import ConfigError
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, parameter_groups
 
 _FP32_BYTES = 4
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Sharding:
         self.zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
         self.stage = int(self.zero.stage)
         self.precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
-        self.dtype: torch.dtype = _DTYPES[self.precision]
+        self.dtype = dtype_of(self.precision)
         self.weight_bytes = self.dtype.itemsize
         self.gradient_bytes = _accumulation_bytes(ds_config, self.weight_bytes)
         self.offloads_weights = _offloads(self.zero.offload_param)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from unimo3.training.engine import BatchPlan
+from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Choice, Machine, gigabytes
 from unimo3.training.plan.memory import ModelSizes
 from unimo3.training.plan.step_trace import StepCost

@@ -1,0 +1,82 @@
+"""What a rank of a pretraining run does, from its settings to its last checkpoint.
+
+Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from unimo3.data.index import ShardIndex
+from unimo3.data.samples import PretrainSamples
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.model.args import resolve_tokens, set_initial_weights
+from unimo3.model.processor import Unimo3Processor
+from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.objectives.base import PretrainingTask
+from unimo3.training.ds_config import read_ds_config
+from unimo3.training.engine import build_engine, build_model, prepare_layers
+from unimo3.training.evaluation import Evaluation, held_out_losses
+from unimo3.training.run import Run
+from unimo3.training.start import start_process
+from unimo3.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pretrain.train import PretrainConfig
+
+
+def pretrain(settings: PretrainConfig) -> None:
+    """Train until done; every rank calls it.
+
+    Raises:
+        Interrupted: asked to stop; a checkpoint has been saved.
+        Unimo3Error: see `Trainer.train`.
+    """
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    model_config = settings.model.to_config()
+    resolve_tokens(model_config, tokenizer)
+    # Programs that load the exported folder truncate texts where this run does.
+    tokenizer.model_max_length = settings.data.max_text_tokens
+    model_config.architectures = [Unimo3ForPreTraining.__name__]
+    indexes, val_index = settings.data.open_train(), settings.data.open_val()
+    image_size = model_config.vision_config.image_size
+    settings.data.check_limits(settings.training.micro_batch, image_size, num_images=1)
+    process = start_process(settings.run, settings.training.stall_after_s)
+    world = process.world
+
+    batch = settings.batch_plan(world.size)
+    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
+    set_initial_weights(model, settings.model, settings.run.seed)
+    task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
+    training = settings.training
+    prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
+    engine = build_engine(task, model, ds_config, settings.optim)
+    data = settings.data
+    run = Run(settings, batch.global_batch, data.fingerprint(indexes), data.facts(indexes))
+    run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
+    run.resume(engine)
+
+    def samples_of(index: ShardIndex, augment: Augment, crop_scale: float) -> PretrainSamples:
+        transform = ImageTransform(image_size, augment, crop_scale)
+        probability = settings.objectives.mlm.probability
+        return PretrainSamples(
+            index, tokenizer, settings.data.max_text_tokens, transform, probability, settings.run.seed
+        )
+
+    sources = [samples_of(index, settings.data.augment, settings.data.crop_scale) for index in indexes]
+    loader = settings.data.training_loader(
+        sources, batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step
+    )
+    reader = settings.data.reader
+    evaluation = None
+    if val_index is not None:
+        held_out = samples_of(val_index, "none", 1.0)
+        evaluation = Evaluation(
+            val_index.fingerprint,
+            lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
+        )
+    with closing(run):
+        Trainer(settings, process, run, engine, loader, evaluation).train()
