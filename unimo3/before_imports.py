@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _SCHEMAS = {
@@ -62,8 +63,9 @@ def declare_missing_operators() -> bool:
     import torch
 
     for location in spec.submodule_search_locations:
-        with contextlib.suppress(OSError):
-            torch.ops.load_library(f"{location}/_C.so")
+        for extension in Path(location).glob("_C*.so"):  # _C_stable.so from torchvision 0.29 on
+            with contextlib.suppress(OSError):
+                torch.ops.load_library(str(extension))
     missing = [name for name in _SCHEMAS if not torch._C._dispatch_has_kernel(f"torchvision::{name}")]
     if not missing:
         return False

@@ -1,5 +1,6 @@
 """Pretraining as users start it: stops, resumes, other world sizes, bad input."""
 
+import gzip
 import json
 import resource
 import shutil
@@ -33,7 +34,8 @@ def interrupted(program, recipe, runs):
     assert status == 75, program.output[-3000:]
     assert "asked to stop (SIGTERM)" in program.output
     stopped_at = store.list_checkpoints(run)[-1].name
-    assert "step_00000012" <= stopped_at < "step_00000020"
+    assert "step_00000012" <= stopped_at < "step_00000018"
+    (run / "profile").touch()  # the steps that are traced are the same steps
     program.check(*command)
     assert f"resumed from {run}/checkpoints/{stopped_at}" in program.output
     return run
@@ -61,6 +63,26 @@ def test_the_interrupted_runs_weights_equal_the_straight_ones(straight, interrup
     one, other = (load_file(folder / "model.safetensors") for folder in (weights, tmp_path / "out"))
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_the_requested_profile_has_three_steps_of_every_rank(interrupted):
+    (folder,) = (interrupted / "profile").iterdir()
+    first = int(folder.name.removeprefix("step_"))
+    assert 13 <= first <= 18  # the first that the last start did
+    assert sorted(path.name for path in folder.iterdir()) == ["rank_00000.json.gz", "rank_00001.json.gz"]
+    for path in folder.iterdir():
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        steps = [event for event in events if event.get("name", "").startswith("optimizer step ")]
+        assert [event["name"] for event in sorted(steps, key=lambda event: event["ts"])] == [
+            f"optimizer step {first + number}" for number in range(3)
+        ]
+        for step in steps:
+            inside = {
+                event["name"]
+                for event in events
+                if event.get("ph") == "X" and step["ts"] <= event["ts"] < step["ts"] + step["dur"]
+            }
+            assert {"aten::embedding", "gloo:all_gather", "aten::linalg_vector_norm"} <= inside
 
 
 def test_each_sample_is_read_once_over_all_restarts(straight, interrupted):

@@ -44,6 +44,33 @@ def test_a_stop_file_counts_if_this_hosts_clock_is_ahead_of_the_servers(tmp_path
     assert listener.received
 
 
+def test_a_touch_requests_a_profile_once_however_often_traces_are_written(tmp_path):
+    path, listener = tmp_path / "profile", StopListener()
+
+    def is_requested():
+        listener.look()
+        return listener.wants_profile
+
+    listener.watch(tmp_path)
+    assert not is_requested()
+    path.touch()
+    assert is_requested()
+    listener.prepare_profile(7)
+    assert not is_requested()
+    (path / "step_00000007" / "rank_00001.json.gz").touch()
+    assert not is_requested()
+    path.touch()  # the folder, which may be as old as the clock of files is coarse
+    os.utime(path, (time.time() + 1, time.time() + 1))
+    assert is_requested()
+    listener.prepare_profile(11)
+    assert not is_requested()
+    # A later start finds the folder, which asks for nothing.
+    later = StopListener()
+    later.watch(tmp_path)
+    assert not later.wants_profile
+    assert not listener.received
+
+
 @pytest.mark.integration
 def test_a_stop_signal_before_training_ends_the_process_with_status_75():
     program = (

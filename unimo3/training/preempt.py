@@ -1,8 +1,10 @@
-"""Notice of a request to stop, by a signal or a file, acted on by all ranks together between steps.
+"""Notice of a request to stop, or to trace steps, by a signal or a file, acted on by all ranks together between steps.
 
     RUN/requeue    save and end with status 75. Rank 0 removes the file; one that is older than the process is ignored.
                    A rank that got a signal makes it, for ranks that got none and wait for data
     RUN/stop       save and end with status 0; it stays, so that no later start continues
+    RUN/profile    trace the next steps into the folder of this name, which replaces the file, see profiling.py; later,
+                   a touch of the folder requests it again
 
 Once a run trains, a signal handler only records the request. Only a wait for data is interrupted: otherwise a rank
 without data would make all others wait forever. Before a run trains nothing can be lost, and a signal ends the process.
@@ -12,7 +14,9 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 
 import os
 import signal
+import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +31,7 @@ from unimo3.errors import EXIT_REQUEUE, end_process
 from unimo3.launch import STOP_SIGNALS
 from unimo3.training.heartbeat import server_is_ahead_s
 
-REQUEUE_FILE, STOP_FILE = "requeue", "stop"
+REQUEUE_FILE, STOP_FILE, PROFILE_FILE = "requeue", "stop", "profile"
 
 
 class StopRequest(IntEnum):
@@ -52,10 +56,14 @@ class StopListener:
 
     Attributes:
         name: of what asked: a signal, or a file in the run's folder.
+        wants_profile: whether steps are to be traced; on rank 0 alone, which then calls `prepare_profile`.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.wants_profile = False
+        self._lock = threading.Lock()  # of the two that follow from the file's state
+        self._profiled = 0.0  # time of the folder of traces when it was last looked at or written
         self._request = StopRequest.NONE
         self._folder: Path | None = None
         self._started = time.time()
@@ -73,6 +81,8 @@ class StopListener:
         """From here on only note signals, and have `look` look for files in a run's folder."""
         self._started += server_is_ahead_s(folder)
         self._folder = folder
+        with suppress(OSError):
+            self._profiled = (folder / PROFILE_FILE).stat().st_mtime
         self.look()
 
     @property
@@ -84,6 +94,10 @@ class StopListener:
         """Look for the files, and pass a signal on; any thread may call it now and then."""
         if self._folder is None or self._request == StopRequest.STOP:
             return
+        if world()[0] == 0:
+            with self._lock, suppress(OSError):
+                found = (self._folder / PROFILE_FILE).stat()
+                self.wants_profile |= not stat.S_ISDIR(found.st_mode) or found.st_mtime > self._profiled
         if self._request == StopRequest.REQUEUE and not self._is_passed_on:
             with suppress(OSError):  # tried again at the next look; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
@@ -102,6 +116,18 @@ class StopListener:
         except OSError:
             return False
         return path.name == STOP_FILE or made >= self._started
+
+    def prepare_profile(self, step: int) -> None:
+        """Make the folder for traces from a step on, in place of the file that requested them."""
+        assert self._folder is not None, "`watch` comes first"
+        path = self._folder / PROFILE_FILE
+        with self._lock, suppress(OSError):  # the profiler reports what it cannot write
+            if not path.is_dir():
+                path.unlink()
+            # Ranks write into this folder alone: it is this rank and the user who change the time of the one around it.
+            (path / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+            self._profiled = path.stat().st_mtime
+            self.wants_profile = False
 
     def counts(self) -> tuple[bool, bool]:
         """What this rank adds to the numbers of ranks that ask for a requeue and for a stop."""

@@ -25,6 +25,7 @@ from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Metrics, read_metrics, step_metrics
 from unimo3.training.optim import OptimArgs
 from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
+from unimo3.training.profiling import StepProfiler
 from unimo3.training.progress import Progress
 from unimo3.training.run import Run
 from unimo3.training.start import Started
@@ -93,6 +94,7 @@ class Trainer:
         self.only_evaluates = batches is None
         self.saver = Saver(engine, run.folder, self.checkpoint)
         self.progress = Progress(self.training.steps, run.step, self.training.log_every, self.world.rank)
+        self.profiler = StepProfiler(run.folder, self.world.rank)
         self.first_step = run.step
         self.last_step = min(self.training.steps, self.training.stop_after or self.training.steps)
         if self.only_evaluates:
@@ -121,7 +123,8 @@ class Trainer:
         self.engine.train()
         self._started = time.perf_counter()
         while (micro_batches := self.next_batches()) is not None:
-            self.train_step(micro_batches)
+            with self.profiler.step(self.run.step + 1):
+                self.train_step(micro_batches)
             is_save_due = self.run.step == self.last_step or self.run.step % self.checkpoint.every_steps == 0
             is_evaluation_due = self.evaluation is not None and self._is_evaluation_due()
             if is_save_due or is_evaluation_due:
@@ -180,19 +183,25 @@ class Trainer:
         return {name: value / len(micro_batches) for name, value in sorted(sums.items())}
 
     def synchronize(self) -> None:
-        """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it.
+        """Agree on what is requested and log the last step, in one small all-reduce; every rank calls it.
 
         Raises:
             DataError, DivergedError: on every rank; of the last step.
             CheckpointError: on every rank; of a save in the background.
         """
         step, self._unlogged = self._unlogged, None
-        flags = [*self.listener.counts(), self.saver.has_failed, step.num_bad if step else 0]
+        can_trace = not self.profiler.is_active and self.run.step < self.last_step  # else the request waits
+        wants_profile = can_trace and self.listener.wants_profile
+        flags = [*self.listener.counts(), wants_profile, self.saver.has_failed, step.num_bad if step else 0]
         vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         if step:
             vector = torch.cat([torch.stack(list(step.means.values())), vector])
-        *values, requeue, stop, save_failed, num_bad = sum_over_ranks(vector).tolist()
+        *values, requeue, stop, profile, save_failed, num_bad = sum_over_ranks(vector).tolist()
         self.request = max(self.request, StopRequest.of_counts(requeue, stop))
+        if profile:
+            self.profiler.request()
+        if wants_profile:
+            self.listener.prepare_profile(self.run.step + 1)
         if step:
             means = {name: value / self.world.size for name, value in zip(step.means, values, strict=True)}
             self.run.count_bad_samples(int(num_bad))
@@ -237,6 +246,7 @@ class Trainer:
             Interrupted: the run was asked to stop before its end.
         """
         self.progress.close()
+        self.profiler.close()
         self._ensure_saved()
         self.run.record_saves(self.saver.take_finished())
         self.watch.close()
