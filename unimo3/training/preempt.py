@@ -96,8 +96,8 @@ class StopListener:
             return
         if world()[0] == 0:
             with self._lock, suppress(OSError):
-                found = (self._folder / PROFILE_FILE).stat()
-                self.wants_profile |= not stat.S_ISDIR(found.st_mode) or found.st_mtime > self._profiled
+                state = (self._folder / PROFILE_FILE).stat()
+                self.wants_profile |= not stat.S_ISDIR(state.st_mode) or state.st_mtime > self._profiled
         if self._request == StopRequest.REQUEUE and not self._is_passed_on:
             with suppress(OSError):  # tried again at the next look; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
