@@ -58,5 +58,6 @@ def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$")
 
 def _fill(model: Unimo3PreTrainedModel, folder: str, tensors: NamedTensors, fresh: str) -> None:
     fit = position_fitter(cast(Unimo3Model, model.unimo3).vision_tower)
-    unused = "|".join(model._keys_to_ignore_on_load_unexpected or [r"^$"])
+    # The class's own: transformers adds those of its parts to an object's, and `Unimo3Model` has no use for any head.
+    unused = "|".join(type(model)._keys_to_ignore_on_load_unexpected or [r"^$"])
     fill(model, tensors, f"init: '{folder}'", unused=unused, fresh=fresh, adapt=fit)
