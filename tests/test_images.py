@@ -14,6 +14,7 @@ from unimo3.images import FORMATS, is_image, open_image, to_rgb
 
 BYTE, ASCII, SHORT, UNDEFINED = 1, 2, 3, 7
 ORIENTATION, X_RESOLUTION, IMAGE_WIDTH = 0x0112, 0x011A, 0x0100
+INCHES = (0x0128, SHORT, 1, b"\2\0")
 ROTATED_6 = (ORIENTATION, SHORT, 1, struct.pack("<H", 6))
 
 
@@ -48,6 +49,8 @@ EXIF = {
     "has an orientation of 9": (exif_of((ORIENTATION, SHORT, 1, b"\x09\0")), False),
     "has orientations of a wrong type": (exif_of((ORIENTATION, 99, 70000, b"\xff\xff\xff\xff")), False),
     "has a resolution in ASCII": (exif_of(ROTATED_6, (X_RESOLUTION, ASCII, 4, b"72\0\0")), True),
+    "has a resolution of no numbers": (exif_of(ROTATED_6, (X_RESOLUTION, UNDEFINED, 1, b"7"), INCHES), True),
+    "has a resolution without a denominator": (exif_of((X_RESOLUTION, BYTE, 1, b"7"), INCHES), False),
     "has a width that is undefined": (exif_of((IMAGE_WIDTH, UNDEFINED, 4, b"\1\2\3\4"), ROTATED_6), True),
     "has a width of no known type": (exif_of((IMAGE_WIDTH, 60, 4, b"\1\2\3\4"), ROTATED_6), True),
 }
@@ -60,7 +63,7 @@ def test_exif_costs_no_image_and_turns_where_it_can_be_read(what, kind):
     content = saved(noise(), kind, exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = Image.open(io.BytesIO(content)).convert("RGB")
+        plain = Image.open(io.BytesIO(saved(noise(), kind))).convert("RGB")
         warnings.simplefilter("error")
         actual = decode(content)
     assert pixels(actual) == pixels(plain.transpose(Image.Transpose.ROTATE_270) if is_turned else plain)
@@ -68,14 +71,27 @@ def test_exif_costs_no_image_and_turns_where_it_can_be_read(what, kind):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-def test_an_avif_with_damaged_exif_is_no_image():
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_an_avif_with_damaged_exif_is_turned_as_the_file_says(tmp_path, orientation):
     exif = Image.Exif()
-    exif[ORIENTATION], exif[270] = 6, "a dog"
+    exif[ORIENTATION], exif[270] = orientation, "a dog"
     content = saved(noise(), "AVIF", exif=exif)
-    assert content.count(b"MM\0*") + content.count(b"II*\0") == 1
-    assert decode(content).size == (20, 30)
+    whole = decode(content)
+    assert whole.size == ((30, 20) if orientation == 1 else (20, 30))
+    start = content.index(b"MM\0*")
+    for position in range(start - 6, start + 30):
+        for value in (0, 0xFF):
+            damaged = bytearray(content)
+            damaged[position] = value
+            assert pixels(decode(bytes(damaged))) == pixels(whole), position
+    path = tmp_path / "a.avif"
+    path.write_bytes(content.replace(b"MM\0*", b"no T"))
     with pytest.raises(ValueError, match="Invalid Exif payload"):
-        decode(content.replace(b"MM\0*", b"no T").replace(b"II*\0", b"no T"))
+        Image.open(path)
+    assert is_image(path)
+    assert pixels(to_rgb(open_image(path))) == pixels(whole)
+    with pytest.raises(ValueError, match="Invalid Exif payload"):
+        decode(path.read_bytes().replace(b"ftyp", b"ftyq", 1).replace(b"ftyq", b"ftyp")[: len(content) // 2])
 
 
 def test_an_orientation_in_xmp_is_applied_once():

@@ -6,6 +6,7 @@ Source: Pillow; EXIF 2.3 and XMP for the orientation.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ _JPEG_OF_SEVERAL = "MPO"
 
 # Formats that Pillow gives as integers of 32 bits, with the values of 16.
 _SIXTEEN_BITS = ("PPM", "PNG")
+
+# Where EXIF begins: in a JPEG a segment, in an AVIF file an item in the list of items.
+_EXIF = re.compile(rb"(\xff\xe1..|infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
+_AVIF_STARTS = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
 
 _NUM_CHANNELS = (1, 2, 3, 4)
 
@@ -49,7 +54,37 @@ def open_image(file: bytes | str | Path) -> Image.Image:
         OSError, ValueError, SyntaxError: it cannot be read, is damaged, or is larger than Pillow's pixel limit.
     """
     with _by_the_rule():
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+        try:
+            return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+        except Exception:  # Pillow meets damaged EXIF with errors of any kind
+            image = _open_without_exif(file)
+            if image is None:
+                raise
+            return image
+
+
+def _open_without_exif(file: bytes | str | Path) -> Image.Image | None:
+    """A JPEG or an AVIF file opened without its EXIF; None if it has none, or cannot be opened either.
+
+    Other formats are opened before their EXIF is read. A JPEG's orientation may still be readable and is kept; an AVIF
+    file states its own outside the EXIF.
+    """
+    with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
+        start = opened.read(12)
+        if not start.startswith(b"\xff\xd8\xff") and start[4:] not in _AVIF_STARTS:
+            return None
+        content = start + opened.read()
+    found = _EXIF.search(content)
+    if found is None:
+        return None
+    try:
+        image = Image.open(io.BytesIO(_EXIF.sub(rb"\1none", content)), formats=FORMATS)
+    except Exception:  # of any kind; the first error is reported
+        return None
+    if image.format in ("JPEG", _JPEG_OF_SEVERAL):
+        segment = found.start() + 2
+        image.info["exif"] = content[segment + 2 : segment + int.from_bytes(content[segment : segment + 2])]
+    return image
 
 
 def is_image(path: Path) -> bool:

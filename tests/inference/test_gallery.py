@@ -79,6 +79,10 @@ def weights(tmp_path_factory):
         {"kind": "sounds"},
         {"root": 5},
         {"root": None},
+        {"embeds": "0" * 64},
+        {"embeds": None},
+        b"\xff\xfe\0",
+        '{"kind": "\udcff"',
         torch.zeros(2, 4, dtype=torch.float16),
         torch.zeros(2),
         torch.zeros(()),
@@ -91,9 +95,42 @@ def test_a_changed_index_is_refused(tmp_path, weights, change):
     path = tmp_path / "index" / "index.json"
     if isinstance(change, torch.Tensor):
         save_file({"embeds": change}, tmp_path / "index" / "embeds.safetensors")
-    elif isinstance(change, str):
-        path.write_text(change)
+    elif isinstance(change, str | bytes):
+        path.write_bytes(change if isinstance(change, bytes) else change.encode("utf-8", "surrogateescape"))
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match="contains no complete index"):
         open_gallery(tmp_path / "index", weights)
+
+
+def test_an_index_is_read_in_any_encoding_of_json_and_with_names_of_any_kind(tmp_path, weights, monkeypatch):
+    names = ["déjà 犬", "half \ud83d", "no \udce9 UTF-8", "two\r\nlines", "a"]
+    save(Gallery("images", names, tmp_path, torch.ones(5, 4)), weights, tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    content = json.loads(path.read_text())
+    monkeypatch.setenv("LC_ALL", "C")
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        written = json.dumps(content, ensure_ascii=False, indent=0).replace("\n", "\r\n")
+        path.write_bytes(written.encode("utf-8", "replace").decode().encode(encoding))
+        assert open_gallery(tmp_path / "index", weights).names == [
+            name.encode("utf-8", "replace").decode() for name in names
+        ]
+    path.write_text(json.dumps(content))
+    assert open_gallery(tmp_path / "index", weights).names == names
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.5])
+def test_vectors_that_have_changed_are_refused(tmp_path, weights, number):
+    save(Gallery("texts", ["a", "b"], tmp_path, torch.zeros(2, 4)), weights, tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    save_file({"embeds": torch.full((2, 4), number)}, tmp_path / "index" / "embeds.safetensors")
+    with pytest.raises(ConfigError, match=r"contains no complete index \(ValueError: embeds.safetensors is damaged\)"):
+        open_gallery(tmp_path / "index", weights)
+    content = json.loads(path.read_text())
+    del content["embeds"]  # as an earlier version wrote it
+    path.write_text(json.dumps(content))
+    if number == 0.5:
+        assert open_gallery(tmp_path / "index", weights).names == ["a", "b"]
+    else:
+        with pytest.raises(ConfigError, match=r"embeds.safetensors is damaged"):
+            open_gallery(tmp_path / "index", weights)

@@ -91,23 +91,30 @@ class AnswerVocabulary:
 
     @classmethod
     def load(cls, path: Path) -> "AnswerVocabulary":
-        """Read what `save` wrote.
+        """Read what `save` wrote, in UTF-8 with or without a byte order mark; half a surrogate pair becomes "?".
 
         Raises:
-            DataError: the file is missing, or contains no answers.
+            DataError: the file is missing or damaged, contains no answers, or one twice.
         """
         try:
-            answers = json.loads(path.read_text(encoding="utf-8"))["answers"]
+            answers = json.loads(path.read_text(encoding="utf-8-sig"))["answers"]
             if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
                 raise TypeError("its answers are no list of texts")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{path}: is no answer vocabulary ({type(error).__name__}); python -m pretrain.prepare_shards vqav2 "
-                "writes one next to its shards"
+                f"{path}: is no answer vocabulary ({type(error).__name__}: {error}); python -m pretrain.prepare_shards "
+                "vqav2 writes one next to its shards"
             ) from error
         if not answers:
             raise DataError(f"{path}: lists no answers; prepare the shards with a lower --min-answer-count")
-        return cls(answers)
+        vocabulary = cls([answer.encode("utf-8", "replace").decode() for answer in answers])
+        if len(vocabulary._number) < len(vocabulary):
+            (repeated, count), *_ = Counter(vocabulary.answers).most_common(1)
+            raise DataError(
+                f"{path}: lists {repeated!r} {count} times, so its classes would share their questions; copy the file "
+                "again, or prepare the shards again"
+            )
+        return vocabulary
 
 
 def _strip_punctuation(text: str) -> str:

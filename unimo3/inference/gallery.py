@@ -1,7 +1,8 @@
 """A saved index: images of a folder, or texts, in the towers' common space.
 
     INDEX/embeds.safetensors    ``embeds`` [N, itc_size] float32, unit vectors
-    INDEX/index.json            what they are of, their names in that order, the SHA-256 of the weights' files
+    INDEX/index.json            what they are of, their names in that order, the SHA-256 of the weights' files and of
+                                embeds.safetensors
 
 Source: ALBEF, arXiv 2107.07651, section 4, for search by the towers.
 """
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unimo3.checkpoint.manifest import sha256_of
 from unimo3.errors import ConfigError, DataError
 from unimo3.images import FORMATS, is_image
 from unimo3.inference.ahead import one_ahead
@@ -50,6 +52,7 @@ IMAGE_ENDINGS = (
     ".webp",
 )
 Kind = Literal["images", "texts"]
+_EMBEDS = "embeds.safetensors"
 
 
 class Gallery(NamedTuple):
@@ -155,11 +158,12 @@ def save(gallery: Gallery, weights: Path, out: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        save_file({"embeds": gallery.embeds}, staging / "embeds.safetensors")
+        save_file({"embeds": gallery.embeds}, staging / _EMBEDS)
         described = {
             "kind": gallery.kind,
             "root": str(gallery.root.resolve()),
             "weights": digest_of(weights),
+            "embeds": sha256_of(staging / _EMBEDS),
             "names": gallery.names,
         }
         (staging / "index.json").write_text(json.dumps(described, indent=0) + "\n")
@@ -180,14 +184,17 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
     if not folder.is_dir():
         raise ConfigError(f"--index {folder}: no such folder; make one with python -m finetune.predict index")
     try:
-        described = json.loads((folder / "index.json").read_text())
+        described = json.loads((folder / "index.json").read_bytes())
         kind, root, names = described["kind"], Path(described["root"]), described["names"]
-        embeds = load_file(folder / "embeds.safetensors")["embeds"]
+        embeds = load_file(folder / _EMBEDS)["embeds"]
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if kind not in ("images", "texts") or not names or not is_list:
             raise ValueError("its kind or its names are not those of an index")
         if embeds.dtype != torch.float32 or embeds.ndim != 2 or embeds.shape[0] != len(names):
             raise ValueError(f"{embeds.dtype} {list(embeds.shape)} are embedded, {len(names)} {kind} named")
+        # An index of an earlier version has no digest.
+        if described.get("embeds", digest := sha256_of(folder / _EMBEDS)) != digest or not embeds.isfinite().all():
+            raise ValueError(f"{_EMBEDS} is damaged")
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise ConfigError(
             f"--index {folder}: contains no complete index ({type(error).__name__}: {error}); {again}"
