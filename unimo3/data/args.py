@@ -21,7 +21,7 @@ from unimo3.data.transforms import Augment
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors
 
-# Measured, rounded up: what a process has open and starts besides, with its model, its logs and its libraries.
+# Measured and rounded up.
 _FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
 _THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
 
