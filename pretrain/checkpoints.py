@@ -7,7 +7,7 @@ from pathlib import Path
 from unimo3 import config
 from unimo3.checkpoint import store
 from unimo3.checkpoint.state import TrainState
-from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
+from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status, no_answer
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -76,6 +76,8 @@ def _describe(folder: Path) -> str:
     try:
         state = TrainState.read(folder / store.STATE)
     except CheckpointError as error:
+        if no_answer(error):
+            raise  # of the storage
         return f"{folder.name}  DAMAGED: {error}"
     ranks = f"{state.world_size} rank{'s' if state.world_size > 1 else ''}"
     return f"{folder.name}  {ranks}  {state.samples_consumed} samples  {size / 1e6:.1f} MB"

@@ -50,7 +50,7 @@ setup() {
     PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$BIN/python}")
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
     RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
-    # A job submitted from this one would inherit them, and srun gets the numbers of tasks from this script.
+    # A job submitted from this one would inherit them; srun gets the numbers of tasks as options.
     unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}

@@ -57,13 +57,18 @@ def read(run: Path) -> list[Attempt]:
     for record in _records(run):
         event, when = record.pop("event"), record.pop("time")
         if event == "begin":
-            attempts.append(Attempt(when, **record))
+            attempts.append(Attempt(when, **_known(record)))
         elif event == "end":
             job, checkpoint = record.pop("job"), record.pop("checkpoint", None)
             if not attempts or attempts[-1].job != job or attempts[-1].action is not None:
                 attempts.append(Attempt(when, job, 0, "", checkpoint))  # the line of its begin is damaged
-            attempts[-1] = replace(attempts[-1], ended=when, **record)
+            attempts[-1] = replace(attempts[-1], ended=when, **_known(record))
     return attempts
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without fields that another version of the program adds."""
+    return {name: value for name, value in record.items() if name in Attempt.__dataclass_fields__}
 
 
 def excluded(run: Path, job: str) -> list[str]:

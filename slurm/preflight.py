@@ -24,7 +24,7 @@ _MODULES = ("torch", "deepspeed", "transformers", "timm", "webdataset", "safeten
 _MIN_FREE_BYTES = 10**9
 _MIN_FREE_INODES = 1000
 # A program compares its settings with the limits itself; less than this is enough for none. NCCL uses /dev/shm, too.
-_MIN_FILES, _MIN_THREADS_PER_GPU, _MIN_SHARED_BYTES, _MIN_SHARED_BYTES_OF_NCCL = 256, 64, 32 * 10**6, 10**9
+_MIN_FILES, _MIN_THREADS_OF_GPU, _MIN_SHARED_BYTES_OF_GPU = 256, 64, 32 * 10**6
 
 
 def job_problems(run: Path, num_gpus: int) -> list[str]:
@@ -38,7 +38,7 @@ def job_problems(run: Path, num_gpus: int) -> list[str]:
             f"with --gpus-per-node={num_gpus}"
         )
     # Slurm gives a job's processes the limits of the shell that submitted it.
-    return problems + process_limit_errors(_MIN_FILES, _MIN_THREADS_PER_GPU * max(1, num_gpus), num_gpus > 0)
+    return problems + process_limit_errors(_MIN_FILES, _MIN_THREADS_OF_GPU * max(1, num_gpus), num_gpus > 0)
 
 
 def _needed(run: Path) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
         problems.append(f"{mark} is not visible: is the shared folder mounted?")
     if num_gpus:
         problems += _gpu_problems(num_gpus)
-    problems += shared_memory_errors(_MIN_SHARED_BYTES_OF_NCCL if num_gpus > 1 else _MIN_SHARED_BYTES)
+    problems += shared_memory_errors(_MIN_SHARED_BYTES_OF_GPU * max(1, num_gpus))
     problems += address_problems()
     if not _is_on_one_host():
         problems += locked_memory_errors()

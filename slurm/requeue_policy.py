@@ -28,6 +28,7 @@ from pathlib import Path
 from slurm import bad_nodes, history, run_lock, squeue
 from slurm.commands import ANSWER
 from slurm.runs import progress
+from unimo3.errors import ConfigError
 
 # Starts in a row without a new checkpoint: the limits after failures and after stop requests, such as preemptions.
 MAX_WITHOUT_PROGRESS, MAX_STOPS_WITHOUT_PROGRESS = 3, 10
@@ -225,6 +226,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         action, reason = _decision(args)
+    except ConfigError as error:
+        action, reason = "hold", "; ".join(error.errors)
     except OSError as error:
         if error.errno not in _FIXED_BY_PEOPLE:
             raise

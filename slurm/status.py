@@ -21,6 +21,7 @@ from slurm import bad_nodes, history, prometheus, squeue
 from slurm.runs import newest_step
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import read_heartbeats
+from unimo3.versions import check_version
 
 _RECENT_STEPS = 20
 _SILENT_S = 60.0
@@ -240,6 +241,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue  # cut off at either end
+        check_version(path, record)
         if isinstance(record, dict) and "group" not in record and "step_s" in record:
             records.append(record)
     return records

@@ -24,6 +24,7 @@ from unimo3 import __version__
 from unimo3.errors import ConfigError
 from unimo3.project_files import project_file
 from unimo3.startup import started_as
+from unimo3.versions import check_version
 from unimo3.writing import replace_text
 
 Config = TypeVar("Config")
@@ -34,6 +35,8 @@ RENAMED = {
     "optim.warmup_share": "optim.warmup_ratio",
     "data.max_bad_share": "data.max_bad_ratio",
 }
+
+_VERSION = 1
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -146,7 +149,7 @@ def renamed(flat: Flat) -> Flat:
 
 def save(config: Any, path: Path) -> None:
     """Write a dataclass as YAML that ``--config`` reads back; the file is written atomically."""
-    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    replace_text(path, yaml.safe_dump({"version": _VERSION} | dataclasses.asdict(config), sort_keys=False))
 
 
 def read_flat(path: Path, config_class: type | None = None, option: str = "--config") -> Flat:
@@ -207,6 +210,8 @@ def _read_file(path: Path, known: set[str], option: str = "--config") -> Flat:
         raise ConfigError(f"{option} {path}: is not YAML ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{option} {path}: must contain groups of settings, as the recipes do")
+    check_version(f"{option} {path}", content, (_VERSION,))
+    content.pop("version", None)
     return renamed(_flatten_dict(content, known))
 
 

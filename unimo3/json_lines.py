@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from unimo3.versions import check_version
+
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +31,11 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All complete records; a line that is damaged is skipped and reported. A missing file has none."""
+    """All complete records; a line that is damaged is skipped and reported. A missing file has none.
+
+    Raises:
+        ConfigError: a newer program wrote one.
+    """
     if not path.is_file():
         return []
     records, damaged = [], []
@@ -39,6 +45,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if isinstance(record, dict):
+            check_version(path, record)
             records.append(record)
         elif line.strip():
             damaged.append(number)

@@ -449,6 +449,15 @@ def test_program_lists_verifies_and_prunes(run_copy, capsys):
     assert names(store.list_checkpoints(run)) == ["step_00000004"]
 
 
+def test_a_listing_without_an_answer_is_no_damage(run_copy, capsys):
+    run = run_copy("fp32")
+    unanswered(store.list_checkpoints(run)[-1], store.STATE)
+    assert run_program("ls", str(run)) == UnreachableError.exit_status
+    printed = capsys.readouterr()
+    assert "DAMAGED" not in printed.out
+    assert "UnreachableError: " in printed.err
+
+
 def test_a_checkpoint_that_is_removed_meanwhile_is_not_damaged(run_copy, tmp_path, capsys, monkeypatch):
     run = run_copy("fp32")
     listed = store.list_folders(run)

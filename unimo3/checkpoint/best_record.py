@@ -7,9 +7,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from unimo3.errors import ConfigError
+from unimo3.versions import check_version
 from unimo3.writing import replace_text
 
 BEST = "best.json"
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,25 @@ class BestRecord:
 
 
 def read_best(run: Path) -> BestRecord | None:
-    """The run's best checkpoint, if one was recorded and the record can be read."""
+    """The run's best checkpoint, if one was recorded and the record can be read.
+
+    Raises:
+        ConfigError: a newer program recorded it.
+    """
     try:
         content = json.loads((run / BEST).read_text())
+        check_version(run / BEST, content, (_VERSION,))
+        content.pop("version", None)
         if "figure" in content:  # the field's name until version 0.1
             content["metric"] = content.pop("figure")
         record = BestRecord(**content)
         return record if isinstance(record.tag, str) else None
-    except (OSError, ValueError, TypeError, RecursionError):
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def write_best(run: Path, record: BestRecord) -> None:
     """Record a committed checkpoint as the best, by rename."""
-    replace_text(run / BEST, json.dumps(asdict(record), indent=1) + "\n")
+    replace_text(run / BEST, json.dumps({"version": _VERSION} | asdict(record), indent=1) + "\n")

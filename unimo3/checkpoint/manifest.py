@@ -1,8 +1,9 @@
 """The list of a checkpoint's files with their sizes and SHA-256, by which a checkpoint is verified.
 
-    MANIFEST.json   {"files": [{"name": "state.json", "bytes": 211, "sha256": "..."}, ...]}
+    MANIFEST.json   {"version": 1, "files": [{"name": "state.json", "bytes": 211, "sha256": "..."}, ...]}
 
-Names are relative to the checkpoint's folder, with ``/`` between parts, and may not lead out of it.
+The version is that of all files of the checkpoint. Names are relative to the checkpoint's folder, with ``/`` between
+parts, and may not lead out of it.
 
 Source: the commit files of databases; SHA-256 from FIPS 180-4.
 """
@@ -18,11 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from unimo3.errors import CHECK_MOUNT, NO_ANSWER, CheckpointError, UnreachableError, no_answer
+from unimo3.versions import check_version
 
 Result = TypeVar("Result")
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+_VERSION = 1
 _NUM_TRIES, _PAUSE_S = 4, 5.0
 # One core hashes about as fast as one disk reads; several ranks may share a node.
 _MAX_THREADS = 4
@@ -42,7 +45,7 @@ def flush_and_hash(folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
 def write_manifest(folder: Path, entries: Iterable[dict[str, Any]]) -> None:
     """Write the manifest to disk, and the folders' listings with it."""
     listed = sorted(entries, key=lambda entry: entry["name"])
-    write_and_flush(folder / MANIFEST, json.dumps({"files": listed}, indent=1) + "\n")
+    write_and_flush(folder / MANIFEST, json.dumps({"version": _VERSION, "files": listed}, indent=1) + "\n")
     for path in {folder / entry["name"] for entry in listed}:
         if path.parent != folder:
             flush_folder(path.parent)
@@ -61,9 +64,12 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
 
     Raises:
         UnreachableError: the storage gives no answer; the checkpoint may be good.
+        CheckpointError: a newer program wrote it.
     """
     try:
         entries = _answer(folder / MANIFEST, lambda: _read(folder))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"]
     if STATE not in [entry["name"] for entry in entries]:
@@ -114,7 +120,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
-    entries = json.loads((folder / MANIFEST).read_text())["files"]
+    content = json.loads((folder / MANIFEST).read_text())
+    check_version(folder / MANIFEST, content, (_VERSION,), kind=CheckpointError)
+    entries = content["files"]
     for entry in entries:
         if "\0" in entry["name"] or not entry["name"].isprintable():
             raise ValueError(f"{entry['name']!r} is no name of a file here")

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from unimo3.errors import DataError
+from unimo3.versions import check_version
 
+_VERSION = 1
 _NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
@@ -82,7 +84,7 @@ class AnswerVocabulary:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        text = json.dumps({"answers": self.answers}, ensure_ascii=False, indent=0) + "\n"
+        text = json.dumps({"version": _VERSION, "answers": self.answers}, ensure_ascii=False, indent=0) + "\n"
         path.write_text(text, encoding="utf-8", errors="replace")
 
     def save_pretrained(self, save_directory: Path) -> None:
@@ -97,9 +99,13 @@ class AnswerVocabulary:
             DataError: the file is missing or damaged, contains no answers, or one twice.
         """
         try:
-            answers = json.loads(path.read_text(encoding="utf-8-sig"))["answers"]
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            check_version(path, content, (_VERSION,), kind=DataError)
+            answers = content["answers"]
             if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
                 raise TypeError("its answers are no list of texts")
+        except DataError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f"{path}: is no answer vocabulary ({type(error).__name__}: {error}); python -m pretrain.prepare_shards "

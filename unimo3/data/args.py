@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unimo3.data.samples import Samples
 
 Augment = Literal["none", "randaugment"]
-# Measured, rounded up: what a process has open and starts besides, with its model, its logs and its libraries.
+# Measured and rounded up.
 _FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
 _THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
 

@@ -31,6 +31,7 @@ from unimo3.data.remote import check_source, is_remote
 from unimo3.data.tar_members import another_tar_follows
 from unimo3.data.texts import BadSampleError, content_of, lack_of
 from unimo3.errors import DataError
+from unimo3.versions import check_version
 
 VERSION = 3
 _READABLE = (2, VERSION)
@@ -229,10 +230,7 @@ class ShardIndex:
             raise
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is not JSON ({error}); {REINDEX}") from error
-        version = content.get("version") if isinstance(content, dict) else None
-        if version not in _READABLE:
-            versions = " and ".join(map(str, _READABLE))
-            raise DataError(f"{path}: version {version!r}, this program reads {versions}; {REINDEX}")
+        check_version(path, content, _READABLE, REINDEX, DataError)
         return content
 
     def _check_files(self) -> None:

@@ -31,6 +31,7 @@ from unimo3.inference.folder import Loaded
 from unimo3.inference.inputs import read_pixels, tokens
 from unimo3.model.pretrained.fill import weight_files
 from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.versions import check_version
 
 # A file of such a name has to be an image; any other is one if it begins as one.
 IMAGE_ENDINGS = (
@@ -53,6 +54,7 @@ IMAGE_ENDINGS = (
 )
 Kind = Literal["images", "texts"]
 _EMBEDS = "embeds.safetensors"
+_VERSION = 1
 
 
 class Gallery(NamedTuple):
@@ -160,6 +162,7 @@ def save(gallery: Gallery, weights: Path, out: Path) -> None:
         staging.mkdir(parents=True)
         save_file({"embeds": gallery.embeds}, staging / _EMBEDS)
         described = {
+            "version": _VERSION,
             "kind": gallery.kind,
             "root": str(gallery.root.resolve()),
             "weights": digest_of(weights),
@@ -178,13 +181,14 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
     """Read what `save` wrote.
 
     Raises:
-        ConfigError: it is no index, or was made by other weights.
+        ConfigError: it is no index, of another version, or was made by other weights.
     """
     again = "remove it and make it again with python -m finetune.predict index"
     if not folder.is_dir():
         raise ConfigError(f"--index {folder}: no such folder; make one with python -m finetune.predict index")
     try:
         described = json.loads((folder / "index.json").read_bytes())
+        check_version(f"--index {folder}/index.json", described, (_VERSION,), again)
         kind, root, names = described["kind"], Path(described["root"]), described["names"]
         embeds = load_file(folder / _EMBEDS)["embeds"]
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -195,6 +199,8 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
         # An index of an earlier version has no digest.
         if described.get("embeds", digest := sha256_of(folder / _EMBEDS)) != digest or not embeds.isfinite().all():
             raise ValueError(f"{_EMBEDS} is damaged")
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise ConfigError(
             f"--index {folder}: contains no complete index ({type(error).__name__}: {error}); {again}"

@@ -9,6 +9,7 @@ import timm
 from transformers import PreTrainedConfig, RobertaConfig
 
 from unimo3.model.args import fusion_errors, image_errors, text_errors
+from unimo3.versions import check_version
 
 
 class Unimo3VisionConfig(PreTrainedConfig):
@@ -64,6 +65,10 @@ class Unimo3Config(PreTrainedConfig):
         bridge: whether each fusion layer's input is joined by a tower layer's states, the last L of them (BridgeTower).
         itc_size: width of the contrastive projections.
         num_answers: classes of the question-answering head.
+        version: of the folder that `save_pretrained` or an export writes, the weights' names included.
+
+    Raises:
+        ConfigError: a newer program wrote it.
 
     ``num_labels``, of every transformers configuration, is the number of classes of the other classifiers.
     """
@@ -92,8 +97,11 @@ class Unimo3Config(PreTrainedConfig):
         itc_temperature_init: float = 0.07,
         num_answers: int = 0,
         tie_word_embeddings: bool = True,
+        version: int = 1,
         **kwargs: Any,
     ):
+        self.version = version
+        check_version("config.json", {"version": version})
         if not isinstance(text_config, RobertaConfig):
             text_config = RobertaConfig(**(text_config or {}))
         if not isinstance(vision_config, Unimo3VisionConfig):

@@ -131,6 +131,8 @@ def read_config(field: str, folder: str, kind: str, has_weights: bool = True) ->
         raise ConfigError(f"{where}: no config.json there; name a local Hugging Face {kind} folder")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ConfigError as error:  # of another version
+        raise ConfigError([f"{where}: {line}" for line in error.errors]) from error
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
             f"{where}: its config.json is none of transformers' ({first_line(error)}); name a local Hugging "
