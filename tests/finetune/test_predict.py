@@ -505,6 +505,8 @@ def other_computation(folder):
 def test_files_that_still_fit_the_weights_are_refused_if_changed(tuned, vqa, photo, tmp_path, capsys, change):
     folder = tmp_path / "changed"
     shutil.copytree(tuned / "vqa_weights", folder)
+    with (folder / "README.md").open("a") as card:  # users complete the model card
+        card.write("license: other\n")
     options = {"init": str(folder), "data": DataArgs(train=str(vqa / "train"), tokenizer=str(folder))}
     assert not [error for error in VqaConfig(**options).validate() if error.startswith("init: ")]
     name = change(folder)
