@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 AUTOTUNE = "UNIMO3_AUTOTUNE"
+# Bytes that a thread loads at once.
+ALIGNMENT = 16
 _FUNCTIONS = dict(
     zip(
         KERNELS,
@@ -46,67 +48,103 @@ _FUNCTIONS = dict(
 )
 
 
-class _Call:
-    """The arguments that all kernels share."""
+# Kernels compiled for a kind of call, by its `_Arguments.kind` and the current device, with their constants.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], int]] = {}
+
+
+class _Arguments:
+    """What all kernels of a pass take."""
 
     def __init__(self, inputs: Inputs):
-        q, levels = dense_rows(inputs.q), len(inputs.k)
-        self.pairs = q.shape[0] * q.shape[1]
+        q = dense_rows(inputs.q)
         keys, values = tuple(map(dense_rows, inputs.k)), tuple(map(dense_rows, inputs.v))
         # A missing tensor is never read, but the kernel needs some pointer for it.
-        masks = tuple(dense_rows(mask).view(torch.uint8) for mask in inputs.masks) or (q,) * levels
+        masks = tuple(dense_rows(mask).view(torch.uint8) for mask in inputs.masks) or (q,) * len(keys)
         gate = q if inputs.gate is None else inputs.gate
         seed = q if inputs.seed is None else inputs.seed
         self.tensors = (q, keys, values, gate, masks)
         self.strides = (
             q.stride(),
-            tuple(key.stride() for key in keys),
-            tuple(value.stride() for value in values),
+            tuple([key.stride() for key in keys]),
+            tuple([value.stride() for value in values]),
             gate.stride(),
-            tuple(mask.stride(0) for mask in masks),
+            tuple([mask.stride(0) for mask in masks]),
         )
-        lengths, scale = tuple(key.shape[2] for key in keys), q.shape[-1] ** -0.5
-        self.sizes = (lengths, inputs.longest, q.shape[1], q.shape[2], scale, seed, inputs.dropout_p)
-        self._inputs = inputs
-        self._switches = {
-            "LEVELS": levels,
-            "WIDTH": q.shape[-1],
-            "BLOCK_D": triton.next_power_of_2(q.shape[-1]),
-            "HAS_GATE": inputs.gate is not None,
-            "HAS_MASK": bool(inputs.masks),
-            "DROPOUT": inputs.dropout_p > 0,
+        self.lengths = tuple([key.shape[2] for key in keys])
+        self.longest = max(self.lengths)
+        batch, heads, self.queries, self.width = q.shape
+        self.pairs = batch * heads
+        self.sizes = (self.lengths, self.longest, heads, self.queries, self.width**-0.5, seed, inputs.dropout_p)
+        self.device, self._pointers = q.device, (q, *keys, *values, gate, *masks)
+        self._flags = (inputs.gate is not None, bool(inputs.masks), inputs.dropout_p > 0)
+        self._kind = (q.dtype, gate.dtype, self._flags, self.lengths, heads, self.queries, self.strides)
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' compile-time constants, but for the blocks."""
+        has_gate, has_mask, dropout = self._flags
+        return {
+            "LEVELS": len(self.lengths),
+            "WIDTH": self.width,
+            "BLOCK_D": triton.next_power_of_2(self.width),
+            "HAS_GATE": has_gate,
+            "HAS_MASK": has_mask,
+            "DROPOUT": dropout,
             # Half types multiply as they are; float32 is not to be cut to TF32.
             "PRECISION": "ieee",
         }
 
-    def launch(self, name: str, *arguments: Any) -> None:
-        """Run a kernel of `KERNELS`, a program a block of queries, or of keys for ``backward_key``."""
-        queries, longest = self._inputs.q.shape[2], self._inputs.longest
+    def launch(self, name: str, tensors: Sequence[Any], strides: Sequence[Any]) -> None:
+        """Run a kernel of `KERNELS`, a program a block of queries, or of keys for ``backward_key``.
 
-        def grid(constants: dict[str, Any]) -> tuple[int, int]:
-            # (sample, head) pairs first: the second axis ends at 65,535.
-            if name == "backward_key":
-                return self.pairs, triton.cdiv(longest, constants["BLOCK_V"])
-            return self.pairs, triton.cdiv(queries, constants["BLOCK_T"])
-
-        with on_device(self._inputs.q.device):
+        Args:
+            tensors: the kernel's own, after the shared ones.
+            strides: the same.
+        """
+        arguments = (*self.tensors, *tensors, *self.strides, *strides, *self.sizes)
+        with on_device(self.device):
             if os.environ.get(AUTOTUNE) == "1":
-                tuner = _tuner(name)
-                known = len(tuner.cache)
-                tuner[grid](*arguments, *self.sizes, **self._switches)
-                if len(tuner.cache) > known:
-                    log.info("%s: T %d, V %d, %s: %s", name, queries, longest, self._switches, tuner.best_config)
+                self._tune(name, arguments)
                 return
-            blocks = blocks_for(name, self._inputs.q, longest)
-            _FUNCTIONS[name][grid](
-                *arguments,
-                *self.sizes,
-                **self._switches,
-                BLOCK_T=blocks.queries,
-                BLOCK_V=blocks.keys,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
+            # Triton compiles again for other alignments of pointers: the cached kernel is for 16 bytes.
+            aligned = all(pointer.data_ptr() % ALIGNMENT == 0 for pointer in (*self._pointers, *_flat(tensors)))
+            kind = (name, self.device.index, self._kind, *strides)
+            known = _compiled.get(kind) if aligned else None
+            if known:
+                compiled, constants, blocks = known
+                compiled[self.pairs, blocks, 1](*arguments, *constants)
+                return
+            entry = blocks_for(name, self.tensors[0], self.longest)
+            constants = {**self.constants(), "BLOCK_T": entry.queries, "BLOCK_V": entry.keys}
+            blocks = self._blocks(name, constants)
+            function = _FUNCTIONS[name]
+            compiled = function[self.pairs, blocks](
+                *arguments, **constants, num_warps=entry.warps, num_stages=entry.stages
             )
+            # The interpreter compiles nothing.
+            if aligned and compiled is not None:
+                order = tuple(constants[argument] for argument in function.arg_names if argument in constants)
+                _compiled[kind] = compiled, order, blocks
+
+    def _blocks(self, name: str, constants: dict[str, Any]) -> int:
+        if name == "backward_key":
+            return triton.cdiv(self.longest, constants["BLOCK_V"])
+        return triton.cdiv(self.queries, constants["BLOCK_T"])
+
+    def _tune(self, name: str, arguments: tuple[Any, ...]) -> None:
+        tuner = _tuner(name)
+        known = len(tuner.cache)
+        # (sample, head) pairs first: the second axis ends at 65,535.
+        tuner[lambda constants: (self.pairs, self._blocks(name, constants))](*arguments, **self.constants())
+        if len(tuner.cache) > known:
+            log.info("%s: T %d, V %d, %s: %s", name, self.queries, self.longest, self.constants(), tuner.best_config)
+
+
+def _flat(tensors: Sequence[Any]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            yield tensor
+        else:
+            yield from tensor
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -153,35 +191,37 @@ def _wall_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[f
 
 
 def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
-    call = _Call(inputs)
-    call.launch("forward", *call.tensors, *outputs, *call.strides, outputs.out.stride())
+    _Arguments(inputs).launch("forward", outputs, [outputs.out.stride()])
 
 
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
-    call = _Call(inputs)
-    call.launch(
-        "backward_query",
-        *call.tensors,
-        grad_out,
-        lse,
-        grads.q,
-        grads.offsets,
-        *call.strides,
-        grad_out.stride(),
-        grads.q.stride(),
-    )
-    if inputs.longest:
-        call.launch(
-            "backward_key",
-            *call.tensors,
-            grad_out,
-            lse,
-            grads.offsets,
-            tuple(grads.k),
-            tuple(grads.v),
-            *call.strides,
-            grad_out.stride(),
-        )
+    arguments = _Arguments(inputs)
+    own = (grad_out, lse, grads.q, grads.offsets)
+    arguments.launch("backward_query", own, [grad_out.stride(), grads.q.stride()])
+    if arguments.longest:
+        own = (grad_out, lse, grads.offsets, tuple(grads.k), tuple(grads.v))
+        arguments.launch("backward_key", own, [grad_out.stride()])
 
 
-attend = make_operator("cross_layer_attention_triton", _fill_outputs, _fill_grads)
+_attend = make_operator("cross_layer_attention_triton", _fill_outputs, _fill_grads)
+
+
+def attend(
+    q: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    gate: Tensor | None,
+    masks: Sequence[Tensor] | None,
+    dropout_p: float,
+) -> Tensor:
+    """As `cross_layer_attention_reference`. Inputs that Triton could only load in small pieces are copied, once."""
+    if not torch.compiler.is_compiling() and not q.is_meta:
+        q, k, v = _aligned(q), [*map(_aligned, k)], [*map(_aligned, v)]
+    return _attend(q, k, v, gate, masks, dropout_p)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose rows start at no multiple of `ALIGNMENT` bytes."""
+    piece = ALIGNMENT // tensor.element_size()
+    aligned = tensor.data_ptr() % ALIGNMENT == 0 and all(stride % piece == 0 for stride in tensor.stride()[:-1])
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
