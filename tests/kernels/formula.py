@@ -81,7 +81,7 @@ def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
     keys = max(level.shape[1] for level in levels)
     torch.manual_seed(seed)
     bits = draw_bits(draw_seed(q.device), batch, heads, tokens, keys, dropout_p)
-    kept = retained_keys(bits, keys)
+    kept = retained_keys(bits, tokens, keys)
     deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
     assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
     # Samples and heads draw for themselves.

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.formula import assert_close_to_formula, draw, draw_uneven, written_out
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, interprets_triton, launch, native
-from unimo3.kernels.cross_layer_attention.dropout import draw_bits, retained_keys
+from unimo3.kernels.cross_layer_attention.dropout import WORD, draw_bits, num_words, retained_keys
 
 SHAPES = [(1, 1, 1, 1, 4, 1), (2, 3, 5, 7, 4, 3), (3, 2, 11, 2, 8, 4), (2, 1, 3, 13, 4, 7)]  # B H T V d S
 
@@ -106,12 +106,17 @@ def test_all_implementations_draw_the_same_bits_from_a_seed(keys, queries):
     for seed in (torch.tensor([7]), torch.tensor([2**62 + 12345])):
         expected = draw_bits(seed, *sizes)
         assert torch.equal(native.draw_bits(seed, *sizes), expected)
-        if interprets_triton():
-            assert torch.equal(launch.draw_bits(seed, *sizes), expected)
+        if not interprets_triton():
+            continue
+        drawn = launch.draw_bits(seed, *sizes)
+        assert torch.equal(drawn[..., : expected.shape[-1]], expected)
+        # Behind them are the same bits by key.
+        by_key = retained_keys(drawn[..., expected.shape[-1] :], num_words(keys) * WORD, queries)[:, :, :keys]
+        assert torch.equal(by_key.transpose(2, 3), retained_keys(expected, queries, keys))
 
 
 def test_dropout_keeps_its_rate_and_neighbours_are_independent():
-    first, second = (retained_keys(draw_bits(torch.tensor([seed]), 8, 4, 37, 50, 0.1), 50) for seed in (11, 12))
+    first, second = (retained_keys(draw_bits(torch.tensor([seed]), 8, 4, 37, 50, 0.1), 37, 50) for seed in (11, 12))
     # Five standard deviations of 59,200 draws.
     assert first.double().mean().item() == pytest.approx(0.9, abs=0.0062)
     assert (first == second).double().mean().item() == pytest.approx(0.82, abs=0.008)

@@ -18,9 +18,19 @@ WORD = 32
 _LOW = 0xFFFFFFFF
 
 
-def num_words(longest: int) -> int:
-    """Words of a query's bits: an even number, since the kernels read two at a time."""
-    return -(-longest // (2 * WORD)) * 2
+def num_words(length: int) -> int:
+    """Words for this many bits: an even number, since the Triton kernels read two at a time."""
+    return -(-length // (2 * WORD)) * 2
+
+
+def words_by_query(queries: int, longest: int) -> int:
+    """Words of a (sample, head) pair: each query's keys."""
+    return queries * num_words(longest)
+
+
+def words_by_query_and_key(queries: int, longest: int) -> int:
+    """The same, and then each key's queries, for kernels whose tables are [keys, queries]."""
+    return words_by_query(queries, longest) + num_words(longest) * WORD * num_words(queries)
 
 
 def threshold(dropout_p: float) -> int:
@@ -34,7 +44,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
-    """Bits [B, H, T, W] int32, 1 where a key is retained, in plain operations; bits behind the last key are random."""
+    """Words [B, H, T W] int32, by query, with a 1 where a key is retained; bits behind the last key are random."""
     device, words = seed.device, num_words(longest)
     pairs = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
     query = torch.arange(queries, device=device).view(1, 1, queries, 1)
@@ -44,13 +54,14 @@ def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, 
     retained = _mix(key ^ query) >= threshold(dropout_p)  # [B, H, T, W * 32]
     values = retained.unflatten(-1, (words, WORD)) << torch.arange(WORD, device=device)
     # The sum of distinct powers of two as an unsigned word, read as a signed one.
-    return values.sum(-1).to(torch.uint32).view(torch.int32)
+    return values.sum(-1).to(torch.uint32).view(torch.int32).flatten(2)
 
 
-def retained_keys(bits: Tensor, keys: int) -> Tensor:
-    """[B, H, T, keys] of the bits [B, H, T, W]: True where a key is retained."""
-    each = bits.unsqueeze(-1) >> torch.arange(WORD, device=bits.device, dtype=torch.int32)
-    return (each & 1).bool().flatten(-2)[..., :keys]
+def retained_keys(bits: Tensor, queries: int, longest: int) -> Tensor:
+    """[B, H, T, V]: True where a query's key is retained, by words [B, H, ...]."""
+    words = bits[..., : words_by_query(queries, longest)].unflatten(-1, (queries, num_words(longest), 1))
+    each = words >> torch.arange(WORD, device=bits.device, dtype=torch.int32)
+    return (each & 1).bool().flatten(-2)[..., :longest]
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ Source: FlashAttention-2, arXiv 2307.08691, for online softmax, log-sum-exp and 
 
 # Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width. q, out and their gradients are
 # [B, T, H, d]; a level and its gradient are [B, V, 2, H, d]; the gate is [B, T, H, S]; a mask is [B, V]; lse and
-# offsets are [B, H, S, T]; dropout's bits are [B, H, T, W], 32 keys a word. All are contiguous.
+# offsets are [B, H, S, T]; dropout's bits are [B, H, words], 32 a word: of each query, then of each key. All are
+# contiguous.
 
 import triton
 import triton.language as tl
@@ -104,45 +105,54 @@ def _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE: tl.co
 
 
 @triton.jit
-def _retained(bits, pair, t, first, num_queries, longest, BLOCK_V: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which keys, from `first` on, dropout retains for queries t: [queries, keys], or [keys, queries] if `KEYS_FIRST`.
-
-    A block has at most two words a query, and an even number of words follows the first key of two.
-    """
-    columns = tl.arange(0, BLOCK_V)
-    num_words = tl.cdiv(longest, 64) * 2
-    place = bits + (pair * num_queries + t) * num_words + first // 32
-    inside = t < num_queries
-    words = tl.load(place, mask=inside, other=0)
-    shift = (first + columns) % 32
-    if KEYS_FIRST:
-        words, shift = words[None, :], shift[:, None]
-    else:
-        words, shift = words[:, None], shift[None, :]
-    if BLOCK_V > 32:
-        second = tl.load(place + 1, mask=inside, other=0)
-        if KEYS_FIRST:
-            words = tl.where(columns[:, None] < 32, words, second[None, :])
-        else:
-            words = tl.where(columns[None, :] < 32, words, second[:, None])
-    return ((words >> shift) & 1) != 0
+def _test_bits(words, rows, num_rows, num_words, first, BLOCK: tl.constexpr):
+    """[rows, BLOCK] bits from `first` on, of `num_words` words a row. `first` is a multiple of the block."""
+    columns = tl.arange(0, BLOCK)
+    place, inside = words + rows * num_words + first // 32, rows < num_rows
+    word = tl.load(place, mask=inside, other=0)[:, None]
+    if BLOCK > 32:
+        # The number of words is even.
+        tl.static_assert(BLOCK == 64)
+        word = tl.where(columns[None, :] < 32, word, tl.load(place + 1, mask=inside, other=0)[:, None])
+    return (word & (1 << (first + columns) % 32)[None, :]) != 0
 
 
 @triton.jit
-def draw_bits_kernel(bits, seed, num_queries, num_words, pairs, threshold, BLOCK: tl.constexpr):
-    """Words [B, H, T, W] of dropout's bits; see dropout.py for the function of seed, pair, query and key."""
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _retained(bits, pair, t, first, num_queries, longest, BLOCK_V: tl.constexpr):
+    """Which keys, from `first` on, dropout retains for queries t: [queries, keys]."""
+    words = tl.cdiv(longest, 64) * 2
+    words_of_pair = num_queries * words + words * 32 * (tl.cdiv(num_queries, 64) * 2)
+    return _test_bits(bits + pair * words_of_pair, t, num_queries, words, first, BLOCK_V)
+
+
+@triton.jit
+def _retained_by(bits, pair, keys, first, num_queries, longest, BLOCK_T: tl.constexpr):
+    """The queries, from `first` on, for which dropout retains these keys: [keys, queries]."""
+    words, words_by_key = tl.cdiv(longest, 64) * 2, tl.cdiv(num_queries, 64) * 2
+    start = bits + pair * (num_queries * words + words * 32 * words_by_key) + num_queries * words
+    return _test_bits(start, keys, words * 32, words_by_key, first, BLOCK_T)
+
+
+@triton.jit
+def draw_bits_kernel(bits, seed, longest, num_queries, pairs, threshold, BLOCK: tl.constexpr):
+    """Dropout's bits of all pairs: by query [T, W], then by key [32 W, ...]; dropout.py has the function."""
+    words, words_by_key = tl.cdiv(longest, 64) * 2, tl.cdiv(num_queries, 64) * 2
+    words_of_pair = num_queries * words + words * 32 * words_by_key
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pair, word = place // words_of_pair, (place % words_of_pair).to(tl.int32)
+    by_key = word >= num_queries * words
+    word = tl.where(by_key, word - num_queries * words, word)
+    per_row = tl.where(by_key, words_by_key, words)
+    row, first = word // per_row, (word % per_row) * 32
     seeds = tl.load(seed)
     low, high = seeds.to(tl.uint32), (seeds >> 32).to(tl.uint32)
-    pair = word // (num_queries * num_words)
-    query = ((word // num_words) % num_queries).to(tl.uint32)
-    first = ((word % num_words) * 32).to(tl.uint32)
-    row = _mixed(pair.to(tl.uint32) + low)
+    of_pair = _mixed(pair.to(tl.uint32) + low)
     drawn = tl.zeros([BLOCK], dtype=tl.uint32)
     for bit in tl.static_range(32):
-        key = _mixed((row ^ (first + bit)) + high)
-        drawn = drawn | ((_mixed(key ^ query) >= threshold).to(tl.uint32) << bit)
-    tl.store(bits + word, drawn.to(tl.int32, bitcast=True), mask=pair < pairs)
+        key = tl.where(by_key, row, first + bit).to(tl.uint32)
+        query = tl.where(by_key, first + bit, row).to(tl.uint32)
+        drawn = drawn | ((_mixed(_mixed((of_pair ^ key) + high) ^ query) >= threshold).to(tl.uint32) << bit)
+    tl.store(bits + place, drawn.to(tl.int32, bitcast=True), mask=pair < pairs)
 
 
 @triton.jit
@@ -185,7 +195,7 @@ def forward_kernel(
             shrunk = tl.exp2(most - base)
             total = total * shrunk + tl.sum(weights, 1)
             if DROPOUT:
-                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V, False)
+                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V)
                 weights = tl.where(retained, weights, 0.0)
             mixed = tl.dot(weights.to(values.dtype), values, acc=mixed * shrunk[:, None], input_precision=PRECISION)
             most = new_most
@@ -217,7 +227,7 @@ def forward_short_kernel(
     readable = _readable(masks[0] + sample * num_keys, rows, num_keys, HAS_MASK)
     level_start = (sample * num_keys * 2 * num_heads + head) * WIDTH
     if DROPOUT:
-        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V, False)
+        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
         k = _of_level(kvs, level, LEVELS) + level_start
@@ -275,8 +285,8 @@ def backward_query_kernel(
             weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
             slope = tl.dot(slopes, tl.trans(values), input_precision=PRECISION)
             if DROPOUT:
-                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V, False)
-                slope = tl.where(retained, slope * (1.0 / (1.0 - dropout_p)), 0.0)
+                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V)
+                slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
             if first == 0:
                 weight = tl.sum(weights, 1)
                 centre = tl.sum(weights * slope, 1) / tl.where(weight > 0, weight, 1.0)
@@ -309,7 +319,7 @@ def backward_query_short_kernel(
     readable = _readable(masks[0] + sample * num_keys, rows, num_keys, HAS_MASK)
     level_start = (sample * num_keys * 2 * num_heads + head) * WIDTH
     if DROPOUT:
-        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V, False)
+        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
         k = _of_level(kvs, level, LEVELS) + level_start
@@ -322,7 +332,7 @@ def backward_query_short_kernel(
         weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
         slope = tl.dot(slopes, tl.trans(values), input_precision=PRECISION)
         if DROPOUT:
-            slope = tl.where(retained, slope * (1.0 / (1.0 - dropout_p)), 0.0)
+            slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
         offset = tl.sum(weights * slope, 1)
         change = weights * (slope - offset[:, None]) * gates[:, None]
         result = tl.dot(change.to(keys.dtype), keys, acc=result, input_precision=PRECISION)
@@ -361,8 +371,8 @@ def backward_key_kernel(
         slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
         mixed = weights
         if DROPOUT:
-            retained = _retained(bits, pair, t, first_key, num_queries, longest, BLOCK_V, True)
-            slope = tl.where(retained, slope * (1.0 / (1.0 - dropout_p)), 0.0)
+            retained = _retained_by(bits, pair, rows, first, num_queries, longest, BLOCK_T)
+            slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
             mixed = tl.where(retained, weights, 0.0)
         grad_value = tl.dot(mixed.to(slopes.dtype), slopes, acc=grad_value, input_precision=PRECISION)
         change = weights * (slope - offset[None, :])
@@ -404,9 +414,11 @@ def backward_fused_kernel(
             weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0)
             slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
             if DROPOUT:
-                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V, True)
-                slope = tl.where(retained, slope * (1.0 / (1.0 - dropout_p)), 0.0)
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                slope = tl.where(retained, slope, 0.0)
             offset += tl.sum(weights * slope, 0)
+        if DROPOUT:
+            offset *= 1.0 / (1.0 - dropout_p)
         tl.store(offsets + place, offset, mask=t < num_queries)
         for first in range(0, num_keys, BLOCK_V):
             rows = first + tl.arange(0, BLOCK_V)
@@ -415,16 +427,21 @@ def backward_fused_kernel(
             readable = _readable(mask, rows, num_keys, HAS_MASK)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
             weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0) * gates[None, :]
-            slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
             mixed = weights
             if DROPOUT:
-                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V, True)
-                slope = tl.where(retained, slope * (1.0 / (1.0 - dropout_p)), 0.0)
-                mixed = tl.where(retained, weights * (1.0 / (1.0 - dropout_p)), 0.0)
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                mixed = tl.where(retained, weights, 0.0)
+            # Stored at once: registers are scarce.
             grad_value = tl.dot(mixed.to(slopes.dtype), slopes, input_precision=PRECISION)
+            if DROPOUT:
+                grad_value *= 1.0 / (1.0 - dropout_p)
+            _store_rows(grad + row, rows, 2 * row, num_keys, grad_value, WIDTH, BLOCK_D)
+            slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
+            if DROPOUT:
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
             change = (weights * (slope - offset[None, :])).to(queries.dtype)
             grad_key = tl.dot(change, queries, input_precision=PRECISION)
-            result = tl.dot(tl.trans(change), keys, acc=result, input_precision=PRECISION)
             _store_rows(grad, rows, 2 * row, num_keys, grad_key * scale, WIDTH, BLOCK_D)
-            _store_rows(grad + row, rows, 2 * row, num_keys, grad_value, WIDTH, BLOCK_D)
+            result = tl.dot(tl.trans(change), keys, acc=result, input_precision=PRECISION)
     _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)

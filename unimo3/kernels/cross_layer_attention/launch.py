@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unimo3.kernels.cross_layer_attention import kernel
 from unimo3.kernels.cross_layer_attention.blocks import KERNELS, backward_kernels, blocks_for, forward_kernel
-from unimo3.kernels.cross_layer_attention.dropout import num_words, threshold
+from unimo3.kernels.cross_layer_attention.dropout import threshold, words_by_query_and_key
 from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, make_operator
 
 log = logging.getLogger(__name__)
@@ -192,13 +192,14 @@ def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> 
 
 
 def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
-    bits = torch.empty(batch, heads, queries, num_words(longest), dtype=torch.int32, device=seed.device)
-    block = 256
+    """As `dropout.draw_bits`, by query and by key."""
+    words, block = words_by_query_and_key(queries, longest), 256
+    bits = torch.empty(batch, heads, words, dtype=torch.int32, device=seed.device)
     with on_device(seed.device):
         kernel.draw_bits_kernel[triton.cdiv(bits.numel(), block),](
-            bits, seed, queries, num_words(longest), batch * heads, threshold(dropout_p), BLOCK=block
+            bits, seed, longest, queries, batch * heads, threshold(dropout_p), BLOCK=block
         )
     return bits
 
 
-attend = make_operator("cross_layer_attention_triton", draw_bits, _fill_outputs, _fill_grads)
+attend = make_operator("cross_layer_attention_triton", draw_bits, words_by_query_and_key, _fill_outputs, _fill_grads)

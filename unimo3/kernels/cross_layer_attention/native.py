@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention.dropout import num_words, threshold
+from unimo3.kernels.cross_layer_attention.dropout import num_words, threshold, words_by_query
 from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, make_operator
 
 log = logging.getLogger(__name__)
@@ -152,11 +152,11 @@ def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, 
     """As `dropout.draw_bits`, on the CPU."""
     kernels, words = library(), num_words(longest)
     assert kernels is not None
-    bits = torch.empty(batch, heads, queries, words, dtype=torch.int32)
+    bits = torch.empty(batch, heads, queries * words, dtype=torch.int32)
     shape = _Shape(batch, heads, queries, longest, words, threads=torch.get_num_threads())
     values = (ctypes.c_uint64(int(seed)), ctypes.c_uint32(threshold(dropout_p)))
     kernels.cross_layer_attention_draw(ctypes.byref(shape), *values, ctypes.c_void_p(bits.data_ptr()))
     return bits
 
 
-attend = make_operator("cross_layer_attention_native", draw_bits, _fill_outputs, _fill_grads)
+attend = make_operator("cross_layer_attention_native", draw_bits, words_by_query, _fill_outputs, _fill_grads)

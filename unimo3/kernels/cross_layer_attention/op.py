@@ -7,7 +7,7 @@ shapes without values and a cost. Both run the same code on the device.
 Source: torch.autograd.Function; torch.library's custom operators.
 """
 
-# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width, W words of dropout's bits.
+# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from unimo3.kernels.cross_layer_attention.dropout import draw_seed, num_words
+from unimo3.kernels.cross_layer_attention.dropout import draw_seed
 
 
 class Inputs(NamedTuple):
@@ -61,6 +61,7 @@ Attend = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor] | N
 def make_operator(
     name: str,
     draw: Draw,
+    words_of_pair: Callable[[int, int], int],
     fill_outputs: Callable[[Inputs, Outputs], None],
     fill_grads: Callable[[Inputs, Tensor, Tensor, Grads], None],
 ) -> Attend:
@@ -68,6 +69,7 @@ def make_operator(
 
     Args:
         draw: dropout's bits, as `dropout.draw_bits`.
+        words_of_pair: (queries, keys of the longest level) -> words that it draws for a (sample, head) pair.
         fill_outputs: (inputs, outputs) -> writes all of the outputs.
         fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads. None of the three is called
             where there is no query.
@@ -142,7 +144,7 @@ def make_operator(
     backward.register_fake(fake_backward)
     drawn.register_fake(
         lambda seed, batch, heads, queries, longest, _: seed.new_empty(
-            batch, heads, queries, num_words(longest), dtype=torch.int32
+            batch, heads, words_of_pair(queries, longest), dtype=torch.int32
         )
     )
     forward.register_autograd(gradients, setup_context=save)

@@ -10,7 +10,7 @@ bit. It supports every type and device, and is the oracle for the fused kernels.
 Source: the cross-layer interaction of arXiv 2305.13697; the gate is this project's own (docs/architecture.md).
 """
 
-# Shapes: B batch, H heads, T query tokens, V key tokens, S levels, d head width, W words of dropout's bits.
+# Shapes: B batch, H heads, T query tokens, V key tokens, S levels, d head width.
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention.dropout import WORD, retained_keys
+from unimo3.kernels.cross_layer_attention.dropout import retained_keys
 
 
 def cross_layer_attention_reference(
@@ -37,7 +37,7 @@ def cross_layer_attention_reference(
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
         masks: one [B, V_i] a level, or a single one for all, True where a key may be read; a sample without any gets
             zeros of that level.
-        bits: of dropout.py, [B, H, T, W]; None drops nothing.
+        bits: of dropout.py, [B, H, words]; None drops nothing.
         dropout_p: the probability with which `bits` drop an attention weight; the others are divided by 1 - p.
 
     Returns:
@@ -51,7 +51,8 @@ def cross_layer_attention_reference(
     else:
         gate = gate.to(q.dtype).transpose(1, 2)
     if bits is not None:
-        factors = retained_keys(bits, bits.shape[-1] * WORD).to(q.dtype) / (1 - dropout_p)
+        longest = max(level.shape[1] for level in levels)
+        factors = retained_keys(bits, q.shape[2], longest).to(q.dtype) / (1 - dropout_p)
     out = None
     for index, level in enumerate(levels):
         key, value = level.transpose(1, 3).unbind(2)  # [B, H, V, d]
