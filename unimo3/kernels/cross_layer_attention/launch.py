@@ -195,10 +195,17 @@ def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, 
     """As `dropout.draw_bits`, by query and by key."""
     words, block = words_by_query_and_key(queries, longest), 256
     bits = torch.empty(batch, heads, words, dtype=torch.int32, device=seed.device)
+    arguments = (bits, seed, longest, queries, batch * heads, threshold(dropout_p))
+    kind = ("draw_bits", seed.device.index, *arguments[2:])
     with on_device(seed.device):
-        kernel.draw_bits_kernel[triton.cdiv(bits.numel(), block),](
-            bits, seed, longest, queries, batch * heads, threshold(dropout_p), BLOCK=block
-        )
+        if kind in _compiled:
+            compiled, constants, programs = _compiled[kind]
+            compiled[programs, 1, 1](*arguments, *constants)
+            return bits
+        programs = triton.cdiv(bits.numel(), block)
+        compiled = kernel.draw_bits_kernel[programs,](*arguments, BLOCK=block)
+        if compiled is not None:
+            _compiled[kind] = compiled, (block,), programs
     return bits
 
 

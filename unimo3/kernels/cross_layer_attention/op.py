@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from unimo3.kernels.cross_layer_attention.dropout import draw_seed
@@ -84,8 +83,7 @@ def make_operator(
             fill_outputs(inputs, outputs)
         return outputs
 
-    def differentiated(inputs: Inputs, grad_out: Tensor, lse: Tensor) -> Grads:
-        grads = _empty_grads(inputs.q, inputs.levels, lse)
+    def differentiated(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> Grads:
         if inputs.q.numel():
             fill_grads(inputs, _aligned(grad_out), lse, grads)
         else:
@@ -117,7 +115,7 @@ def make_operator(
         dropout_p: float,
     ) -> list[Tensor]:
         inputs = _contiguous(Inputs(q, levels, gate, masks, bits, dropout_p))
-        grads = differentiated(inputs, grad_out, lse)
+        grads = differentiated(inputs, grad_out, lse, _empty_grads(q, levels, lse))
         return [grads.q, grads.offsets, *grads.levels]
 
     @torch.library.custom_op(f"unimo3::{name}_dropout", mutates_args=())
@@ -175,12 +173,13 @@ def make_operator(
             return outputs.out
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, grad_out: Tensor) -> tuple:
+            if torch.is_grad_enabled():  # as once_differentiable, which costs the host 15 us
+                raise RuntimeError("cross-layer attention's kernels have no second derivative; use impl='reference'")
             q, gate, bits, lse, *rest = ctx.saved_tensors
             masks = rest[ctx.num_levels :]
             inputs = Inputs(q, rest[: ctx.num_levels], gate, masks, bits, ctx.dropout_p)
-            grads = differentiated(inputs, grad_out, lse)
+            grads = differentiated(inputs, grad_out, lse, _allocate_grads(q, inputs.levels, lse))
             grad_gate = _grad_of_gate(gate, grads.offsets)
             return grads.q, grad_gate, None, None, None, *grads.levels, *[None] * len(masks)
 
@@ -251,6 +250,15 @@ def _empty_outputs(q: Tensor, levels: Sequence[Tensor]) -> Outputs:
 
 def _empty_grads(q: Tensor, levels: Sequence[Tensor], lse: Tensor) -> Grads:
     return Grads(q.new_empty(q.shape), lse.new_empty(lse.shape), [level.new_empty(level.shape) for level in levels])
+
+
+def _allocate_grads(q: Tensor, levels: Sequence[Tensor], lse: Tensor) -> Grads:
+    """As `_empty_grads`, of one allocation if levels have one length; an operator's outputs may not share memory."""
+    shapes = {level.shape for level in levels}
+    if len(shapes) > 1:
+        return _empty_grads(q, levels, lse)
+    of_levels = q.new_empty(len(levels), *shapes.pop()).unbind()
+    return Grads(q.new_empty(q.shape), lse.new_empty(lse.shape), of_levels)
 
 
 def _grad_of_gate(gate: Tensor | None, offsets: Tensor) -> Tensor | None:
