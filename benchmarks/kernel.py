@@ -238,7 +238,7 @@ def measure(case: Case, names: Sequence[str], rounds: int, device: torch.device)
                 out = attend(*arguments)
                 return [out, *torch.autograd.grad(out, leaves, grad)]
 
-            error = _largest_error(both(), exact) if exact else None
+            error = largest_error(both(), exact) if exact else None
             host_s, peak_bytes = _host_and_memory(both, device)
             works[name] = _replayed(forward, device), _replayed(both, device)
             results[name] = Result(0, 0, host_s, peak_bytes, error)
@@ -266,7 +266,8 @@ def _exact(inputs: dict[str, Any], grad: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, [q, gate, *levels], grad.double())]
 
 
-def _largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+def largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    """Of the results, each relative to its largest value."""
     errors = [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, exact, strict=True)]
     # No number is the largest error.
     return max(errors, key=lambda error: (error != error, error))

@@ -213,33 +213,34 @@ def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resour
 def candidates(capability: int, dtype: str) -> list[Blocks]:
     """Blocks that `search` compiles."""
     if dtype == "fp32":
-        return [Blocks(t, v, 8, 2) for t, v in ((16, 32), (16, 64), (32, 16), (32, 32), (32, 64), (64, 16), (64, 32))]
-    sizes = ((64, 64), (64, 32), (32, 64), (32, 32))
+        return [Blocks(queries, keys, 8, 2) for queries, keys in ((32, 64), (64, 32), (32, 32), (16, 64), (32, 16))]
+    sizes = ((64, 64), (64, 32), (32, 64))
     # On 9.0 two groups of four warps share a product of 128 rows; of 64, each would compute all of it.
-    warps = (4,) if capability == 90 else (4, 8)
-    return [Blocks(*size, each, stages) for size in sizes for each in warps for stages in (2, 3)]
+    warps, stages = ((4,), (2, 3)) if capability == 90 else ((4, 8), (2,))
+    return [Blocks(*size, *rest) for size in sizes for rest in itertools.product(warps, stages)]
 
 
-def best(measured: dict[Blocks, list[Resources]]) -> Blocks | None:
-    """Of blocks that fit, those whose loops issue least; then the most warps resident.
+def best(name: str, measured: dict[Blocks, list[Resources]]) -> Blocks | None:
+    """Of blocks that fit, those whose loops issue least; then the fewest registers.
+
+    A block that has to cover all keys or queries covers as many as it can.
 
     Args:
-        measured: what a kernel takes of each build; none where one does not fit.
+        measured: what the kernel takes of each build; none where one does not fit.
     """
 
-    def rank(blocks: Blocks) -> tuple[float, int]:
-        return max(usage.slots(blocks) for usage in measured[blocks]), -min(
-            usage.registers for usage in measured[blocks]
-        )
+    def rank(blocks: Blocks) -> tuple[int, float, int]:
+        covered = blocks.keys if name.endswith("_short") else blocks.queries if name == "backward_fused" else 0
+        slots = max(usage.slots(blocks) for usage in measured[blocks])
+        return -covered, slots, max(usage.registers for usage in measured[blocks])
 
     return min((blocks for blocks in measured if measured[blocks]), key=rank, default=None)
 
 
 def search() -> None:
     """Print the entries that the rule of `best` gives, as they stand in blocks.py."""
-    for (capability, dtype), width in itertools.product(
-        [*((capability, "bf16") for capability in CAPABILITIES), (CAPABILITIES[0], "fp32")], WIDTHS
-    ):
+    kinds = [*((capability, "bf16") for capability in CAPABILITIES), (CAPABILITIES[0], "fp32")]
+    for width, (capability, dtype) in itertools.product(WIDTHS, kinds):
         for name in KERNELS:
             builds = {
                 blocks: [Build(name, dtype, width, capability, blocks, dropout=dropout) for dropout in (True, False)]
@@ -250,7 +251,7 @@ def search() -> None:
             for blocks, both in builds.items():
                 fitting = [usage for build in both if (usage := flat[build][1]) and fits(usage, build)]
                 measured[blocks] = fitting if len(fitting) == len(both) else []
-            print(f'{capability} {dtype} {width} "{name}": {best(measured)}', flush=True)
+            print(f'{capability} {dtype} {width} "{name}": {best(name, measured)}', flush=True)
 
 
 def table(measured: dict[Build, Resources]) -> str:
