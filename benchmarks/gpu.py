@@ -127,10 +127,11 @@ def step(machine: Machine) -> Iterator[str]:
     cells = next(row for row in rows if row.startswith("| cross_layer |")).split("|")
     pairs_s, peak_mib = float(cells[3].replace(",", "")), float(cells[-3].replace(",", ""))
     flops, peak_flops = sum(plan["flops_per_pair"].values()), plan["machine"]["peak_flops"]
-    yield f"cross_layer: {pairs_s * flops / 1e12:.1f} TFLOP/s, {pairs_s * flops / peak_flops:.1%} of {peak_flops / 1e12:.0f}"
+    reached, most = pairs_s * flops / 1e12, peak_flops / 1e12
+    yield f"cross_layer: {reached:.1f} TFLOP/s, {reached / most:.1%} of an H100's {most:.0f}"
     each = plan["activation_bytes_per_pair"]
     planned = next(iter(each.values()))["at_most"] * step_batch(machine) / 2**20
-    yield f"cross_layer: {peak_mib:.0f} MiB at the peak with all states; planned for activations alone: {planned:.0f} MiB"
+    yield f"cross_layer: {peak_mib:.0f} MiB at the peak with all states; planned for activations: {planned:.0f} MiB"
 
 
 def step_batch(machine: Machine) -> int:
@@ -187,15 +188,10 @@ def variants(machine: Machine) -> Iterator[str]:
         for number, (label, words) in enumerate(options.items()):
             training = _training(machine, Path(name), f"variant{number}", words)
             begun = time.monotonic()
-            result = subprocess.run(
-                [sys.executable, "-m", *training, "--training.steps", "3"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if result.returncode:
-                yield f"{label}: status {result.returncode}: {result.stderr.strip().splitlines()[-1]}"
+            try:
+                output_of(*training, "--training.steps", "3")
+            except RuntimeError as error:
+                yield f"{label}: {error}"
                 continue
             records = read_metrics(Path(name, "runs", f"variant{number}"))
             yield f"{label}: three steps in {time.monotonic() - begun:.0f} s with the start; {_losses(records)}"
@@ -277,11 +273,12 @@ def write(out: Path, log: Path) -> None:
     lines, ended = read_log(log)
     parts = []
     for name in STAGES:
-        state = (
-            "" if name in ended else "\n\nThis stage did not end." if lines[name] else "\n\nThis stage has not begun."
-        )
-        body = "\n".join(f"- {line}" if not line.startswith("|") else f"- `{line}`" for line in lines[name])
-        parts.append(f"## {name}\n\n{body}{state}".replace("\n\n\n", "\n\n"))
+        paragraphs = [f"## {name}"]
+        if lines[name]:
+            paragraphs.append("\n".join(f"- `{line}`" if line.startswith("|") else f"- {line}" for line in lines[name]))
+        if name not in ended:
+            paragraphs.append("This stage did not end." if lines[name] else "This stage has not begun.")
+        parts += paragraphs
     write_report(out, "The first run on a GPU", "\n\n".join(parts))
 
 
