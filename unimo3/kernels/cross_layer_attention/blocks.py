@@ -49,10 +49,49 @@ WIDTHS = (32, 64, 128)
 
 # By compute capability, padded head width and kernel.
 HALF: dict[int, dict[int, dict[str, Blocks]]] = {
-    capability: {
-        width: dict.fromkeys(KERNELS, Blocks(64, 64, 4, 2) if width < 128 else Blocks(32, 32, 4, 2)) for width in WIDTHS
-    }
-    for capability in CAPABILITIES
+    80: {
+        32: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 64, 4, 2),
+        },
+        64: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 64, 4, 2),
+        },
+        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+    },
+    90: {
+        32: dict.fromkeys(KERNELS, Blocks(64, 64, 4, 2)),
+        64: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 4, 2),
+        },
+        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+    },
+    100: {
+        32: dict.fromkeys(KERNELS, Blocks(64, 64, 4, 2)),
+        64: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 32, 4, 2),
+        },
+        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+    },
 }
 # Without tensor cores, one entry for all capabilities.
 FLOAT32: dict[int, dict[str, Blocks]] = {width: dict.fromkeys(KERNELS, Blocks(32, 32, 8, 2)) for width in WIDTHS}
