@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= demo
 
-# Two of them wait for Slurm a part of the time; tests/conftest.py says which tests share a process.
+# Two of them wait for Slurm a part of the time; tests/conftest.py decides which tests share a process.
 PYTEST := $(RUN) -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo lint test test-quick check gpu-check clean

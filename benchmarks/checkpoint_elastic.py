@@ -1,6 +1,6 @@
 """A checkpoint of 2 ranks resumed by 1: ours against DeepSpeed's ds_to_universal and load_universal.
 
-    python -m benchmarks.checkpoint_elastic ours|universal FOLDER PARAMETERS TOLD      (the rank that loads)
+    python -m benchmarks.checkpoint_elastic ours|universal FOLDER PARAMETERS RESULT    (the rank that loads)
 
 The checkpoint is made here in DeepSpeed's layout: training one of 1B parameters on 2 ranks would not fit the machine.
 Both loads start with an engine that is up; ours first verifies every file, as a run does.

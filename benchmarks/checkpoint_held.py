@@ -36,7 +36,7 @@ def held_table(num_parameters: int, saves: dict[str, Any]) -> str:
         f"| background, the first of a run | {earliest:.2f} | {earliest / plain:.2f} |",
         f"| background, later | {background:.2f} | {background / plain:.2f} |",
         "",
-        f"A background save is committed {median(saves['whole'][1:]):.2f} s after it began. Its copy takes",
+        f"A background save is committed {median(saves['total'][1:]):.2f} s after it began. Its copy takes",
         f"{saves['copies_bytes'] / 1e6:.0f} MB of a rank's memory; all saves together left rank 0 with"
         f" {saves['more_bytes'] / 1e6:.0f} MB more.",
     ]
@@ -48,7 +48,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
     import torch
 
     from unimo3.checkpoint.args import CheckpointArgs
-    from unimo3.checkpoint.saver import Saver
+    from unimo3.checkpoint.save import Saver
     from unimo3.checkpoint.state import TrainState
     from unimo3.distributed import barrier, world
 
@@ -75,7 +75,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
                 total.append(time.perf_counter() - start)
     files = sum(path.stat().st_size for path in (folder / "plain").rglob("*.pt")) / world()[1]
     more, buffer_bytes = memory_bytes("VmRSS") - before, savers["background"].memory_bytes
-    return {"held": blocked, "whole": total, "more_bytes": more, "copies_bytes": buffer_bytes, "files_bytes": files}
+    return {"held": blocked, "total": total, "more_bytes": more, "copies_bytes": buffer_bytes, "files_bytes": files}
 
 
 if __name__ == "__main__":

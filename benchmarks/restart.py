@@ -129,7 +129,7 @@ def measure(jobs: Jobs, event: Event, number: int) -> tuple[float, float | None,
     while (event.saves and committed is None) or (event.is_requeued and resumed is None):
         if event.saves and committed is None and (at := committed_at(run)) >= struck:
             committed = at - struck
-        if event.is_requeued and has_gone_on(jobs, name, struck):
+        if event.is_requeued and has_resumed(jobs, name, struck):
             resumed = time.time() - struck
         if time.time() - struck > 240:
             raise RuntimeError(f"{event.name}: no checkpoint, or no step, after it:\n{jobs.log(job)[-3000:]}")
@@ -147,7 +147,7 @@ def committed_at(run: Path) -> float:
     return newest[0].stat().st_ctime if newest else 0.0
 
 
-def has_gone_on(jobs: Jobs, name: str, struck: float) -> bool:
+def has_resumed(jobs: Jobs, name: str, struck: float) -> bool:
     """Whether a run has a start after an event, and a step that is not of before it."""
     attempts, steps = jobs.attempts(name), jobs.steps(name)
     if len(attempts) < 2 or attempts[-1].time < struck or not steps:

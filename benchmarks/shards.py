@@ -15,7 +15,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from benchmarks.loader import NUM_PICTURES, picture
+from benchmarks.loader_contestants import NUM_PICTURES, picture
 from benchmarks.report import ROOT, write_report
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 

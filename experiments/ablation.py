@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.report import ROOT
 from experiments.ablation_report import MOST_SEEDS, MOST_SIZE_DIFFERENCE, REFERENCE, write_ablation
-from experiments.ablation_run import LARGER_VARIANTS, VARIANTS, Data, Settings, TrainingRun, num_parameters, option
+from experiments.ablation_run import TrainingRun, num_parameters
+from experiments.ablation_settings import LARGER_VARIANTS, VARIANTS, Data, Settings, option
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 

@@ -213,7 +213,7 @@ def _difference_text(results: Sequence[Result], reference: str, others: Sequence
                 clear.append(f"{name} in {label} ({paired.mean:+.4f})")
     table = _markdown(["metric", "variant", "mean, 95 % interval", "each seed"], rows)
     if num_seeds < 2:
-        return f"{table}\n\nOne seed has no spread: nothing can be said of significance."
+        return f"{table}\n\nOne seed has no spread: significance is unknown."
     return (
         f"{table}\n\nThe interval is that of a paired t test with {num_seeds - 1} degrees of freedom. Of {len(rows)} "
         f"differences {len(clear)} have an interval that excludes zero{': ' if clear else ''}{'; '.join(clear)}. If no "

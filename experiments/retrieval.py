@@ -24,6 +24,7 @@ from tqdm import tqdm
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
 from benchmarks.report import ROOT, usable_cores, write_report
 from experiments.ablation_run import on_cpu
+from experiments.ablation_settings import toy_model
 from experiments.retrieval_cost import cost_of_base
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
@@ -34,7 +35,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
-from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, resolve_tokens
+from unimo3.model.args import resolve_tokens
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
 from unimo3.objectives.base import PretrainingTask
@@ -120,25 +121,7 @@ def make_shards(folder: Path, num_test_images: int) -> Path:
 def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
     """A small model, trained from random weights for retrieval alone."""
     tokenizer = load_tokenizer(str(shards / "tokenizer"))
-    heads = 4
-    size = ModelArgs(
-        text=TextArgs(
-            vocab_size=VOCABULARY,
-            hidden_size=args.width,
-            num_hidden_layers=args.layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * args.width,
-            max_position_embeddings=40,
-            dropout=0.0,
-        ),
-        vision=VisionArgs(image_size=IMAGE_SIZE, patch_size=16, width=args.width, depth=args.layers, num_heads=heads),
-        hidden_size=args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        initializer_range=0.08,
-        dropout=0.0,
-        itc_size=64,
-    )
+    size = toy_model(args.width, args.layers, IMAGE_SIZE, VOCABULARY)
     model_config = size.to_config()
     resolve_tokens(model_config, tokenizer)
     model = Unimo3ForImageAndTextRetrieval(model_config)

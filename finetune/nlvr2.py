@@ -18,9 +18,10 @@ from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
-from unimo3.data.scoring import pair_metrics
+from unimo3.data.metrics import pair_metrics
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
 from unimo3.errors import exit_with_status
+from unimo3.inference.predictors import ClassPredictor
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification
 from unimo3.objectives.classification import ClassificationTask
@@ -34,6 +35,7 @@ class Nlvr2(RowTask):
     id_field = "identifier"
     num_images = 2
     model_class = Unimo3ForImagesAndTextClassification
+    predictor = ClassPredictor
     fresh = r"^(pair_head|image_shift)\."
     best_metric = "accuracy"
 

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
 from finetune.predict_command import parse_arguments
+from finetune.tasks import config_class
 from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
@@ -35,6 +36,7 @@ from unimo3.inference.inputs import Row, checked_text, prepare
 from unimo3.inference.lines import Answerer, answer_file, count_lines, encoded, error_message, images_of, text_of
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.texts import is_blank, plain
 
 log = logging.getLogger(__name__)
@@ -54,17 +56,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.task == "index":
         make_index(args)
         return
-    kind = Predictor.by_task[args.task]
-    loaded = load(args.weights, kind.model_class, args.device, args.dtype)
-    predictor = kind(loaded)
+    task = config_class(args.task).task
+    loaded = load(args.weights, task.model_class, args.device, args.dtype)
+    predictor = task.predictor(loaded)
     find = _searcher(args, loaded)
     if args.input is not None:
-        answer_lines(args, predictor, find)
+        answer_lines(args, predictor, task.num_images, find)
         return
     texts = [checked_text(text, "--text") for text in args.text]
     if find is not None:
         answers = find(texts[0] if texts else args.image[0], args.top)
-    elif args.task == "retrieval" and (len(args.image) > 1 or len(texts) > 1):
+    elif predictor.searches and (len(args.image) > 1 or len(texts) > 1):
         answers = rank(loaded, args.image, texts, args.batch, args.top)
     else:
         (answers,) = predictor.predict([prepare(loaded, Row(tuple(args.image), texts[0]))], args.top)
@@ -90,7 +92,7 @@ def make_index(args: argparse.Namespace) -> None:
     """``predict index``."""
     texts = [] if args.texts is None else _read_texts(args.texts)
     names, skipped = (texts, []) if texts else images_in(args.images)
-    loaded = load(args.weights, Predictor.by_task["retrieval"].model_class, args.device, args.dtype)
+    loaded = load(args.weights, Unimo3ForImageAndTextRetrieval, args.device, args.dtype)
     errors: list[str] = []
     with progress(len(names), "text" if texts else "image") as bar:
         if texts:
@@ -145,15 +147,18 @@ def rank(loaded: Loaded, images: list[Path], texts: list[str], batch: int, top: 
 
 
 def answer_lines(
-    args: argparse.Namespace, predictor: Predictor, find: Callable[[str | Path, int], Answers] | None
+    args: argparse.Namespace,
+    predictor: Predictor,
+    num_images: int,
+    find: Callable[[str | Path, int], Answers] | None,
 ) -> None:
-    """``--input``; see the module's text."""
+    """``--input``; see the module's text. `num_images` is that of a row."""
     folder = args.input.parent
     how: Answerer[Any]
     if find is None:
 
         def row(line: dict[str, Any]) -> Any:
-            return prepare(predictor.loaded, Row(images_of(line, predictor.num_images, folder), text_of(line)))
+            return prepare(predictor.loaded, Row(images_of(line, num_images, folder), text_of(line)))
 
         how = Answerer(row, lambda rows: predictor.predict(rows, args.top), args.batch)
     else:

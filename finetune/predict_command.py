@@ -6,9 +6,10 @@ Source: none.
 import argparse
 from pathlib import Path
 
+from finetune.task import Task
+from finetune.tasks import TASKS, config_class
 from unimo3.errors import CommandParser, ConfigError
 from unimo3.inference.folder import DTYPES
-from unimo3.inference.predictors import Predictor
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namespace:
@@ -30,11 +31,10 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
         default="auto",
         help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, with a notice)",
     )
-    commands = parser.add_subparsers(
-        dest="task", required=True, metavar="TASK", help=f"{', '.join(Predictor.by_task)}, index"
-    )
-    for task, kind in Predictor.by_task.items():
-        _add_task(commands.add_parser(task, parents=[common], help=(kind.__doc__ or "").splitlines()[0]), task)
+    commands = parser.add_subparsers(dest="task", required=True, metavar="TASK", help=f"{', '.join(TASKS)}, index")
+    tasks = {name: config_class(name).task for name in TASKS}
+    for name, task in tasks.items():
+        _add_task(commands.add_parser(name, parents=[common], help=(task.__doc__ or "").splitlines()[0]), task)
     index = commands.add_parser("index", parents=[common], help="Make an index that retrieval searches.")
     what = index.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", type=Path, help="folder of images, with those below it")
@@ -44,20 +44,20 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
     errors = [
         f"--{name} {value}: at least 1 is needed" for name in ("batch", "top") if (value := getattr(args, name, 1)) < 1
     ]
-    errors += _index_errors(args) if args.task == "index" else _query_errors(args)
+    errors += _query_errors(args, tasks[args.task]) if args.task in tasks else _index_errors(args)
     if errors:
         raise ConfigError(errors)
     return args
 
 
-def _add_task(parser: argparse.ArgumentParser, task: str) -> None:
+def _add_task(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], help="image file; repeat it for several")
     parser.add_argument("--text", action="append", default=[], help="question, statement, hypothesis or caption")
     parser.add_argument("--input", type=Path, help="JSON lines instead of --image and --text")
     parser.add_argument("--output", type=Path, help="JSON lines with the answers to --input")
     parser.add_argument("--top", type=int, default=5, help="answers to give (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    if task == "retrieval":
+    if task.predictor.searches:
         parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
         parser.add_argument(
             "--rerank",
@@ -70,7 +70,7 @@ def _index_errors(args: argparse.Namespace) -> list[str]:
     return [f"--out {args.out}: exists; choose a new folder"] if args.out.exists() else []
 
 
-def _query_errors(args: argparse.Namespace) -> list[str]:
+def _query_errors(args: argparse.Namespace, task: type[Task]) -> list[str]:
     """Return which arguments do not fit together, one line per error."""
     if args.input is not None:
         errors = [f"--input {args.input}: contains the inputs; leave out --image and --text"] * bool(
@@ -87,10 +87,9 @@ def _query_errors(args: argparse.Namespace) -> list[str]:
         return errors + _rerank_errors(args)
     errors = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
-    if args.task != "retrieval":
-        needed = Predictor.by_task[args.task].num_images
-        if num_images != needed:
-            errors.append(f"--image: given {num_images} times; {args.task} takes {needed}")
+    if not task.predictor.searches:
+        if num_images != task.num_images:
+            errors.append(f"--image: given {num_images} times; {args.task} takes {task.num_images}")
         if num_texts != 1:
             errors.append(f"--text: given {num_texts} times; {args.task} takes one")
     elif args.index is not None:
@@ -100,13 +99,13 @@ def _query_errors(args: argparse.Namespace) -> list[str]:
             )
     elif not num_images or not num_texts or min(num_images, num_texts) > 1:
         errors.append(
-            f"--image and --text: given {num_images} and {num_texts} times; retrieval takes one of each, several of "
-            "one to rank for the other, or --index"
+            f"--image and --text: given {num_images} and {num_texts} times; {args.task} takes one of each, several "
+            "of one to rank for the other, or --index"
         )
     return errors + _rerank_errors(args)
 
 
 def _rerank_errors(args: argparse.Namespace) -> list[str]:
-    if args.task != "retrieval" or args.rerank is None or args.index is not None:
+    if getattr(args, "rerank", None) is None or args.index is not None:
         return []
     return [f"--rerank {args.rerank}: is for --index; without it all inputs are fused, leave it out"]

@@ -38,7 +38,6 @@ from unimo3.training.heartbeat import other_process
 from unimo3.training.optim import OptimArgs
 from unimo3.training.run import Run, RunArgs, changed_settings
 from unimo3.training.start import start_process
-from unimo3.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +150,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         Interrupted: asked to stop; a checkpoint has been saved.
         Unimo3Error: see `train`; or the weights do not fit.
     """
+    from unimo3.training.trainer import Trainer  # imports deepspeed, which predict does without
+
     tokenizer = load_tokenizer(settings.data.tokenizer)
     # Programs that load the exported folder truncate texts where this run does.
     tokenizer.model_max_length = settings.data.max_text_tokens
@@ -162,11 +163,12 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
         log.warning(
-            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, say nothing about "
-            "other data",
+            "data.val: '%s' is trained on as well: its metrics, and the best checkpoint by them, are not those "
+            "of other data",
             val_index.source,
         )
-    world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
+    process = start_process(settings.run, settings.training.stall_after_s)
+    world = process.world
     batch = settings.batch_plan(world.size)
     engine = _build_engine(settings, task, model_config, batch)
 
@@ -181,7 +183,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         return Reading(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
 
     trained = reading(settings.data.augment, settings.data.crop_scale)
-    loader: Any = ()
+    loader = None
     if not settings.eval_only:
         loader = settings.data.training_loader(
             [task.samples(index, trained) for index in indexes],
@@ -197,18 +199,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
-        Trainer(
-            run,
-            engine,
-            loader,
-            settings.training,
-            settings.optim,
-            settings.checkpoint,
-            listener,
-            watch,
-            evaluation,
-            only_evaluates=settings.eval_only,
-        ).train()
+        Trainer(settings, process, run, engine, loader, evaluation).train()
 
 
 def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan) -> Any:
@@ -221,7 +212,7 @@ def _build_engine(settings: FinetuneConfig, task: Task, model_config: Unimo3Conf
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     if weights:
         # A head may start random only where it will be trained.
-        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh, unused=task.unused)
+        load_exported(model, weights, fresh=r"^$" if settings.eval_only else task.fresh)
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     return build_engine(task.objective(model), model, ds_config, settings.optim)
 

@@ -21,6 +21,7 @@ from unimo3.data.samples import PretrainSamples
 from unimo3.distributed import world_size_from_environment
 from unimo3.engine import Engine
 from unimo3.errors import DataError, exit_with_status
+from unimo3.inference.predictors import MatchPredictor
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalTask
 from unimo3.training.evaluation import Guard
@@ -39,7 +40,7 @@ class Retrieval(Task):
     kind = "captions"
     unit = "caption"
     model_class = Unimo3ForImageAndTextRetrieval
-    unused = r"^mlm_head\."
+    predictor = MatchPredictor
     best_metric = "recall_mean"
 
     def __init__(self, ranking: RankingArgs, seed: int):

@@ -16,10 +16,11 @@ from torch import Tensor
 from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
-from unimo3.data.blind import accuracy_by_group
 from unimo3.data.index import ShardIndex
+from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.statements import ENTAILMENT_LABELS, EntailmentSamples
 from unimo3.errors import exit_with_status
+from unimo3.inference.predictors import ClassPredictor
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImageTextClassification
 from unimo3.objectives.classification import ClassificationTask
@@ -33,6 +34,7 @@ class SnliVe(RowTask):
     id_field = "pair_id"
     has_unique_ids = False  # no server reads the file, and the release promises nothing
     model_class = Unimo3ForImageTextClassification
+    predictor = ClassPredictor
     fresh = r"^entailment_head\."
     best_metric = "accuracy_overall"
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning task is: its model, samples, loss and evaluation.
+"""What a fine-tuning task is: its model, samples, loss, evaluation and predictor.
 
 A new task is a file that has these and its settings; `finetune/tasks.py` lists it.
 
@@ -22,8 +22,8 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.errors import DataError
+from unimo3.inference.predictors import Predictor
 from unimo3.model.config import Unimo3Config
-from unimo3.model.heads import PRETRAINING_HEADS
 from unimo3.model.unimo3 import Unimo3PreTrainedModel
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.run import Saveable
@@ -76,8 +76,8 @@ class Task(ABC):
         unit: what a row of a batch is, such as ``question``.
         num_images: of a row.
         model_class: has the task's head.
+        predictor: makes answers of what the model returns, for `finetune.predict`.
         fresh: pattern of parameters that pretraining's weights lack and that start random.
-        unused: pattern of pretraining's tensors that the model does not use.
         best_metric: by which the best checkpoint is chosen; larger is better.
     """
 
@@ -85,8 +85,8 @@ class Task(ABC):
     unit: ClassVar[str]
     num_images: ClassVar[int] = 1
     model_class: ClassVar[type[Unimo3PreTrainedModel]]
+    predictor: ClassVar[type[Predictor]]
     fresh: ClassVar[str] = r"^$"
-    unused: ClassVar[str] = PRETRAINING_HEADS
     best_metric: ClassVar[str]
 
     def configure(self, config: Unimo3Config) -> None:  # noqa: B027  (retrieval has no classes)
@@ -122,7 +122,7 @@ class RowTask(Task):
 
     Attributes:
         id_field: of a row, by which a file of predictions names it.
-        has_unique_ids: whether the data set's format says that no two rows have one id.
+        has_unique_ids: whether the data set's format forbids two rows of one id.
     """
 
     id_field: ClassVar[str]
@@ -144,7 +144,7 @@ class RowTask(Task):
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.
 
-        A file of predictions has every id of the split once. Where the shards lack some, its name says so.
+        A file of predictions has every id of the split once. Where the shards lack some, it is named ``_incomplete``.
 
         Raises:
             DataError: there is no row to score, or two rows have one id.

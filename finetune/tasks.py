@@ -1,4 +1,7 @@
-"""The fine-tuning tasks. A new task is a module of this package, its recipes, and a line here."""
+"""The fine-tuning tasks. A new task is a module of this package, its recipes, and a line here.
+
+The class of a task's settings names the task's class (`task`), which names its model and its predictor.
+"""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -18,12 +18,13 @@ from finetune.program import FinetuneConfig, finetune
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of, model_files_of
-from unimo3.data.answers import AnswerVocabulary, vqa_accuracy
-from unimo3.data.blind import accuracy_by_group
+from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
+from unimo3.data.metrics import accuracy_by_group, vqa_accuracy
 from unimo3.data.remote import is_remote
 from unimo3.data.samples import VqaSamples
 from unimo3.errors import ConfigError, DataError, exit_with_status
+from unimo3.inference.predictors import VqaPredictor
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaTask
@@ -39,6 +40,7 @@ class Vqa(RowTask):
     unit = "question"
     id_field = "question_id"
     model_class = Unimo3ForVisualQuestionAnswering
+    predictor = VqaPredictor
     fresh = r"^vqa_head\."
     best_metric = "accuracy_overall"
 

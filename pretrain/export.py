@@ -17,6 +17,7 @@ from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BEST, read_best
 from unimo3.checkpoint.casting import TensorReport
 from unimo3.checkpoint.export import DTYPES, export_run
+from unimo3.checkpoint.load import newest_good
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -118,7 +119,7 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
     if not store.folder_of(run).is_dir() and (any(run.glob(_ZERO_FILES)) or (run / "latest").is_file()):
         return Choice(None, _zero_folder(run, tag))
     if tag is None:
-        newest = store.newest_good(run) if verify else next(reversed(store.list_checkpoints(run)), None)
+        newest = newest_good(run) if verify else next(reversed(store.list_checkpoints(run)), None)
         if newest is None:
             raise CheckpointError(
                 f"{run}: has no good checkpoint in {store.folder_of(run)}; "

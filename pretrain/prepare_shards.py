@@ -13,7 +13,7 @@ from unimo3.data.build_index import index, verify
 from unimo3.data.conversion import MARK, MAX_REJECT_RATIO, Conversion, convert, is_output, sibling_folders
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.ranks import communicator
-from unimo3.data.shards import ImageOptions
+from unimo3.data.stored_images import ImageOptions
 from unimo3.errors import CommandParser, ConfigError, Unimo3Error, exit_with_status
 
 

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.model_max_length = settings.data.max_text_tokens
     model_config.architectures = [Unimo3ForPreTraining.__name__]
     indexes, val_index = settings.data.open_train(), settings.data.open_val()
-    world, listener, watch = start_process(settings.run, settings.training.stall_after_s)
+    process = start_process(settings.run, settings.training.stall_after_s)
+    world = process.world
 
     batch = settings.batch_plan(world.size)
     image_size = model_config.vision_config.image_size
@@ -108,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
     with closing(run):
-        Trainer(
-            run, engine, loader, settings.training, settings.optim, settings.checkpoint, listener, watch, evaluation
-        ).train()
+        Trainer(settings, process, run, engine, loader, evaluation).train()
 
 
 if __name__ == "__main__":

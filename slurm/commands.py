@@ -33,6 +33,6 @@ def output_of(*command: str) -> str:
 
 
 def job_environment() -> tuple[dict[str, str], list[str]]:
-    """The environment to submit a job in, and the names of variables that were left out of it."""
+    """The environment to submit a job in, and the names of variables that it omits."""
     dropped = sorted(name for name in os.environ if name.startswith(_OF_JOBS) and not name.startswith(_CONNECTION))
     return {name: value for name, value in os.environ.items() if name not in dropped}, dropped

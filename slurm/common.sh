@@ -14,16 +14,16 @@ export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 
 # If this script exits before an action is chosen, as by an error in site.env, `lost` chooses one.
 trap 'lost $?' EXIT
-lost() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || settle "$1"; }
+lost() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || apply_default_policy "$1"; }
 
-say() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
+log() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 
 # Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
 with_retries() {
     local try
     for try in {1..20}; do
         ! "$@" || return 0
-        say "$1 $2 failed ($try of 20)"
+        log "$1 $2 failed ($try of 20)"
         sleep "${SLURM_RETRY_S:-15}"
     done
     return 1
@@ -56,7 +56,7 @@ setup() {
     MASTER_ADDR=$(with_retries scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$(free_port)
     export MASTER_ADDR MASTER_PORT
-    say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
+    log "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
 }
 
 # Ranks a node that the job itself asks for. SLURM_NTASKS and SLURM_NTASKS_PER_NODE may be those of an outer job.
@@ -88,7 +88,7 @@ free_port() {
             return
         fi
     done
-    say "no free port found from 10000 to 30000"
+    log "no free port found from 10000 to 30000"
     return 1
 }
 
@@ -130,14 +130,14 @@ ranks() {
 train() {
     local program=$1 status=0
     setup
-    take "$@"
-    before_the_wall &
+    lock_run "$@"
+    requeue_before_time_limit &
     local guard=$!
     preflight
     fresh_statuses
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
-    say "$program: srun ended with status $status"
+    log "$program: srun ended with status $status"
     end "$status"
 }
 
@@ -146,13 +146,13 @@ work() {
     local start=$1 program=$2 status=0
     shift
     setup
-    take "$@"
-    before_the_wall &
+    lock_run "$@"
+    requeue_before_time_limit &
     local guard=$!
     fresh_statuses
     "$start" "$@" || status=$?
     kill "$guard" 2>/dev/null || true
-    say "$program ended with status $status"
+    log "$program ended with status $status"
     end "$status"
 }
 
@@ -163,30 +163,30 @@ fresh_statuses() {
 }
 
 end() {
-    settle_by slurm.requeue_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
+    apply_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
 }
 
-# Finds the folder that a program works on, for this job alone: MODULE ARGUMENTS...
-take() {
+# Finds the folder that a program works on and locks it for this job: MODULE ARGUMENTS...
+lock_run() {
     local output folder early comment status=0
     output=$(tool slurm.runs "$@" 2>&1) || status=$?
     folder=$(answer_in "$output")
-    ((status == 0)) || settle "$status" "$(printf '%s\n' "$output" | sed -n 's/^ConfigError: //p' | tail -n 1)"
-    [[ -n $folder ]] || settle 1
+    ((status == 0)) || apply_default_policy "$status" "$(printf '%s\n' "$output" | sed -n 's/^ConfigError: //p' | tail -n 1)"
+    [[ -n $folder ]] || apply_default_policy 1
     HOSTS=$(with_retries scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     early=$(early_ends)
     comment=$(with_retries squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
     # Earlier nodes are to blame for status 126 and 127 alone: Python did not start there, and it does here.
     [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
-    settle_by slurm.requeue_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
+    apply_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
     # The reason of an earlier start; the user's own comment stays.
     [[ -z $early && $comment != "held: "* ]] || with_retries scontrol update JobId="$JOB" Comment=""
 }
 
 # Slurm does not requeue what runs into its time limit. A program that has not ended by itself shortly before it, such as
 # one whose ranks wait for each other, is requeued from its last checkpoint.
-before_the_wall() {
+requeue_before_time_limit() {
     local left margin sleeper=""
     trap '[[ -z $sleeper ]] || kill "$sleeper" 2>/dev/null; exit 0' TERM # by then the program has ended
     left=$(seconds_left) || left=600
@@ -200,15 +200,15 @@ before_the_wall() {
     done
     trap : TERM
     # Not noted as the start's end: the program is still there.
-    say "requeue: the time limit is near and the program has not ended"
-    act requeue "the time limit is near and the program has not ended"
+    log "requeue: the time limit is near and the program has not ended"
+    apply_action requeue "the time limit is near and the program has not ended"
 }
 
 preflight() {
     [[ ${PREFLIGHT:-yes} == yes ]] || return 0
     local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
     rm -rf "$mark" && mkdir -p "$mark"
-    # One node's failure says nothing of the others: they are heard to the end.
+    # One node's failure is not that of the others: all are waited for.
     local -x IS_DEAF=yes
     local STEP_MINUTES=15
     RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" -m slurm.preflight \
@@ -216,31 +216,31 @@ preflight() {
     if ((status == 0 && NUM_RANKS > 1)); then
         ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
     fi
-    settle_by slurm.requeue_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
+    apply_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
 }
 
-# Asks a module what to do, ``ACTION REASON``, and does it; returns if the job continues. A module that needs the state of
-# another job answers ``ask JOB``: it may run in a container, where Slurm's commands are missing.
-settle_by() {
+# Asks slurm.requeue_policy what to do, ``ACTION REASON``, and does it; returns if the job continues. Where the policy needs
+# the state of another job, it answers ``ask JOB``: it may run in a container, where Slurm's commands are missing.
+apply_policy() {
     local answer action="" reason known=()
     while true; do
-        if ! answer=$(answer_of "$@" "${known[@]}"); then
-            say "${*:1:3} failed; the job is requeued, up to 3 times in a row"
-            settle 1
+        if ! answer=$(answer_of slurm.requeue_policy "$@" "${known[@]}"); then
+            log "slurm.requeue_policy $1 failed; the job is requeued, up to 3 times in a row"
+            apply_default_policy 1
         fi
         action=${answer%% *} reason=${answer#* }
         [[ $action == ask ]] || break
         known=(--known "$reason=$(state_of "$reason")")
     done
     [[ $action != go ]] || return 0
-    [[ -n $action ]] || settle 1
-    say "$action: $reason"
-    act "$action" "$reason"
+    [[ -n $action ]] || apply_default_policy 1
+    log "$action: $reason"
+    apply_action "$action" "$reason"
 }
 
-# Without a run's folder to judge by: status 78 holds the job, any other requeues it up to 3 times in a row, without a node
-# that cannot start Python. The number of these starts and their nodes are in the job's comment.
-settle() {
+# What applies without a run's folder: STATUS [REASON]. Status 78 holds the job, any other requeues it up to 3 times in a row,
+# without a node that cannot start Python. The number of these starts and their nodes are in the job's comment.
+apply_default_policy() {
     local action=hold early number nodes reason here=""
     early=$(early_ends)
     number=$((${early%% *} + 1))
@@ -257,8 +257,8 @@ settle() {
         [[ $1 != 12[67] ]] || here=${SLURMD_NODENAME:-}
         with_retries scontrol update JobId="$JOB" Comment="$reason"
     fi
-    say "$action: $reason"
-    act "$action" "$reason" "$here"
+    log "$action: $reason"
+    apply_action "$action" "$reason" "$here"
 }
 
 # Starts in a row that ended before they could be judged, as ``NUMBER NODES: REASON``; nothing if there are none.
@@ -281,7 +281,7 @@ state_of() {
             continue
         fi
         [[ $state != *"Invalid job id"* ]] || return 0
-        say "squeue failed ($try of 20): $state"
+        log "squeue failed ($try of 20): $state"
         sleep "${SLURM_RETRY_S:-15}"
     done
     echo RUNNING
@@ -297,14 +297,14 @@ seconds_left() {
 }
 
 # Does what was decided: ACTION REASON [NODE]; the node is excluded at the next start, for this job alone.
-act() {
+apply_action() {
     local action=$1 reason=$2 here=${3:-} state
     IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
     [[ $action != left ]] || exit 1
     state=$(with_retries squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
     if [[ $state != RUNNING ]]; then
-        say "Slurm is ending the job by itself ($state): cancelled, or requeued already"
+        log "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi
     local change=keep nodes="" is_ended="" excluded

@@ -1,4 +1,4 @@
-"""Starts whole commands, ``python -m MODULE ARGUMENTS``, without importing torch and transformers each time.
+"""Starts complete commands, ``python -m MODULE ARGUMENTS``, without importing torch and transformers each time.
 
 A command is a process of its own: forked from the server of `tests.spawn`, it runs the module as ``__main__`` and ends
 with the module's status. Ranks that `unimo3.launch` starts are forked from the launcher in the same way. What a fresh

@@ -1,7 +1,7 @@
 """Runs a function on several real gloo ranks, each a process of its own.
 
 Ranks are forked from a server that has imported everything once (`tests.preload`), so that a rank starts in a fraction
-of a second. `tests.commands` starts whole commands in the same way.
+of a second. `tests.commands` starts complete commands in the same way.
 """
 
 import importlib
@@ -82,8 +82,8 @@ def _start(
     sys.audit("tests.spawn.start", function.__qualname__)
     ranks = []
     for number in range(world_size):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)} if has_group else {}
-        ranks.append(SERVER.Process(target=_run, args=(folder, number, environment | own, call, has_group)))
+        ranked = {"RANK": str(number), "LOCAL_RANK": str(number)} if has_group else {}
+        ranks.append(SERVER.Process(target=_run, args=(folder, number, environment | ranked, call, has_group)))
         ranks[-1].start()
     return ranks
 

@@ -28,7 +28,7 @@ def fail_on_rank_0() -> None:
 
 
 @pytest.mark.integration
-def test_ranks_know_their_place_and_exchange_objects():
+def test_ranks_know_their_number_and_exchange_objects():
     printed = run_ranks(2, describe_world)
     for rank, one in enumerate(printed):
         assert one["world"] == (rank, 2)
@@ -48,7 +48,7 @@ def test_a_process_alone_needs_no_group(monkeypatch):
     distributed.barrier()
 
 
-def test_ranks_that_cannot_know_where_to_meet_get_an_error(monkeypatch):
+def test_ranks_without_a_rendezvous_address_get_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for name in ("MASTER_ADDR", "MASTER_PORT"):

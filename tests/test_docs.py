@@ -1,5 +1,6 @@
 """The pages for readers: links resolve, code blocks name a language, table cells are short, words are the field's."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -15,15 +16,26 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 MAX_CELL = 120
-# CONTRIBUTING.md lists them with what to write instead.
-BANNED_IN_CODE = re.compile(r"\b(mend(s|ed|ing)?|faults?|anew|likewise|taken up|beside|for ever)\b", re.IGNORECASE)
-BANNED = re.compile(rf"{BANNED_IN_CODE.pattern}|\btold\b", re.IGNORECASE)
+# Words that are wrong in any meaning; CONTRIBUTING.md lists the most frequent with what to write instead. Formats whose
+# names are older contain some.
+BANNED = re.compile(
+    r"\b(faults?|mend(s|ed|ing)?|told|tells|said|says?|settle[sd]?|beside|anew|likewise|taken up|for ever|at hand|borne"
+    r"|bears? with|aside|passed over|left out|(go|goes|going|went|gone) on|whole(?! numbers?)|served"
+    r"|(a|the|its|their|whose) shares?|(?<!in )(?<!'s )places?(?! of)|claims?|booking|rivals?|patiently"
+    r"|unhurt|doomed|strangers?|cut(ting)? short|cutting in)\b",
+    re.IGNORECASE,
+)
+BANNED_NAMES = {"found", "own", "told", "given", "said", "kept", "share", "shares", "place", "places", "whole"}
+OLD_FORMATS = ("goes_on",)
 FOLDERS = ("unimo3", "pretrain", "finetune", "slurm", "benchmarks", "experiments", "tests")
 CODE = [
     path
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".yaml") and path != Path(__file__)
+    if path.suffix in (".py", ".sh", ".sbatch", ".cpp", ".yaml")
+    and path != Path(__file__)
+    # A change of these, even of a name, needs `benchmarks.kernel_static` again.
+    and path.name not in ("kernel.py", "native.cpp")
 ]
 
 
@@ -79,6 +91,24 @@ def test_words_in_code_are_the_fields():
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in CODE
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if BANNED_IN_CODE.search(line.replace("_", " "))
+        if BANNED.search(line.replace("_", " ")) and not any(name in line for name in OLD_FORMATS)
     ]
     assert banned == []
+
+
+def test_names_of_variables_are_the_fields():
+    banned = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+        for path in CODE
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (name := bound_name(node)) in BANNED_NAMES
+    ]
+    assert banned == []
+
+
+def bound_name(node):
+    """The name that a node of a program binds, if any."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    return node.arg if isinstance(node, ast.arg) else None

@@ -83,7 +83,7 @@ while rank == 1 and len(os.listdir("{tmp_path}/ranks")) < 3:
 
 
 @pytest.mark.integration
-def test_the_status_that_knows_the_reason_counts_though_it_comes_later(tmp_path):
+def test_a_later_status_with_a_reason_has_precedence(tmp_path):
     body = f"""
 if rank == 1:
     open("{tmp_path}/crashes", "w").close()
@@ -100,7 +100,7 @@ sys.exit(71)
 
 
 @pytest.mark.integration
-def test_a_signal_reaches_every_rank_and_they_may_take_their_time(tmp_path):
+def test_a_signal_reaches_every_rank_and_the_launcher_waits(tmp_path):
     body = f"""
 def stop(number, frame):
     os.write(1, b"saving\\n")  # the handler may interrupt a print, which cannot be entered twice
@@ -148,7 +148,7 @@ stuck_here()
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("sent", "got"), [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")])
-def test_what_a_terminal_sends_to_all_reaches_each_rank_once(tmp_path, sent, got):
+def test_a_terminals_signal_reaches_each_rank_once(tmp_path, sent, got):
     body = """
 got = []
 is_over = []
@@ -237,15 +237,15 @@ def test_output_that_cannot_be_written_hides_no_exit_status():
     assert status_of("succeed", "| (exec <&-; sleep 1); exit ${PIPESTATUS[0]}") in (0, 141)  # by who is faster
 
 
-@pytest.mark.parametrize(("error", "is_said"), [(ConfigError("a"), False), (DataError("b"), True)])
-def test_what_all_ranks_find_is_said_once_a_host(error, is_said, capfd, monkeypatch):
+@pytest.mark.parametrize(("error", "is_printed"), [(ConfigError("a"), False), (DataError("b"), True)])
+def test_an_error_of_all_ranks_is_printed_once_a_host(error, is_printed, capfd, monkeypatch):
     def main():
         raise error
 
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         exit_with_status(main)()
-    assert bool(capfd.readouterr().err) == is_said
+    assert bool(capfd.readouterr().err) == is_printed
 
 
 def test_a_package_named_apex_that_is_not_nvidias_is_noticed(tmp_path, monkeypatch, caplog):

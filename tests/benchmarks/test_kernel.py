@@ -58,7 +58,7 @@ def test_a_budget_ends_after_a_case_and_the_report_says_what_is_missing(tmp_path
     assert "5 of 6 cases are not measured." in out.read_text()
 
 
-def test_what_cannot_be_measured_is_named(capsys):
+def test_arguments_that_cannot_be_measured_are_named(capsys):
     argv = ["--cpu", "--rounds", "0", "--contestants", "flex", "--cases", "huge"]
     assert run(argv) == 78
     message = capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_each_size_of_the_index_has_its_memory_time_and_bytes(report):
 
 
 @pytest.mark.integration
-def test_the_report_says_how_and_where_it_was_made(report):
+def test_the_report_names_the_settings_and_the_machine(report):
     assert f"python -m benchmarks.loader {' '.join(SMALLEST)} --out loader.md" in report
     assert dict(rows_under("Measured on", report))["processor"]
 

@@ -9,7 +9,8 @@ from tests.checkpoint.ranks import draw, every_value, start_engine, state_at, tr
 from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saver import Saver
+from unimo3.checkpoint.load import load
+from unimo3.checkpoint.save import Saver
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
 
@@ -82,5 +83,5 @@ def save_in_background(root: Path) -> dict[str, Any]:
 def load_good(root: Path) -> dict[str, Any]:
     """Every value of the checkpoint of step 2."""
     engine = start_engine(3, bf16=True, seed=5)
-    store.load(engine, store.folder_of(root / "good") / "step_00000002")
+    load(engine, store.folder_of(root / "good") / "step_00000002")
     return every_value(engine)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from tests.checkpoint.ranks import draw, every_value, start_engine, state_at
-from unimo3.checkpoint import store
-from unimo3.checkpoint.commit import save
+from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.distributed import world
 from unimo3.errors import CheckpointError
 
@@ -29,15 +29,15 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
         engine.module.model.dropout.p = 0.0
         result: dict[str, Any] = {}
         if step:
-            newest = store.newest_good(root / name)
+            newest = newest_good(root / name)
             assert newest is not None
             if step == 2 and stage == 2:
                 other = start_engine(stage, bf16, rows=ELASTIC_ROWS // world()[1], round_robin_gradients=True)
                 try:
-                    store.load(other, newest)
+                    load(other, newest)
                 except CheckpointError as error:
                     result["round robin"] = str(error)
-            result["state"] = store.load(engine, newest)
+            result["state"] = load(engine, newest)
             result["loaded"], result["drawn at first"] = every_value(engine), draw()
         else:
             # Nothing is as it would be anyway.

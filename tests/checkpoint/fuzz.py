@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tests.checkpoint.ranks import full_moment, state_at
 from tests.spawn import run_ranks
-from unimo3.checkpoint import store
-from unimo3.checkpoint.commit import save
+from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.distributed import world
 
 DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "bfloat16": torch.bfloat16}
@@ -115,10 +115,10 @@ def _write(folder: Path, example: dict[str, Any]) -> None:
 
 def _read(folder: Path, example: dict[str, Any]) -> list[str]:
     engine = start(example, world()[1], seed=1)
-    newest = store.newest_good(folder / "run")
+    newest = newest_good(folder / "run")
     if newest is None:
         return ["no good checkpoint"]
-    store.load(engine, newest)
+    load(engine, newest)
     actual, expected = values_of(engine), torch.load(folder / "values.pt", weights_only=False)
     names = sorted(actual.keys() | expected.keys())
     return [name for name in names if not _same(actual.get(name), expected.get(name))]

@@ -1,4 +1,4 @@
-"""Kills in the middle of a save: `begin` trains a run that is never killed, `outcomes` gives what became of each trial.
+"""Kills in the middle of a save: `begin` trains a run that is never killed, `trials` gives what became of each trial.
 
 A trial resumes a copy of a run at step 2, trains to step 4 and saves. At the n-th file event of that save one rank
 kills itself with SIGKILL, or the kernel ends it at the n-th byte of a file (SIGXFSZ, which torch's writer can answer no
@@ -18,9 +18,9 @@ import torch
 
 from tests.checkpoint.ranks import start_engine, state_at, train
 from tests.spawn import run_ranks, run_ranks_to_any_end
-from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saver import Saver
+from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import Saver
 from unimo3.distributed import world
 
 # What changes files, or opens one.
@@ -64,8 +64,8 @@ def own_save(engine: Any, run: Path, step: int, background: bool) -> None:
 
 def own_load(engine: Any, run: Path) -> int:
     """The newest good checkpoint; its step."""
-    newest = store.newest_good(run)
-    return 0 if newest is None else store.load(engine, newest).step
+    newest = newest_good(run)
+    return 0 if newest is None else load(engine, newest).step
 
 
 def plain_save(engine: Any, run: Path, step: int, background: bool) -> None:
@@ -90,7 +90,7 @@ def begin(folder: Path, protocol: str) -> list[list[float]]:
     return run_ranks(2, _begin, folder, protocol)
 
 
-def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str, Any]]:
+def trials(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str, Any]]:
     """What became of each kill, half of them in saves behind the training."""
     kinds = [(background, victim) for background in (False, True) for victim in range(2)]
     kinds = kinds if protocol == "own" else kinds[1:2]
@@ -105,7 +105,7 @@ def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str,
             run = folder / f"{background}_{victim}_{point}_{byte}"
             shutil.copytree(folder / "run", run)
             killed = run_ranks_to_any_end(2, _save_and_die, run, protocol, background, victim, point, byte)
-            outcome = {
+            trial = {
                 "background": background,
                 "victim": victim,
                 "point": point,
@@ -113,7 +113,7 @@ def outcomes(folder: Path, protocol: str, num_points: int) -> Iterator[dict[str,
                 "byte": byte,
                 "killed": killed,
             }
-            yield outcome | {"resumed": run_ranks_to_any_end(2, _resume, run, protocol)}
+            yield trial | {"resumed": run_ranks_to_any_end(2, _resume, run, protocol)}
             shutil.rmtree(run)
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import tiny_batch, tiny_config
-from unimo3.checkpoint import store
-from unimo3.checkpoint.commit import save
+from unimo3.checkpoint.load import load, newest_good
+from unimo3.checkpoint.save import save
 from unimo3.checkpoint.state import TrainState
 from unimo3.distributed import barrier, world
 from unimo3.errors import CheckpointError
@@ -184,9 +184,9 @@ def load_run(run: Path, stage: int, bf16: bool) -> dict[str, Any]:
     """Load the newest good checkpoint into an engine that started from other weights, and train on from there."""
     engine = start_engine(stage, bf16, seed=99)
     torch.manual_seed(99)
-    newest = store.newest_good(run)
+    newest = newest_good(run)
     assert newest is not None
-    state = store.load(engine, newest)
+    state = load(engine, newest)
     weights, state_tensors = full_weights(engine), moments(engine)
     return {"state": state, "weights": weights, "moments": state_tensors, "losses": train(engine, range(4, 6))}
 
@@ -198,10 +198,10 @@ def load_runs(root: Path, damaged: list[Path], errors: Path, without_rank_1: Pat
         without_rank_1: a checkpoint that rank 1 cannot load.
     """
     results: dict[str, Any] = {name: load_run(root / name, stage, bf16) for name, (stage, bf16) in RUNS.items()}
-    results["chosen"] = [None if (newest := store.newest_good(run)) is None else newest.name for run in damaged]
+    results["chosen"] = [None if (newest := newest_good(run)) is None else newest.name for run in damaged]
     results["errors"] = fail_to_save(errors)
     try:
-        store.load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
+        load(start_engine(3, bf16=True, stage3_param_persistence_threshold=10), without_rank_1)
     except CheckpointError as error:
         results["one rank"] = str(error)
     return results
@@ -267,12 +267,12 @@ def fail_to_save(root: Path) -> dict[str, Any]:
     results["remains of failed saves"] = sorted(path.name for path in (root / "full" / "checkpoints").glob("*.tmp"))
     barrier()
 
-    results["newest"] = [store.newest_good(root / name) for name in ("full", "vanished")]
+    results["newest"] = [newest_good(root / name) for name in ("full", "vanished")]
     attempt("none", root / "full")
-    results["newest after"] = store.newest_good(root / "full")
+    results["newest after"] = newest_good(root / "full")
     train(engine, range(1))
     save(engine, root / "full", state_at(9))
-    results["newest after the same step again"] = store.newest_good(root / "full")
+    results["newest after the same step again"] = newest_good(root / "full")
     return results
 
 

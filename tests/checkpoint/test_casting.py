@@ -37,7 +37,7 @@ def test_casting_in_pieces_counts_what_casting_at_once_shows(stored, written, se
 @pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("index", [0, 5, 9])
-def test_one_value_that_is_not_finite_in_any_piece_is_a_error(clamp, bad, index):
+def test_one_value_that_is_not_finite_in_any_piece_is_an_error(clamp, bad, index):
     values = torch.full((10,), 1e5)
     values[index] = bad
     casting, space = Casting("name", values.shape, torch.float16, torch.float16, clamp), Workspace(4)
@@ -46,7 +46,7 @@ def test_one_value_that_is_not_finite_in_any_piece_is_a_error(clamp, bad, index)
     assert casting.problem().startswith("name: 1 of 10 values are not finite")
 
 
-def test_a_tensor_kept_in_float32_is_no_error_unless_it_overflows_too():
+def test_a_tensor_saved_in_float32_is_no_error_unless_it_overflows_too():
     for value, problem in ((1e5, ""), (1e300, "name: 1 of 1 values, up to 1e+300, exceed 65504")):
         casting = Casting("name", torch.Size([1]), torch.float16, torch.float32, clamp=False)
         casting.cast(torch.tensor([value], dtype=torch.float64), Workspace(1))
@@ -55,7 +55,7 @@ def test_a_tensor_kept_in_float32_is_no_error_unless_it_overflows_too():
         assert casting.report("").num_over_range == 1
 
 
-def test_other_than_floating_point_numbers_are_left_as_they_are():
+def test_tensors_of_integers_are_not_cast():
     values = torch.tensor([2**40, -1])
     casting = Casting("name", values.shape, torch.float16, torch.int64, clamp=True)
     assert casting.cast(values, Workspace(2)) is values

@@ -33,7 +33,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [2**22, 8192])
-def test_what_is_written_anywhere_in_any_order_is_what_is_read(tmp_path, way, chunk, monkeypatch):
+def test_bytes_written_at_any_offset_in_any_order_are_read_back(tmp_path, way, chunk, monkeypatch):
     monkeypatch.setattr(direct_io, "CHUNK_BYTES", chunk)
     draw = random.Random(chunk)
     content = draw.randbytes(SIZE)

@@ -46,7 +46,7 @@ def test_every_value_is_as_it_was_saved(legs, run):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("run", ELASTIC_RUNS)
-def test_what_is_compared_was_trained(legs, run):
+def test_the_compared_values_were_trained(legs, run):
     first, last = legs[0][0][run]["saved"], legs[-1][0][run]["saved"]
     same = {name for name in first if isinstance(first[name], torch.Tensor) and first[name].equal(last[name])}
     assert same == {"fp32 model.frozen.weight", "fp32 model.count", "fp32 model.shift"}
@@ -66,7 +66,7 @@ def test_losses_are_those_of_a_run_that_never_changed(legs, run):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("run", ELASTIC_RUNS)
-def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
+def test_generators_continue_and_new_ranks_get_new_ones(legs, run):
     for before, after in itertools.pairwise(legs):
         results = [rank[run]["drawn at first"] for rank in after]
         num_common = min(len(before), len(after))
@@ -75,7 +75,7 @@ def test_generators_go_on_and_new_ranks_have_their_own(legs, run):
 
 
 @pytest.mark.integration
-def test_an_order_of_parameters_that_is_deepspeeds_own_is_refused(legs):
+def test_an_order_of_parameters_that_deepspeed_chose_is_refused(legs):
     results = legs[1][0]["zero2"]["round robin"]
     assert "not supported with round_robin_gradients" in results
     assert results.endswith("start with 2 ranks, or set it to false)")
@@ -87,7 +87,7 @@ def test_the_state_still_names_the_ranks_that_wrote_it(legs):
 
 
 @pytest.mark.integration
-def test_deepspeeds_own_conversion_loses_what_ours_keeps(legs, root, tmp_path):
+def test_deepspeeds_conversion_loses_what_this_one_preserves(legs, root, tmp_path):
     flags = [
         "--input_folder",
         store.folder_of(root / "zero3") / "step_00000002",

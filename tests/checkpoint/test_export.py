@@ -59,7 +59,7 @@ def test_exported_tensors_equal_the_gathered_ones(saved, tmp_path, run, dtype):
         )
 
 
-def test_the_ranks_gathered_alike(saved):
+def test_all_ranks_gathered_the_same(saved):
     for name, weight in saved.results[0]["bf16"]["weights"].items():
         torch.testing.assert_close(saved.results[1]["bf16"]["weights"][name], weight, rtol=0, atol=0)
 
@@ -114,7 +114,7 @@ def test_files_are_byte_for_byte_those_of_the_safetensors_library(run_copy, tmp_
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_a_size_counts_the_tensors_that_are_kept_in_float32(run_copy, tmp_path):
+def test_a_size_counts_the_tensors_that_stay_in_float32(run_copy, tmp_path):
     folder = newest(run_copy("bf16"))
     plant(folder, large=1e5)
     # embed.weight takes 308 bytes in float32, the 35 values of inner.weight 70 in float16.
@@ -142,7 +142,7 @@ def test_values_out_of_range_can_be_clamped(run_copy, tmp_path):
     assert (report["num_over_range"], report["num_flushed"], report["largest"]) == (2, 1, 2e5)
 
 
-def test_a_tensor_out_of_range_can_be_kept_in_float32(run_copy, tmp_path):
+def test_a_tensor_out_of_range_can_stay_in_float32(run_copy, tmp_path):
     run = run_copy("bf16")
     plant(newest(run), large=1e5)
     out = tmp_path / "out"
@@ -161,7 +161,7 @@ def test_a_tensor_out_of_range_can_be_kept_in_float32(run_copy, tmp_path):
     assert json.loads((mixed / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_half_precision_value_just_out_of_range_is_seen(run_copy, tmp_path):
+def test_a_half_precision_value_just_out_of_range_is_detected(run_copy, tmp_path):
     # In bfloat16 the limit 65504 itself would round to 65536, and 65536 would pass for fitting.
     folder = newest(run_copy("bf16"))
     saved = torch.load(folder / MODEL, weights_only=False)
@@ -203,7 +203,7 @@ def test_all_tensors_at_error_are_named(run_copy, tmp_path):
     assert "embed.weight: 1 of 77 values are not finite" in str(error.value)
 
 
-def test_a_byte_that_changes_once_it_is_written_is_found(saved, tmp_path, monkeypatch, capsys):
+def test_a_byte_that_changes_after_writing_is_detected(saved, tmp_path, monkeypatch, capsys):
     def flip_and_read_back(writer: SafetensorsWriter, name: str) -> tuple[str, str]:
         if name == "embed.weight":
             flip(writer.path, read_header(writer.path)[name].start + 70)
@@ -218,7 +218,7 @@ def test_a_byte_that_changes_once_it_is_written_is_found(saved, tmp_path, monkey
     assert run_program(saved.root / "bf16", "--out", tmp_path / "out", "--no-verify") == 0
 
 
-def test_the_report_tells_sha256_of_the_files_bytes_verified_or_not(saved, tmp_path):
+def test_the_report_has_the_sha256_of_the_files_verified_or_not(saved, tmp_path):
     for verify in (True, False):
         folder = tmp_path / f"{verify}"
         folder.mkdir()
@@ -244,7 +244,7 @@ def test_verification_opens_files_and_index_and_compares_types(saved, tmp_path, 
     elif damage == "swapped index":
         index = tmp_path / weights.INDEX
         index.write_text(index.read_text().replace(first.name, second.name))
-        message = "does not tell where the tensors are"
+        message = "does not give the offsets of the tensors"
     else:
         # The same bytes under another name of their type.
         first.write_bytes(first.read_bytes().replace(b'"F32"', b'"I32"'))
@@ -254,7 +254,7 @@ def test_verification_opens_files_and_index_and_compares_types(saved, tmp_path, 
 
 
 @pytest.mark.integration
-def test_a_full_disk_leaves_nothing_and_says_so(saved, tmp_path, capfd):
+def test_a_full_disk_leaves_nothing_and_is_reported(saved, tmp_path, capfd):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); "
         "from pretrain.export import main; main(sys.argv[1:])"

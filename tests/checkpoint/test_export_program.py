@@ -47,7 +47,7 @@ def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy
     assert "step_00000004 as fp16" in shown
 
 
-def test_the_newest_good_checkpoint_is_taken_unless_one_is_named(run_copy, tmp_path, capsys):
+def test_the_newest_good_checkpoint_is_used_unless_one_is_named(run_copy, tmp_path, capsys):
     run = run_copy("bf16")
     (newest(run) / MODEL).write_bytes(b"damaged")
     assert run_program(run, "--out", tmp_path / "one") == 0
@@ -155,7 +155,7 @@ def test_a_wrong_tag_of_a_plain_folder_is_refused(saved, tmp_path, capsys, case)
     assert message in capsys.readouterr().err
 
 
-class Stranger:
+class ForeignObject:
     def __init__(self, marker: Path):
         self.marker = marker
 
@@ -163,13 +163,13 @@ class Stranger:
         return Path.touch, (self.marker,)
 
 
-class Shell(Stranger):
+class Shell(ForeignObject):
     def __reduce__(self) -> tuple[Callable, tuple]:
         return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("form", ["in torch's archive", "a bare pickle"])
-@pytest.mark.parametrize("kind", [Stranger, Shell])
+@pytest.mark.parametrize("kind", [ForeignObject, Shell])
 @pytest.mark.parametrize("name", [OPTIM, MODEL])
 def test_code_in_a_checkpoint_is_refused_and_not_run(saved, tmp_path, capsys, name, kind, form):
     folder = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
@@ -198,7 +198,7 @@ _junk = (
 
 @st.composite
 def changed_file(draw: Any) -> Callable[[bytes], bytes]:
-    """A change of a JSON file: another value in it or in its place, its end cut off, another encoding, deep nesting."""
+    """A change of a JSON file: another value in it or for it, its end cut off, another encoding, deep nesting."""
     kind, junk, part = (
         draw(st.sampled_from(["value", "all", "cut", "encoding", "deep"])),
         draw(_junk),

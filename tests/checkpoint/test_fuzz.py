@@ -48,5 +48,5 @@ def examples(draw: Any) -> dict[str, Any]:
     max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
 )
 @given(example=examples())
-def test_what_is_loaded_is_what_was_saved(tmp_path_factory, example):
+def test_loaded_values_equal_saved_ones(tmp_path_factory, example):
     assert differences(tmp_path_factory.getbasetemp() / "fuzz", example) == []

@@ -9,7 +9,7 @@ from unimo3.checkpoint.initial_weights import exports, model_files_of, weights_o
 from unimo3.errors import CheckpointError
 
 
-def test_an_exported_folder_is_taken_as_it_is(tmp_path):
+def test_an_exported_folder_is_used_unchanged(tmp_path):
     assert weights_of(str(tmp_path / "exported"), tmp_path / "new") == str(tmp_path / "exported")
     assert model_files_of(str(tmp_path / "exported"), tmp_path / "new") == str(tmp_path / "exported")
 
@@ -29,7 +29,7 @@ def test_a_run_and_its_checkpoints_are_exported_once_for_each_source(run_copy, t
     assert load_file(f"{weights_of(str(run), new)}/model.safetensors")["embed.weight"].equal(newest["embed.weight"])
 
 
-def test_the_newest_is_asked_for_and_exported_when_the_run_has_gone_on(run_copy, tmp_path):
+def test_the_newest_checkpoint_is_exported_when_the_run_has_continued(run_copy, tmp_path):
     run, new = run_copy("fp32"), tmp_path / "new"
     newest = run / "checkpoints" / "step_00000004"
     newest.rename(run / "later")
@@ -48,7 +48,7 @@ def test_the_newest_is_asked_for_and_exported_when_the_run_has_gone_on(run_copy,
     assert weights_of(str(run), new, newest=True) == str(new / "init")
 
 
-def test_a_run_that_has_begun_needs_its_first_weights_no_more(run_copy, tmp_path):
+def test_a_run_that_has_begun_no_longer_needs_its_first_weights(run_copy, tmp_path):
     new = run_copy("fp32")
     assert model_files_of(str(tmp_path / "gone"), new) == str(new / "model")
     assert not exports(str(run_copy("bf16")), new)

@@ -7,27 +7,27 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.kills import begin, outcomes
+from tests.checkpoint.kills import begin, trials
 from tests.spawn import KILLED
 
 POINTS = 30
 
 
-def is_correct(straight: list[list[float]], outcome: dict[str, Any]) -> bool:
+def is_correct(straight: list[list[float]], trial: dict[str, Any]) -> bool:
     """Whether both ranks resumed the same step and computed what the uninterrupted run did."""
-    if any(isinstance(results, str) for results in outcome["resumed"]):
+    if any(isinstance(results, str) for results in trial["resumed"]):
         return False
-    (step, _), (other, _) = outcome["resumed"]
+    (step, _), (other, _) = trial["resumed"]
     return (
         step == other
         and step in (2, 4)
-        and [losses for _, losses in outcome["resumed"]] == [losses[step:] for losses in straight]
+        and [losses for _, losses in trial["resumed"]] == [losses[step:] for losses in straight]
     )
 
 
 @pytest.mark.integration
-def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    straight, kills = begin(tmp_path, "own"), list(outcomes(tmp_path, "own", POINTS))
+def test_every_kill_leaves_a_checkpoint_to_resume_from(tmp_path):
+    straight, kills = begin(tmp_path, "own"), list(trials(tmp_path, "own", POINTS))
     assert len(kills) >= POINTS
     # The other rank is killed as well, unless it has noticed before and failed by itself.
     assert all(kill["killed"][kill["victim"]] == KILLED for kill in kills)
@@ -40,6 +40,6 @@ def test_every_kill_leaves_a_checkpoint_to_go_on_from(tmp_path):
 
 
 @pytest.mark.integration
-def test_deepspeeds_own_saves_do_not_survive_them(tmp_path):
-    straight, kills = begin(tmp_path, "plain"), list(outcomes(tmp_path, "plain", 4))
+def test_saves_of_deepspeed_alone_do_not_survive_kills(tmp_path):
+    straight, kills = begin(tmp_path, "plain"), list(trials(tmp_path, "plain", 4))
     assert not all(is_correct(straight, kill) for kill in kills)

@@ -50,7 +50,7 @@ def test_pieces_in_any_order_give_the_file_that_the_library_writes(tmp_path):
         assert torch.equal(tensor, TENSORS[name])
 
 
-def test_a_header_tells_where_tensors_are(tmp_path):
+def test_a_header_gives_the_offsets_of_tensors(tmp_path):
     write(tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
     entries = read_header(tmp_path / "file")

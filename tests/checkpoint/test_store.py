@@ -16,6 +16,7 @@ from tests.checkpoint.conftest import SavedRuns
 from tests.checkpoint.ranks import RUNS, load_runs
 from tests.spawn import run_ranks
 from unimo3.checkpoint import export, manifest, store
+from unimo3.checkpoint.load import choose, newest_good, quarantine
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
 from unimo3.errors import CheckpointError, UnreachableError
@@ -188,7 +189,7 @@ def test_training_continues_as_if_never_stopped(saved, loaded, run):
         assert after[run]["losses"] == before[run]["losses"]
 
 
-def test_generators_are_each_ranks_own(saved):
+def test_each_rank_has_its_own_generators(saved):
     folder = saved.root / "bf16" / "checkpoints" / "step_00000004"
     draws = []
     for rank in range(2):
@@ -228,12 +229,12 @@ def test_all_ranks_choose_the_same_earlier_checkpoint(loaded):
     assert [results["chosen"] for results in loaded] == [expected, expected]
 
 
-def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
+def test_a_damaged_checkpoint_is_named_in_the_log_and_stays(run_copy, caplog):
     run = run_copy("fp32")
     newest = run / "checkpoints" / "step_00000004"
     delete_a_file(newest)
     with caplog.at_level(logging.WARNING):
-        chosen = store.newest_good(run)
+        chosen = newest_good(run)
     assert chosen is not None
     assert chosen.name == "step_00000002"
     assert "step_00000004 is damaged" in caplog.text
@@ -242,7 +243,7 @@ def test_a_damaged_checkpoint_is_named_in_the_log_and_kept(run_copy, caplog):
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_storage_that_does_not_answer_is_no_damage(run_copy, monkeypatch, number):
+def test_storage_that_does_not_answer_is_not_damage(run_copy, monkeypatch, number):
     run = run_copy("fp32")
     newest, answers = store.list_checkpoints(run)[-1], iter([False, False])
     stock = manifest.sha256_of
@@ -254,10 +255,10 @@ def test_storage_that_does_not_answer_is_no_damage(run_copy, monkeypatch, number
 
     monkeypatch.setattr(manifest, "sha256_of", sha256_of)
     monkeypatch.setattr(manifest, "_PAUSE_S", 0.0)
-    assert store.choose(run) == (newest, [])
+    assert choose(run) == (newest, [])
     answers = itertools.repeat(False)
     with pytest.raises(UnreachableError, match=f"the storage does not answer .{os.strerror(number)}"):
-        store.choose(run)
+        choose(run)
 
 
 def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path, capsys):
@@ -265,10 +266,10 @@ def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path,
     checkpoints = run / "checkpoints"
     for name in ("step_00000004.damaged", "step_00000004.damaged2"):
         delete_a_file(checkpoints / "step_00000004")
-        good, damaged = store.choose(run)
+        good, damaged = choose(run)
         assert good == checkpoints / "step_00000002"
         # One that is good after all stays.
-        store.quarantine([*damaged, good])
+        quarantine([*damaged, good])
         assert names(store.list_checkpoints(run)) == ["step_00000002"]
         assert (checkpoints / name).is_dir()
         shutil.copytree(checkpoints / "step_00000002", checkpoints / "step_00000004")
@@ -283,7 +284,7 @@ def test_a_skipped_checkpoint_is_quarantined_and_not_counted(run_copy, tmp_path,
 
 
 @pytest.mark.integration
-def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
+def test_a_load_that_fails_on_one_rank_fails_on_every_rank(loaded):
     """Gathering persistent parameters is collective: a rank that continued would wait forever."""
     assert loaded[0]["one rank"] == loaded[1]["one rank"]
     assert "rank 1: " in loaded[0]["one rank"]
@@ -292,7 +293,7 @@ def test_a_load_that_fails_on_one_rank_is_told_on_every_rank(loaded):
 
 
 @pytest.mark.integration
-def test_a_failed_save_raises_on_every_rank_and_keeps_the_previous_one(loaded):
+def test_a_failed_save_raises_on_every_rank_and_the_previous_one_stays(loaded):
     for results in loaded:
         errors = results["errors"]
         assert "preparing" in errors["blocked folder"]
@@ -337,7 +338,7 @@ def test_prune_never_removes_the_last_good_checkpoint(tmp_path):
     for folder in folders[2:]:
         (folder / store.STATE).write_text("{}")
     assert names(store.prune(tmp_path, keep_last=2, keep_every=0)) == ["step_00000010"]
-    newest = store.newest_good(tmp_path)
+    newest = newest_good(tmp_path)
     assert newest is not None
     assert newest.name == "step_00000020"
 
@@ -346,7 +347,7 @@ def test_prune_keeps_the_newest_good_one_in_addition_to_good_multiples(tmp_path)
     folders = [committed_checkpoint(tmp_path, step) for step in (1000, 1200, 1400, 1600, 1700)]
     (folders[-1] / store.STATE).write_text("{}")
     assert names(store.prune(tmp_path, keep_last=1, keep_every=1000)) == ["step_00001200", "step_00001400"]
-    newest = store.newest_good(tmp_path)
+    newest = newest_good(tmp_path)
     assert newest is not None
     assert newest.name == "step_00001600"
 
@@ -363,13 +364,13 @@ def test_a_checkpoint_is_not_lost_when_saving_its_step_again_is_killed(run_copy)
     run = run_copy("bf16")
     newest = store.list_checkpoints(run)[-1]
     replaced = newest.rename(newest.with_name(newest.name + ".replaced.tmp"))  # killed between the two renames
-    assert store.choose(run)[0] != newest  # who only reads changes nothing: the run may be between the two
+    assert choose(run)[0] != newest  # who only reads changes nothing: the run may be between the two
     store.restore_replaced(run)
-    assert store.choose(run) == (newest, [])
+    assert choose(run) == (newest, [])
     assert not replaced.exists()
     shutil.copytree(newest, replaced)  # killed after them
     store.restore_replaced(run)
-    assert store.choose(run) == (newest, [])
+    assert choose(run) == (newest, [])
     assert replaced.exists()  # the next save removes it
 
 

@@ -29,7 +29,7 @@ def write_source(root: Path, num_images: int = 23) -> Path:
         name = f"COCO_{year}_{number + 1:012d}.jpg"
         (root / year).mkdir(parents=True, exist_ok=True)
         (root / year / name).write_bytes(draw_jpeg(number))
-        captions = [f"picture number {number} seen from place {index}" for index in range(5)] + ["a picture"] * 2
+        captions = [f"picture number {number} seen from point {index}" for index in range(5)] + ["a picture"] * 2
         images.append(
             {
                 "filepath": year,

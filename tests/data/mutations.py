@@ -88,7 +88,7 @@ def damaged(draw: Any, content: bytes) -> bytes:
     return b"" if how == "empty" else draw(st.binary(max_size=2000))
 
 
-def outcome(*arguments: str) -> tuple[int, str]:
+def result_of(*arguments: str) -> tuple[int, str]:
     """Status and stderr of prepare_shards, whose failures are one message with status 78."""
     stderr = io.StringIO()
     handler = logging.StreamHandler(stderr)

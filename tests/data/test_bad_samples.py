@@ -122,7 +122,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_samples_say_why(tmp_path, tokenizer, monkeypatch, what):
+def test_bad_samples_are_logged_with_the_reason(tmp_path, tokenizer, monkeypatch, what):
     members, expected = BAD[what]
     if members.get("png", b"") is None:
         members = members | {"png": saved(Image.new("1", (20000, 20000)), "PNG")}
@@ -221,7 +221,7 @@ def test_folders_without_a_sample_are_refused(tmp_path, capfd):
     assert "its 1 tars contain no samples" in capfd.readouterr().err
 
 
-def test_a_random_crop_is_of_the_size_asked_for_and_the_samples_own(coco, tokenizer):
+def test_a_random_crop_has_the_requested_size_and_depends_on_the_sample(coco, tokenizer):
     content = saved(gradient(200, 100), "PNG")
     transform = ImageTransform(32, crop_scale=0.25)
     drawn = [transform(content, np.random.default_rng(seed)) for seed in (0, 0, 1)]
@@ -236,7 +236,7 @@ def test_a_random_crop_is_of_the_size_asked_for_and_the_samples_own(coco, tokeni
     assert all(spread(crop) < 0.95 * spread(full) for crop in drawn)
 
 
-def test_half_a_surrogate_pair_is_no_crash(tmp_path, tokenizer):
+def test_half_a_surrogate_pair_does_not_crash(tmp_path, tokenizer):
     inputs = build(tmp_path, tokenizer, {"json": b'{"captions": ["a dog \\ud83d"]}', "jpg": draw_jpeg(0)})
     assert inputs["attention_mask"].sum() >= 3
 
@@ -276,7 +276,7 @@ def test_each_row_that_was_replaced_counts_once(tmp_path, tokenizer):
     assert {key for batch in batches for key in batch["keys"]} == set(samples) - {f"{n:02d}" for n in range(3, 9)}
 
 
-def test_a_sixteen_bit_image_is_turned_as_its_exif_says():
+def test_a_sixteen_bit_image_is_rotated_by_its_exif_orientation():
     grey = Image.fromarray((np.arange(6, dtype=np.uint16) * 10_000).reshape(2, 3))
     exif = Image.Exif()
     exif[0x0112] = 6

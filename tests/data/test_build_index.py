@@ -33,7 +33,7 @@ def test_the_index_of_another_program_is_replaced_only_on_request(tars, content,
     assert ShardIndex(tars).samples_per_shard == [1]
 
 
-def test_an_own_index_of_any_version_is_replaced_without_a_request(tars):
+def test_an_index_of_any_earlier_version_is_replaced_without_overwrite(tars):
     assert convert("index", "--src", str(tars)) == 0
     path = tars / "index.json"
     content = json.loads(path.read_text())
@@ -66,7 +66,7 @@ def test_a_compressed_tar_is_named_and_not_skipped(tars, name, capfd):
     assert "decompress" in capfd.readouterr().err
 
 
-def test_files_of_others_next_to_the_tars_are_left_alone(tars):
+def test_other_files_next_to_the_tars_stay(tars):
     names = ["0.tar.md5", "0.tar.json", "index.lock", "a.gz", "list.tar.txt"]
     for name in names:
         (tars / name).write_text("of others")

@@ -61,7 +61,7 @@ def fetch_all(cache: ShardCache, shards, contents) -> None:
         os.close(descriptor)
 
 
-def test_a_shard_is_fetched_once_and_then_used_from_its_place(store, open_cache, caplog):
+def test_a_shard_is_fetched_once_and_then_read_from_the_cache(store, open_cache, caplog):
     shard = store.add("000000.tar")
     with caplog.at_level(logging.INFO, "unimo3.data.cache"):
         path = open_cache().path(*shard)
@@ -88,7 +88,7 @@ def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
 
 
 @pytest.mark.integration
-def test_different_shards_come_side_by_side(store, open_cache):
+def test_different_shards_are_fetched_concurrently(store, open_cache):
     meeting = threading.Barrier(2, timeout=PATIENCE_S)
     shards = [store.add(f"{number}.tar") for number in range(2)]
     for path in store.files:
@@ -123,7 +123,7 @@ def test_only_as_many_copies_are_removed_as_a_new_one_needs(store, open_cache):
     assert len(files_in(cache)) == 3
 
 
-def test_sources_share_a_limit_but_no_copies_of_different_content(store, open_cache):
+def test_sources_have_one_limit_and_separate_copies(store, open_cache):
     one, other = open_cache(limit_bytes=2 * SIZE), open_cache(f"{store.url}/others", limit_bytes=2 * SIZE)
     first, second, third = store.add("0.tar"), store.add("0.tar", folder="/others"), store.add("1.tar")
     make_old(one.path(*first), 20)
@@ -141,7 +141,7 @@ def test_a_new_shard_of_the_same_name_and_size_is_fetched_again(store, open_cach
     assert store.requests["/shards/0.tar"] == 2
 
 
-def test_files_that_are_none_of_the_cache_are_left_alone(store, open_cache):
+def test_files_that_do_not_belong_to_the_cache_stay(store, open_cache):
     cache = open_cache(limit_bytes=SIZE)
     cache.folder.mkdir()
     for name in ("thesis.shard", "notes.txt", f"{'0' * 63}.shard", "0.1.part"):
@@ -153,7 +153,7 @@ def test_files_that_are_none_of_the_cache_are_left_alone(store, open_cache):
 
 
 @pytest.mark.integration
-def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cache):
+def test_the_limit_applies_while_processes_fetch_different_shards(store, open_cache):
     cache = open_cache(limit_bytes=2 * SIZE)
     shards = [store.add(f"{number}.tar") for number in range(8)]
     contents = list(store.files.values())
@@ -178,7 +178,7 @@ def test_the_limit_holds_while_processes_fetch_different_shards(store, open_cach
 
 
 @pytest.mark.integration
-def test_a_fetch_waits_for_room_that_another_one_has_taken(store, open_cache):
+def test_a_fetch_waits_for_space_that_another_fetch_uses(store, open_cache):
     cache = open_cache(limit_bytes=SIZE)
     a, b = store.add("a"), store.add("b")
     answer = threading.Event()
@@ -229,7 +229,7 @@ def flipped(content: bytes) -> bytes:
     return content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
 
 
-def test_a_flipped_byte_is_met_with_one_more_try_and_then_refused(store, open_cache):
+def test_a_flipped_byte_causes_one_retry_and_then_an_error(store, open_cache):
     shard = store.add("0.tar")
     bad = flipped(store.files["/shards/0.tar"])
     store.instead["/shards/0.tar"] = [bad]
@@ -262,7 +262,7 @@ def test_a_fetch_that_fails_leaves_no_part(store, open_cache):
     assert open_cache().path(*shard).read_bytes() == store.files["/shards/0.tar"]
 
 
-def test_a_truncated_copy_in_place_is_replaced(store, open_cache):
+def test_a_truncated_copy_in_the_cache_is_replaced(store, open_cache):
     shard = store.add("0.tar")
     path = open_cache().path(*shard)
     os.truncate(path, SIZE - 1)
@@ -271,7 +271,7 @@ def test_a_truncated_copy_in_place_is_replaced(store, open_cache):
 
 
 @pytest.mark.integration
-def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open_cache):
+def test_a_process_killed_during_a_fetch_blocks_nothing(store, open_cache):
     cache = open_cache(limit_bytes=2 * SIZE)
     shard, other = store.add("0.tar"), store.add("1.tar")
     store.instead["/shards/0.tar"] = [("stall",), ("stall",)]
@@ -288,7 +288,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_in_the_way(store, open
 
 
 @pytest.mark.integration
-def test_a_part_that_is_still_written_is_not_taken_for_a_leftover(store, open_cache):
+def test_a_part_that_is_still_being_written_is_not_a_leftover(store, open_cache):
     cache = open_cache()
     shard, other = store.add("0.tar"), store.add("1.tar")
     answer = threading.Event()
@@ -323,7 +323,7 @@ def test_a_mounted_folder_is_a_source_too(store, open_cache, tmp_path):
     assert files_in(cache) == []
 
 
-def test_small_files_are_read_up_to_a_limit_and_not_kept(store, open_cache):
+def test_small_files_are_read_up_to_a_limit_and_not_cached(store, open_cache):
     store.files["/shards/index.json"] = b"x" * 100
     store.instead["/shards/index.json"] = [("cut",)]
     assert open_cache().read("index.json", 100) == b"x" * 100

@@ -39,7 +39,7 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
                     [key, digest(batch["mlm_input_ids"][row]), digest(batch["images"][row])]
                     for row, key in enumerate(batch["keys"])
                 ]
-                file.write(json.dumps({"step": step, "place": [micro_step, rank], "rows": rows}) + "\n")
+                file.write(json.dumps({"step": step, "position": [micro_step, rank], "rows": rows}) + "\n")
             time.sleep(0.01)  # a step takes a while, so that a kill comes between two
     os._exit(0)  # as a rank ends: without waiting for its readers
 
@@ -73,7 +73,7 @@ class Run:
             rank.join(PATIENCE_S)
             assert rank.exitcode == (0 if kill_after is None else -9)
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
-        for line in sorted(lines, key=lambda line: (line["step"], line["place"])):
+        for line in sorted(lines, key=lambda line: (line["step"], line["position"])):
             if kill_after is None or line["step"] <= kill_after:
                 self.steps.setdefault(line["step"], []).extend(line["rows"])
 

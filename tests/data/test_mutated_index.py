@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.conftest import convert, draw_jpeg, write_tar
-from tests.data.mutations import mutated, outcome, property_settings
+from tests.data.mutations import mutated, property_settings, result_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.errors import DataError
@@ -48,7 +48,7 @@ def check(folder, content):
     for kind in ("captions", "questions", "statement"):
         errors = DataArgs(train=str(folder), val=str(folder)).shard_errors(kind)
         assert all(str(folder) in error for error in errors)
-    outcome("index", "--src", str(folder), "--verify")
+    result_of("index", "--src", str(folder), "--verify")
 
 
 @property_settings

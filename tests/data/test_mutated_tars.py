@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.conftest import draw_jpeg
-from tests.data.mutations import JUNK, TEXTS, damaged, outcome, property_settings
+from tests.data.mutations import JUNK, TEXTS, damaged, property_settings, result_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.texts import BadSampleError, captions_of, content_of
@@ -56,7 +56,7 @@ def index(folder: Path, content: bytes) -> tuple[int, str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "0.tar").write_bytes(content)
-    status, error = outcome("index", "--src", str(folder))
+    status, error = result_of("index", "--src", str(folder))
     if status:
         assert str(folder) in error
         assert not (folder / "index.json").exists()

@@ -22,7 +22,7 @@ UNEVEN = st.lists(st.integers(0, 9), min_size=1, max_size=7).filter(sum)
 
 @given(sizes=UNEVEN, window=st.integers(1, 9), seed=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_every_epoch_holds_every_unit_once(sizes, window, seed):
+def test_every_epoch_contains_every_unit_once(sizes, window, seed):
     order = SampleOrder(sizes, seed, window)
     everything = sorted((shard, unit) for shard, size in enumerate(sizes) for unit in range(size))
     for epoch in range(2):
@@ -47,7 +47,7 @@ def test_samples_of_a_window_are_mixed_and_windows_are_not():
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 12), (2, 6), (4, 3), (1, 3), (2, 3)])
-def test_ranks_and_accumulation_share_out_the_same_global_batch(world_size, micro_batch):
+def test_ranks_and_accumulation_divide_the_same_global_batch(world_size, micro_batch):
     num_accumulation = 12 // (world_size * micro_batch)
     read = [
         position
@@ -84,7 +84,7 @@ WEIGHTS = st.lists(st.floats(0.01, 50).map(lambda weight: round(weight, 3)), min
 
 @given(weights=WEIGHTS, seed=st.integers(0, 1000), window=st.integers(0, 10**9))
 @settings(max_examples=60, deadline=None)
-def test_every_window_of_a_mixture_gives_each_source_its_due_to_within_one(weights, seed, window):
+def test_every_window_of_a_mixture_follows_the_weights_to_within_one(weights, seed, window):
     order = mixture([7] * len(weights), weights, seed)
     given_before, given_after = order._counts_before(window), order._counts_before(window + 1)
     for fraction, before, after in zip(order._fractions, given_before, given_after, strict=True):
@@ -99,7 +99,7 @@ def mixture(sizes, weights, seed=0):
     return MixedOrder([SampleOrder([size], seed + number, 1) for number, size in enumerate(sizes)], weights, seed)
 
 
-def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
+def test_a_mixture_preserves_each_sources_order_and_skips_nothing():
     sizes, weights = [37, 1000, 5], [1, 2.5, 0.02]
     order, alone = mixture(sizes, weights), [SampleOrder([size], number, 1) for number, size in enumerate(sizes)]
     taken = Counter()
@@ -116,14 +116,14 @@ def test_a_mixture_keeps_each_sources_own_stream_and_leaves_nothing_out():
     assert max(len(list(group)) for _, group in itertools.groupby(sources)) < 40
 
 
-def test_each_window_of_a_mixture_has_a_sequence_of_sources_of_its_own():
+def test_each_window_of_a_mixture_has_another_sequence_of_sources():
     mixed = mixture([50_000, 50_000], [1.0, 1.0])
     first, second = ([mixed[window * MIX_WINDOW + i].source for i in range(MIX_WINDOW)] for window in (0, 1))
     assert sorted(first) == sorted(second)
     assert first != second
 
 
-def test_a_mixture_is_reached_anywhere_at_once_and_differs_by_seed():
+def test_a_mixture_can_start_at_any_position_and_differs_by_seed():
     order = mixture([50, 70], [1, 3])
     assert mixture([50, 70], [1, 3])[10**13 + 7] == order[10**13 + 7]
     assert [order[p] for p in range(200)] != [mixture([50, 70], [1, 3], seed=9)[p] for p in range(200)]
@@ -132,12 +132,12 @@ def test_a_mixture_is_reached_anywhere_at_once_and_differs_by_seed():
 
 
 @pytest.mark.parametrize("weights", [[1, 0], [1, -2], [1, float("nan")], [1], []])
-def test_weights_that_cannot_be_are_refused(weights):
+def test_impossible_weights_are_refused(weights):
     with pytest.raises(ValueError, match="weights: "):
         mixture([5, 5], weights) if len(weights) == 2 else MixedOrder([SampleOrder([5], 0, 1)] * 2, weights, 0)
 
 
-def test_one_source_is_not_mixed_and_several_are_shuffled_each_for_itself():
+def test_one_source_is_not_mixed_and_several_are_shuffled_separately():
     assert isinstance(training_order([[3, 4]], [2.0], 5, 2), SampleOrder)
     order = training_order([[300], [300]], [1, 1], 5, 2)
     units = {source: [] for source in (0, 1)}
@@ -183,7 +183,7 @@ def test_shuffle_quality_against_webdatasets(window, buffer_shards, least):
     assert max(len(list(group)) for _, group in itertools.groupby(shard for shard, _ in ours)) <= 7
 
 
-def test_every_epoch_has_its_own_order_of_shards():
+def test_every_epoch_has_another_order_of_shards():
     order = SampleOrder([1] * 50, seed=0, window_shards=1)
     epochs = [[order[50 * epoch + position].shard for position in range(50)] for epoch in range(3)]
     assert len(set(map(tuple, epochs))) == 3

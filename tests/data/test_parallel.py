@@ -92,7 +92,7 @@ def test_rejects_are_listed_and_missing_from_the_shards(spoiled, alone, capsys):
     assert index.samples_per_shard[:2] == [2, 4]
 
 
-def test_too_many_rejects_end_it_and_a_fixed_source_continues(tmp_path, capfd):
+def test_too_many_rejects_end_a_conversion_and_a_fixed_source_continues(tmp_path, capfd):
     root, out = write_source(tmp_path / "source", num_images=40), tmp_path / "out"
     names = spoil(root)
     arguments = ("coco", "--src", str(root), "--out", str(out), "--shard-size", "4")
@@ -157,7 +157,7 @@ def test_an_error_on_several_ranks_is_one_message_and_no_hang(tmp_path):
     assert done.stderr.count("no such folder") == 1
 
 
-def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused(spoiled, tmp_path, monkeypatch, capfd):
+def test_tasks_of_srun_without_mpi_are_refused(spoiled, tmp_path, monkeypatch, capfd):
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")

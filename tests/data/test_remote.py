@@ -79,7 +79,7 @@ class Store:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, name: str, num_bytes: int = SIZE, folder: str = "/shards") -> tuple[str, int, str]:
-        """Serve a shard; return the arguments that fetch it."""
+        """Offer a shard; return the arguments that fetch it."""
         content = np.random.default_rng(len(self.files)).bytes(num_bytes)
         self.files[f"{folder}/{name}"] = content
         return name, num_bytes, hashlib.sha256(content).hexdigest()
@@ -140,7 +140,7 @@ def test_a_complete_file_replaces_the_old_one_with_size_and_checksum(store, shar
     assert file.getvalue() == content
 
 
-def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, shard, caplog):
+def test_a_truncated_body_is_requested_again_and_never_accepted(store, shard, caplog):
     store.instead[SHARD] = [("cut",)] * 2
     assert received(shard) == store.files[SHARD]
     assert sum("bytes early; trying again in 0.01 s" in record.getMessage() for record in caplog.records) == 2
@@ -152,7 +152,7 @@ def test_a_truncated_body_is_asked_for_again_and_never_passes_for_whole(store, s
 
 
 @pytest.mark.parametrize(("status", "fix"), [(401, "sends no login"), (403, "sends no login"), (404, "fix the sour")])
-def test_what_another_try_cannot_fix_is_refused_at_once(store, shard, status, fix):
+def test_errors_that_a_retry_cannot_fix_are_refused_at_once(store, shard, status, fix):
     store.instead[SHARD] = [status]
     with pytest.raises(DataError, match=rf"{shard}: the server answers {status}.*{fix}"):
         received(shard)
@@ -160,7 +160,7 @@ def test_what_another_try_cannot_fix_is_refused_at_once(store, shard, status, fi
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-def test_a_busy_server_is_asked_again_up_to_four_times(store, shard, status, caplog):
+def test_a_busy_server_is_retried_up_to_four_times(store, shard, status, caplog):
     store.instead[SHARD] = [status] * 4
     assert received(shard) == store.files[SHARD]
     assert sum(f"answers {status}" in record.getMessage() for record in caplog.records) == 4
@@ -170,7 +170,7 @@ def test_a_busy_server_is_asked_again_up_to_four_times(store, shard, status, cap
     assert store.requests[SHARD] == 5 + 5
 
 
-def test_a_server_that_is_gone_is_an_error_that_says_so(store, shard):
+def test_a_server_that_is_gone_is_named_in_the_error(store, shard):
     store.close()
     with pytest.raises(DataError, match=r"Connection refused.*see whether its server or mount works"):
         received(shard)
@@ -203,7 +203,7 @@ def test_a_file_that_changes_between_two_tries_is_the_later_one(store, shard):
     assert received(shard) == b"new"
 
 
-def test_no_more_is_waited_for_once_the_limit_is_passed(store):
+def test_receiving_ends_once_the_byte_limit_is_passed(store):
     store.files["/shards/index.json"] = bytes(4 * 2**20)
     store.instead["/shards/index.json"] = [("stall",)]
     file = io.BytesIO()
@@ -219,7 +219,7 @@ def test_a_file_of_a_mounted_folder_is_received_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["1.tar", "0.tar/x", "."])
-def test_a_file_that_a_mounted_folder_does_not_hold_is_refused_at_once(quick, tmp_path, caplog, name):
+def test_a_file_missing_from_a_mounted_folder_is_refused_without_retry(quick, tmp_path, caplog, name):
     (tmp_path / "0.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{tmp_path}.*: cannot be read \(.*mount its folder with all of its files"):
         received(str(tmp_path / name))
@@ -263,7 +263,7 @@ def test_https_urls_are_remote_and_paths_are_not():
 
 
 @pytest.fixture
-def served(coco, store):
+def remote_coco(coco, store):
     """The store with COCO's training shards and their index."""
     for path in (coco / "train").iterdir():
         store.files[f"/coco/train/{path.name}"] = path.read_bytes()
@@ -279,11 +279,11 @@ def read(data: DataArgs, tokenizer: str, num_steps: int = 5) -> list[list[str]]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(served, coco, tmp_path, workers):
+def test_a_remote_source_is_read_as_a_local_one_within_its_bounds(remote_coco, coco, tmp_path, workers):
     tokenizer, limit = str(coco / "tokenizer"), 40_000
     local = DataArgs(train=str(coco / "train"), window_shards=2, num_workers=0)
     remote = DataArgs(
-        train=f"{served.url}/coco/train/",
+        train=f"{remote_coco.url}/coco/train/",
         window_shards=2,
         num_workers=workers,
         prefetch=1,
@@ -308,28 +308,28 @@ def test_a_mounted_source_may_go_through_the_cache_too(coco, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(served, coco, tmp_path, workers):
+def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(remote_coco, coco, tmp_path, workers):
     for number in range(4):
         name = f"/coco/train/00000{number}.tar"
-        content = bytearray(served.files[name])
+        content = bytearray(remote_coco.files[name])
         content[len(content) // 2] ^= 1
-        served.files[name] = bytes(content)
+        remote_coco.files[name] = bytes(content)
     data = DataArgs(
-        train=f"{served.url}/coco/train", num_workers=workers, cache_dir=str(tmp_path / "cache"), cache_gb=1
+        train=f"{remote_coco.url}/coco/train", num_workers=workers, cache_dir=str(tmp_path / "cache"), cache_gb=1
     )
     with pytest.raises(DataError, match=r"00000\d\.tar: the source.s file is not the one that was indexed") as error:
         read(data, str(coco / "tokenizer"))
     assert "Traceback" not in str(error.value)
 
 
-def test_addresses_that_cannot_be_used_are_errors_of_the_setting(served, tmp_path):
+def test_addresses_that_cannot_be_used_are_errors_of_the_setting(remote_coco, tmp_path):
     def errors_of(source, **settings):
         return DataArgs(train=source, **settings).shard_errors("captions")
 
-    (problem,) = errors_of(f"{served.url}/coco/train")
+    (problem,) = errors_of(f"{remote_coco.url}/coco/train")
     assert "an address needs a cache; set data.cache_dir and data.cache_gb" in problem
     (problem,) = errors_of("pipe:cat x.tar")
     assert problem.startswith("data.train: ")
     assert "pipe: runs a shell" in problem
-    (problem,) = errors_of(f"{served.url}/nowhere", cache_dir=str(tmp_path / "cache"))
+    (problem,) = errors_of(f"{remote_coco.url}/nowhere", cache_dir=str(tmp_path / "cache"))
     assert "404" in problem

@@ -21,7 +21,8 @@ from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.images import decode
 from unimo3.data.index import ShardIndex
 from unimo3.data.progress import Progress
-from unimo3.data.shards import ImageOptions, Reject, ShardDone, UnusableImageError, read_image
+from unimo3.data.shards import Reject, ShardDone
+from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.errors import DataError
 
 
@@ -33,7 +34,7 @@ def contents(folder: Path) -> list[dict]:
     return records
 
 
-def test_coco_keeps_every_image_and_caption_in_its_split(source, coco):
+def test_coco_shards_have_every_image_and_caption_of_the_split(source, coco):
     images = json.loads((source / "dataset_coco.json").read_text())["images"]
     for split in ("train", "val", "test"):
         wanted = [i for i in images if i["split"] == split or (split == "train" and i["split"] == "restval")]
@@ -43,7 +44,7 @@ def test_coco_keeps_every_image_and_caption_in_its_split(source, coco):
         assert captions == Counter({(i["cocoid"], s["raw"]) for i in wanted for s in i["sentences"]})
 
 
-def test_vqav2_keeps_every_question_and_answer(source, vqav2):
+def test_vqav2_shards_have_every_question_and_answer(source, vqav2):
     for split, year in (("train", "train2014"), ("val", "val2014")):
         questions = json.loads((source / f"v2_OpenEnded_mscoco_{year}_questions.json").read_text())["questions"]
         notes = json.loads((source / f"v2_mscoco_{year}_annotations.json").read_text())["annotations"]
@@ -94,7 +95,7 @@ def test_offsets_read_what_tarfile_reads(coco):
         assert actual == wanted
 
 
-def test_items_are_found_from_their_number(vqav2):
+def test_items_are_located_by_their_index(vqav2):
     index = ShardIndex(vqav2 / "train")
     seen = []
     for shard, count in enumerate(index.items_per_shard("questions")):
@@ -119,7 +120,7 @@ def test_foreign_tars_can_be_indexed(tmp_path):
     assert index.key(0, 1) == "x/two"
 
 
-def test_indexing_leaves_the_files_of_others_alone(tmp_path):
+def test_indexing_does_not_change_other_files(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         info = tarfile.TarInfo("one.txt")
         info.size = 3
@@ -136,7 +137,7 @@ def test_a_changed_or_missing_shard_is_named(source, tmp_path):
     convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4")
     shard = out / "train" / "000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(DataError, match=r"000001\.tar: has \d+ bytes, its index says"):
+    with pytest.raises(DataError, match=r"000001\.tar: has \d+ bytes, its index has"):
         ShardIndex(out / "train")
     shard.unlink()
     with pytest.raises(DataError, match=r"000001\.tar: is missing"):
@@ -189,7 +190,7 @@ def test_overwrite_continues_where_a_kill_left_half_of_what_it_replaced(source, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwrite_refuses_a_folder_that_holds_anything_else(source, tmp_path, capfd):
+def test_overwrite_refuses_a_folder_that_contains_other_files(source, tmp_path, capfd):
     out = tmp_path / "out"
     assert convert("coco", "--src", str(source), "--out", str(out), "--shard-size", "4") == 0
     (out / "thesis").mkdir()
@@ -206,7 +207,7 @@ def lose_members(folder):
 def cut_members(folder):
     path = folder / "index.members"
     path.write_bytes(path.read_bytes()[:-30])
-    return r"index\.members: has \d+ bytes, its index says"
+    return r"index\.members: has \d+ bytes, its index has"
 
 
 def change_members(folder):
@@ -250,14 +251,14 @@ def test_shards_of_another_kind_are_refused(coco, vqav2):
 
 
 @pytest.mark.parametrize("train", [{"a/train": 1, "b/train": 1}, {"https://example.org/vqav2/train": 1}])
-def test_the_answer_vocabulary_is_asked_for_where_no_folder_holds_it(train):
+def test_the_answer_vocabulary_must_be_named_where_no_folder_has_it(train):
     # Without room for copies nothing is fetched.
     settings = VqaConfig(init="exported", data=DataArgs(train=train, cache_gb=0.0))
     (problem,) = settings.answers_errors()
     assert problem.startswith("answers: ''")
 
 
-def test_folders_of_others_next_to_the_new_one_are_left_alone(source, tmp_path, capfd):
+def test_other_folders_next_to_the_new_one_stay(source, tmp_path, capfd):
     out = tmp_path / "new"
     for name in ("new.partial", "new.replaced"):
         (tmp_path / name).mkdir()
@@ -269,7 +270,7 @@ def test_folders_of_others_next_to_the_new_one_are_left_alone(source, tmp_path, 
         assert (tmp_path / name / "thesis.txt").read_text() == "mine"
 
 
-def test_where_bad_images_lie_in_the_source_decides_nothing(tmp_path):
+def test_the_position_of_bad_images_in_the_source_does_not_matter(tmp_path):
     root = write_source(tmp_path / "source", num_images=300)
     images = json.loads((root / "dataset_coco.json").read_text())["images"]
     of_train = [image for image in images if image["split"] in ("train", "restval")]
@@ -316,7 +317,7 @@ def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_p
     assert convert("index", "--src", str(folder), "--overwrite") == 0
 
 
-def test_what_webdataset_takes_for_no_sample_is_none(tmp_path):
+def test_members_that_webdataset_ignores_are_no_samples(tmp_path):
     names = ["._a.jpg", "__info__.json", "README", "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"]
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number, name in enumerate(names):
@@ -336,7 +337,7 @@ def test_what_webdataset_takes_for_no_sample_is_none(tmp_path):
 
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "GIF"])
 @pytest.mark.parametrize("size", [(65501, 1), (1, 65501)])
-def test_a_side_that_jpeg_cannot_have_rejects_the_record(tmp_path, kind, size):
+def test_an_image_too_large_for_jpeg_rejects_the_record(tmp_path, kind, size):
     path = tmp_path / "image"
     Image.new("RGB", size).save(path, kind)
     with pytest.raises(UnusableImageError, match=rf"its {size[0]} x {size[1]} pixels cannot be encoded as JPEG"):

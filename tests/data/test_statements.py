@@ -87,14 +87,14 @@ def rewrite(folder, out, change):
 @pytest.mark.parametrize(
     "change", [{"label": "True"}, {"label": None}, {"statement": " "}, {"identifier": "dev-0-0,1-0"}]
 )
-def test_a_statement_that_cannot_be_used_says_why(nlvr2, tokenizer, tmp_path, change):  # noqa: F811
+def test_a_statement_that_cannot_be_used_is_an_error_with_the_reason(nlvr2, tokenizer, tmp_path, change):  # noqa: F811
     folder = rewrite(nlvr2 / "val", tmp_path / "val", lambda content: content | change)
     with pytest.raises(BadSampleError, match="its json lacks a field, or has a label that is not true or false"):
         samples_of(ImagePairSamples, folder, tokenizer).build(Unit(0, 0, 0))
 
 
 @pytest.mark.parametrize("change", [{"label": "-"}, {"text": ""}, {"pair_id": 7}])
-def test_a_hypothesis_that_cannot_be_used_says_why(snli_ve, tokenizer, tmp_path, change):  # noqa: F811
+def test_a_hypothesis_that_cannot_be_used_is_an_error_with_the_reason(snli_ve, tokenizer, tmp_path, change):  # noqa: F811
     def changed(content):
         return content | {"hypotheses": [hypothesis | change for hypothesis in content["hypotheses"]]}
 

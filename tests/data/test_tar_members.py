@@ -73,7 +73,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_is_no_tar_to_its_end_is_refused(tmp_path, name, capfd):
+def test_a_tar_with_garbage_at_its_end_is_refused(tmp_path, name, capfd):
     content, reason = DAMAGED[name]
     (tmp_path / "0.tar").write_bytes(content)
     assert convert("index", "--src", str(tmp_path)) == 78
@@ -105,16 +105,16 @@ def sparse_header(name: str) -> bytes:
     return bytes(header)
 
 
-@pytest.mark.parametrize("place", ["alone", "last", "joined"])
-def test_a_sparse_member_is_named_with_the_fix(tmp_path, place):
+@pytest.mark.parametrize("position", ["alone", "last", "joined"])
+def test_a_sparse_member_is_named_with_the_fix(tmp_path, position):
     member = sparse_header("a.jpg") + b"x" * 512
-    content = {"alone": member, "last": without_end(ONE) + member, "joined": ONE + member}[place] + bytes(1024)
+    content = {"alone": member, "last": without_end(ONE) + member, "joined": ONE + member}[position] + bytes(1024)
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(DataError, match=r"member 'a\.jpg' is stored without its zeros; make the tar without --sparse"):
         scan(tmp_path / "0.tar")
 
 
-def test_sparse_members_that_are_not_read_are_no_damage(tmp_path):
+def test_sparse_members_that_are_not_read_are_ignored(tmp_path):
     for name in ("README", "__info__.json", "._a.jpg", "one.cls"):
         member = sparse_header(name) + b"x" * 512
         (tmp_path / "0.tar").write_bytes(member + ONE)
@@ -263,7 +263,7 @@ def test_neighbours_with_one_key_are_a_sample(tmp_path, name, caplog):
 @pytest.mark.parametrize(
     "parts", [[["s.jpg", "t.jpg"], ["s.json", "t.json"]], [["a.jpg", "b.txt"]], [["s.txt"], ["s.0.png", "s.1.png"]]]
 )
-def test_images_and_texts_that_share_no_sample_are_refused(tmp_path, parts, capfd):
+def test_images_and_texts_without_a_common_sample_are_refused(tmp_path, parts, capfd):
     (tmp_path / "0.tar").write_bytes(joined(*parts))
     assert convert("index", "--src", str(tmp_path)) == 78
     assert re.search(r"0\.tar: \d samples have an image, .* and none has both; .*--sort=name", capfd.readouterr().err)

@@ -124,7 +124,7 @@ def test_what_surrounds_a_text_is_no_token_in_training_nor_processor(tokenizer, 
 @pytest.mark.parametrize(
     "text", ["a\ndog", "a  dog", f"a {BOM} dog", "a dog\u200d", "\u200fa dog", "\U0001f3f4\U000e0067\U000e007f", "?"]
 )
-def test_what_is_inside_a_text_stays(tokenizer, text):
+def test_characters_inside_a_text_stay(tokenizer, text):
     assert plain(text) == text
     assert not is_blank(text)
     raw = tokenizer.backend_tokenizer.encode(text).ids
@@ -172,7 +172,7 @@ def errors_of(folder, kind="captions") -> list[str]:
 
 
 @pytest.mark.parametrize("lacking", LACKING)
-def test_one_sample_neither_condemns_a_set_nor_passes_it(tmp_path, lacking):
+def test_one_sample_does_not_decide_whether_a_set_is_accepted(tmp_path, lacking):
     bad = LACKING[lacking]
     write_tar(tmp_path / "0.tar", {"first": bad, **{str(number): GOOD for number in range(40)}})
     assert errors_of(tmp_path) == []
@@ -184,7 +184,7 @@ def test_one_sample_neither_condemns_a_set_nor_passes_it(tmp_path, lacking):
     assert "its samples have no captions (coco, train); name other shards (sample 0 " in problem
 
 
-def test_a_bad_first_shard_does_not_condemn_a_set(tmp_path):
+def test_a_set_is_accepted_despite_a_bad_first_shard(tmp_path):
     for number in range(8):
         write_tar(
             tmp_path / f"{number}.tar", {f"{number}{i}": LACKING["null"] if number < 1 else GOOD for i in range(9)}
@@ -196,7 +196,7 @@ def test_a_bad_first_shard_does_not_condemn_a_set(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.shard"))) == 4
 
 
-def test_samples_without_questions_condemn_no_set_that_has_some(tmp_path):
+def test_a_set_with_some_questions_is_accepted(tmp_path):
     asked = {"jpg": b"", "json": b'{"questions": [{"question": "is it?"}]}'}
     write_tar(tmp_path / "0.tar", {**{str(number): GOOD for number in range(9)}, "last": asked})
     assert errors_of(tmp_path, "questions") == []

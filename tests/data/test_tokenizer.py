@@ -23,7 +23,7 @@ TEXT = " ".join(WORDS)
 
 
 def write_tokenizer(folder: Path, ids: dict[str, int], unknown: str | None = "<unk>", model=None, **options) -> str:
-    """A tokenizer of whole words with these ids of its special tokens; other words follow, or stand before."""
+    """A tokenizer of complete words with these ids of its special tokens; other words follow, or stand before."""
     free = (number for number in range(1000) if number not in ids.values())
     vocabulary = ids | {word: next(free) for word in WORDS if word not in ids}
     tokenizer = Tokenizer(model(vocabulary) if model else models.WordLevel(vocabulary, unk_token=unknown))
@@ -91,7 +91,7 @@ def test_the_largest_id_decides_and_gaps_are_neither_masked_nor_drawn(tmp_path, 
     assert len(drawn) > 40
 
 
-def test_without_gaps_masks_are_those_of_before(tmp_path):
+def test_a_vocabulary_without_gaps_gives_unchanged_masks(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path, SPECIAL))
     mask = PretrainSamples(None, tokenizer, 50, ImageTransform(8), 0.5, 0)._mask
     assert mask == Masking(0.5, 4, frozenset(SPECIAL.values()), len(tokenizer))

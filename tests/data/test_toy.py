@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from pretrain import toy
-from unimo3.data.answers import vqa_accuracy
 from unimo3.data.blind import BlindGuesser
+from unimo3.data.metrics import vqa_accuracy
 from unimo3.data.toy.language import captions, pair_statement, questions, statement
 from unimo3.data.toy.scene import draw_scene
 
@@ -85,7 +85,7 @@ def test_vqav2_has_ten_answers_a_question_whose_majority_is_right(root):
     assert set(seen) == {"fine", "object", "scene"}
 
 
-def test_flickr30k_and_snli_ve_share_their_images(root):
+def test_flickr30k_and_snli_ve_have_the_same_images(root):
     images = {image["filename"] for image in read(root / "flickr30k" / "dataset_flickr30k.json")["images"]}
     assert images == {path.name for path in (root / "flickr30k" / "flickr30k-images").iterdir()}
     labels = Counter()
@@ -179,7 +179,7 @@ def test_captions_and_statements_are_true_of_the_picture():
             assert truth == any(thing.name in sentence for thing in side)
 
 
-def test_a_question_gives_little_of_its_answer_away():
+def test_a_question_reveals_little_of_its_answer():
     records = [
         {
             "question": question.text,

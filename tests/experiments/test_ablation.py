@@ -11,14 +11,16 @@ from PIL import Image
 
 from experiments import ablation, ablation_report, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
+from experiments.ablation_settings import VARIANTS as ALL_VARIANTS
+from experiments.ablation_settings import Data, Settings, option
 from unimo3.errors import ConfigError
 
-TINY = ablation_run.Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
+TINY = Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
 VARIANTS = ("in_layer", "cross_layer_token")
 
 
 def arguments(work, out):
-    sizes = [word for name in TINY.__dict__ for word in (ablation_run.option(name), str(getattr(TINY, name)))]
+    sizes = [word for name in TINY.__dict__ for word in (option(name), str(getattr(TINY, name)))]
     return [
         "--quick",
         "--seeds",
@@ -44,7 +46,7 @@ def run(argv):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    ablation_run.Data(folder, TINY).make()
+    Data(folder, TINY).make()
     return folder
 
 
@@ -84,15 +86,15 @@ def test_a_finished_run_counts_only_with_equal_settings(work, finished):
 
 
 @pytest.mark.integration
-def test_a_run_gives_the_same_figures_again(work, finished):
+def test_a_repeated_run_gives_the_same_metrics(work, finished):
     first = finished.result(work)
     finished.do(work)
     assert finished.result(work)["metrics"] == first["metrics"]
 
 
-def test_variants_share_initial_values_and_sizes(work):
-    data = ablation_run.Data(work, TINY)
-    models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ablation_run.VARIANTS}
+def test_variants_have_equal_initial_values_and_sizes(work):
+    data = Data(work, TINY)
+    models = {name: ablation_run.build_pretraining_model(TINY.model(name), data, 0) for name in ALL_VARIANTS}
     reference = models["in_layer"].state_dict()
     for name, model in models.items():
         values = model.state_dict()
@@ -103,7 +105,7 @@ def test_variants_share_initial_values_and_sizes(work):
 
 
 def test_vqa_starts_from_the_pretrained_towers_and_fusion(work):
-    pretrained = ablation_run.build_pretraining_model(TINY.model("bridge"), ablation_run.Data(work, TINY), 0)
+    pretrained = ablation_run.build_pretraining_model(TINY.model("bridge"), Data(work, TINY), 0)
     with torch.no_grad():
         for parameter in pretrained.parameters():
             parameter.add_(0.125)
@@ -114,7 +116,7 @@ def test_vqa_starts_from_the_pretrained_towers_and_fusion(work):
 
 
 def test_variants_of_unequal_size_are_refused(capsys):
-    small = ablation_run.Settings(width=8, layers=8)
+    small = Settings(width=8, layers=8)
     with pytest.raises(ConfigError, match="cross_layer_token has"):
         ablation.check_sizes(small)
     assert "in_layer: " in capsys.readouterr().out
@@ -188,7 +190,7 @@ def test_differences_are_taken_within_a_seed():
 
 
 @pytest.mark.integration
-def test_the_report_says_which_differences_are_clear(tmp_path):
+def test_the_report_names_the_clear_differences(tmp_path):
     results = [result("in_layer", seed, 0) for seed in range(3)]
     results += [result("x", seed, 0.02 + seed / 1000) for seed in range(3)]
     blind = {"overall": 0.4, "fine": 0.3, "object": 0.5, "scene": 0.45}
@@ -223,7 +225,7 @@ def test_a_larger_variant_is_not_among_the_winners(tmp_path):
 
 
 @pytest.mark.integration
-def test_tower_layers_have_columns_of_their_own(tmp_path):
+def test_tower_layers_have_separate_columns(tmp_path):
     widths = []
     for variants in (["in_layer", "x"], ["in_layer", "x", "with_towers"]):
         results = [result(name, 0, 0) for name in variants]
@@ -233,7 +235,7 @@ def test_tower_layers_have_columns_of_their_own(tmp_path):
     assert ablation_report._level_names(4, 2) == ["t1", "t2", "0", "1"]
 
 
-def test_shares_are_those_of_visible_levels():
+def test_mean_gates_are_those_of_visible_levels():
     padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
     expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
     for gates, row in zip(ablation_run.gates_by_layer(padded, 3, 0), expected, strict=True):
@@ -247,4 +249,4 @@ def test_without_gates_there_is_no_picture(tmp_path):
     results = [result(name, 0, 0) for name in ("in_layer", "bridge")]
     write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
     assert not (tmp_path / "a_gates.png").exists()
-    assert "nothing can be said of significance" in (tmp_path / "a.md").read_text()
+    assert "significance is unknown" in (tmp_path / "a.md").read_text()

@@ -44,7 +44,7 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
         task.configure(config)
         model = build_model(read, lambda task=task, config=config: task.model_class(config))
         initialize_weights(model, 2, std=0.8)
-        load_exported(model, str(weights), fresh=task.fresh, unused=task.unused)
+        load_exported(model, str(weights), fresh=task.fresh)
         engine = build_engine(task.objective(model), model, read, OptimArgs())
         index = ShardIndex(shards / name / "val")
         held_out = HeldOut(index, reading, World(rank, rank, size), BATCH, ReaderArgs(0, 1))

@@ -178,7 +178,7 @@ def test_rejects_next_to_an_older_index_are_missing_ids(vqa, tmp_path):
         ((1, [1], 2), r"sample 1#0: question_id is \[1\]; held-out questions need a number or a text"),
     ],
 )
-def test_a_question_without_an_id_of_its_own_is_refused(tokenizer, tmp_path, ids, expected):
+def test_a_question_without_an_id_is_refused(tokenizer, tmp_path, ids, expected):
     write_questions(tmp_path, ids)
     with pytest.raises(DataError, match=expected):
         evaluate_vqa(tmp_path, tokenizer)

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForVisualQuestionAnswering, AutoProcessor
 
+from finetune.tasks import TASKS, config_class
 from tests.finetune.tuning import fixed_batch
-from unimo3.inference.predictors import Predictor
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3Model
@@ -14,9 +14,9 @@ from unimo3.model.unimo3 import Unimo3Model
 pytestmark = pytest.mark.xdist_group("finetune")
 
 
-@pytest.mark.parametrize("name", Predictor.by_task)
+@pytest.mark.parametrize("name", TASKS)
 def test_exported_weights_give_the_trained_models_logits(tuned, name):
-    model, report = Predictor.by_task[name].model_class.from_pretrained(
+    model, report = config_class(name).task.model_class.from_pretrained(
         tuned / f"{name}_weights", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -31,7 +31,7 @@ def test_exported_weights_give_the_trained_models_logits(tuned, name):
         torch.testing.assert_close(output[kind], logits, atol=atol, rtol=0.0)
 
 
-@pytest.mark.parametrize("name", Predictor.by_task)
+@pytest.mark.parametrize("name", TASKS)
 def test_auto_classes_open_an_export(tuned, name):
     folder = tuned / f"{name}_weights"
     assert isinstance(AutoModel.from_pretrained(folder), Unimo3Model)

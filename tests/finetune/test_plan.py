@@ -73,7 +73,7 @@ def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
     assert output.out.endswith("; waiting for ranks and data, and evaluation come on top\n")
 
 
-def test_a_task_must_come_first(capsys):
+def test_the_task_is_the_first_argument(capsys):
     for arguments in ((), ("--gpus", 8), TINY):
         assert refused(capsys, *arguments) == [
             "TASK: not given; name one of nlvr2, retrieval, snli_ve, vqa before all else"
@@ -106,7 +106,7 @@ def test_a_recipe_without_a_model_or_with_a_wrong_one_is_named(capsys, tmp_path)
     assert error.startswith(f"--model {tmp_path / 'none.yaml'}: cannot be read (No such file or directory)")
 
 
-def test_all_errors_come_in_one_message(capsys):
+def test_all_errors_are_reported_in_one_message(capsys):
     errors = refused(
         capsys,
         "vqa",
@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_divide_is_named(capsys):
     assert refused(capsys, *tiny, "--gpus", 3)[0].startswith("training.global_batch: 64")
 
 
-def test_what_does_not_go_with_a_table_is_named(capsys):
+def test_arguments_that_do_not_fit_a_table_are_named(capsys):
     entry = f"vqa={RECIPES / 'vqa_tiny.yaml'}"
     assert refused(capsys, "vqa", *TINY, "--table", entry)[0].startswith("TASK 'vqa': a table names the task of each")
     assert refused(capsys, *TINY, "--json", "--table", entry)[0].startswith("--json: a table names the task of each")

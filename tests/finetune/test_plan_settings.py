@@ -74,7 +74,7 @@ def test_a_batch_has_the_shapes_that_the_loader_yields(run):
     assert further <= {"positions", "image_id"}
 
 
-def test_operations_and_kept_memory_are_those_of_a_real_step(run):
+def test_operations_and_activations_are_those_of_a_real_step(run):
     _, step, read = run
     task, cost = real_task(step), trace_step(step, torch.float32, False)
     few, many = read(16), read(32)

@@ -150,7 +150,7 @@ def test_a_search_ranks_images_as_the_runs_evaluation_does(tuned, searched, tmp_
         assert sum(rank < k for rank in ranks) / len(ranks) == pytest.approx(recall[f"ir_at_{k}"])
 
 
-def test_an_image_finds_texts_and_a_pair_has_the_searchs_metrics(tuned, searched, capsys):
+def test_an_image_retrieves_texts_and_a_pair_has_the_searchs_metrics(tuned, searched, capsys):
     folder, _ = searched
     image = sorted((folder / "images").iterdir())[0]
     weights = ("--weights", tuned / "retrieval_weights", "--json")
@@ -392,7 +392,7 @@ def test_no_code_of_a_folder_is_run(tuned, photo, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-def test_settings_that_cannot_be_come_in_one_message(tuned, photo, capsys):
+def test_impossible_settings_are_reported_in_one_message(tuned, photo, capsys):
     printed = refused(tuned / "vqa_weights", photo, capsys, "--image", photo, "--batch", 0, "--output", "x")
     for problem in ("--batch 0: at least 1", "--image: given 2 times; vqa takes 1", "--output x: is for --input"):
         assert problem in printed
@@ -416,7 +416,7 @@ def test_a_file_without_a_line_leaves_earlier_answers(tuned, tmp_path, capsys):
     assert target.read_text() == "kept"
 
 
-def test_only_line_feeds_part_texts_and_byte_order_marks_are_no_text(tuned, tmp_path, capsys):
+def test_only_line_feeds_separate_texts_and_byte_order_marks_are_dropped(tuned, tmp_path, capsys):
     lines = "\ufeffa dog\x0bthat sleeps\r\ntwo\u2028dogs\n\n\ufeff \n \ufeffa cat\n"
     (tmp_path / "texts").write_text(lines, encoding="utf-8", newline="")
     weights = tuned / "retrieval_weights"
@@ -436,7 +436,7 @@ def test_texts_of_another_encoding_are_refused(tuned, tmp_path, capsys, encoding
     )
 
 
-def test_skipped_files_are_named_and_images_are_found_by_content(tuned, photo, tmp_path, caplog):
+def test_skipped_files_are_named_and_images_are_detected_by_content(tuned, photo, tmp_path, caplog):
     (tmp_path / "images").mkdir()
     for name in ("a.jfif", "b", "c.heic"):
         (tmp_path / "images" / name).write_bytes(photo.read_bytes())

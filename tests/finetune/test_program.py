@@ -53,7 +53,7 @@ def tuned_vqa(pretrained, tmp_path_factory):
     return folder
 
 
-def test_what_fits_has_no_error(nlvr2, snli_ve, vqav2, pretrained, tmp_path):
+def test_valid_settings_have_no_error(nlvr2, snli_ve, vqav2, pretrained, tmp_path):
     for kind, shards in ((Nlvr2Config, nlvr2), (SnliVeConfig, snli_ve), (VqaConfig, vqav2)):
         assert settings(kind, shards, pretrained, tmp_path).validate() == []
 
@@ -93,7 +93,7 @@ def test_weights_of_another_task_are_named(nlvr2, tuned_vqa, tmp_path):
     assert problem.startswith(f"init: '{tuned_vqa}': contains weights of Unimo3ForVisualQuestionAnswering, this task")
 
 
-def test_tuned_weights_answer_from_their_own_vocabulary(vqav2, tuned_vqa, tmp_path):
+def test_tuned_weights_use_the_vocabulary_saved_with_them(vqav2, tuned_vqa, tmp_path):
     tuning = settings(VqaConfig, vqav2, tuned_vqa, tmp_path)
     assert tuning.answers_path == tuned_vqa / "answers.json"
     assert tuning.validate() == []
@@ -123,7 +123,7 @@ def test_evaluation_alone_needs_no_training_data(nlvr2, pretrained, tmp_path):
     assert problem == "image_size: 24: the weights were tuned at 16, and none are trained here; leave it out"
 
 
-def test_evaluation_alone_takes_any_settings_of_training(nlvr2, pretrained, tmp_path):
+def test_evaluation_alone_accepts_any_settings_of_training(nlvr2, pretrained, tmp_path):
     def started_with(**changes):
         errors = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, training={"steps": 7}, **changes).validate()
         return [problem.partition(":")[0] for problem in errors if "this run was started with" in problem]
@@ -200,7 +200,7 @@ def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_pat
     assert problem.startswith("training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step")
 
 
-def test_all_errors_come_at_once(nlvr2, pretrained, tmp_path):
+def test_all_errors_are_reported_together(nlvr2, pretrained, tmp_path):
     errors = settings(
         Nlvr2Config,
         nlvr2,

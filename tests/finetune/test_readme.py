@@ -13,6 +13,7 @@ from tests.spawn import ROOT
 from unimo3.inference.folder import load
 from unimo3.inference.inputs import Row, prepare
 from unimo3.inference.predictors import VqaPredictor
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 
 
 def example() -> str:
@@ -49,7 +50,7 @@ def test_the_readmes_example_has_about_ten_lines_and_predicts(tuned, tmp_path, c
     photo = tmp_path / "photo.jpg"
     folder = str(tuned / "vqa_weights")
     code = code.replace("weights/vqa", folder).replace("photo.jpg", str(photo))
-    predictor = VqaPredictor(load(folder, VqaPredictor.model_class, device="cpu"))
+    predictor = VqaPredictor(load(folder, Unimo3ForVisualQuestionAnswering, device="cpu"))
     for content in odd_photos():
         photo.write_bytes(content)
         exec(code, {})

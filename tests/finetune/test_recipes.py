@@ -23,7 +23,7 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
-def test_a_recipe_is_taken_whole(request, pretrained, tmp_path, task, size):
+def test_a_recipe_is_used_completely(request, pretrained, tmp_path, task, size):
     kind, fixture, *_ = TASKS[task]
     shards: Path = request.getfixturevalue(fixture)
     # The weights of these tests are not the recipe's.

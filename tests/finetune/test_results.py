@@ -12,7 +12,7 @@ def record(folder, step, split, data):
         file.write(json.dumps({"group": "eval", "step": step, "split": split, "data": data}) + "\n")
 
 
-def test_each_split_has_files_of_its_own_and_val_the_plain_names(tmp_path):
+def test_each_split_has_separate_files_and_val_the_plain_names(tmp_path):
     write_files(tmp_path, FILES, "val", "aaaaaaaaaa")
     write_files(tmp_path, {"predictions.json": "[1]"}, "test-dev", "bbbbbbbbbb")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {

@@ -30,7 +30,7 @@ def settings(coco, pretrained, tmp_path, **ranking):
     )
 
 
-def test_what_fits_has_no_error(coco, pretrained, tmp_path):
+def test_valid_settings_have_no_error(coco, pretrained, tmp_path):
     assert collect_errors(settings(coco, pretrained, tmp_path, fold_images=2)) == []
 
 
@@ -56,7 +56,7 @@ def test_folds_are_of_images_not_of_samples(coco, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "tiny" not in path.stem], ids=lambda path: path.stem)
-def test_recipes_hold_the_published_settings(path):
+def test_recipes_have_the_published_settings(path):
     recipe = yaml.safe_load(path.read_text())
     lr, batch, num_epochs, num_captions = PUBLISHED[path.stem.split("_")[1]]
     assert (recipe["optim"]["lr"], recipe["training"]["global_batch"]) == (lr, batch)

@@ -44,8 +44,8 @@ def test_files_are_images_by_their_content_and_the_others_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"" if name.endswith("empty") else b"no image")
     (tmp_path / "linked").symlink_to(tmp_path / "sub")
     os.mkfifo(tmp_path / "pipe.jpg")
-    found, skipped = images_in(tmp_path)
-    assert found == sorted([*images, "k.jpg", "l.HEIC", "m.jpg"])
+    names, skipped = images_in(tmp_path)
+    assert names == sorted([*images, "k.jpg", "l.HEIC", "m.jpg"])
     assert skipped == sorted(["notes.txt", ".DS_Store", "sub/empty", "linked", "pipe.jpg"])
 
 

@@ -21,7 +21,7 @@ from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.images import decode
 from unimo3.data.samples import BadSampleError, image_of
-from unimo3.data.shards import ImageOptions, UnusableImageError, read_image
+from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalise
 from unimo3.errors import CheckpointError, ConfigError, DataError
@@ -56,7 +56,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(exported) -> VqaPredictor:
-    return VqaPredictor(load(str(exported), VqaPredictor.model_class, device="cpu"))
+    return VqaPredictor(load(str(exported), Unimo3ForVisualQuestionAnswering, device="cpu"))
 
 
 def photo(width: int = 12, height: int = 9) -> Image.Image:
@@ -97,7 +97,7 @@ def test_every_line_is_answered_or_has_its_error(exported, predictor, lines):
     options = argparse.Namespace(input=source, output=target, top=2, batch=3)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            answer_lines(options, predictor, None)
+            answer_lines(options, predictor, 1, None)
         problem = ""
     except (ConfigError, DataError) as error:
         problem = str(error)
@@ -118,7 +118,7 @@ def test_every_line_is_answered_or_has_its_error(exported, predictor, lines):
 
 @quickly
 @given(parts=st.lists(texts, max_size=5), encoding=encodings, tail=st.binary(max_size=4))
-def test_texts_are_what_the_file_says_or_the_file_is_refused(exported, parts, encoding, tail):
+def test_texts_equal_those_of_the_file_or_the_file_is_refused(exported, parts, encoding, tail):
     path = exported / "texts"
     content = "\n".join(parts).encode(encoding, "replace") + tail
     path.write_bytes(content)
@@ -214,17 +214,17 @@ def test_every_file_is_indexed_or_named(tmp_path_factory, files):
             decode(content)
             decodable.append(name)
     try:
-        found, skipped = images_in(folder)
+        images, skipped = images_in(folder)
     except ConfigError:
-        found, skipped = [], sorted(files)
-    assert sorted([*found, *skipped]) == sorted(files)
-    assert set(decodable) <= set(found)
+        images, skipped = [], sorted(files)
+    assert sorted([*images, *skipped]) == sorted(files)
+    assert set(decodable) <= set(images)
 
 
 def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Of each value in a JSON, the keys and numbers that lead to it."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, entry in entries for found in paths_in(entry, (*path, key)))]
+    return [path, *(below for key, entry in entries for below in paths_in(entry, (*path, key)))]
 
 
 def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -245,13 +245,13 @@ def test_a_changed_export_is_used_rightly_or_refused(exported, tmp_path_factory,
     file = folder / data.draw(st.sampled_from(names))
     content = json.loads(file.read_text())
     if data.draw(st.booleans()):
-        place = data.draw(st.sampled_from(paths_in(content)))
-        file.write_text(json.dumps(changed(content, place, data.draw(values))))
+        path = data.draw(st.sampled_from(paths_in(content)))
+        file.write_text(json.dumps(changed(content, path, data.draw(values))))
     else:
         written = file.read_bytes()
         file.write_bytes(written[: data.draw(st.integers(0, len(written)))] + data.draw(st.binary(max_size=3)))
     try:
-        predictor = VqaPredictor(load(str(folder), VqaPredictor.model_class, device="cpu"))
+        predictor = VqaPredictor(load(str(folder), Unimo3ForVisualQuestionAnswering, device="cpu"))
         (answers,) = predictor.predict([prepare(predictor.loaded, Row((exported / "photo.png",), "is it?"))], top=3)
     except (ConfigError, CheckpointError, DataError):
         return

@@ -1,4 +1,4 @@
-"""Whole commands in processes of their own, on shards of a small source; started as few times as possible."""
+"""Complete commands in processes of their own, on shards of a small source; started as few times as possible."""
 
 import json
 import os

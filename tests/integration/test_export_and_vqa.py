@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from tests.spawn import run_ranks
-from unimo3.checkpoint import store
+from unimo3.checkpoint.load import load, newest_good
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
@@ -31,7 +31,7 @@ def gathered_weights_and_outputs(run, recipe):
     ds_config = read_ds_config(settings.training.ds_config, settings.batch_plan(2), settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(settings.model.to_config()))
     engine = build_engine(PretrainingTask(model, settings.objectives.build(0)), model, ds_config, settings.optim)
-    store.load(engine, store.newest_good(run))
+    load(engine, newest_good(run))
     engine.eval()
     with torch.no_grad():
         out = model(*fixed_batch(torch.bfloat16))
@@ -74,11 +74,11 @@ def test_fp16_export_loads_and_gives_the_engines_outputs(program, straight, reci
     assert not [path for path in out.iterdir() if path.suffix in (".pt", ".bin", ".pkl")]
     model = Unimo3ForPreTraining.from_pretrained(out)
     assert model.dtype == torch.float16
-    found = model.float().eval()(*fixed_batch(torch.float32))
+    output = model.float().eval()(*fixed_batch(torch.float32))
     _, _, matching, prediction = gathered
     # The engine computes in bf16: 8 bits of mantissa against float32 here.
-    torch.testing.assert_close(found.matching_logits, matching, atol=0.02, rtol=0.02)
-    torch.testing.assert_close(found.prediction_logits, prediction, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.matching_logits, matching, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(output.prediction_logits, prediction, atol=0.05, rtol=0.05)
     report = json.loads((out / "export_report.json").read_text())
     assert {entry["dtype"] for entry in report["tensors"]} == {"float16"}
     assert isinstance(AutoModel.from_pretrained(out), Unimo3Model)
@@ -89,9 +89,9 @@ def test_fp16_export_loads_and_gives_the_engines_outputs(program, straight, reci
 
 def test_a_base_model_from_the_export_equals_the_exported_one(weights):
     base = Unimo3Model.from_pretrained(weights).eval()
-    whole = Unimo3ForPreTraining.from_pretrained(weights).eval()
+    complete = Unimo3ForPreTraining.from_pretrained(weights).eval()
     batch = fixed_batch(torch.float32)
-    assert torch.equal(base(*batch).pooler_output, whole.unimo3(*batch).pooler_output)
+    assert torch.equal(base(*batch).pooler_output, complete.unimo3(*batch).pooler_output)
 
 
 def test_an_existing_folder_or_a_missing_checkpoint_is_refused(program, straight, weights, tmp_path):
@@ -157,7 +157,7 @@ def test_vqa_accuracy_is_the_predictions_official_accuracy(vqa_run, source):
         # Every question here has nine equal answers and "no": three or more others agree, or none, or at most one.
         prediction = entry["answer"].replace("dog", "a dog")
         people = humans[entry["question_id"]]
-        others = [people[:left_out] + people[left_out + 1 :] for left_out in range(10)]
+        others = [people[:omitted] + people[omitted + 1 :] for omitted in range(10)]
         scores.append(sum(min(1, other.count(prediction) / 3) for other in others) / 10)
     accuracy = json.loads((vqa_run / "accuracy.json").read_text())
     assert accuracy["overall"] == pytest.approx(sum(scores) / len(scores))
@@ -167,7 +167,7 @@ def test_vqa_accuracy_is_the_predictions_official_accuracy(vqa_run, source):
     assert evaluations[-1]["accuracy_overall"] == pytest.approx(accuracy["overall"])
 
 
-def test_a_run_continues_from_its_own_model_and_answers(program, vqa_run, vqav2, recipe, runs, tmp_path):
+def test_a_run_continues_from_its_saved_model_and_answers(program, vqa_run, vqav2, recipe, runs, tmp_path):
     """Its first weights are gone, and the shards' vocabulary is in another order by now."""
     shutil.copytree(vqav2, tmp_path / "shards")
     answers = AnswerVocabulary.load(vqav2 / "answers.json").answers

@@ -74,7 +74,7 @@ def tuned(program, common, folder, pretrained, snli_ve):  # noqa: F811
     return command, folder / "runs" / "tuned"
 
 
-def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(tuned):
+def test_a_run_without_improvement_ends_early_and_its_best_stays(tuned):
     _, run = tuned
     assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
     assert [record["step"] for record in read_metrics(run, group="eval")] == [1, 2, 3]
@@ -83,7 +83,7 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(tuned):
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000001", "step_00000003"]
 
 
-def test_figures_are_those_of_the_prediction_file(tuned, snli_ve):  # noqa: F811
+def test_metrics_are_those_of_the_prediction_file(tuned, snli_ve):  # noqa: F811
     _, run = tuned
     examples = read_lines(snli_ve.parent / "source" / "snli_ve_dev.jsonl")
     metrics = snli_ve_metrics((run / "predictions.jsonl").read_text(), examples)
@@ -91,7 +91,7 @@ def test_figures_are_those_of_the_prediction_file(tuned, snli_ve):  # noqa: F811
     assert read_metrics(run, group="eval")[-1]["accuracy_overall"] == pytest.approx(metrics["overall"])
 
 
-def test_another_split_gets_its_own_file_and_no_further_step(program, tuned, snli_ve):  # noqa: F811
+def test_another_split_gets_another_file_and_no_further_step(program, tuned, snli_ve):  # noqa: F811
     command, run = tuned
     before = (run / "predictions.jsonl").read_text(), (run / "best.json").read_text()
     # On another number of ranks, too.

@@ -44,7 +44,7 @@ def phases(run):
     return {beat.rank: (beat.step, beat.phase) for beat in read_heartbeats(run)}
 
 
-def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(start_with_failures, program, runs):
+def test_a_stop_file_ends_a_waiting_run_and_keeps_it_stopped(start_with_failures, program, runs):
     run = runs / "stopped"
     when(lambda: phases(run) == {0: (3, "wait"), 1: (3, "data")}, (run / "stop").touch)
     assert start_with_failures("stopped", {"no_data": [3, 1]}) == 0
@@ -63,7 +63,7 @@ def test_a_file_stops_a_run_that_waits_for_data_and_keeps_it_stopped(start_with_
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 9))
 
 
-def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(start_with_failures, recipe, runs):
+def test_a_signal_stops_an_evaluation_which_is_repeated_at_the_restart(start_with_failures, recipe, runs):
     run = runs / "cut"
 
     def is_evaluating():
@@ -94,7 +94,7 @@ def test_a_run_has_one_user_and_does_not_outlive_its_launcher(recipe, runs, prog
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))
 
 
-def test_a_frozen_rank_is_named_and_every_other_tells_where_it_stood(start_with_failures, program, runs):
+def test_a_frozen_rank_is_named_and_the_others_write_their_stacks(start_with_failures, program, runs):
     run = runs / "frozen"
     assert start_with_failures("frozen", {"freeze": [3, 1]}, "--training.stall_after_s", "30") == 71
     assert "no progress for 30 s (training.stall_after_s); the others wait for rank 1 on " in program.output
@@ -121,7 +121,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_and_counted(start_with_failu
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
-def test_too_many_in_a_row_end_the_run_with_status_70(start_with_failures, program, runs):
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_status_70(start_with_failures, program, runs):
     nan = [[step, 0] for step in range(2, 8)]
     assert start_with_failures("diverged", {"nan": nan}, "--training.max_skipped", "2") == 70
     assert "DivergedError: step 5: the loss or its gradient is not finite" in program.output

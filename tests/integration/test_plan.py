@@ -57,9 +57,9 @@ def held_by_an_engine(name):
     most = {"gathered_weights": 0, "secondary_weights": 0}
 
     def note_gathered(*_):
-        whole = [p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE" and not p.ds_persist]
+        gathered = [p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE" and not p.ds_persist]
         copies = [p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None]
-        for kind, size in zip(most, (sum(whole) * parameters[0].element_size(), num_bytes(copies)), strict=True):
+        for kind, size in zip(most, (sum(gathered) * parameters[0].element_size(), num_bytes(copies)), strict=True):
             most[kind] = max(most[kind], size)
 
     for module in model.modules() if Sharding(ds_config).stage == 3 else []:
@@ -115,7 +115,7 @@ def planned(name):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", RUNS)
-def test_a_running_engine_holds_what_was_planned(held, name):
+def test_a_running_engine_uses_the_planned_memory(held, name):
     memory = planned(name)
     expected = memory.device | memory.host | memory.pass_bytes
     kinds = set(expected) - {"gathered_weights", "buckets"}

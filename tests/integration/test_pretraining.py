@@ -62,14 +62,14 @@ def test_the_interrupted_runs_weights_equal_the_straight_ones(straight, interrup
     assert all((one[name] == other[name]).all() for name in one)
 
 
-def test_each_step_read_its_own_samples_once_over_all_restarts(straight, interrupted):
+def test_each_sample_is_read_once_over_all_restarts(straight, interrupted):
     def ledger(run, rank):
         lines = (run / "ledger" / f"rank_{rank:05d}.jsonl").read_text().splitlines()
         return {record["step"]: record["keys"] for record in map(json.loads, lines)}, len(lines)
 
     for rank in range(2):
-        (wanted, _), (found, num_lines) = ledger(straight, rank), ledger(interrupted, rank)
-        assert found == wanted
+        (expected, _), (keys, num_lines) = ledger(straight, rank), ledger(interrupted, rank)
+        assert keys == expected
         assert num_lines == 20
 
 
@@ -136,7 +136,7 @@ def test_a_finished_run_is_left_as_it_is(program, recipe, straight):
     assert [path.name for path in store.list_checkpoints(straight)] == ["step_00000018", "step_00000020"]
 
 
-def test_figures_are_complete_and_held_out_losses_are_written(straight):
+def test_metrics_are_complete_and_held_out_losses_are_written(straight):
     expected = {
         "step",
         "samples",
@@ -176,7 +176,7 @@ def test_a_ds_config_of_another_precision_is_refused(program, recipe, straight):
         2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--training.ds_config", fp32
     )
     assert status == 78
-    assert "was written under ZeRO-3 bf16, training.ds_config now says ZeRO-3 fp32" in program.output
+    assert "was written under ZeRO-3 bf16, training.ds_config is now ZeRO-3 fp32" in program.output
 
 
 def test_bad_settings_end_with_78_before_any_process_group(program, recipe):

@@ -64,7 +64,7 @@ def run(program, weights, coco, recipe, runs):  # noqa: F811
     return runs / "retrieval"
 
 
-def test_it_trains_and_measures_recall(run):
+def test_retrieval_trains_and_measures_recall(run):
     losses = [record["loss"] for record in read_metrics(run)]
     assert len(losses) == 4
     assert all(record["loss_itc"] > 0 and record["loss_itm"] > 0 for record in read_metrics(run))
@@ -78,15 +78,15 @@ def test_it_trains_and_measures_recall(run):
     assert json.loads((run / "best.json").read_text())["metric"] == "recall_mean"
 
 
-def test_its_exported_weights_give_its_metrics(program, run, coco, recipe):  # noqa: F811
+def test_exported_weights_of_retrieval_give_the_runs_metrics(program, run, coco, recipe):  # noqa: F811
     out = recipe.parent / "retrieval_weights"
     program.check(0, "pretrain.export", run, "--out", out, "--dtype", "fp32")
     task = RetrievalTask(Unimo3ForImageAndTextRetrieval.from_pretrained(out), seed=0)
     task.device = torch.device("cpu")
     samples = CaptionedImages(ShardIndex(coco / "val"), load_tokenizer(str(out)), 16, ImageTransform(32))
     ranking = RankingArgs(shortlist=2, fold_images=1)
-    found = held_out_recall(task, samples, World(0, 0, 1), 4, ReaderArgs(0, 1), ranking, Unguarded())
-    assert found == json.loads((run / "recall.json").read_text())
+    recall = held_out_recall(task, samples, World(0, 0, 1), 4, ReaderArgs(0, 1), ranking, Unguarded())
+    assert recall == json.loads((run / "recall.json").read_text())
 
 
 def test_a_stopped_evaluation_writes_no_metrics_and_can_be_repeated(

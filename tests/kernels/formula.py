@@ -81,15 +81,15 @@ def assert_dropout_is_the_formulas(attend, drawn, dropout_p=0.4, seed=5):
     keys = max(level.shape[1] for level in levels)
     torch.manual_seed(seed)
     bits = draw_bits(draw_seed(q.device), batch, heads, tokens, keys, dropout_p)
-    kept = retained_keys(bits, tokens, keys)
-    deviation = (dropout_p * (1 - dropout_p) / kept.numel()) ** 0.5
-    assert abs(kept.double().mean().item() - (1 - dropout_p)) < 5 * deviation
+    survives = retained_keys(bits, tokens, keys)
+    deviation = (dropout_p * (1 - dropout_p) / survives.numel()) ** 0.5
+    assert abs(survives.double().mean().item() - (1 - dropout_p)) < 5 * deviation
     # Samples and heads draw for themselves.
-    first, *others = kept.flatten(0, 1)
+    first, *others = survives.flatten(0, 1)
     assert all((first != other).any() for other in others)
     torch.manual_seed(seed)
     out = attend(q, levels, gate, mask, dropout_p)
-    assert_close_to_formula(q, levels, gate, mask, out, kept.double() / (1 - dropout_p))
+    assert_close_to_formula(q, levels, gate, mask, out, survives.double() / (1 - dropout_p))
 
 
 def draw_uneven(lengths, dtype, batch=2, heads=2, tokens=19, width=32, seed=0):

@@ -66,7 +66,7 @@ FITTING = draw((2, 2, 3, 5, 4, 2), masked=True, gated=True)
         ({"impl": "native"}, r"^impl: 'native' with q of torch.float64 on cpu, head width 4; needs float32 .* of 16"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, named):
+def test_arguments_that_do_not_fit_are_named(changes, named):
     arguments = dict(zip(("q", "levels", "gate", "key_padding_mask"), FITTING, strict=True))
     with pytest.raises(ValueError, match=named):
         cross_layer_attention(**(arguments | changes))
@@ -87,7 +87,7 @@ def test_the_reference_passes_gradcheck():
     assert torch.autograd.gradcheck(attend, (q, gate, *levels))
 
 
-def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_is_kept():
+def test_a_dropped_key_is_dropped_at_every_level_and_the_mean_stays():
     q, levels, gate, _ = draw((2, 2, 3, 6, 6, 3), masked=False, gated=True)
     # Values are one-hot vectors of the keys' indices, so that the result is the mixed attention weights.
     one_hot = torch.eye(6, dtype=torch.float64)[None, :, None].expand(2, 6, 2, 6)

@@ -26,14 +26,14 @@ def apex_norms(model) -> int:
 
 
 @pytest.mark.skipif(not MISSING, reason="apex is here")
-def test_without_apex_auto_takes_torchs_and_says_so(caplog):
+def test_without_apex_auto_uses_torchs_norm_and_logs_it(caplog):
     caplog.set_level(logging.INFO)
     assert apex_norms(prepared()) == 0
     assert "layer norm: torch's (kernels.layer_norm: auto)" in caplog.text
 
 
 @pytest.mark.skipif(not MISSING, reason="apex is here")
-def test_apex_asked_for_and_not_there_is_an_error_with_its_reason():
+def test_apex_requested_but_missing_is_an_error_with_the_reason():
     with pytest.raises(ConfigError, match=r"kernels.layer_norm: 'apex': NVIDIA's apex .*; use auto or torch"):
         prepared(layer_norm="apex")
 
@@ -57,7 +57,7 @@ def test_a_norm_of_another_dimension_stays():
     assert use_apex_layer_norm(torch.nn.Sequential(LayerNorm2d(4), torch.nn.LayerNorm(4, bias=False))) == 0
 
 
-def test_a_kernel_that_does_not_serve_the_model_is_refused():
+def test_a_kernel_that_does_not_support_the_model_is_refused():
     # Its heads are 16 wide.
     with pytest.raises(ConfigError, match=r"kernels.cross_layer_attention: 'triton': supports head widths .* is 16"):
         prepared(cross_layer_attention="triton")

@@ -64,7 +64,7 @@ def test_levels_may_differ_in_length_and_in_what_is_readable():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 16, 2), (2, 2, 0, 5, 16, 2), (2, 2, 3, 0, 16, 2)])
-def test_nothing_to_read_or_nobody_to_read_it_gives_zeros(shape):
+def test_no_keys_or_no_queries_give_zeros(shape):
     q, levels, gate, mask = draw(shape, masked=False, gated=True, dtype=torch.float32)
     out = attend(q, levels, gate, mask)
     assert torch.equal(out, torch.zeros_like(q))
@@ -81,7 +81,7 @@ def test_large_scores_stay_finite():
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_what_is_not_a_number_is_seen(name):
+def test_values_that_are_not_numbers_propagate(name):
     q, levels, gate, mask = draw((1, 1, 4, 5, 16, 2), masked=False, gated=True, dtype=torch.float32)
     with torch.no_grad():
         {"q": q, "k": levels[0][:, :, 0], "v": levels[1][:, :, 1]}[name][0, 2, 0, 3] = torch.nan
@@ -133,7 +133,7 @@ def test_activation_checkpointing_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_whatever_looks_into_a_step_sees_one_operator(subtests):
+def test_tracing_a_step_records_one_operator(subtests):
     q, levels, gate, mask = draw((2, 2, 9, 8, 16, 2), masked=True, gated=True, dtype=torch.float32)
     expected = attend(q, levels, gate, mask)
 
@@ -200,7 +200,7 @@ def no_home():
         "no home",
     ],
 )
-def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, monkeypatch, tmp_path, caplog):
+def test_a_failed_build_falls_back_to_the_reference_with_a_warning(compiler, monkeypatch, tmp_path, caplog):
     if compiler == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(native.Path, "home", no_home)
@@ -221,7 +221,7 @@ def test_where_it_cannot_be_built_the_reference_serves_and_says_so(compiler, mon
 
 
 @pytest.mark.integration
-def test_processes_that_build_at_once_share_one_build(tmp_path):
+def test_processes_that_build_at_once_use_one_build(tmp_path):
     program = "from unimo3.kernels.cross_layer_attention import native; print(native.library()._name)"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     command = [sys.executable, "-c", program]

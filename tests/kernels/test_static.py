@@ -119,7 +119,7 @@ def test_kernels_of_base_issue_and_move_no_more_than_they_should(rows):
 
 
 @pytest.mark.integration
-def test_a_spill_is_seen(sample):
+def test_a_register_spill_is_detected(sample):
     local_bytes, fits = sample[-2]
     assert local_bytes > 0
     assert not fits

@@ -170,7 +170,7 @@ def test_two_runs_and_activation_checkpointing_give_the_same_bits():
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 32, 2), (2, 2, 0, 5, 32, 2), (2, 2, 3, 0, 32, 2)])
-def test_nothing_to_read_or_nobody_to_read_it_gives_zeros(shape):
+def test_no_keys_or_no_queries_give_zeros(shape):
     q, levels, gate, mask = on_device(draw(shape, masked=False, gated=True, dtype=torch.float32))
     out = attend(q, levels, gate, mask)
     assert torch.equal(out, torch.zeros_like(q))
@@ -199,7 +199,7 @@ def test_compiled_code_calls_it_and_gives_the_same_values():
         torch.testing.assert_close(one, other)
 
 
-def test_under_autocast_it_takes_what_the_projections_give():
+def test_the_kernel_accepts_the_dtypes_of_autocast():
     projection = torch.nn.Linear(64, 64, device=DEVICE)
     x = torch.randn(2, 9, 64, device=DEVICE)
     with torch.autocast(DEVICE, torch.float16):
@@ -220,7 +220,7 @@ def test_the_trial_passes_and_leaves_generators_alone(caplog):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="bfloat16 is wrong in triton's interpreter alone")
-def test_wrong_results_and_failures_are_found_by_the_trial(caplog):
+def test_the_trial_detects_wrong_results_and_failures(caplog):
     tried.cache_clear()
     assert not triton_works(torch.device("cpu"), torch.bfloat16, 32)
     assert "of its largest value off" in caplog.text

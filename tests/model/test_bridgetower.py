@@ -153,7 +153,7 @@ def test_cross_layer_gates_start_fresh_around_a_bridgetower(tmp_path):
         ({"vision": {"num_hidden_layers": 1}}, "vision_config.num_hidden_layers is 1, fewer"),
     ],
 )
-def test_forms_that_are_not_served_are_named(changes, named):
+def test_unsupported_forms_are_named(changes, named):
     with pytest.raises(ConfigError, match=named):
         bridgetower_config(draw_config(np.random.default_rng(0), **changes))
 

@@ -51,7 +51,7 @@ def inputs(num_samples=3):
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_each_class_starts_from_pretraining_weights_and_saves_its_own(exported, tmp_path, kind):
+def test_each_class_starts_from_pretraining_weights_and_saves_its_head(exported, tmp_path, kind):
     model, report = kind.from_pretrained(exported, output_loading_info=True)
     heads = ("vqa_head.", "entailment_head.", "pair_head.", "image_shift.")
     assert all(name.startswith(heads) for name in report["missing_keys"])
@@ -94,7 +94,7 @@ def test_losses_are_those_of_the_logits(exported):
     assert Unimo3ForImageTextClassification.from_pretrained(exported)(ids, pixels, mask).loss is None
 
 
-def test_two_images_are_fused_apart_and_distinguished_by_the_shift(exported):
+def test_two_images_are_fused_separately_and_distinguished_by_the_shift(exported):
     model = Unimo3ForImagesAndTextClassification.from_pretrained(exported).eval()
     spread_gates(model)
     ids, first, mask = inputs()
@@ -127,7 +127,7 @@ def test_retrieval_scores_are_pretrainings(exported):
 
 
 @pytest.mark.parametrize("kind", [*CLASSES, Unimo3ForPreTraining, Unimo3Model], ids=lambda kind: kind.__name__)
-def test_gates_come_on_request_alone(exported, kind):
+def test_gates_are_returned_only_on_request(exported, kind):
     ids, pixels, mask = inputs()
     if kind is Unimo3ForImagesAndTextClassification:
         pixels = torch.stack([pixels, pixels], dim=1)
@@ -275,7 +275,7 @@ def test_arrays_that_are_no_image_are_refused(processor, array, message):
         processor(images=array)
 
 
-def test_values_from_zero_to_one_are_taken_on_request(processor):
+def test_values_from_zero_to_one_are_accepted_on_request(processor):
     array = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     actual = pixels_of(processor, (array / 255).astype(np.float32), do_rescale=False)
     torch.testing.assert_close(actual, pixels_of(processor, array), atol=0.02, rtol=0)
@@ -284,7 +284,7 @@ def test_values_from_zero_to_one_are_taken_on_request(processor):
 
 
 @pytest.mark.parametrize("limit", [1199, 500])
-def test_the_pixel_limit_holds_for_all_that_the_processor_is_given(processor, tmp_path, monkeypatch, limit):
+def test_the_pixel_limit_applies_to_all_inputs_of_the_processor(processor, tmp_path, monkeypatch, limit):
     image = Image.new("RGB", (40, 30))
     image.save(tmp_path / "photo.png")
     forms = (image, np.asarray(image), str(tmp_path / "photo.png"))

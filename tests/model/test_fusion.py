@@ -107,7 +107,7 @@ def test_uniform_gates_are_the_mean_of_the_levels():
 
 @pytest.mark.parametrize("gate", ["token", "static"])
 @pytest.mark.parametrize("gate_init", [0.3, 0.9])
-def test_the_in_layer_level_starts_at_its_configured_share(gate, gate_init):
+def test_the_in_layer_level_starts_at_its_configured_weight(gate, gate_init):
     fusion = encoder(gate=gate, gate_init=gate_init)
     for layer in fusion.text.layers[1:]:
         attention = layer.cross_attention
@@ -139,7 +139,7 @@ def levels_read(monkeypatch):
     return seen
 
 
-def test_layer_l_sees_levels_up_to_its_own(levels_read):
+def test_layer_l_sees_levels_up_to_its_partner(levels_read):
     run(encoder(), *draw_streams())
     assert levels_read == [(1, 1), (1, 1), (2, 2), (2, 2), (3, 3), (3, 3)]
     levels_read.clear()
@@ -190,7 +190,7 @@ def test_mean_gates_are_of_real_tokens_and_zero_for_unseen_levels():
     assert mean_gates([None, None], mask) is None
 
 
-def test_a_new_model_gives_the_in_layer_level_its_initial_share():
+def test_a_new_model_gives_the_in_layer_level_its_initial_weight():
     model = tiny_pretraining_model(gate_init=0.7)
     batch = tiny_batch(2)
     fused = model.unimo3(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], output_gates=True)

@@ -186,7 +186,7 @@ FOLDER_FIELDS = {
         (None, "no config.json there|nor a folder with config.json|neither a file nor a folder"),
     ],
 )
-def test_a_wrong_folder_is_a_error_of_its_field(tmp_path, field, config, named):
+def test_a_wrong_folder_is_an_error_of_its_field(tmp_path, field, config, named):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
         save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
@@ -253,7 +253,7 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
         ),
     ],
 )
-def test_towers_that_cannot_serve_are_errors(vision, named):
+def test_unsupported_towers_are_errors(vision, named):
     assert named in ModelArgs(vision=vision).validate()[0]
 
 

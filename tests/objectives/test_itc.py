@@ -30,7 +30,7 @@ def contrast(logits, image_id):
         logits, logits.T, image_id[:, None] == image_id[None, :], torch.arange(len(image_id)), torch.tensor([0.01])
     )
     states = TowerStates({}, None, None, logits, similarities)
-    return ImageTextContrast(1.0).losses(tiny_pretraining_model(), states, None, None)["loss"]
+    return ImageTextContrast(1.0).losses(tiny_pretraining_model(), states, None)["loss"]
 
 
 @pytest.mark.parametrize("size", [1e4, torch.finfo(torch.float16).max])

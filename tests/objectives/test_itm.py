@@ -58,7 +58,7 @@ def test_a_third_of_the_pairs_is_right():
     assert len(request.text) == len(request.image) == len(request.mask) == 3 * BATCH
 
 
-def test_a_batch_of_one_image_counts_its_own_pairs_alone():
+def test_a_batch_of_one_image_counts_only_its_correct_pairs():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     batch["image_id"] = torch.full((BATCH,), 7)
     request = ImageTextMatching(1.0, 0, "hard").fusion_input(encode(model, batch))
@@ -102,8 +102,7 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
 
 def disagreeing_rank():
     """Every rank draws different similarities; states and masks contain the number of their row."""
-    from unimo3.collectives import gather_rows
-    from unimo3.distributed import world
+    from unimo3.distributed import gather_rows, world
 
     rank, size = world()
     num_rows = 4

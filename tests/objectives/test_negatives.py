@@ -38,7 +38,7 @@ def test_random_negatives_give_half_the_texts_another_image():
     assert torch.equal(sources[3], draw_random_negatives(ids, seed=0, position=30))
 
 
-def test_random_negatives_of_a_seed_and_place_stay_what_they_are():
+def test_random_negatives_of_a_seed_and_position_never_change():
     ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
     assert draw_random_negatives(ids, seed=0, position=30).tolist() == [4, 8, 9, 3, 9, 5, 6, 7, 8, 5]
 
@@ -67,7 +67,7 @@ def test_equal_similarities_are_drawn_evenly_at_any_size(value):
     assert chi_square(many_draws(logits, same_image, 0), probabilities) < CHI_SQUARE_5
 
 
-def test_every_one_of_many_equal_partners_has_its_share_in_half_precision():
+def test_equal_partners_are_equally_likely_in_half_precision():
     num_partners = 3000
     partners = torch.arange(0, num_partners, 29)
     # The middle of a partner's interval must choose that very partner.
@@ -90,7 +90,7 @@ def test_hard_negatives_never_have_the_same_image_among_many_duplicates():
 
 @pytest.mark.parametrize("size", [1e4, torch.finfo(torch.float16).max])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_one_partner_that_outweighs_all_others_is_always_drawn(size, dtype):
+def test_a_partner_that_outweighs_all_others_is_always_drawn(size, dtype):
     logits = torch.full((5, 6), -size, dtype=dtype)
     logits[:, 4] = size
     logits[:, 0] = size
@@ -127,7 +127,7 @@ def test_similarities_that_are_not_finite_are_never_drawn():
         assert second == -1
 
 
-def test_a_draw_depends_on_seed_place_row_and_direction_alone():
+def test_a_draw_depends_on_seed_position_row_and_direction_alone():
     numbers = hard_negative_quantiles(seed=1, position=40, num_rows=6)
     assert numbers.dtype == torch.float64
     assert len(set(numbers.flatten().tolist())) == 12

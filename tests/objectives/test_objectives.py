@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.spawn import run_ranks
 from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretraining_model
-from unimo3.collectives import take_rows
+from unimo3.distributed import sum_over_ranks, take_rows, world
 from unimo3.model.fusion import mean_gates
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingTask
@@ -43,7 +43,7 @@ def test_changing_a_weight_changes_the_total_by_its_loss(name, negatives):
 
 
 @pytest.mark.parametrize("name", ["mlm", "itm", "itc"])
-def test_a_weight_of_zero_leaves_the_objective_out(name):
+def test_a_weight_of_zero_disables_the_objective(name):
     report = losses(args(**{name: 0.0}))
     assert f"loss_{name}" not in report
     alone = losses(args(**({"mlm": 0.0, "itm": 0.0, "itc": 0.0} | {name: 1.0})))
@@ -64,13 +64,13 @@ def test_towers_fusion_encoder_and_heads_run_once_a_step(negatives):
 @pytest.mark.parametrize("negatives", ["random", "hard"])
 def test_sharing_a_call_of_the_fusion_encoder_leaves_each_loss_as_it_is(negatives):
     together = losses(args(negatives=negatives))
-    for left_out in ("mlm", "itm"):
-        apart = losses(args(**{left_out: 0.0}, negatives=negatives))
+    for omitted in ("mlm", "itm"):
+        apart = losses(args(**{omitted: 0.0}, negatives=negatives))
         for name in apart.keys() - {"loss", "gates_text", "gates_image"}:
             torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-5)
 
 
-def test_mlm_equals_the_heads_loss_over_whole_logits():
+def test_mlm_equals_the_heads_loss_over_all_logits():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     report = losses(args(itm=0.0, itc=0.0), model, batch)
     logits = model(batch["mlm_input_ids"], batch["pixel_values"], batch["attention_mask"]).prediction_logits
@@ -78,7 +78,7 @@ def test_mlm_equals_the_heads_loss_over_whole_logits():
     torch.testing.assert_close(report["loss_mlm"], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_gate_maps_are_the_models_own_stream_by_stream():
+def test_gate_maps_equal_the_models_gates_of_each_stream():
     model, batch = tiny_pretraining_model(), tiny_batch(BATCH)
     spread_gates(model)
     report = losses(args(itm=0.0, itc=0.0), model, batch)
@@ -106,8 +106,6 @@ def test_no_masked_token_anywhere_gives_a_zero_loss():
 
 
 def exchange_on_rank():
-    from unimo3.distributed import world
-
     rank, size = world()
     all_rows = torch.arange(size * 3, dtype=torch.float64)[:, None] * torch.ones(1, 2, dtype=torch.float64)
     local_rows = all_rows[rank * 3 : rank * 3 + 3].clone().requires_grad_()
@@ -140,7 +138,7 @@ def exchanges():
 
 
 @pytest.mark.integration
-def test_a_row_that_all_want_goes_to_each_other_rank_once(exchanges):
+def test_a_row_that_all_ranks_need_is_sent_to_each_rank_once(exchanges):
     assert [sizes for _, sizes in exchanges] == [[0], [2], [0]]
 
 
@@ -158,9 +156,6 @@ def test_rows_travel_between_three_ranks_with_their_gradient(exchanges):
 
 
 def losses_on_rank(negatives):
-    from unimo3.collectives import sum_over_ranks
-    from unimo3.distributed import world
-
     rank, size = world()
     micro_batch = BATCH // size
     model = tiny_pretraining_model().double()

@@ -47,7 +47,7 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert set(report["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
 
 
-def test_a_named_ds_config_is_used_and_the_text_says_what_does_not_fit(capsys):
+def test_a_named_ds_config_is_used_and_the_text_names_what_does_not_fit(capsys):
     status, output = run_command(
         capsys,
         "--config",
@@ -76,7 +76,7 @@ def test_a_micro_batch_that_does_not_divide_is_replaced(capsys):
     )
 
 
-def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_own_file(capsys):
+def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_file(capsys):
     tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", 2)
     asked_for = ("--ds-config", ROOT / "ds_configs" / "zero3_fp32.json")
     _, output = run_command(capsys, *tiny, *asked_for)
@@ -89,7 +89,7 @@ def test_a_float32_plan_uses_its_peak_and_marks_the_recipes_own_file(capsys):
     assert [line.split()[0] for line in marked] == ["zero3_fp32.json"]
 
 
-def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys, tmp_path):
+def test_a_recipes_ds_config_from_elsewhere_is_preferred_in_ties(capsys, tmp_path):
     for name in ("mine.json", "zero3_bf16.json"):  # the second as one of ours is called
         path = tmp_path / name
         path.write_text((ROOT / "ds_configs" / "zero2_bf16.json").read_text())
@@ -103,7 +103,7 @@ def test_a_recipes_ds_config_from_elsewhere_is_a_candidate_and_wins_ties(capsys,
         assert reasons["zero3_bf16.json"] == "would fit, but gathers the weights in every pass"
 
 
-def test_all_errors_come_in_one_message(capsys):
+def test_all_errors_are_reported_in_one_message(capsys):
     status, output = run_command(
         capsys,
         "--gpus",

@@ -215,15 +215,15 @@ class Cluster:
         return dict(line.split() for line in lines if line.strip())
 
     def job(self, number: int) -> dict[str, str]:
-        """What ``scontrol show job`` tells of a job."""
+        """What ``scontrol show job`` prints of a job."""
         printed = self.call("scontrol", "show", "job", number, "--oneliner")
         return dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s[A-Za-z/:]+=|\s*$)", printed))
 
     def signalled(self, number: int, signal_number: int) -> float | None:
-        """When Slurm has sent a signal to a job's ranks first, as its nodes' logs say; seconds since 1970."""
+        """When Slurm has sent a signal to a job's ranks first, by its nodes' logs; seconds since 1970."""
         pattern = re.compile(rf"^\[(\S+?)\].* Sent signal {signal_number} to StepId={number}\.\d", re.MULTILINE)
-        found = [time for path in self.folder.glob("slurmd.*.log") for time in pattern.findall(path.read_text())]
-        return min((datetime.fromisoformat(one).timestamp() for one in found), default=None)
+        times = [time for path in self.folder.glob("slurmd.*.log") for time in pattern.findall(path.read_text())]
+        return min((datetime.fromisoformat(one).timestamp() for one in times), default=None)
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         """Poll until a condition holds."""

@@ -12,11 +12,11 @@ from unimo3.training.metrics import read_metrics
 
 def ledger(run: Path) -> dict[int, list[str]]:
     """Sample keys of each step, over all ranks, however many there were."""
-    found: dict[int, list[str]] = {}
+    keys_of: dict[int, list[str]] = {}
     for path in sorted((run / "ledger").glob("*.jsonl")):
         for record in map(json.loads, path.read_text().splitlines()):
-            found.setdefault(record["step"], []).extend(record["keys"])
-    return {step: sorted(keys) for step, keys in found.items()}
+            keys_of.setdefault(record["step"], []).extend(record["keys"])
+    return {step: sorted(keys) for step, keys in keys_of.items()}
 
 
 def assert_as_if_undisturbed(run: Path, straight: Path) -> None:
@@ -38,5 +38,5 @@ def assert_saved(first: Attempt, second: Attempt, num_done: int) -> None:
 
 
 def assert_no_step_was_done_twice(log: str) -> None:
-    """By the lines of all starts, which tell each step once it is done (``training.log_every 1``)."""
+    """By the lines of all starts, which have each step once it is done (``training.log_every 1``)."""
     assert [int(step) for step in re.findall(rf"step (\d+)/{NUM_STEPS} ", log)] == list(range(1, NUM_STEPS + 1))

@@ -23,10 +23,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(text)
         pytest.skip(text)
-    found = Cluster(tmp_path_factory.mktemp("slurm"))
-    found.start()
-    yield found
-    found.stop()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster.start()
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture(scope="session")

@@ -125,9 +125,9 @@ class Jobs:
 
     def attempts(self, name: str, number: int | None = None) -> list[history.Attempt]:
         """A run's starts; it is an error if there are not `number` of them."""
-        found = history.read(self.runs / name)
-        assert number in (None, len(found)), "\n".join(map(str, found))
-        return found
+        attempts = history.read(self.runs / name)
+        assert number in (None, len(attempts)), "\n".join(map(str, attempts))
+        return attempts
 
     def _wait(self, job: int, condition: Callable[[], object], what: str) -> None:
         def is_over() -> bool:

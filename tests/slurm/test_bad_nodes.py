@@ -17,11 +17,11 @@ from slurm.bad_nodes import choose
         (["n1"], [], [], ["n1"], []),
     ],
 )
-def test_expired_nodes_are_taken_back_and_the_users_own_stay_out(excluded, ours, bad, nodes, added):
+def test_expired_nodes_are_included_again_and_the_users_stay_excluded(excluded, ours, bad, nodes, added):
     assert choose(excluded, ours, bad) == (nodes, added)
 
 
-def test_the_last_change_of_a_job_counts_and_an_arrays_holds_for_its_links(tmp_path):
+def test_a_jobs_last_change_counts_and_an_arrays_applies_to_its_links(tmp_path):
     assert history.excluded(tmp_path, "7") == []
     for job, nodes in (("7", ["n1"]), ("8", ["n9"]), ("7_2", ["n1", "n2"])):
         history.append(tmp_path, "exclude", job=job, nodes=nodes)

@@ -1,4 +1,4 @@
-"""Starts that end before the run's folder can say anything, and a container in which no Slurm is."""
+"""Starts that end before anything is written to the run's folder, and a container in which no Slurm is."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_a_node_that_cannot_start_python_is_excluded_and_noted(jobs):
     assert "ended early" not in printed.get("Comment", "")
 
 
-def test_in_a_container_without_slurm_a_folder_is_still_one_jobs(jobs):
+def test_in_a_container_without_slurm_one_job_has_the_folder(jobs):
     (jobs.folder / "container.env").write_text(
         f"RANKS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\nCONTAINER=(env PATH=/nowhere)\n"
     )

@@ -1,4 +1,4 @@
-"""Jobs whose environment changes what Slurm's commands print, or what belongs to another job: the outcome stays."""
+"""Jobs whose environment changes what Slurm's commands print, or what belongs to another job: the result stays."""
 
 import pytest
 
@@ -30,7 +30,7 @@ HOSTILE = {
 
 def test_no_inherited_variable_changes_what_a_job_does(site, tmp_path):
     facts = 'echo "$JOB has $NUM_RANKS ranks, $(seconds_left) s, is $(state_of "$JOB")"'
-    script = script_of(tmp_path, f"{facts}; ((NUM_RESTARTS == 0)) || exit 0; act requeue why")
+    script = script_of(tmp_path, f"{facts}; ((NUM_RESTARTS == 0)) || exit 0; apply_action requeue why")
     prints = tmp_path / "prints.sh"
     prints.write_text("echo a banner\n")
     variables = HOSTILE | {"BASH_ENV": str(prints)}
@@ -47,7 +47,7 @@ def test_no_inherited_variable_changes_what_a_job_does(site, tmp_path):
 
 
 def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
-    holds = script_of(tmp_path, "act hold why")
+    holds = script_of(tmp_path, "apply_action hold why")
     array = batch(site, holds, options=("--array=1-2", "--hold"))
     job = batch(site, holds, SLURM_ARRAY_JOB_ID=str(array), SLURM_ARRAY_TASK_ID="1")
     site.wait_state(job, "SPECIAL_EXIT")
@@ -61,7 +61,7 @@ def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
     assert f"this is {link}_3" in site.log(link)
 
 
-def test_ranks_are_those_that_the_job_asks_for_or_the_sites(site, tmp_path):
+def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
     script = script_of(tmp_path, 'echo "$NUM_RANKS ranks"')
     outer = {"SLURM_NTASKS": "7", "SLURM_NTASKS_PER_NODE": "7"}
     asked = {

@@ -1,7 +1,7 @@
 from slurm import history
 
 
-def test_the_end_of_a_start_whose_line_is_damaged_is_not_another_starts(tmp_path):
+def test_an_end_without_its_start_is_not_assigned_to_another_start(tmp_path):
     history.append(tmp_path, "begin", job="1", restart=0, nodes="n1", checkpoint=None)
     path = tmp_path / history.FOLDER / history.FILE
     path.write_text(path.read_text() + '{"event": "begin", "time": 1.0, "job": "2", "re')  # a kill

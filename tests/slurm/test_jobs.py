@@ -32,7 +32,7 @@ def hung(jobs):
 
 
 # The first test, since it needs no finished run: the two jobs above begin before one is waited for.
-def test_a_wrong_setting_holds_the_job_with_the_reason(jobs):
+def test_a_job_with_a_wrong_setting_is_held_with_the_reason(jobs):
     job = jobs.submit("wrong", "--optim.lr", "-1", options=TWO)
     jobs.wait_state(job, "SPECIAL_EXIT")
     assert "status 78" in jobs.cluster.job(job)["Comment"]
@@ -148,7 +148,7 @@ def test_a_lost_node_requeues_and_the_job_continues_with_fewer(jobs, straight):
     assert "from 2 ranks to 1" in jobs.log(job)
 
 
-def test_losses_that_stay_not_finite_hold_the_job(jobs):
+def test_a_job_whose_losses_stay_not_finite_is_held(jobs):
     nan = [[step, 0] for step in range(3, NUM_STEPS)]
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, inject={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
@@ -161,7 +161,7 @@ def test_losses_that_stay_not_finite_hold_the_job(jobs):
     jobs.cluster.call("scancel", job)
 
 
-def test_a_stop_file_ends_the_job_for_good(jobs):
+def test_a_stop_file_ends_the_job_without_a_requeue(jobs):
     job = jobs.submit("stopped", options=TWO, inject={"until_stop": [3]})
     jobs.wait_step(job, "stopped", 3)
     (jobs.runs / "stopped" / "stop").touch()

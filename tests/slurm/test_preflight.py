@@ -21,12 +21,12 @@ def test_every_node_is_timed_with_both_neighbours_one_pair_at_a_time(num_nodes):
 def ring(*rates):
     """Pairs of a ring of nodes a, b, c...: the rate of each with the next."""
     names = "abcdefgh"[: len(rates)]
-    return {(names[place], names[(place + 1) % len(rates)]): rate for place, rate in enumerate(rates)}
+    return {(names[index], names[(index + 1) % len(rates)]): rate for index, rate in enumerate(rates)}
 
 
 def test_the_node_that_is_slow_with_both_neighbours_is_named():
-    found = slow_nodes(ring(9.0, 1.0, 2.0, 9.0), 5.0)
-    assert found == {"c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"}
+    slow = slow_nodes(ring(9.0, 1.0, 2.0, 9.0), 5.0)
+    assert slow == {"c": "an all-reduce runs at 1.00 GB/s with b and 2.00 GB/s with d, below MIN_ALLREDUCE_GBPS 5"}
 
 
 def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
@@ -54,7 +54,7 @@ def test_a_node_whose_name_leads_to_itself_is_named(monkeypatch, master, address
     assert bool(problems) == bool(problem)
 
 
-def test_disk_space_covers_kept_saves_and_the_one_being_written(tmp_path, monkeypatch):
+def test_disk_space_covers_retained_saves_and_the_one_being_written(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_MIN_FREE_BYTES", 1)
     monkeypatch.setattr(preflight, "_MIN_FREE_INODES", 1)
     usage = preflight.shutil.disk_usage(tmp_path)

@@ -38,7 +38,7 @@ def test_failures_before_a_release_and_on_excluded_nodes_do_not_count():
         (75, [(5, 75)] * 11, 5, False, "hold"),
     ],
 )
-def test_what_follows_from_an_end(status, before, checkpoint, in_array, action):
+def test_each_status_has_its_action(status, before, checkpoint, in_array, action):
     assert decide(status, attempts(*before), checkpoint, 4, in_array)[0] == action
 
 
@@ -76,11 +76,11 @@ def test_a_month_of_failures_ends_within_the_budget(tmp_path, monkeypatch, kinds
 STOPS = {"a stop before the first step", "a preemption before the first step"}
 
 
-def test_the_status_that_counts_is_the_one_that_knows_why(tmp_path):
+def test_a_status_with_a_reason_has_precedence(tmp_path):
     assert final_status(137, tmp_path)[0] == 137
     (tmp_path / "rank_0").write_text("78\nConfigError: Invalid configuration (1 error):\n  - a: b\n")
     assert final_status(143, tmp_path) == (78, "ConfigError: Invalid configuration (1 error): - a: b")
-    (tmp_path / "rank_0").write_text("75")  # it says so when all have saved
+    (tmp_path / "rank_0").write_text("75")  # written when all have saved
     assert final_status(137, tmp_path)[0] == 75
     assert final_status(0, None)[0] == 0
 
@@ -103,12 +103,12 @@ def ends(folder, *statuses):
         ((0, 0), 9),  # srun's own
     ],
 )
-def test_before_training_the_first_rank_that_ended_knows_why(tmp_path, statuses, status):
+def test_before_training_the_first_rank_to_end_gives_the_reason(tmp_path, statuses, status):
     ends(tmp_path, *statuses)
     assert final_status(9, tmp_path)[0] == status
 
 
-def test_another_jobs_state_is_asked_for_and_one_at_work_keeps_the_folder(tmp_path, monkeypatch):
+def test_the_state_of_the_job_with_the_lock_is_queried(tmp_path, monkeypatch):
     monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
     assert begin(tmp_path, "7", ["n1"], 9, {})[0] == "go"
     assert begin(tmp_path, "8", ["n2"], 9, {}) == ("ask", "7")
@@ -131,7 +131,7 @@ def test_an_end_that_slurm_has_already_decided_is_reported_as_such(tmp_path):
 
 
 @pytest.mark.parametrize(("event", "status", "action"), [("begin", 0, "hold"), ("end", 75, "hold"), ("end", 0, "done")])
-def test_a_folder_that_cannot_be_written_holds_the_job(tmp_path, monkeypatch, capsys, event, status, action):
+def test_a_job_with_an_unwritable_folder_is_held(tmp_path, monkeypatch, capsys, event, status, action):
     (tmp_path / "file").write_text("")
     run = tmp_path / "file" / "run"
     monkeypatch.setenv("JOB", "7")
@@ -141,6 +141,6 @@ def test_a_folder_that_cannot_be_written_holds_the_job(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == answer
 
 
-def test_the_reason_names_what_the_program_said(tmp_path):
+def test_the_reason_quotes_the_programs_error(tmp_path):
     history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     assert end(tmp_path, "7", 78, 9, "ConfigError: a: b")[1].endswith("(status 78): ConfigError: a: b")

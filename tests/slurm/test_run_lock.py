@@ -13,7 +13,7 @@ _NUM_PROCESSES, _NUM_ROUNDS, _ROUND_S = 2, 200, 0.003
 
 
 def race(number, folder, start, won):
-    """In each round all claim the same folder at the same instant; `dead` has it from before and is at work no more."""
+    """In each round all lock the same folder at the same instant; `dead` has it from before and is at work no more."""
     for n in range(_NUM_ROUNDS):
         while time.monotonic() < start + n * _ROUND_S:
             pass
@@ -23,7 +23,7 @@ def race(number, folder, start, won):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("before", [None, "dead"])
-def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_path, before):
+def test_of_jobs_that_begin_at_the_same_instant_one_gets_the_lock(tmp_path, before):
     for n in range(_NUM_ROUNDS):
         (tmp_path / f"run_{n}" / "slurm" / "starts").mkdir(parents=True)
         if before:
@@ -40,7 +40,7 @@ def test_of_jobs_that_begin_at_the_same_instant_exactly_one_has_the_folder(tmp_p
     assert [sum(won[n::_NUM_ROUNDS]) for n in range(_NUM_ROUNDS)] == [1] * _NUM_ROUNDS
 
 
-def test_a_job_that_is_at_work_keeps_the_folder_until_its_start_has_ended(tmp_path):
+def test_a_running_job_has_the_lock_until_its_start_has_ended(tmp_path):
     def at_work(job):
         return True
 
@@ -56,7 +56,7 @@ def test_a_job_that_is_at_work_keeps_the_folder_until_its_start_has_ended(tmp_pa
     assert run_lock.acquire(tmp_path, "2", 0, lambda job: False) is None
 
 
-def test_nothing_but_claims_is_left_behind(tmp_path):
+def test_the_lock_leaves_one_file(tmp_path):
     run_lock.acquire(tmp_path, "1", 0, lambda job: True)
     run_lock.acquire(tmp_path, "2", 0, lambda job: True)
     assert [path.name for path in (tmp_path / "slurm" / "starts").iterdir()] == ["000001"]

@@ -9,7 +9,7 @@ from slurm.runs import ArgumentError, main, progress, run_folder, work_folder
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "new\nline", ".."])
-def test_names_that_are_none_are_refused(name):
+def test_invalid_names_are_refused(name):
     with pytest.raises(ArgumentError, match="printable names are needed"):
         run_folder(["--run.name", name])
 
@@ -63,7 +63,7 @@ def test_progress_is_the_newest_checkpoint_or_finished_shards(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["finetune.", "finetune.nothing", "finetune.program", "finetune.--config"])
-def test_a_task_that_is_none_is_a_setting_to_fix(module, capsys):
+def test_an_unknown_task_is_an_invalid_setting(module, capsys):
     assert main([module, "--config", "missing.yaml"]) == 78
     printed = capsys.readouterr()
     assert not printed.out

@@ -32,7 +32,7 @@ def write_steps(run, *speeds):
         file.write('{"group": "eval", "step": 40, "loss": 9.0}\n{"step": 41, "lo')  # cut off by a kill
 
 
-def test_a_run_that_has_not_begun_says_so(run):
+def test_a_run_that_has_not_begun_is_shown_as_such(run):
     assert [line.split()[0] for line in status.screen(state_of(run)).splitlines()[1:]] == [
         "job",
         "step",
@@ -89,7 +89,7 @@ def test_starts_checkpoints_ranks_and_bad_nodes_are_shown(run, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_file_that_asks_to_stop_is_shown_and_a_held_job_has_its_reason(run, fake_squeue):
+def test_a_stop_file_is_shown_and_a_held_job_has_its_reason(run, fake_squeue):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     (run / "stop").touch()
     for comment, line in (("held: a setting", "  held for    a setting"), ("mine", "  comment     mine")):
@@ -102,7 +102,7 @@ def test_a_file_that_asks_to_stop_is_shown_and_a_held_job_has_its_reason(run, fa
 
 @pytest.fixture
 def fake_squeue(tmp_path, monkeypatch):
-    """Has a program in squeue's place that says what a test wants; for answers a Slurm gives only when it is ill."""
+    """Has a program in place of squeue that prints what a test wants; for answers a Slurm gives only when it is ill."""
 
     def answers(script):
         program = tmp_path / "bin" / "squeue"
@@ -130,7 +130,7 @@ def test_a_start_that_was_cut_off_is_among_the_restarts(run, fake_squeue):
 
 
 @pytest.mark.integration
-def test_a_slurm_that_does_not_answer_is_said_to(run, fake_squeue, capsys):
+def test_a_slurm_that_does_not_answer_is_reported(run, fake_squeue, capsys):
     history.append(run, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     fake_squeue("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     assert "7 UNKNOWN, Slurm does not answer (slurm_load_jobs error: Unable" in status.screen(state_of(run))
@@ -145,6 +145,6 @@ def refused(folder, capsys, text):
 
 
 @pytest.mark.integration
-def test_a_folder_that_is_none_is_refused(tmp_path, fake_squeue, capsys):
+def test_a_missing_folder_is_refused(tmp_path, fake_squeue, capsys):
     fake_squeue("exit 0")
     refused(tmp_path / "none", capsys, "no such folder, and no job is queued for it; name the folder of a run")

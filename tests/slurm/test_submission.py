@@ -22,7 +22,7 @@ def run_program(program, *arguments):
     return ended.value.code
 
 
-def test_eight_jobs_submitted_at_once_on_one_host_all_meet(jobs):
+def test_eight_jobs_submitted_at_once_on_one_host_all_rendezvous(jobs):
     options = ("--nodelist=n1", "--ntasks-per-node=2", "--overcommit", "--partition=shared")
     arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
     # The first one still runs when the last one begins.
@@ -138,7 +138,7 @@ def test_of_two_nodes_the_one_that_does_not_answer_is_avoided(jobs):
     assert (last.nodes, last.action) == ("n1 n3", "done")
 
 
-def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
+def test_of_three_nodes_the_one_with_a_slow_network_is_excluded(jobs):
     python = jobs.folder / "python_with_a_slow_network_on_n2"
     python.write_text(
         f'#!/bin/bash\n[[ $SLURMD_NODENAME != n2 || "$*" != *"slurm.preflight network"* ]] || '
@@ -166,7 +166,7 @@ def test_of_three_nodes_the_one_with_a_slow_network_is_noted_and_left_out(jobs):
     assert "an all-reduce runs at 0.0" in entry["reason"]
 
 
-def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
+def test_a_job_with_too_few_gpus_is_held_and_no_node_is_excluded(jobs):
     (jobs.folder / "site_with_gpus.env").write_text(f"GPUS_PER_NODE=1\nLOCAL_DISK={jobs.folder}/local\n")
     job = jobs.submit(
         "no_gpus",
@@ -181,7 +181,7 @@ def test_a_job_with_too_few_gpus_is_held_and_no_node_is_blamed(jobs):
     jobs.cluster.call("scancel", job)
 
 
-def test_a_full_disk_holds_the_job_which_resumes_when_there_is_space(jobs, straight):
+def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, straight):
     disk = jobs.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
@@ -195,14 +195,14 @@ def test_a_full_disk_holds_the_job_which_resumes_when_there_is_space(jobs, strai
     python.chmod(0o755)
     try:
         fill = "--checkpoint.keep_last", 50, "--checkpoint.every_steps", 1, "--run.dir", disk, "--data.ledger", "true"
-        own = {} if is_mounted else {"UNIMO3_PYTHON": str(python)}
-        job = jobs.submit("full", *fill, options=("--nodes=2",), **own)
+        variables = {} if is_mounted else {"UNIMO3_PYTHON": str(python)}
+        job = jobs.submit("full", *fill, options=("--nodes=2",), **variables)
         jobs.wait_state(job, "SPECIAL_EXIT")
         assert ("No space left on device" if is_mounted else "File too large") in jobs.log(job)
         assert "status 78" in jobs.cluster.job(job)["Comment"]
-        kept = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
-        assert kept or not is_mounted
-        assert not any(name.endswith(".tmp") for name in kept)
+        remaining = sorted(path.name for path in (disk / "full" / "checkpoints").glob("step_*"))
+        assert remaining or not is_mounted
+        assert not any(name.endswith(".tmp") for name in remaining)
         if is_mounted:
             subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
         is_full.unlink()
@@ -211,7 +211,7 @@ def test_a_full_disk_holds_the_job_which_resumes_when_there_is_space(jobs, strai
         assert_as_if_undisturbed(disk / "full", straight)
         first, second = history.read(disk / "full")
         assert (first.action, second.action) == ("hold", "done")
-        assert second.checkpoint == (int(kept[-1].removeprefix("step_")) if kept else None)
+        assert second.checkpoint == (int(remaining[-1].removeprefix("step_")) if remaining else None)
     finally:
         if is_mounted:
             subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -282,7 +282,7 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
 
 
 @pytest.mark.parametrize("name", ['two words, quote\'d "both" $(touch ran) `touch ran`', "--odd"])
-def test_odd_names_are_carried_as_they_are(site, capsys, name):
+def test_odd_names_are_passed_unchanged(site, capsys, name):
     words = ("pretrain", "--config", site.recipe, "--run.name", name, "--training.stop_after", "1")
     assert run_program(submit, "--dry-run", *words) == 0
     command = capsys.readouterr().out.splitlines()[-1]

@@ -69,7 +69,7 @@ def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training)
         (["--grace", "long"], "argument --grace: invalid int value: 'long'"),
     ],
 )
-def test_an_option_that_cannot_be_is_refused(checked, training, options, problem):
+def test_an_impossible_option_is_refused(checked, training, options, problem):
     refused(checked(*options, *training), problem)
 
 
@@ -124,12 +124,12 @@ def test_all_errors_are_reported_in_one_message(checked):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("module", ["program", "task", "results", "weights"])
-def test_what_tasks_share_is_no_task(checked, module):
+def test_shared_modules_are_no_tasks(checked, module):
     refused(checked("finetune", module), f"'finetune.{module}': there is no such program")
 
 
 @pytest.mark.integration
-def test_the_checkpoints_of_a_run_tell_how_much_disk_they_need(checked, training, tmp_path):
+def test_the_disk_need_follows_from_the_runs_checkpoints(checked, training, tmp_path):
     newest = tmp_path / "runs" / "run" / "checkpoints" / "step_00000004"
     newest.mkdir(parents=True)
     (newest / "MANIFEST.json").write_text(json.dumps({"files": [{"name": "x", "bytes": 10**18}]}))
@@ -158,7 +158,7 @@ def tuning(pretrained, vqav2, tmp_path):
 def test_a_new_fine_tunings_disk_follows_from_the_weights_it_starts_from(checked, tuning, pretrained, monkeypatch):
     with safe_open(pretrained / "model.safetensors", "pt") as weights:
         elements = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
-    # To 0.1 MB, as the message tells it in the place of GB.
+    # To 0.1 MB, as the message has it in place of GB.
     monkeypatch.setattr(submit_checks, "_GB", 1e6)
     checkpoints = 12 * elements / 1e6
     full = ("--run.dir", FULL)
@@ -171,7 +171,7 @@ def test_a_new_fine_tunings_disk_follows_from_the_weights_it_starts_from(checked
 
 
 @pytest.mark.integration
-def test_a_new_runs_notice_says_that_nothing_was_measured(checked, training):
+def test_a_new_runs_notice_states_that_nothing_was_measured(checked, training):
     status, text = checked("--dry-run", *training)
     assert status == 0
     assert "note: the run has no steps yet: --grace, --time and --chain could not be checked" in text
@@ -215,7 +215,7 @@ def write_metrics(run):
 
 
 @pytest.mark.integration
-def test_grace_and_wall_time_are_held_against_the_runs_own_metrics(checked, training, tmp_path):
+def test_grace_and_wall_time_are_compared_with_the_runs_metrics(checked, training, tmp_path):
     write_metrics(tmp_path / "runs" / "run")
     refused(
         checked("--grace", "461", *training),
@@ -245,7 +245,7 @@ def test_grace_and_wall_time_are_held_against_the_runs_own_metrics(checked, trai
         ("RANKS_PER_NODE=0", "site.env: GPUS_PER_NODE or RANKS_PER_NODE '0'"),
     ],
 )
-def test_a_site_file_that_is_none_is_refused(checked, training, tmp_path, content, problem):
+def test_an_invalid_site_file_is_refused(checked, training, tmp_path, content, problem):
     (tmp_path / "site.env").write_text(content + "\n")
     refused(checked(*training), problem)
 
@@ -305,8 +305,8 @@ def run(tmp_path):
 )
 def test_an_export_that_would_fail_is_refused(checked, run, tmp_path, options, arguments, problem):
     (tmp_path / "empty").mkdir()
-    places = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
-    refused(checked(*options, "export", *[places.get(word, word) for word in arguments]), problem)
+    paths = {"RUN": run, "EMPTY": tmp_path / "empty", "w": tmp_path / "w"}
+    refused(checked(*options, "export", *[paths.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration
@@ -332,8 +332,8 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
     ],
 )
 def test_a_conversion_that_would_fail_is_refused(checked, source, tmp_path, arguments, problem):
-    places = {"SOURCE": source, "o": tmp_path / "o"}
-    refused(checked("prepare_shards", *[places.get(word, word) for word in arguments]), problem)
+    paths = {"SOURCE": source, "o": tmp_path / "o"}
+    refused(checked("prepare_shards", *[paths.get(word, word) for word in arguments]), problem)
 
 
 @pytest.mark.integration

@@ -35,7 +35,7 @@ def python_that(site, name, does, programs='"$*" == "-m pretrain."*'):
     return str(path)
 
 
-def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
+def test_a_job_with_a_wrong_argument_is_held_with_the_reason(site, source, tmp_path):
     # As in a container that greets on standard output.
     greets = python_that(site, "greets", "echo Welcome", programs='"$*" == *slurm.*')
     export = batch(site, "slurm/export.sbatch", tmp_path / "no_run", "--out", tmp_path / "w", UNIMO3_PYTHON=greets)
@@ -55,7 +55,7 @@ def test_a_wrong_argument_holds_the_job_with_the_reason(site, source, tmp_path):
     site.cluster.call("scancel", export, conversion, nameless, *tasks)
 
 
-def test_a_job_submitted_outside_the_projects_folder_is_held_and_says_so(site, tmp_path):
+def test_a_job_submitted_outside_the_projects_folder_is_held_with_a_reason(site, tmp_path):
     scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
     log = f"--output={site.folder}/%j.log"
     numbers = [int(site.cluster.call("sbatch", "--parsable", log, path, cwd=tmp_path)) for path in scripts]
@@ -83,7 +83,7 @@ def test_a_killed_conversion_is_requeued_and_continues_within_its_budget(site, s
 
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
-    begin = 'settle_by slurm.requeue_policy begin --run "$RUN" --nodes n1'
+    begin = 'apply_policy begin --run "$RUN" --nodes n1'
     stay = f"until [[ -e {tmp_path}/one_is_held ]]; do sleep 0.1; done"
     script = script_of(tmp_path, f"touch {tmp_path}/ready.$SLURM_JOB_ID; {both}; {begin}; {stay}")
     jobs = [batch(site, script) for _ in range(2)]
@@ -101,9 +101,9 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     assert [attempt.job for attempt in history.read(tmp_path / "run")] == [str(other), str(held)]
 
 
-def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
+def test_a_job_runs_on_expired_nodes_again_but_not_on_the_users(site, tmp_path):
     ledger = tmp_path / "bad_nodes.jsonl"
-    script = script_of(tmp_path, "((NUM_RESTARTS)) || act requeue why; sleep infinity")
+    script = script_of(tmp_path, "((NUM_RESTARTS)) || apply_action requeue why; sleep infinity")
     job = batch(site, script, options=("--hold", "--exclude=n2,n3"), BAD_NODES=str(ledger))
     history.append(tmp_path / "run", "exclude", job=str(job), nodes=["n3"])
     ledger.write_text(json.dumps({"node": "n3", "reason": "", "job": "1", "until": time.time() - 1}) + "\n")
@@ -115,7 +115,7 @@ def test_expired_nodes_are_taken_back_and_the_users_own_are_not(site, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", 'two  words "q" $(x)', "--odd"])
-def test_a_job_that_waits_is_seen_by_whatever_way_it_was_submitted(site, name, monkeypatch):
+def test_a_waiting_job_is_detected_however_it_was_submitted(site, name, monkeypatch):
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
     monkeypatch.setenv("SQUEUE_PARTITION", "none")
     script = ("slurm/pretrain.sbatch", "--config", site.recipe, "--run.name", name, "--training.steps", NUM_STEPS)
@@ -137,7 +137,7 @@ def test_a_run_whose_first_job_waits_is_shown_with_slurms_reason(site, capsys):
     site.cluster.call("scancel", job)
 
 
-def test_a_job_submitted_elsewhere_for_the_project_is_seen(site, tmp_path, monkeypatch):
+def test_a_job_submitted_from_elsewhere_is_detected(site, tmp_path, monkeypatch):
     words = (ROOT / "slurm" / "pretrain.sbatch", "--run.dir", "runs", "--run.name", tmp_path.name)
     monkeypatch.setitem(site.cluster.environment, "UNIMO3_ROOT", str(ROOT))
     job = site.cluster.call("sbatch", "--parsable", "--hold", *words, cwd=tmp_path).strip()

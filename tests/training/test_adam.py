@@ -78,7 +78,7 @@ def test_each_implementation_computes_adamw(fused):
 
 
 @pytest.mark.integration
-def test_each_continues_from_the_others_state():
+def test_each_implementation_continues_from_the_others_state():
     others = ["deepspeed"] if NO_APEX else ["deepspeed", "apex"]
     for before, after in [("torch", other) for other in others] + [(other, "torch") for other in others]:
         parameters = weights()
@@ -100,7 +100,7 @@ def test_an_offloaded_optimizer_is_deepspeeds_and_the_log_names_it(caplog):
     assert "DeepSpeedCPUAdam (optim.fused: auto)" in caplog.text
 
 
-def test_apex_asked_for_and_not_usable_is_an_error_with_its_reason():
+def test_apex_requested_but_unusable_is_an_error_with_the_reason():
     if NO_APEX:
         with pytest.raises(ConfigError, match=r"optim.fused: 'apex': NVIDIA's apex .*; use auto"):
             optimizer_of(weights(), "apex")
@@ -128,7 +128,7 @@ def build_each(environment):
 
 
 @pytest.mark.integration
-def test_where_deepspeeds_cannot_be_built_auto_takes_torchs(tmp_path):
+def test_without_deepspeeds_optimizer_auto_uses_torchs(tmp_path):
     environment = {"CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     (error, _), (auto, logged) = run_alone(build_each, environment)
     assert auto.startswith("torch.optim.adamw")
@@ -138,7 +138,7 @@ def test_where_deepspeeds_cannot_be_built_auto_takes_torchs(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_compile_that_was_killed_holds_up_nobody(tmp_path):
+def test_a_killed_compilation_blocks_no_later_process(tmp_path):
     killed = SERVER.Process(target=build_each, args=({"TORCH_EXTENSIONS_DIR": str(tmp_path)},))
     killed.start()
     lock = tmp_path / "cpu_adam" / "lock"

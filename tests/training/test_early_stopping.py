@@ -53,7 +53,7 @@ def test_a_record_of_an_earlier_version_is_read(run):
     assert read_best(run.folder) == BestRecord("step_00000004", 4, "accuracy", 0.5, "val")
 
 
-def test_it_is_noted_only_when_its_checkpoint_is_committed(run):
+def test_the_best_is_recorded_only_when_its_checkpoint_is_committed(run):
     best = Best(BestArgs(), "accuracy", "val", 2)
     evaluate(run, best, 2, 0.3)
     run.step = 4
@@ -67,7 +67,7 @@ def test_it_is_noted_only_when_its_checkpoint_is_committed(run):
     assert read_best(run.folder).step == 2
 
 
-def test_retention_spares_it(run):
+def test_retention_never_removes_the_best(run):
     best = Best(BestArgs(), "accuracy", "val", 2)
     for step, value in ((2, 0.3), (4, 0.5), (6, 0.4), (8, 0.4)):
         evaluate(run, best, step, value)
@@ -76,7 +76,7 @@ def test_retention_spares_it(run):
     assert [folder.name for folder in store.list_checkpoints(run.folder)] == ["step_00000004", "step_00000008"]
 
 
-def test_a_best_one_that_was_lost_gives_way(run):
+def test_a_best_checkpoint_that_was_lost_is_replaced(run):
     best = Best(BestArgs(), "accuracy", "val", 2)
     evaluate(run, best, 2, 0.9)
     (store.folder_of(run.folder) / "step_00000002").rename(run.folder / "moved")
@@ -84,7 +84,7 @@ def test_a_best_one_that_was_lost_gives_way(run):
     assert read_best(run.folder).step == 4
 
 
-def test_nothing_is_chosen_on_other_data_or_without_the_figure(run, caplog):
+def test_no_best_is_chosen_on_other_data_or_without_the_metric(run, caplog):
     evaluate(run, Best(BestArgs(), "accuracy", None, 2), 2, 0.3)
     Best(BestArgs(), "accuracy_overall", "val", 2).consider(run, {}, lambda: commit(run))
     assert read_best(run.folder) is None

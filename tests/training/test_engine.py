@@ -47,8 +47,7 @@ def test_a_ds_config_has_no_key_deepspeed_does_not_know():
 
 
 def losses_under_each_config():
-    from unimo3.collectives import sum_over_ranks
-    from unimo3.distributed import world
+    from unimo3.distributed import sum_over_ranks, world
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
@@ -218,13 +217,13 @@ def fill_sharded_model(args):
     ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(2, 1, 2), clip_norm=0.0)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(args.to_config()))
 
-    most_whole = 0
+    most_gathered = 0
     enter = zero.GatheredParameters.__enter__
 
     def count(context):
-        nonlocal most_whole
+        nonlocal most_gathered
         enter(context)
-        most_whole = max(most_whole, sum(p.numel() for p in model.parameters()))
+        most_gathered = max(most_gathered, sum(p.numel() for p in model.parameters()))
 
     zero.GatheredParameters.__enter__ = count
     set_initial_weights(model, args, seed=0)
@@ -239,7 +238,7 @@ def fill_sharded_model(args):
         "text": base.text_tower.encoder.layer[1].output.dense.bias.detach().clone(),
         "image": base.vision_tower.vit.blocks[1].attn.proj.bias.detach().clone(),
     }
-    return differing, most_whole, max(p.numel() for p in plain.parameters()), probes
+    return differing, most_gathered, max(p.numel() for p in plain.parameters()), probes
 
 
 @pytest.mark.integration
@@ -276,12 +275,12 @@ def test_sharded_models_are_filled_from_elsewhere_one_parameter_at_a_time(tmp_pa
         (text_bias, vit.blocks[1].attn.proj.bias),
     ]
     for cases in run_ranks(2, fill_sharded_models, str(tmp_path)):
-        for (differing, most_whole, largest, probes), (text, image) in zip(cases, expected, strict=True):
+        for (differing, most_gathered, largest, probes), (text, image) in zip(cases, expected, strict=True):
             assert differing == []
             assert torch.equal(probes["text"], text)
             assert torch.equal(probes["image"], image)
             # A linear map is filled with its bias.
-            assert largest <= most_whole < 1.1 * largest
+            assert largest <= most_gathered < 1.1 * largest
 
 
 @pytest.mark.integration
@@ -311,7 +310,7 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
     torch.testing.assert_close(gradients, plain_gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_the_batch_plan():
+def test_the_batch_plan_divides_the_global_batch():
     assert BatchPlan(4096, 64, 8).num_accumulation == 8
     assert BatchPlan(4096, 64, 8).validate() == []
     assert BatchPlan(100, 8, 4).validate()[0].startswith("training.global_batch: 100: does not divide")

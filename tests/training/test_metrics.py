@@ -20,7 +20,7 @@ def write(folder, steps, resumed_step=0):
     writer.close()
 
 
-def test_each_step_stands_once_after_a_kill_and_a_resume(tmp_path):
+def test_each_step_is_recorded_once_after_a_kill_and_a_resume(tmp_path):
     write(tmp_path, range(1, 8))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
@@ -31,7 +31,7 @@ def test_each_step_stands_once_after_a_kill_and_a_resume(tmp_path):
         json.loads(line)
 
 
-def test_what_does_not_train_drops_nothing(tmp_path):
+def test_an_evaluation_alone_drops_no_records(tmp_path):
     write(tmp_path, range(1, 8))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
@@ -51,7 +51,7 @@ def test_tensorboard_shows_the_same_metrics(tmp_path):
     ]
 
 
-def test_shares_are_shown_as_a_heat_map(tmp_path):
+def test_gate_weights_are_shown_as_a_heat_map(tmp_path):
     gates = [[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0]], [[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]]]
     writer = MetricsWriter(tmp_path, 0, enabled=True)
     writer.write({"step": 3, "data": "abc", "gates_text": gates}, group="eval")

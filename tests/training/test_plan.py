@@ -115,7 +115,7 @@ def test_each_further_objective_costs_operations():
         {"num_attention_heads": 1, "num_hidden_layers": 2},
     ],
 )
-def test_activations_are_those_a_real_step_keeps(changes):
+def test_activations_are_those_a_real_step_saves(changes):
     model = tiny_pretraining_model(**changes)
     # What a GPU runs: Triton's kernels (interpreted here) for heads 32 wide, plain operations for those of 16.
     model.unimo3.use_attention_kernel("triton" if "num_attention_heads" in changes else "reference")
@@ -127,7 +127,7 @@ def test_activations_are_those_a_real_step_keeps(changes):
     assert trace(tiny_config(**changes), objectives).saved_bytes == pytest.approx(measured, rel=0.03)
 
 
-def test_no_matrix_of_tokens_by_tokens_is_kept():
+def test_no_matrix_of_tokens_by_tokens_is_saved():
     def with_side(side):
         vision = {"image_size": side, "overrides": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}}
         return trace(tiny_config(vision_config=vision)).saved_bytes
@@ -136,7 +136,7 @@ def test_no_matrix_of_tokens_by_tokens_is_kept():
     assert large - medium == pytest.approx(4 * (medium - small), rel=0.01)
 
 
-def test_the_reference_keeps_attention_weights_the_kernels_do_not():
+def test_the_reference_saves_attention_weights_and_the_kernels_do_not():
     config = tiny_config(num_attention_heads=1)
     with_kernels = trace(config)
     without = trace_step(step(config, ObjectivesArgs(), cross_layer_attention="reference"), FP32, False)
@@ -147,11 +147,11 @@ def test_the_reference_keeps_attention_weights_the_kernels_do_not():
     assert without.saved_bytes - with_kernels.saved_bytes > weights
 
 
-def test_half_precision_keeps_about_half():
+def test_half_precision_saves_about_half_the_bytes():
     assert 0.45 < trace(dtype=BF16).saved_bytes / trace().saved_bytes < 0.6
 
 
-def test_dropout_keeps_one_byte_an_element():
+def test_dropout_saves_one_byte_an_element():
     changes = {"hidden_dropout_prob": 0.1}
     without, dropping = trace(tiny_config()), trace(tiny_config(**changes))
     patches = (16 // 8) ** 2
@@ -160,7 +160,7 @@ def test_dropout_keeps_one_byte_an_element():
     assert dropping.saved_bytes - without.saved_bytes == pytest.approx(masks, rel=0.01)
 
 
-def test_checkpointing_keeps_less_and_computes_layers_twice():
+def test_checkpointing_saves_fewer_activations_and_computes_layers_twice():
     plain, checkpointed = trace(), trace(checkpointing=True)
     assert checkpointed.saved_bytes < plain.saved_bytes / 3
     assert checkpointed.saved_bytes < checkpointed.peak_bytes < plain.peak_bytes
@@ -176,7 +176,7 @@ def memory(config, num_ranks=4):
     return rank_memory(SIZES, Sharding(config), num_ranks)
 
 
-def test_more_ranks_hold_less_each():
+def test_more_ranks_need_less_memory_each():
     one, four = memory(CUT_IN_3, 1), memory(CUT_IN_3, 4)
     for name in ("weights", "master_weights", "moments", "gradients"):
         assert four.device[name] == pytest.approx(one.device[name] / 4)
@@ -223,7 +223,7 @@ def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256):
     return choose(fits, batch, machine)
 
 
-def test_the_ds_config_that_moves_least_is_taken_and_offloading_last():
+def test_the_ds_config_with_the_least_traffic_is_chosen_offloading_last():
     enough = int(chosen(80_000_000).fit.needed_bytes)
     choices = [chosen(size) for size in range(enough, enough - 15_000_000, -100_000)]
     taken = [choice.fit.name for choice in choices if choice.fit.fits]
@@ -247,20 +247,20 @@ def test_the_micro_batch_is_the_recipes_or_the_largest_that_divides():
     assert choice.micro_batch == choice.fit.largest_dividing
 
 
-def test_not_even_one_pair_is_an_error_that_says_what_to_change():
+def test_too_little_memory_for_one_pair_is_an_error_with_the_fix():
     with pytest.raises(ConfigError, match="not even a micro-batch of one pair fits") as error:
         chosen(1_000_000)
     assert "activation_checkpointing" in str(error.value)
 
 
-def test_some_ds_configs_are_out_of_question_on_a_gpu():
+def test_some_ds_configs_are_excluded_on_a_gpu():
     assert "CPUs" in unsuited(Sharding(ds_config("zero3_fp32")), 8)
     assert "bf16" in unsuited(Sharding(ds_config("zero3_fp16")), 8)
     assert [bool(unsuited(Sharding(ds_config("zero3_hpz")), gpus)) for gpus in (8, 12, 16)] == [True, True, False]
     assert not unsuited(Sharding(ds_config("zero2_bf16")), 1)
 
 
-def test_hours_follow_from_operations_and_the_share_of_the_peak():
+def test_hours_follow_from_operations_and_the_fraction_of_the_peak():
     peaks = {"bf16": 1e12, "fp32": 1e11}
     machine = Machine(num_gpus=4, memory_bytes=1, reserve=0.0, peak_flops=peaks, utilization=0.5)
     for precision, peak in peaks.items():

@@ -32,7 +32,7 @@ def test_a_stop_signal_is_noted_once(number, tmp_path):
             signal.signal(n, handler)
 
 
-def test_a_file_counts_though_this_hosts_clock_is_ahead_of_the_servers(tmp_path, monkeypatch):
+def test_a_stop_file_counts_if_this_hosts_clock_is_ahead_of_the_servers(tmp_path, monkeypatch):
     monkeypatch.setattr(preempt.time, "time", lambda ahead=time.time: ahead() + 60)
     (tmp_path / "requeue").touch()
     os.utime(tmp_path / "requeue", (0, 0))  # of an earlier start
@@ -45,7 +45,7 @@ def test_a_file_counts_though_this_hosts_clock_is_ahead_of_the_servers(tmp_path,
 
 
 @pytest.mark.integration
-def test_before_training_it_ends_the_process_to_be_started_again():
+def test_a_stop_signal_before_training_ends_the_process_with_status_75():
     program = (
         "import os, signal; from unimo3.training.preempt import StopListener; kept = StopListener().install(); "
         "os.kill(os.getpid(), signal.SIGUSR2); print('continues')"

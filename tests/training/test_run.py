@@ -28,7 +28,7 @@ def start(settings):
     return Run(settings, global_batch=10, fingerprint="f")
 
 
-def test_the_first_starts_settings_stay(settings):
+def test_the_settings_of_the_first_start_stay(settings):
     start(settings)
     later = replace(settings, checkpoint=replace(settings.checkpoint, keep_last=7))
     assert changed_settings(later) == []
@@ -44,7 +44,7 @@ def test_a_changed_setting_is_named_with_both_values(settings):
 
 @pytest.mark.parametrize("path", ["", "run", "run/checkpoints", "run/model"])
 @pytest.mark.parametrize("target", ["missing", "file"])
-def test_a_run_folder_that_is_none_is_refused_and_untouched(tmp_path, path, target):
+def test_an_invalid_run_folder_is_refused_and_untouched(tmp_path, path, target):
     (tmp_path / "file").write_text("")
     link = tmp_path / "runs" / path
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def test_a_setting_the_file_lacks_had_its_default(settings):
     assert len(changed_settings(replace(settings, optim=OptimArgs(lr=3e-4)))) == 1
 
 
-def test_model_files_appear_whole_and_stay_once_there_is_a_checkpoint(settings):
+def test_model_files_appear_complete_and_stay_with_a_checkpoint(settings):
     run = start(settings)
     (run.folder / "model.tmp").mkdir()
     (run.folder / "model.tmp" / "left_by_a_kill").touch()
@@ -138,7 +138,7 @@ def test_model_files_appear_whole_and_stay_once_there_is_a_checkpoint(settings):
     assert [path.name for path in (run.folder / "model").iterdir()] == ["answers.json"]
 
 
-def test_bad_samples_past_their_share_end_the_run(settings):
+def test_bad_samples_above_the_ratio_end_the_run(settings):
     run = start(settings)
     run.step = 1
     run.count_bad_samples(1)
@@ -151,7 +151,7 @@ def test_bad_samples_past_their_share_end_the_run(settings):
         run.count_bad_samples(1)
 
 
-def test_a_share_of_zero_bears_none(settings):
+def test_a_bad_ratio_of_zero_tolerates_none(settings):
     run = start(replace(settings, data=replace(settings.data, max_bad_ratio=0)))
     run.step = 5
     run.count_bad_samples(0)
@@ -159,12 +159,12 @@ def test_a_share_of_zero_bears_none(settings):
         run.count_bad_samples(1)
 
 
-def test_checkpoints_of_which_none_is_good_are_no_new_start(settings, caplog):
+def test_a_run_whose_checkpoints_are_all_bad_does_not_start_again(settings, caplog):
     run = start(settings)
     folder = store.folder_of(run.folder) / "step_00000005"
     folder.mkdir(parents=True)
     (folder / "MANIFEST.json").write_text('{"files": []}')
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good, the log says why"):
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints is good, see the log"):
         run.resume(SimpleNamespace())
     assert "step_00000005 is damaged" in caplog.text
     assert not (run.folder / "metrics.jsonl").exists()

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from tqdm import tqdm
 
 from unimo3.training.args import TrainingArgs
+from unimo3.training.progress import Progress
 from unimo3.training.trainer import Trainer, _Step
 
 
@@ -24,8 +24,7 @@ def test_a_step_of_one_image_is_recorded_and_warned_of(caplog, means, rank, is_w
     trainer = SimpleNamespace(
         run=SimpleNamespace(step=1, num_bad_samples=0, num_skipped=0, metrics=metrics),
         training=TrainingArgs(steps=2, global_batch=8),
-        rank=rank,
-        _progress=tqdm(disable=True),
+        progress=Progress(num_steps=2, first_step=0, log_every=50, rank=rank),
     )
     step = _Step({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, seconds=1.0)
     Trainer.log_step(trainer, step, {"loss": 1.0, **means})

@@ -55,7 +55,7 @@ def test_a_silent_rank_is_named_before_one_that_is_behind():
     assert named(beat(0, "data", 7, 5.0), beat(1, "wait", 8, 5.5, silent_s=9.0)).startswith("rank 1 on node")
 
 
-def test_a_rank_that_was_only_seen_in_an_earlier_start_has_not_come():
+def test_a_rank_seen_only_in_an_earlier_start_has_not_come():
     text = named(beat(0, "join", 0, 5.0), beat(1, "compute", 70, 905.0, silent_s=900.0))
     assert text == "rank 1, which has given no heartbeat since this start"
 
@@ -93,7 +93,7 @@ def wait_for_heartbeat(run):
 
 
 @pytest.mark.integration
-def test_a_rank_that_waits_for_one_that_never_came_says_so(stuck, tmp_path):
+def test_a_rank_that_waits_for_one_that_never_came_reports_it(stuck, tmp_path):
     process = stuck("0.3", "join", RANK="0", WORLD_SIZE="2")
     _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED

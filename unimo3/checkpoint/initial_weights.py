@@ -11,6 +11,7 @@ from pathlib import Path
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.export import export_run
+from unimo3.checkpoint.load import newest_good
 from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError
 from unimo3.model.config import Unimo3Config
@@ -81,7 +82,7 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     if run is None:
         return init
     if run == Path(init):
-        checkpoint = store.newest_good(run)
+        checkpoint = newest_good(run)
         if checkpoint is None:
             raise CheckpointError(f"init: '{init}': has no good checkpoint; let it train to its first save")
         if exported == checkpoint.name:

@@ -70,7 +70,7 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         One line a problem; none if all is well.
 
     Raises:
-        UnreachableError: the storage gives no answer, which says nothing about the checkpoint.
+        UnreachableError: the storage gives no answer; the checkpoint may be good.
     """
     try:
         entries = _answer(lambda: _read(folder))

@@ -114,7 +114,7 @@ def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
     if (folder / INDEX).exists():
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         if weight_map != {name: path.name for name, (path, _) in locations.items()}:
-            raise CheckpointError(f"{folder / INDEX}: does not tell where the tensors are")
+            raise CheckpointError(f"{folder / INDEX}: does not give the offsets of the tensors")
 
 
 def _written_types(source: ZeroCheckpoint, names: list[str], options: Options) -> dict[str, torch.dtype]:

@@ -1,4 +1,4 @@
-"""Answers of VQAv2: their official normalisation, accuracy, vocabulary, and soft training targets.
+"""Answers of VQAv2: their official normalisation, vocabulary, and soft training targets.
 
 Source: VQA, arXiv 1505.00468, and the rules of the official evaluation at https://visualqa.org/evaluation.html.
 """
@@ -50,20 +50,12 @@ _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 def normalize_answer(answer: str) -> str:
     """The official normalisation: punctuation, case, number words, articles, contractions."""
-    return _normalize_words(_strip_punctuation(_strip_spaces(answer)))
+    return _normalize_words(_strip_punctuation(strip_spaces(answer)))
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The official accuracy of one prediction against the (ten) human answers.
-
-    The mean, over each answer omitted in turn, of min(1, matches among the others / 3). As in the official program,
-    texts are normalised only where the human answers differ.
-    """
-    prediction, humans = _strip_spaces(prediction), [_strip_spaces(answer) for answer in answers]
-    if len(set(humans)) > 1:
-        prediction, humans = normalize_answer(prediction), [normalize_answer(answer) for answer in humans]
-    num_matches = sum(human == prediction for human in humans)
-    return sum(min(1.0, (num_matches - (human == prediction)) / 3) for human in humans) / len(humans)
+def strip_spaces(text: str) -> str:
+    """A text without spaces around it and without line ends and tabs."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 class AnswerVocabulary:
@@ -116,10 +108,6 @@ class AnswerVocabulary:
         if not answers:
             raise DataError(f"{path}: lists no answers; prepare the shards with a lower --min-answer-count")
         return cls(answers)
-
-
-def _strip_spaces(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _strip_punctuation(text: str) -> str:

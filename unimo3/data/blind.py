@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unimo3.data.answers import vqa_accuracy
+from unimo3.data.metrics import accuracy_by_group, vqa_accuracy
 
 Record = Mapping[str, Any]
 
@@ -54,16 +54,6 @@ class BlindGuesser:
             )
             best = {group: max(score, best.get(group, 0.0)) for group, score in scores.items()}
         return best
-
-
-def accuracy_by_group(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean score ``overall`` and for each non-empty group, sorted."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for group, score in scores:
-        groups["overall"].append(score)
-        if group:
-            groups[group].append(score)
-    return {group: sum(values) / len(values) for group, values in sorted(groups.items())}
 
 
 def _most_frequent(counts: Counter[str]) -> str:

@@ -25,7 +25,6 @@ from unimo3.data.index import REJECTS, TEST_SPLITS, is_index
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import (
-    ImageOptions,
     ShardDone,
     ShardJob,
     cut,
@@ -34,6 +33,7 @@ from unimo3.data.shards import (
     remove_unlisted,
     write_shard,
 )
+from unimo3.data.stored_images import ImageOptions
 from unimo3.data.tokenizer import train_tokenizer
 from unimo3.errors import ConfigError, DataError
 

@@ -239,7 +239,7 @@ class ShardIndex:
             except OSError:  # such as of a name that is too long
                 size = None
             if size != num_bytes:
-                state = "is missing" if size is None else f"has {size} bytes, its index says {num_bytes}"
+                state = "is missing" if size is None else f"has {size} bytes, its index has {num_bytes}"
                 raise DataError(f"{path}: {state}; copy the folder again, or {REINDEX}")
 
     def _forget_parents(self) -> None:

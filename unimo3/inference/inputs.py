@@ -78,7 +78,7 @@ def checked_text(text: Any, where: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where}: {text!r}: a text is needed")
     if is_blank(text):
-        raise DataError(f"{where}: '{text}': is empty; say what is asked")
+        raise DataError(f"{where}: '{text}': is empty; write a text")
     return text
 
 

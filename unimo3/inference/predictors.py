@@ -1,4 +1,4 @@
-"""Rows -> answers with scores, for each task.
+"""Rows -> answers with scores. A task of `finetune/` names its predictor.
 
 Source: METER, arXiv 2111.02387, for what each head's logits mean; ALBEF, arXiv 2107.07651, for matching.
 """
@@ -16,36 +16,19 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import ConfigError, DataError
 from unimo3.inference.folder import Loaded
 from unimo3.inference.inputs import Prepared, tokens
-from unimo3.model.downstream import (
-    Unimo3ForImageAndTextRetrieval,
-    Unimo3ForImagesAndTextClassification,
-    Unimo3ForImageTextClassification,
-    Unimo3ForVisualQuestionAnswering,
-)
-from unimo3.model.unimo3 import Unimo3PreTrainedModel
 
 Answers = list[dict[str, Any]]
 """The best first; plain values."""
 
 
 class Predictor(ABC):
-    """One task's answers.
-
-    A subclass names its task: ``class VqaPredictor(Classes, task="vqa")``.
+    """Answers of a model with a task's head.
 
     Attributes:
-        by_task: the predictor of each task.
-        model_class: has the task's head.
-        num_images: a row has.
+        searches: whether it orders several images or texts, or those of an index, by how well they match.
     """
 
-    by_task: ClassVar[dict[str, type["Predictor"]]] = {}
-    model_class: ClassVar[type[Unimo3PreTrainedModel]]
-    num_images: ClassVar[int] = 1
-
-    def __init_subclass__(cls, task: str = "") -> None:
-        if task:
-            Predictor.by_task[task] = cls
+    searches: ClassVar[bool] = False
 
     def __init__(self, loaded: Loaded):
         self.loaded = loaded
@@ -56,13 +39,13 @@ class Predictor(ABC):
 
     def _logits(self, rows: Sequence[Prepared]) -> Any:
         images = torch.stack([row.pixels for row in rows]).to(self.loaded.device)  # [B, I, 3, S, S]
-        if self.num_images == 1:
+        if images.shape[1] == 1:
             images = images[:, 0]
         with torch.inference_mode():
             return self.loaded.model(**tokens(self.loaded, [row.text for row in rows]), pixel_values=images)
 
 
-class Classes(Predictor):
+class ClassPredictor(Predictor):
     """A task that chooses among named classes: each answer has ``answer`` and ``score``."""
 
     def __init__(self, loaded: Loaded):
@@ -88,10 +71,8 @@ class Classes(Predictor):
         return logits.softmax(dim=-1)
 
 
-class VqaPredictor(Classes, task="vqa"):
+class VqaPredictor(ClassPredictor):
     """Answers to questions; a score is the accuracy the model expects of the answer, for each by itself."""
-
-    model_class = Unimo3ForVisualQuestionAnswering
 
     def _class_names(self) -> list[str]:
         path = self.loaded.folder / "answers.json"
@@ -113,23 +94,10 @@ class VqaPredictor(Classes, task="vqa"):
         return logits.sigmoid()
 
 
-class Nlvr2Predictor(Classes, task="nlvr2"):
-    """Whether a statement is true of two images."""
-
-    model_class = Unimo3ForImagesAndTextClassification
-    num_images = 2
-
-
-class SnliVePredictor(Classes, task="snli_ve"):
-    """Whether an image entails a hypothesis."""
-
-    model_class = Unimo3ForImageTextClassification
-
-
-class MatchPredictor(Predictor, task="retrieval"):
+class MatchPredictor(Predictor):
     """Whether image and text belong together: ``match``, a probability, and ``similarity`` of the towers, a cosine."""
 
-    model_class = Unimo3ForImageAndTextRetrieval
+    searches = True
 
     def predict(self, rows: Sequence[Prepared], top: int) -> list[Answers]:
         """See `Predictor`; there is one answer a row."""

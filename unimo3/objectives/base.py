@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from unimo3.collectives import gather_rows
+from unimo3.distributed import gather_rows
 from unimo3.model.fusion import FusionOutput, mean_gates
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
@@ -43,6 +43,13 @@ class FusionInput(NamedTuple):
     labels: Tensor | None = None
 
 
+class FusedPairs(NamedTuple):
+    """An objective's pairs, and what the fusion encoder made of them."""
+
+    input: FusionInput
+    output: FusionOutput
+
+
 class Objective(ABC):
     """One pretraining loss. `name` is its key in the configuration and in the metrics."""
 
@@ -60,14 +67,8 @@ class Objective(ABC):
         """The pairs this objective wants fused, or None if it needs no fused states."""
 
     @abstractmethod
-    def losses(
-        self,
-        model: ContrastedModel,
-        states: TowerStates,
-        request: FusionInput | None,
-        fused: FusionOutput | None,
-    ) -> Losses:
-        """A ``loss`` with gradient and any further metrics, unweighted; `fused` is the result of `request`."""
+    def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
+        """A ``loss`` with gradient and any further metrics, unweighted; `fused` has the pairs of `fusion_input`."""
 
 
 def gate_report(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
@@ -108,7 +109,7 @@ class PretrainingTask(nn.Module):
         report = gate_report(fused[0].text_gates, fused[0].image_gates, wanted[0].mask) if fused else {}
         total = states.image.new_zeros((), dtype=torch.float32)
         for objective, request in zip(self.objectives, requests, strict=True):
-            losses = objective.losses(self.model, states, request, fused.pop(0) if request else None)
+            losses = objective.losses(self.model, states, FusedPairs(request, fused.pop(0)) if request else None)
             total = total + objective.weight * losses["loss"]
             for key, value in losses.items():
                 report[f"{key}_{objective.name}"] = value.detach()

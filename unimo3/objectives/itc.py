@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unimo3.model.fusion import FusionOutput
-from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
+from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.similarity import ContrastedModel
 
 
@@ -43,20 +42,14 @@ class ImageTextContrast(Objective):
         """None: the contrast is between the towers."""
         return None
 
-    def losses(
-        self,
-        model: ContrastedModel,
-        states: TowerStates,
-        request: FusionInput | None,
-        fused: FusionOutput | None,
-    ) -> Losses:
+    def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
         """The mean over this rank's rows, each against the complete batch."""
         similarities = states.similarities
         assert similarities is not None
-        excluded = similarities.same_image.scatter(1, similarities.own[:, None], False)
+        excluded = similarities.same_image.scatter(1, similarities.indices[:, None], False)
 
         def contrast(logits: Tensor) -> Tensor:
-            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.own)
+            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.indices)
 
         loss = (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2
         return {"loss": loss, "temperature": similarities.temperature.squeeze()}

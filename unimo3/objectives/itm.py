@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from unimo3.collectives import gather_rows, take_rows
-from unimo3.distributed import world
-from unimo3.model.fusion import FusionOutput
-from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
+from unimo3.distributed import gather_rows, take_rows, world
+from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.negatives import draw_hard_negatives, draw_random_negatives, hard_negative_quantiles
 from unimo3.objectives.similarity import ContrastedModel
 
@@ -98,22 +96,16 @@ class ImageTextMatching(Objective):
         # Every row is drawn by one rank alone: two ranks' products of the same features may differ in the last bit.
         return gather_rows(torch.stack([images, texts], dim=1).to(states.image.device)).cpu()
 
-    def losses(
-        self,
-        model: ContrastedModel,
-        states: TowerStates,
-        request: FusionInput | None,
-        fused: FusionOutput | None,
-    ) -> Losses:
+    def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
         """The mean over the pairs that count."""
         assert fused is not None
-        assert request is not None
-        assert request.labels is not None
-        logits = model.itm_head(model.unimo3.pool(fused)).float()
+        labels = fused.input.labels
+        assert labels is not None
+        logits = model.itm_head(model.unimo3.pool(fused.output)).float()
         # A batch of one image skips the negative pairs of every rank, any other none: ranks' means weigh the same.
-        loss = cross_entropy(logits, request.labels, ignore_index=IGNORED)
-        num_pairs = (request.labels != IGNORED).sum()
-        accuracy = (logits.argmax(-1) == request.labels).sum() / num_pairs
+        loss = cross_entropy(logits, labels, ignore_index=IGNORED)
+        num_pairs = (labels != IGNORED).sum()
+        accuracy = (logits.argmax(-1) == labels).sum() / num_pairs
         return {"loss": loss, "accuracy": accuracy}
 
 

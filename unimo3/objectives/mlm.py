@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import world
-from unimo3.model.fusion import FusionOutput
+from unimo3.distributed import sum_over_ranks, world
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.base import FusionInput, Losses, Objective, TowerStates
+from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
 from unimo3.objectives.similarity import ContrastedModel
 
 
@@ -41,20 +39,14 @@ class MaskedLanguageModeling(Objective):
         assert states.masked_text is not None
         return FusionInput(states.masked_text, states.image, states.batch["attention_mask"])
 
-    def losses(
-        self,
-        model: ContrastedModel,
-        states: TowerStates,
-        request: FusionInput | None,
-        fused: FusionOutput | None,
-    ) -> Losses:
+    def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
         """The mean over masked tokens of the step's complete batch; scores are computed for masked tokens alone."""
         assert fused is not None
         assert isinstance(model, Unimo3ForPreTraining), "other models have no masked words to predict"
         labels = states.batch["mlm_labels"]
         masked = labels != -100
         targets = labels[masked]
-        logits = model.mlm_head(fused.text[masked]).float()
+        logits = model.mlm_head(fused.output.text[masked]).float()
         # Ranks mask different numbers of tokens: a mean of their means would not be the batch's mean.
         num_targets = sum_over_ranks(masked.sum()).clamp(min=1)
         size = world()[1]

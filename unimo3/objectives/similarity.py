@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimo3.collectives import gather_rows
-from unimo3.distributed import world
+from unimo3.distributed import gather_rows, world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
@@ -28,14 +27,14 @@ class Similarities(NamedTuple):
         text_to_image: [B, N], cosines over the temperature.
         image_to_text: [B, N], the same.
         same_image: [B, N], True where both rows have one image id; a row's own partner is among them.
-        own: [B], indices of this rank's rows in the complete batch.
+        indices: [B], of this rank's rows in the complete batch.
         temperature: [1], learned.
     """
 
     text_to_image: Tensor
     image_to_text: Tensor
     same_image: Tensor
-    own: Tensor
+    indices: Tensor
     temperature: Tensor
 
 
@@ -53,6 +52,6 @@ def compare(model: ContrastedModel, text: Tensor, image: Tensor, image_id: Tenso
         text_to_image=out.text @ gather_rows(out.image).T / out.temperature,
         image_to_text=out.image @ gather_rows(out.text).T / out.temperature,
         same_image=image_id[:, None] == gather_rows(image_id)[None, :],
-        own=torch.arange(num_rows, device=image_id.device) + world()[0] * num_rows,
+        indices=torch.arange(num_rows, device=image_id.device) + world()[0] * num_rows,
         temperature=out.temperature,
     )

@@ -2,7 +2,7 @@
 
 A ds_config decides how to shard, offload and round. The recipe decides batch sizes and gradient clipping, which are
 "auto" in a ds_config. A ds_config that sets them to another value is refused: two sources for one number would hide
-which one a run used.
+which one a run used. DeepSpeed takes seconds to import, so functions import it that use it.
 
 Source: DeepSpeed 0.19, runtime/config.py and runtime/engine.py.
 """
@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import deepspeed
 import torch
-from deepspeed.runtime import compiler
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
@@ -130,6 +128,8 @@ def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, A
 
 def build_model(ds_config: dict[str, Any], construct: Callable[[], Model]) -> Model:
     """Construct a model, sharded from its first parameter on under ZeRO-3, with its values still to be set."""
+    import deepspeed
+
     with no_init_weights():
         if ds_config.get("zero_optimization", {}).get("stage") == 3:
             with deepspeed.zero.Init(config_dict_or_path=ds_config):
@@ -157,14 +157,14 @@ def prepare_layers(
         cast(Unimo3Model, model.unimo3).compile_towers()
 
 
-def build_engine(
-    task: nn.Module, model: Unimo3PreTrainedModel, ds_config: dict[str, Any], optim: OptimArgs
-) -> deepspeed.DeepSpeedEngine:
+def build_engine(task: nn.Module, model: Unimo3PreTrainedModel, ds_config: dict[str, Any], optim: OptimArgs) -> Engine:
     """Start DeepSpeed on a task, whose `model` is to be trained.
 
     Raises:
         ConfigError: DeepSpeed refuses the configuration.
     """
+    import deepspeed
+
     optimizer = build_optimizer(model, optim, offloads_optimizer(ds_config))
     import_muon_uncompiled()
     try:
@@ -180,6 +180,8 @@ def import_muon_uncompiled() -> None:
     DeepSpeed 0.19 asks of every optimizer whether it is Muon, and Muon's module applies ``torch.compile`` to three
     functions. That loads torch's inductor, 850 modules and seconds in every rank. No optimizer here is Muon.
     """
+    from deepspeed.runtime import compiler
+
     stock = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:
@@ -188,7 +190,7 @@ def import_muon_uncompiled() -> None:
         compiler.compile = stock
 
 
-def step_was_skipped(engine: deepspeed.DeepSpeedEngine) -> bool:
+def step_was_skipped(engine: Engine) -> bool:
     """Whether DeepSpeed skipped the last optimizer step, for a gradient that was not finite; the same on every rank."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
@@ -201,6 +203,8 @@ def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
 
 def _zero_errors(section: dict[str, Any]) -> list[str]:
     """Errors that DeepSpeed would raise for a ds_config's ZeRO section, and unknown keys it would drop silently."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     fields = DeepSpeedZeroConfig.model_fields
     known = set(fields) | {field.alias for field in fields.values() if field.alias}
     errors = []
@@ -222,7 +226,7 @@ def _hint(close: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else "remove it"
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def gradient_norm(engine: Engine) -> float:
     """Global norm of the last step's gradient; nan if it is not finite, for which DeepSpeed returns -1 or None."""
     norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None and float(norm) >= 0 else math.nan

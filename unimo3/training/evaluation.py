@@ -1,18 +1,20 @@
 """Metrics on held-out data, with every unit counted once over all ranks."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from unimo3.collectives import sum_over_ranks
 from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
 from unimo3.data.transforms import normalise
-from unimo3.distributed import World
+from unimo3.distributed import World, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.training.early_stopping import Best
 from unimo3.training.metrics import Metrics
+from unimo3.training.preempt import StopListener, StopRequest, StopRequested
+from unimo3.training.watch import Watch
 
 Batch = TypeVar("Batch")
 
@@ -55,6 +57,26 @@ class Unguarded:
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches."""
         return batches
+
+
+class StopGuard:
+    """Yields evaluation batches until a rank is asked to stop; the wait for one is interrupted as in training."""
+
+    def __init__(self, listener: StopListener, watch: Watch, step: int, device: torch.device):
+        self.is_cut = False
+        self._listener, self._watch, self._step, self._device = listener, watch, step, device
+
+    def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; every rank takes the same number."""
+        while True:
+            batch = None
+            self._watch.beat("evaluate", self._step)
+            with suppress(StopRequested), self._listener.interruptible():
+                batch = next(batches, None)
+            self.is_cut = self._listener.agree(self._device) != StopRequest.NONE
+            if self.is_cut or batch is None:
+                return
+            yield batch
 
 
 @torch.no_grad()

@@ -23,8 +23,7 @@ from types import FrameType
 
 import torch
 
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import world
+from unimo3.distributed import sum_over_ranks, world
 from unimo3.errors import EXIT_REQUEUE, end_process
 from unimo3.launch import STOP_SIGNALS
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TextIO
 
 from unimo3 import config
 from unimo3.checkpoint import store
+from unimo3.checkpoint.load import choose, load, quarantine
 from unimo3.checkpoint.state import TrainState
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import broadcast_object, world
@@ -198,14 +199,14 @@ class Run:
         """
         if self._rank == 0 and self._fingerprint is not None:
             store.restore_replaced(self.folder)
-        newest, damaged = store.choose(self.folder)
+        newest, damaged = choose(self.folder)
         if newest is None and broadcast_object(self._rank == 0 and store.has_folders(self.folder)):
             raise CheckpointError(
-                f"{store.folder_of(self.folder)}: none of the checkpoints is good, the log says why; copy a good one "
+                f"{store.folder_of(self.folder)}: none of the checkpoints is good, see the log; copy a good one "
                 "back, or move them all away to train from the beginning"
             )
         if newest is not None:
-            state = store.load(engine, newest)
+            state = load(engine, newest)
             if self._fingerprint is not None and state.index_fingerprint != self._fingerprint:
                 raise CheckpointError(
                     f"{newest}: was trained on shards with fingerprint {state.index_fingerprint[:12]}, data.train now "
@@ -217,7 +218,7 @@ class Run:
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             self.num_skipped = state.extra.get("skipped_steps", 0)
             if self._fingerprint is not None:
-                store.quarantine(damaged)
+                quarantine(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         # A process that does not train drops no record of the training.
@@ -274,7 +275,7 @@ class Run:
         """
         self.num_bad_samples += number
         limit, num_read = self._settings.data.max_bad_ratio, self.step * self._global_batch
-        # A single bad sample among the first says nothing about their ratio.
+        # A single bad sample among the first is no estimate of their ratio.
         if self.num_bad_samples > max(limit * num_read, 1 if limit else 0):
             raise DataError(
                 f"{self._settings.data.train}: {self.num_bad_samples} of {num_read} samples could not be used, more "

@@ -9,30 +9,40 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.saver import Saver
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import broadcast_object, world
+from unimo3.checkpoint.save import Saver
+from unimo3.distributed import broadcast_object, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
 from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
-from unimo3.training.evaluation import Evaluation, to_device
+from unimo3.training.evaluation import Evaluation, StopGuard, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Metrics, read_metrics, step_metrics
 from unimo3.training.optim import OptimArgs
-from unimo3.training.preempt import STOP_FILE, StopListener, StopRequest, StopRequested
+from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
+from unimo3.training.progress import Progress
 from unimo3.training.run import Run
-from unimo3.training.watch import Watch
+from unimo3.training.start import Started
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+
+
+class TrainerSettings(Protocol):
+    """The groups of a program's settings that its training loop reads."""
+
+    @property
+    def training(self) -> TrainingArgs: ...
+    @property
+    def optim(self) -> OptimArgs: ...
+    @property
+    def checkpoint(self) -> CheckpointArgs: ...
 
 
 @dataclass(frozen=True)
@@ -59,43 +69,39 @@ class Trainer:
     """Trains from `run.step` to the end, or until asked to stop.
 
     Args:
+        process: this process, which has joined the other ranks.
         run: the run's folder, metrics and state; its `step` counts the optimizer steps done.
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
-        batches: the micro-batches of each optimizer step, from `run.step` on.
+        batches: the micro-batches of each optimizer step, from `run.step` on. None: only evaluate, at the run's step,
+            even if that was done before.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
-        only_evaluates: evaluate at the run's step, even if that was done before, and do not train.
     """
 
     def __init__(
         self,
+        settings: TrainerSettings,
+        process: Started,
         run: Run,
         engine: Engine,
-        batches: Iterable[list[Batch]],
-        training: TrainingArgs,
-        optim: OptimArgs,
-        checkpoint: CheckpointArgs,
-        listener: StopListener,
-        watch: Watch,
-        evaluation: Evaluation | None = None,
-        only_evaluates: bool = False,
+        batches: Iterable[list[Batch]] | None,
+        evaluation: Evaluation | None,
     ):
-        self.run, self.engine = run, engine
-        self.training, self.optim, self.checkpoint = training, optim, checkpoint
-        self.listener, self.watch = listener, watch
-        self.evaluation, self.only_evaluates = evaluation, only_evaluates
-        self.rank, self.num_ranks = world()
-        self.batches: Iterator[list[Batch]] = iter(batches)
-        self.saver = Saver(engine, run.folder, checkpoint)
+        self.training, self.optim, self.checkpoint = settings.training, settings.optim, settings.checkpoint
+        self.world, self.listener, self.watch = process
+        self.run, self.engine, self.evaluation = run, engine, evaluation
+        self.batches: Iterator[list[Batch]] = iter(() if batches is None else batches)
+        self.only_evaluates = batches is None
+        self.saver = Saver(engine, run.folder, self.checkpoint)
+        self.progress = Progress(self.training.steps, run.step, self.training.log_every, self.world.rank)
         self.first_step = run.step
-        self.last_step = run.step if only_evaluates else min(training.steps, training.stop_after or training.steps)
+        self.last_step = min(self.training.steps, self.training.stop_after or self.training.steps)
+        if self.only_evaluates:
+            self.last_step = run.step
         self.request = StopRequest.NONE
         self._unlogged: _Step | None = None
         self._num_not_finite = 0  # steps in a row
         self._is_evaluation_cut = False
         self._started = time.perf_counter()
-        self._progress = tqdm(
-            total=training.steps, initial=run.step, unit="step", disable=None if self.rank == 0 else True
-        )
 
     def train(self) -> None:
         """Train, evaluate and save.
@@ -145,18 +151,10 @@ class Trainer:
         run, engine = self.run, self.engine
         scale = lr_scale(run.step, self.training.steps, self.optim.warmup_ratio)
         set_lr(engine.optimizer, scale)
-        sums: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            self.watch.beat("compute" if run.step > self.first_step else "start", run.step)
-            report = engine(to_device(batch, engine.device))
-            engine.backward(report["loss"])
-            engine.step()
-            for name, value in report.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        means = self._accumulate(micro_batches)
         run.step += 1
         run.record_keys(micro_batches)
         run.num_skipped += step_was_skipped(engine)
-        means = {name: value / len(micro_batches) for name, value in sorted(sums.items())}
         now = time.perf_counter()
         self._unlogged = _Step(
             means={name: value.reshape(()) for name, value in means.items() if value.numel() == 1},
@@ -168,6 +166,18 @@ class Trainer:
             seconds=now - self._started,
         )
         self._started = now
+
+    def _accumulate(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
+        """Run each micro-batch; the engine takes its step after the last one. Returns the means of what they report."""
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
+            report = self.engine(to_device(batch, self.engine.device))
+            self.engine.backward(report["loss"])
+            self.engine.step()
+            for name, value in report.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        return {name: value / len(micro_batches) for name, value in sorted(sums.items())}
 
     def synchronize(self) -> None:
         """Agree on stop requests and log the last step, in one small all-reduce; every rank calls it.
@@ -184,7 +194,7 @@ class Trainer:
         *values, requeue, stop, save_failed, num_bad = sum_over_ranks(vector).tolist()
         self.request = max(self.request, StopRequest.of_counts(requeue, stop))
         if step:
-            means = {name: value / self.num_ranks for name, value in zip(step.means, values, strict=True)}
+            means = {name: value / self.world.size for name, value in zip(step.means, values, strict=True)}
             self.run.count_bad_samples(int(num_bad))
             self.log_step(step, means)
             self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
@@ -194,32 +204,14 @@ class Trainer:
 
     def log_step(self, step: _Step, means: dict[str, float]) -> None:
         """Write the metrics of the step just taken, and show them on rank 0."""
-        run, training = self.run, self.training
+        run = self.run
         counts = {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
-        metrics = step_metrics(run.step, training.global_batch, means, step.lr, step.grad_norm, step.seconds, counts)
-        is_shown = run.step % training.log_every == 0 or run.step in (1, training.steps)
-        gates = {name: value.tolist() for name, value in step.gates.items()} if is_shown else {}
+        metrics = step_metrics(
+            run.step, self.training.global_batch, means, step.lr, step.grad_norm, step.seconds, counts
+        )
+        gates = {name: value.tolist() for name, value in step.gates.items()} if self.progress.is_due(run.step) else {}
         run.metrics.write(metrics | gates)
-        losses = {name: math.nan if value is None else value for name, value in metrics.items() if name[:4] == "loss"}
-        if self.rank == 0 and is_shown and metrics.get("single_image_ratio"):
-            log.warning(
-                "step %d: in %.0f%% of the micro-steps all pairs have one image_id, and contrast and matching have no "
-                "wrong partner to learn from; raise training.micro_batch, or check image_id in the shards",
-                run.step,
-                100 * metrics["single_image_ratio"],
-            )
-        self._progress.update(1)
-        self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
-        if self.rank == 0 and self._progress.disable and is_shown:
-            log.info(
-                "step %d/%d  %s  lr %.2e  %.1f pairs/s  %.0f s left",
-                run.step,
-                training.steps,
-                " ".join(f"{name} {value:.4f}" for name, value in losses.items()),
-                metrics["lr"],
-                metrics["pairs_per_s"],
-                (training.steps - run.step) * metrics["step_s"],
-            )
+        self.progress.show(metrics)
 
     def save(self) -> None:
         """Save a checkpoint of the step just taken."""
@@ -228,7 +220,7 @@ class Trainer:
 
     def evaluate(self, evaluation: Evaluation) -> None:
         """Evaluate on held-out data, record the metrics, and save the checkpoint if it is the best."""
-        guard = _EvaluationGuard(self.listener, self.watch, self.run.step, self.engine.device)
+        guard = StopGuard(self.listener, self.watch, self.run.step, self.engine.device)
         metrics = evaluation.metrics(self.run.step, guard)
         self._is_evaluation_cut = guard.is_cut  # the next start evaluates again
         if metrics is not None:
@@ -244,37 +236,47 @@ class Trainer:
         Raises:
             Interrupted: the run was asked to stop before its end.
         """
-        run = self.run
-        self._progress.close()
+        self.progress.close()
         self._ensure_saved()
-        run.record_saves(self.saver.take_finished())
+        self.run.record_saves(self.saver.take_finished())
         self.watch.close()
-        where = f"step {run.step} of {self.training.steps} is saved in {run.folder}"
-        if run.step == 0:
-            where = "before the first step, so nothing is lost"
-        if self.only_evaluates:
-            where = f"of step {run.step} in {run.folder}"
-        if self.request == StopRequest.REQUEUE and (run.step < self.last_step or self._is_evaluation_cut):
+        is_complete = self.run.step >= self.last_step and not self._is_evaluation_cut
+        if self.request == StopRequest.REQUEUE and not is_complete:
             self.listener.done()
-            asked = f"asked to stop ({self.listener.name or 'by another rank'})"
-            if self.only_evaluates:
-                raise Interrupted(
-                    f"{asked} during the evaluation {where}; its results are not saved; start the same command to "
-                    "repeat it"
-                )
-            raise Interrupted(f"{asked}; {where}; start the same command to continue")
-        if self.rank != 0:
-            return
-        if self.request == StopRequest.STOP and (run.step < self.last_step or self._is_evaluation_cut):
-            what = "the evaluation is not finished" if self._is_evaluation_cut else where
-            file = run.folder / STOP_FILE
-            log.info("stopped by the file %s; %s; to continue, type: rm %s", file, what, file)
-        elif self.only_evaluates:
-            log.info("done: the evaluation %s", where)
-        else:
-            log.info(
-                "done: step %d of %d; checkpoints and metrics are in %s", run.step, self.training.steps, run.folder
+            raise Interrupted(self._interruption())
+        if self.world.rank == 0:
+            log.info("%s", self._end() if is_complete or self.request != StopRequest.STOP else self._stop())
+
+    def _interruption(self) -> str:
+        """Why the run is to be started again, and how far it came."""
+        asked = f"asked to stop ({self.listener.name or 'by another rank'})"
+        if self.only_evaluates:
+            return (
+                f"{asked} during the evaluation {self._position()}; its results are not saved; start the same command "
+                "to repeat it"
             )
+        return f"{asked}; {self._position()}; start the same command to continue"
+
+    def _stop(self) -> str:
+        """How far a run came that the file ``stop`` has ended."""
+        what = "the evaluation is not finished" if self._is_evaluation_cut else self._position()
+        file = self.run.folder / STOP_FILE
+        return f"stopped by the file {file}; {what}; to continue, type: rm {file}"
+
+    def _end(self) -> str:
+        """Where the results of a complete run are."""
+        if self.only_evaluates:
+            return f"done: the evaluation {self._position()}"
+        run = self.run
+        return f"done: step {run.step} of {self.training.steps}; checkpoints and metrics are in {run.folder}"
+
+    def _position(self) -> str:
+        run = self.run
+        if self.only_evaluates:
+            return f"of step {run.step} in {run.folder}"
+        if run.step == 0:
+            return "before the first step, so nothing is lost"
+        return f"step {run.step} of {self.training.steps} is saved in {run.folder}"
 
     def _ensure_saved(self, is_last: bool = True) -> bool:
         self.watch.beat("save", self.run.step)
@@ -295,7 +297,7 @@ class Trainer:
                 f"step {self.run.step}: the loss or its gradient is not finite ({listed}), {self._num_not_finite} "
                 "steps in a row; start again under another run.name with a lower optim.lr"
             )
-        if self.rank == 0:
+        if self.world.rank == 0:
             log.warning(
                 "step %d: the loss or its gradient is not finite (%s), %d in a row of at most %d",
                 self.run.step,
@@ -322,26 +324,6 @@ class Trainer:
     def _record_evaluation(self, evaluation: Evaluation, metrics: Metrics) -> None:
         data = {"data": evaluation.fingerprint} | ({"split": evaluation.split} if evaluation.split else {})
         self.run.metrics.write({"step": self.run.step, **data, **metrics}, group="eval")
-        if self.rank == 0:
+        if self.world.rank == 0:
             shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
             log.info("held-out data at step %d  %s", self.run.step, shown)
-
-
-class _EvaluationGuard:
-    """Yields evaluation batches until a rank is asked to stop; the wait for one is interrupted as in training."""
-
-    def __init__(self, listener: StopListener, watch: Watch, step: int, device: torch.device):
-        self.is_cut = False
-        self._listener, self._watch, self._step, self._device = listener, watch, step, device
-
-    def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; every rank takes the same number."""
-        while True:
-            batch = None
-            self._watch.beat("evaluate", self._step)
-            with suppress(StopRequested), self._listener.interruptible():
-                batch = next(batches, None)
-            self.is_cut = self._listener.agree(self._device) != StopRequest.NONE
-            if self.is_cut or batch is None:
-                return
-            yield batch

@@ -42,7 +42,7 @@ def test_splits_stay_apart_and_restval_joins_training(tmp_path):
     assert not read.omitted
 
 
-def test_repeated_captions_of_an_image_are_kept_once_in_their_order(tmp_path):
+def test_repeated_captions_of_an_image_appear_once_in_their_order(tmp_path):
     write_json(tmp_path / "dataset_coco.json", CONTENT)
     read = convert("coco", tmp_path)
     (sample,) = read.split("test")

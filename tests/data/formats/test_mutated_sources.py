@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import draw_jpeg, write_source
-from tests.data.mutations import damaged, mutated, outcome, property_settings
+from tests.data.mutations import damaged, mutated, property_settings, result_of
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.index import ShardIndex
 
@@ -37,7 +37,7 @@ def hypothesis_of(number: int, label: str) -> dict[str, Any]:
 
 
 SNLI = [hypothesis_of(1, "neutral"), hypothesis_of(2, "-"), hypothesis_of(1, "entailment")]
-# The values of each source's files; those of JSON lines are lists of records, others whole texts.
+# The values of each source's files; those of JSON lines are lists of records, others complete texts.
 FILES: dict[str, dict[str, Any]] = {
     "sbu": {"annot.json": [["1.jpg", "a dog"], ["2.jpg", " "], ["3.jpg", "déjà"]]},
     "cc3m": {
@@ -117,7 +117,7 @@ def test_a_changed_source_is_converted_completely_or_refused(tmp_path_factory, s
     change_a_file(data, folder, name)
     options = ["--max-reject-ratio", "0.9", "--min-answer-count", "1"]
     options += ["--tokenizer-vocab", "300"] if name == "coco" else []
-    status, error = outcome(name, "--src", str(folder), "--out", str(out), *options)
+    status, error = result_of(name, "--src", str(folder), "--out", str(out), *options)
     if status:
         assert str(base) in error or "--min-answer-count" in error
         return

@@ -20,7 +20,7 @@ from unimo3.data.formats.record import (
 from unimo3.errors import DataError
 
 
-def test_json_may_begin_with_a_byte_order_mark_and_hold_any_script(tmp_path):
+def test_json_may_have_a_byte_order_mark_and_any_script(tmp_path):
     path = write_json(tmp_path / "a.json", {"raw": "ein Fluß, 川, 🚲"}, bom=True)
     assert path.read_bytes().startswith(BOM)
     assert read_json(path, dict) == {"raw": "ein Fluß, 川, 🚲"}
@@ -58,7 +58,7 @@ def test_the_last_line_needs_no_end(tmp_path):
     assert [line for _, line in read_lines(path)] == ["one", "two"]
 
 
-def test_a_line_that_is_not_utf8_is_named_by_its_own_number(tmp_path):
+def test_a_line_that_is_not_utf8_is_named_by_its_number(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_bytes(b"fine\n" * 40 + b"caf\xe9\n" + b"fine\n")
     with pytest.raises(DataError, match=r"a\.tsv: line 41: is not UTF-8 \(.*0xe9.*\); download the file again"):
@@ -79,7 +79,7 @@ def test_records_are_read_one_by_one_with_their_lines_numbers(tmp_path):
         next(records)
 
 
-def test_the_first_file_that_is_there_is_taken(tmp_path):
+def test_the_first_file_that_exists_is_used(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert first_file(one, two) == one
     two.write_text("")

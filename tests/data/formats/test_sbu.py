@@ -43,7 +43,7 @@ def test_images_of_the_release_are_named_like_their_urls(tmp_path):
     assert read.omitted == {"empty caption": 1}
 
 
-def test_downloaded_images_lie_where_the_list_says_or_in_the_images_folder(tmp_path):
+def test_downloaded_images_are_at_the_listed_path_or_in_the_images_folder(tmp_path):
     (tmp_path / "images_train" / "0000").mkdir(parents=True)
     write_json(tmp_path / "annot.json", ANNOT)
     read = convert("sbu", tmp_path)
@@ -55,7 +55,7 @@ def test_downloaded_images_lie_where_the_list_says_or_in_the_images_folder(tmp_p
     assert read.omitted == {"empty caption": 1}
 
 
-def test_the_list_of_what_was_downloaded_goes_before_the_release(tmp_path):
+def test_a_list_of_downloads_has_precedence_over_the_release(tmp_path):
     write_json(tmp_path / "sbu-captions-all.json", RELEASE)
     write_json(tmp_path / "annot.json", [["1.jpg", "only this"]])
     assert [sample.content["captions"] for _, sample in convert("sbu", tmp_path).samples] == [["only this"]]

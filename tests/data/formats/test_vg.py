@@ -57,7 +57,7 @@ def test_empty_phrases_and_images_without_any_are_counted(source):
     assert convert("vg", source).omitted == {"empty phrase": 3, "image without a phrase": 2}
 
 
-def test_images_are_found_in_either_folder(source):
+def test_images_may_be_in_either_folder(source):
     files = [sample.images for _, sample in convert("vg", source).samples]
     assert files == [(source / "VG_100K_2" / "1.jpg",), (source / "VG_100K" / "107899.jpg",)]
 

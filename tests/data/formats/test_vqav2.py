@@ -108,7 +108,7 @@ def test_questions_and_answers_are_gathered_by_image(tmp_path):
     assert not read.omitted
 
 
-def test_a_granularity_is_kept_and_a_question_type_may_be_missing(tmp_path):
+def test_a_granularity_is_copied_and_a_question_type_may_be_missing(tmp_path):
     write_source(tmp_path)
     notes = lose("annotations", 2, "question_type")(set_at("annotations", 2, "granularity", value="fine")(NOTES))
     write_json(tmp_path / "v2_mscoco_train2014_annotations.json", notes)
@@ -188,7 +188,7 @@ def test_questions_without_answers_have_no_choices(tmp_path):
     assert [normalized_choices(sample) for sample in read.split("val")] == [["net", "pitcher"], ["net"]]
 
 
-def test_test_questions_are_read_apart_from_those_with_answers(tmp_path):
+def test_test_questions_are_read_separately_from_those_with_answers(tmp_path):
     source, images = write_test_questions(write_source(tmp_path / "source"), bom=True), tmp_path / "images"
     read, plain = convert("vqav2", source, images), convert("vqav2", write_source(tmp_path / "plain"), images)
     assert read.samples[:4] == plain.samples
@@ -275,7 +275,7 @@ def questions_in(folder: Path) -> list[dict]:
     ]
 
 
-def test_test_splits_get_shards_of_their_own_and_change_nothing_else(vqav2, shards_with_tests):
+def test_test_splits_get_separate_shards_and_change_nothing_else(vqav2, shards_with_tests):
     assert sorted(path.name for path in vqav2.iterdir()) == [".unimo3-shards", "answers.json", "train", "val"]
     assert sorted(path.name for path in shards_with_tests.iterdir()) == [
         ".unimo3-shards",

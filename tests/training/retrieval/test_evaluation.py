@@ -92,7 +92,7 @@ def naive_recall(order_of, is_right, num_queries):
 
 
 @pytest.mark.parametrize("shortlist", [0, 3])
-def test_recall_is_that_of_scoring_every_pair_by_the_whole_model(shards, shortlist):
+def test_recall_is_that_of_scoring_every_pair_by_the_complete_model(shards, shortlist):
     # In float64, rounded to float32 by the heads: ties are the same in both.
     task = plain_task(shards).double().eval()
     similarities, scores, image_of = full_model_scores(shards, task)
@@ -173,7 +173,7 @@ def test_towers_run_once_an_image_and_once_a_text(shards):
     assert rows == {"image": -(-NUM_IMAGES // BATCH) * BATCH, "text": -(-num_texts // BATCH) * BATCH}
 
 
-def test_folds_are_ranked_each_for_itself(shards, alone):
+def test_folds_are_ranked_separately(shards, alone):
     metrics = alone["folds"]
     # The one fold is the complete set.
     assert {name: value for name, value in metrics.items() if name.endswith("_fold")} == {
@@ -185,7 +185,7 @@ def test_folds_are_ranked_each_for_itself(shards, alone):
     assert ones["ir_at_1"] == metrics["ir_at_1"]
 
 
-def test_images_that_are_no_whole_number_of_folds_are_refused(shards):
+def test_a_number_of_images_that_folds_do_not_divide_is_refused(shards):
     with pytest.raises(ConfigError, match=r"ranking.fold_images: 5: the 11 images of data.val are no whole number"):
         evaluate(shards, RankingArgs(fold_images=5))
 

@@ -26,7 +26,7 @@ def naive_recall(scores, is_right, k):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_recall_is_a_double_loops_with_ties_and_five_captions(seed):
+def test_recall_equals_a_double_loop_with_ties_and_five_captions(seed):
     scores = drawn_scores(seed)
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
     metrics = recalls(first_ranks(scores, is_right), first_ranks(scores.T, is_right.T))
@@ -45,7 +45,7 @@ def test_equal_scores_do_not_help():
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_a_score_that_is_no_number_is_the_lowest(bad):
+def test_a_score_that_is_not_a_number_is_the_lowest(bad):
     is_right = torch.tensor([[True, False, False]])
     assert first_ranks(torch.tensor([[bad, -9.0, bad]]), is_right).tolist() == [2]
     assert first_ranks(torch.tensor([[-9.0, bad, bad]]), is_right).tolist() == [0]
@@ -58,7 +58,7 @@ def test_a_query_without_a_right_candidate_never_counts():
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("k", [1, 3, 12])
-def test_a_shortlist_goes_before_the_others_in_the_order_of_its_own_scores(seed, k):
+def test_a_shortlist_comes_first_in_the_order_of_its_scores(seed, k):
     towers, fusion = drawn_scores(seed), drawn_scores(seed + 100)
     is_right = torch.arange(NUM_IMAGES)[:, None] == IMAGE_OF
     chosen = towers.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -75,5 +75,5 @@ def test_a_shortlist_goes_before_the_others_in_the_order_of_its_own_scores(seed,
     assert ranks.tolist() == expected
 
 
-def test_figures_of_folds_are_means():
+def test_metrics_of_folds_are_means():
     assert mean_of([{"a": 0.5, "b": 1.0}, {"a": 0.0, "b": 1.0}]) == {"a": 0.25, "b": 1.0}

@@ -21,7 +21,7 @@ def embeddings():
 
 
 @pytest.mark.parametrize("fold_images", [0, 100])
-def test_each_gallery_has_the_likeliest_of_its_own(embeddings, fold_images):
+def test_each_gallery_lists_its_most_similar_candidates(embeddings, fold_images):
     galleries = galleries_of(embeddings, fold_images, 7, CPU)
     bounds = [(0, NUM_IMAGES)] + [(start, start + 100) for start in range(0, NUM_IMAGES, 100) if fold_images]
     assert len(galleries) == len(bounds)
@@ -38,7 +38,7 @@ def test_each_gallery_has_the_likeliest_of_its_own(embeddings, fold_images):
         assert torch.equal(of_texts.ranks, first_ranks(similarities.T, is_right.T))
 
 
-def test_of_equal_candidates_the_first_in_the_data_set_are_taken(embeddings):
+def test_of_equal_candidates_the_first_in_the_data_set_are_chosen(embeddings):
     equal = embeddings._replace(images=torch.ones_like(embeddings.images), texts=torch.ones_like(embeddings.texts))
     ((of_images, of_texts),) = galleries_of(equal, 0, 4, CPU)
     assert (of_images.candidates == torch.arange(4)).all()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unimo3.data.formats.record import Sample, choice, field, first_file, read_records, text
-from unimo3.data.scoring import sentence_of
+from unimo3.data.metrics import sentence_of
 from unimo3.errors import DataError
 
 # Our split, its file, its images' folder.

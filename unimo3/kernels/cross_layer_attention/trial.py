@@ -26,7 +26,7 @@ _TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float32: 1e-4}
 
 @torch.compiler.assume_constant_result
 def triton_works(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernels give the reference's results and gradients on a device; a warning says why not.
+    """Whether the kernels give the reference's results and gradients on a device; a warning has the reason.
 
     Args:
         width: of a head, d.

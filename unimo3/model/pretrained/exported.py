@@ -31,15 +31,17 @@ def read_exported_config(folder: str, has_weights: bool = True) -> Unimo3Config:
     return config
 
 
-def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$", unused: str = r"^$") -> None:
+def load_exported(model: Unimo3PreTrainedModel, folder: str, fresh: str = r"^$") -> None:
     """Fill a model from an exported folder; the position table of images is resized bicubically to the model's grid.
+
+    The model's class names the tensors there that it does not use, as for `from_pretrained`.
 
     Args:
         fresh: pattern of parameters that may be missing there and keep their initial values.
-        unused: pattern of tensors there that this model does not use.
 
     Raises:
         CheckpointError: any other tensor is missing, unexpected or of another shape.
     """
     fit = position_fitter(cast(Unimo3Model, model.unimo3).vision_tower)
+    unused = "|".join(model._keys_to_ignore_on_load_unexpected or [r"^$"])
     fill(model, read_tensors(Path(folder)), f"init: '{folder}'", unused=unused, fresh=fresh, adapt=fit)

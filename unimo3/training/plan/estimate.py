@@ -17,7 +17,7 @@ from unimo3.training.plan.step_trace import StepCost
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs to be booked.
+    """The GPUs to be used.
 
     Attributes:
         num_gpus: of all nodes, one rank each.

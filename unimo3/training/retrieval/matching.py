@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import all_gather_object
+from unimo3.distributed import all_gather_object, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard
 from unimo3.training.retrieval.recall import shortlist_ranks

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimo3.collectives import sum_over_ranks
-from unimo3.distributed import world
+from unimo3.distributed import sum_over_ranks, world
 from unimo3.training.retrieval.recall import first_ranks
 
 _BLOCK_QUERIES = 256

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimo3.collectives import gather_rows
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs, planned_batches
 from unimo3.data.order import full_batch_positions
-from unimo3.distributed import World, all_gather_object
+from unimo3.distributed import World, all_gather_object, gather_rows
 from unimo3.engine import Engine
 from unimo3.training.evaluation import Guard, to_device
 from unimo3.training.retrieval.shortlist import Embeddings

@@ -28,7 +28,7 @@ def test_a_second_save_waits_for_the_first(results):
 
 
 @pytest.mark.integration
-def test_what_is_written_is_the_state_at_the_save(results, root):
+def test_a_background_save_writes_the_state_at_its_start(results, root):
     """Not what training made of it meanwhile."""
     before, after = results[0]["saved"], run_ranks(2, load_good, root)[0]
     assert before.keys() == after.keys()
@@ -40,7 +40,7 @@ def test_what_is_written_is_the_state_at_the_save(results, root):
 
 
 @pytest.mark.integration
-def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(results):
+def test_a_failure_is_raised_on_every_rank_and_old_checkpoints_stay(results):
     for rank in results:
         assert "rank 1: " in rank["stop"]
         assert "earlier checkpoints are untouched" in rank["stop"]
@@ -48,7 +48,7 @@ def test_a_failure_is_told_on_every_rank_and_earlier_checkpoints_stay(results):
 
 
 @pytest.mark.integration
-def test_a_failure_that_one_rank_alone_knows_of_is_told_on_every_rank(results):
+def test_a_failure_on_one_rank_is_raised_on_every_rank(results):
     for rank in results:
         assert "saving step_00000005 failed (division by zero)" in rank["on rank 0 alone"]
 

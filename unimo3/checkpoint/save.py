@@ -1,16 +1,24 @@
-"""Saves a run's checkpoints in the foreground or in a background thread, and handles failed saves.
+"""Saves a run's checkpoints, in the foreground or in a background thread; each is committed atomically or not at all.
+
+A save goes to ``step_00001000.tmp``: every rank writes, flushes and hashes its files; when all have, rank 0 writes
+the manifest (name, bytes and SHA-256 of every file), renames the folder, and replaces ``latest``. Each step ends in
+agreement: what fails on one rank fails on all, and is removed.
 
 In the background, a save blocks the step only while this rank's state is copied to host memory, which the next save
 uses again. A thread does the rest and agrees through a separate process group. A second save waits for the first.
 
-Source: torchtitan's asynchronous checkpoints for the copy and the separate group.
+Source: DeepSpeed's engine.save_checkpoint for the tensors; databases' commit files for the rename; torchtitan's
+asynchronous checkpoints for the copy and the separate group.
 """
 
 import atexit
 import logging
+import shutil
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,15 +27,31 @@ import torch.distributed as dist
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.commit import FIX, begin_save
-from unimo3.checkpoint.engine_files import HostMemory
-from unimo3.checkpoint.state import TrainState
-from unimo3.distributed import all_gather_object, world
+from unimo3.checkpoint.engine_files import (
+    HostMemory,
+    capture_engine_files,
+    gather_persistent,
+    without_barriers,
+    write_captured,
+    write_engine_files,
+)
+from unimo3.checkpoint.load import describe_engine
+from unimo3.checkpoint.manifest import (
+    STATE,
+    flush_and_hash,
+    flush_folder,
+    make_readable,
+    write_and_flush,
+    write_manifest,
+)
+from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
+from unimo3.distributed import all_gather_object, on_all_ranks, world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+_FIX = "earlier checkpoints are untouched; check space, quota and permissions of the run's folder"
 # Of the slowest rank's writing.
 _TIMEOUT = timedelta(hours=12)
 # For a running save when the run ends by an error; a node that is gone must not block the others forever.
@@ -116,7 +140,7 @@ class Saver:
             except CheckpointError as error:
                 self._failure = error
             except Exception as error:  # such as of the group, when another rank's process has ended
-                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {FIX}")
+                self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {_FIX}")
 
         if self._args.background and not self._has_logged_memory:
             log.info(
@@ -186,3 +210,125 @@ class Saver:
             store.prune(self._run, self._args.keep_last, self._args.keep_every, known_good=folder)
         except OSError as error:  # the checkpoint itself is there, and the next save tries again
             log.warning("%s: old checkpoints could not be removed (%s)", self._run, error)
+
+
+def save(engine: Engine, run: Path, state: TrainState) -> Path:
+    """Save and commit a checkpoint; every rank calls it.
+
+    Raises:
+        CheckpointError: on every rank, if any rank failed; earlier checkpoints are untouched.
+    """
+    return begin_save(engine, run, state, None)(None)
+
+
+def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory | None) -> Callable[[Any], Path]:
+    """Run the part of a save that training waits for; every rank calls it.
+
+    Args:
+        memory: host memory for the copy that a background save writes later. None: the files are written now.
+
+    Returns:
+        A function that finishes the save, in any thread if there is a copy. It synchronizes the ranks through the given
+        process group, and returns the committed folder.
+
+    Raises:
+        CheckpointError: on every rank, as that function does; earlier checkpoints are untouched.
+    """
+    rank, _ = world()
+    checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
+    staging, final = checkpoints / f"{tag}.tmp", checkpoints / tag
+    state = replace(state, engine=describe_engine(engine))
+    # Each step of the protocol ends in agreement: a failed rank notifies the others instead of leaving them waiting.
+    on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, _FIX)
+    generators = captured_rng()
+    files: list[Path] = []
+    if memory is None:
+        files = _without_barriers(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
+    else:
+        _without_barriers(
+            engine, staging, f"copying for {staging}", lambda: capture_engine_files(engine, staging, memory)
+        )
+
+    def write() -> list[Path]:
+        written = files if memory is None else write_captured(memory)
+        written.append(staging / f"rng_rank_{rank}.safetensors")
+        save_rng(written[-1], generators)
+        make_readable(written[-1])
+        if rank == 0:
+            written.append(staging / STATE)
+            state.write(written[-1])
+        return written
+
+    def finish(group: Any) -> Path:
+        try:
+            written = on_all_ranks(f"writing {staging}", write, _FIX, group)
+            parts = on_all_ranks(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), _FIX, group)
+            on_all_ranks(
+                f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, _FIX, group
+            )
+        except CheckpointError:
+            _discard(staging, group)
+            raise
+        return final
+
+    return finish
+
+
+def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+    """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
+    try:
+        with without_barriers(engine.optimizer):
+            return on_all_ranks(doing, action, _FIX)[world()[0]]
+    except CheckpointError:
+        _discard(staging, None)
+        raise
+    finally:
+        gather_persistent(engine.optimizer)
+
+
+def _discard(staging: Path, group: Any) -> None:
+    """Remove the files of a failed save, to free the disk; no rank returns before they are gone."""
+
+    def remove() -> None:
+        if world()[0] == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    on_all_ranks(f"removing {staging}", remove, _FIX, group)
+
+
+def _clear_staging(staging: Path) -> None:
+    """Make an empty folder for a save, and remove the leftovers of killed saves and removals."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    store.restore_replaced(staging.parents[1])
+    for path in staging.parent.glob("step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)  # another process may still read from it
+    staging.mkdir()
+
+
+def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> None:
+    entries = [entry for part in parts for entry in part]
+    on_disk = {path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()}
+    listed = {entry["name"] for entry in entries}
+    if on_disk != listed:
+        raise OSError(f"{staging}: files appeared or vanished during the save: {sorted(on_disk ^ listed)}")
+    write_manifest(staging, entries)
+    replaced = final.with_name(f"{final.name}{store.REPLACED}")
+    if final.exists():
+        final.rename(replaced)  # the same step saved again, after resuming from an earlier one
+    try:
+        staging.rename(final)
+    except OSError:
+        store.restore_replaced(final.parents[1])
+        raise
+    # From here on it is committed, whatever else fails.
+    try:
+        flush_folder(final.parent)
+        latest = final.parent / "latest"
+        write_and_flush(latest.with_suffix(".tmp"), final.name)
+        latest.with_suffix(".tmp").replace(latest)
+        flush_folder(final.parent)
+    except OSError as error:
+        log.warning("%s is committed, but latest could not be written (%s)", final, error)
+    shutil.rmtree(replaced, ignore_errors=True)
