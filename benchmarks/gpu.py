@@ -8,7 +8,7 @@ Stages in order of value, each in a process of its own, so that a failed one doe
     run          with deepspeed: 20 steps of ZeRO-3, killed and resumed, exported in fp16
     variants     with deepspeed: fp16 with loss scaling, activation checkpointing, compiled towers, apex if present
 
-Every line is printed and written when it is measured. A second call goes on where the first ended.
+Every line is printed and written when it is measured. A second call continues where the first ended.
 
 Source: none.
 """
@@ -102,10 +102,10 @@ def contestants(machine: Machine) -> Iterator[str]:
         failed = [f"{name} failed ({result})" for name, result in results.items() if isinstance(result, str)]
         others = {name: result for name, result in timed.items() if name != kernel.OURS}
         if kernel.OURS in timed and others:
-            best, own = min(others, key=lambda name: others[name].both_s), timed[kernel.OURS]
+            best, of_ours = min(others, key=lambda name: others[name].both_s), timed[kernel.OURS]
             each = ", ".join(f"{name} {result.both_s * 1e6:.0f}" for name, result in timed.items())
-            host = "" if own.host_s is None else f"; ours takes {own.host_s * 1e6:.0f} us of the host"
-            ratio = others[best].both_s / own.both_s
+            host = "" if of_ours.host_s is None else f"; ours takes {of_ours.host_s * 1e6:.0f} us of the host"
+            ratio = others[best].both_s / of_ours.both_s
             yield f"{case.label}: {ratio:.2f} times as fast as {best}; us forward and backward: {each}{host}"
         for line in failed:
             yield f"{case.label}: {line}"
@@ -239,7 +239,7 @@ def _losses(records: list[dict]) -> str:
 
 
 def do_stage(name: str, machine: Machine, log: Path) -> None:
-    """Run a stage here and append each of its lines to the log; the last record says that it ended."""
+    """Run a stage here and append each of its lines to the log; a last record marks its end."""
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
 
     def record(**values: object) -> None:
@@ -301,7 +301,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not args.dry_run and not torch.cuda.is_available():
         raise ConfigError("no GPU is found; --dry-run tries the stages on a CPU")
     if args.dry_run and not args.out:
-        raise ConfigError("--out: is needed with --dry-run, whose report says nothing of a GPU")
+        raise ConfigError("--out: is needed with --dry-run, whose report is not of a GPU")
     return args
 
 
@@ -326,8 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {'ended before' if name in ended else 'no time is left; call again'}", flush=True)
             continue
         if lines[name]:  # of a call that was cut off
-            kept = [text for text in log.read_text(encoding="utf-8").splitlines() if json.loads(text)["stage"] != name]
-            log.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+            others = [
+                text for text in log.read_text(encoding="utf-8").splitlines() if json.loads(text)["stage"] != name
+            ]
+            log.write_text("".join(f"{text}\n" for text in others), encoding="utf-8")
         print(f"{name}, {left:.0f} s left:", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--out", str(out)]
         environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if args.dry_run else {})

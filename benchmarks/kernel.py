@@ -81,7 +81,7 @@ class Case:
 
 
 def gpu_cases() -> list[Case]:
-    """Sizes of the recipes in both directions, and long ones; what says most comes first."""
+    """Sizes of the recipes in both directions, and long ones; the most informative come first."""
     sizes = [
         ("base", 64, 12, 50, 325, (6, 1, 3, 2, 4, 5)),
         ("large", 32, 16, 50, 442, (6, 1)),
@@ -338,7 +338,7 @@ def table(results: dict[Case, dict[str, Result | str]]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for case, by_name in results.items():
-        own = by_name.get(OURS)
+        of_ours = by_name.get(OURS)
         for name, result in by_name.items():
             if isinstance(result, str):
                 lines.append(f"| {case.label} | {name} | {result} |" + " |" * 7)
@@ -348,8 +348,8 @@ def table(results: dict[Case, dict[str, Result | str]]) -> str:
             cells.append("" if result.host_s is None else f"{result.host_s * 1e6:.0f}")
             cells.append("" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.1f}")
             cells.append("" if result.error is None else f"{result.error:.1e}")
-            compared = name != OURS and isinstance(own, Result)
-            cells.append(f"{result.both_s / own.both_s:.2f} times as fast" if compared else "")  # type: ignore[union-attr]
+            compared = name != OURS and isinstance(of_ours, Result)
+            cells.append(f"{result.both_s / of_ours.both_s:.2f} times as fast" if compared else "")  # type: ignore[union-attr]
             lines.append(f"| {case.label} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

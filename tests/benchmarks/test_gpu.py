@@ -1,4 +1,4 @@
-"""The first run on a GPU, tried on a CPU: every stage reports, a failed one is named, and a second call goes on."""
+"""The first run on a GPU, tried on a CPU: every stage reports, a failed one is named, and a second call continues."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_every_stage_reports_on_a_cpu_and_ended_ones_are_not_repeated(tmp_path, 
     assert capfd.readouterr().out.count("ended before") == len(gpu.STAGES)
 
 
-def test_a_stage_that_fails_is_said_to_have_no_end(tmp_path, monkeypatch):
+def test_a_stage_that_fails_is_reported_without_an_end(tmp_path, monkeypatch):
     def broken(machine):
         yield "a first result"
         raise RuntimeError("the GPU fell off the bus")
@@ -51,7 +51,7 @@ def test_a_stage_that_fails_is_said_to_have_no_end(tmp_path, monkeypatch):
     assert "## contestants\n\nThis stage has not begun." in report
 
 
-def test_a_stage_without_its_packages_says_which(tmp_path, monkeypatch):
+def test_a_stage_without_its_packages_names_them(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu.NEEDS, "run", ("no_such_package",))
     log = tmp_path / "gpu.jsonl"
     gpu.do_stage("run", gpu.Machine(True), log)

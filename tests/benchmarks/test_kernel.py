@@ -24,7 +24,7 @@ def test_all_contestants_compute_the_same(padded):
     assert all(result.error is None and result.both_s > 0 for result in dropped.values())
 
 
-def test_a_contestant_that_fails_says_why_and_the_others_are_measured(monkeypatch):
+def test_a_contestant_that_fails_gives_its_reason_and_the_others_go_ahead(monkeypatch):
     monkeypatch.setattr(kernel, "stacked", None)
     case = kernel.Case("odd", 1, 1, 3, 5, 16, 2, False, torch.float32)
     results = kernel.measure(case, ("stacked", "separate"), 1, torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_the_report_compares_each_contestant_with_ours(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_budget_ends_after_a_case_and_the_report_says_what_is_missing(tmp_path):
+def test_a_budget_ends_after_a_case_and_the_report_counts_missing_cases(tmp_path):
     out = tmp_path / "kernel.md"
     options = ["--rounds", "1", "--cases", "tiny", "--contestants", "separate", "--budget", "1e-9"]
     assert run(["--cpu", *options, "--out", str(out)]) == 0

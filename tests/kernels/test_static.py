@@ -106,8 +106,8 @@ def test_the_record_has_what_the_compiler_gives(rows, sample):
 def test_kernels_of_base_issue_and_move_no_more_than_they_should(rows):
     def slots(kernel, dropout):
         kind = {"kernel": kernel, "dtype": "bf16", "width": 64, "capability": 90, "masked": True, "dropout": dropout}
-        found = [row for row in rows if kind.items() <= row.items() and row["blocks"][:2] == [64, 64]]
-        return max(row["loop_instructions"] * row["blocks"][2] / 4 for row in found)
+        matching = [row for row in rows if kind.items() <= row.items() and row["blocks"][:2] == [64, 64]]
+        return max(row["loop_instructions"] * row["blocks"][2] / 4 for row in matching)
 
     assert slots("forward_short", False) <= 600
     assert slots("backward_query_short", False) <= 600

@@ -98,7 +98,7 @@ def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, has_s
 
 @pytest.fixture
 def exact_bfloat16(monkeypatch):
-    """The interpreter's product of bfloat16 multiplies the bits as whole numbers (triton 3.9): here their values."""
+    """The interpreter's product of bfloat16 multiplies the bits as integers (triton 3.9): here their values."""
     if DEVICE == "cuda":
         return
     product = InterpreterBuilder.create_dot
@@ -113,7 +113,7 @@ def exact_bfloat16(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
-# Every kernel: text reads image, image reads text, and lengths of half a block beyond whole ones.
+# Every kernel: text reads image, image reads text, and lengths of a multiple of blocks and a half.
 @pytest.mark.parametrize("sizes", [(50, 192), (192, 50), (192, 192)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sharp_rows_are_as_exact_as_plain_operations(sizes, dtype, exact_bfloat16, nan_filled):

@@ -123,8 +123,8 @@ def _check(
     dropout_p: float,
 ) -> None:
     if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or not levels:
-        given = "none" if isinstance(levels, Sequence) and not levels else f"a {type(levels).__name__}"
-        raise ValueError(f"levels: {given}; a list of one [B, V, 2, H, d] tensor a level is needed")
+        kind = "none" if isinstance(levels, Sequence) and not levels else f"a {type(levels).__name__}"
+        raise ValueError(f"levels: {kind}; a list of one [B, V, 2, H, d] tensor a level is needed")
     each_mask = [masks] * len(levels) if isinstance(masks, Tensor) else masks
     for name, tensors in (("q", [q]), ("levels", levels), ("gate", [gate]), ("key_padding_mask", each_mask or ())):
         for tensor in tensors:

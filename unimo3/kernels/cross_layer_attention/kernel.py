@@ -45,7 +45,7 @@ def _program(num_blocks, num_heads):
 
 
 @triton.jit
-def _places(rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def _offsets(rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Offsets [rows, columns] of a matrix with dense rows, and which exist. A sample has less than 2^31 elements."""
     columns = tl.arange(0, BLOCK_D)
     inside = rows[:, None] < num_rows
@@ -57,14 +57,14 @@ def _places(rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constex
 @triton.jit
 def _load_rows(start, rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """[rows, columns] of such a matrix; zeros outside."""
-    places, inside = _places(rows, row_stride, num_rows, WIDTH, BLOCK_D)
-    return tl.load(start + places, mask=inside, other=0.0)
+    offsets, inside = _offsets(rows, row_stride, num_rows, WIDTH, BLOCK_D)
+    return tl.load(start + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store_rows(start, rows, row_stride, num_rows, values, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    places, inside = _places(rows, row_stride, num_rows, WIDTH, BLOCK_D)
-    tl.store(start + places, values.to(start.dtype.element_ty), mask=inside)
+    offsets, inside = _offsets(rows, row_stride, num_rows, WIDTH, BLOCK_D)
+    tl.store(start + offsets, values.to(start.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH: tl.c
 def _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE: tl.constexpr, LEVELS: tl.constexpr):
     """The gate of a level for queries t."""
     if HAS_GATE:
-        place = gate + (sample * num_queries * num_heads + head) * LEVELS + level + t * (num_heads * LEVELS)
-        gates = tl.load(place, mask=t < num_queries, other=0.0).to(tl.float32)
+        start = gate + (sample * num_queries * num_heads + head) * LEVELS + level + t * (num_heads * LEVELS)
+        gates = tl.load(start, mask=t < num_queries, other=0.0).to(tl.float32)
     else:
         gates = tl.full(t.shape, 1.0 / LEVELS, dtype=tl.float32)
     return gates
@@ -108,12 +108,12 @@ def _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE: tl.co
 def _test_bits(words, rows, num_rows, num_words, first, BLOCK: tl.constexpr):
     """[rows, BLOCK] bits from `first` on, of `num_words` words a row. `first` is a multiple of the block."""
     columns = tl.arange(0, BLOCK)
-    place, inside = words + rows * num_words + first // 32, rows < num_rows
-    word = tl.load(place, mask=inside, other=0)[:, None]
+    start, inside = words + rows * num_words + first // 32, rows < num_rows
+    word = tl.load(start, mask=inside, other=0)[:, None]
     if BLOCK > 32:
         # The number of words is even.
         tl.static_assert(BLOCK == 64)
-        word = tl.where(columns[None, :] < 32, word, tl.load(place + 1, mask=inside, other=0)[:, None])
+        word = tl.where(columns[None, :] < 32, word, tl.load(start + 1, mask=inside, other=0)[:, None])
     return (word & (1 << (first + columns) % 32)[None, :]) != 0
 
 
@@ -138,8 +138,8 @@ def draw_bits_kernel(bits, seed, longest, num_queries, pairs, threshold, BLOCK: 
     """Dropout's bits of all pairs: by query [T, W], then by key [32 W, ...]; dropout.py has the function."""
     words, words_by_key = tl.cdiv(longest, 64) * 2, tl.cdiv(num_queries, 64) * 2
     words_of_pair = num_queries * words + words * 32 * words_by_key
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pair, word = place // words_of_pair, (place % words_of_pair).to(tl.int32)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pair, word = index // words_of_pair, (index % words_of_pair).to(tl.int32)
     by_key = word >= num_queries * words
     word = tl.where(by_key, word - num_queries * words, word)
     per_row = tl.where(by_key, words_by_key, words)
@@ -152,7 +152,7 @@ def draw_bits_kernel(bits, seed, longest, num_queries, pairs, threshold, BLOCK: 
         key = tl.where(by_key, row, first + bit).to(tl.uint32)
         query = tl.where(by_key, first + bit, row).to(tl.uint32)
         drawn = drawn | ((_mixed(_mixed((of_pair ^ key) + high) ^ query) >= threshold).to(tl.uint32) << bit)
-    tl.store(bits + place, drawn.to(tl.int32, bitcast=True), mask=pair < pairs)
+    tl.store(bits + index, drawn.to(tl.int32, bitcast=True), mask=pair < pairs)
 
 
 @triton.jit
@@ -269,8 +269,8 @@ def backward_query_kernel(
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
         k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
-        place = (pair * LEVELS + level) * num_queries + t
-        saved = tl.load(lse + place, mask=t < num_queries, other=float("inf"))
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
         centre = tl.zeros([BLOCK_T], dtype=tl.float32)
         offset = tl.zeros([BLOCK_T], dtype=tl.float32)
         seen = tl.zeros([BLOCK_T], dtype=tl.float32)
@@ -298,7 +298,7 @@ def backward_query_kernel(
         gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
         result += (sloped - offset[:, None] * plain) * gates[:, None]
         # Of a level without a readable key the weights sum to zero, and so does D.
-        tl.store(offsets + place, offset + centre * seen, mask=t < num_queries)
+        tl.store(offsets + row_of_lse, offset + centre * seen, mask=t < num_queries)
     _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)
 
 
@@ -325,8 +325,8 @@ def backward_query_short_kernel(
         k = _of_level(kvs, level, LEVELS) + level_start
         keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
         values = _load_rows(k + row, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
-        place = (pair * LEVELS + level) * num_queries + t
-        saved = tl.load(lse + place, mask=t < num_queries, other=float("inf"))
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
         gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
         weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
@@ -336,7 +336,7 @@ def backward_query_short_kernel(
         offset = tl.sum(weights * slope, 1)
         change = weights * (slope - offset[:, None]) * gates[:, None]
         result = tl.dot(change.to(keys.dtype), keys, acc=result, input_precision=PRECISION)
-        tl.store(offsets + place, offset, mask=t < num_queries)
+        tl.store(offsets + row_of_lse, offset, mask=t < num_queries)
     _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)
 
 
@@ -362,9 +362,9 @@ def backward_key_kernel(
         t = first + tl.arange(0, BLOCK_T)
         queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
         slopes = _load_rows(grad_out + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
-        place = (pair * LEVELS + level) * num_queries + t
-        saved = tl.load(lse + place, mask=t < num_queries, other=float("inf"))
-        offset = tl.load(offsets + place, mask=t < num_queries, other=0.0)
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
+        offset = tl.load(offsets + row_of_lse, mask=t < num_queries, other=0.0)
         gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
         weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0) * gates[None, :]
@@ -401,8 +401,8 @@ def backward_fused_kernel(
     for level in range(LEVELS):
         k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
         grad = _of_level(grad_kvs, level, LEVELS) + (sample * num_keys * 2 * num_heads + head) * WIDTH
-        place = (pair * LEVELS + level) * num_queries + t
-        saved = tl.load(lse + place, mask=t < num_queries, other=float("inf"))
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
         gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
         offset = tl.zeros([BLOCK_T], dtype=tl.float32)
         for first in range(0, num_keys, BLOCK_V):
@@ -419,7 +419,7 @@ def backward_fused_kernel(
             offset += tl.sum(weights * slope, 0)
         if DROPOUT:
             offset *= 1.0 / (1.0 - dropout_p)
-        tl.store(offsets + place, offset, mask=t < num_queries)
+        tl.store(offsets + row_of_lse, offset, mask=t < num_queries)
         for first in range(0, num_keys, BLOCK_V):
             rows = first + tl.arange(0, BLOCK_V)
             keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)

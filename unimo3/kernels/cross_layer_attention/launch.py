@@ -181,14 +181,14 @@ def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
     run = _Pass(inputs)
     levels = tuple(grads.levels)
-    own = {
+    tensors = {
         "backward_fused": (grads.q, grads.offsets, levels),
         "backward_query": (grads.q, grads.offsets),
         "backward_query_short": (grads.q, grads.offsets),
         "backward_key": (grads.offsets, levels),
     }
     for name in backward_kernels(inputs.q, run.lengths, run.num_masks):
-        run.launch(name, grad_out, lse, *own[name])
+        run.launch(name, grad_out, lse, *tensors[name])
 
 
 def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:

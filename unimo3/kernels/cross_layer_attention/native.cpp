@@ -40,15 +40,15 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // e^x for x <= 0, by Cephes' polynomial; zero below -87, where e^x leaves float32's normal range; NaN stays NaN.
 inline Floats exponential(Floats x) {
-    const Floats shift = all(12582912.f);  // adding it rounds to a whole number
+    const Floats shift = all(12582912.f);  // adding it rounds to an integer
     const Floats clamped = x < -87.f ? all(-87.f) : x;
-    const Floats whole = (clamped * 1.44269504f + shift) - shift;
-    const Floats rest = (clamped - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const Floats rounded = (clamped * 1.44269504f + shift) - shift;
+    const Floats rest = (clamped - rounded * 0.693359375f) - rounded * -2.12194440e-4f;
     Floats power = all(1.98756915e-4f);
     for (float factor : {1.39819995e-3f, 8.33345191e-3f, 4.16657962e-2f, 1.66666657e-1f, 0.5f})
         power = power * rest + factor;
     power = power * rest * rest + rest + 1.f;
-    const Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
+    const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
     Floats scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < -87.f ? Floats{} : power * scale;
@@ -165,15 +165,15 @@ struct Block {
     int64_t row() const { return shape.heads * shape.width; }
 
     // Where this head of this block's first query is.
-    int64_t query_place() const { return ((sample * shape.queries + first) * shape.heads + head) * shape.width; }
+    int64_t query_start() const { return ((sample * shape.queries + first) * shape.heads + head) * shape.width; }
 
     // Where this head of a level's first key is; its value is a row behind.
-    int64_t key_place(int64_t keys) const { return (sample * keys * 2 * shape.heads + head) * shape.width; }
+    int64_t key_start(int64_t keys) const { return (sample * keys * 2 * shape.heads + head) * shape.width; }
 
     void advance(int64_t start) {
         first = start, count = std::min(QUERY_BLOCK, shape.queries - start);
         padded = (count + LANES - 1) / LANES * LANES;
-        const float *from = t.q + query_place();
+        const float *from = t.q + query_start();
         for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < shape.width; j++) q[i * shape.width + j] = from[i * row() + j] * scale;
         transpose(q.data(), shape.width, q_t.data());
@@ -206,7 +206,7 @@ struct Block {
     }
 
     // Of this block's queries, in lse and offsets.
-    int64_t place_of(int64_t level) const {
+    int64_t statistics_start(int64_t level) const {
         return ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
     }
 
@@ -228,22 +228,22 @@ struct Block {
                 const Floats e = reads(v) ? exponential(load(&p[v * padded + i]) - most) : Floats{};
                 store(&p[v * padded + i], e), sum += e;
             }
-            const Floats share = load(gate + i) / sum;
+            const Floats factor = load(gate + i) / sum;
             for (int64_t v = 0; v < num_keys; v++) {
-                float *place = &p[v * padded + i];
-                store(place, load(place) * (shape.dropout > 0 ? share * load(&factors[v * padded + i]) : share));
+                float *weight = &p[v * padded + i];
+                store(weight, load(weight) * (shape.dropout > 0 ? factor * load(&factors[v * padded + i]) : factor));
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.lse[place_of(level) + i + lane] = most[lane] + std::log(sum[lane]);
+                t.lse[statistics_start(level) + i + lane] = most[lane] + std::log(sum[lane]);
         }
     }
 
     // Scores in p and dO V^T in dp become what dV and dK are products of; offsets are written.
     void differentiate(int64_t level) {
         load_gate(level);
-        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[place_of(level) + i] : 0;
+        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[statistics_start(level) + i] : 0;
         for (int64_t i = 0; i < padded; i += LANES) {
-            const Floats offset = load(lse + i), share = load(gate + i);
+            const Floats offset = load(lse + i), level_gate = load(gate + i);
             Floats mean{};
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
@@ -253,12 +253,12 @@ struct Block {
             }
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
-                const Floats gated = load(weight) * share;
+                const Floats gated = load(weight) * level_gate;
                 store(slope, gated * (load(slope) - mean));
                 store(weight, shape.dropout > 0 ? gated * load(&factors[v * padded + i]) : gated);
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.offsets[place_of(level) + i + lane] = mean[lane];
+                t.offsets[statistics_start(level) + i + lane] = mean[lane];
         }
     }
 
@@ -268,32 +268,32 @@ struct Block {
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
             if (num_keys == 0) {
-                std::fill_n(t.lse + place_of(index), count, 0.f);
+                std::fill_n(t.lse + statistics_start(index), count, 0.f);
                 continue;
             }
-            const float *keys = level.kv + key_place(level.keys), *values = keys + row();
+            const float *keys = level.kv + key_start(level.keys), *values = keys + row();
             scores(keys, p, q_t);
             soften(index);
             product({p.data(), 1, padded}, values, 2 * row(), o.data(), width, count, width, num_keys, true);
         }
-        float *to = t.out + query_place();
+        float *to = t.out + query_start();
         for (int64_t i = 0; i < count; i++) std::memcpy(to + i * row(), &o[i * width], width * sizeof(float));
     }
 
     void backward() {
         const int64_t width = shape.width;
-        const float *grad_out = t.grad_out + query_place();
+        const float *grad_out = t.grad_out + query_start();
         transpose(grad_out, row(), do_t.data());
         std::fill(o.begin(), o.end(), 0.f);
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
-            const float *keys = level.kv + key_place(level.keys), *values = keys + row();
-            float *grad_k = level.grad + key_place(level.keys), *grad_v = grad_k + row();
+            const float *keys = level.kv + key_start(level.keys), *values = keys + row();
+            float *grad_k = level.grad + key_start(level.keys), *grad_v = grad_k + row();
             if (first == 0)
                 for (float *grad : {grad_k, grad_v})
                     for (int64_t v = num_keys; v < level.keys; v++) std::fill_n(grad + v * 2 * row(), width, 0.f);
             if (num_keys == 0) {
-                std::fill_n(t.offsets + place_of(index), count, 0.f);
+                std::fill_n(t.offsets + statistics_start(index), count, 0.f);
                 continue;
             }
             scores(keys, p, q_t);
@@ -304,7 +304,7 @@ struct Block {
             product(ds_rows, q.data(), width, grad_k, 2 * row(), num_keys, width, count, first > 0);
             product(ds_columns, keys, 2 * row(), o.data(), width, count, width, num_keys, true);
         }
-        float *to = t.grad_q + query_place();
+        float *to = t.grad_q + query_start();
         for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < width; j++) to[i * row() + j] = o[i * width + j] * scale;
     }
@@ -331,7 +331,7 @@ extern "C" void cross_layer_attention_forward(const Shape *shape, const Tensors 
     sweep(*shape, *tensors, &Block::forward);
 }
 
-// As dropout.py: bits [batch, heads, queries, words], from a hash of the place.
+// As dropout.py: bits [batch, heads, queries, words], from a hash of pair, query and key.
 extern "C" void cross_layer_attention_draw(const Shape *shape, uint64_t seed, uint32_t threshold, uint32_t *bits) {
     const uint32_t low = seed, high = seed >> 32;
     Words lane;
