@@ -23,9 +23,8 @@ from tests.kernels.formula import (
     unaligned,
     written_out,
 )
-from unimo3.kernels.cross_layer_attention import cross_layer_attention
+from unimo3.kernels.cross_layer_attention import cross_layer_attention, launch
 from unimo3.kernels.cross_layer_attention.blocks import Blocks, backward_kernels, entry, fitted, forward_kernel
-from unimo3.kernels.cross_layer_attention.dropout import draw_bits
 from unimo3.kernels.cross_layer_attention.trial import tried, triton_works
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,7 +180,7 @@ def test_no_keys_or_no_queries_give_zeros(shape):
 def test_the_operator_is_registered_as_torch_wants_it(masked, gated):
     q, levels, gate, mask = on_device(draw((2, 1, 5, 7, 32, 2), masked, gated, dtype=torch.float32))
     masks = [] if mask is None else [mask]
-    bits = draw_bits(torch.tensor([7], device=DEVICE), 2, 1, 5, 7, 0.25)
+    bits = launch.draw_bits(torch.tensor([7], device=DEVICE), 2, 1, 5, 7, 0.25)
     attend(q, levels, gate, mask)  # imports it
     torch.library.opcheck(torch.ops.unimo3.cross_layer_attention_triton.default, (q, levels, gate, masks, bits, 0.25))
 
