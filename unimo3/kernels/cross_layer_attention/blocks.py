@@ -149,8 +149,8 @@ def entry(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Block
 @functools.cache
 def _capability(device: torch.device) -> int:
     """Whose entries support a device."""
-    if device.type != "cuda":
-        return CAPABILITIES[0]
+    if device.type != "cuda":  # the interpreter, and counts without a device
+        return 90
     major, _ = torch.cuda.get_device_capability(device)
     # Consumer cards after Hopper (12) have the shared memory and the matrix instructions of 8.
     return {8: 80, 9: 90, 10: 100, 11: 100}.get(major, 80)
