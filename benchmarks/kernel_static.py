@@ -213,8 +213,8 @@ def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resour
 def candidates(capability: int, dtype: str) -> list[Blocks]:
     """Blocks that `search` compiles."""
     if dtype == "fp32":
-        return [Blocks(queries, keys, 8, 2) for queries, keys in ((32, 64), (64, 32), (32, 32), (16, 64), (32, 16))]
-    sizes = ((64, 64), (64, 32), (32, 64))
+        return [Blocks(queries, keys, 8, 2) for queries, keys in (*itertools.product((16, 32), (16, 32, 64)), (64, 32))]
+    sizes = ((64, 64), (64, 32), (32, 64), (32, 32))
     # On 9.0 two groups of four warps share a product of 128 rows; of 64, each would compute all of it.
     warps, stages = ((4,), (2, 3)) if capability == 90 else ((4, 8), (2,))
     return [Blocks(*size, *rest) for size in sizes for rest in itertools.product(warps, stages)]

@@ -51,11 +51,11 @@ WIDTHS = (32, 64, 128)
 HALF: dict[int, dict[int, dict[str, Blocks]]] = {
     80: {
         32: {
-            "forward": Blocks(32, 64, 4, 2),
+            "forward": Blocks(64, 32, 4, 2),
             "forward_short": Blocks(64, 64, 4, 2),
-            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
             "backward_query_short": Blocks(64, 64, 4, 2),
-            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
             "backward_fused": Blocks(32, 64, 4, 2),
         },
         64: {
@@ -66,10 +66,24 @@ HALF: dict[int, dict[int, dict[str, Blocks]]] = {
             "backward_key": Blocks(32, 64, 4, 2),
             "backward_fused": Blocks(32, 64, 4, 2),
         },
-        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+        128: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(32, 64, 4, 2),
+            "backward_query": Blocks(32, 64, 8, 2),
+            "backward_query_short": Blocks(64, 64, 8, 2),
+            "backward_key": Blocks(64, 32, 8, 2),
+            "backward_fused": Blocks(64, 32, 8, 2),
+        },
     },
     90: {
-        32: dict.fromkeys(KERNELS, Blocks(64, 64, 4, 2)),
+        32: {
+            "forward": Blocks(64, 64, 4, 3),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 4, 2),
+        },
         64: {
             "forward": Blocks(64, 64, 4, 2),
             "forward_short": Blocks(64, 64, 4, 2),
@@ -78,10 +92,24 @@ HALF: dict[int, dict[int, dict[str, Blocks]]] = {
             "backward_key": Blocks(64, 64, 4, 2),
             "backward_fused": Blocks(64, 64, 4, 2),
         },
-        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+        128: {
+            "forward": Blocks(64, 32, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(32, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 32, 4, 2),
+        },
     },
     100: {
-        32: dict.fromkeys(KERNELS, Blocks(64, 64, 4, 2)),
+        32: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 8, 2),
+        },
         64: {
             "forward": Blocks(64, 64, 4, 2),
             "forward_short": Blocks(64, 64, 4, 2),
@@ -90,11 +118,43 @@ HALF: dict[int, dict[int, dict[str, Blocks]]] = {
             "backward_key": Blocks(64, 64, 4, 2),
             "backward_fused": Blocks(64, 32, 4, 2),
         },
-        128: dict.fromkeys(KERNELS, Blocks(32, 32, 4, 2)),
+        128: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 8, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 32, 4, 2),
+        },
     },
 }
 # Without tensor cores, one entry for all capabilities.
-FLOAT32: dict[int, dict[str, Blocks]] = {width: dict.fromkeys(KERNELS, Blocks(32, 32, 8, 2)) for width in WIDTHS}
+FLOAT32: dict[int, dict[str, Blocks]] = {
+    32: {
+        "forward": Blocks(64, 32, 8, 2),
+        "forward_short": Blocks(32, 64, 8, 2),
+        "backward_query": Blocks(64, 32, 8, 2),
+        "backward_query_short": Blocks(32, 64, 8, 2),
+        "backward_key": Blocks(32, 64, 8, 2),
+        "backward_fused": Blocks(32, 32, 8, 2),
+    },
+    64: {
+        "forward": Blocks(32, 64, 8, 2),
+        "forward_short": Blocks(32, 64, 8, 2),
+        "backward_query": Blocks(32, 32, 8, 2),
+        "backward_query_short": Blocks(32, 32, 8, 2),
+        "backward_key": Blocks(16, 64, 8, 2),
+        "backward_fused": Blocks(32, 32, 8, 2),
+    },
+    128: {
+        "forward": Blocks(32, 16, 8, 2),
+        "forward_short": Blocks(16, 64, 8, 2),
+        "backward_query": Blocks(16, 64, 8, 2),
+        "backward_query_short": Blocks(16, 64, 8, 2),
+        "backward_key": Blocks(16, 64, 8, 2),
+        "backward_fused": Blocks(16, 16, 8, 2),
+    },
+}
 
 
 def forward_kernel(q: Tensor, lengths: Sequence[int], num_masks: int) -> str:
