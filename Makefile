@@ -9,7 +9,7 @@ DEMO_DIR ?= demo
 # Two of them wait for Slurm a part of the time; tests/conftest.py decides which tests share a process.
 PYTEST := $(RUN) -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo lint test test-quick check clean
+.PHONY: setup demo lint test test-quick check gpu-check clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ test-quick: lint
 
 # What a commit must pass, and what CI runs.
 check: lint test
+
+# On a machine with a GPU: the kernels and a run, checked and timed within nine minutes.
+gpu-check: setup
+	$(RUN) -m benchmarks.gpu
 
 clean:
 	rm -rf $(DEMO_DIR)

@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled to, with no GPU: registers, spills, shared memory, matrix instructions.
+"""What the Triton kernels are compiled to, with no GPU: registers, spills, shared memory, instructions of their loops.
 
 The report has every entry of the table of blocks for compute capabilities 8.0, 9.0 and 10.0, with seven levels, gate,
 padding and dropout. Fewer levels or arguments can take more registers, so the recipes' head width, 64, is compiled with
@@ -16,13 +16,11 @@ import hashlib
 import itertools
 import json
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 # Compiled, not interpreted; read when the kernels are defined.
 os.environ["TRITON_INTERPRET"] = "0"
@@ -36,33 +34,48 @@ import triton
 from tqdm import tqdm
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_key
 
 import unimo3  # noqa: F401  (it makes torchvision importable)
+from benchmarks.machine_code import SM_WARPS, Resources, read_resources
 from benchmarks.report import ROOT, usable_cores, write_report
 from unimo3.errors import CommandParser, exit_with_status
-from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS, kernel
-from unimo3.kernels.cross_layer_attention.blocks import CAPABILITIES, KERNELS, SHORT_LENGTH, WIDTHS, Blocks, entry
+from unimo3.kernels.cross_layer_attention import HEAD_WIDTHS
+from unimo3.kernels.cross_layer_attention.blocks import (
+    CAPABILITIES,
+    KERNELS,
+    WIDTHS,
+    Blocks,
+    backward_kernels,
+    entry,
+    fitted,
+)
+from unimo3.kernels.cross_layer_attention.launch import FUNCTIONS
 
 LEVELS = 7
 # Of the recipes: their heads, and the levels that their layers see besides.
-RECIPE_WIDTH, RECIPE_LEVELS = 64, (1, 2, 6)
+RECIPE_WIDTH, RECIPE_LEVELS = 64, (1, 6)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Shared memory: of a block, where 80 stands for all of 8.x; of a multiprocessor. CUDA keeps 1 KiB a block.
+# Shared memory of a block; 80 stands for all of 8.x.
 BLOCK_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SM_BYTES = {80: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-SM_REGISTERS, SM_WARPS, SM_BLOCKS, MIN_WARPS = 65536, 64, 32, 8
+MIN_WARPS = 8
 RECORD = ROOT / "benchmarks" / "results" / "kernel_static.jsonl"
+# Lengths of queries and keys for which blocks differ: of texts and images, and of shorter ones.
+TEXT, IMAGE, SHORTER = 50, 325, 20
+LENGTHS = {
+    "forward": ((IMAGE, IMAGE), (SHORTER, IMAGE)),
+    "forward_short": ((IMAGE, TEXT), (IMAGE, SHORTER)),
+    "backward_query": ((IMAGE, IMAGE),),
+    "backward_query_short": ((IMAGE, TEXT), (IMAGE, SHORTER)),
+    "backward_key": ((IMAGE, IMAGE), (IMAGE, SHORTER)),
+    "backward_fused": ((TEXT, IMAGE), (SHORTER, IMAGE)),
+}
+# Bytes of a thread that may spill, by kernel and head width, where blocks that spill nothing would cost more:
+# a third more instructions for backward_fused, in whose second loop the last registers hold dropout's choice.
+ALLOWED_SPILLS = {("backward_fused", 64): 72}
 # Processes of a pool take it from here.
 _RECOMPILE = "KERNEL_STATIC_RECOMPILE"
-_FUNCTIONS = {
-    "forward": kernel.cross_layer_attention_fwd_kernel,
-    "backward_query": kernel.cross_layer_attention_bwd_query_kernel,
-    "backward_key": kernel.cross_layer_attention_bwd_key_kernel,
-}
-_MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -79,71 +92,49 @@ class Build:
     dropout: bool = True
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Of a compiled kernel.
-
-    Attributes:
-        registers: of a thread.
-        local_bytes: of a thread: what did not fit its registers.
-        shared_bytes: of a block of threads.
-        matrix_instructions: in the machine code, for tensor cores.
-    """
-
-    registers: int
-    local_bytes: int
-    shared_bytes: int
-    matrix_instructions: int
-
-    def resident_warps(self, capability: int, warps: int) -> int:
-        """Warps resident on a multiprocessor at once; registers are allocated by 256 a warp."""
-        warp_registers = -(-self.registers * 32 // 256) * 256
-        blocks = min(
-            SM_REGISTERS // (warp_registers * warps),
-            SM_BYTES[capability] // (self.shared_bytes + 1024),
-            SM_WARPS // warps,
-            SM_BLOCKS,
-        )
-        return blocks * warps
-
-    def fits(self, build: Build) -> bool:
-        """Whether nothing spills, the shared memory is there, and enough warps are resident to hide latencies."""
-        return (
-            self.local_bytes == 0
-            and self.shared_bytes <= BLOCK_BYTES[build.capability]
-            and self.resident_warps(build.capability, build.blocks.warps) >= MIN_WARPS
-        )
+def fits(usage: Resources, build: Build) -> bool:
+    """Whether it spills no more than allowed, has the shared memory, and enough warps to hide latencies."""
+    return (
+        usage.local_bytes <= ALLOWED_SPILLS.get((build.kernel, build.width), 0)
+        and usage.shared_bytes <= BLOCK_BYTES[build.capability]
+        and usage.resident_warps(build.capability, build.blocks.warps) >= MIN_WARPS
+    )
 
 
 def table_builds(widths: Sequence[int]) -> list[Build]:
     """Every entry of the table, for each dtype and each of these head widths it supports."""
     builds = {
         build: None
-        for capability, dtype, width, name, length in itertools.product(
-            CAPABILITIES, TYPES, widths, KERNELS, (SHORT_LENGTH, SHORT_LENGTH + 1)
-        )
-        for build in variants(
-            Build(name, TYPES[dtype], width, capability, entry(name, dtype, width, length, capability))
-        )
+        for capability, dtype, width, name in itertools.product(CAPABILITIES, TYPES, widths, KERNELS)
+        for blocks in blocks_of(name, entry(name, dtype, width, capability))
+        for build in variants(Build(name, TYPES[dtype], width, capability, blocks))
     }
     return list(builds)
+
+
+def blocks_of(name: str, largest: Blocks) -> list[Blocks]:
+    """An entry's blocks for the lengths of `LENGTHS` that its kernel takes."""
+    taken = [
+        (queries, keys)
+        for queries, keys in LENGTHS[name]
+        if not (name.endswith("_short") and keys > largest.keys)
+        and not (name == "backward_fused" and queries > largest.queries)
+    ]
+    return list(dict.fromkeys(fitted(largest, *lengths) for lengths in taken or [(largest.queries, largest.keys)]))
 
 
 def variants(build: Build) -> list[Build]:
     """A build, and with other levels and arguments what of it the recipes run."""
     if build.width != RECIPE_WIDTH or build.dtype != "bf16":
         return [build]
-    others = itertools.product((*RECIPE_LEVELS, LEVELS), (False, True), (False, True))
-    return [build] + [
-        replace(build, levels=levels, masked=masked, dropout=dropout)
-        for levels, masked, dropout in others
-        if (levels, masked, dropout) != (build.levels, build.masked, build.dropout)
-    ]
+    others = itertools.product(RECIPE_LEVELS, (False, True), (False, True))
+    without = replace(build, dropout=False)
+    return [build, without, *(replace(build, levels=n, masked=mask, dropout=drop) for n, mask, drop in others)]
 
 
 def source_of(build: Build) -> ASTSource:
-    """The source to compile, as a model calls it: contiguous rows, every pointer and stride a multiple of 16."""
-    fn = _FUNCTIONS[build.kernel]
+    """The source to compile, as launch.py gives it: every tensor starts at a multiple of 16 bytes."""
+    fn = FUNCTIONS[build.kernel]
     constants = {
         "LEVELS": build.levels,
         "WIDTH": build.width,
@@ -156,35 +147,24 @@ def source_of(build: Build) -> ASTSource:
         "PRECISION": "ieee",
     }
     pointer, levels = f"*{build.dtype}", build.levels
-    by_level = {
-        **dict.fromkeys(("ks", "vs", "grad_ks", "grad_vs"), (pointer,) * levels),
-        **dict.fromkeys(("k_strides", "v_strides"), (("i32",) * 4,) * levels),
-        # As launch.py gives them: queries stand for masks and seeds that are not there.
-        "masks": ("*u8" if build.masked else pointer,) * levels,
-        **dict.fromkeys(("mask_strides", "lengths"), ("i32",) * levels),
-    }
-    plain = {
+    kinds: dict[str, Any] = {
         **dict.fromkeys(("q", "out", "grad_out", "grad_q"), pointer),
+        **dict.fromkeys(("kvs", "grad_kvs"), (pointer,) * levels),
+        # Queries stand for masks and bits that are not there.
+        "masks": ("*u8" if build.masked else pointer,) * levels,
+        "bits": "*i32" if build.dropout else pointer,
         **dict.fromkeys(("gate", "lse", "offsets"), "*fp32"),
-        **dict.fromkeys(
-            ("q_strides", "gate_strides", "out_strides", "grad_out_strides", "grad_q_strides"), ("i32",) * 4
-        ),
-        **dict.fromkeys(("scale", "dropout_p"), "fp32"),
+        "lengths": ("i32",) * levels,
         **dict.fromkeys(("longest", "num_heads", "num_queries"), "i32"),
-        "seed": "*i64" if build.dropout else pointer,
+        **dict.fromkeys(("scale", "dropout_p"), "fp32"),
     }
-    signature = {name: (by_level | plain).get(name, "constexpr") for name in fn.arg_names}
+    signature = {name: kinds.get(name, "constexpr") for name in fn.arg_names}
     even = [["tt.divisibility", 16]]
     attributes: dict[tuple[int, ...], list] = {}
-    for index, name in enumerate(fn.arg_names):
-        kind = signature[name]
-        if name in ("ks", "vs", "grad_ks", "grad_vs"):
+    for index, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple) and kind[0].startswith("*"):
             attributes |= {(index, level): even for level in range(levels)}
-        elif name in ("k_strides", "v_strides"):
-            attributes |= {(index, level, axis): even for level in range(levels) for axis in range(3)}
-        elif name.endswith("_strides") and name not in ("gate_strides", "mask_strides"):
-            attributes |= {(index, axis): even for axis in range(3)}
-        elif isinstance(kind, str) and kind.startswith("*"):
+        elif kind[0] == "*":
             attributes[index,] = even
     return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -220,23 +200,7 @@ def measure(build: Build) -> tuple[str, Resources | None]:
         compiled = triton.compile(source, target=target, options=options)
     except triton.runtime.errors.PTXASError:
         return content, None
-    return content, _read(compiled.asm["cubin"], compiled.metadata.shared)
-
-
-def _read(cubin: bytes, shared_bytes: int) -> Resources:
-    tools = Path(nvidia.__file__).parent / "bin"
-
-    def read(tool: str, *options: str) -> str:
-        return subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = read("cuobjdump", "--dump-resource-usage")
-        code = read("nvdisasm", "-c", "-ndf")  # without dataflow analysis, which is not read
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
-    count = len(_MATRIX_INSTRUCTION.findall(code))
-    return Resources(numbers["REG"], numbers["LOCAL"] + numbers["STACK"], shared_bytes, count)
+    return content, read_resources(compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resources | None]]:
@@ -246,66 +210,48 @@ def measure_all(builds: list[Build], what: str) -> dict[Build, tuple[str, Resour
         return dict(zip(builds, done, strict=True))
 
 
-def candidates(name: str, dtypes: Sequence[str], width: int, capabilities: Sequence[int]) -> dict[Blocks, list[Build]]:
-    """Blocks that `best` chooses from, each with all builds that it would support.
+def candidates(capability: int, dtype: str) -> list[Blocks]:
+    """Blocks that `search` compiles."""
+    if dtype == "fp32":
+        return [Blocks(queries, keys, 8, 2) for queries, keys in (*itertools.product((16, 32), (16, 32, 64)), (64, 32))]
+    sizes = ((64, 64), (64, 32), (32, 64), (32, 32))
+    # On 9.0 two groups of four warps share a product of 128 rows; of 64, each would compute all of it.
+    warps, stages = ((4,), (2, 3)) if capability == 90 else ((4, 8), (2,))
+    return [Blocks(*size, *rest) for size in sizes for rest in itertools.product(warps, stages)]
+
+
+def best(name: str, measured: dict[Blocks, list[Resources]]) -> Blocks | None:
+    """Of blocks that fit, those whose loops issue least; then the fewest registers.
+
+    A block that has to cover all keys or queries covers as many as it can.
 
     Args:
-        width: one of `WIDTHS`; heads that are padded to it are supported.
-    """
-    sizes = (16, 32, 64) if "fp32" in dtypes else (32, 64)
-    supported = [head for head in HEAD_WIDTHS if triton.next_power_of_2(head) == width]
-    return {
-        blocks: [
-            build
-            for dtype, head, capability in itertools.product(dtypes, supported, capabilities)
-            for build in variants(Build(name, dtype, head, capability, blocks))
-        ]
-        for blocks in itertools.starmap(Blocks, itertools.product(sizes, sizes, (4, 8), (2,)))
-        # Larger ones spill in float32.
-        if "fp32" not in dtypes or 512 <= blocks.queries * blocks.keys <= 2048
-    }
-
-
-def best(name: str, measured: dict[Blocks, list[tuple[Build, Resources]]], owned: int | None) -> Blocks | None:
-    """The largest of blocks that fit; then the most warps resident; then the fewest registers.
-
-    Args:
-        measured: by `blocks`, what it takes of each build it would support; none where one does not fit.
-        owned: size of the block a program owns, if there is one of that size; else any, but none above it.
+        measured: what the kernel takes of each build; none where one does not fit.
     """
 
-    def owned_by(blocks: Blocks) -> int:
-        return blocks.keys if name == "backward_key" else blocks.queries
+    def rank(blocks: Blocks) -> tuple[int, float, int]:
+        covered = blocks.keys if name.endswith("_short") else blocks.queries if name == "backward_fused" else 0
+        slots = max(usage.slots(blocks) for usage in measured[blocks])
+        return -covered, slots, max(usage.registers for usage in measured[blocks])
 
-    def rank(blocks: Blocks) -> tuple[int, int, int]:
-        registers = max(usage.registers for _, usage in measured[blocks])
-        resident = min(usage.resident_warps(build.capability, blocks.warps) for build, usage in measured[blocks])
-        return blocks.queries * blocks.keys, resident, -registers
-
-    fitting = [blocks for blocks in measured if measured[blocks]]
-    if owned:
-        fitting = [blocks for blocks in fitting if owned_by(blocks) == owned] or [
-            blocks for blocks in fitting if owned_by(blocks) < owned
-        ]
-    return max(fitting, key=rank, default=None)
+    return min((blocks for blocks in measured if measured[blocks]), key=rank, default=None)
 
 
 def search() -> None:
     """Print the entries that the rule of `best` gives, as they stand in blocks.py."""
-    groups: list[tuple[tuple[str, ...], tuple[int, ...]]] = [
-        *((("fp16", "bf16"), (capability,)) for capability in CAPABILITIES),
-        (("fp32",), CAPABILITIES),
-    ]
-    for (dtypes, capabilities), name, width in itertools.product(groups, KERNELS, WIDTHS):
-        builds = candidates(name, dtypes, width, capabilities)
-        flat = measure_all(list(itertools.chain(*builds.values())), f"{dtypes} {capabilities} {name} {width}")
-        measured: dict[Blocks, list[tuple[Build, Resources]]] = {}
-        for blocks, supported in builds.items():
-            fitting = [(build, usage) for build in supported if (usage := flat[build][1]) and usage.fits(build)]
-            measured[blocks] = fitting if len(fitting) == len(supported) else []
-        owned = (None,) if dtypes == ("fp32",) else (SHORT_LENGTH, 64)
-        chosen = ", ".join(str(best(name, measured, size)) for size in owned)
-        print(f"{dtypes} {capabilities} {(name, width)}: {chosen}", flush=True)
+    kinds = [*((capability, "bf16") for capability in CAPABILITIES), (CAPABILITIES[0], "fp32")]
+    for width, (capability, dtype) in itertools.product(WIDTHS, kinds):
+        for name in KERNELS:
+            builds = {
+                blocks: [Build(name, dtype, width, capability, blocks, dropout=dropout) for dropout in (True, False)]
+                for blocks in candidates(capability, dtype)
+            }
+            flat = measure_all(list(itertools.chain(*builds.values())), f"{capability} {dtype} {width} {name}")
+            measured: dict[Blocks, list[Resources]] = {}
+            for blocks, both in builds.items():
+                fitting = [usage for build in both if (usage := flat[build][1]) and fits(usage, build)]
+                measured[blocks] = fitting if len(fitting) == len(both) else []
+            print(f'{capability} {dtype} {width} "{name}": {best(name, measured)}', flush=True)
 
 
 def table(measured: dict[Build, Resources]) -> str:
@@ -315,17 +261,19 @@ def table(measured: dict[Build, Resources]) -> str:
         lines += [
             f"## sm_{capability}",
             "",
-            "| kernel | dtype | head width | queries x keys | warps | registers | spilled bytes | shared bytes | "
-            "matrix instructions | resident warps |",
-            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| kernel | dtype | head width | queries x keys | warps, stages | registers | spilled bytes | "
+            "shared bytes | matrix instructions | resident warps | slots, slots without dropout |",
+            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for build, usage in measured.items():
             if build.capability == capability and build == replace(build, levels=LEVELS, masked=True, dropout=True):
                 blocks, resident = build.blocks, usage.resident_warps(capability, build.blocks.warps)
+                plain = measured.get(replace(build, dropout=False))
+                slots = f"{usage.slots(blocks):.0f}" + (f", {plain.slots(blocks):.0f}" if plain else "")
                 lines.append(
                     f"| {build.kernel} | {build.dtype} | {build.width} | {blocks.queries} x {blocks.keys} | "
-                    f"{blocks.warps} | {usage.registers} | {usage.local_bytes} | {usage.shared_bytes:,} | "
-                    f"{usage.matrix_instructions} | {resident} |"
+                    f"{blocks.warps}, {blocks.stages} | {usage.registers} | {usage.local_bytes} | "
+                    f"{usage.shared_bytes:,} | {usage.matrix_instructions} | {resident} | {slots} |"
                 )
         lines.append("")
     return "\n".join(lines)
@@ -333,13 +281,42 @@ def table(measured: dict[Build, Resources]) -> str:
 
 INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
 {LEVELS} levels, gate, padding and dropout; head width {RECIPE_WIDTH} in bf16 was compiled for {RECIPE_LEVELS} levels,
-without padding and without dropout as well, and none of these spills either. Where a kernel has two rows, the first is
-for up to {SHORT_LENGTH} queries (keys for backward_key), the second for more; a single row supports both.
+without padding and without dropout as well. A kernel has a row for each of its blocks: they are no larger than the
+lengths need. Spills of these are allowed, since blocks without them issue more instructions:
+{", ".join(f"{name} at head width {width}" for name, width in ALLOWED_SPILLS)}. Nothing else spills.
 
 Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and
 shared memory let a multiprocessor run at once, of {SM_WARPS}; for 8.x the shared memory is that of 8.6 and 8.9,
-{BLOCK_BYTES[80]:,} bytes a block. Float32 is multiplied without tensor cores, so as not to be cut to TF32.
+{BLOCK_BYTES[80]:,} bytes a block. Slots are what a scheduler issues in the innermost loops for 64 queries by 64 keys of
+a level. Float32 is multiplied without tensor cores, so as not to be cut to TF32.
 """
+
+
+def traffic(batch: int, heads: int, queries: int, keys: int, levels: int, width: int) -> tuple[int, int]:
+    """Bytes that forward and backward move at least, in half precision, by the kernels that take these lengths.
+
+    Keys that one program reads twice, or blocks of one pair read next to each other, come from the L2 cache again.
+    """
+    q = torch.empty(batch, queries, heads, width, dtype=torch.bfloat16, device="meta")
+    pairs = batch * heads
+    of_queries, of_levels = pairs * queries * width * 2, 2 * pairs * keys * width * 2 * levels
+    statistics = pairs * levels * queries * 4
+    kernels = backward_kernels(q, (keys,) * levels, 1)
+    forward = 2 * of_queries + of_levels + statistics
+    # Each reads queries and their slopes, levels and the log-sum-exp; D is written by the first and read by the second.
+    backward = len(kernels) * (2 * of_queries + of_levels + 2 * statistics) + of_queries + of_levels
+    return forward, backward
+
+
+def traffic_table() -> str:
+    """Of the recipe `base` at six levels."""
+    rows = ["| reading | forward, MB | backward, MB | backward's kernels |", "| --- | ---: | ---: | --- |"]
+    for name, queries, keys in (("text reads image", TEXT, IMAGE), ("image reads text", IMAGE, TEXT)):
+        forward, backward = traffic(64, 12, queries, keys, 6, RECIPE_WIDTH)
+        q = torch.empty(1, queries, 1, RECIPE_WIDTH, dtype=torch.bfloat16, device="meta")
+        kernels = ", ".join(backward_kernels(q, (keys,), 1))
+        rows.append(f"| {name} | {forward / 1e6:.0f} | {backward / 1e6:.0f} | {kernels} |")
+    return "\n".join(rows)
 
 
 @exit_with_status
@@ -375,12 +352,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         args.json.write_text(lines)
         return
-    good = {build: usage for build, (_, usage) in measured.items() if usage and usage.fits(build)}
+    good = {build: usage for build, (_, usage) in measured.items() if usage and fits(usage, build)}
     if failed := [build for build in measured if build not in good]:
         raise SystemExit("\n".join(f"does not fit: {build}: {measured[build][1]}" for build in failed))
-    write_report(args.out, "The Triton kernels' machine code", INTRODUCTION + "\n" + table(good))
+    memory = f"## Memory traffic\n\nBy count, for 64 pairs of the recipe `base` at six levels.\n\n{traffic_table()}"
+    write_report(args.out, "The Triton kernels' machine code", f"{INTRODUCTION}\n{memory}\n\n{table(good)}")
     args.out.with_suffix(".jsonl").write_text(lines)
-    print(f"{len(good)} kernels, none of which spills: {args.out}")
+    print(f"{len(good)} kernels, all of which fit: {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ def machine() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "Python": platform.python_version(),
     }
-    facts |= {package: version(package) for package in ("torch", "transformers", "timm", "deepspeed")}
+    facts |= {package: _version(package) for package in ("torch", "triton", "transformers", "timm", "deepspeed")}
     return facts | {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "commit": _commit()}
 
 
@@ -48,6 +48,13 @@ def write_report(path: Path, title: str, body_markdown: str) -> None:
     measured_on = f"## Measured on\n\n| | |\n| --- | --- |\n{facts}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {title}\n\n    {_command()}\n\n{body_markdown.strip()}\n\n{measured_on}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

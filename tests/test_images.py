@@ -72,24 +72,24 @@ def test_exif_costs_no_image_and_turns_where_it_can_be_read(what, kind):
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 @pytest.mark.parametrize("orientation", [1, 6, 7])
-def test_an_avif_with_damaged_exif_is_turned_as_the_file_says(tmp_path, orientation):
+def test_an_avif_with_damaged_exif_has_the_files_orientation(tmp_path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION], exif[270] = orientation, "a dog"
     content = saved(noise(), "AVIF", exif=exif)
-    whole = decode(content)
-    assert whole.size == ((30, 20) if orientation == 1 else (20, 30))
+    undamaged = decode(content)
+    assert undamaged.size == ((30, 20) if orientation == 1 else (20, 30))
     start = content.index(b"MM\0*")
     for position in range(start - 6, start + 30):
         for value in (0, 0xFF):
             damaged = bytearray(content)
             damaged[position] = value
-            assert pixels(decode(bytes(damaged))) == pixels(whole), position
+            assert pixels(decode(bytes(damaged))) == pixels(undamaged), position
     path = tmp_path / "a.avif"
     path.write_bytes(content.replace(b"MM\0*", b"no T"))
     with pytest.raises(ValueError, match="Invalid Exif payload"):
         Image.open(path)
     assert is_image(path)
-    assert pixels(to_rgb(open_image(path))) == pixels(whole)
+    assert pixels(to_rgb(open_image(path))) == pixels(undamaged)
     with pytest.raises(ValueError, match="Invalid Exif payload"):
         decode(path.read_bytes().replace(b"ftyp", b"ftyq", 1).replace(b"ftyq", b"ftyp")[: len(content) // 2])
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+KERNELS = ("forward", "forward_short", "backward_query", "backward_query_short", "backward_key", "backward_fused")
+# As the table names them, with their reason.
+ALLOWED_SPILLS = {("backward_fused", 64): 72}
 WIDTHS = (32, 64, 96, 128)
 # The most a block of threads may have, of the smallest chip of its kind (8.6 and 8.9 among 8.x).
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
@@ -31,11 +34,9 @@ def rows(tmp_path_factory):
 
 @pytest.mark.integration
 def test_the_table_is_complete_without_spills_and_fits_shared_memory(rows):
-    kinds = itertools.product(
-        ("forward", "backward_query", "backward_key"), ("fp16", "bf16", "fp32"), WIDTHS, SHARED_BYTES
-    )
+    kinds = itertools.product(KERNELS, ("fp16", "bf16", "fp32"), WIDTHS, SHARED_BYTES)
     assert {(row["kernel"], row["dtype"], row["width"], row["capability"]) for row in rows} == set(kinds)
-    spilling = [row for row in rows if row["local_bytes"]]
+    spilling = [row for row in rows if row["local_bytes"] > ALLOWED_SPILLS.get((row["kernel"], row["width"]), 0)]
     assert spilling == []
     too_large = [row for row in rows if row["shared_bytes"] > SHARED_BYTES[row["capability"]]]
     assert too_large == []
@@ -53,9 +54,9 @@ SAMPLE = """
 import json, os
 os.environ["KERNEL_STATIC_RECOMPILE"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 from dataclasses import asdict
-from benchmarks.kernel_static import KERNELS, measure, table_builds
+from benchmarks.kernel_static import KERNELS, fits, measure, table_builds
 for name in KERNELS:
-    for dtype, width, capability in (("bf16", 64, 90), ("fp16", 128, 100), ("fp32", 64, 80)):
+    for dtype, width, capability in (("bf16", 64, 90), ("fp16", 128, 100)):
         key = (name, dtype, width, capability)
         build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
         content, usage = measure(build)
@@ -64,10 +65,10 @@ for name in KERNELS:
 from benchmarks.kernel_static import Blocks, Build, Resources
 build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
 _, usage = measure(build)
-print(json.dumps([usage.local_bytes, usage.fits(build)]))
+print(json.dumps([usage.local_bytes, fits(usage, build)]))
 
 def warps(capability, num_warps, registers, shared_bytes=1024):
-    return Resources(registers, 0, shared_bytes, 1).resident_warps(capability, num_warps)
+    return Resources(registers, 0, shared_bytes, 1, 1).resident_warps(capability, num_warps)
 print(json.dumps([warps(90, 4, 128), warps(90, 4, 168), warps(90, 8, 255), warps(90, 4, 32, 70_000),
                   warps(80, 4, 32, 70_000), warps(90, 1, 24)]))
 """
@@ -75,7 +76,7 @@ print(json.dumps([warps(90, 4, 128), warps(90, 4, 168), warps(90, 8, 255), warps
 
 @pytest.fixture(scope="module")
 def sample():
-    """Nine entries of the table, one that spills, and resident warps; of one process, in which triton compiles."""
+    """Twelve entries of the table, one that spills, and resident warps; of one process, in which triton compiles."""
     return [json.loads(line) for line in run("-c", SAMPLE).stdout.splitlines()]
 
 
@@ -97,8 +98,24 @@ def test_the_record_is_of_the_kernels_in_the_tree(rows):
 @pytest.mark.integration
 def test_the_record_has_what_the_compiler_gives(rows, sample):
     compiled = sample[:-2]
-    assert len(compiled) == 9
+    assert len(compiled) == 12
     assert [row for row in compiled if row not in rows] == []
+
+
+@pytest.mark.integration
+def test_kernels_of_base_issue_and_move_no_more_than_they_should(rows):
+    def slots(kernel, dropout):
+        kind = {"kernel": kernel, "dtype": "bf16", "width": 64, "capability": 90, "masked": True, "dropout": dropout}
+        matching = [row for row in rows if kind.items() <= row.items() and row["blocks"][:2] == [64, 64]]
+        return max(row["loop_instructions"] * row["blocks"][2] / 4 for row in matching)
+
+    assert slots("forward_short", False) <= 600
+    assert slots("backward_query_short", False) <= 600
+    assert slots("forward", True) <= 1.5 * slots("forward", False)
+    assert slots("forward_short", True) <= 1.5 * slots("forward_short", False)
+    report = (RESULTS / "kernel_static.md").read_text()
+    backward = next(line for line in report.splitlines() if line.startswith("| text reads image |")).split("|")[3]
+    assert int(backward) <= 800
 
 
 @pytest.mark.integration

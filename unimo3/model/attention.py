@@ -6,7 +6,6 @@ Source: METER, arXiv 2111.02387, section 3; transformers' BridgeTowerBertCrossLa
 # Shapes: B batch, T tokens of this stream, V tokens of the other, D width, H heads, d = D / H, S visible levels.
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from unimo3.kernels.cross_layer_attention import cross_layer_attention
 from unimo3.model.config import Unimo3Config
 from unimo3.model.level_gate import LevelGate
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one level, [B, H, V, d] each, projected once and read by every later layer."""
-
-    key: Tensor
-    value: Tensor
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -96,12 +88,10 @@ class LevelKeyValue(nn.Module):
         self.num_heads = config.num_attention_heads
         self.projection = nn.Linear(width, 2 * config.hidden_size)
 
-    def forward(self, state: Tensor) -> KeyValue:
-        """state [B, V, width] -> keys and values [B, H, V, d]."""
-        key, value = self.projection(state).chunk(2, dim=-1)
-        # Contiguous, once: else the products of every layer that reads the level would copy it again.
-        heads = (split_heads(part, self.num_heads).contiguous() for part in (key, value))
-        return KeyValue(*heads)
+    def forward(self, state: Tensor) -> Tensor:
+        """state [B, V, width] -> keys and values [B, V, 2, H, d]; later layers read them as they are."""
+        projected: Tensor = self.projection(state)
+        return projected.unflatten(-1, (2, self.num_heads, -1))
 
 
 class CrossLayerAttention(nn.Module):
@@ -122,21 +112,27 @@ class CrossLayerAttention(nn.Module):
         self.gate = LevelGate(config, num_levels) if num_levels > 1 and config.gate != "uniform" else None
         self.impl: str | None = None  # of the kernel; None: by the device
 
-    def forward(
-        self, h: Tensor, levels: Sequence[KeyValue], padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """h [B, T, D], padding_mask [B, V] of the other stream -> ([B, T, D], gates [B, T, H, S] or None)."""
+    def forward(self, h: Tensor, levels: Sequence[Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Read the levels.
+
+        Args:
+            h: this stream, [B, T, D].
+            levels: keys and values of the other stream, [B, V, 2, H, d] each.
+            padding_mask: [B, V], True where a token of the other stream is real.
+
+        Returns:
+            The new state [B, T, D], and the gates [B, T, H, S], None without a gate.
+        """
         gate = None if self.gate is None else self.gate(h)
         attended = cross_layer_attention(
-            split_heads(self.query(h), self.num_heads),
-            [level.key for level in levels],
-            [level.value for level in levels],
+            self.query(h).unflatten(-1, (self.num_heads, -1)),
+            levels,
             gate,
             padding_mask,
             self.impl,
             self.attention_dropout if self.training else 0.0,
         )
-        return self.norm(h + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))), gate
+        return self.norm(h + self.dropout(self.out(attended.flatten(2)))), gate
 
 
 class FeedForward(nn.Module):

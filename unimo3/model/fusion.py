@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unimo3.model.attention import CrossLayerAttention, FeedForward, KeyValue, LevelKeyValue, SelfAttention
+from unimo3.model.attention import CrossLayerAttention, FeedForward, LevelKeyValue, SelfAttention
 from unimo3.model.config import Unimo3Config
 
 
@@ -70,10 +70,10 @@ class StreamLayer(GradientCheckpointingLayer):
         self,
         x: Tensor,
         partner: Tensor,
-        earlier_levels: list[KeyValue],
+        earlier_levels: list[Tensor],
         mask: Tensor | None,
         partner_mask: Tensor | None,
-    ) -> tuple[Tensor, KeyValue, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attend to this stream's tokens, then to the other stream's levels.
 
         Args:
@@ -120,7 +120,7 @@ class Stream(nn.Module):
         bridged: Tensor = self.bridge_norms[depth](joining if x is None else joining + x)
         return bridged
 
-    def tower_levels(self, states: Tensor) -> list[KeyValue]:
+    def tower_levels(self, states: Tensor) -> list[Tensor]:
         """The tower's top layers as levels, lowest first; states [B, n, T, W] with at least as many of them."""
         num_levels = len(self.tower_key_values)
         tops = states[:, states.shape[1] - num_levels :].unbind(1)

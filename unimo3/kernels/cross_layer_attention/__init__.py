@@ -1,6 +1,7 @@
 """Cross-layer attention: the one operation in which a token reads several levels of the other modality."""
 
-# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
+# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width. As FlashAttention's packed keys and
+# values, and as linear maps give them: [B, T, H, d] and [B, V, 2, H, d].
 
 import functools
 import logging
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from unimo3.kernels.cross_layer_attention import native
+from unimo3.kernels.cross_layer_attention.dropout import draw_bits, draw_seed
+from unimo3.kernels.cross_layer_attention.op import longest_of
 from unimo3.kernels.cross_layer_attention.reference import cross_layer_attention_reference
 from unimo3.kernels.cross_layer_attention.trial import triton_works
 
@@ -27,8 +30,7 @@ log = logging.getLogger(__name__)
 
 def cross_layer_attention(
     q: Tensor,
-    k: Tensor | Sequence[Tensor],
-    v: Tensor | Sequence[Tensor],
+    levels: Sequence[Tensor],
     gate: Tensor | None,
     key_padding_mask: Tensor | Sequence[Tensor] | None = None,
     impl: str | None = None,
@@ -39,9 +41,8 @@ def cross_layer_attention(
         C_i = softmax(q K_i^T / sqrt(d) + padding) V_i,    out = sum_i g_i C_i
 
     Args:
-        q: queries [B, H, T, d].
-        k: keys [B, H, S, V, d], or one [B, H, V_i, d] tensor a level, whose lengths may differ.
-        v: values, as `k`.
+        q: queries [B, T, H, d].
+        levels: keys and values, one [B, V_i, 2, H, d] tensor a level; lengths may differ.
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
         key_padding_mask: [B, V], True where a key may be read, the same for all levels; or one [B, V_i] a level. A
             level of which a sample has no readable key adds zeros.
@@ -51,14 +52,13 @@ def cross_layer_attention(
         dropout_p: probability of dropping an attention weight; a query drops the n-th key at all levels or at none.
 
     Returns:
-        [B, H, T, d] in q's dtype.
+        [B, T, H, d] in q's dtype.
 
     Raises:
         ValueError: the tensors do not fit together, or `impl` does not support them.
     """
-    keys, values = _levels("k", k), _levels("v", v)
-    masks = [key_padding_mask] * len(keys) if isinstance(key_padding_mask, Tensor) else key_padding_mask
-    _check(q, keys, values, gate, masks, dropout_p)
+    _check(q, levels, gate, key_padding_mask, dropout_p)
+    masks = [key_padding_mask] if isinstance(key_padding_mask, Tensor) else key_padding_mask
     chosen = _choose(impl, q)
     if not torch.compiler.is_compiling():
         _log_choice(chosen, q.device.type, q.dtype)
@@ -66,24 +66,20 @@ def cross_layer_attention(
         # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
         from unimo3.kernels.cross_layer_attention import launch
 
-        return launch.attend(q, keys, values, gate, masks, dropout_p)
-    attend = native.attend if chosen == "native" else cross_layer_attention_reference
-    return attend(q, keys, values, gate, masks, dropout_p)
+        return launch.attend(q, levels, gate, masks, dropout_p)
+    if chosen == "native":
+        return native.attend(q, levels, gate, masks, dropout_p)
+    bits = None
+    if dropout_p > 0:
+        batch, queries, heads, _ = q.shape
+        bits = draw_bits(draw_seed(q.device), batch, heads, queries, longest_of(levels), dropout_p)
+    return cross_layer_attention_reference(q, levels, gate, masks, bits, dropout_p)
 
 
 @functools.cache
 def _log_choice(chosen: str, device: str, dtype: torch.dtype) -> None:
     """Log once for each kind."""
     log.info("cross-layer attention: %s, for %s on %s", _WHAT[chosen], dtype, device)
-
-
-def _levels(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(tensors, Tensor) and tensors.dim() == 5:
-        return list(tensors.unbind(2))
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-        form = f"shape {tuple(tensors.shape)}" if isinstance(tensors, Tensor) else f"a {type(tensors).__name__}"
-        raise ValueError(f"{name}: {form}; [B, H, S, V, d], or a list of one [B, H, V, d] a level, is needed")
-    return list(tensors)
 
 
 def _choose(impl: str | None, q: Tensor) -> str:
@@ -121,44 +117,45 @@ def _triton_supports(q: Tensor) -> bool:
 
 def _check(
     q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
+    levels: Sequence[Tensor],
     gate: Tensor | None,
-    masks: Sequence[Tensor] | None,
+    masks: Tensor | Sequence[Tensor] | None,
     dropout_p: float,
 ) -> None:
-    for name, tensors in (("q", [q]), ("k", k), ("v", v), ("gate", [gate]), ("key_padding_mask", masks or ())):
+    if isinstance(levels, Tensor) or not isinstance(levels, Sequence) or not levels:
+        kind = "none" if isinstance(levels, Sequence) and not levels else f"a {type(levels).__name__}"
+        raise ValueError(f"levels: {kind}; a list of one [B, V, 2, H, d] tensor a level is needed")
+    each_mask = [masks] * len(levels) if isinstance(masks, Tensor) else masks
+    for name, tensors in (("q", [q]), ("levels", levels), ("gate", [gate]), ("key_padding_mask", each_mask or ())):
         for tensor in tensors:
             if not isinstance(tensor, Tensor) and not (name == "gate" and tensor is None):
                 raise ValueError(f"{name}: is a {type(tensor).__name__}; tensors are needed")
     if q.dim() != 4 or not q.is_floating_point():
-        raise ValueError(f"q: {q.dtype} of shape {tuple(q.shape)}; floating point [B, H, T, d] is needed")
-    if len(k) != len(v) or not k:
-        raise ValueError(f"k and v: {len(k)} and {len(v)} levels given; one key and one value tensor a level is needed")
-    batch, heads, tokens, width = q.shape
-    for level, (key, value) in enumerate(zip(k, v, strict=True)):
-        keys = key.shape[2] if key.dim() == 4 else "V"
-        for name, tensor in (("k", key), ("v", value)):
-            if tensor.shape != (batch, heads, keys, width):
-                raise ValueError(
-                    f"{name}[{level}]: shape {tuple(tensor.shape)}; with q {tuple(q.shape)}"
-                    f"{' and k of the same level' if name == 'v' else ''} ({batch}, {heads}, {keys}, {width}) is needed"
-                )
-            if tensor.dtype != q.dtype or tensor.device != q.device:
-                raise ValueError(
-                    f"{name}[{level}]: {tensor.dtype} on {tensor.device}; q's {q.dtype} on {q.device} is needed"
-                )
+        raise ValueError(f"q: {q.dtype} of shape {tuple(q.shape)}; floating point [B, T, H, d] is needed")
+    batch, tokens, heads, width = q.shape
+    for index, level in enumerate(levels):
+        keys = level.shape[1] if level.dim() == 5 else "V"
+        if level.shape != (batch, keys, 2, heads, width):
+            raise ValueError(
+                f"levels[{index}]: shape {tuple(level.shape)}; with q {tuple(q.shape)} "
+                f"({batch}, {keys}, 2, {heads}, {width}) is needed"
+            )
+        if level.dtype != q.dtype or level.device != q.device:
+            raise ValueError(f"levels[{index}]: {level.dtype} on {level.device}; q's {q.dtype} on {q.device} is needed")
     if gate is not None:
-        if gate.shape != (batch, tokens, heads, len(k)):
-            raise ValueError(f"gate: shape {tuple(gate.shape)}; {(batch, tokens, heads, len(k))} is needed")
+        if gate.shape != (batch, tokens, heads, len(levels)):
+            raise ValueError(f"gate: shape {tuple(gate.shape)}; {(batch, tokens, heads, len(levels))} is needed")
         if not gate.is_floating_point() or gate.device != q.device:
             raise ValueError(f"gate: {gate.dtype} on {gate.device}; floating point on {q.device} is needed")
-    if masks is not None and len(masks) != len(k):
-        raise ValueError(f"key_padding_mask: {len(masks)} given; one for all levels, or one for each of {len(k)}")
-    for level, mask in enumerate(masks or ()):
-        if mask.shape != (batch, k[level].shape[2]):
+    if each_mask is not None and len(each_mask) != len(levels):
+        raise ValueError(
+            f"key_padding_mask: {len(each_mask)} given; one for all levels, or one for each of {len(levels)}"
+        )
+    for index, mask in enumerate(each_mask or ()):
+        keys = levels[index].shape[1]
+        if mask.shape != (batch, keys):
             raise ValueError(
-                f"key_padding_mask: shape {tuple(mask.shape)}; {(batch, k[level].shape[2])} is needed for level {level}"
+                f"key_padding_mask: shape {tuple(mask.shape)}; {(batch, keys)} is needed for level {index}"
             )
         if mask.dtype != torch.bool or mask.device != q.device:
             raise ValueError(f"key_padding_mask: {mask.dtype} on {mask.device}; torch.bool on {q.device} is needed")

@@ -1,12 +1,12 @@
-"""Block sizes, warps and stages of the Triton kernels, by kernel, head width, dtype, lengths and compute capability.
+"""Which Triton kernels run for which lengths, with which block sizes, warps and stages.
 
 How the entries were found: none has been timed on a GPU. ``benchmarks/kernel_static.py --search`` compiles every
-candidate (blocks of 32 and 64 for half types, of 16 to 64 for float32; 4 and 8 warps; two stages) for all it would
-support, with seven levels, gate, padding and dropout, and for heads of 64, the recipes' width, with fewer levels and
-without padding or dropout too. It drops those that spill registers, exceed a block's shared memory or leave fewer than
-8 warps to a multiprocessor. Of the rest it takes the largest block; among equals the one with most warps resident, then
-the one with fewest registers. Blocks of 128 are not among them: texts of 50 tokens and images of 197 to 442 would fill
-them badly.
+candidate for all it would support, with seven levels, gate, padding and dropout, and for heads of 64, the recipes'
+width, with fewer levels and without padding or dropout too. It drops those that spill registers, exceed the shared
+memory of a block or leave fewer than 8 warps to a multiprocessor. Of the rest it takes the one whose innermost loop
+issues the fewest instructions for 64 queries by 64 keys, summed over warps: what several warps compute alike counts as
+often as it is computed. Blocks of 128 are not among them: texts of 50 tokens and images of 197 to 442 would fill them
+badly.
 
 ``UNIMO3_AUTOTUNE=1`` times candidates on this GPU instead, see launch.py.
 
@@ -14,6 +14,7 @@ Source: triton 3.9's compiler; the programming guide of CUDA for limits of each 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block, warps of a program, and stages of its pipelined loop."""
+    """Queries and keys of a block at the most, warps of a program, and stages of its pipelined loop.
+
+    One block covers the keys of a ``_short`` kernel and the queries of ``backward_fused``: longer ones go elsewhere.
+    """
 
     queries: int
     keys: int
@@ -29,89 +33,184 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# What a program owns a block of decides between two entries: queries, but keys in backward_key.
-SHORT_LENGTH = 32
+KERNELS = (
+    "forward",
+    "forward_short",
+    "backward_query",
+    "backward_query_short",
+    "backward_key",
+    "backward_fused",
+)
+# The smallest block that a matrix product takes.
+MIN_BLOCK = 16
 CAPABILITIES = (80, 90, 100)
-KERNELS = ("forward", "backward_query", "backward_key")
 # Head widths are padded to these.
 WIDTHS = (32, 64, 128)
 
-# {capability: {(kernel, width): (for up to SHORT_LENGTH, for more)}}
-HALF: dict[int, dict[tuple[str, int], tuple[Blocks, Blocks]]] = {
+# By compute capability, padded head width and kernel.
+HALF: dict[int, dict[int, dict[str, Blocks]]] = {
     80: {
-        ("forward", 32): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 64): (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 32): (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
-        ("backward_query", 64): (Blocks(32, 64, 8, 2), Blocks(64, 32, 4, 2)),
-        ("backward_query", 128): (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        ("backward_key", 32): (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
-        ("backward_key", 64): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
-        ("backward_key", 128): (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
+        32: {
+            "forward": Blocks(64, 32, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(32, 64, 4, 2),
+        },
+        64: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 64, 4, 2),
+        },
+        128: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(32, 64, 4, 2),
+            "backward_query": Blocks(32, 64, 8, 2),
+            "backward_query_short": Blocks(64, 64, 8, 2),
+            "backward_key": Blocks(64, 32, 8, 2),
+            "backward_fused": Blocks(64, 32, 8, 2),
+        },
     },
     90: {
-        ("forward", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 4, 2)),
-        ("forward", 64): (Blocks(32, 64, 8, 2), Blocks(64, 64, 4, 2)),
-        ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 64): (Blocks(32, 64, 4, 2), Blocks(64, 32, 8, 2)),
-        ("backward_query", 128): (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        ("backward_key", 32): (Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2)),
-        ("backward_key", 64): (Blocks(64, 32, 8, 2), Blocks(32, 64, 4, 2)),
-        ("backward_key", 128): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+        32: {
+            "forward": Blocks(64, 64, 4, 3),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 4, 2),
+        },
+        64: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 4, 2),
+        },
+        128: {
+            "forward": Blocks(64, 32, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(32, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 32, 4, 2),
+        },
     },
     100: {
-        ("forward", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 64): (Blocks(32, 32, 4, 2), Blocks(64, 64, 8, 2)),
-        ("forward", 128): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 32): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 64): (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_query", 128): (Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
-        ("backward_key", 32): (Blocks(32, 32, 4, 2), Blocks(64, 64, 8, 2)),
-        ("backward_key", 64): (Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 2)),
-        ("backward_key", 128): (Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
+        32: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 64, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 64, 8, 2),
+        },
+        64: {
+            "forward": Blocks(64, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 4, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(64, 64, 4, 2),
+            "backward_fused": Blocks(64, 32, 4, 2),
+        },
+        128: {
+            "forward": Blocks(32, 64, 4, 2),
+            "forward_short": Blocks(64, 64, 4, 2),
+            "backward_query": Blocks(64, 32, 8, 2),
+            "backward_query_short": Blocks(64, 64, 4, 2),
+            "backward_key": Blocks(32, 64, 4, 2),
+            "backward_fused": Blocks(32, 32, 4, 2),
+        },
     },
 }
-# Without tensor cores, one entry for all lengths and capabilities.
-FLOAT32: dict[tuple[str, int], Blocks] = {
-    ("forward", 32): Blocks(32, 64, 8, 2),
-    ("forward", 64): Blocks(64, 32, 8, 2),
-    ("forward", 128): Blocks(32, 16, 8, 2),
-    ("backward_query", 32): Blocks(64, 32, 8, 2),
-    ("backward_query", 64): Blocks(32, 32, 8, 2),
-    ("backward_query", 128): Blocks(16, 32, 8, 2),
-    ("backward_key", 32): Blocks(64, 32, 8, 2),
-    ("backward_key", 64): Blocks(32, 32, 8, 2),
-    ("backward_key", 128): Blocks(16, 64, 8, 2),
+# Without tensor cores, one entry for all capabilities.
+FLOAT32: dict[int, dict[str, Blocks]] = {
+    32: {
+        "forward": Blocks(64, 32, 8, 2),
+        "forward_short": Blocks(32, 64, 8, 2),
+        "backward_query": Blocks(64, 32, 8, 2),
+        "backward_query_short": Blocks(32, 64, 8, 2),
+        "backward_key": Blocks(32, 64, 8, 2),
+        "backward_fused": Blocks(32, 32, 8, 2),
+    },
+    64: {
+        "forward": Blocks(32, 64, 8, 2),
+        "forward_short": Blocks(32, 64, 8, 2),
+        "backward_query": Blocks(32, 32, 8, 2),
+        "backward_query_short": Blocks(32, 32, 8, 2),
+        "backward_key": Blocks(16, 64, 8, 2),
+        "backward_fused": Blocks(32, 32, 8, 2),
+    },
+    128: {
+        "forward": Blocks(32, 16, 8, 2),
+        "forward_short": Blocks(16, 64, 8, 2),
+        "backward_query": Blocks(16, 64, 8, 2),
+        "backward_query_short": Blocks(16, 64, 8, 2),
+        "backward_key": Blocks(16, 64, 8, 2),
+        "backward_fused": Blocks(16, 16, 8, 2),
+    },
 }
 
 
-def entry(kernel: str, dtype: torch.dtype, width: int, length: int, capability: int) -> Blocks:
+def forward_kernel(q: Tensor, lengths: Sequence[int], num_masks: int) -> str:
+    """The kernel for queries [B, T, H, d] and levels of these lengths, with no mask, one for all, or one a level."""
+    return "forward_short" if _is_one_block("forward_short", q, lengths, num_masks) else "forward"
+
+
+def backward_kernels(q: Tensor, lengths: Sequence[int], num_masks: int) -> tuple[str, ...]:
+    """The kernels that give all gradients, in order."""
+    if q.shape[1] <= _maxima("backward_fused", q).queries:
+        return ("backward_fused",)
+    short = _is_one_block("backward_query_short", q, lengths, num_masks)
+    query = "backward_query_short" if short else "backward_query"
+    return (query, "backward_key") if max(lengths) else (query,)
+
+
+def _is_one_block(kernel: str, q: Tensor, lengths: Sequence[int], num_masks: int) -> bool:
+    """Whether one block covers the keys of every level, and they share their length and mask."""
+    return num_masks <= 1 and len(set(lengths)) == 1 and lengths[0] <= _maxima(kernel, q).keys
+
+
+def blocks_for(kernel: str, q: Tensor, longest: int) -> Blocks:
+    """The entry for queries [B, T, H, d] on their device, and levels of up to `longest` keys."""
+    return fitted(_maxima(kernel, q), q.shape[1], longest)
+
+
+def fitted(blocks: Blocks, queries: int, longest: int) -> Blocks:
+    """Blocks no larger than the lengths need."""
+
+    def enough(block: int, length: int) -> int:
+        return max(MIN_BLOCK, min(block, 1 << max(0, length - 1).bit_length()))
+
+    return blocks._replace(queries=enough(blocks.queries, queries), keys=enough(blocks.keys, longest))
+
+
+def _maxima(kernel: str, q: Tensor) -> Blocks:
+    return entry(kernel, q.dtype, q.shape[-1], _capability(q.device))
+
+
+def entry(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Blocks:
     """The table's entry.
 
     Args:
         kernel: one of `KERNELS`.
         width: of a head, at most 128.
-        length: of what a program owns a block of: queries, or keys for ``backward_key``.
         capability: one of `CAPABILITIES`.
     """
     padded = next(size for size in WIDTHS if width <= size)
-    if dtype.itemsize > 2:
-        return FLOAT32[kernel, padded]
-    return HALF[capability][kernel, padded][length > SHORT_LENGTH]
-
-
-def blocks_for(kernel: str, q: Tensor, longest: int) -> Blocks:
-    """The entry for queries [B, H, T, d] on their device, and levels of up to `longest` keys."""
-    length = longest if kernel == "backward_key" else q.shape[2]
-    return entry(kernel, q.dtype, q.shape[-1], length, _capability(q.device))
+    return (FLOAT32 if dtype.itemsize > 2 else HALF[capability])[padded][kernel]
 
 
 @functools.cache
 def _capability(device: torch.device) -> int:
     """Whose entries support a device."""
-    if device.type != "cuda":
-        return CAPABILITIES[0]
+    if device.type != "cuda":  # the interpreter, and counts without a device
+        return 90
     major, _ = torch.cuda.get_device_capability(device)
     # Consumer cards after Hopper (12) have the shared memory and the matrix instructions of 8.
     return {8: 80, 9: 90, 10: 100, 11: 100}.get(major, 80)

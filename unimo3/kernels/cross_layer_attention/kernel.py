@@ -1,125 +1,192 @@
 """Triton kernels of cross-layer attention: fp16, bf16 and float32 in and out, sums in float32.
 
-    C_i = softmax(q K_i^T / sqrt(d) + padding) V_i          out = sum_i g_i C_i
+    C_i = softmax(q K_i^T / sqrt(d) + padding) V_i          out = sum_i g_i (r o P_i) V_i
 
-Forward walks all levels of a block of queries in one program: an online softmax a level, the gate in registers, and the
-log-sum-exp (base 2) of each level as the one thing kept. Backward makes the probabilities P_i again from it, in two
-kernels without atomics, so two runs give the same bits:
+Forward reads all levels of a block of queries in one program: a softmax a level, the gate in registers, and the
+log-sum-exp (base 2) of each level as the one thing saved. Backward computes the probabilities P_i from it, without
+atomics, so two runs give the same bits:
 
     dP_i = r o (dO V_i^T)            dg_i = D_i = sum_j P_ij dP_ij
-    dq   = scale sum_i g_i (sum_j P_ij (dP_ij - c) k_j - (D_i - c) sum_j P_ij k_j)
-    dS_i = g_i P_i o (dP_i - D_i)    dk_i = scale dS_i^T q             dv_i = (g_i r o P_i)^T dO
+    dS_i = g_i P_i o (dP_i - D_i)    dq = scale sum_i dS_i K_i
+    dk_i = scale dS_i^T q            dv_i = (g_i r o P_i)^T dO
 
-r is dropout's mask over 1 - p, the same at all levels. dq takes one pass over the keys, in which D_i is found as well.
-Any c gives the same sum; the mean over the first block of keys is near D_i, so that little cancels in half precision.
+r is dropout's mask over 1 - p, the same at all levels. Which kernels run, by the lengths, is in blocks.py:
 
-A level is a tensor of its own, of any strides; a program unrolls them. Levels may differ in length. A level without a
-readable key gives zeros.
+- `forward` and `backward_query` take any lengths. `backward_query` finds D and dq in one pass over the keys:
+  dq = scale sum_i g_i (sum_j P_ij (dP_ij - c) k_j - (D_i - c) sum_j P_ij k_j). Any c gives the same sum; the mean over
+  the first block of keys is near D_i, so that little cancels in half precision.
+- `forward_short` and `backward_query_short` take levels of one length whose keys are one block. Their one loop runs
+  over levels, so that the next level is copied while this one is computed, and D is exact.
+- `backward_key` has a program for each level and block of keys.
+- `backward_fused` takes queries that are one block. A program reads its keys twice: for D, and for all gradients.
 
-Source: FlashAttention-2, arXiv 2307.08691, for online softmax and log-sum-exp; Philox by triton.language.rand.
+A level is one tensor with keys and values as a linear map gives them. A level without a readable key gives zeros.
+
+Source: FlashAttention-2, arXiv 2307.08691, for online softmax, log-sum-exp and D.
 """
 
-# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width. Tables are [queries, keys] blocks.
+# Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width. q, out and their gradients are
+# [B, T, H, d]; a level and its gradient are [B, V, 2, H, d]; the gate is [B, T, H, S]; a mask is [B, V]; lse and
+# offsets are [B, H, S, T]; dropout's bits are [B, H, words], 32 a word: of each query, then of each key. All are
+# contiguous.
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _kept(seed, pair, t, v, num_keys, dropout_p):
-    """Dropout's mask over 1 - p for queries t and keys v of a (sample, head) pair: a function of the place alone."""
-    # The pair has a counter of its own: 64-bit counters would take twice the registers.
-    drawn, _, _, _ = tl.philox(seed, t * num_keys + v, pair.to(tl.int32), 0, 0)
-    return tl.where(tl.uint_to_uniform_float(drawn) >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_rows(start, rows, row_stride, columns, num_rows, WIDTH: tl.constexpr):
-    """[rows, columns] of a matrix with dense rows; zeros outside."""
-    inside = (rows[:, None] < num_rows) & (columns[None, :] < WIDTH)
-    return tl.load(start + rows[:, None].to(tl.int64) * row_stride + columns[None, :], mask=inside, other=0.0)
+def _program(num_blocks, num_heads):
+    """This program's (sample, head) pair, sample, head and block. Blocks of a pair run together, as they share keys."""
+    program = tl.program_id(0)
+    pair = program // num_blocks
+    return pair.to(tl.int64), (pair // num_heads).to(tl.int64), pair % num_heads, program % num_blocks
 
 
 @triton.jit
-def _readable(mask, v, num_keys, HAS_MASK: tl.constexpr):
-    """Which keys v exist and may be read."""
-    inside = v < num_keys
+def _offsets(rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets [rows, columns] of a matrix with dense rows, and which exist. A sample has less than 2^31 elements."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = rows[:, None] < num_rows
+    if WIDTH < BLOCK_D:
+        inside = inside & (columns[None, :] < WIDTH)
+    return rows[:, None] * row_stride + columns[None, :], inside
+
+
+@triton.jit
+def _load_rows(start, rows, row_stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, columns] of such a matrix; zeros outside."""
+    offsets, inside = _offsets(rows, row_stride, num_rows, WIDTH, BLOCK_D)
+    return tl.load(start + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(start, rows, row_stride, num_rows, values, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    offsets, inside = _offsets(rows, row_stride, num_rows, WIDTH, BLOCK_D)
+    tl.store(start + offsets, values.to(start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _readable(mask, keys, num_keys, HAS_MASK: tl.constexpr):
+    """Which keys exist and may be read."""
+    inside = keys < num_keys
     if HAS_MASK:
-        inside = inside & (tl.load(mask + v, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(mask + keys, mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
 def _of_level(values, level, LEVELS: tl.constexpr):
-    """The entry of a tuple at a place known at run time alone: unrolled loops over levels would spill."""
+    """The entry of a tuple at an index known at run time alone: unrolled loops over levels would spill."""
     chosen = values[0]
-    for place in tl.static_range(1, LEVELS):
-        chosen = tl.where(level == place, values[place], chosen)
+    for index in tl.static_range(1, LEVELS):
+        chosen = tl.where(level == index, values[index], chosen)
     return chosen
 
 
 @triton.jit
-def _level_rows(starts, strides, level, sample, head, LEVELS: tl.constexpr):
-    """Where a level's matrix of this (sample, head) starts, and its row stride."""
-    batch_stride, head_stride, row_stride = strides[0][0], strides[0][1], strides[0][2]
-    for place in tl.static_range(1, LEVELS):
-        batch_stride = tl.where(level == place, strides[place][0], batch_stride)
-        head_stride = tl.where(level == place, strides[place][1], head_stride)
-        row_stride = tl.where(level == place, strides[place][2], row_stride)
-    return _of_level(starts, level, LEVELS) + sample * batch_stride + head * head_stride, row_stride
+def _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH: tl.constexpr, LEVELS: tl.constexpr):
+    """A level's keys and values for this (sample, head), its mask, and its number of keys."""
+    num_keys = _of_level(lengths, level, LEVELS)
+    keys = _of_level(kvs, level, LEVELS) + (sample * num_keys * 2 * num_heads + head) * WIDTH
+    return keys, keys + num_heads * WIDTH, _of_level(masks, level, LEVELS) + sample * num_keys, num_keys
 
 
 @triton.jit
-def _open_level(
-    ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS: tl.constexpr
-):  # fmt: skip
-    """A level's keys and values for this (sample, head), each with its row stride, its mask, and its number of keys."""
-    k, k_row = _level_rows(ks, k_strides, level, sample, head, LEVELS)
-    v, v_row = _level_rows(vs, v_strides, level, sample, head, LEVELS)
-    mask = _of_level(masks, level, LEVELS) + sample * _of_level(mask_strides, level, LEVELS)
-    return k, k_row, v, v_row, mask, _of_level(lengths, level, LEVELS)
-
-
-@triton.jit
-def _shares(gate, strides, sample, t, head, level, num_queries, HAS_GATE: tl.constexpr, LEVELS: tl.constexpr):
-    """How much a level counts for queries t."""
+def _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE: tl.constexpr, LEVELS: tl.constexpr):
+    """The gate of a level for queries t."""
     if HAS_GATE:
-        place = sample * strides[0] + t * strides[1] + head * strides[2] + level * strides[3]
-        shares = tl.load(gate + place, mask=t < num_queries, other=0.0).to(tl.float32)
+        start = gate + (sample * num_queries * num_heads + head) * LEVELS + level + t * (num_heads * LEVELS)
+        gates = tl.load(start, mask=t < num_queries, other=0.0).to(tl.float32)
     else:
-        shares = tl.full(t.shape, 1.0 / LEVELS, dtype=tl.float32)
-    return shares
+        gates = tl.full(t.shape, 1.0 / LEVELS, dtype=tl.float32)
+    return gates
 
 
 @triton.jit
-def cross_layer_attention_fwd_kernel(
-    q, ks, vs, gate, masks, out, lse,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides, out_strides,
-    lengths, longest, num_heads, num_queries, scale, seed, dropout_p,
+def _test_bits(words, rows, num_rows, num_words, first, BLOCK: tl.constexpr):
+    """[rows, BLOCK] bits from `first` on, of `num_words` words a row. `first` is a multiple of the block."""
+    columns = tl.arange(0, BLOCK)
+    start, inside = words + rows * num_words + first // 32, rows < num_rows
+    word = tl.load(start, mask=inside, other=0)[:, None]
+    if BLOCK > 32:
+        # The number of words is even.
+        tl.static_assert(BLOCK == 64)
+        word = tl.where(columns[None, :] < 32, word, tl.load(start + 1, mask=inside, other=0)[:, None])
+    return (word & (1 << (first + columns) % 32)[None, :]) != 0
+
+
+@triton.jit
+def _retained(bits, pair, t, first, num_queries, longest, BLOCK_V: tl.constexpr):
+    """Which keys, from `first` on, dropout retains for queries t: [queries, keys]."""
+    words = tl.cdiv(longest, 64) * 2
+    words_of_pair = num_queries * words + words * 32 * (tl.cdiv(num_queries, 64) * 2)
+    return _test_bits(bits + pair * words_of_pair, t, num_queries, words, first, BLOCK_V)
+
+
+@triton.jit
+def _retained_by(bits, pair, keys, first, num_queries, longest, BLOCK_T: tl.constexpr):
+    """The queries, from `first` on, for which dropout retains these keys: [keys, queries]."""
+    words, words_by_key = tl.cdiv(longest, 64) * 2, tl.cdiv(num_queries, 64) * 2
+    start = bits + pair * (num_queries * words + words * 32 * words_by_key) + num_queries * words
+    return _test_bits(start, keys, words * 32, words_by_key, first, BLOCK_T)
+
+
+@triton.jit
+def draw_bits_kernel(bits, seed, longest, num_queries, pairs, threshold, BLOCK: tl.constexpr):
+    """Dropout's bits of all pairs: by query [T, W], then by key [32 W, ...]; dropout.py has the function."""
+    words, words_by_key = tl.cdiv(longest, 64) * 2, tl.cdiv(num_queries, 64) * 2
+    words_of_pair = num_queries * words + words * 32 * words_by_key
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pair, word = index // words_of_pair, (index % words_of_pair).to(tl.int32)
+    by_key = word >= num_queries * words
+    word = tl.where(by_key, word - num_queries * words, word)
+    per_row = tl.where(by_key, words_by_key, words)
+    row, first = word // per_row, (word % per_row) * 32
+    seeds = tl.load(seed)
+    low, high = seeds.to(tl.uint32), (seeds >> 32).to(tl.uint32)
+    of_pair = _mixed(pair.to(tl.uint32) + low)
+    drawn = tl.zeros([BLOCK], dtype=tl.uint32)
+    for bit in tl.static_range(32):
+        key = tl.where(by_key, row, first + bit).to(tl.uint32)
+        query = tl.where(by_key, first + bit, row).to(tl.uint32)
+        drawn = drawn | ((_mixed(_mixed((of_pair ^ key) + high) ^ query) >= threshold).to(tl.uint32) << bit)
+    tl.store(bits + index, drawn.to(tl.int32, bitcast=True), mask=pair < pairs)
+
+
+@triton.jit
+def _mixed(x):
+    """Wellons' lowbias32: every bit of the result depends on every bit of x."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def forward_kernel(
+    q, kvs, gate, masks, bits, out, lse,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T queries of one (sample, head), all levels. lse is [B, H, S, T], dense."""
-    pair = tl.program_id(0).to(tl.int64)
-    sample, head = pair // num_heads, pair % num_heads
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.arange(0, BLOCK_D)
-    in_queries = t < num_queries
-    queries = _load_rows(q + sample * q_strides[0] + head * q_strides[1], t, q_strides[2], columns, num_queries, WIDTH)
+    """One program: BLOCK_T queries of one (sample, head), all levels."""
+    pair, sample, head, block = _program(tl.cdiv(num_queries, BLOCK_T), num_heads)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
-        k, k_row, v, v_row, mask, num_keys = _open_level(
-            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
-        )
+        k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
         most = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_T], dtype=tl.float32)
         mixed = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
         for first in range(0, num_keys, BLOCK_V):
             rows = first + tl.arange(0, BLOCK_V)
-            keys = _load_rows(k, rows, k_row, columns, num_keys, WIDTH)
-            values = _load_rows(v, rows, v_row, columns, num_keys, WIDTH)
+            keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            values = _load_rows(v, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
             readable = _readable(mask, rows, num_keys, HAS_MASK)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
             scores = tl.where(readable[None, :], scores, float("-inf"))
             new_most = tl.maximum(most, tl.max(scores, 1))
             # Where nothing was readable yet, the difference of two infinities would be no number.
@@ -128,43 +195,82 @@ def cross_layer_attention_fwd_kernel(
             shrunk = tl.exp2(most - base)
             total = total * shrunk + tl.sum(weights, 1)
             if DROPOUT:
-                weights *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], longest, dropout_p)
+                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V)
+                weights = tl.where(retained, weights, 0.0)
             mixed = tl.dot(weights.to(values.dtype), values, acc=mixed * shrunk[:, None], input_precision=PRECISION)
             most = new_most
         some = total > 0
-        shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
-        result += mixed * (shares / tl.where(some, total, 1.0))[:, None]
-        place = (pair * LEVELS + level) * num_queries + t
-        tl.store(lse + place, tl.where(some, most + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=in_queries)
-    start = out + sample * out_strides[0] + head * out_strides[1]
-    inside = in_queries[:, None] & (columns[None, :] < WIDTH)
-    place = start + t[:, None].to(tl.int64) * out_strides[2] + columns[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+        safe = tl.where(some, total, 1.0)
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        result += mixed * (gates / safe)[:, None]
+        # Infinite where nothing is readable: backward's weights are then zero.
+        saved = tl.where(some, most + tl.log2(safe), float("inf"))
+        tl.store(lse + (pair * LEVELS + level) * num_queries + t, saved, mask=t < num_queries)
+    if DROPOUT:
+        result *= 1.0 / (1.0 - dropout_p)
+    _store_rows(out + pair_start, t, row, num_queries, result, WIDTH, BLOCK_D)
 
 
 @triton.jit
-def cross_layer_attention_bwd_query_kernel(
-    q, ks, vs, gate, masks, grad_out, lse, grad_q, offsets,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides, grad_out_strides, grad_q_strides,
-    lengths, longest, num_heads, num_queries, scale, seed, dropout_p,
+def forward_short_kernel(
+    q, kvs, gate, masks, bits, out, lse,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: grad_q and D of BLOCK_T queries. offsets, which is D and the gate's gradient, is [B, H, S, T]."""
-    pair = tl.program_id(0).to(tl.int64)
-    sample, head = pair // num_heads, pair % num_heads
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    columns = tl.arange(0, BLOCK_D)
-    in_queries = t < num_queries
-    queries = _load_rows(q + sample * q_strides[0] + head * q_strides[1], t, q_strides[2], columns, num_queries, WIDTH)
-    start = grad_out + sample * grad_out_strides[0] + head * grad_out_strides[1]
-    slopes = _load_rows(start, t, grad_out_strides[2], columns, num_queries, WIDTH)
+    """As `forward_kernel`, for levels of one length, at most BLOCK_V, and one mask."""
+    pair, sample, head, block = _program(tl.cdiv(num_queries, BLOCK_T), num_heads)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    rows, num_keys = tl.arange(0, BLOCK_V), lengths[0]
+    readable = _readable(masks[0] + sample * num_keys, rows, num_keys, HAS_MASK)
+    level_start = (sample * num_keys * 2 * num_heads + head) * WIDTH
+    if DROPOUT:
+        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V)
     result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
-        k, k_row, v, v_row, mask, num_keys = _open_level(
-            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
-        )
-        saved = tl.load(lse + (pair * LEVELS + level) * num_queries + t, mask=in_queries, other=0.0)
+        k = _of_level(kvs, level, LEVELS) + level_start
+        keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+        values = _load_rows(k + row, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.where(readable[None, :], scores, float("-inf"))
+        most = tl.max(scores, 1)
+        most = tl.where(most == float("-inf"), 0.0, most)
+        weights = tl.exp2(scores - most[:, None])
+        total = tl.sum(weights, 1)
+        some = total > 0
+        safe = tl.where(some, total, 1.0)
+        if DROPOUT:
+            weights = tl.where(retained, weights, 0.0)
+        weights *= (gates / safe)[:, None]
+        result = tl.dot(weights.to(values.dtype), values, acc=result, input_precision=PRECISION)
+        saved = tl.where(some, most + tl.log2(safe), float("inf"))
+        tl.store(lse + (pair * LEVELS + level) * num_queries + t, saved, mask=t < num_queries)
+    if DROPOUT:
+        result *= 1.0 / (1.0 - dropout_p)
+    _store_rows(out + pair_start, t, row, num_queries, result, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def backward_query_kernel(
+    q, kvs, gate, masks, bits, grad_out, lse, grad_q, offsets,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
+    LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: grad_q and D of BLOCK_T queries. `offsets` is D, which is the gate's gradient."""
+    pair, sample, head, block = _program(tl.cdiv(num_queries, BLOCK_T), num_heads)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    slopes = _load_rows(grad_out + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    for level in range(LEVELS):
+        k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
         centre = tl.zeros([BLOCK_T], dtype=tl.float32)
         offset = tl.zeros([BLOCK_T], dtype=tl.float32)
         seen = tl.zeros([BLOCK_T], dtype=tl.float32)
@@ -172,14 +278,15 @@ def cross_layer_attention_bwd_query_kernel(
         plain = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
         for first in range(0, num_keys, BLOCK_V):
             rows = first + tl.arange(0, BLOCK_V)
-            keys = _load_rows(k, rows, k_row, columns, num_keys, WIDTH)
-            values = _load_rows(v, rows, v_row, columns, num_keys, WIDTH)
+            keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            values = _load_rows(v, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
             readable = _readable(mask, rows, num_keys, HAS_MASK)
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
             weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
             slope = tl.dot(slopes, tl.trans(values), input_precision=PRECISION)
             if DROPOUT:
-                slope *= _kept(tl.load(seed), pair, t[:, None], rows[None, :], longest, dropout_p)
+                retained = _retained(bits, pair, t, first, num_queries, longest, BLOCK_V)
+                slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
             if first == 0:
                 weight = tl.sum(weights, 1)
                 centre = tl.sum(weights * slope, 1) / tl.where(weight > 0, weight, 1.0)
@@ -188,65 +295,153 @@ def cross_layer_attention_bwd_query_kernel(
             seen += tl.sum(weights, 1)
             sloped = tl.dot(centred.to(keys.dtype), keys, acc=sloped, input_precision=PRECISION)
             plain = tl.dot(weights.to(keys.dtype), keys, acc=plain, input_precision=PRECISION)
-        shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
-        result += (sloped - offset[:, None] * plain) * shares[:, None]
-        place = (pair * LEVELS + level) * num_queries + t
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        result += (sloped - offset[:, None] * plain) * gates[:, None]
         # Of a level without a readable key the weights sum to zero, and so does D.
-        tl.store(offsets + place, offset + centre * seen, mask=in_queries)
-    start = grad_q + sample * grad_q_strides[0] + head * grad_q_strides[1]
-    inside = in_queries[:, None] & (columns[None, :] < WIDTH)
-    place = start + t[:, None].to(tl.int64) * grad_q_strides[2] + columns[None, :]
-    tl.store(place, (result * scale).to(grad_q.dtype.element_ty), mask=inside)
+        tl.store(offsets + row_of_lse, offset + centre * seen, mask=t < num_queries)
+    _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)
 
 
 @triton.jit
-def cross_layer_attention_bwd_key_kernel(
-    q, ks, vs, gate, masks, grad_out, lse, offsets, grad_ks, grad_vs,
-    q_strides, k_strides, v_strides, gate_strides, mask_strides, grad_out_strides,
-    lengths, longest, num_heads, num_queries, scale, seed, dropout_p,
+def backward_query_short_kernel(
+    q, kvs, gate, masks, bits, grad_out, lse, grad_q, offsets,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
     LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: grad_k and grad_v of BLOCK_V keys, for all levels in turn; both are dense [B, H, V, d] a level."""
-    pair = tl.program_id(0).to(tl.int64)
-    sample, head = pair // num_heads, pair % num_heads
-    rows = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = tl.arange(0, BLOCK_D)
-    q_start = q + sample * q_strides[0] + head * q_strides[1]
-    slope_start = grad_out + sample * grad_out_strides[0] + head * grad_out_strides[1]
+    """As `backward_query_kernel`, for levels of one length, at most BLOCK_V, and one mask."""
+    pair, sample, head, block = _program(tl.cdiv(num_queries, BLOCK_T), num_heads)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    slopes = _load_rows(grad_out + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    rows, num_keys = tl.arange(0, BLOCK_V), lengths[0]
+    readable = _readable(masks[0] + sample * num_keys, rows, num_keys, HAS_MASK)
+    level_start = (sample * num_keys * 2 * num_heads + head) * WIDTH
+    if DROPOUT:
+        retained = _retained(bits, pair, t, 0, num_queries, longest, BLOCK_V)
+    result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     for level in range(LEVELS):
-        k, k_row, v, v_row, mask, num_keys = _open_level(
-            ks, vs, masks, lengths, k_strides, v_strides, mask_strides, level, sample, head, LEVELS
-        )
-        keys = _load_rows(k, rows, k_row, columns, num_keys, WIDTH)
-        values = _load_rows(v, rows, v_row, columns, num_keys, WIDTH)
-        readable = _readable(mask, rows, num_keys, HAS_MASK)
-        grad_key = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
-        grad_value = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
-        for first in range(0, num_queries, BLOCK_T):
-            t = first + tl.arange(0, BLOCK_T)
-            in_queries = t < num_queries
-            queries = _load_rows(q_start, t, q_strides[2], columns, num_queries, WIDTH)
-            slopes = _load_rows(slope_start, t, grad_out_strides[2], columns, num_queries, WIDTH)
-            place = (pair * LEVELS + level) * num_queries + t
-            saved = tl.load(lse + place, mask=in_queries, other=0.0)
-            offset = tl.load(offsets + place, mask=in_queries, other=0.0)
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            weights = tl.exp2(scores - saved[None, :])
-            weights = tl.where(readable[:, None] & in_queries[None, :], weights, 0.0)
+        k = _of_level(kvs, level, LEVELS) + level_start
+        keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+        values = _load_rows(k + row, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
+        weights = tl.where(readable[None, :], tl.exp2(scores - saved[:, None]), 0.0)
+        slope = tl.dot(slopes, tl.trans(values), input_precision=PRECISION)
+        if DROPOUT:
+            slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
+        offset = tl.sum(weights * slope, 1)
+        change = weights * (slope - offset[:, None]) * gates[:, None]
+        result = tl.dot(change.to(keys.dtype), keys, acc=result, input_precision=PRECISION)
+        tl.store(offsets + row_of_lse, offset, mask=t < num_queries)
+    _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def backward_key_kernel(
+    q, kvs, gate, masks, bits, grad_out, lse, offsets, grad_kvs,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
+    LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_V keys and values of one level."""
+    pair, sample, head, block = _program(tl.cdiv(longest, BLOCK_V) * LEVELS, num_heads)
+    level, first_key = block % LEVELS, (block // LEVELS) * BLOCK_V
+    k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
+    rows = first_key + tl.arange(0, BLOCK_V)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+    values = _load_rows(v, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+    readable = _readable(mask, rows, num_keys, HAS_MASK)
+    grad_key = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
+    grad_value = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
+    for first in range(0, num_queries, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+        slopes = _load_rows(grad_out + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
+        offset = tl.load(offsets + row_of_lse, mask=t < num_queries, other=0.0)
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
+        weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0) * gates[None, :]
+        slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
+        mixed = weights
+        if DROPOUT:
+            retained = _retained_by(bits, pair, rows, first, num_queries, longest, BLOCK_T)
+            slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
+            mixed = tl.where(retained, weights, 0.0)
+        grad_value = tl.dot(mixed.to(slopes.dtype), slopes, acc=grad_value, input_precision=PRECISION)
+        change = weights * (slope - offset[None, :])
+        grad_key = tl.dot(change.to(queries.dtype), queries, acc=grad_key, input_precision=PRECISION)
+    if DROPOUT:
+        grad_value *= 1.0 / (1.0 - dropout_p)
+    grad = _of_level(grad_kvs, level, LEVELS) + (sample * num_keys * 2 * num_heads + head) * WIDTH
+    _store_rows(grad, rows, 2 * row, num_keys, grad_key * scale, WIDTH, BLOCK_D)
+    _store_rows(grad + row, rows, 2 * row, num_keys, grad_value, WIDTH, BLOCK_D)
+
+
+@triton.jit
+def backward_fused_kernel(
+    q, kvs, gate, masks, bits, grad_out, lse, grad_q, offsets, grad_kvs,
+    lengths, longest, num_heads, num_queries, scale, dropout_p,
+    LEVELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: all gradients of one (sample, head) with at most BLOCK_T queries. Tables are [keys, queries]."""
+    pair, sample, head, _ = _program(1, num_heads)
+    t = tl.arange(0, BLOCK_T)
+    row, pair_start = num_heads * WIDTH, (sample * num_queries * num_heads + head) * WIDTH
+    queries = _load_rows(q + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    slopes = _load_rows(grad_out + pair_start, t, row, num_queries, WIDTH, BLOCK_D)
+    result = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    for level in range(LEVELS):
+        k, v, mask, num_keys = _open_level(kvs, masks, lengths, level, sample, head, num_heads, WIDTH, LEVELS)
+        grad = _of_level(grad_kvs, level, LEVELS) + (sample * num_keys * 2 * num_heads + head) * WIDTH
+        row_of_lse = (pair * LEVELS + level) * num_queries + t
+        saved = tl.load(lse + row_of_lse, mask=t < num_queries, other=float("inf"))
+        gates = _gates(gate, sample, t, head, level, num_heads, num_queries, HAS_GATE, LEVELS)
+        offset = tl.zeros([BLOCK_T], dtype=tl.float32)
+        for first in range(0, num_keys, BLOCK_V):
+            rows = first + tl.arange(0, BLOCK_V)
+            keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            values = _load_rows(v, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            readable = _readable(mask, rows, num_keys, HAS_MASK)
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
+            weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0)
             slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
-            shares = _shares(gate, gate_strides, sample, t, head, level, num_queries, HAS_GATE, LEVELS)
-            gated = weights * shares[None, :]
-            mixed = gated
             if DROPOUT:
-                kept = _kept(tl.load(seed), pair, t[None, :], rows[:, None], longest, dropout_p)
-                slope *= kept
-                mixed = gated * kept
-            grad_value = tl.dot(mixed.to(slopes.dtype), slopes, acc=grad_value, input_precision=PRECISION)
-            change = gated * (slope - offset[None, :])
-            grad_key = tl.dot(change.to(queries.dtype), queries, acc=grad_key, input_precision=PRECISION)
-        inside = (rows[:, None] < num_keys) & (columns[None, :] < WIDTH)
-        place = (pair * num_keys + rows[:, None]) * WIDTH + columns[None, :]
-        grad_k, grad_v = _of_level(grad_ks, level, LEVELS), _of_level(grad_vs, level, LEVELS)
-        tl.store(grad_k + place, (grad_key * scale).to(keys.dtype), mask=inside)
-        tl.store(grad_v + place, grad_value.to(values.dtype), mask=inside)
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                slope = tl.where(retained, slope, 0.0)
+            offset += tl.sum(weights * slope, 0)
+        if DROPOUT:
+            offset *= 1.0 / (1.0 - dropout_p)
+        tl.store(offsets + row_of_lse, offset, mask=t < num_queries)
+        for first in range(0, num_keys, BLOCK_V):
+            rows = first + tl.arange(0, BLOCK_V)
+            keys = _load_rows(k, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            values = _load_rows(v, rows, 2 * row, num_keys, WIDTH, BLOCK_D)
+            readable = _readable(mask, rows, num_keys, HAS_MASK)
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * (scale * LOG2_E)
+            weights = tl.where(readable[:, None], tl.exp2(scores - saved[None, :]), 0.0) * gates[None, :]
+            mixed = weights
+            if DROPOUT:
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                mixed = tl.where(retained, weights, 0.0)
+            # Stored at once: registers are scarce.
+            grad_value = tl.dot(mixed.to(slopes.dtype), slopes, input_precision=PRECISION)
+            if DROPOUT:
+                grad_value *= 1.0 / (1.0 - dropout_p)
+            _store_rows(grad + row, rows, 2 * row, num_keys, grad_value, WIDTH, BLOCK_D)
+            slope = tl.dot(values, tl.trans(slopes), input_precision=PRECISION)
+            if DROPOUT:
+                retained = _retained_by(bits, pair, rows, 0, num_queries, longest, BLOCK_T)
+                slope = tl.where(retained, slope, 0.0) * (1.0 / (1.0 - dropout_p))
+            change = (weights * (slope - offset[None, :])).to(queries.dtype)
+            grad_key = tl.dot(change, queries, input_precision=PRECISION)
+            _store_rows(grad, rows, 2 * row, num_keys, grad_key * scale, WIDTH, BLOCK_D)
+            result = tl.dot(tl.trans(change), keys, acc=result, input_precision=PRECISION)
+    _store_rows(grad_q + pair_start, t, row, num_queries, result * scale, WIDTH, BLOCK_D)

@@ -19,13 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention.blocks import KERNELS, blocks_for
-from unimo3.kernels.cross_layer_attention.kernel import (
-    cross_layer_attention_bwd_key_kernel,
-    cross_layer_attention_bwd_query_kernel,
-    cross_layer_attention_fwd_kernel,
-)
-from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, dense_rows, make_operator
+from unimo3.kernels.cross_layer_attention import kernel
+from unimo3.kernels.cross_layer_attention.blocks import KERNELS, backward_kernels, blocks_for, forward_kernel
+from unimo3.kernels.cross_layer_attention.dropout import threshold, words_by_query_and_key
+from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, make_operator
 
 log = logging.getLogger(__name__)
 
@@ -33,80 +30,97 @@ log = logging.getLogger(__name__)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 AUTOTUNE = "UNIMO3_AUTOTUNE"
-_FUNCTIONS = dict(
-    zip(
-        KERNELS,
-        (
-            cross_layer_attention_fwd_kernel,
-            cross_layer_attention_bwd_query_kernel,
-            cross_layer_attention_bwd_key_kernel,
-        ),
-        strict=True,
-    )
-)
+FUNCTIONS = {name: getattr(kernel, f"{name}_kernel") for name in KERNELS}
+# Kernels compiled for a kind of call, with their constants in order and their programs a (sample, head) pair.
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], int]] = {}
 
 
-class _Call:
-    """The arguments that all kernels share."""
+class _Pass:
+    """What the kernels of one pass share."""
 
     def __init__(self, inputs: Inputs):
-        q, levels = dense_rows(inputs.q), len(inputs.k)
-        self.pairs = q.shape[0] * q.shape[1]
-        keys, values = tuple(map(dense_rows, inputs.k)), tuple(map(dense_rows, inputs.v))
+        q, levels = inputs.q, tuple(inputs.levels)
+        batch, self.queries, heads, self.width = q.shape
+        self.q, self.pairs = q, batch * heads
+        self.lengths = tuple([level.shape[1] for level in levels])
+        self.longest = max(self.lengths)
+        if 2 * max(self.longest, self.queries) * heads * self.width >= 2**31:
+            raise ValueError(
+                f"q: {self.queries} queries, up to {self.longest} keys; below 2^31 values a sample are needed"
+            )
         # A missing tensor is never read, but the kernel needs some pointer for it.
-        masks = tuple(dense_rows(mask).view(torch.uint8) for mask in inputs.masks) or (q,) * levels
+        masks = tuple([mask.view(torch.uint8) for mask in inputs.masks]) or (q,)
         gate = q if inputs.gate is None else inputs.gate
-        seed = q if inputs.seed is None else inputs.seed
-        self.tensors = (q, keys, values, gate, masks)
-        self.strides = (
-            q.stride(),
-            tuple(key.stride() for key in keys),
-            tuple(value.stride() for value in values),
-            gate.stride(),
-            tuple(mask.stride(0) for mask in masks),
+        bits = q if inputs.bits is None else inputs.bits
+        self.tensors = (q, levels, gate, masks if len(masks) == len(levels) else masks * len(levels), bits)
+        self.num_masks = len(inputs.masks)
+        self.has_gate, self.has_bits = inputs.gate is not None, inputs.bits is not None
+        self.sizes = (self.lengths, self.longest, heads, self.queries, self.width**-0.5, inputs.dropout_p)
+        # What triton compiles for. All tensors start at multiples of 16 bytes.
+        self.kind = (
+            q.dtype,
+            gate.dtype,
+            q.device.index,
+            self.has_gate,
+            self.num_masks,
+            self.has_bits,
+            self.lengths,
+            heads,
+            self.queries,
+            self.width,
         )
-        lengths, scale = tuple(key.shape[2] for key in keys), q.shape[-1] ** -0.5
-        self.sizes = (lengths, inputs.longest, q.shape[1], q.shape[2], scale, seed, inputs.dropout_p)
-        self._inputs = inputs
-        self._switches = {
-            "LEVELS": levels,
-            "WIDTH": q.shape[-1],
-            "BLOCK_D": triton.next_power_of_2(q.shape[-1]),
-            "HAS_GATE": inputs.gate is not None,
-            "HAS_MASK": bool(inputs.masks),
-            "DROPOUT": inputs.dropout_p > 0,
+
+    def constants(self) -> dict[str, Any]:
+        """The kernels' compile-time constants, but for the blocks."""
+        return {
+            "LEVELS": len(self.lengths),
+            "WIDTH": self.width,
+            "BLOCK_D": triton.next_power_of_2(self.width),
+            "HAS_GATE": self.has_gate,
+            "HAS_MASK": self.num_masks > 0,
+            "DROPOUT": self.has_bits,
             # Half types multiply as they are; float32 is not to be cut to TF32.
             "PRECISION": "ieee",
         }
 
-    def launch(self, name: str, *arguments: Any) -> None:
-        """Run a kernel of `KERNELS`, a program a block of queries, or of keys for ``backward_key``."""
-        queries, longest = self._inputs.q.shape[2], self._inputs.longest
-
-        def grid(constants: dict[str, Any]) -> tuple[int, int]:
-            # (sample, head) pairs first: the second axis ends at 65,535.
-            if name == "backward_key":
-                return self.pairs, triton.cdiv(longest, constants["BLOCK_V"])
-            return self.pairs, triton.cdiv(queries, constants["BLOCK_T"])
-
-        with on_device(self._inputs.q.device):
+    def launch(self, name: str, *tensors: Any) -> None:
+        """Run a kernel of `KERNELS` with its own tensors, which follow the shared ones."""
+        arguments = (*self.tensors, *tensors, *self.sizes)
+        with on_device(self.q.device):
             if os.environ.get(AUTOTUNE) == "1":
-                tuner = _tuner(name)
-                known = len(tuner.cache)
-                tuner[grid](*arguments, *self.sizes, **self._switches)
-                if len(tuner.cache) > known:
-                    log.info("%s: T %d, V %d, %s: %s", name, queries, longest, self._switches, tuner.best_config)
-                return
-            blocks = blocks_for(name, self._inputs.q, longest)
-            _FUNCTIONS[name][grid](
-                *arguments,
-                *self.sizes,
-                **self._switches,
-                BLOCK_T=blocks.queries,
-                BLOCK_V=blocks.keys,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
-            )
+                self._tune(name, arguments)
+            elif (name, self.kind) in _compiled:
+                compiled, constants, programs = _compiled[name, self.kind]
+                compiled[self.pairs * programs, 1, 1](*arguments, *constants)
+            else:
+                self._compile(name, arguments)
+
+    def _compile(self, name: str, arguments: tuple[Any, ...]) -> None:
+        entry = blocks_for(name, self.q, self.longest)
+        constants = {**self.constants(), "BLOCK_T": entry.queries, "BLOCK_V": entry.keys}
+        programs, function = self._programs(name, constants), FUNCTIONS[name]
+        compiled = function[self.pairs * programs,](
+            *arguments, **constants, num_warps=entry.warps, num_stages=entry.stages
+        )
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            order = tuple(constants[argument] for argument in function.arg_names if argument in constants)
+            _compiled[name, self.kind] = compiled, order, programs
+
+    def _programs(self, name: str, constants: dict[str, Any]) -> int:
+        """Of a (sample, head) pair."""
+        if name == "backward_fused":
+            return 1
+        if name == "backward_key":
+            return triton.cdiv(self.longest, constants["BLOCK_V"]) * len(self.lengths)
+        return triton.cdiv(self.queries, constants["BLOCK_T"])
+
+    def _tune(self, name: str, arguments: tuple[Any, ...]) -> None:
+        tuner = _tuner(name)
+        known = len(tuner.cache)
+        tuner[lambda constants: (self.pairs * self._programs(name, constants),)](*arguments, **self.constants())
+        if len(tuner.cache) > known:
+            log.info("%s: T %d, V %d, %s: %s", name, self.queries, self.longest, self.constants(), tuner.best_config)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -126,22 +140,29 @@ def _tuner(name: str) -> Any:
     key = ["num_queries", "longest", "LEVELS", "WIDTH", "HAS_GATE", "HAS_MASK", "DROPOUT"]
     timing = {} if torch.cuda.is_available() else {"do_bench": _wall_time}
     return triton.autotune(
-        candidates, key=key, cache_results=True, prune_configs_by={"early_config_prune": _worth_timing}, **timing
-    )(_FUNCTIONS[name])
+        candidates,
+        key=key,
+        cache_results=True,
+        prune_configs_by={"early_config_prune": functools.partial(_worth_timing, name)},
+        **timing,
+    )(FUNCTIONS[name])
 
 
-def _worth_timing(candidates: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
+def _worth_timing(
+    name: str, candidates: list[triton.Config], arguments: dict[str, Any], **_: Any
+) -> list[triton.Config]:
     """Candidates without blocks far longer than the lengths; in float32 without those that take minutes to compile."""
     most = 64 if arguments["q"].element_size() > 2 else 128
 
-    def fits(block: int, length: int) -> bool:
-        return block <= min(most, max(32, triton.next_power_of_2(length)))
+    def fits(block: int, length: int, covered: bool) -> bool:
+        enough = max(32, triton.next_power_of_2(length))
+        return block <= min(most, enough) and (not covered or block >= length)
 
     return [
         candidate
         for candidate in candidates
-        if fits(candidate.kwargs["BLOCK_T"], arguments["num_queries"])
-        and fits(candidate.kwargs["BLOCK_V"], arguments["longest"])
+        if fits(candidate.kwargs["BLOCK_T"], arguments["num_queries"], name == "backward_fused")
+        and fits(candidate.kwargs["BLOCK_V"], arguments["longest"], name.endswith("_short"))
     ]
 
 
@@ -153,35 +174,39 @@ def _wall_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[f
 
 
 def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
-    call = _Call(inputs)
-    call.launch("forward", *call.tensors, *outputs, *call.strides, outputs.out.stride())
+    run = _Pass(inputs)
+    run.launch(forward_kernel(inputs.q, run.lengths, run.num_masks), *outputs)
 
 
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
-    call = _Call(inputs)
-    call.launch(
-        "backward_query",
-        *call.tensors,
-        grad_out,
-        lse,
-        grads.q,
-        grads.offsets,
-        *call.strides,
-        grad_out.stride(),
-        grads.q.stride(),
-    )
-    if inputs.longest:
-        call.launch(
-            "backward_key",
-            *call.tensors,
-            grad_out,
-            lse,
-            grads.offsets,
-            tuple(grads.k),
-            tuple(grads.v),
-            *call.strides,
-            grad_out.stride(),
-        )
+    run = _Pass(inputs)
+    levels = tuple(grads.levels)
+    tensors = {
+        "backward_fused": (grads.q, grads.offsets, levels),
+        "backward_query": (grads.q, grads.offsets),
+        "backward_query_short": (grads.q, grads.offsets),
+        "backward_key": (grads.offsets, levels),
+    }
+    for name in backward_kernels(inputs.q, run.lengths, run.num_masks):
+        run.launch(name, grad_out, lse, *tensors[name])
 
 
-attend = make_operator("cross_layer_attention_triton", _fill_outputs, _fill_grads)
+def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
+    """As `dropout.draw_bits`, by query and by key."""
+    words, block = words_by_query_and_key(queries, longest), 256
+    bits = torch.empty(batch, heads, words, dtype=torch.int32, device=seed.device)
+    arguments = (bits, seed, longest, queries, batch * heads, threshold(dropout_p))
+    kind = ("draw_bits", seed.device.index, *arguments[2:])
+    with on_device(seed.device):
+        if kind in _compiled:
+            compiled, constants, programs = _compiled[kind]
+            compiled[programs, 1, 1](*arguments, *constants)
+            return bits
+        programs = triton.cdiv(bits.numel(), block)
+        compiled = kernel.draw_bits_kernel[programs,](*arguments, BLOCK=block)
+        if compiled is not None:
+            _compiled[kind] = compiled, (block,), programs
+    return bits
+
+
+attend = make_operator("cross_layer_attention_triton", draw_bits, words_by_query_and_key, _fill_outputs, _fill_grads)

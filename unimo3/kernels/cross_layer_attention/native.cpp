@@ -4,10 +4,11 @@
 //     dP_i = r o (dO V_i^T)      dg_i = sum_v P_i dP_i    dS_i = g_i P_i (dP_i - dg_i)
 //     dq   = sum_i dS_i K_i / sqrt(d)                     dK_i = dS_i^T q / sqrt(d)     dV_i = (g_i r o P_i)^T dO
 //
-// r is dropout's mask over 1 - p, drawn once for all levels. Backward makes P again from the saved log-sum-exp. Tables of
-// queries by keys are stored transposed, [keys][queries], for a block of queries: softmax then runs over rows, all lanes
-// being queries, and every product is a tile of the one routine `product`. They stay in a core's cache; nothing of that
-// size goes to memory. Sums run in a fixed order, so results do not depend on the number of threads.
+// r is dropout's mask over 1 - p, the same for all levels, read from bits that are drawn once a call. Backward makes P
+// again from the saved log-sum-exp. Tables of queries by keys are stored transposed, [keys][queries], for a block of
+// queries: softmax then runs over rows, all lanes being queries, and every product is a tile of the one routine
+// `product`. They stay in a core's cache; nothing of that size goes to memory. Sums run in a fixed order, so results do
+// not depend on the number of threads.
 //
 // Source: FlashAttention-2, arXiv 2307.08691, for the backward pass by log-sum-exp; native.py builds and calls this file.
 
@@ -40,15 +41,15 @@ inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 // e^x for x <= 0, by Cephes' polynomial; zero below -87, where e^x leaves float32's normal range; NaN stays NaN.
 inline Floats exponential(Floats x) {
-    const Floats shift = all(12582912.f);  // adding it rounds to a whole number
+    const Floats shift = all(12582912.f);  // adding it rounds to an integer
     const Floats clamped = x < -87.f ? all(-87.f) : x;
-    const Floats integer = (clamped * 1.44269504f + shift) - shift;
-    const Floats rest = (clamped - integer * 0.693359375f) - integer * -2.12194440e-4f;
+    const Floats rounded = (clamped * 1.44269504f + shift) - shift;
+    const Floats rest = (clamped - rounded * 0.693359375f) - rounded * -2.12194440e-4f;
     Floats power = all(1.98756915e-4f);
     for (float factor : {1.39819995e-3f, 8.33345191e-3f, 4.16657962e-2f, 1.66666657e-1f, 0.5f})
         power = power * rest + factor;
     power = power * rest * rest + rest + 1.f;
-    const Ints exponent = (__builtin_convertvector(integer, Ints) + 127) << 23;
+    const Ints exponent = (__builtin_convertvector(rounded, Ints) + 127) << 23;
     Floats scale;
     std::memcpy(&scale, &exponent, sizeof scale);
     return x < -87.f ? Floats{} : power * scale;
@@ -112,28 +113,25 @@ Words mixed(Words x) {  // Wellons' lowbias32
 
 }  // namespace
 
-// Strides count floats; the last dimension of every tensor is dense. native.py has the same fields in the same order.
+// All tensors are contiguous. native.py has the same fields in the same order.
 struct Shape {
-    int64_t batch, heads, queries, longest, width, levels, threads;  // longest: keys of the longest level
-    uint64_t seed;
+    int64_t batch, heads, queries, longest, words, width, levels, threads;  // longest: keys of the longest level
     float dropout;
 };
-struct View {  // [batch, heads, tokens, width]
-    float *start;
-    int64_t batch, head, token;
-
-    float *at(int64_t sample, int64_t which) const { return start + sample * batch + which * head; }
-};
 struct Level {
-    View k, v;
+    const float *kv;          // [batch, keys, 2, heads, width]
     const uint8_t *readable;  // [batch, keys], or null: all
-    float *grad_k, *grad_v;   // dense [batch, heads, keys, width]
+    float *grad;              // as kv
     int64_t keys;
 };
 struct Tensors {
-    View q, out, grad_out, grad_q;
-    const float *gate;       // [batch, queries, heads, levels], or null: all alike
-    float *lse, *offsets;    // [batch, heads, levels, queries]; the latter is the gate's gradient
+    const float *q;           // [batch, queries, heads, width], as the next three
+    float *out;
+    const float *grad_out;
+    float *grad_q;
+    const float *gate;        // [batch, queries, heads, levels], or null: all alike
+    float *lse, *offsets;     // [batch, heads, levels, queries]; the latter is the gate's gradient
+    const uint32_t *bits;     // [batch, heads, queries, words]: which keys dropout retains; dropout.py draws the same
     const Level *levels;
 };
 
@@ -164,14 +162,23 @@ struct Block {
         return level;
     }
 
+    // Floats from a token's head to the next token's, of queries; keys and values are twice as far apart.
+    int64_t row() const { return shape.heads * shape.width; }
+
+    // Where this head of this block's first query is.
+    int64_t query_start() const { return ((sample * shape.queries + first) * shape.heads + head) * shape.width; }
+
+    // Where this head of a level's first key is; its value is a row behind.
+    int64_t key_start(int64_t keys) const { return (sample * keys * 2 * shape.heads + head) * shape.width; }
+
     void advance(int64_t start) {
         first = start, count = std::min(QUERY_BLOCK, shape.queries - start);
         padded = (count + LANES - 1) / LANES * LANES;
-        const float *from = t.q.at(sample, head) + first * t.q.token;
+        const float *from = t.q + query_start();
         for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < shape.width; j++) q[i * shape.width + j] = from[i * t.q.token + j] * scale;
+            for (int64_t j = 0; j < shape.width; j++) q[i * shape.width + j] = from[i * row() + j] * scale;
         transpose(q.data(), shape.width, q_t.data());
-        if (shape.dropout > 0) draw();
+        if (shape.dropout > 0) unpack();
     }
 
     void transpose(const float *from, int64_t row, float *to) const {
@@ -181,19 +188,15 @@ struct Block {
         }
     }
 
-    // A pair of key and query survives or not by a hash of its indices, the same in both passes.
-    void draw() {
-        const uint32_t least = uint32_t(double(shape.dropout) * 4294967296.0), low = shape.seed, high = shape.seed >> 32;
-        Words lane;
-        for (int i = 0; i < LANES; i++) lane[i] = i;
-        const Words row = mixed(lane * 0 + uint32_t(sample * shape.heads + head) + low);
-        for (int64_t v = 0; v < shape.longest; v++) {
-            const Words key = mixed((row ^ uint32_t(v)) + high);
-            for (int64_t i = 0; i < padded; i += LANES) {
-                const Words drawn = mixed(key ^ (lane + uint32_t(first + i)));
-                store(&factors[v * padded + i], drawn >= least ? all(1 / (1 - shape.dropout)) : Floats{});
+    // Dropout's bits of this block as factors [keys, queries].
+    void unpack() {
+        const float factor = 1 / (1 - shape.dropout);
+        const uint32_t *from = t.bits + ((sample * shape.heads + head) * shape.queries + first) * shape.words;
+        for (int64_t v = 0; v < shape.longest; v++)
+            for (int64_t i = 0; i < padded; i++) {
+                const uint32_t word = i < count ? from[i * shape.words + v / 32] : 0;
+                factors[v * padded + i] = word >> (v % 32) & 1 ? factor : 0;
             }
-        }
     }
 
     void load_gate(int64_t level) {
@@ -204,12 +207,12 @@ struct Block {
     }
 
     // Of this block's queries, in lse and offsets.
-    int64_t offset_of(int64_t level) const {
+    int64_t statistics_start(int64_t level) const {
         return ((sample * shape.heads + head) * shape.levels + level) * shape.queries + first;
     }
 
-    void scores(const View &keys, std::vector<float> &to, const std::vector<float> &queries) {
-        const Matrix rows{keys.at(sample, head), keys.token, 1};
+    void scores(const float *keys, std::vector<float> &to, const std::vector<float> &queries) {
+        const Matrix rows{keys, 2 * row(), 1};
         product(rows, queries.data(), padded, to.data(), padded, num_keys, padded, shape.width, false);
     }
 
@@ -226,22 +229,22 @@ struct Block {
                 const Floats e = reads(v) ? exponential(load(&p[v * padded + i]) - most) : Floats{};
                 store(&p[v * padded + i], e), sum += e;
             }
-            const Floats scale = load(gate + i) / sum;
+            const Floats factor = load(gate + i) / sum;
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i];
-                store(weight, load(weight) * (shape.dropout > 0 ? scale * load(&factors[v * padded + i]) : scale));
+                store(weight, load(weight) * (shape.dropout > 0 ? factor * load(&factors[v * padded + i]) : factor));
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.lse[offset_of(level) + i + lane] = most[lane] + std::log(sum[lane]);
+                t.lse[statistics_start(level) + i + lane] = most[lane] + std::log(sum[lane]);
         }
     }
 
     // Scores in p and dO V^T in dp become what dV and dK are products of; offsets are written.
     void differentiate(int64_t level) {
         load_gate(level);
-        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[offset_of(level) + i] : 0;
+        for (int64_t i = 0; i < padded; i++) lse[i] = i < count ? t.lse[statistics_start(level) + i] : 0;
         for (int64_t i = 0; i < padded; i += LANES) {
-            const Floats offset = load(lse + i), gate_weight = load(gate + i);
+            const Floats offset = load(lse + i), level_gate = load(gate + i);
             Floats mean{};
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
@@ -251,12 +254,12 @@ struct Block {
             }
             for (int64_t v = 0; v < num_keys; v++) {
                 float *weight = &p[v * padded + i], *slope = &dp[v * padded + i];
-                const Floats gated = load(weight) * gate_weight;
+                const Floats gated = load(weight) * level_gate;
                 store(slope, gated * (load(slope) - mean));
                 store(weight, shape.dropout > 0 ? gated * load(&factors[v * padded + i]) : gated);
             }
             for (int lane = 0; lane < LANES && i + lane < count; lane++)
-                t.offsets[offset_of(level) + i + lane] = mean[lane];
+                t.offsets[statistics_start(level) + i + lane] = mean[lane];
         }
     }
 
@@ -266,47 +269,45 @@ struct Block {
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
             if (num_keys == 0) {
-                std::fill_n(t.lse + offset_of(index), count, 0.f);
+                std::fill_n(t.lse + statistics_start(index), count, 0.f);
                 continue;
             }
-            scores(level.k, p, q_t);
+            const float *keys = level.kv + key_start(level.keys), *values = keys + row();
+            scores(keys, p, q_t);
             soften(index);
-            const float *values = level.v.at(sample, head);
-            product({p.data(), 1, padded}, values, level.v.token, o.data(), width, count, width, num_keys, true);
+            product({p.data(), 1, padded}, values, 2 * row(), o.data(), width, count, width, num_keys, true);
         }
-        for (int64_t i = 0; i < count; i++)
-            std::memcpy(t.out.at(sample, head) + (first + i) * t.out.token, &o[i * width], width * sizeof(float));
+        float *to = t.out + query_start();
+        for (int64_t i = 0; i < count; i++) std::memcpy(to + i * row(), &o[i * width], width * sizeof(float));
     }
 
     void backward() {
         const int64_t width = shape.width;
-        const float *grad_out = t.grad_out.at(sample, head) + first * t.grad_out.token;
-        transpose(grad_out, t.grad_out.token, do_t.data());
+        const float *grad_out = t.grad_out + query_start();
+        transpose(grad_out, row(), do_t.data());
         std::fill(o.begin(), o.end(), 0.f);
         for (int64_t index = 0; index < shape.levels; index++) {
             const Level &level = open(index);
-            const int64_t dense = (sample * shape.heads + head) * level.keys * width;
-            float *grad_k = level.grad_k + dense, *grad_v = level.grad_v + dense;
+            const float *keys = level.kv + key_start(level.keys), *values = keys + row();
+            float *grad_k = level.grad + key_start(level.keys), *grad_v = grad_k + row();
             if (first == 0)
                 for (float *grad : {grad_k, grad_v})
-                    std::fill(grad + num_keys * width, grad + level.keys * width, 0.f);
+                    for (int64_t v = num_keys; v < level.keys; v++) std::fill_n(grad + v * 2 * row(), width, 0.f);
             if (num_keys == 0) {
-                std::fill_n(t.offsets + offset_of(index), count, 0.f);
+                std::fill_n(t.offsets + statistics_start(index), count, 0.f);
                 continue;
             }
-            scores(level.k, p, q_t);
-            scores(level.v, dp, do_t);
+            scores(keys, p, q_t);
+            scores(values, dp, do_t);
             differentiate(index);
             const Matrix p_rows{p.data(), padded, 1}, ds_rows{dp.data(), padded, 1}, ds_columns{dp.data(), 1, padded};
-            const float *keys = level.k.at(sample, head);
-            product(p_rows, grad_out, t.grad_out.token, grad_v, width, num_keys, width, count, first > 0);
-            product(ds_rows, q.data(), width, grad_k, width, num_keys, width, count, first > 0);
-            product(ds_columns, keys, level.k.token, o.data(), width, count, width, num_keys, true);
+            product(p_rows, grad_out, row(), grad_v, 2 * row(), num_keys, width, count, first > 0);
+            product(ds_rows, q.data(), width, grad_k, 2 * row(), num_keys, width, count, first > 0);
+            product(ds_columns, keys, 2 * row(), o.data(), width, count, width, num_keys, true);
         }
-        for (int64_t i = 0; i < count; i++) {
-            float *to = t.grad_q.at(sample, head) + (first + i) * t.grad_q.token;
-            for (int64_t j = 0; j < width; j++) to[j] = o[i * width + j] * scale;
-        }
+        float *to = t.grad_q + query_start();
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < width; j++) to[i * row() + j] = o[i * width + j] * scale;
     }
 };
 
@@ -329,6 +330,27 @@ void sweep(const Shape &shape, const Tensors &tensors, void (Block::*pass)()) {
 
 extern "C" void cross_layer_attention_forward(const Shape *shape, const Tensors *tensors) {
     sweep(*shape, *tensors, &Block::forward);
+}
+
+// As dropout.py: bits [batch, heads, queries, words], from a hash of pair, query and key.
+extern "C" void cross_layer_attention_draw(const Shape *shape, uint64_t seed, uint32_t threshold, uint32_t *bits) {
+    const uint32_t low = seed, high = seed >> 32;
+    Words lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma omp parallel for schedule(static) num_threads(shape->threads)
+    for (int64_t pair = 0; pair < shape->batch * shape->heads; pair++) {
+        const Words row = mixed(lane * 0 + uint32_t(pair) + low);
+        for (int64_t query = 0; query < shape->queries; query++)
+            for (int64_t word = 0; word < shape->words; word++) {
+                uint32_t drawn = 0;
+                for (int first = 0; first < 32; first += LANES) {
+                    const Words key = mixed((row ^ (lane + uint32_t(word * 32 + first))) + high);
+                    const Words retained = reinterpret_cast<Words>(mixed(key ^ uint32_t(query)) >= threshold) & 1;
+                    for (int i = 0; i < LANES; i++) drawn |= retained[i] << (first + i);
+                }
+                bits[(pair * shape->queries + query) * shape->words + word] = drawn;
+            }
+    }
 }
 
 extern "C" void cross_layer_attention_backward(const Shape *shape, const Tensors *tensors) {

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, dense_rows, make_operator
+from unimo3.kernels.cross_layer_attention.dropout import num_words, threshold, words_by_query
+from unimo3.kernels.cross_layer_attention.op import Grads, Inputs, Outputs, make_operator
 from unimo3.project_files import package_folder
 
 log = logging.getLogger(__name__)
@@ -32,23 +33,19 @@ WIDTH_MULTIPLE = 16
 
 
 class _Shape(ctypes.Structure):
-    _sizes = ("batch", "heads", "queries", "longest", "width", "levels", "threads")
+    _sizes = ("batch", "heads", "queries", "longest", "words", "width", "levels", "threads")
     _fields_ = [(name, ctypes.c_int64) for name in _sizes]
-    _fields_ += [("seed", ctypes.c_uint64), ("dropout", ctypes.c_float)]
-
-
-class _View(ctypes.Structure):
-    _fields_ = [("start", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
+    _fields_ += [("dropout", ctypes.c_float)]
 
 
 class _Level(ctypes.Structure):
-    _fields_ = [("k", _View), ("v", _View), *((name, ctypes.c_void_p) for name in ("readable", "grad_k", "grad_v"))]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("kv", "readable", "grad")]
     _fields_ += [("keys", ctypes.c_int64)]
 
 
 class _Tensors(ctypes.Structure):
-    _fields_ = [(name, _View) for name in ("q", "out", "grad_out", "grad_q")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("gate", "lse", "offsets")]
+    _names = ("q", "out", "grad_out", "grad_q", "gate", "lse", "offsets", "bits")
+    _fields_ = [(name, ctypes.c_void_p) for name in _names]
     _fields_ += [("levels", ctypes.POINTER(_Level))]
 
 
@@ -112,21 +109,22 @@ class _Call:
     """The kernel's arguments, and the tensors that they point into."""
 
     def __init__(self, inputs: Inputs, lse: Tensor):
-        q, self._levels = dense_rows(inputs.q), [*map(dense_rows, inputs.k), *map(dense_rows, inputs.v)]
-        gate = None if inputs.gate is None else inputs.gate.float().contiguous()
-        masks = [mask.contiguous() for mask in inputs.masks]
-        self._alive = (q, gate, masks)
-        num_levels = len(inputs.k)
-        batch, heads, tokens, width = q.shape
-        seed, threads = 0 if inputs.seed is None else int(inputs.seed), torch.get_num_threads()
-        self._shape = _Shape(batch, heads, tokens, inputs.longest, width, num_levels, threads, seed, inputs.dropout_p)
-        self.levels = (_Level * num_levels)()
-        for level, entry in enumerate(self.levels):
-            key, value = self._levels[level], self._levels[num_levels + level]
-            entry.k, entry.v, entry.keys = _view(key), _view(value), key.shape[2]
-            entry.readable = masks[level].data_ptr() if masks else None
+        gate = None if inputs.gate is None else inputs.gate.float()
+        self._alive = (inputs, gate)
+        batch, queries, heads, width = inputs.q.shape
+        sizes = (inputs.longest, num_words(inputs.longest), width, len(inputs.levels), torch.get_num_threads())
+        self._shape = _Shape(batch, heads, queries, *sizes, inputs.dropout_p)
+        self.levels = (_Level * len(inputs.levels))()
+        for index, (entry, level) in enumerate(zip(self.levels, inputs.levels, strict=True)):
+            entry.kv, entry.keys = level.data_ptr(), level.shape[1]
+            if inputs.masks:
+                entry.readable = inputs.masks[index if len(inputs.masks) > 1 else 0].data_ptr()
         self.tensors = _Tensors(
-            q=_view(q), gate=None if gate is None else gate.data_ptr(), lse=lse.data_ptr(), levels=self.levels
+            q=inputs.q.data_ptr(),
+            gate=None if gate is None else gate.data_ptr(),
+            lse=lse.data_ptr(),
+            bits=None if inputs.bits is None else inputs.bits.data_ptr(),
+            levels=self.levels,
         )
 
     def run(self, name: str) -> None:
@@ -136,23 +134,30 @@ class _Call:
         getattr(kernels, f"cross_layer_attention_{name}")(ctypes.byref(self._shape), ctypes.byref(self.tensors))
 
 
-def _view(tensor: Tensor) -> _View:
-    return _View(tensor.data_ptr(), *tensor.stride()[:3])
-
-
 def _fill_outputs(inputs: Inputs, outputs: Outputs) -> None:
     call = _Call(inputs, outputs.lse)
-    call.tensors.out = _view(outputs.out)
+    call.tensors.out = outputs.out.data_ptr()
     call.run("forward")
 
 
 def _fill_grads(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> None:
     call = _Call(inputs, lse)
-    call.tensors.grad_out, call.tensors.grad_q = _view(grad_out), _view(grads.q)
+    call.tensors.grad_out, call.tensors.grad_q = grad_out.data_ptr(), grads.q.data_ptr()
     call.tensors.offsets = grads.offsets.data_ptr()
-    for entry, grad_k, grad_v in zip(call.levels, grads.k, grads.v, strict=True):
-        entry.grad_k, entry.grad_v = grad_k.data_ptr(), grad_v.data_ptr()
+    for entry, grad in zip(call.levels, grads.levels, strict=True):
+        entry.grad = grad.data_ptr()
     call.run("backward")
 
 
-attend = make_operator("cross_layer_attention_native", _fill_outputs, _fill_grads)
+def draw_bits(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
+    """As `dropout.draw_bits`, on the CPU."""
+    kernels, words = library(), num_words(longest)
+    assert kernels is not None
+    bits = torch.empty(batch, heads, queries * words, dtype=torch.int32)
+    shape = _Shape(batch, heads, queries, longest, words, threads=torch.get_num_threads())
+    values = (ctypes.c_uint64(int(seed)), ctypes.c_uint32(threshold(dropout_p)))
+    kernels.cross_layer_attention_draw(ctypes.byref(shape), *values, ctypes.c_void_p(bits.data_ptr()))
+    return bits
+
+
+attend = make_operator("cross_layer_attention_native", draw_bits, words_by_query, _fill_outputs, _fill_grads)

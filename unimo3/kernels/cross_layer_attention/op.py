@@ -1,9 +1,10 @@
-"""A kernel of cross-layer attention as an operator of torch: its shapes without values, its gradient, its cost.
+"""A kernel of cross-layer attention as torch calls it, with its gradient.
 
-As an operator it is opaque to whatever looks into a step: ``torch.compile``, tracing, fake tensors, activation
-checkpointing, autocast and ZeRO-3 work around it as around any other.
+Eager code calls a `torch.autograd.Function`, which costs the host a quarter of an operator's call. Whatever looks into
+a step, such as ``torch.compile``, fake tensors, FLOP counters and functorch, gets a custom operator instead: it has
+shapes without values and a cost. Both run the same code on the device.
 
-Source: torch.library's custom operators.
+Source: torch.autograd.Function; torch.library's custom operators.
 """
 
 # Shapes: B batch, H heads, T queries, V keys of a level, S levels, d head width.
@@ -15,160 +16,257 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from unimo3.kernels.cross_layer_attention.dropout import draw_seed
+
 
 class Inputs(NamedTuple):
-    """What is attended: as in `cross_layer_attention`, with one mask a level or none at all, and dropout's seed [1]."""
+    """What is attended: as in `cross_layer_attention`, with dropout's bits. There are no masks, one, or one a level.
+
+    All are contiguous: kernels compute their strides from the shapes.
+    """
 
     q: Tensor
-    k: list[Tensor]
-    v: list[Tensor]
+    levels: Sequence[Tensor]
     gate: Tensor | None
-    masks: list[Tensor]
-    seed: Tensor | None
+    masks: Sequence[Tensor]
+    bits: Tensor | None
     dropout_p: float
 
     @property
     def longest(self) -> int:
         """Keys of the longest level."""
-        return max(key.shape[2] for key in self.k)
+        return longest_of(self.levels)
 
 
 class Outputs(NamedTuple):
-    """The result [B, H, T, d], and for each query and level a log-sum-exp [B, H, S, T], in the kernel's own base."""
+    """The result [B, T, H, d], and for each query and level a log-sum-exp [B, H, S, T], in the kernel's own base."""
 
     out: Tensor
     lse: Tensor
 
 
 class Grads(NamedTuple):
-    """Gradients of q, k and v, and each query's D [B, H, S, T], which is the gate's; k's and v's are dense."""
+    """Gradients of q and of each level, and each query's D [B, H, S, T], which is the gate's. All are contiguous."""
 
     q: Tensor
     offsets: Tensor
-    k: list[Tensor]
-    v: list[Tensor]
+    levels: Sequence[Tensor]
 
 
-Attend = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None, Sequence[Tensor] | None, float], Tensor]
+Draw = Callable[[Tensor, int, int, int, int, float], Tensor]
+Attend = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor] | None, float], Tensor]
 
 
 def make_operator(
     name: str,
+    draw: Draw,
+    words_of_pair: Callable[[int, int], int],
     fill_outputs: Callable[[Inputs, Outputs], None],
     fill_grads: Callable[[Inputs, Tensor, Tensor, Grads], None],
 ) -> Attend:
-    """Register ``unimo3::NAME`` and its backward pass.
+    """Register ``unimo3::NAME``, its backward pass and its dropout, and make what calls them.
 
     Args:
+        draw: dropout's bits, as `dropout.draw_bits`.
+        words_of_pair: (queries, keys of the longest level) -> words that it draws for a (sample, head) pair.
         fill_outputs: (inputs, outputs) -> writes all of the outputs.
-        fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads. Neither is called where
-            there is no query.
+        fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads. None of the three is called
+            where there is no query.
 
     Returns:
         What computes the reference's result.
     """
 
+    def attended(inputs: Inputs) -> Outputs:
+        outputs = _empty_outputs(inputs.q, inputs.levels)
+        if inputs.q.numel():
+            fill_outputs(inputs, outputs)
+        return outputs
+
+    def differentiated(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> Grads:
+        if inputs.q.numel():
+            fill_grads(inputs, _aligned(grad_out), lse, grads)
+        else:
+            for grad in grads.levels:
+                grad.zero_()
+        return grads
+
     @torch.library.custom_op(f"unimo3::{name}", mutates_args=())
     def forward(
         q: Tensor,
-        k: list[Tensor],
-        v: list[Tensor],
+        levels: list[Tensor],
         gate: Tensor | None,
         masks: list[Tensor],
-        seed: Tensor | None,
+        bits: Tensor | None,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        outputs = _empty_outputs(q, k)
-        if q.numel():
-            fill_outputs(Inputs(q, k, v, gate, masks, seed, dropout_p), outputs)
+        outputs = attended(_contiguous(Inputs(q, levels, gate, masks, bits, dropout_p)))
         return outputs.out, outputs.lse
 
     @torch.library.custom_op(f"unimo3::{name}_backward", mutates_args=())
     def backward(
         grad_out: Tensor,
         q: Tensor,
-        k: list[Tensor],
-        v: list[Tensor],
+        levels: list[Tensor],
         gate: Tensor | None,
         masks: list[Tensor],
         lse: Tensor,
-        seed: Tensor | None,
+        bits: Tensor | None,
         dropout_p: float,
     ) -> list[Tensor]:
-        grads = _empty_grads(q, k, v, lse)
-        if q.numel():
-            fill_grads(Inputs(q, k, v, gate, masks, seed, dropout_p), dense_rows(grad_out), lse, grads)
-        else:
-            for grad in (*grads.k, *grads.v):
-                grad.zero_()
-        return _listed(grads)
+        inputs = _contiguous(Inputs(q, levels, gate, masks, bits, dropout_p))
+        grads = differentiated(inputs, grad_out, lse, _empty_grads(q, levels, lse))
+        return [grads.q, grads.offsets, *grads.levels]
+
+    @torch.library.custom_op(f"unimo3::{name}_dropout", mutates_args=())
+    def drawn(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
+        return draw(seed, batch, heads, queries, longest, dropout_p)
 
     def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, gate, masks, seed, ctx.dropout_p = inputs
-        ctx.num_levels, ctx.num_masks = len(k), len(masks)
-        ctx.save_for_backward(q, gate, seed, output[1], *k, *v, *masks)
+        q, levels, gate, masks, bits, ctx.dropout_p = inputs
+        ctx.num_levels, ctx.num_masks = len(levels), len(masks)
+        ctx.save_for_backward(q, gate, bits, output[1], *levels, *masks)
         ctx.mark_non_differentiable(output[1])
 
     def gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple:
-        q, gate, seed, lse, *rest = ctx.saved_tensors
-        levels = ctx.num_levels
-        k, v, masks = rest[:levels], rest[levels : 2 * levels], rest[2 * levels :]
-        grad_q, offsets, *grads = backward(grad_out, q, k, v, gate, masks, lse, seed, ctx.dropout_p)
-        grad_gate = None if gate is None else offsets.permute(0, 3, 1, 2).to(gate.dtype)
-        return grad_q, grads[:levels], grads[levels:], grad_gate, [None] * ctx.num_masks, None, None
+        q, gate, bits, lse, *rest = ctx.saved_tensors
+        levels, masks = rest[: ctx.num_levels], rest[ctx.num_levels :]
+        grad_q, offsets, *grads = backward(grad_out, q, levels, gate, masks, lse, bits, ctx.dropout_p)
+        return grad_q, grads, _grad_of_gate(gate, offsets), [None] * ctx.num_masks, None, None
 
-    forward.register_fake(lambda q, k, *_: tuple(_empty_outputs(q, k)))
-    backward.register_fake(lambda grad_out, q, k, v, gate, masks, lse, *_: _listed(_empty_grads(q, k, v, lse)))
+    def fake_backward(grad_out: Tensor, q: Tensor, levels: list[Tensor], gate: Any, masks: Any, lse: Tensor, *_: Any):  # type: ignore[no-untyped-def]
+        grads = _empty_grads(q, levels, lse)
+        return [grads.q, grads.offsets, *grads.levels]
+
+    forward.register_fake(lambda q, levels, *_: tuple(_empty_outputs(q, levels)))
+    backward.register_fake(fake_backward)
+    drawn.register_fake(
+        lambda seed, batch, heads, queries, longest, _: seed.new_empty(
+            batch, heads, words_of_pair(queries, longest), dtype=torch.int32
+        )
+    )
     forward.register_autograd(gradients, setup_context=save)
     operators = torch.ops.unimo3
-    register_flop_formula(getattr(operators, name))(lambda q, k, *_, **__: 2 * _flops_of_a_product(q, k))
+    register_flop_formula(getattr(operators, name))(lambda q, levels, *_, **__: 2 * _flops_of_a_product(q, levels))
     # The scores again, and four products for the gradients.
     register_flop_formula(getattr(operators, f"{name}_backward"))(
-        lambda grad_out, q, k, *_, **__: 5 * _flops_of_a_product(q, k)
+        lambda grad_out, q, levels, *_, **__: 5 * _flops_of_a_product(q, levels)
     )
+
+    class CrossLayerAttention(torch.autograd.Function):
+        """In eager code: levels and masks follow the other inputs, since a Function takes no lists of tensors."""
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            q: Tensor,
+            gate: Tensor | None,
+            bits: Tensor | None,
+            dropout_p: float,
+            num_levels: int,
+            *rest: Tensor,
+        ) -> Tensor:
+            inputs = Inputs(q, rest[:num_levels], gate, rest[num_levels:], bits, dropout_p)
+            outputs = attended(inputs)
+            ctx.dropout_p, ctx.num_levels = dropout_p, num_levels
+            ctx.save_for_backward(q, gate, bits, outputs.lse, *rest)
+            return outputs.out
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor) -> tuple:
+            if torch.is_grad_enabled():  # as once_differentiable, which costs the host 15 us
+                raise RuntimeError("cross-layer attention's kernels have no second derivative; use impl='reference'")
+            q, gate, bits, lse, *rest = ctx.saved_tensors
+            masks = rest[ctx.num_levels :]
+            inputs = Inputs(q, rest[: ctx.num_levels], gate, masks, bits, ctx.dropout_p)
+            grads = differentiated(inputs, grad_out, lse, _allocate_grads(q, inputs.levels, lse))
+            grad_gate = _grad_of_gate(gate, grads.offsets)
+            return grads.q, grad_gate, None, None, None, *grads.levels, *[None] * len(masks)
 
     def attend(
         q: Tensor,
-        k: Sequence[Tensor],
-        v: Sequence[Tensor],
+        levels: Sequence[Tensor],
         gate: Tensor | None,
         masks: Sequence[Tensor] | None,
         dropout_p: float,
     ) -> Tensor:
-        # A tensor, drawn where q is: nothing waits for its value, and checkpointing draws the same again.
-        seed = torch.randint(2**63 - 1, (1,), device=q.device) if dropout_p > 0 else None
-        out: Tensor = forward(q, list(k), list(v), gate, list(masks or ()), seed, dropout_p)[0]
-        return out
+        eager, bits = _is_eager(q), None
+        if dropout_p > 0 and q.numel():
+            batch, queries, heads, _ = q.shape
+            bits = (draw if eager else drawn)(draw_seed(q.device), batch, heads, queries, longest_of(levels), dropout_p)
+        if eager:
+            inputs = _contiguous(Inputs(q, levels, gate, masks or (), bits, dropout_p))
+            rest = (*inputs.levels, *inputs.masks)
+            out: Tensor = CrossLayerAttention.apply(inputs.q, inputs.gate, bits, dropout_p, len(levels), *rest)
+            return out
+        return forward(q, list(levels), gate, list(masks or ()), bits, dropout_p)[0]
 
     return attend
 
 
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if its last dimension has strides."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _is_eager(q: Tensor) -> bool:
+    """Whether nothing but autograd looks at this call."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is Tensor
+        and not q.is_meta
+        and not torch.jit.is_tracing()
+        and not torch._C._len_torch_dispatch_stack()  # FakeTensorMode, FlopCounterMode and their like
+        and not torch._C._are_functorch_transforms_active()  # vmap and its like
+    )
 
 
-def _empty_outputs(q: Tensor, k: Sequence[Tensor]) -> Outputs:
-    batch, heads, tokens, _ = q.shape
-    return Outputs(_like_projection(q), q.new_empty(batch, heads, len(k), tokens, dtype=torch.float32))
+# Bytes of a thread's widest load.
+ALIGNMENT = 16
 
 
-def _empty_grads(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lse: Tensor) -> Grads:
-    grad_k, grad_v = ([level.new_empty(level.shape) for level in levels] for levels in (k, v))
-    return Grads(_like_projection(q), torch.empty_like(lse), grad_k, grad_v)
+def _contiguous(inputs: Inputs) -> Inputs:
+    """The inputs, copied where they have other strides or start between multiples of `ALIGNMENT` bytes."""
+    return Inputs(
+        _aligned(inputs.q),
+        [*map(_aligned, inputs.levels)],
+        None if inputs.gate is None else _aligned(inputs.gate),
+        [*map(_aligned, inputs.masks)],
+        inputs.bits,
+        inputs.dropout_p,
+    )
 
 
-def _listed(grads: Grads) -> list[Tensor]:
-    return [grads.q, grads.offsets, *grads.k, *grads.v]
+def _aligned(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def _like_projection(q: Tensor) -> Tensor:
-    """An empty [B, H, T, d] that lies in memory as [B, T, H d], as linear maps give and take it."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
+def longest_of(levels: Sequence[Tensor]) -> int:
+    """Keys of the longest of these levels."""
+    return max(level.shape[1] for level in levels)
 
 
-def _flops_of_a_product(q: Any, k: Sequence[Any]) -> int:
+def _empty_outputs(q: Tensor, levels: Sequence[Tensor]) -> Outputs:
+    batch, queries, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, len(levels), queries, dtype=torch.float32)
+    return Outputs(q.new_empty(q.shape), lse)
+
+
+def _empty_grads(q: Tensor, levels: Sequence[Tensor], lse: Tensor) -> Grads:
+    return Grads(q.new_empty(q.shape), lse.new_empty(lse.shape), [level.new_empty(level.shape) for level in levels])
+
+
+def _allocate_grads(q: Tensor, levels: Sequence[Tensor], lse: Tensor) -> Grads:
+    """As `_empty_grads`, of one allocation if levels have one length; an operator's outputs may not share memory."""
+    shapes = {level.shape for level in levels}
+    if len(shapes) > 1:
+        return _empty_grads(q, levels, lse)
+    of_levels = q.new_empty(len(levels), *shapes.pop()).unbind()
+    return Grads(q.new_empty(q.shape), lse.new_empty(lse.shape), of_levels)
+
+
+def _grad_of_gate(gate: Tensor | None, offsets: Tensor) -> Tensor | None:
+    """[B, T, H, S] of D [B, H, S, T]."""
+    return None if gate is None else offsets.permute(0, 3, 1, 2).to(gate.dtype)
+
+
+def _flops_of_a_product(q: Any, levels: Sequence[Any]) -> int:
     """Of queries with the keys of all levels, given their shapes."""
-    batch, heads, tokens, width = q
-    return sum(2 * batch * heads * tokens * width * key[2] for key in k)
+    batch, queries, heads, width = q
+    return sum(2 * batch * heads * queries * width * level[1] for level in levels)

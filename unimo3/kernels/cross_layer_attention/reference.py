@@ -17,58 +17,61 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
+
+from unimo3.kernels.cross_layer_attention.dropout import retained_keys
 
 
 def cross_layer_attention_reference(
     q: Tensor,
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
+    levels: Sequence[Tensor],
     gate: Tensor | None,
     masks: Sequence[Tensor] | None = None,
+    bits: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Attend to every level and mix the results by the gate.
 
     Args:
-        q: queries [B, H, T, d].
-        k: one [B, H, V_i, d] tensor a level.
-        v: as `k`.
+        q: queries [B, T, H, d].
+        levels: keys and values, one [B, V_i, 2, H, d] tensor a level.
         gate: weight of each level, [B, T, H, S]; None weighs all levels equally.
-        masks: one [B, V_i] a level, True where a key may be read; a sample without any gets zeros of that level.
-        dropout_p: probability of dropping an attention weight. A query drops a key at all levels or at none: levels
-            are views of one token, and one of them would reveal what another hides.
+        masks: one [B, V_i] a level, or a single one for all, True where a key may be read; a sample without any gets
+            zeros of that level.
+        bits: of dropout.py, [B, H, words]; None drops nothing.
+        dropout_p: the probability with which `bits` drop an attention weight; the others are divided by 1 - p.
 
     Returns:
-        [B, H, T, d] in q's dtype.
+        [B, T, H, d] in q's dtype.
     """
-    q = q * q.shape[-1] ** -0.5
+    q = q.transpose(1, 2) * q.shape[-1] ** -0.5
     softmax_dtype = torch.promote_types(q.dtype, torch.float32)
-    dropout_mask, read, unreadable, any_key = None, None, None, None
+    factors, unreadable, any_key = None, None, None
     if gate is None:
-        gate = q.new_full((*q.shape[:3], len(k)), 1 / len(k)) if len(k) > 1 else None
+        gate = q.new_full((*q.shape[:3], len(levels)), 1 / len(levels)) if len(levels) > 1 else None
     else:
         gate = gate.to(q.dtype).transpose(1, 2)
-    if dropout_p > 0:
-        dropout_mask = dropout(q.new_ones(*q.shape[:3], max(key.shape[2] for key in k)), dropout_p)
+    if bits is not None:
+        longest = max(level.shape[1] for level in levels)
+        factors = retained_keys(bits, q.shape[2], longest).to(q.dtype) / (1 - dropout_p)
     out = None
-    for level, (key, value) in enumerate(zip(k, v, strict=True)):
+    for index, level in enumerate(levels):
+        key, value = level.transpose(1, 3).unbind(2)  # [B, H, V, d]
         scores = q @ key.transpose(-1, -2)  # [B, H, T, V]
-        if masks is not None and masks[level] is not read:
+        if masks and (index == 0 or len(masks) > 1):
             # A softmax over nothing is NaN: such rows read all keys and are zeroed afterwards.
-            read = masks[level]
+            read = masks[index]
             any_key = read.any(dim=-1)[:, None, None, None]
             unreadable = ~(read[:, None, None, :] | ~any_key)
         if unreadable is not None:
             scores = scores.masked_fill(unreadable, -math.inf)
         weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(q.dtype)
         if gate is not None:
-            weights = weights * gate[..., level, None]
-        if dropout_mask is not None:
-            weights = weights * dropout_mask[..., : key.shape[2]]
+            weights = weights * gate[..., index, None]
+        if factors is not None:
+            weights = weights * factors[..., : key.shape[2]]
         mixed = weights @ value
         if any_key is not None:
             mixed = mixed * any_key
         out = mixed if out is None else out + mixed
     assert out is not None
-    return out
+    return out.transpose(1, 2)
