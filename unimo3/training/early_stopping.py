@@ -60,7 +60,7 @@ class Best:
             return
         if save():
             record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
-            on_all_ranks("recording the best", lambda: world()[0] == 0 and write_best(run.folder, record), FIX)
+            on_all_ranks("recording the best", lambda: write_best(run.folder, record) if world()[0] == 0 else None, FIX)
 
     def last_step(self, run: Run, planned: int) -> int:
         """Where the run ends: at step `planned`, or here if patience is at its end."""
