@@ -74,15 +74,15 @@ def _open_without_exif(file: bytes | str | Path) -> Image.Image | None:
         if not start.startswith(b"\xff\xd8\xff") and start[4:] not in _AVIF_STARTS:
             return None
         content = start + opened.read()
-    segment = _EXIF.search(content)
-    if segment is None:
+    exif = _EXIF.search(content)
+    if exif is None:
         return None
     try:
         image = Image.open(io.BytesIO(_EXIF.sub(rb"\1none", content)), formats=FORMATS)
     except Exception:  # of any kind; the first error is reported
         return None
     if image.format in ("JPEG", _JPEG_OF_SEVERAL):
-        segment = segment.start() + 2
+        segment = exif.start() + 2
         image.info["exif"] = content[segment + 2 : segment + int.from_bytes(content[segment : segment + 2])]
     return image
 

@@ -80,7 +80,7 @@ def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
 
 
 def test_tasks_that_see_a_gpu_each_pass_and_those_that_share_one_hold_the_job(site, tmp_path):
-    shared = "unset SLURM_GPUS_PER_TASK; export SLURM_GPU_BIND=map_gpu:0,0 SLURM_GPUS_PER_NODE=2"
+    shared = "unset SLURM_GPUS_PER_TASK; export SLURM_GPU_BIND=map_gpu:0,0 SLURM_GPUS_PER_NODE=2; ulimit -S -n 200"
     preflight = "HOSTS=$SLURMD_NODENAME GPUS_PER_NODE=2; preflight; echo passed"
     script = script_of(tmp_path, f"{preflight}; {shared}; preflight; echo passed again")
     python = site.folder / "python_with_gpus"
@@ -94,5 +94,7 @@ def test_tasks_that_see_a_gpu_each_pass_and_those_that_share_one_hold_the_job(si
     assert "local rank 0 sees 1 GPUs (0) and takes number 0; local rank 1 sees 1 GPUs (1) and takes number 0" in log
     assert "passed\n" in log
     assert "passed again" not in log
-    assert "would share a GPU with another: local rank " in site.cluster.job(job)["Comment"]
+    comment = site.cluster.job(job)["Comment"]
+    assert "would share a GPU with another: local rank " in comment
+    assert "ulimit -n: 200 open files, up to 256 are needed" in comment
     site.cluster.call("scancel", job)
