@@ -59,16 +59,12 @@ class Best:
             return
         if save():
             record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
-<<<<<<< HEAD
 
             def write() -> None:
                 if world()[0] == 0:
                     write_best(run.folder, record)
 
             on_all_ranks("recording the best", write, store.SAVE_FIX)
-=======
-            on_all_ranks("recording the best", lambda: write_best(run.folder, record) if world()[0] == 0 else None, FIX)
->>>>>>> h19
 
     def last_step(self, run: Run, planned: int) -> int:
         """Where the run ends: at step `planned`, or here if patience is at its end."""
