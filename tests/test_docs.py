@@ -76,6 +76,18 @@ def test_table_cells_are_short(page):
     assert [cell for cell in cells if len(cell) > MAX_CELL] == []
 
 
+def test_what_counts_as_what_is_one_table():
+    page = (ROOT / "docs" / "data.md").read_text()
+    section = page.split("\n## What counts as what\n")[1].split("\n## ")[0]
+    header, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "|" in line
+    ]
+    assert header == ["kind", "input", "counts as", "what happens"]
+    assert {len(row) for row in rows} == {4}
+    assert all(all(row) for row in rows)
+    assert {row[0] for row in rows} >= {"image", "text", "identity", "duplicate", "file"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_words_are_the_fields(page):
     # Quoted text is what a program prints or a name.
