@@ -73,9 +73,9 @@ LENGTHS = {
 }
 # ptxas takes a minute for an entry; it is one that is compiled for 8.0 and 9.0 as well.
 SLOW_TO_COMPILE = (100, torch.float32)
-# Bytes of a thread that may spill, by kernel and head width. Of `backward_fused` blocks that spill nothing issue a third
-# more instructions. Of the others some dtype, capability or number of levels spills a few of its registers; no block was
-# found that spills nothing in all of them and issues as little.
+# Bytes of a thread that may spill, by kernel and head width. Of `backward_fused` at 64, blocks that spill nothing issue a
+# third more instructions. Of the others, `search` compiles two builds alone; some other dtype, length or number of
+# levels spills a few registers, and blocks that do not have not been looked for.
 ALLOWED_SPILLS = {
     ("forward", 32): 16,
     ("forward", 64): 16,
@@ -300,7 +300,7 @@ def table(measured: dict[Build, Resources]) -> str:
 INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
 {LEVELS} levels, gate, padding and dropout; head width {RECIPE_WIDTH} in bf16 was compiled for {RECIPE_LEVELS} levels,
 without padding and without dropout as well. A kernel has a row for each of its blocks: they are no larger than the
-lengths need. Spills of these are allowed, since blocks without them issue more instructions:
+lengths need. A few registers of these spill, for the reasons that the module names:
 {", ".join(f"{name} at head width {width}" for name, width in ALLOWED_SPILLS)}. Nothing else spills.
 
 Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and
