@@ -73,8 +73,8 @@ LENGTHS = {
 }
 # ptxas takes a minute for an entry; it is one that is compiled for 8.0 and 9.0 as well.
 SLOW_TO_COMPILE = (100, torch.float32)
-# Bytes of a thread that may spill, by kernel and head width. Of `backward_fused` at 64, blocks that spill nothing issue a
-# third more instructions. Of the others, `search` compiles two builds alone; some other dtype, length or number of
+# Bytes of a thread that may spill, by kernel and head width. Of `backward_fused` at 64, blocks that spill nothing issue
+# a third more instructions. Of the others, `search` compiles two builds alone; some other dtype, length or number of
 # levels spills a few registers, and blocks that do not have not been looked for.
 ALLOWED_SPILLS = {
     ("forward", 32): 16,
