@@ -36,6 +36,7 @@ def test_every_stage_reports_on_a_cpu_and_ended_ones_are_not_repeated(tmp_path, 
     assert capfd.readouterr().out.count("ended before") == len(gpu.STAGES)
 
 
+@pytest.mark.integration  # the report asks git for the commit
 def test_a_stage_that_fails_is_reported_without_an_end(tmp_path, monkeypatch):
     def broken(machine):
         yield "a first result"
