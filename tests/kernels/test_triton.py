@@ -273,7 +273,8 @@ def test_the_table_chooses_kernels_and_blocks_by_lengths():
     assert kernels(50, (50, 50)) == ("forward_short", "backward_fused")
     # Short keys are one block, whose length and mask all levels share.
     assert kernels(325, (50, 40)) == kernels(325, (50, 50), masks=2) == ("forward", "backward_query", "backward_key")
-    assert kernels(50, (50,), dtype=torch.float32)[0] == "forward"
+    # Blocks of float32 are smaller.
+    assert kernels(50, (325,), dtype=torch.float32) == ("forward", "backward_query", "backward_key")
     assert kernels(325, (0,))[-1] == "backward_query_short"  # there is no key to differentiate
 
 
