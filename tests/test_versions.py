@@ -16,7 +16,7 @@ from tests.checkpoint.test_store import committed_checkpoint
 from tests.data.conftest import index_again, write_tar
 from tests.tiny import tiny_config
 from unimo3 import config
-from unimo3.checkpoint import store
+from unimo3.checkpoint import load, store
 from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -70,7 +70,7 @@ FORMATS = [
     Format(
         "run/checkpoints/step_00000001/MANIFEST.json",
         lambda: committed_checkpoint(RUN, 1),
-        lambda: store.choose(RUN),
+        lambda: load.choose(RUN),
     ),
     Format(
         "run/config.yaml",
@@ -159,7 +159,7 @@ def test_a_newer_checkpoint_is_neither_damaged_nor_skipped(written):
     path = written(FORMATS[1]._replace(write=lambda: committed_checkpoint(RUN, 2)))
     with_version(path.parents[1] / "step_00000002" / path.name, 2)
     with pytest.raises(Unimo3Error, match=r"step_00000002/MANIFEST\.json: version 2"):
-        store.choose(RUN)
+        load.choose(RUN)
     assert len(store.list_checkpoints(RUN)) == 2
 
 
