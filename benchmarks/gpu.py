@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import kernel
 from benchmarks.report import ROOT, write_report
+from unimo3.checkpoint import store
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.kernels.cross_layer_attention import cross_layer_attention_reference
 from unimo3.kernels.cross_layer_attention.dropout import draw_bits, draw_seed
@@ -142,29 +143,32 @@ def step_batch(machine: Machine) -> int:
 
 
 def run(machine: Machine) -> Iterator[str]:
-    """A run of the recipe `tiny`: the first half, a kill, the second half, and an export."""
+    """A run of the recipe `tiny`: killed once it has saved, resumed to its end, and exported."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training = _training(machine, folder, "run", [])
-        steps = 4 if machine.is_dry else RUN_STEPS
-        options = ["--training.steps", str(steps), "--checkpoint.every_steps", str(steps // 2)]
+        steps = 8 if machine.is_dry else RUN_STEPS
+        options = ["--training.steps", str(steps), "--checkpoint.every_steps", str(steps // 4)]
+        of_run = folder / "runs" / "run"
         process = subprocess.Popen([sys.executable, "-m", *training, *options], cwd=ROOT, start_new_session=True)
         try:
-            manifest = folder / "runs" / "run" / "checkpoints" / f"step_{steps // 2}" / "manifest.json"
-            while process.poll() is None and not manifest.exists():
-                time.sleep(0.05)
+            while process.poll() is None and not store.list_checkpoints(of_run):
+                time.sleep(0.02)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        before = read_metrics(folder / "runs" / "run")
-        yield f"killed after step {before[-1]['step']}, with status {process.returncode}; {_losses(before)}"
+        if process.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"the run was not killed: it ended with status {process.returncode}")
+        before = read_metrics(of_run)
+        yield f"killed after step {before[-1]['step']}; {_losses(before)}"
+        resumed_at = store.step_of(store.list_checkpoints(of_run)[-1])
         begun = time.monotonic()
         output_of(*training, *options)
-        after = [record for record in read_metrics(folder / "runs" / "run") if record["step"] > steps // 2]
+        after = [record for record in read_metrics(of_run) if record["step"] > resumed_at]
         took = f"{time.monotonic() - begun:.0f} s"
-        yield f"resumed from step {steps // 2} to {after[-1]['step']} in {took}; {_losses(after)}"
-        output_of("pretrain.export", str(folder / "runs" / "run"), "--out", str(folder / "weights"), "--dtype", "fp16")
+        yield f"resumed from step {resumed_at} to {after[-1]['step']} in {took}; {_losses(after)}"
+        output_of("pretrain.export", str(of_run), "--out", str(folder / "weights"), "--dtype", "fp16")
         size = sum(path.stat().st_size for path in (folder / "weights").glob("*.safetensors"))
         yield f"exported in fp16: {size / 1e6:.1f} MB"
 

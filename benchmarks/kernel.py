@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.report import ROOT, usable_cores, write_report
+from benchmarks.report import ROOT, write_report
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, cross_layer_attention_reference
 
@@ -410,7 +410,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     begun = time.monotonic()
     device = torch.device("cpu" if args.cpu else "cuda")
-    torch.set_num_threads(usable_cores())
     all_names = CPU_CONTESTANTS if args.cpu else GPU_CONTESTANTS
     names = tuple(name for name in all_names if name == OURS or not args.contestants or name in args.contestants)
     cases = [case for case in (cpu_cases() if args.cpu else gpu_cases()) if not args.cases or case.name in args.cases]

@@ -28,7 +28,7 @@ from benchmarks.contestants import (
     build,
     draw_batch,
 )
-from benchmarks.report import ROOT, usable_cores, write_report
+from benchmarks.report import ROOT, write_report
 from benchmarks.timing import PHASES, Trainee, peak_bytes, time_in_turns
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
@@ -208,7 +208,6 @@ def method(measured: dict[str, Any], args: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write the result and print it."""
     args = parse(arguments)
-    torch.set_num_threads(usable_cores())
     if args.only:
         print(json.dumps({"peak_bytes": memory(args)}))
         return

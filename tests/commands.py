@@ -1,11 +1,13 @@
 """Starts complete commands, ``python -m MODULE ARGUMENTS``, without importing torch and transformers each time.
 
 A command is a process of its own: forked from the server of `tests.spawn`, it runs the module as ``__main__`` and ends
-with the module's status. Ranks that `unimo3.launch` starts are forked from the launcher in the same way. What a fresh
-interpreter does is shown by the jobs on Slurm, the benchmarks, `tests/test_launch.py` and `tests/test_startup.py`.
+with the module's status. Ranks that `unimo3.launch` starts, and programs that a benchmark starts, are forked from it in
+the same way. What a fresh interpreter does is shown by the jobs on Slurm, `tests/test_launch.py` and
+`tests/test_startup.py`.
 """
 
 import atexit
+import inspect
 import multiprocessing
 import os
 import resource
@@ -14,14 +16,17 @@ import signal
 import subprocess
 import sys
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.spawn import ROOT, SERVER, redirect_output
 from unimo3.launch import STOP_SIGNALS
 
 _POPEN = subprocess.Popen
+_EXECUTE = inspect.signature(_POPEN._execute_child)  # type: ignore[attr-defined]
 
 
 def start_command(
@@ -53,8 +58,6 @@ def _command(
     redirect_output(output)
     for number, limit in limits.items():
         resource.setrlimit(number, (limit, limit))
-    if module == "unimo3.launch":
-        subprocess.Popen = _Rank  # type: ignore[misc,assignment]
     _run_as_main(module, arguments, environment)
 
 
@@ -63,6 +66,8 @@ def _run_as_main(module: str, arguments: Sequence[str], environment: Mapping[str
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
+    starts_modules = module == "unimo3.launch" or module.startswith("benchmarks.")
+    subprocess.Popen = _ForkedModule if starts_modules else _POPEN  # type: ignore[misc]
     # The default, in place of the one by which the server started this process.
     multiprocessing.set_start_method(None, force=True)
     sys.modules.pop(module, None)
@@ -82,35 +87,48 @@ def _run_as_main(module: str, arguments: Sequence[str], environment: Mapping[str
     os._exit(status)
 
 
-class _Rank:
-    """What the launcher uses of a `subprocess.Popen`, for a module of Python that is forked from the launcher."""
+class _ForkedModule(subprocess.Popen):
+    """Forks ``python -m MODULE ...`` from this process; starts any other command as usual."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], process_group: int):
-        python, dash_m, module, *arguments = command
-        assert (python, dash_m) == (sys.executable, "-m")
-        self.returncode: int | None = None
+    def _execute_child(self, args: Any, *others: Any) -> None:
+        if isinstance(args, str) or list(args[:2]) != [sys.executable, "-m"]:
+            _POPEN._execute_child(self, args, *others)  # type: ignore[attr-defined]
+            return
+        started = _EXECUTE.bind(self, args, *others).arguments
+        environment = os.environ if started["env"] is None else started["env"]
+        sys.stdout.flush()
+        sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os.setpgid(0, process_group)
-            subprocess.Popen = _POPEN  # type: ignore[misc]
-            for number in STOP_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            _run_as_main(module, arguments, env)
+            try:
+                self._become(args, started, dict(environment))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(started[end] for end in ends))  # type: ignore[attr-defined]
 
-    def poll(self) -> int | None:
-        """The exit status, or None while the rank runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless the rank has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self.send_signal(signal.SIGKILL)
+    @staticmethod
+    def _become(args: Sequence[Any], started: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        """In the child: all that comes before the module, which ends the process."""
+        if started["start_new_session"]:
+            os.setsid()
+        if started["process_group"] >= 0:
+            os.setpgid(0, started["process_group"])
+        os.chdir(started["cwd"] or os.curdir)
+        for number, end in enumerate((started["p2cread"], started["c2pwrite"], started["errwrite"])):
+            if end != -1:
+                os.dup2(end, number)
+        for end in (started["p2cwrite"], started["c2pread"], started["errread"]):
+            if end != -1:
+                os.close(end)
+        # The parent's may be of a file, and these of a pipe.
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+            finalizer.atexit = False  # such as the parent's temporary folders
+        _run_as_main(str(args[2]), [str(word) for word in args[3:]], environment)

@@ -3,6 +3,7 @@
 INJECT in the environment is a JSON object:
 
     {"until_stop": [4, 8]}                 these steps wait until the run is asked to stop; only in a job's first start
+    {"until_stop_of_start": [2, 5]}        the same, a step for each start of a job
     {"until_file": [1, "PATH"]}            this step waits until the file is there
     {"nan": [[3, 1], [4, 1]]}              the loss of [step, rank] is NaN
     {"kill": [5, 1]}                       SIGKILL at a step on a rank, unless the file ONCE exists, which it makes
@@ -61,7 +62,10 @@ def train_step(self: Trainer, micro_batches: list[dict[str, Any]]) -> None:
     """The trainer's own, after what is to happen at this step."""
     global _step
     _step = step = self.run.step
-    if step in INJECT.get("until_stop", []) and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    num_restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if (num_restarts == 0 and step in INJECT.get("until_stop", [])) or (
+        [step] == INJECT.get("until_stop_of_start", [])[num_restarts : num_restarts + 1]
+    ):
         _wait_until(lambda: _requests[-1].received)
     if INJECT.get("until_file", [None])[0] == step:
         _wait_until(Path(INJECT["until_file"][1]).exists)

@@ -16,11 +16,10 @@ def run(*arguments):
     return end.value.code
 
 
-@pytest.mark.integration
-def test_a_small_run_writes_all_three_comparisons(tmp_path):
+def test_a_small_run_writes_all_three_comparisons(tmp_path, program):
     out = tmp_path / "result.md"
     sizes = ("--export", 1e6, "--elastic", LAYER, "--held", LAYER)
-    assert run(*sizes, "--rounds", 1, "--work", tmp_path, "--out", out) == 0
+    program.check(0, "benchmarks.checkpoint", *sizes, "--rounds", 1, "--work", tmp_path, "--out", out)
     text = out.read_text()
     for row in ("| ours, --no-verify |", "| zero_to_torch |", "| ds_to_universal |", "| background, later |"):
         assert row in text

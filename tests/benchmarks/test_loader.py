@@ -1,26 +1,19 @@
 """The loader benchmark: a run at the smallest sizes fills every row of its report; what cannot be run is named."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import loader
-from benchmarks.report import ROOT
-from tests.waiting import PATIENCE_S
 
 SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000".split()
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> str:
+def report(tmp_path_factory, program) -> str:
     """Of one run, in a separate process: it forks readers and sets the number of threads."""
     out = tmp_path_factory.mktemp("loader") / "loader.md"
-    command = [sys.executable, "-m", "benchmarks.loader", *SMALLEST, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
+    program.check(0, "benchmarks.loader", *SMALLEST, "--out", out)
     return out.read_text()
 
 

@@ -69,10 +69,9 @@ def test_a_ratio_is_the_median_over_rounds():
     assert step.ratios(fast, slow) == (1.5, 1.25, 4.0)
 
 
-@pytest.mark.integration
-def test_a_tiny_run_writes_its_report(tmp_path, capsys):
+def test_a_tiny_run_writes_its_report(tmp_path, program):
     out = tmp_path / "step.md"
-    assert not run("--size", "tiny", "--rounds", 1, "--attention", "eager", "--out", out)
+    program.check(0, "benchmarks.step", "--size", "tiny", "--rounds", 1, "--attention", "eager", "--out", out)
     report = out.read_text()
     for name in CONTESTANTS:
         assert f"| {name} |" in report

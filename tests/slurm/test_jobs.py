@@ -1,5 +1,7 @@
 """Jobs on a real Slurm: from sbatch to a finished run, and every way to be interrupted on the way."""
 
+from itertools import pairwise
+
 import pytest
 
 from slurm.runs import newest_step
@@ -47,46 +49,26 @@ def test_a_job_trains_on_two_nodes_to_its_end(jobs, straight):
     assert {beat.phase for beat in read_heartbeats(straight)} == {"ended"}
 
 
-def signalled(jobs, job):
-    jobs.cluster.call("scancel", "--signal=USR1", job)
-
-
-def requeued(jobs, job):
-    jobs.cluster.call("scontrol", "requeue", job)
-
-
-def asked_by_file(jobs, job):
-    (jobs.runs / "by_asked_by_file" / "requeue").touch()
-
-
-@pytest.mark.parametrize("event", [signalled, requeued, asked_by_file])
-def test_an_interrupted_job_continues_as_if_nothing_had_been(jobs, straight, event):
-    name = f"by_{event.__name__}"
-    job = jobs.submit(name, "--data.ledger", "true", options=TWO, inject={"until_stop": [5]})
-    jobs.wait_step(job, name, 5)
-    num_done = len(jobs.steps(name))
-    event(jobs, job)
+def test_a_job_interrupted_in_every_way_continues_as_if_nothing_had_been(jobs, straight):
+    name = "interrupted"
+    events = {
+        2: lambda job: jobs.cluster.call("scancel", "--signal=USR1", job),
+        4: lambda job: jobs.cluster.call("scontrol", "requeue", job),
+        5: lambda job: (jobs.runs / name / "requeue").touch(),
+        7: lambda job: jobs.wait_state(jobs.preempt(), "COMPLETED"),
+    }
+    options = ("--nodes=2", "--nodelist=n1,n2", "--exclusive")
+    job = jobs.submit(name, "--data.ledger", "true", options=options, inject={"until_stop_of_start": list(events)})
+    num_done = []
+    for step, interrupt in events.items():
+        jobs.wait_step(job, name, step)
+        num_done.append(len(jobs.steps(name)))
+        interrupt(job)
     jobs.wait_state(job, "COMPLETED")
     assert_as_if_undisturbed(jobs.runs / name, straight)
-    assert_saved(*jobs.attempts(name), num_done)
-    assert int(jobs.cluster.job(job)["Restarts"]) == 1
-
-
-def test_a_job_of_a_higher_partition_preempts_it(jobs, straight):
-    job = jobs.submit(
-        "preempted",
-        "--data.ledger",
-        "true",
-        options=("--nodes=2", "--nodelist=n1,n2", "--exclusive"),
-        inject={"until_stop": [5]},
-    )
-    jobs.wait_step(job, "preempted", 5)
-    num_done = len(jobs.steps("preempted"))
-    other = jobs.preempt()
-    jobs.wait_state(other, "COMPLETED")
-    jobs.wait_state(job, "COMPLETED")
-    assert_as_if_undisturbed(jobs.runs / "preempted", straight)
-    assert_saved(*jobs.attempts("preempted"), num_done)
+    for attempts, done in zip(pairwise(jobs.attempts(name, number=5)), num_done, strict=True):
+        assert_saved(*attempts, done)
+    assert int(jobs.cluster.job(job)["Restarts"]) == 4
 
 
 def test_a_cancelled_job_stays_cancelled_and_has_saved(jobs, straight):

@@ -185,7 +185,7 @@ def test_a_job_with_too_few_gpus_is_held_and_no_node_is_excluded(jobs):
 def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, straight):
     disk = jobs.folder / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
     is_mounted = subprocess.run(mount, capture_output=True).returncode == 0
     # Without the right to mount, files that may not grow stand for a disk that has no room.
     is_full, python = jobs.folder / "is_full", jobs.folder / "python_without_room"
