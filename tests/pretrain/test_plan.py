@@ -8,10 +8,33 @@ import pytest
 
 from pretrain import plan
 from unimo3.errors import ConfigError
+from unimo3.training.plan import make
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pretrain" / "recipes"
 ANSWERS = ("recipe_divides", "recipe_contrasts", "recipe_fits", "recipe_fits_with_checkpointing")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_step_is_traced_once():
+    """The operations of equal steps are counted once for all tests: each count takes seconds."""
+    made, stock, trace = {}, plan.pretraining_step, make.trace_step
+
+    def step(model, *settings):
+        return made.setdefault((model.to_json_string(), repr(settings)), stock(model, *settings))
+
+    costs = {}
+
+    def cost(of_step, *how):
+        key = (id(of_step), *how)
+        if key not in costs:
+            costs[key] = trace(of_step, *how)
+        return costs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "pretraining_step", step)
+        patch.setattr(make, "trace_step", cost)
+        yield
 
 
 def run_command(capsys, *arguments):

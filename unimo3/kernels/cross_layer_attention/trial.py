@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Of the largest value: several times what rounding of inputs and probabilities makes.
 _TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float32: 1e-4}
+# T and the V of each level, so that each kernel of the table runs: long and short queries with long and short keys.
+_LENGTHS = ((70, (131, 17)), (70, (20,)), (9, (131,)), (9, (20,)))
 
 
 @torch.compiler.assume_constant_result
@@ -69,8 +71,7 @@ def _problem(device: torch.device, dtype: torch.dtype, width: int) -> str:
 
     # A thread begins on the first GPU, whichever GPU its process uses.
     with launch.on_device(device):
-        # Each kernel of the table runs: long and short queries with long and short keys.
-        for queries, lengths in ((70, (131, 17)), (70, (20,)), (9, (131,)), (9, (20,))):
+        for queries, lengths in _LENGTHS:
             error, name = _largest_error(device, dtype, width, queries, lengths)
             if not error <= _TOLERANCE[dtype]:
                 return f"the {name} is {error:.2g} of its largest value off (T {queries}, V {lengths})"
