@@ -12,6 +12,7 @@ from finetune.args import FinetuneConfig
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of
 from unimo3.errors import ConfigError
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import ModelArgs
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
 
@@ -73,16 +74,23 @@ class PlannedFinetuning(FinetuneConfig):
         model, task = self.model_config(), self.planned_task()
         task.configure(model)
         words = {"unit": task.unit, "not_counted": _NOT_COUNTED}
-        return PlannedRun(self._step(model, task), self.training, self.optim.clip_norm, task.contrasts, words)
+        step = tuning_step(model, task, self.data.max_text_tokens, self.kernels)
+        return PlannedRun(step, self.training, self.optim.clip_norm, task.contrasts, words)
 
-    def _step(self, model: "Unimo3Config", task: "Task") -> "Step":
-        from unimo3.training.plan.step_trace import Step, blank_inputs
 
-        def batch(num_rows: int) -> "Batch":
-            inputs = blank_inputs(model, num_rows, self.data.max_text_tokens, task.num_images)
-            return inputs | task.blank_labels(num_rows)
+def tuning_step(model: "Unimo3Config", task: "Task", num_tokens: int, kernels: KernelArgs) -> "Step":
+    """A task's step.
 
-        return Step(model, task.model_class(), task.objective, batch, self.kernels)
+    Args:
+        num_tokens: T; texts are counted at full length.
+    """
+    from unimo3.training.plan.step_trace import Step, blank_inputs
+
+    def batch(num_rows: int) -> "Batch":
+        inputs = blank_inputs(model, num_rows, num_tokens, task.num_images)
+        return inputs | task.blank_labels(num_rows)
+
+    return Step(model, task.model_class(), task.objective, batch, kernels)
 
 
 def planned(config_class: type[FinetuneConfig]) -> type[PlannedFinetuning]:

@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from finetune.args import FinetuneConfig
+from finetune.plan_settings import tuning_step
 from finetune.results import write_files
 from finetune.task import HeldOut, Reading, Task
 from finetune.weights import resized
@@ -24,12 +25,13 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import exported_errors, load_exported
 from unimo3.model.processor import Unimo3Processor
-from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.ds_config import read_ds_config
 from unimo3.training.early_stopping import Best
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, Guard
 from unimo3.training.run import Run
 from unimo3.training.start import start_process
+from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,11 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
     batch = settings.batch_plan(world.size)
-    engine = _build_engine(settings, task, model_config, batch, fresh)
+    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    throughput = count_operations(
+        lambda: tuning_step(model_config, task, settings.data.max_text_tokens, settings.kernels), ds_config, world
+    )
+    engine = _build_engine(settings, task, model_config, ds_config, fresh)
 
     if settings.eval_only:
         run = Run(settings, batch.global_batch, None)
@@ -101,17 +107,16 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
-        Trainer(settings, process, run, engine, loader, evaluation).train()
+        Trainer(settings, process, run, engine, loader, evaluation, throughput).train()
 
 
 def _build_engine(
-    settings: FinetuneConfig, task: Task, model_config: Unimo3Config, batch: BatchPlan, fresh: str
+    settings: FinetuneConfig, task: Task, model_config: Unimo3Config, ds_config: dict[str, Any], fresh: str
 ) -> Any:
     # If a run continues, the checkpoint has all weights.
     begins = broadcast_object(not has_begun(settings.run.folder))
     weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
     training, model_class = settings.training, task.model_class()
-    ds_config = read_ds_config(training.ds_config, batch, settings.optim.clip_norm)
     model = build_model(ds_config, lambda: model_class(model_config))
     initialize_weights(model, settings.run.seed, model_config.initializer_range)
     if weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from pretrain.plan import pretraining_step
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
@@ -21,6 +22,7 @@ from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, held_out_losses
 from unimo3.training.run import Run
 from unimo3.training.start import start_process
+from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ def pretrain(settings: PretrainConfig) -> None:
 
     batch = settings.batch_plan(world.size)
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    throughput = count_operations(
+        lambda: pretraining_step(model_config, settings.objectives, settings.data.max_text_tokens, settings.kernels),
+        ds_config,
+        world,
+    )
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
     set_initial_weights(model, settings.model, settings.run.seed)
     task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
@@ -79,4 +86,4 @@ def pretrain(settings: PretrainConfig) -> None:
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
         )
     with closing(run):
-        Trainer(settings, process, run, engine, loader, evaluation).train()
+        Trainer(settings, process, run, engine, loader, evaluation, throughput).train()

@@ -118,6 +118,12 @@ def test_names_of_variables_are_the_fields():
     assert banned == []
 
 
+def test_names_of_tests_are_at_most_70_characters():
+    names = [name for path in CODE for name in re.findall(r"^ *def (test_\w+)", path.read_text(), flags=re.MULTILINE)]
+    assert len(names) > 1000
+    assert [name for name in names if len(name) > 70] == []
+
+
 def bound_name(node):
     """The name that a node of a program binds, if any."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -179,12 +179,14 @@ def test_metrics_are_complete_and_held_out_losses_are_written(straight):
         "grad_norm",
         "pairs_per_s",
         "step_s",
+        "data_s",
         "bad_samples",
         "memory_bytes",
     }
     for record in read_metrics(straight):
         assert expected <= set(record)
         assert all(isinstance(record[name], (int, float)) for name in expected)
+        assert 0 <= record["data_s"] <= record["step_s"]
     held_out = read_metrics(straight, group="eval")
     assert [record["step"] for record in held_out] == [4, 8, 12, 16, 20]
     assert all(record["loss_mlm"] > 0 for record in held_out)

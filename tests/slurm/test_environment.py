@@ -79,7 +79,7 @@ def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
     assert site.log(job).count("a task\n") == 2
 
 
-def test_tasks_that_see_a_gpu_each_pass_and_those_that_share_one_hold_the_job(site, tmp_path):
+def test_tasks_that_see_a_gpu_each_pass_and_a_shared_one_holds_the_job(site, tmp_path):
     shared = "unset SLURM_GPUS_PER_TASK; export SLURM_GPU_BIND=map_gpu:0,0 SLURM_GPUS_PER_NODE=2; ulimit -S -n 200"
     preflight = "HOSTS=$SLURMD_NODENAME GPUS_PER_NODE=2; preflight; echo passed"
     script = script_of(tmp_path, f"{preflight}; {shared}; preflight; echo passed again")

@@ -23,6 +23,21 @@ def run_program(program, *arguments):
     return ended.value.code
 
 
+@pytest.fixture(scope="module", autouse=True)
+def links(jobs):
+    """An array whose links wait for the signal before their time limit; it takes minutes, next to the other tests."""
+    words = ["--config", str(jobs.recipe), "--run.name", "links", "--training.steps", str(NUM_STEPS)]
+    words += ["--data.ledger", "true", "--training.log_every", "1"]
+    # As on a site that lets no job run for longer: each link is asked to stop on its way.
+    command = submit.sbatch_command(
+        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", "pretrain", *words]),
+        Site(1, [f"--output={jobs.folder}/links-%a.log", "--nodelist=n2,n3"]),
+        words,
+        jobs.runs / "links",
+    )
+    return jobs.sbatch(*command, INJECT='{"until_stop": [3, 6]}', PREFLIGHT="no")
+
+
 def test_eight_jobs_submitted_at_once_on_one_host_all_rendezvous(jobs):
     options = ("--nodelist=n1", "--ntasks-per-node=2", "--overcommit", "--partition=shared")
     arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
@@ -53,40 +68,6 @@ def test_a_range_of_nodes_gives_as_many_as_there_are(site):
     site.wait_state(job, "COMPLETED")
     assert site.attempts("wide")[0].nodes == "n1 n2 n3"
     assert "3 ranks" in site.log(job)
-
-
-def test_an_array_of_three_links_finishes_what_one_cannot(site, straight):
-    name = "links"
-    arguments = [
-        "pretrain",
-        "--config",
-        site.recipe,
-        "--run.name",
-        name,
-        "--training.steps",
-        NUM_STEPS,
-        "--data.ledger",
-        "true",
-        "--training.log_every",
-        1,
-    ]
-    # As on a site that lets no job run for longer: each link is asked to stop on its way.
-    command = submit.sbatch_command(
-        submit.parse_arguments(["--nodes", "2", "--chain", "3", "--time", "3", "--grace", "60", *map(str, arguments)]),
-        Site(1, [f"--output={site.folder}/links-%a.log"]),
-        list(map(str, arguments[1:])),
-        site.runs / name,
-    )
-    job = site.sbatch(*command, INJECT='{"until_stop": [3, 6]}', PREFLIGHT="no")
-    site.cluster.wait(
-        lambda: not site.cluster.call("squeue", "--noheader", f"--jobs={job}", check=False).strip(), "links"
-    )
-    attempts = site.attempts(name)
-    # On a busy machine the last link, which has none after it, is requeued.
-    assert (attempts[0].action, attempts[-1].action) == ("link", "done")
-    # Slurm's signal may come a minute early, before a link's first step; what was done is saved by each.
-    assert_no_step_was_done_twice("".join((site.folder / f"links-{n}.log").read_text() for n in range(1, 4)))
-    assert_as_if_undisturbed(site.runs / name, straight)
 
 
 def test_a_job_runs_elsewhere_when_its_node_is_marked_bad(jobs, monkeypatch):
@@ -294,3 +275,15 @@ def test_odd_names_are_passed_unchanged(site, capsys, name):
     site.wait_state(job, "COMPLETED")
     assert len(site.steps(name)) == 1
     assert not (ROOT / "ran").exists()
+
+
+def test_an_array_of_three_links_finishes_what_one_cannot(jobs, links, straight):
+    jobs.cluster.wait(
+        lambda: not jobs.cluster.call("squeue", "--noheader", f"--jobs={links}", check=False).strip(), "links"
+    )
+    attempts = jobs.attempts("links")
+    # On a busy machine the last link, which has none after it, is requeued.
+    assert (attempts[0].action, attempts[-1].action) == ("link", "done")
+    # Slurm's signal may come a minute early, before a link's first step; what was done is saved by each.
+    assert_no_step_was_done_twice("".join((jobs.folder / f"links-{n}.log").read_text() for n in range(1, 4)))
+    assert_as_if_undisturbed(jobs.runs / "links", straight)

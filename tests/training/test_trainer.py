@@ -25,8 +25,9 @@ def test_a_step_of_one_image_is_recorded_and_warned_of(caplog, means, rank, is_w
         run=SimpleNamespace(step=1, num_bad_samples=0, num_skipped=0, metrics=metrics),
         training=TrainingArgs(steps=2, global_batch=8),
         progress=Progress(num_steps=2, first_step=0, log_every=50, rank=rank),
+        throughput=None,
     )
-    step = _Step({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, seconds=1.0)
+    step = _Step({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, seconds=1.0, data_s=0.0)
     Trainer.log_step(trainer, step, {"loss": 1.0, **means})
     assert written[0].get("single_image_ratio") == means.get("single_image_ratio")
     assert ("in 50% of the micro-steps all pairs have one image_id" in caplog.text) == is_warned

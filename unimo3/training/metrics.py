@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unimo3.json_lines import read_records
+from unimo3.training.throughput import Throughput
 from unimo3.writing import replace_text
 
 if TYPE_CHECKING:
@@ -113,7 +114,15 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def step_metrics(
-    step: int, global_batch: int, means: Metrics, lr: float, grad_norm: float, step_s: float, counts: Metrics
+    step: int,
+    global_batch: int,
+    means: Metrics,
+    lr: float,
+    grad_norm: float,
+    step_s: float,
+    data_s: float,
+    throughput: Throughput | None,
+    counts: Metrics,
 ) -> Metrics:
     """What is logged of an optimizer step: a metric is added here.
 
@@ -121,6 +130,8 @@ def step_metrics(
         means: losses and other scalars of the task, means over all ranks; one that is not finite is logged as None.
         lr: of the towers.
         step_s: seconds since the step before, the wait for data included.
+        data_s: seconds of them that this rank waited for data.
+        throughput: None: operations are not counted.
         counts: of the complete run.
     """
     return {
@@ -131,15 +142,25 @@ def step_metrics(
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "pairs_per_s": global_batch / step_s,
         "step_s": step_s,
+        "data_s": data_s,
+        **(throughput.metrics(global_batch / step_s) if throughput else {}),
         **counts,
         "memory_bytes": peak_memory_bytes(),
     }
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: the GPU's where there is one, else resident."""
+    """Peak memory of this process: the GPU's since `forget_peak_memory` where there is one, else resident."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak_memory() -> None:
+    """Begin a new window of the GPU's peak memory; without a GPU do nothing."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -22,13 +22,14 @@ from unimo3.training.args import TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, StopGuard, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
-from unimo3.training.metrics import Metrics, read_metrics, step_metrics
+from unimo3.training.metrics import Metrics, forget_peak_memory, read_metrics, step_metrics
 from unimo3.training.optim import OptimArgs
 from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
 from unimo3.training.profiling import StepProfiler
 from unimo3.training.progress import Progress
 from unimo3.training.run import Run
 from unimo3.training.start import Started
+from unimo3.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class _Step:
         gates: its mean gate weights, which are logged as this rank has them.
         num_bad: samples that were replaced.
         was_skipped: whether the optimizer left the weights as they were.
+        data_s: seconds of all that were a wait for data.
     """
 
     means: dict[str, torch.Tensor]
@@ -64,6 +66,7 @@ class _Step:
     grad_norm: float
     was_skipped: bool
     seconds: float
+    data_s: float
 
 
 class Trainer:
@@ -76,6 +79,7 @@ class Trainer:
         batches: the micro-batches of each optimizer step, from `run.step` on. None: only evaluate, at the run's step,
             even if that was done before.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
+        throughput: of rank 0, to log operations a second.
     """
 
     def __init__(
@@ -86,10 +90,11 @@ class Trainer:
         engine: Engine,
         batches: Iterable[list[Batch]] | None,
         evaluation: Evaluation | None,
+        throughput: Throughput | None = None,
     ):
         self.training, self.optim, self.checkpoint = settings.training, settings.optim, settings.checkpoint
         self.world, self.listener, self.watch = process
-        self.run, self.engine, self.evaluation = run, engine, evaluation
+        self.run, self.engine, self.evaluation, self.throughput = run, engine, evaluation, throughput
         self.batches: Iterator[list[Batch]] = iter(() if batches is None else batches)
         self.only_evaluates = batches is None
         self.saver = Saver(engine, run.folder, self.checkpoint)
@@ -103,6 +108,7 @@ class Trainer:
         self._unlogged: _Step | None = None
         self._num_not_finite = 0  # steps in a row
         self._is_evaluation_cut = False
+        self._data_s = 0.0
         self._started = time.perf_counter()
 
     def train(self) -> None:
@@ -141,9 +147,11 @@ class Trainer:
         """The micro-batches of the next step; None, on every rank, at the end or when any rank is asked to stop."""
         self.watch.beat("data", self.run.step)
         micro_batches = None
+        begun = time.perf_counter()
         if self.request == StopRequest.NONE and self.run.step < self.last_step:
             with suppress(StopRequested), self.listener.interruptible():
                 micro_batches = next(self.batches)
+        self._data_s = time.perf_counter() - begun
         self.watch.beat("wait", self.run.step)
         # After the wait for data, so that no rank begins a step that another one skips.
         self.synchronize()
@@ -167,6 +175,7 @@ class Trainer:
             grad_norm=gradient_norm(engine),
             was_skipped=step_was_skipped(engine),
             seconds=now - self._started,
+            data_s=self._data_s,
         )
         self._started = now
 
@@ -216,9 +225,20 @@ class Trainer:
         run = self.run
         counts = {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
         metrics = step_metrics(
-            run.step, self.training.global_batch, means, step.lr, step.grad_norm, step.seconds, counts
+            run.step,
+            self.training.global_batch,
+            means,
+            step.lr,
+            step.grad_norm,
+            step.seconds,
+            step.data_s,
+            self.throughput,
+            counts,
         )
-        gates = {name: value.tolist() for name, value in step.gates.items()} if self.progress.is_due(run.step) else {}
+        gates: Metrics = {}
+        if self.progress.is_due(run.step):
+            gates = {name: value.tolist() for name, value in step.gates.items()}
+            forget_peak_memory()
         run.metrics.write(metrics | gates)
         self.progress.show(metrics)
 
