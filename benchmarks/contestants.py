@@ -20,7 +20,7 @@ from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerITMH
 from unimo3.model.config import Unimo3Config
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ItcArgs, ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 
 BRIDGETOWER, IN_LAYER, CROSS_LAYER = CONTESTANTS = ("bridgetower", "in_layer", "cross_layer")
 HEAD_WIDTH = 64  # BridgeTower's image tower has no other.
@@ -130,7 +130,7 @@ class OursForPreTraining(nn.Module):
         model = Unimo3ForPreTraining(config)
         if compile_towers:
             model.unimo3.compile_towers()
-        self.task = PretrainingTask(model, ObjectivesArgs(itc=ItcArgs(weight=0.0)).build(seed=0))
+        self.task = PretrainingLoss(model, ObjectivesArgs(itc=ItcArgs(weight=0.0)).build(seed=0))
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """The sum of both losses; see `draw_batch`."""

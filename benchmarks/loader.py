@@ -1,6 +1,6 @@
 """Reading training samples: this project's loader against webdataset's usual pipeline and a bare loop.
 
-    ours        TrainingLoader: members by offset in the run's order, decoded, augmented, tokenised, masked, collated
+    ours        TrainingLoader: members by offset in the run's order, decoded, augmented, tokenized, masked, collated
     webdataset  shards shuffled, a shuffle buffer of 1000, the same decoding, augmentation, tokens and masks, collated
     bare        a loop over images in memory that decodes and augments and does nothing else: the limit
 
@@ -95,7 +95,7 @@ def _median_time(work: Callable[[], None]) -> float:
     return median(times)
 
 
-def synthesise_index(folder: Path, real: Path, num_samples: int) -> None:
+def synthesize_index(folder: Path, real: Path, num_samples: int) -> None:
     """An index of `num_samples`, all of whose shards are links to a real one."""
     tar = next(iter(sorted(real.glob("*.tar"))))
     table = table_of(tar)
@@ -130,7 +130,7 @@ def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[in
     by_size = {}
     for size in tqdm(sizes, desc="index", unit="size"):
         folder = scratch / f"index_{size}"
-        synthesise_index(folder, setting.folder / "train", size)
+        synthesize_index(folder, setting.folder / "train", size)
         command = [sys.executable, "-m", "benchmarks.loader", "--probe", str(folder)]
         output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         used, ready = json.loads(output)

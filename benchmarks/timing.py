@@ -2,7 +2,7 @@
 
 Whatever else the machine does then hits all models alike, and comparisons are within one round.
 
-Source: torch's timing advice (warm-up, synchronise, medians); proc(5) for VmHWM.
+Source: torch's timing advice (warm-up, synchronize, medians); proc(5) for VmHWM.
 """
 
 import time
@@ -65,13 +65,13 @@ class Trainee:
         self.optimizer.zero_grad()
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
-        self._synchronise()
+        self._synchronize()
         start = time.perf_counter()
         result = work()
-        self._synchronise()
+        self._synchronize()
         return result, time.perf_counter() - start
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

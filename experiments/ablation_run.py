@@ -33,8 +33,8 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
-from unimo3.objectives.vqa import VqaTask
+from unimo3.objectives.base import PretrainingLoss
+from unimo3.objectives.vqa import VqaLoss
 from unimo3.training.evaluation import Unguarded, held_out_losses, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.optim import OptimArgs, build_optimizer
@@ -72,7 +72,7 @@ class TrainingRun:
         torch.manual_seed(self.seed)
         data = Data(work, self.settings)
         model = build_pretraining_model(self.settings.model(self.variant), data, self.seed)
-        task = PretrainingTask(model, ObjectivesArgs().build(self.seed))
+        task = PretrainingLoss(model, ObjectivesArgs().build(self.seed))
         steps, rate = self.settings.pretraining_steps, self.settings.pretraining_lr
         pretraining = self._train("pretraining", task, model, data.pairs("train", self.seed), steps, rate)
         batch = self.settings.batch
@@ -90,7 +90,7 @@ class TrainingRun:
 
         answers = data.answers()
         vqa_model = build_vqa_model(model, len(answers), self.seed)
-        vqa_task = VqaTask(vqa_model)
+        vqa_task = VqaLoss(vqa_model)
         steps, rate = self.settings.vqa_steps, self.settings.vqa_lr
         vqa = self._train("VQA", vqa_task, vqa_model, data.questions("train", self.seed), steps, rate)
         asked = evaluation_batches(data.questions("val", self.seed), 0, 1, batch, READER)

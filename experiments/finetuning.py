@@ -1,6 +1,6 @@
 """Does fine-tuning learn, and does pretraining help it? On toy data in the public formats, on CPUs.
 
-Two tables: each task by its tiny recipe from an exported `tiny`, next to the best guess without the pictures; and VQA
+Two tables: each task by its tiny recipe from an exported `tiny`, next to the image-blind baseline; and VQA
 and retrieval from those weights against random ones at equal steps, with three seeds. The first goes into the README.
 
 Source: none.
@@ -25,7 +25,7 @@ README_MARKS = ("<!-- experiments/finetuning.py writes this table -->\n", "<!-- 
 def blind_table(chain: Chain) -> tuple[str, list[str]]:
     """Every task next to the best blind guess; the table, and the tasks that miss their margin."""
     lines = [
-        "| task | metric on `val` | best guess without the pictures | model | margin | wanted |",
+        "| task | metric on `val` | image-blind baseline | model | margin | required margin |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     missed = []
@@ -83,14 +83,14 @@ def main() -> None:
     chain.prepare()
     tasks, missed = blind_table(chain)
     starts, lost = initial_weights_table(chain)
-    below = f"Below the margin wanted: {', '.join(missed)}." if missed else "All pass the margin wanted."
+    below = f"Below the required margin: {', '.join(missed)}." if missed else "All reach the required margin."
     ahead = (
         f"Not ahead with every seed: {', '.join(lost)}."
         if lost
         else "The worst seed of the pretrained start is ahead of the best of either random one."
     )
     body = f"""\
-## Against the best guess without the pictures
+## Against the image-blind baseline
 
 {tasks}
 

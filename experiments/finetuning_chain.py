@@ -148,7 +148,7 @@ class Chain:
         return float(json.loads(made.read_text())[task.metric])
 
     def blind(self, task: ToyTask) -> float:
-        """The metric on val of the best guess without the pictures."""
+        """The metric on val of the image-blind baseline."""
         if task == VQA:
             return blind_rates(self._work / "toy" / "vqav2")["overall"]
         if task == RETRIEVAL:

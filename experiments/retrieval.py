@@ -38,10 +38,10 @@ from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.model.args import resolve_tokens
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import ImageTextMatching
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.optim import OptimArgs, build_optimizer
@@ -118,7 +118,7 @@ def make_shards(folder: Path, num_test_images: int) -> Path:
     return shards
 
 
-def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
+def train(shards: Path, args: argparse.Namespace) -> RetrievalLoss:
     """A small model, trained from random weights for retrieval alone."""
     tokenizer = load_tokenizer(str(shards / "tokenizer"))
     size = toy_model(args.width, args.layers, IMAGE_SIZE, VOCABULARY)
@@ -127,8 +127,8 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
     model = Unimo3ForImageAndTextRetrieval(model_config)
     initialize_weights(model, 0, size.initializer_range)
     # Random negatives first: hard ones alone teach nothing about most of the pairs that METER's way compares.
-    easy = PretrainingTask(model, [ImageTextMatching(1.0, seed=0), ImageTextContrast(1.0)])
-    hard = RetrievalTask(model, seed=0)
+    easy = PretrainingLoss(model, [ImageTextMatching(1.0, seed=0), ImageTextContrast(1.0)])
+    hard = RetrievalLoss(model, seed=0)
     samples = PretrainSamples(ShardIndex(shards / "train"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE), 0.0, seed=0)
     batch = 2 * BATCH
     batches = iter(TrainingLoader([samples], SampleOrder(samples.units_per_shard, 0, 8), batch, batch, 0, 1, READER))
@@ -148,7 +148,7 @@ def train(shards: Path, args: argparse.Namespace) -> RetrievalTask:
 
 
 @torch.no_grad()
-def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Evaluation:
+def meters_way(task: RetrievalLoss, samples: CaptionedImages) -> Evaluation:
     """Score every pair with the full model."""
     started = time.process_time()
     pixels: list[Tensor] = []
@@ -172,7 +172,7 @@ def meters_way(task: RetrievalTask, samples: CaptionedImages) -> Evaluation:
     return Evaluation(time.process_time() - started, scores.numel(), metrics)
 
 
-def ours(task: RetrievalTask, samples: CaptionedImages, shortlist: int) -> Evaluation:
+def ours(task: RetrievalLoss, samples: CaptionedImages, shortlist: int) -> Evaluation:
     """Evaluate with a shortlist, or exactly (0)."""
     started = time.process_time()
     ranking = RankingArgs(shortlist=shortlist, pair_batch=PAIR_BATCH)

@@ -15,7 +15,7 @@ from benchmarks.report import ROOT
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 
 # COCO's test split by Karpathy: five captions an image, ten images with one more.
 COCO_IMAGES, COCO_TEXTS = 5000, 25010
@@ -46,7 +46,7 @@ def cost_of_base(num_pairs: int) -> str:
     tokens = tuning["data"]["max_text_tokens"]
     model = Unimo3ForImageAndTextRetrieval(model_config)
     initialize_weights(model, 0, size.initializer_range)
-    task = RetrievalTask(model, seed=0).eval()
+    task = RetrievalLoss(model, seed=0).eval()
     ids = torch.randint(5, 1000, (num_pairs, tokens))
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     image = {"pixel_values": torch.randn(num_pairs, 3, pixels, pixels)}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from unimo3.model.config import Unimo3Config
     from unimo3.model.downstream import Unimo3ForImagesAndTextClassification
-    from unimo3.objectives.classification import ClassificationTask
+    from unimo3.objectives.classification import ClassificationLoss
 
 
 class Nlvr2(RowTask):
@@ -55,11 +55,11 @@ class Nlvr2(RowTask):
 
         return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
-    def objective(self, model: "Unimo3ForImagesAndTextClassification") -> "ClassificationTask":
+    def objective(self, model: "Unimo3ForImagesAndTextClassification") -> "ClassificationLoss":
         """Cross-entropy."""
-        from unimo3.objectives.classification import ClassificationTask
+        from unimo3.objectives.classification import ClassificationLoss
 
-        return ClassificationTask(model)
+        return ClassificationLoss(model)
 
     def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The likelier label, and whether it is right."""

@@ -47,17 +47,9 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     tokenizer = load_tokenizer(settings.data.tokenizer)
     # Programs that load the exported folder truncate texts where this run does.
     tokenizer.model_max_length = settings.data.max_text_tokens
-    model_config = config_of(settings.init, settings.run.folder)
-    resized(model_config, settings.image_size)
-    task.configure(model_config)
-    model_config.architectures = [task.architecture]
     # A head may start random only where it will be trained.
     fresh = r"^$" if settings.eval_only else task.fresh
-    # A run's checkpoint is exported first, by all ranks, and a run that continues has its own.
-    if not has_begun(settings.run.folder) and run_of(settings.init) is None:
-        errors = exported_errors(settings.init, task.model_class(), model_config, fresh)
-        if errors:
-            raise ConfigError(errors)
+    model_config = _model_config(settings, task, fresh)
     indexes = [] if settings.eval_only else settings.data.open_train()
     val_index = settings.data.open_val()
     if val_index is not None and val_index.fingerprint in [index.fingerprint for index in indexes]:
@@ -108,6 +100,24 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
         Trainer(settings, process, run, engine, loader, evaluation, throughput).train()
+
+
+def _model_config(settings: FinetuneConfig, task: Task, fresh: str) -> Unimo3Config:
+    """The model of the run.
+
+    Raises:
+        ConfigError: the weights do not fit the task.
+    """
+    model_config = config_of(settings.init, settings.run.folder)
+    resized(model_config, settings.image_size)
+    task.configure(model_config)
+    model_config.architectures = [task.architecture]
+    # A run's checkpoint is exported first, by all ranks, and a run that continues has its own.
+    if not has_begun(settings.run.folder) and run_of(settings.init) is None:
+        errors = exported_errors(settings.init, task.model_class(), model_config, fresh)
+        if errors:
+            raise ConfigError(errors)
+    return model_config
 
 
 def _build_engine(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-    from unimo3.objectives.retrieval import RetrievalTask
+    from unimo3.objectives.retrieval import RetrievalLoss
     from unimo3.training.evaluation import Guard
 
 
@@ -60,11 +60,11 @@ class Retrieval(Task):
 
         return {"image_id": torch.arange(num_rows), "positions": torch.arange(num_rows)}
 
-    def objective(self, model: "Unimo3ForImageAndTextRetrieval") -> "RetrievalTask":
+    def objective(self, model: "Unimo3ForImageAndTextRetrieval") -> "RetrievalLoss":
         """Contrast, and matching with hard negatives."""
-        from unimo3.objectives.retrieval import RetrievalTask
+        from unimo3.objectives.retrieval import RetrievalLoss
 
-        return RetrievalTask(model, self._seed)
+        return RetrievalLoss(model, self._seed)
 
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: "Guard") -> Results | None:
         """Recall; see `held_out_recall`."""

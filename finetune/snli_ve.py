@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from unimo3.model.config import Unimo3Config
     from unimo3.model.downstream import Unimo3ForImageTextClassification
-    from unimo3.objectives.classification import ClassificationTask
+    from unimo3.objectives.classification import ClassificationLoss
 
 
 class SnliVe(RowTask):
@@ -54,11 +54,11 @@ class SnliVe(RowTask):
 
         return {"label": torch.empty(num_rows, dtype=torch.long, device="meta")}
 
-    def objective(self, model: "Unimo3ForImageTextClassification") -> "ClassificationTask":
+    def objective(self, model: "Unimo3ForImageTextClassification") -> "ClassificationLoss":
         """Cross-entropy."""
-        from unimo3.objectives.classification import ClassificationTask
+        from unimo3.objectives.classification import ClassificationLoss
 
-        return ClassificationTask(model)
+        return ClassificationLoss(model)
 
     def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The likeliest label, and the true one."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from unimo3.model.config import Unimo3Config
     from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
-    from unimo3.objectives.vqa import VqaTask
+    from unimo3.objectives.vqa import VqaLoss
 
 PUBLISHED_ANSWERS = 3129
 """Of VQAv2: answers that occur at least nine times, and METER's classes."""
@@ -67,11 +67,11 @@ class Vqa(RowTask):
 
         return {"targets": torch.empty(num_rows, len(self._answers), device="meta")}
 
-    def objective(self, model: "Unimo3ForVisualQuestionAnswering") -> "VqaTask":
+    def objective(self, model: "Unimo3ForVisualQuestionAnswering") -> "VqaLoss":
         """Soft targets over the vocabulary."""
-        from unimo3.objectives.vqa import VqaTask
+        from unimo3.objectives.vqa import VqaLoss
 
-        return VqaTask(model)
+        return VqaLoss(model)
 
     def score(self, report: "dict[str, Tensor]", loaded: dict[str, Any]) -> list[Row]:
         """The best answer, its official accuracy (None where no answers are known), its type and toy granularity.

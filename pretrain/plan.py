@@ -20,7 +20,7 @@ from unimo3.training.plan.settings import PlannedData, PlannedTraining
 if TYPE_CHECKING:
     from unimo3.model.config import Unimo3Config
     from unimo3.model.unimo3 import Unimo3ForPreTraining
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
     from unimo3.training.plan.make import PlannedRun
     from unimo3.training.plan.step_trace import Batch, Step
 
@@ -94,7 +94,7 @@ def pretraining_step(model: "Unimo3Config", objectives: ObjectivesArgs, num_toke
     import torch
 
     from unimo3.model.unimo3 import Unimo3ForPreTraining
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
     from unimo3.training.plan.step_trace import Step, blank_inputs
 
     def batch(num_pairs: int) -> "Batch":
@@ -110,8 +110,8 @@ def pretraining_step(model: "Unimo3Config", objectives: ObjectivesArgs, num_toke
             "positions": torch.arange(num_pairs),
         }
 
-    def objective(model: "Unimo3ForPreTraining") -> "PretrainingTask":
-        return PretrainingTask(model, objectives.build(seed=0))
+    def objective(model: "Unimo3ForPreTraining") -> "PretrainingLoss":
+        return PretrainingLoss(model, objectives.build(seed=0))
 
     return Step(model, Unimo3ForPreTraining, objective, batch, kernels)
 

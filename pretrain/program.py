@@ -16,7 +16,7 @@ from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.model.args import resolve_tokens, set_initial_weights
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import read_ds_config
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, held_out_losses
@@ -57,7 +57,7 @@ def pretrain(settings: PretrainConfig) -> None:
     )
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
     set_initial_weights(model, settings.model, settings.run.seed)
-    task = PretrainingTask(model, settings.objectives.build(settings.run.seed))
+    task = PretrainingLoss(model, settings.objectives.build(settings.run.seed))
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)

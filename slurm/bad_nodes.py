@@ -2,13 +2,13 @@
 
     python -m slurm.bad_nodes --run RUN --excluded NODES        prints ``set NODES`` or ``keep``
 
-The ledger of bad nodes is shared by all jobs, and its entries expire. Each line is one object; until is in seconds
+The list of bad nodes is shared by all jobs, and its entries expire. Each line is one object; until is in seconds
 since 1970:
 
     {"node", "reason", "job", "until"}
 
-A job always excludes the nodes that its user excluded, and those that the ledger has now. A node that was excluded
-for the ledger alone is used again once its entry has expired. The run's history records these at each change:
+A job always excludes the nodes that its user excluded, and those that the list has now. A node that was excluded
+for the list alone is used again once its entry has expired. The run's history records these at each change:
 
     {"event": "exclude", "time", "job", "nodes"}
 
@@ -29,7 +29,7 @@ HOURS = 12.0
 
 
 def path_of() -> Path:
-    """Where the ledger is: BAD_NODES in the environment, or slurm/ of the folder in which a job runs."""
+    """Where the list is: BAD_NODES in the environment, or slurm/ of the folder in which a job runs."""
     return Path(os.environ.get("BAD_NODES", "") or DEFAULT)
 
 
@@ -50,12 +50,12 @@ def current() -> dict[str, str]:
 
 
 def choose(excluded: list[str], ours: list[str], bad: list[str]) -> tuple[list[str], list[str]]:
-    """Nodes to exclude now, and those of them that only the ledger excludes.
+    """Nodes to exclude now, and those of them that only the list of bad nodes excludes.
 
     Args:
         excluded: nodes that the job excludes.
-        ours: those that it excludes because of the ledger.
-        bad: those in the ledger.
+        ours: those that it excludes because of that list.
+        bad: those in the list.
     """
     of_the_user = [node for node in excluded if node not in ours]
     added = [node for node in bad if node not in of_the_user]

@@ -3,18 +3,18 @@
 # Sourced on the first node of a job, in the job's folder.
 set -euo pipefail
 
-# A stop signal of Slurm's may reach this shell too; it has to live until the programs have saved, to requeue the job.
+# Slurm may signal this shell too. It must survive until the programs have saved, so that it can requeue the job.
 trap : TERM CONT USR1 USR2
 
-# Filters and formats that a user has set for Slurm's commands would change the answers that are read here. With torchrun's
-# variables rank 0 would wait for a store that only torchrun starts.
+# Filters and formats that a user has set for Slurm's commands would change the output parsed here. With torchrun's variables
+# rank 0 would wait for torchrun's rendezvous store.
 unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}"
 
 export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 
-# If this script exits before an action is chosen, as by an error in site.env, `lost` chooses one.
-trap 'lost $?' EXIT
-lost() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || apply_default_policy "$1"; }
+# If this script exits before an action is chosen, as by an error in site.env, `on_unexpected_exit` chooses one.
+trap 'on_unexpected_exit $?' EXIT
+on_unexpected_exit() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || apply_default_policy "$1"; }
 
 log() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
 
@@ -30,8 +30,8 @@ with_retries() {
 }
 
 setup() {
-    [[ -z ${UNIMO3_ROOT:-} ]] || apply_default_policy 78 "UNIMO3_ROOT is not read any more; name the job's folder with sbatch --chdir=DIR"
-    # In a checkout there is a .venv; installed, this file is in an environment itself.
+    [[ -z ${UNIMO3_ROOT:-} ]] || apply_default_policy 78 "UNIMO3_ROOT is no longer supported; name the job's folder with sbatch --chdir=DIR"
+    # In a checkout there is a .venv; when pip-installed, this file is inside the environment.
     local project
     project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     BIN=$project/.venv/bin
@@ -42,7 +42,7 @@ setup() {
     fi
     CONTAINER=()
     local site=${UNIMO3_SITE:-slurm/site.env}
-    # Exported, for the programs to see it; and not under -u, which modules' own scripts may fail under.
+    # Export all variables. Disable -u: scripts of environment modules may fail with it.
     set -a +u
     # shellcheck source=slurm/site.env.example
     [[ ! -f $site ]] || source "$site"
@@ -56,7 +56,7 @@ setup() {
     NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
 
-    # Compiled kernels and other caches: on each node's own disk, not on the shared one that all ranks would hammer.
+    # Compiled kernels and other caches: on each node's own disk, not on the shared one that all ranks would overload.
     export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
     export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
     export TORCH_EXTENSIONS_DIR=$UNIMO3_LOCAL/extensions CUDA_CACHE_PATH=$UNIMO3_LOCAL/cuda
@@ -66,10 +66,10 @@ setup() {
     MASTER_ADDR=$(with_retries scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
     MASTER_PORT=$(free_port)
     export MASTER_ADDR MASTER_PORT
-    log "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, meeting at $MASTER_ADDR:$MASTER_PORT"
+    log "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $NUM_RANKS ranks, restart $NUM_RESTARTS, rendezvous at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# Ranks a node that the job itself asks for. SLURM_NTASKS and SLURM_NTASKS_PER_NODE may be those of an outer job.
+# Ranks per node that the job itself requests. SLURM_NTASKS and SLURM_NTASKS_PER_NODE may be those of an outer job.
 requested_ranks() {
     local job
     job=$(with_retries scontrol show job "$JOB" --oneliner)
@@ -87,7 +87,7 @@ requested_ranks() {
 # Like `with_retries`, but ignores SIGTERM: ``scontrol requeue`` makes Slurm end this script too.
 ignoring_term() { (trap '' TERM && with_retries "$@"); }
 
-# A port below those the kernel hands out by itself. Jobs that start together have consecutive numbers, and so do the
+# A port below the ephemeral port range. Jobs that start together have consecutive numbers, and so do the
 # ports they try first; one that something else holds is skipped.
 free_port() {
     local port try
@@ -103,9 +103,9 @@ free_port() {
 }
 
 # Runs a module of the project once, on this node.
-tool() { "${PYTHON[@]}" -m "$@"; }
+run_module() { "${PYTHON[@]}" -m "$@"; }
 
-# The answer of a module of slurm/: its last line ``answer: ...``. All other lines, as of a container, are shown. No
+# Prints the last line ``answer: ...`` of a module's output. All other lines, as of a container, go to the log. No
 # temporary file is used, since a node whose /tmp is full must still find out that it is bad.
 answer_in() {
     printf '%s\n' "$1" | grep --invert-match '^answer:' >&2 || true
@@ -114,13 +114,13 @@ answer_in() {
 
 answer_of() {
     local output status=0
-    output=$(tool "$@" 2>&1) || status=$?
+    output=$(run_module "$@" 2>&1) || status=$?
     answer_in "$output"
     return "$status"
 }
 
 # Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded with its
-# time. The shell around a rank survives stop signals, which the program handles. With IS_DEAF, short checks ignore them, so
+# time. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks ignore them, so
 # that a stop request does not look like a failed check.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
@@ -130,7 +130,7 @@ ranks() {
         ${STEP_MINUTES:+--time="$STEP_MINUTES"} \
         bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
             LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'
-            if [[ -n ${IS_DEAF:-} ]]; then trap "" TERM CONT USR1 USR2; else trap : TERM CONT USR1 USR2 QUIT; fi
+            if [[ -n ${IGNORE_STOP_SIGNALS:-} ]]; then trap "" TERM CONT USR1 USR2; else trap : TERM CONT USR1 USR2 QUIT; fi
             status=0; "$@" || status=$?
             if [[ -n ${UNIMO3_STATUS_DIR:-} ]]; then echo "$EPOCHREALTIME $status" >"$UNIMO3_STATUS_DIR/end_$RANK"; fi
             exit "$status"' rank "$@"
@@ -144,42 +144,42 @@ train() {
     requeue_before_time_limit &
     local guard=$!
     preflight
-    fresh_statuses
+    reset_status_folder
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
     log "$program: srun ended with status $status"
-    end "$status"
+    after_program "$status"
 }
 
-# Does what needs no ranks of srun's: FUNCTION MODULE ARGUMENTS...; the function starts the module.
-work() {
+# Runs a program without ranks: FUNCTION MODULE ARGUMENTS...; the function starts the module.
+run_without_ranks() {
     local start=$1 program=$2 status=0
     shift
     setup
     lock_run "$@"
     requeue_before_time_limit &
     local guard=$!
-    fresh_statuses
+    reset_status_folder
     "$start" "$@" || status=$?
     kill "$guard" 2>/dev/null || true
     log "$program ended with status $status"
-    end "$status"
+    after_program "$status"
 }
 
-# Where programs leave why they ended.
-fresh_statuses() {
+# The folder for the ranks' exit statuses.
+reset_status_folder() {
     export UNIMO3_STATUS_DIR=$RUN/slurm/statuses
     rm -rf "$UNIMO3_STATUS_DIR" && mkdir -p "$UNIMO3_STATUS_DIR"
 }
 
-end() {
+after_program() {
     apply_policy end --run "$RUN" --status "$1" --statuses "$UNIMO3_STATUS_DIR" --state "$(state_of "$JOB")"
 }
 
 # Finds the folder that a program works on and locks it for this job: MODULE ARGUMENTS...
 lock_run() {
     local output folder early comment status=0
-    output=$(tool slurm.runs "$@" 2>&1) || status=$?
+    output=$(run_module slurm.runs "$@" 2>&1) || status=$?
     folder=$(answer_in "$output")
     ((status == 0)) || apply_default_policy "$status" "$(printf '%s\n' "$output" | sed -n 's/^ConfigError: //p' | tail -n 1)"
     [[ -n $folder ]] || apply_default_policy 1
@@ -187,8 +187,11 @@ lock_run() {
     early=$(early_ends)
     comment=$(with_retries squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
-    # Earlier nodes are to blame for status 126 and 127 alone: Python did not start there, and it does here.
-    [[ $early == *"status 12"[67]* ]] || early=${early:+gone }
+    # Earlier nodes are excluded for status 126 and 127 alone: Python did not start there, and it does here. For any other
+    # status the list of nodes is left out.
+    if [[ -n $early && $early != *"status 12"[67]* ]]; then
+        early="gone "
+    fi
     apply_policy begin --run "$RUN" --nodes "$HOSTS" --early "${early#* }"
     # The reason of an earlier start; the user's own comment stays.
     [[ -z $early && $comment != "held: "* ]] || with_retries scontrol update JobId="$JOB" Comment=""
@@ -209,12 +212,12 @@ requeue_before_time_limit() {
         left=$(seconds_left) || left=600
     done
     trap : TERM
-    # Not noted as the start's end: the program is still there.
+    # The history gets no end of this start: the program is still running.
     log "requeue: the time limit is near and the program has not ended"
     apply_action requeue "the time limit is near and the program has not ended"
 }
 
-# A task sees all GPUs that the job has on its node, whatever each rank will see.
+# A task sees all GPUs that the job has on its node, even if each rank will see only its own.
 see_all_gpus() {
     [[ -n ${SLURM_GPUS_ON_NODE:-} ]] || return 0
     [[ -z ${SLURM_GPUS_PER_TASK:-}${SLURM_TRES_PER_TASK:-} ]] || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
@@ -224,18 +227,18 @@ see_all_gpus() {
 
 preflight() {
     [[ ${PREFLIGHT:-yes} == yes ]] || return 0
-    local status=0 mark="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
-    rm -rf "$mark" && mkdir -p "$mark"
-    # One node's failure is not that of the others: all are waited for.
-    local -x IS_DEAF=yes
+    local status=0 results="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
+    rm -rf "$results" && mkdir -p "$results"
+    # One node's failure must not end the checks on the others.
+    local -x IGNORE_STOP_SIGNALS=yes
     local STEP_MINUTES=15
     (see_all_gpus && RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" \
-        -m slurm.preflight node --run "$RUN" --mark "$mark" --gpus "${GPUS_PER_NODE:-0}" \
+        -m slurm.preflight node --run "$RUN" --results "$results" --gpus "${GPUS_PER_NODE:-0}" \
         --local-disk "${LOCAL_DISK:-/tmp}") || status=$?
     if ((status == 0 && NUM_RANKS > 1)); then
-        ranks "${PYTHON[@]}" -m slurm.preflight network --mark "$mark" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
+        ranks "${PYTHON[@]}" -m slurm.preflight network --results "$results" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
     fi
-    apply_policy preflight --run "$RUN" --mark "$mark" --status "$status" --nodes "$HOSTS"
+    apply_policy preflight --run "$RUN" --results "$results" --status "$status" --nodes "$HOSTS"
 }
 
 # Asks slurm.requeue_policy what to do, ``ACTION REASON``, and does it; returns if the job continues. Where the policy needs
@@ -257,10 +260,10 @@ apply_policy() {
     apply_action "$action" "$reason"
 }
 
-# What applies without a run's folder: STATUS [REASON]. Status 78 holds the job, any other requeues it up to 3 times in a row,
+# The policy when no run folder is known: STATUS [REASON]. Status 78 holds the job, any other requeues it up to 3 times in a row,
 # without a node that cannot start Python. The number of these starts and their nodes are in the job's comment.
 apply_default_policy() {
-    local action=hold early number nodes reason here=""
+    local action=hold early number nodes reason bad_node=""
     early=$(early_ends)
     number=$((${early%% *} + 1))
     nodes=${early#* }
@@ -273,14 +276,14 @@ apply_default_policy() {
         reason="too often: $reason" # counted again when the job is released
     else
         action=requeue
-        [[ $1 != 12[67] ]] || here=${SLURMD_NODENAME:-}
+        [[ $1 != 12[67] ]] || bad_node=${SLURMD_NODENAME:-}
         with_retries scontrol update JobId="$JOB" Comment="$reason"
     fi
     log "$action: $reason"
-    apply_action "$action" "$reason" "$here"
+    apply_action "$action" "$reason" "$bad_node"
 }
 
-# Starts in a row that ended before they could be judged, as ``NUMBER NODES: REASON``; nothing if there are none.
+# Starts in a row that ended before the policy could run, as ``NUMBER NODES: REASON``; nothing if there are none.
 early_ends() {
     with_retries squeue --noheader --jobs="$JOB" --format=%k | sed -n 's/^\([0-9]*\) starts ended early on /\1 /p'
 }
@@ -317,7 +320,7 @@ seconds_left() {
 
 # Does what was decided: ACTION REASON [NODE]; the node is excluded at the next start, for this job alone.
 apply_action() {
-    local action=$1 reason=$2 here=${3:-} state
+    local action=$1 reason=$2 bad_node=${3:-} state
     IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
     [[ $action != left ]] || exit 1
@@ -330,8 +333,8 @@ apply_action() {
     excluded=$(with_retries squeue --noheader --jobs="$JOB" --format=%x)
     excluded=${excluded%%$'\n'*}
     [[ -z $excluded ]] || excluded=$(with_retries scontrol show hostnames "$excluded" | paste -sd,)
-    if [[ -n $here ]]; then
-        change="set $excluded${excluded:+,}$here"
+    if [[ -n $bad_node ]]; then
+        change="set $excluded${excluded:+,}$bad_node"
     elif [[ -n ${RUN:-} ]]; then
         change=$(answer_of slurm.bad_nodes --run "$RUN" --excluded "$excluded") || change=keep
     fi
@@ -349,12 +352,13 @@ apply_action() {
     esac
     # Slurm changes this for a pending job only.
     [[ $change != "set" ]] || ignoring_term scontrol update JobId="$JOB" ExcNodeList="$nodes"
-    # Slurm ends this script now; if it exited by itself before, the job would be taken for finished.
+    # Slurm ends this script now; if it exited by itself before, Slurm would mark the job completed. Two minutes are
+    # more than Slurm takes to end it.
     [[ -n $is_ended ]] || sleep 120
     exit 1
 }
 
-# A link of an array is addressed by the array's number and its own: the plain number may mean all of them. sbatch passes
+# A link (array task) is addressed by the array's number and its own: the plain number may mean all of them. sbatch passes
 # these variables of an outer job on, so Slurm is asked whether they belong to this one.
 name_job() {
     local link links

@@ -1,7 +1,7 @@
 """Checks of a job's nodes before a program starts; each writes its problems as JSON into a folder that all nodes see.
 
-    python -m slurm.preflight node --run RUN --mark DIR --gpus N --local-disk DIR     once a node
-    python -m slurm.preflight network --mark DIR --floor GBPS                         once a rank; see slurm/network.py
+    python -m slurm.preflight node --run RUN --results DIR --gpus N --local-disk DIR   once a node
+    python -m slurm.preflight network --results DIR --floor GBPS                       once a rank; see slurm/network.py
 
 Source: none.
 """
@@ -62,11 +62,11 @@ def _needed(run: Path) -> tuple[int, int]:
         return _MIN_FREE_BYTES, _MIN_FREE_INODES  # a damaged file, which resuming will name
 
 
-def node_problems(mark: Path, num_gpus: int, local_disk: Path) -> list[str]:
+def node_problems(results: Path, num_gpus: int, local_disk: Path) -> list[str]:
     """Problems of this node, one line each."""
     problems = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
-    if not mark.is_dir():
-        problems.append(f"{mark} is not visible: is the shared folder mounted?")
+    if not results.is_dir():
+        problems.append(f"{results} is not visible: is the shared folder mounted?")
     if num_gpus:
         problems += _gpu_problems(num_gpus)
     problems += shared_memory_errors(_MIN_SHARED_BYTES_OF_GPU * max(1, num_gpus))
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m slurm.preflight", description=__doc__)
     parser.add_argument("check", choices=("node", "network"))
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--mark", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--local-disk", type=Path, default=Path("/tmp"))
     parser.add_argument("--floor", type=float, default=0.0)
@@ -144,10 +144,10 @@ def main() -> None:
     if args.check == "node":
         name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
         of_job = job_problems(args.run, args.gpus)
-        problems = node_problems(args.mark, 0 if of_job else args.gpus, args.local_disk)
+        problems = node_problems(args.results, 0 if of_job else args.gpus, args.local_disk)
         for problem in of_job + problems:
             print(f"pre-flight: {name}: {problem}", flush=True)
-        _write(args.mark / f"{name}.json", {"problems": problems, "job": of_job})
+        _write(args.results / f"{name}.json", {"problems": problems, "job": of_job})
         return
     from slurm import network
 
@@ -160,7 +160,7 @@ def main() -> None:
         measured, lines = {"problems": [], "nodes": {}, "job": error.errors}, error.errors
     if os.environ["RANK"] == "0":
         print("".join(f"pre-flight: {line}\n" for line in lines), end="", flush=True)
-        _write(args.mark / "network.json", measured)
+        _write(args.results / "network.json", measured)
     os._exit(0)  # gloo's threads may abort a process that takes itself apart
 
 

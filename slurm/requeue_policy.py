@@ -10,7 +10,7 @@
     hold       hold the job until somebody has fixed what the reason names
 
     python -m slurm.requeue_policy begin --run RUN --nodes 'NODE NODE...'
-    python -m slurm.requeue_policy preflight --run RUN --nodes 'NODE NODE...' --mark DIR --status N
+    python -m slurm.requeue_policy preflight --run RUN --nodes 'NODE NODE...' --results DIR --status N
     python -m slurm.requeue_policy end --run RUN --status N [--statuses DIR]
 
 Without torch, and without anything of the project that needs it: this has to work where the rest does not.
@@ -178,9 +178,9 @@ def end(
     return action, reason
 
 
-def preflight(run: Path, job: str, hosts: list[str], mark: Path, status: int, max_restarts: int) -> tuple[str, str]:
+def preflight(run: Path, job: str, hosts: list[str], results: Path, status: int, max_restarts: int) -> tuple[str, str]:
     """After the checks of the nodes: bad ones are noted, and the job goes elsewhere."""
-    answers = {path.stem: json.loads(path.read_text()) for path in sorted(mark.glob("*.json"))}
+    answers = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     measured = answers.pop("network", {"problems": [], "nodes": {}})
     network = measured["problems"]
     of_job = list(dict.fromkeys(problem for one in (*answers.values(), measured) for problem in one.get("job", [])))
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("event", choices=("begin", "preflight", "end"))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--nodes", default="")
-    parser.add_argument("--mark", type=Path)
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--statuses", type=Path, help="folder of the ranks' status files")
     parser.add_argument(
@@ -244,7 +244,7 @@ def _decision(args: argparse.Namespace) -> tuple[str, str]:
         known = dict([args.known.split("=", 1)]) if args.known else {}
         return begin(args.run, job, hosts, max_restarts, known, args.early)
     if args.event == "preflight":
-        return preflight(args.run, job, hosts, args.mark, args.status, max_restarts)
+        return preflight(args.run, job, hosts, args.results, args.status, max_restarts)
     status, message = final_status(args.status, args.statuses)
     return end(args.run, job, status, max_restarts, message, args.state)
 

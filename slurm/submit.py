@@ -142,7 +142,7 @@ def _options(args: argparse.Namespace, site: Site) -> list[str]:
 
 
 def _excluded(args: argparse.Namespace, site: Site) -> tuple[list[str], list[str]]:
-    """Nodes to exclude, and those of them that only the ledger excludes; the site may exclude others."""
+    """Nodes to exclude, and those of them that only the list of bad nodes excludes; the site may exclude others."""
     bad = sorted(bad_nodes.current())
     configured = option_of(_options(args, site), "exclude") or ""
     try:

@@ -26,7 +26,7 @@ from typing import Any
 from pretrain import train
 from unimo3.data.loader import TrainingLoader
 from unimo3.distributed import world
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.preempt import StopListener
 from unimo3.training.trainer import Trainer
 
@@ -76,7 +76,7 @@ def train_step(self: Trainer, micro_batches: list[dict[str, Any]]) -> None:
     stock_train_step(self, micro_batches)
 
 
-def forward(self: PretrainingTask, batch: dict[str, Any]) -> dict[str, Any]:
+def forward(self: PretrainingLoss, batch: dict[str, Any]) -> dict[str, Any]:
     """The task's own, but for its loss."""
     report = stock_forward(self, batch)
     if not self.training:
@@ -98,7 +98,7 @@ def iterate(self: TrainingLoader) -> Iterator[Any]:
 
 stock_train_step, Trainer.train_step = Trainer.train_step, train_step  # type: ignore[method-assign]
 stock_install, StopListener.install = StopListener.install, install  # type: ignore[method-assign]
-stock_forward, PretrainingTask.forward = PretrainingTask.forward, forward  # type: ignore[method-assign]
+stock_forward, PretrainingLoss.forward = PretrainingLoss.forward, forward  # type: ignore[method-assign]
 stock_iterate, TrainingLoader.__iter__ = TrainingLoader.__iter__, iterate  # type: ignore[method-assign]
 
 if __name__ == "__main__":

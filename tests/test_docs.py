@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,11 @@ def test_names_of_variables_are_the_fields():
         if (name := bound_name(node)) in BANNED_NAMES
     ]
     assert banned == []
+
+
+def test_the_models_picture_is_what_its_script_draws():
+    script = ROOT / "docs" / "pictures" / "model.py"
+    assert script.with_suffix(".svg").read_text() == runpy.run_path(str(script))["draw"]()
 
 
 def test_names_of_tests_are_at_most_70_characters():

@@ -20,7 +20,7 @@ from unimo3.errors import CheckpointError, UnreachableError
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import BatchPlan, read_ds_config
 from unimo3.training.engine import build_engine, build_model
 from unimo3.training.optim import OptimArgs
@@ -157,7 +157,7 @@ def save_unimo(run: Path) -> Tensor:
     ds_config = read_ds_config("ds_configs/zero3_fp32.json", BatchPlan(4 * size, 4, size), clip_norm=1.0)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
     initialize_weights(model, 0, std=0.1)
-    engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(0)), model, ds_config, OptimArgs(lr=1e-3))
+    engine = build_engine(PretrainingLoss(model, ObjectivesArgs().build(0)), model, ds_config, OptimArgs(lr=1e-3))
     engine.backward(engine(tiny_batch(4, seed=rank))["loss"])
     engine.step()
     save(engine, run, state_at(1))

@@ -301,7 +301,7 @@ def test_a_checkpoint_with_a_rank_missing_is_refused(run_copy):
 
 
 def test_a_checkpoint_without_one_ranks_frozen_parameters_is_refused(saved, tmp_path, capsys):
-    """Half of each frozen parameter would be uninitialised memory."""
+    """Half of each frozen parameter would be uninitialized memory."""
     plain = strip_to_plain(newest(saved.root / "bf16"), tmp_path / "plain")
     (plain / MODEL.replace("pp_rank_0", "pp_rank_1")).unlink()
     assert run_program(plain, "--out", tmp_path / "out") == 78

@@ -18,7 +18,7 @@ from tests.spawn import run_ranks
 from unimo3.checkpoint import export, manifest, store
 from unimo3.checkpoint.load import choose, newest_good, quarantine
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
-from unimo3.checkpoint.state import TrainState, captured_rng, load_rng, save_rng
+from unimo3.checkpoint.state import TrainState, capture_rng, load_rng, save_rng
 from unimo3.errors import CHECK_MOUNT, CheckpointError, UnreachableError
 
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -216,7 +216,7 @@ def test_generators_draw_the_same_after_loading(tmp_path):
 
     import numpy as np
 
-    save_rng(tmp_path / "rng.safetensors", captured_rng())
+    save_rng(tmp_path / "rng.safetensors", capture_rng())
     draw = lambda: (random.random(), np.random.rand(), torch.rand(3).tolist())  # noqa: E731, NPY002
     first = draw()
     assert draw() != first

@@ -1,4 +1,4 @@
-"""VQAv2's official normalisation; expected values are worked out by hand from the official rules."""
+"""VQAv2's official normalization; expected values are worked out by hand from the official rules."""
 
 import pytest
 
@@ -104,5 +104,5 @@ SPACES = {"  yes ": "yes", "new\nyork": "new york", "new\tyork": "new york", "ne
     ("raw", "normal"),
     [case for cases in (CONTRACTIONS, NUMBERS, ARTICLES, PUNCTUATION, SPACES) for case in cases.items()],
 )
-def test_normalisation_follows_the_official_rules(raw, normal):
+def test_normalization_follows_the_official_rules(raw, normal):
     assert normalize_answer(raw) == normal

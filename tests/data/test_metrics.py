@@ -64,7 +64,7 @@ def test_accuracy_is_the_mean_over_every_nine_of_the_ten_answers():
             assert vqa_accuracy(prediction, answers) == pytest.approx(float(expected))
 
 
-def test_answers_that_differ_are_compared_normalised():
+def test_answers_that_differ_are_compared_normalized():
     assert vqa_accuracy("Two", ["2"] * 9 + ["3"]) == 1.0
     assert vqa_accuracy("the cat", ["a cat"] * 9 + ["dog"]) == 1.0
     assert vqa_accuracy("dont know", ["don't know"] * 9 + ["no"]) == 1.0
@@ -83,6 +83,6 @@ def test_accuracy_by_the_official_rule(answers, expected):
         assert vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
 
 
-def test_unanimous_answers_are_compared_without_normalisation():
+def test_unanimous_answers_are_compared_without_normalization():
     assert vqa_accuracy("the cat", ["cat"] * 10) == 0.0
     assert vqa_accuracy("cat\n", ["cat"] * 10) == 1.0

@@ -23,7 +23,7 @@ from unimo3.data.masking import Masking
 from unimo3.data.order import SampleOrder, Unit
 from unimo3.data.samples import PretrainSamples, TextEncoder, VqaSamples
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import ImageTransform, image_processor, normalise
+from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import _READER_DIED, ConfigError, DataError, exit_with_status
 
 READER = ReaderArgs(num_workers=0, prefetch=1)
@@ -114,7 +114,7 @@ def test_texts_are_encoded_as_the_tokenizer_does(tokenizer, text):
 def test_pixels_equal_the_exported_processors(size):
     content = draw_jpeg(3, *size)
     expected = image_processor(32)(Image.open(io.BytesIO(content)), return_tensors="pt")["pixel_values"][0]
-    pixels = normalise(torch.tensor(ImageTransform(32)(content, np.random.default_rng(0))))
+    pixels = normalize(torch.tensor(ImageTransform(32)(content, np.random.default_rng(0))))
     torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -323,7 +323,7 @@ def test_a_loader_that_is_dropped_ends_its_readers(coco, tokenizer):
         ("an 'ows'at", "'ow's'at"),
     ],
 )
-def test_normalisation_case_by_case(raw, normal):
+def test_normalization_case_by_case(raw, normal):
     assert normalize_answer(raw) == normal
 
 

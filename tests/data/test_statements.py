@@ -18,10 +18,10 @@ from unimo3.data.order import SampleOrder, Unit
 from unimo3.data.samples import BadSampleError
 from unimo3.data.statements import EntailmentSamples, ImagePairSamples
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import ImageTransform, normalise
+from unimo3.data.transforms import ImageTransform, normalize
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForImageTextClassification
 from unimo3.model.initialization import initialize_weights
-from unimo3.objectives.classification import ClassificationTask
+from unimo3.objectives.classification import ClassificationLoss
 from unimo3.training.evaluation import to_device
 
 READER = ReaderArgs(num_workers=0, prefetch=1)
@@ -52,7 +52,7 @@ def test_pairs_come_in_batches_of_five_axes(nlvr2, tokenizer, workers):  # noqa:
     samples = samples_of(ImagePairSamples, nlvr2 / "val", tokenizer)
     batch, counts = next(evaluation_batches(samples, 0, 1, 4, ReaderArgs(workers, 1)))
     assert batch["images"].shape == (4, 2, 16, 16, 3)
-    assert normalise(batch["images"]).shape == (4, 2, 3, 16, 16)
+    assert normalize(batch["images"]).shape == (4, 2, 3, 16, 16)
     assert batch["label"].tolist() == [1, 0, 0, 1]
     assert counts.all()
 
@@ -119,7 +119,7 @@ def test_a_training_batch_gives_loss_accuracy_and_gradients(request, tokenizer, 
     text = tiny_config().text_config.to_dict() | {"vocab_size": 400}
     model = model_class(tiny_config(text_config=text, num_labels=num_labels))
     initialize_weights(model, 0, std=0.2)
-    task = ClassificationTask(model)
+    task = ClassificationLoss(model)
     batch = to_device(loaded, torch.device("cpu"))
     report = task(batch)
     assert set(report) == {"loss", "accuracy", "gates_text", "gates_image"}

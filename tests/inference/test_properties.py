@@ -23,7 +23,7 @@ from unimo3.data.images import decode
 from unimo3.data.samples import BadSampleError, image_of
 from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
-from unimo3.data.transforms import ImageTransform, image_processor, normalise
+from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.inference.folder import load
 from unimo3.inference.gallery import images_in
@@ -179,7 +179,7 @@ def test_an_image_has_the_same_pixels_everywhere_or_is_refused_everywhere(export
         results.append(None)
     try:
         trained = image_of({"jpg": content}, ImageTransform(16), np.random.default_rng(0))()
-        results.append(normalise(torch.tensor(trained)))
+        results.append(normalize(torch.tensor(trained)))
     except BadSampleError:
         results.append(None)
     try:

@@ -26,14 +26,14 @@ def gathered_weights_and_outputs(run, recipe):
 
     from pretrain.train import PretrainConfig
     from unimo3 import config
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
     from unimo3.training.ds_config import read_ds_config
     from unimo3.training.engine import build_engine, build_model
 
     settings = config.parse(PretrainConfig, ["--config", recipe], "", "")
     ds_config = read_ds_config(settings.training.ds_config, settings.batch_plan(2), settings.optim.clip_norm)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(settings.model.to_config()))
-    engine = build_engine(PretrainingTask(model, settings.objectives.build(0)), model, ds_config, settings.optim)
+    engine = build_engine(PretrainingLoss(model, settings.objectives.build(0)), model, ds_config, settings.optim)
     load(engine, newest_good(run))
     engine.eval()
     with torch.no_grad():

@@ -47,13 +47,13 @@ def held_by_an_engine(name):
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     rank = world()[0]
     ds_config = ds_config_of(name)
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
     initialize_weights(model, 0, std=0.1)
-    engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
+    engine = build_engine(PretrainingLoss(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
     optimizer, parameters = engine.optimizer, list(model.parameters())
     most = {"gathered_weights": 0, "secondary_weights": 0}
 

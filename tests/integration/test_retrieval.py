@@ -13,7 +13,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.heartbeat import read_heartbeats
 from unimo3.training.metrics import read_metrics
@@ -81,7 +81,7 @@ def test_retrieval_trains_and_measures_recall(run):
 def test_exported_weights_of_retrieval_give_the_runs_metrics(program, run, coco, recipe):  # noqa: F811
     out = recipe.parent / "retrieval_weights"
     program.check(0, "pretrain.export", run, "--out", out, "--dtype", "fp32")
-    task = RetrievalTask(Unimo3ForImageAndTextRetrieval.from_pretrained(out), seed=0)
+    task = RetrievalLoss(Unimo3ForImageAndTextRetrieval.from_pretrained(out), seed=0)
     task.device = torch.device("cpu")
     samples = CaptionedImages(ShardIndex(coco / "val"), load_tokenizer(str(out)), 16, ImageTransform(32))
     ranking = RankingArgs(shortlist=2, fold_images=1)

@@ -19,7 +19,7 @@ from tests.tiny import spread_gates, tiny_batch, tiny_config, tiny_pretraining_m
 from unimo3.data.images import decode
 from unimo3.data.samples import TextEncoder
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
-from unimo3.data.transforms import ImageTransform, image_processor, normalise
+from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import ConfigError
 from unimo3.model.downstream import (
     Unimo3ForImageAndTextRetrieval,
@@ -207,7 +207,7 @@ def test_the_processors_pixels_are_trainings_in_every_mode(processor, tmp_path):
         first, *others = (processor(images=[form], return_tensors="pt")["pixel_values"][0] for form in forms)
         assert all(torch.equal(first, other) for other in others), name
         # Resizing keeps integer grey values in both; two different ones are 0.015 apart.
-        expected = normalise(torch.tensor(ImageTransform(16)(content, np.random.default_rng(0))))
+        expected = normalize(torch.tensor(ImageTransform(16)(content, np.random.default_rng(0))))
         torch.testing.assert_close(first, expected, atol=1e-6, rtol=0, msg=name)
 
 

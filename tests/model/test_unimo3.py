@@ -1,4 +1,4 @@
-"""The assembled model: saving, loading, tying, seeded initialisation, errors, documented sizes."""
+"""The assembled model: saving, loading, tying, seeded initialization, errors, documented sizes."""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Errors of the objectives' settings."""
 
+from dataclasses import fields, replace
+
 import pytest
 
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
@@ -22,6 +24,14 @@ def test_hard_negatives_need_the_contrast_that_trains_their_similarities():
 )
 def test_settings_that_fit_together_have_no_error(settings):
     assert settings.validate() == []
+
+
+@pytest.mark.parametrize("name", [group.name for group in fields(ObjectivesArgs)])
+def test_settings_contrast_where_the_objective_needs_other_images(name):
+    alone = ObjectivesArgs(MlmArgs(0.0), ItmArgs(0.0), ItcArgs(0.0))
+    alone = replace(alone, **{name: replace(getattr(alone, name), weight=1.0)})
+    (objective,) = [one for one in alone.build(seed=0) if one.weight]
+    assert alone.contrasts == objective.needs_other_images
 
 
 def test_all_errors_are_named_together():

@@ -5,14 +5,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.tiny import tiny_batch, tiny_pretraining_model
-from unimo3.objectives.base import PretrainingTask, TowerStates
+from unimo3.objectives.base import PretrainingLoss, TowerStates
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.similarity import Similarities
 
 
 def test_two_captions_of_an_image_are_no_negatives():
     model, batch = tiny_pretraining_model(), tiny_batch(4)
-    report = PretrainingTask(model, [ImageTextContrast(1.0)])(batch)
+    report = PretrainingLoss(model, [ImageTextContrast(1.0)])(batch)
     out = model.itc_head(
         model.unimo3.encode_text(batch["input_ids"], batch["attention_mask"]),
         model.unimo3.encode_image(batch["pixel_values"]),

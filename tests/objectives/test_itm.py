@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.spawn import run_ranks
 from tests.tiny import tiny_batch, tiny_pretraining_model
-from unimo3.objectives.base import PretrainingTask, TowerStates
+from unimo3.objectives.base import PretrainingLoss, TowerStates
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import IGNORED, ImageTextMatching
 from unimo3.objectives.negatives import draw_hard_negatives, hard_negative_quantiles
@@ -16,7 +16,7 @@ BATCH = 8
 
 
 def hard_task(model):
-    return PretrainingTask(model, [ImageTextMatching(1.0, 0, "hard"), ImageTextContrast(1.0)])
+    return PretrainingLoss(model, [ImageTextMatching(1.0, 0, "hard"), ImageTextContrast(1.0)])
 
 
 def encode(model, batch):
@@ -74,7 +74,7 @@ def test_a_batch_of_one_image_counts_only_its_correct_pairs():
 
 def test_the_draw_sends_no_gradient_to_the_contrastive_head():
     model = tiny_pretraining_model()
-    PretrainingTask(model, [ImageTextMatching(1.0, 0, "hard")])(tiny_batch(BATCH))["loss"].backward()
+    PretrainingLoss(model, [ImageTextMatching(1.0, 0, "hard")])(tiny_batch(BATCH))["loss"].backward()
     assert all(p.grad is None for p in model.itc_head.parameters())
     assert model.itm_head.classifier.weight.grad.any()
 
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_finite_at_extreme_logits(negatives, dtype):
         # The classifier's logits are +-1e4 whatever it reads; the temperature is clamped to the lowest allowed.
         model.itm_head.classifier.bias.copy_(torch.tensor([1e4, -1e4]))
         model.itc_head.temperature.fill_(1e-6)
-    task = PretrainingTask(model, [ImageTextMatching(1.0, 0, negatives), ImageTextContrast(1.0)])
+    task = PretrainingLoss(model, [ImageTextMatching(1.0, 0, negatives), ImageTextContrast(1.0)])
     report = task(batch)
     # Cosines over 0.001 make the temperature's gradient about 1e6, beyond the unscaled range of float16.
     (report["loss"] / 1e3).backward()

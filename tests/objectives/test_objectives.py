@@ -11,7 +11,7 @@ from tests.tiny import VOCABULARY, rows, spread_gates, tiny_batch, tiny_pretrain
 from unimo3.distributed import sum_over_ranks, take_rows, world
 from unimo3.model.fusion import mean_gates
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 
 BATCH = 8
 
@@ -21,7 +21,7 @@ def args(mlm=1.0, itm=1.0, itc=1.0, negatives="random"):
 
 
 def losses(objectives=None, model=None, batch=None):
-    task = PretrainingTask(model or tiny_pretraining_model(), (objectives or args()).build(seed=0))
+    task = PretrainingLoss(model or tiny_pretraining_model(), (objectives or args()).build(seed=0))
     return task(batch or tiny_batch(BATCH))
 
 
@@ -158,7 +158,7 @@ def losses_on_rank(negatives):
     model = tiny_pretraining_model().double()
     batch = tiny_batch(BATCH)
     batch["pixel_values"] = batch["pixel_values"].double()
-    task = PretrainingTask(model, args(negatives=negatives).build(seed=0))
+    task = PretrainingLoss(model, args(negatives=negatives).build(seed=0))
     report = task(rows(batch, rank * micro_batch, (rank + 1) * micro_batch))
     report["loss"].backward()
     # Gates are a metric of each rank; the rest are means.

@@ -52,4 +52,4 @@ def test_an_installed_script_uses_the_environment_it_is_in(tmp_path):
 @pytest.mark.integration
 def test_a_folder_named_as_before_holds_the_job():
     held = setup_prints(ROOT / "slurm" / "common.sh", "", UNIMO3_ROOT=str(ROOT))
-    assert held.startswith("78 UNIMO3_ROOT is not read any more")
+    assert held.startswith("78 UNIMO3_ROOT is no longer supported")

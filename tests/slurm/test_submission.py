@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from slurm.site_config import Site
 from tests.slurm.compare import assert_as_if_undisturbed, assert_no_step_was_done_twice
 from tests.slurm.jobs import NUM_STEPS
 from tests.spawn import ROOT
-from unimo3.training.heartbeat import read_heartbeats
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
@@ -40,19 +40,27 @@ def links(jobs):
 
 def test_eight_jobs_submitted_at_once_on_one_host_all_rendezvous(jobs):
     options = ("--nodelist=n1", "--ntasks-per-node=2", "--overcommit", "--partition=shared")
-    arguments = ("--training.stop_after", 2, "--data.num_workers", 0)
+    python = jobs.folder / "python_that_joins"
+    python.write_text(
+        f'#!/bin/bash\n[[ "$*" != "-m pretrain.train "* ]] || set -- -m tests.slurm.join "${{@:3}}"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    joined = jobs.folder / "joined"
+    joined.mkdir()
     # The first one still runs when the last one begins.
-    begun = jobs.folder / "all_eight_have_begun"
-    inject = {"until_file": [1, str(begun)]}
-    numbers = [jobs.submit(f"eight_{n}", *arguments, options=options, inject=inject) for n in range(8)]
-    jobs.cluster.wait(lambda: all(jobs.steps(f"eight_{n}") for n in range(8)), "a step of all eight")
-    begun.touch()
+    leave = jobs.folder / "all_eight_have_joined"
+    variables = {"UNIMO3_PYTHON": str(python), "JOINED": str(joined), "LEAVE": str(leave)}
+    numbers = [jobs.submit(f"eight_{n}", options=options, **variables) for n in range(8)]
+    names = {f"eight_{n}_{rank}" for n in range(8) for rank in range(2)}
+    jobs.cluster.wait(lambda: names == {path.name for path in joined.iterdir() if path.read_text()}, "all 16 ranks")
+    assert {path.read_text() for path in joined.iterdir()} == {"[0, 1]"}
+    leave.touch()
     for number in numbers:
         jobs.wait_state(number, "COMPLETED")
-    assert len({jobs.log(number).split("meeting at ")[1].split()[0] for number in numbers}) == 8
+    assert len({jobs.log(number).split("rendezvous at ")[1].split()[0] for number in numbers}) == 8
     starts = [jobs.attempts(f"eight_{n}")[0] for n in range(8)]
     assert max(start.time for start in starts) < min(start.ended for start in starts)
-    assert all(len(read_heartbeats(jobs.runs / f"eight_{n}")) == 2 for n in range(8))
 
 
 def test_a_range_of_nodes_gives_as_many_as_there_are(site):

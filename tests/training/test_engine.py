@@ -45,7 +45,7 @@ def losses_under_each_config():
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     rank, size = world()
     micro_batch = 8 // size
@@ -56,7 +56,7 @@ def losses_under_each_config():
         ds_config = read_ds_config(str(FOLDER / f"{name}.json"), BatchPlan(8, micro_batch, size), clip_norm=0.0)
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
         initialize_weights(model, 0, std=0.1)
-        task = PretrainingTask(model, ObjectivesArgs().build(seed=0))
+        task = PretrainingLoss(model, ObjectivesArgs().build(seed=0))
         # One implementation for all: only the sharding is compared.
         engine = build_engine(task, model, ds_config, OptimArgs(lr=1e-3, fused="torch"))
         losses = []
@@ -87,14 +87,14 @@ def losses_with_each_optimizer():
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     ds_config = read_ds_config(str(FOLDER / "zero3_offload_cpu.json"), BatchPlan(4, 4, 1), clip_norm=0.0)
     by_optimizer = {}
     for fused in ("auto", "torch"):
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config()))
         initialize_weights(model, 0, std=0.1)
-        task = PretrainingTask(model, ObjectivesArgs().build(seed=0))
+        task = PretrainingLoss(model, ObjectivesArgs().build(seed=0))
         engine = build_engine(task, model, ds_config, OptimArgs(lr=1e-3, fused=fused))
         losses = []
         for seed in range(4):
@@ -119,7 +119,7 @@ def losses_of_a_beit():
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     mine = rows(tiny_batch(8), 4 * world()[0], 4 * world()[0] + 4)
     ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), BatchPlan(8, 4, 2), clip_norm=0.0)
@@ -128,7 +128,7 @@ def losses_of_a_beit():
     for model in (Unimo3ForPreTraining(config), build_model(ds_config, lambda: Unimo3ForPreTraining(config))):
         initialize_weights(model, 0, std=0.1)
         prepare_layers(model, KernelArgs(), activation_checkpointing=True, compile_towers=False)
-        tasks.append(PretrainingTask(model, ObjectivesArgs().build(seed=0)))
+        tasks.append(PretrainingLoss(model, ObjectivesArgs().build(seed=0)))
     losses = [float(tasks[0](mine)["loss"])]
     engine = build_engine(tasks[1], tasks[1].model, ds_config, OptimArgs(lr=1e-3, fused="torch"))
     for _ in range(2):
@@ -154,7 +154,7 @@ def losses_with_and_without_checkpointing():
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     rank, size = world()
     micro_batch = 8 // size
@@ -164,7 +164,7 @@ def losses_with_and_without_checkpointing():
         model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config(**BRIDGED)))
         initialize_weights(model, 0, std=0.1)
         prepare_layers(model, KernelArgs(), checkpointing, compile_towers=False)
-        engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
+        engine = build_engine(PretrainingLoss(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
         engine.train()
         runs: list[int] = []
         model.unimo3.fusion.text.layers[0].self_attention.register_forward_hook(lambda *_, runs=runs: runs.append(1))
@@ -284,7 +284,7 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
 
     from tests.tiny import tiny_pretraining_model
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     # Towers of one layer each: the compiler takes seconds a kernel.
     one_layer = tiny_config(num_hidden_layers=1).to_dict()
@@ -296,7 +296,7 @@ def test_compiled_towers_give_the_same_losses_and_keep_their_names():
         prepare_layers(model, KernelArgs(), activation_checkpointing=False, compile_towers=compiled)
         for tower in (model.unimo3.text_tower, model.unimo3.vision_tower):
             assert (tower._compiled_call_impl is not None) == compiled
-        loss = PretrainingTask(model, ObjectivesArgs().build(0))(tiny_batch(4))["loss"]
+        loss = PretrainingLoss(model, ObjectivesArgs().build(0))(tiny_batch(4))["loss"]
         loss.backward()
         results.append((loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
     (plain, plain_gradients), (loss, gradients) = results
@@ -320,7 +320,7 @@ def losses_with_each_attention_kernel():
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
     from unimo3.objectives.args import ObjectivesArgs
-    from unimo3.objectives.base import PretrainingTask
+    from unimo3.objectives.base import PretrainingLoss
 
     rank, size = world()
     micro_batch = 4 // size
@@ -334,7 +334,7 @@ def losses_with_each_attention_kernel():
         initialize_weights(model, 0, std=0.1)
         kernels = KernelArgs(cross_layer_attention=kernel)
         prepare_layers(model, kernels, checkpointing, compile_towers=False)
-        engine = build_engine(PretrainingTask(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
+        engine = build_engine(PretrainingLoss(model, ObjectivesArgs().build(seed=0)), model, ds_config, OptimArgs())
         losses = []
         for seed in range(2):
             report = engine(rows(tiny_batch(4, seed), rank * micro_batch, (rank + 1) * micro_batch))

@@ -13,7 +13,7 @@ from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
-from unimo3.objectives.base import PretrainingTask
+from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
@@ -117,7 +117,7 @@ def test_activations_are_those_a_real_step_saves(changes):
     model = tiny_pretraining_model(**changes)
     # What a GPU runs: Triton's kernels (interpreted here) for heads 32 wide, plain operations for those of 16.
     model.unimo3.use_attention_kernel("triton" if "num_attention_heads" in changes else "reference")
-    task = PretrainingTask(model, ObjectivesArgs().build(0)).train()
+    task = PretrainingLoss(model, ObjectivesArgs().build(0)).train()
     few = 8 if "num_attention_heads" in changes else 32  # the interpreter takes its time
     measured = (bytes_saved_by_a_step(task, tiny_batch(2 * few)) - bytes_saved_by_a_step(task, tiny_batch(few))) / few
     # tiny_batch masks 1.5 of 10 tokens.

@@ -37,10 +37,10 @@ def test_a_stop_file_counts_if_this_hosts_clock_is_ahead_of_the_servers(tmp_path
     (tmp_path / "requeue").touch()
     os.utime(tmp_path / "requeue", (0, 0))  # of an earlier start
     listener = StopListener()
-    listener.watch(tmp_path)
+    listener.watch_folder(tmp_path)
     assert not listener.received
     (tmp_path / "requeue").touch()
-    listener.look()
+    listener.poll_files()
     assert listener.received
 
 
@@ -48,10 +48,10 @@ def test_a_touch_requests_a_profile_once_however_often_traces_are_written(tmp_pa
     path, listener = tmp_path / "profile", StopListener()
 
     def is_requested():
-        listener.look()
+        listener.poll_files()
         return listener.wants_profile
 
-    listener.watch(tmp_path)
+    listener.watch_folder(tmp_path)
     assert not is_requested()
     path.touch()
     assert is_requested()

@@ -10,7 +10,7 @@ from tests.tiny import tiny_config
 from unimo3.distributed import World
 from unimo3.kernels.args import KernelArgs
 from unimo3.objectives.args import ObjectivesArgs
-from unimo3.training.metrics import step_metrics
+from unimo3.training.metrics import StepResult, step_metrics
 from unimo3.training.plan.step_trace import trace_step
 from unimo3.training.throughput import Throughput, count_operations, peak_flops
 
@@ -80,7 +80,8 @@ def test_a_step_that_cannot_be_counted_is_a_warning(gpu, caplog):
 
 def test_a_step_has_its_wait_for_data_and_its_operations():
     def metrics(throughput):
-        return step_metrics(3, 64, {"loss": 1.0}, 0.1, 1.0, 2.0, 0.5, throughput, {})
+        result = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=2.0, data_s=0.5)
+        return step_metrics(3, 64, result, {"loss": 1.0}, throughput, {})
 
     written = metrics(Throughput(1e12, 2, 100e12))
     assert (written["pairs_per_s"], written["step_s"], written["data_s"]) == (32, 2.0, 0.5)
@@ -99,7 +100,7 @@ def test_gpu_memory_is_the_peak_since_the_last_line(gpu, monkeypatch):
     written = []
     run = SimpleNamespace(num_bad_samples=0, num_skipped=0, metrics=SimpleNamespace(write=written.append))
     one = SimpleNamespace(run=run, training=TrainingArgs(steps=9), progress=Progress(9, 0, 2, rank=0), throughput=None)
-    step = trainer._Step({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, seconds=1.0, data_s=0.0)
+    result = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
     for run.step in (2, 3):
-        trainer.Trainer.log_step(one, step, {"loss": 1.0})
+        trainer.Trainer.log_step(one, result, {"loss": 1.0})
     assert [record["memory_bytes"] for record in written] == [7, 3]

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from unimo3.training.args import TrainingArgs
+from unimo3.training.metrics import StepResult
 from unimo3.training.progress import Progress
-from unimo3.training.trainer import Trainer, _Step
+from unimo3.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_a_step_of_one_image_is_recorded_and_warned_of(caplog, means, rank, is_w
         progress=Progress(num_steps=2, first_step=0, log_every=50, rank=rank),
         throughput=None,
     )
-    step = _Step({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, seconds=1.0, data_s=0.0)
+    step = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
     Trainer.log_step(trainer, step, {"loss": 1.0, **means})
     assert written[0].get("single_image_ratio") == means.get("single_image_ratio")
     assert ("in 50% of the micro-steps all pairs have one image_id" in caplog.text) == is_warned

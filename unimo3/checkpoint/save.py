@@ -1,11 +1,11 @@
 """Saves a run's checkpoints, in the foreground or in a background thread; each is committed atomically or not at all.
 
 A save goes to ``step_00001000.tmp``: every rank writes, flushes and hashes its files; when all have, rank 0 writes
-the manifest (name, bytes and SHA-256 of every file), renames the folder, and replaces ``latest``. Each step ends in
-agreement: what fails on one rank fails on all, and is removed.
+the manifest (name, bytes and SHA-256 of every file), renames the folder, and replaces ``latest``. After each
+step the ranks agree: if one failed, all fail, and the staging folder is removed.
 
-In the background, a save blocks the step only while this rank's state is copied to host memory, which the next save
-uses again. A thread does the rest and agrees through a separate process group. A second save waits for the first.
+In the background, a save blocks the step only while this rank's state is copied to host memory, which later saves
+reuse. A thread does the rest and agrees through a separate process group. A second save waits for the first.
 
 Source: DeepSpeed's engine.save_checkpoint for the tensors; databases' commit files for the rename; torchtitan's
 asynchronous checkpoints for the copy and the separate group.
@@ -44,7 +44,7 @@ from unimo3.checkpoint.manifest import (
     write_and_flush,
     write_manifest,
 )
-from unimo3.checkpoint.state import TrainState, captured_rng, save_rng
+from unimo3.checkpoint.state import TrainState, capture_rng, save_rng
 from unimo3.checkpoint.store import SAVE_FIX
 from unimo3.distributed import all_gather_object, on_all_ranks, world
 from unimo3.engine import Engine
@@ -52,20 +52,20 @@ from unimo3.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-# Of the slowest rank's writing.
+# The slowest rank writes for less than this.
 _TIMEOUT = timedelta(hours=12)
 # For a running save when the run ends by an error; a node that is gone must not block the others forever.
 _EXIT_WAIT_S = 600.0
 
 
 class Saver:
-    """Saves of one run's engine; every rank has one and calls it alike.
+    """Saves of one run's engine; every rank has one, and all ranks make the same calls.
 
     Args:
         run: the run's folder.
 
     Raises:
-        CheckpointError: the engine has values on NVMe and saves are to be made in the background.
+        CheckpointError: the engine's optimizer state is offloaded to NVMe, and saves are to be made in the background.
     """
 
     def __init__(self, engine: Engine, run: Path, args: CheckpointArgs):
@@ -77,18 +77,18 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._committed_step: int | None = None
-        self._finished: deque[tuple[int, float]] = deque()  # of the thread
-        self._has_logged_memory = world()[0] != 0
+        self._finished: deque[tuple[int, float]] = deque()  # step and seconds; the thread appends
+        self._has_logged_memory = world()[0] != 0  # rank 0 alone logs
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
                 raise CheckpointError(
-                    "checkpoint.background: true: values on NVMe are copied file by file while training waits; set it "
-                    "to false, or offload to the CPU's memory"
+                    "checkpoint.background: true: optimizer state on NVMe is copied file by file while training waits; "
+                    "set it to false, or offload to the CPU's memory"
                 )
             if dist.is_initialized() and dist.get_world_size() > 1:
                 self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-            # A run that ends by an error does not throw away the checkpoint it was writing.
-            atexit.register(self._wait_at_exit)
+            # A run that ends by an error first waits for the checkpoint being written.
+            atexit.register(self._join_at_exit)
 
     @property
     def memory_bytes(self) -> int:
@@ -109,20 +109,20 @@ class Saver:
 
         Args:
             is_last: whether the run ends with it: this returns only when it is committed, and it must succeed.
-            in_foreground: whether to wait for it in any case.
+            in_foreground: whether to wait until it is committed, even if saves are made in the background.
 
         Raises:
-            CheckpointError: on every rank; this save failed or, unless it is the last one, the one before, and
-                ``checkpoint.on_save_error`` is stop.
+            CheckpointError: on every rank; this save failed, or the one before in the background, which `is_last`
+                ignores; and ``checkpoint.on_save_error`` is stop.
         """
         try:
             self.wait()
         except CheckpointError as error:
             if not is_last:
                 raise
-            # There may be room again; if this save succeeds, nothing is lost and the run ends as it would have.
+            # The disk may have space again; if this save succeeds, nothing is lost and the run ends as it would have.
             if world()[0] == 0:
-                log.error("%s; the last save of the run is tried nevertheless", error)
+                log.error("%s; the last save of the run is attempted anyway", error)
         started = time.perf_counter()
         try:
             finish = begin_save(self._engine, self._run, state, self._memory if self._args.background else None)
@@ -131,7 +131,7 @@ class Saver:
             self.wait(must_succeed=is_last)
             return
 
-        def work() -> None:
+        def finish_save() -> None:
             try:
                 folder = finish(self._group)
                 self._committed_step = state.step
@@ -139,7 +139,7 @@ class Saver:
                 self._prune(folder)
             except CheckpointError as error:
                 self._failure = error
-            except Exception as error:  # such as of the group, when another rank's process has ended
+            except Exception as error:  # such as a process group's error after another rank's process has ended
                 self._failure = CheckpointError(f"saving {store.tag_of(state.step)} failed ({error}); {SAVE_FIX}")
 
         if self._args.background and not self._has_logged_memory:
@@ -148,14 +148,16 @@ class Saver:
             )
             self._has_logged_memory = True
         if self._args.background and not (is_last or in_foreground):
-            self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+            self._thread = threading.Thread(target=finish_save, name="checkpoint", daemon=True)
             self._thread.start()
             return
-        work()
+        finish_save()
         self.wait(must_succeed=is_last)
 
     def ensure(self, state: TrainState, is_last: bool = True) -> bool:
-        """Ensure that a state is committed: wait for a save under way, and save if it was another; every rank calls it.
+        """Ensure that a state is committed: wait for a save under way, and save if it was of another step.
+
+        Every rank calls it.
 
         Returns:
             Whether it is committed; always true for the run's last save, which must succeed.
@@ -164,7 +166,7 @@ class Saver:
             CheckpointError: on every rank; a save has failed, and it was the last one or ``checkpoint.on_save_error``
                 is stop.
         """
-        self._wait()
+        self._join()
         if not all(all_gather_object(self._committed_step == state.step and self._failure is None)):
             self.save(state, is_last, in_foreground=True)
         return all(all_gather_object(self._committed_step == state.step))
@@ -178,9 +180,9 @@ class Saver:
         Raises:
             CheckpointError: on every rank; a save has failed.
         """
-        self._wait()
+        self._join()
         local, self._failure = self._failure, None
-        # A rank whose part succeeded may be the only one that has no record of another's failure.
+        # A rank that succeeded does not know of another rank's failure.
         failures = [failure for failure in all_gather_object(str(local) if local else None) if failure]
         if not failures:
             return
@@ -190,7 +192,7 @@ class Saver:
         if world()[0] == 0:
             log.error("%s; training continues (checkpoint.on_save_error: warn)", failure)
 
-    def _wait_at_exit(self) -> None:
+    def _join_at_exit(self) -> None:
         if self._thread is not None:
             self._thread.join(_EXIT_WAIT_S)
             if self._thread.is_alive() or self._failure is not None:
@@ -198,7 +200,7 @@ class Saver:
                     "the save under way failed or did not end in time (%s)", self._failure or f"{_EXIT_WAIT_S:g} s"
                 )
 
-    def _wait(self) -> None:
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -228,11 +230,11 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
         memory: host memory for the copy that a background save writes later. None: the files are written now.
 
     Returns:
-        A function that finishes the save, in any thread if there is a copy. It synchronizes the ranks through the given
-        process group, and returns the committed folder.
+        A function that finishes the save; with `memory` it may run in any thread. It synchronizes the ranks through the
+        given process group, and returns the committed folder.
 
     Raises:
-        CheckpointError: on every rank, as that function does; earlier checkpoints are untouched.
+        CheckpointError: on every rank, also by the returned function; earlier checkpoints are untouched.
     """
     rank, _ = world()
     checkpoints, tag = store.folder_of(run), store.tag_of(state.step)
@@ -240,28 +242,28 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
     state = replace(state, engine=describe_engine(engine))
     # Each step of the protocol ends in agreement: a failed rank notifies the others instead of leaving them waiting.
     on_all_ranks(f"preparing {staging}", lambda: _clear_staging(staging) if rank == 0 else None, SAVE_FIX)
-    generators = captured_rng()
+    rng_state = capture_rng()
     files: list[Path] = []
     if memory is None:
-        files = _without_barriers(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
+        files = _run_deepspeed_part(engine, staging, f"writing {staging}", lambda: write_engine_files(engine, staging))
     else:
-        _without_barriers(
+        _run_deepspeed_part(
             engine, staging, f"copying for {staging}", lambda: capture_engine_files(engine, staging, memory)
         )
 
-    def write() -> list[Path]:
+    def write_files() -> list[Path]:
         written = files if memory is None else write_captured(memory)
         written.append(staging / f"rng_rank_{rank}.safetensors")
-        save_rng(written[-1], generators)
+        save_rng(written[-1], rng_state)
         make_readable(written[-1])
         if rank == 0:
             written.append(staging / STATE)
             state.write(written[-1])
         return written
 
-    def finish(group: Any) -> Path:
+    def flush_and_commit(group: Any) -> Path:
         try:
-            written = on_all_ranks(f"writing {staging}", write, SAVE_FIX, group)
+            written = on_all_ranks(f"writing {staging}", write_files, SAVE_FIX, group)
             parts = on_all_ranks(f"flushing {staging}", lambda: flush_and_hash(staging, written[rank]), SAVE_FIX, group)
             on_all_ranks(
                 f"committing {final}", lambda: _commit(staging, final, parts) if rank == 0 else None, SAVE_FIX, group
@@ -271,10 +273,10 @@ def begin_save(engine: Engine, run: Path, state: TrainState, memory: HostMemory 
             raise
         return final
 
-    return finish
+    return flush_and_commit
 
 
-def _without_barriers(engine: Engine, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
+def _run_deepspeed_part(engine: Engine, staging: Path, doing: str, action: Callable[[], Any]) -> Any:
     """This rank's part of DeepSpeed's save, after which all ranks meet; what it returned."""
     try:
         with without_barriers(engine.optimizer):
@@ -314,9 +316,9 @@ def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> No
     if on_disk != listed:
         raise OSError(f"{staging}: files appeared or vanished during the save: {sorted(on_disk ^ listed)}")
     write_manifest(staging, entries)
-    replaced = final.with_name(f"{final.name}{store.REPLACED}")
+    previous = final.with_name(f"{final.name}{store.REPLACED}")
     if final.exists():
-        final.rename(replaced)  # the same step saved again, after resuming from an earlier one
+        final.rename(previous)  # the same step saved again, after resuming from an earlier one
     try:
         staging.rename(final)
     except OSError:
@@ -331,4 +333,4 @@ def _commit(staging: Path, final: Path, parts: list[list[dict[str, Any]]]) -> No
         flush_folder(final.parent)
     except OSError as error:
         log.warning("%s is committed, but latest could not be written (%s)", final, error)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)

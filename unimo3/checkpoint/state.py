@@ -57,7 +57,7 @@ Generators = tuple[dict[str, Any], dict[str, str]]
 """States of the generators as `save_rng` writes them: tensors and metadata."""
 
 
-def captured_rng() -> Generators:
+def capture_rng() -> Generators:
     """The states of Python's, NumPy's, torch's and this GPU's generators."""
     import numpy as np
     import torch

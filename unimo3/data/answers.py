@@ -1,4 +1,4 @@
-"""Answers of VQAv2: their official normalisation, vocabulary, and soft training targets.
+"""Answers of VQAv2: their official normalization, vocabulary, and soft training targets.
 
 Source: VQA, arXiv 1505.00468, and the rules of the official evaluation at https://visualqa.org/evaluation.html.
 """
@@ -51,7 +51,7 @@ _SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 
 
 def normalize_answer(answer: str) -> str:
-    """The official normalisation: punctuation, case, number words, articles, contractions."""
+    """The official normalization: punctuation, case, number words, articles, contractions."""
     return _normalize_words(_strip_punctuation(strip_spaces(answer)))
 
 
@@ -64,7 +64,7 @@ class AnswerVocabulary:
     """The answers a model chooses among.
 
     Args:
-        answers: normalised, in the order of the head's classes.
+        answers: normalized, in the order of the head's classes.
     """
 
     def __init__(self, answers: Sequence[str]):

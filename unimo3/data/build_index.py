@@ -50,21 +50,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
     paths = sorted(folder.glob("*.tar"))
 
     def jobs() -> Iterator[Path]:
-        if others := _not_plain(folder):
-            raise DataError(
-                f"--src {source}: {len(others)} tars are compressed, or their names do not end in .tar "
-                f"({', '.join(others[:3])}); decompress and rename them, or move them away"
-            )
-        if not paths:
-            raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
-        for name in (INDEX, MEMBERS, f"{INDEX}.tmp", f"{MEMBERS}.tmp"):
-            if (folder / name).is_dir():
-                raise ConfigError(f"--src {source}: {name} is a folder; move it away, the index is written there")
-        if (folder / INDEX).exists() and not (overwrite or is_index(folder)):
-            raise ConfigError(
-                f"--src {source}: its {INDEX} was not written by this program, or is damaged; move it away, or give "
-                "--overwrite"
-            )
+        _check_source(source, folder, paths, overwrite)
         yield from paths
 
     def work(path: Path, between: Any) -> ShardDone:
@@ -108,6 +94,25 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         print(f"{name}: {number} samples have the key of an earlier sample, such as {key!a}, and are separate samples")
     if len(tars.repeated) > _NUM_SHOWN:
         print(f"and so in {len(tars.repeated) - _NUM_SHOWN} more tars")
+
+
+def _check_source(source: Path, folder: Path, paths: list[Path], overwrite: bool) -> None:
+    """Check that the folder has tars, all of which can be read, and that an index may be written there."""
+    if others := _not_plain(folder):
+        raise DataError(
+            f"--src {source}: {len(others)} tars are compressed, or their names do not end in .tar "
+            f"({', '.join(others[:3])}); decompress and rename them, or move them away"
+        )
+    if not paths:
+        raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
+    for name in (INDEX, MEMBERS, f"{INDEX}.tmp", f"{MEMBERS}.tmp"):
+        if (folder / name).is_dir():
+            raise ConfigError(f"--src {source}: {name} is a folder; move it away, the index is written there")
+    if (folder / INDEX).exists() and not (overwrite or is_index(folder)):
+        raise ConfigError(
+            f"--src {source}: its {INDEX} was not written by this program, or is damaged; move it away, or give "
+            "--overwrite"
+        )
 
 
 def _not_plain(folder: Path) -> list[str]:

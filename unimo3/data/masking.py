@@ -1,4 +1,4 @@
-"""Masking of words for masked language modelling.
+"""Masking of words for masked language modeling.
 
 Source: BERT, arXiv 1810.04805: of the chosen tokens 80 % become <mask>, 10 % a random token, 10 % stay.
 """

@@ -29,7 +29,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The official accuracy of one prediction against the (ten) human answers.
 
     The mean, over each answer omitted in turn, of min(1, matches among the others / 3). As in the official program,
-    texts are normalised only where the human answers differ.
+    texts are normalized only where the human answers differ.
     """
     prediction, humans = strip_spaces(prediction), [strip_spaces(answer) for answer in answers]
     if len(set(humans)) > 1:

@@ -1,6 +1,6 @@
 """Image bytes -> the model's pixels, the same way in training and in the exported image processor.
 
-Reader processes make 8-bit values, a quarter of the bytes to hand over; `normalise` runs where the model does.
+Reader processes make 8-bit values, a quarter of the bytes to hand over; `normalize` runs where the model does.
 
 Source: CLIP's mean and standard deviation, arXiv 2103.00020; METER resizes to a square; RandAugment, arXiv 1909.13719.
 """
@@ -24,7 +24,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def image_processor(image_size: int) -> CLIPImageProcessorPil:
-    """The processor that is exported with the weights: a square of `image_size` pixels, CLIP's normalisation."""
+    """The processor that is exported with the weights: a square of `image_size` pixels, CLIP's normalization."""
     return CLIPImageProcessorPil(
         do_resize=True,
         size={"height": image_size, "width": image_size},
@@ -38,7 +38,7 @@ def image_processor(image_size: int) -> CLIPImageProcessorPil:
     )
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """[..., S, S, 3] uint8 -> the model's [..., 3, S, S] float32, as the exported processor makes them."""
     mean, std = torch.tensor([MEAN, STD], dtype=torch.float32, device=images.device)
     scale, shift = 1 / 255 / std, mean / std

@@ -30,7 +30,7 @@ from unimo3.inference.ahead import one_ahead
 from unimo3.inference.folder import Loaded
 from unimo3.inference.inputs import read_pixels, tokens
 from unimo3.model.pretrained.fill import weight_files
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.versions import check_version
 
 # A file of such a name has to be an image; any other is one if it begins as one.
@@ -117,7 +117,7 @@ def embed_images(
     Returns:
         The gallery of those that could be decoded, and why each other could not.
     """
-    task = RetrievalTask(loaded.model, seed=0)
+    task = RetrievalLoss(loaded.model, seed=0)
     can_be_decoded: list[bool] = []
     errors: list[str] = []
     embeds: list[Tensor] = []
@@ -140,7 +140,7 @@ def embed_texts(
     loaded: Loaded, texts: Sequence[str], batch: int, done: Callable[[int], Any] = lambda count: None
 ) -> Gallery:
     """Run the text tower; see `embed_images`."""
-    task = RetrievalTask(loaded.model, seed=0)
+    task = RetrievalLoss(loaded.model, seed=0)
     embeds = []
     for start in range(0, len(texts), batch):
         part = texts[start : start + batch]

@@ -16,7 +16,7 @@ from unimo3.inference.folder import Loaded
 from unimo3.inference.gallery import Gallery
 from unimo3.inference.inputs import read_pixels, tokens
 from unimo3.inference.predictors import Answers
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 
 
 class Search:
@@ -40,7 +40,7 @@ class Search:
                 "it again with python -m finetune.predict index"
             )
         self._loaded, self._gallery, self._rerank, self._batch = loaded, gallery, rerank, batch
-        self._task = RetrievalTask(loaded.model, seed=0)
+        self._task = RetrievalLoss(loaded.model, seed=0)
 
     @torch.inference_mode()
     def find(self, query: str | Path, top: int) -> Answers:

@@ -59,7 +59,7 @@ class Unimo3Config(PreTrainedConfig):
         interaction: ``in_layer`` (METER's co-attention) or ``cross_layer`` (every earlier level of the other modality).
         gate: how levels are weighed: ``token`` (per token and head), ``static`` (a learned constant per head) or
             ``uniform`` (their mean, no parameters).
-        gate_init: weight of the in-layer level at initialisation, in (0, 1); the other levels split the rest equally.
+        gate_init: weight of the in-layer level at initialization, in (0, 1); the other levels split the rest equally.
         unimodal_levels: top layers of the other modality's tower that join the levels, with separate keys and
             values.
         bridge: whether each fusion layer's input is joined by a tower layer's states, the last L of them (BridgeTower).

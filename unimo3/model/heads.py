@@ -1,4 +1,4 @@
-"""Heads on the fused states: masked language modelling, image-text matching, contrast, classification.
+"""Heads on the fused states: masked language modeling, image-text matching, contrast, classification.
 
 Source: METER, arXiv 2111.02387, for MLM, ITM and the classifiers; ALBEF, arXiv 2107.07651, for the contrastive
 projections.

@@ -14,7 +14,7 @@ Negatives = Literal["random", "hard"]
 
 @dataclass(frozen=True)
 class MlmArgs:
-    """Masked language modelling."""
+    """Masked language modeling."""
 
     weight: float = 1.0
     """Factor of its loss in the total; 0 turns it off."""

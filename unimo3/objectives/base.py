@@ -81,7 +81,7 @@ def gate_report(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-class PretrainingTask(nn.Module):
+class PretrainingLoss(nn.Module):
     """Batch -> losses of all objectives whose weight is not zero."""
 
     def __init__(self, model: ContrastedModel, objectives: Sequence[Objective]):

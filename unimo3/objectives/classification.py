@@ -11,7 +11,7 @@ from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3
 from unimo3.objectives.base import Losses, gate_report
 
 
-class ClassificationTask(nn.Module):
+class ClassificationLoss(nn.Module):
     """Batch -> loss, and the logits for evaluation."""
 
     def __init__(self, model: Unimo3ForImageTextClassification | Unimo3ForImagesAndTextClassification):

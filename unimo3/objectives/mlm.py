@@ -1,4 +1,4 @@
-"""Masked language modelling: predict masked words from the text around them and the image.
+"""Masked language modeling: predict masked words from the text around them and the image.
 
 Source: BERT, arXiv 1810.04805; on fused states as METER, arXiv 2111.02387.
 """

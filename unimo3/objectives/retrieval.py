@@ -11,12 +11,12 @@ Source: ALBEF, arXiv 2107.07651, sections 3.2 and 4.
 from typing import Any
 
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
-from unimo3.objectives.base import Losses, PretrainingTask
+from unimo3.objectives.base import Losses, PretrainingLoss
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import ImageTextMatching
 
 
-class RetrievalTask(PretrainingTask):
+class RetrievalLoss(PretrainingLoss):
     """Batch -> the sum of both losses; or what an evaluation needs, by the keys of the batch.
 
     Args:
@@ -35,7 +35,7 @@ class RetrievalTask(PretrainingTask):
                 ``text_states`` [P, n, T, W], ``image_states`` [P, n, V, W] and ``attention_mask`` [P, T] for matching.
 
         Returns:
-            The losses, see `PretrainingTask`; of a tower ``states`` [B, n, tokens, W] and ``embeds`` [B, itc_size];
+            The losses, see `PretrainingLoss`; of a tower ``states`` [B, n, tokens, W] and ``embeds`` [B, itc_size];
             of pairs ``scores`` [P], how far "they match" is above "they do not", in logits.
         """
         model = self.model

@@ -11,7 +11,7 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.base import Losses, gate_report
 
 
-class VqaTask(nn.Module):
+class VqaLoss(nn.Module):
     """Batch -> loss, and the logits for evaluation."""
 
     def __init__(self, model: Unimo3ForVisualQuestionAnswering):

@@ -31,7 +31,7 @@ def build_model(ds_config: dict[str, Any], construct: Callable[[], Model]) -> Mo
                 model = construct()
         else:
             model = construct()
-    model.tie_weights()  # transformers ties while it initialises, which was skipped above
+    model.tie_weights()  # transformers ties while it initializes, which was skipped above
     return model
 
 

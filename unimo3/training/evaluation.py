@@ -8,7 +8,7 @@ import torch
 
 from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.samples import Samples
-from unimo3.data.transforms import normalise
+from unimo3.data.transforms import normalize
 from unimo3.distributed import World, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.training.early_stopping import Best
@@ -111,5 +111,5 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
-    moved["pixel_values"] = normalise(moved.pop("images"))
+    moved["pixel_values"] = normalize(moved.pop("images"))
     return moved

@@ -9,6 +9,7 @@ import logging
 import math
 import resource
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from unimo3.training.throughput import Throughput
 from unimo3.writing import replace_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, Any]
@@ -113,37 +115,51 @@ def drop_after(path: Path, step: int) -> None:
     replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step of this rank.
+
+    Attributes:
+        means: of its micro-batches' losses and other scalars.
+        gates: its mean gate weights, not reduced over ranks.
+        num_bad: samples that were replaced.
+        lr: of the towers.
+        was_skipped: whether the optimizer left the weights as they were.
+        step_s: seconds since the step before, the wait for data included.
+        data_s: seconds of `step_s` that this rank waited for data.
+    """
+
+    means: "dict[str, Tensor]"
+    gates: "dict[str, Tensor]"
+    num_bad: int
+    lr: float
+    grad_norm: float
+    was_skipped: bool
+    step_s: float
+    data_s: float
+
+
 def step_metrics(
-    step: int,
-    global_batch: int,
-    means: Metrics,
-    lr: float,
-    grad_norm: float,
-    step_s: float,
-    data_s: float,
-    throughput: Throughput | None,
-    counts: Metrics,
+    step: int, global_batch: int, result: StepResult, means: Metrics, throughput: Throughput | None, counts: Metrics
 ) -> Metrics:
     """What is logged of an optimizer step: a metric is added here.
 
     Args:
         means: losses and other scalars of the task, means over all ranks; one that is not finite is logged as None.
-        lr: of the towers.
-        step_s: seconds since the step before, the wait for data included.
-        data_s: seconds of them that this rank waited for data.
         throughput: None: operations are not counted.
         counts: of the complete run.
     """
+    samples_per_s = global_batch / result.step_s
     return {
         "step": step,
         "samples": step * global_batch,
         **{name: value if math.isfinite(value) else None for name, value in means.items()},
-        "lr": lr,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "pairs_per_s": global_batch / step_s,
-        "step_s": step_s,
-        "data_s": data_s,
-        **(throughput.metrics(global_batch / step_s) if throughput else {}),
+        "lr": result.lr,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+        "pairs_per_s": samples_per_s,
+        "step_s": result.step_s,
+        "data_s": result.data_s,
+        **(throughput.metrics(samples_per_s) if throughput else {}),
         **counts,
         "memory_bytes": peak_memory_bytes(),
     }

@@ -77,20 +77,20 @@ class StopListener:
             signal.signal(number, self._note)
         return self
 
-    def watch(self, folder: Path) -> None:
-        """From here on only note signals, and have `look` look for files in a run's folder."""
+    def watch_folder(self, folder: Path) -> None:
+        """From here on only note signals, and have `poll_files` look for files in a run's folder."""
         self._started += server_is_ahead_s(folder)
         self._folder = folder
         with suppress(OSError):
             self._profiled = (folder / PROFILE_FILE).stat().st_mtime
-        self.look()
+        self.poll_files()
 
     @property
     def received(self) -> bool:
         """Whether this process was asked."""
         return self._request != StopRequest.NONE
 
-    def look(self) -> None:
+    def poll_files(self) -> None:
         """Look for the files, and pass a signal on; any thread may call it now and then."""
         if self._folder is None or self._request == StopRequest.STOP:
             return
@@ -99,7 +99,7 @@ class StopListener:
                 state = (self._folder / PROFILE_FILE).stat()
                 self.wants_profile |= not stat.S_ISDIR(state.st_mode) or state.st_mtime > self._profiled
         if self._request == StopRequest.REQUEUE and not self._is_passed_on:
-            with suppress(OSError):  # tried again at the next look; most often all ranks got the signal
+            with suppress(OSError):  # tried again at the next call; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
                 self._is_passed_on = True
         for name, request in ((STOP_FILE, StopRequest.STOP), (REQUEUE_FILE, StopRequest.REQUEUE)):

@@ -42,7 +42,7 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     listener = StopListener()
-    watch = Watch(run.folder, stall_after_s, listener.look)
+    watch = Watch(run.folder, stall_after_s, listener.poll_files)
     world = distributed.init()
     listener.install()
     logging.basicConfig(

@@ -1,6 +1,6 @@
 """The training loop: batch, losses, backward, step, metrics, save, evaluation.
 
-Source: torchtitan's trainer.py and lingua's apps/main/train.py for the shape of it.
+Source: torchtitan's trainer.py and lingua's apps/main/train.py for the structure.
 """
 
 import logging
@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +17,11 @@ from unimo3.checkpoint.save import Saver
 from unimo3.distributed import broadcast_object, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
-from unimo3.training.args import TrainingArgs
+from unimo3.training.args import OptimArgs, TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, StopGuard, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
-from unimo3.training.metrics import Metrics, forget_peak_memory, read_metrics, step_metrics
-from unimo3.training.optim import OptimArgs
+from unimo3.training.metrics import Metrics, StepResult, forget_peak_memory, read_metrics, step_metrics
 from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
 from unimo3.training.profiling import StepProfiler
 from unimo3.training.progress import Progress
@@ -47,28 +45,6 @@ class TrainerSettings(Protocol):
     def checkpoint(self) -> CheckpointArgs: ...
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What this rank knows of a step that has been taken and not yet logged.
-
-    Attributes:
-        means: of its micro-batches' losses and other scalars.
-        gates: its mean gate weights, which are logged as this rank has them.
-        num_bad: samples that were replaced.
-        was_skipped: whether the optimizer left the weights as they were.
-        data_s: seconds of all that were a wait for data.
-    """
-
-    means: dict[str, torch.Tensor]
-    gates: dict[str, torch.Tensor]
-    num_bad: int
-    lr: float
-    grad_norm: float
-    was_skipped: bool
-    seconds: float
-    data_s: float
-
-
 class Trainer:
     """Trains from `run.step` to the end, or until asked to stop.
 
@@ -77,9 +53,9 @@ class Trainer:
         run: the run's folder, metrics and state; its `step` counts the optimizer steps done.
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
         batches: the micro-batches of each optimizer step, from `run.step` on. None: only evaluate, at the run's step,
-            even if that was done before.
+            even if this step was evaluated before.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
-        throughput: of rank 0, to log operations a second.
+        throughput: counts operations for the metrics; rank 0 has it, on GPUs.
     """
 
     def __init__(
@@ -105,9 +81,9 @@ class Trainer:
         if self.only_evaluates:
             self.last_step = run.step
         self.request = StopRequest.NONE
-        self._unlogged: _Step | None = None
-        self._num_not_finite = 0  # steps in a row
-        self._is_evaluation_cut = False
+        self._unlogged: StepResult | None = None
+        self._num_consecutive_nonfinite = 0
+        self._evaluation_interrupted = False
         self._data_s = 0.0
         self._started = time.perf_counter()
 
@@ -118,11 +94,11 @@ class Trainer:
             Interrupted: a stop signal or the file ``requeue`` came on any rank; a checkpoint has been saved.
             CheckpointError: a save failed, at this step or in the background of steps before.
             DataError: too many samples could not be used.
-            DivergedError: losses or gradients stay not finite; nothing of it has been saved.
+            DivergedError: losses or gradients remain non-finite; no such state has been saved.
         """
-        self.listener.watch(self.run.folder)
+        self.listener.watch_folder(self.run.folder)
         if self.evaluation is not None and self.evaluation.best is not None:
-            # The run may have ended early before.
+            # An earlier start may have stopped early.
             self.last_step = self.evaluation.best.last_step(self.run, self.last_step)
         if self.evaluation is not None and (self.only_evaluates or self._evaluation_is_missing(self.evaluation)):
             self.evaluate(self.evaluation)
@@ -134,7 +110,7 @@ class Trainer:
             is_save_due = self.run.step == self.last_step or self.run.step % self.checkpoint.every_steps == 0
             is_evaluation_due = self.evaluation is not None and self._is_evaluation_due()
             if is_save_due or is_evaluation_due:
-                self.synchronize()  # a step whose loss diverged is not saved
+                self.sync_and_log()  # a step whose loss diverged is not saved
             if is_save_due:
                 self.save()
             if self.evaluation is not None and is_evaluation_due:
@@ -147,14 +123,14 @@ class Trainer:
         """The micro-batches of the next step; None, on every rank, at the end or when any rank is asked to stop."""
         self.watch.beat("data", self.run.step)
         micro_batches = None
-        begun = time.perf_counter()
+        wait_started = time.perf_counter()
         if self.request == StopRequest.NONE and self.run.step < self.last_step:
             with suppress(StopRequested), self.listener.interruptible():
                 micro_batches = next(self.batches)
-        self._data_s = time.perf_counter() - begun
+        self._data_s = time.perf_counter() - wait_started
         self.watch.beat("wait", self.run.step)
         # After the wait for data, so that no rank begins a step that another one skips.
-        self.synchronize()
+        self.sync_and_log()
         return micro_batches if self.request == StopRequest.NONE else None
 
     def train_step(self, micro_batches: list[Batch]) -> None:
@@ -167,14 +143,14 @@ class Trainer:
         run.record_samples(micro_batches)
         run.num_skipped += step_was_skipped(engine)
         now = time.perf_counter()
-        self._unlogged = _Step(
+        self._unlogged = StepResult(
             means={name: value.reshape(()) for name, value in means.items() if value.numel() == 1},
             gates={name: value for name, value in means.items() if value.numel() > 1},
             num_bad=sum(int(batch["num_replaced"]) for batch in micro_batches),
             lr=self.optim.lr * scale,
             grad_norm=gradient_norm(engine),
             was_skipped=step_was_skipped(engine),
-            seconds=now - self._started,
+            step_s=now - self._started,
             data_s=self._data_s,
         )
         self._started = now
@@ -183,6 +159,7 @@ class Trainer:
         """Run each micro-batch; the engine takes its step after the last one. Returns the means of what they report."""
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
+            # The first step of a start compiles; a longer bound applies to it.
             self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
             report = self.engine(to_device(batch, self.engine.device))
             self.engine.backward(report["loss"])
@@ -191,20 +168,21 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
         return {name: value / len(micro_batches) for name, value in sorted(sums.items())}
 
-    def synchronize(self) -> None:
-        """Agree on what is requested and log the last step, in one small all-reduce; every rank calls it.
+    def sync_and_log(self) -> None:
+        """Agree on requests, log the last step and check it, in one small all-reduce; every rank calls it.
 
         Raises:
             DataError, DivergedError: on every rank; of the last step.
             CheckpointError: on every rank; of a save in the background.
         """
         step, self._unlogged = self._unlogged, None
-        can_trace = not self.profiler.is_active and self.run.step < self.last_step  # else the request waits
+        can_trace = not self.profiler.is_active and self.run.step < self.last_step  # else the request is kept
         wants_profile = can_trace and self.listener.wants_profile
         flags = [*self.listener.counts(), wants_profile, self.saver.has_failed, step.num_bad if step else 0]
         vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         if step:
             vector = torch.cat([torch.stack(list(step.means.values())), vector])
+        # The step's means, then the flags.
         *values, requeue, stop, profile, save_failed, num_bad = sum_over_ranks(vector).tolist()
         self.request = max(self.request, StopRequest.of_counts(requeue, stop))
         if profile:
@@ -220,23 +198,13 @@ class Trainer:
         if save_failed:
             self.saver.wait()
 
-    def log_step(self, step: _Step, means: dict[str, float]) -> None:
+    def log_step(self, step: StepResult, means: dict[str, float]) -> None:
         """Write the metrics of the step just taken, and show them on rank 0."""
         run = self.run
         counts = {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
-        metrics = step_metrics(
-            run.step,
-            self.training.global_batch,
-            means,
-            step.lr,
-            step.grad_norm,
-            step.seconds,
-            step.data_s,
-            self.throughput,
-            counts,
-        )
+        metrics = step_metrics(run.step, self.training.global_batch, step, means, self.throughput, counts)
         gates: Metrics = {}
-        if self.progress.is_due(run.step):
+        if self.progress.is_due(run.step):  # gates are large; memory is the peak since the last line
             gates = {name: value.tolist() for name, value in step.gates.items()}
             forget_peak_memory()
         run.metrics.write(metrics | gates)
@@ -251,7 +219,7 @@ class Trainer:
         """Evaluate on held-out data, record the metrics, and save the checkpoint if it is the best."""
         guard = StopGuard(self.listener, self.watch, self.run.step, self.engine.device)
         metrics = evaluation.metrics(self.run.step, guard)
-        self._is_evaluation_cut = guard.is_cut  # the next start evaluates again
+        self._evaluation_interrupted = guard.is_cut  # the next start evaluates again
         if metrics is not None:
             self._record_evaluation(evaluation, metrics)
             if evaluation.best is not None:
@@ -260,7 +228,7 @@ class Trainer:
         self.engine.train()
 
     def finish(self) -> None:
-        """Save what is not saved yet, and report how the run ended.
+        """Save what is not saved yet; log how the run ended, or raise that it is to be requeued.
 
         Raises:
             Interrupted: the run was asked to stop before its end.
@@ -270,37 +238,40 @@ class Trainer:
         self._ensure_saved()
         self.run.record_saves(self.saver.take_finished())
         self.watch.close()
-        is_complete = self.run.step >= self.last_step and not self._is_evaluation_cut
+        is_complete = self.run.step >= self.last_step and not self._evaluation_interrupted
         if self.request == StopRequest.REQUEUE and not is_complete:
             self.listener.done()
-            raise Interrupted(self._interruption())
+            raise Interrupted(self._interrupted_message())
         if self.world.rank == 0:
-            log.info("%s", self._end() if is_complete or self.request != StopRequest.STOP else self._stop())
+            log.info(
+                "%s",
+                self._done_message() if is_complete or self.request != StopRequest.STOP else self._stopped_message(),
+            )
 
-    def _interruption(self) -> str:
+    def _interrupted_message(self) -> str:
         """Why the run is to be started again, and how far it came."""
         asked = f"asked to stop ({self.listener.name or 'by another rank'})"
         if self.only_evaluates:
             return (
-                f"{asked} during the evaluation {self._position()}; its results are not saved; start the same command "
-                "to repeat it"
+                f"{asked} during the evaluation {self._progress_message()}; its results are not saved; start the "
+                "same command to repeat it"
             )
-        return f"{asked}; {self._position()}; start the same command to continue"
+        return f"{asked}; {self._progress_message()}; start the same command to continue"
 
-    def _stop(self) -> str:
+    def _stopped_message(self) -> str:
         """How far a run came that the file ``stop`` has ended."""
-        what = "the evaluation is not finished" if self._is_evaluation_cut else self._position()
+        what = "the evaluation is not finished" if self._evaluation_interrupted else self._progress_message()
         file = self.run.folder / STOP_FILE
         return f"stopped by the file {file}; {what}; to continue, type: rm {file}"
 
-    def _end(self) -> str:
+    def _done_message(self) -> str:
         """Where the results of a complete run are."""
         if self.only_evaluates:
-            return f"done: the evaluation {self._position()}"
+            return f"done: the evaluation {self._progress_message()}"
         run = self.run
         return f"done: step {run.step} of {self.training.steps}; checkpoints and metrics are in {run.folder}"
 
-    def _position(self) -> str:
+    def _progress_message(self) -> str:
         run = self.run
         if self.only_evaluates:
             return f"of step {run.step} in {run.folder}"
@@ -313,32 +284,33 @@ class Trainer:
         # The step at which the run was resumed is saved already.
         return self.run.step == self.first_step or self.saver.ensure(self.run.state(), is_last)
 
-    def _check_finite(self, step: _Step, loss: float, shown: Metrics) -> None:
+    def _check_finite(self, step: StepResult, loss: float, logged: Metrics) -> None:
         """Count steps in a row whose loss or gradient is not finite; under fp16 a gradient alone does not count."""
         is_finite = math.isfinite(loss) and (
             self.engine.fp16_enabled() or (math.isfinite(step.grad_norm) and not step.was_skipped)
         )
-        self._num_not_finite = 0 if is_finite else self._num_not_finite + 1
+        self._num_consecutive_nonfinite = 0 if is_finite else self._num_consecutive_nonfinite + 1
         if is_finite:
             return
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self._num_not_finite > self.training.max_skipped:
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in logged.items())
+        if self._num_consecutive_nonfinite > self.training.max_skipped:
             raise DivergedError(
-                f"step {self.run.step}: the loss or its gradient is not finite ({listed}), {self._num_not_finite} "
-                "steps in a row; start again under another run.name with a lower optim.lr"
+                f"step {self.run.step}: the loss or its gradient is not finite ({listed}), "
+                f"{self._num_consecutive_nonfinite} steps in a row; start again under another run.name with a lower "
+                "optim.lr"
             )
         if self.world.rank == 0:
             log.warning(
                 "step %d: the loss or its gradient is not finite (%s), %d in a row of at most %d",
                 self.run.step,
                 listed,
-                self._num_not_finite,
+                self._num_consecutive_nonfinite,
                 self.training.max_skipped,
             )
 
     def _is_evaluation_due(self) -> bool:
-        every, step = self.training.eval_every, self.run.step
-        return step >= self.last_step or bool(every and step and step % every == 0)
+        eval_every, step = self.training.eval_every, self.run.step
+        return step >= self.last_step or bool(eval_every and step and step % eval_every == 0)
 
     def _evaluation_is_missing(self, evaluation: Evaluation) -> bool:
         """Whether the step at which the run was resumed still has to be evaluated on this data."""

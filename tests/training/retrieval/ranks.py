@@ -13,7 +13,7 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World, world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
-from unimo3.objectives.retrieval import RetrievalTask
+from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
@@ -53,7 +53,7 @@ def plain_task(shards):
     """The task in this process, as evaluations take it: they ask an engine for its device."""
     model = Unimo3ForImageAndTextRetrieval(config(captioned(shards)[1]))
     initialize_weights(model, 3, std=0.2)
-    task = RetrievalTask(model, 0)
+    task = RetrievalLoss(model, 0)
     task.device = torch.device("cpu")
     return task
 
@@ -70,7 +70,7 @@ def metrics_of_engine(shards, name):
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build_model(ds_config, lambda: Unimo3ForImageAndTextRetrieval(config(vocab_size)))
     initialize_weights(model, 3, std=0.2)
-    engine = build_engine(RetrievalTask(model, 0), model, ds_config, OptimArgs(lr=1e-12))
+    engine = build_engine(RetrievalLoss(model, 0), model, ds_config, OptimArgs(lr=1e-12))
     metrics, losses = [], []
     for _ in range(2):
         metrics.append(held_out_recall(engine, samples, here(), BATCH, READER, SETTINGS[name], Unguarded()))

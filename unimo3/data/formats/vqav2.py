@@ -64,7 +64,7 @@ def answer_vocabulary(counts: Counter[str], min_count: int) -> list[str]:
 
 
 def normalized_choices(sample: Sample) -> list[str]:
-    """The normalised majority answers of a sample's questions, of those that have answers."""
+    """The normalized majority answers of a sample's questions, of those that have answers."""
     return [
         normalize_answer(question["multiple_choice_answer"])
         for question in sample.content["questions"]

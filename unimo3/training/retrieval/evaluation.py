@@ -34,7 +34,7 @@ def held_out_recall(
     The metrics are the same at any number of ranks.
 
     Args:
-        engine: over a `RetrievalTask`.
+        engine: over a `RetrievalLoss`.
         batch: images or texts a rank encodes at a time.
 
     Returns:

@@ -63,7 +63,7 @@ def score(
     """Score this rank's pairs; every rank calls it. What it returns does not count if the guard was cut.
 
     Args:
-        engine: over a `RetrievalTask`, in evaluation mode.
+        engine: over a `RetrievalLoss`, in evaluation mode.
         pairs: [P], see `local_pairs`.
         batch: images of a batch of the towers.
     """

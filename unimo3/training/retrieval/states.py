@@ -51,7 +51,7 @@ class Towers:
     Nothing a method yields or returns counts once the guard is cut.
 
     Args:
-        engine: over a `RetrievalTask`, in evaluation mode.
+        engine: over a `RetrievalLoss`, in evaluation mode.
         batch: images or texts a batch.
         cache_bytes: host memory for states, half for images and half for texts.
     """
