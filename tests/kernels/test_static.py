@@ -57,12 +57,12 @@ import json, os
 os.environ["KERNEL_STATIC_RECOMPILE"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 from dataclasses import asdict
 from benchmarks.kernel_static import KERNELS, fits, measure, table_builds
-for name in KERNELS:
-    for dtype, width, capability in (("bf16", 64, 90), ("fp16", 128, 100)):
-        key = (name, dtype, width, capability)
-        build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
-        content, usage = measure(build)
-        print(json.dumps({"content": content, **asdict(build), **asdict(usage)}))
+for number, name in enumerate(KERNELS):
+    dtype, width, capability = (("bf16", 64, 90), ("fp16", 64, 100), ("fp16", 128, 90))[number % 3]
+    key = (name, dtype, width, capability)
+    build = [b for b in table_builds([width]) if (b.kernel, b.dtype, b.width, b.capability) == key][-1]
+    content, usage = measure(build)
+    print(json.dumps({"content": content, **asdict(build), **asdict(usage)}))
 
 from benchmarks.kernel_static import Blocks, Build, Resources
 build = Build("forward", "fp16", 128, 90, Blocks(128, 64, 4, 2))
@@ -78,7 +78,7 @@ print(json.dumps([warps(90, 4, 128), warps(90, 4, 168), warps(90, 8, 255), warps
 
 @pytest.fixture(scope="module")
 def sample():
-    """Twelve entries of the table, one that spills, and resident warps; of one process, in which triton compiles."""
+    """An entry of each kernel in the table, one that spills, and resident warps; of one process, in which triton compiles."""
     return [json.loads(line) for line in run("-c", SAMPLE).stdout.splitlines()]
 
 
@@ -100,7 +100,7 @@ def test_the_record_is_of_the_kernels_in_the_tree(rows):
 @pytest.mark.integration
 def test_the_record_has_what_the_compiler_gives(rows, sample):
     compiled = sample[:-2]
-    assert len(compiled) == 12
+    assert len(compiled) == len(KERNELS)
     assert [row for row in compiled if row not in rows] == []
 
 

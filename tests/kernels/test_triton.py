@@ -86,7 +86,11 @@ def nan_filled(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "masked", "gated", "has_strides"), [*drawn_shapes(42), SEVERAL_OF_ALL])
 def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, has_strides, nan_filled):
-    for dtype, tolerance in TYPES.items():
+    _, _, tokens, keys, _, num_levels = shape
+    # The interpreter takes long for large shapes: each has one of the two types, and some have float16.
+    is_large = num_levels * tokens * keys > 1000 and shape != SEVERAL_OF_ALL[0]
+    for dtype in [list(TYPES)[num_levels % 2]] if is_large else TYPES:
+        tolerance = TYPES[dtype]
         q, levels, gate, mask = on_device(draw(shape, masked, gated, dtype=dtype))
         if mask is not None:
             mask[-1] = True
