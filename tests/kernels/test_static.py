@@ -78,7 +78,7 @@ print(json.dumps([warps(90, 4, 128), warps(90, 4, 168), warps(90, 8, 255), warps
 
 @pytest.fixture(scope="module")
 def sample():
-    """An entry of each kernel in the table, one that spills, and resident warps; of one process, in which triton compiles."""
+    """An entry of each kernel in the table, one that spills, and resident warps; triton compiles in one process."""
     return [json.loads(line) for line in run("-c", SAMPLE).stdout.splitlines()]
 
 
