@@ -188,7 +188,7 @@ lock_run() {
     comment=$(with_retries squeue --noheader --jobs="$JOB" --format=%k)
     RUN=$folder
     # Earlier nodes are excluded for status 126 and 127 alone: Python did not start there, and it does here. For any other
-    # status the list of nodes is left out.
+    # status no node is.
     if [[ -n $early && $early != *"status 12"[67]* ]]; then
         early="gone "
     fi

@@ -22,7 +22,7 @@ def test_a_stop_signal_is_noted_once(number, tmp_path):
     before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     try:
         stop = StopListener().install()
-        stop.watch(tmp_path)
+        stop.watch_folder(tmp_path)
         assert not stop.received
         os.kill(os.getpid(), number)
         assert stop.received
@@ -66,7 +66,7 @@ def test_a_touch_requests_a_profile_once_however_often_traces_are_written(tmp_pa
     assert not is_requested()
     # A later start finds the folder, which asks for nothing.
     later = StopListener()
-    later.watch(tmp_path)
+    later.watch_folder(tmp_path)
     assert not later.wants_profile
     assert not listener.received
 
