@@ -49,7 +49,7 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """Of the kernels."""
+        """The device of the kernels."""
         return torch.device("cpu" if self.is_dry else "cuda")
 
 
@@ -113,7 +113,7 @@ def contestants(machine: Machine) -> Iterator[str]:
 
 
 def step(machine: Machine) -> Iterator[str]:
-    """A training step against BridgeTower, the operations a second, and the planner's figure of memory."""
+    """A training step against BridgeTower, the operations a second, and the planned memory."""
     size, rounds = ("tiny", "1") if machine.is_dry else ("base", "8")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "step.md")

@@ -66,7 +66,7 @@ class Case:
 
     @property
     def num_bytes(self) -> int:
-        """Of q, k, v, the result and their gradients, each moved once: the least that forward and backward can."""
+        """Bytes of q, k, v, the result and their gradients, each moved once: the least that can be moved."""
         query_values = self.queries * self.width
         levels = 2 * self.keys * self.width * self.levels
         # Forward reads q, k and v and writes the result; backward reads these and its gradient and writes three.
@@ -198,7 +198,7 @@ def _flex() -> Attend:
 
 @dataclass
 class Result:
-    """Of one contestant: medians in seconds.
+    """What was measured of one contestant: medians in seconds.
 
     Attributes:
         host_s: of the CPU to issue forward and backward (GPU).
@@ -267,7 +267,7 @@ def _exact(inputs: dict[str, Any], grad: Tensor) -> list[Tensor]:
 
 
 def largest_error(actual: list[Tensor], exact: list[Tensor]) -> float:
-    """Of the results, each relative to its largest value."""
+    """Largest error of the results, each relative to its largest value."""
     errors = [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, exact, strict=True)]
     # No number is the largest error.
     return max(errors, key=lambda error: (error != error, error))

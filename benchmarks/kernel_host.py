@@ -78,7 +78,7 @@ def use_stub() -> None:
 
 
 def microseconds(call: Callable[[], object], rounds: int) -> float:
-    """Of this thread's processor for a call: the median of rounds of `CALLS`."""
+    """Microseconds of this thread's processor for a call: the median of rounds of `CALLS`."""
     times = []
     for number in range(rounds + 2):
         begun = time.thread_time()

@@ -54,7 +54,7 @@ from unimo3.kernels.cross_layer_attention.blocks import (
 from unimo3.kernels.cross_layer_attention.launch import FUNCTIONS
 
 LEVELS = 7
-# Of the recipes: their heads, and the levels that their layers see besides.
+# The recipes' heads, and the levels that their layers see in addition.
 RECIPE_WIDTH, RECIPE_LEVELS = 64, (1, 6)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Shared memory of a block; 80 stands for all of 8.x.
@@ -239,7 +239,7 @@ def candidates(capability: int, dtype: str) -> list[Blocks]:
 
 
 def best(name: str, measured: dict[Blocks, list[Resources]]) -> Blocks | None:
-    """Of blocks that fit, those whose loops issue least; then the fewest registers.
+    """Choose, among blocks that fit, those whose loops issue least; then the fewest registers.
 
     A block that has to cover all keys or queries covers as many as it can.
 
@@ -327,7 +327,7 @@ def traffic(batch: int, heads: int, queries: int, keys: int, levels: int, width:
 
 
 def traffic_table() -> str:
-    """Of the recipe `base` at six levels."""
+    """Bytes moved by the recipe `base` at six levels."""
     rows = ["| reading | forward, MB | backward, MB | backward's kernels |", "| --- | ---: | ---: | --- |"]
     for name, queries, keys in (("text reads image", TEXT, IMAGE), ("image reads text", IMAGE, TEXT)):
         forward, backward = traffic(64, 12, queries, keys, 6, RECIPE_WIDTH)

@@ -84,7 +84,7 @@ class Setting:
     augment: Any
 
     def samples(self) -> PretrainSamples:
-        """Of this project."""
+        """Samples as this project reads them."""
         index = ShardIndex(self.folder / "train")
         tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
         return PretrainSamples(index, tokenizer, TOKENS, ImageTransform(IMAGE_SIZE, self.augment), MASKED, seed=0)

@@ -13,7 +13,7 @@ from triton.backends.nvidia import compiler as nvidia
 
 from unimo3.kernels.cross_layer_attention.blocks import Blocks
 
-# Of a multiprocessor; 80 stands for all of 8.x. CUDA keeps 1 KiB of shared memory a block.
+# Limits of a multiprocessor; 80 stands for all of 8.x. CUDA keeps 1 KiB of shared memory a block.
 SM_BYTES = {80: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 SM_REGISTERS, SM_WARPS, SM_BLOCKS = 65536, 64, 32
 _MATRIX_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")

@@ -47,7 +47,7 @@ def write_report(path: Path, title: str, body_markdown: str) -> None:
     facts = "\n".join(f"| {name} | {value} |" for name, value in machine().items())
     measured_on = f"## Measured on\n\n| | |\n| --- | --- |\n{facts}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# {title}\n\n    {_command()}\n\n{body_markdown.strip()}\n\n{measured_on}")
+    path.write_text(f"# {title}\n\n```bash\n{_command()}\n```\n\n{body_markdown.strip()}\n\n{measured_on}")
 
 
 def _version(package: str) -> str:

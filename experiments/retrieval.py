@@ -200,7 +200,7 @@ def table(evaluations: dict[str, Evaluation], reference: Evaluation) -> str:
 def verdict(evaluations: dict[str, Evaluation], reference: Evaluation, exact: str) -> str:
     """Whether the exact way agrees with METER's, and what the shortlists do."""
     same = all(evaluations[exact].metrics[name] == reference.metrics[name] for name in NAMES)
-    lines = [f"All pairs from kept states: {'the same' if same else 'not the same'} six metrics as METER's way."]
+    lines = [f"All pairs from cached states: {'the same' if same else 'not the same'} six metrics as METER's way."]
     for name, one in evaluations.items():
         if name.startswith("shortlist"):
             gaps = {metric: one.metrics[metric] - reference.metrics[metric] for metric in NAMES}
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         task = train(shards, args)
         tokenizer = load_tokenizer(str(shards / "tokenizer"))
         samples = CaptionedImages(ShardIndex(shards / "test"), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE))
-        exact = "kept states, all pairs (exact)"
+        exact = "cached states, all pairs (exact)"
         reference = meters_way(task, samples)
         evaluations: dict[str, Evaluation] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
         for size in tqdm(sorted(args.shortlists), desc="shortlists", unit="size"):
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         pair_batch=PAIR_BATCH,
     )
     base = f"\n\n{cost_of_base(args.base_pairs)}" if args.base_pairs else ""
-    write_report(args.out, "Retrieval: kept states and a shortlist", f"{tables}\n\n{method}{base}")
+    write_report(args.out, "Retrieval: cached states and a shortlist", f"{tables}\n\n{method}{base}")
     print(f"\n{tables}{base}\n\n{args.out}")
 
 

@@ -25,8 +25,8 @@ BASE = """\
 ## The 5K test of COCO on the `base` model
 
 Measured on this CPU in float32, at {pixels} pixels and {tokens} text tokens, random weights, batches of {batch}: an
-image {image:.2f} s, a text {text:.3f} s, a pair of kept states {pair:.2f} s ({flops:.0f} GFLOP by torch's counter), the
-processor's time over {threads} threads.
+image {image:.2f} s, a text {text:.3f} s, a pair of cached states {pair:.2f} s ({flops:.0f} GFLOP by torch's counter),
+the processor's time over {threads} threads.
 
 {table}
 
@@ -87,7 +87,7 @@ def hours(seconds: dict[str, float], shortlist: int) -> str:
         *(
             (way, count, towers_s + count * seconds["pair"])
             for way, count in (
-                ("kept states, all pairs (exact)", num_all),
+                ("cached states, all pairs (exact)", num_all),
                 (f"shortlist of {shortlist}, 5K alone", num_queries * shortlist),
                 (f"shortlist of {shortlist}, 5K and five folds", 2 * num_queries * shortlist),
             )

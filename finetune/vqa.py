@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from unimo3.objectives.vqa import VqaLoss
 
 PUBLISHED_ANSWERS = 3129
-"""Of VQAv2: answers that occur at least nine times, and METER's classes."""
+"""Answers of VQAv2 that occur at least nine times; METER has as many classes."""
 
 
 class Vqa(RowTask):

@@ -189,7 +189,7 @@ def checkpoint_errors(run: Path, settings: Any) -> list[str]:
     """
     parameters = _num_parameters(run, settings)
     size = checkpoint_bytes(run) or _CHECKPOINT_BYTES_PER_PARAMETER * parameters
-    number = 0 if _only_evaluates(settings) else _num_kept(settings) + 1
+    number = 0 if _only_evaluates(settings) else _num_retained(settings) + 1
     export = _EXPORT_BYTES_PER_PARAMETER * parameters if _exports_init(run, settings) else 0
     saved = size_of(run / "checkpoints")
     needed, free = number * size + export, free_bytes(run)
@@ -203,7 +203,7 @@ def checkpoint_errors(run: Path, settings: Any) -> list[str]:
     ]
 
 
-def _num_kept(settings: Any) -> int:
+def _num_retained(settings: Any) -> int:
     every, steps = settings.checkpoint.keep_every, settings.training.steps
     keeps_best = hasattr(settings, "best") and settings.best.keep and settings.data.val is not None
     number: int = settings.checkpoint.keep_last + (steps // every if every else 0) + keeps_best
@@ -215,7 +215,7 @@ def _only_evaluates(settings: Any) -> bool:
 
 
 def _num_parameters(run: Path, settings: Any) -> int:
-    """Of the model that a recipe of pretraining describes, or whose weights fine-tuning starts from."""
+    """Parameters of the model that a recipe of pretraining describes, or whose weights fine-tuning starts from."""
     from unimo3.checkpoint.initial_weights import config_of
     from unimo3.training.plan.memory import model_sizes
     from unimo3.training.plan.step_trace import build_on_meta

@@ -23,6 +23,7 @@ import finetune.snli_ve
 import finetune.vqa
 import pretrain.program
 import pretrain.train
+import tests.interpreter
 import unimo3.model.downstream
 from unimo3.startup import resume_collections
 from unimo3.training.engine import import_muon_uncompiled

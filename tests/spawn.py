@@ -27,7 +27,7 @@ from tests.waiting import PATIENCE_S, hang, text_of
 ROOT = Path(__file__).parents[1]
 # The others end by themselves after one rank failed, with messages of their own.
 _GRACE_S = 2.0
-# Of each rank's output, in the message of a failure.
+# Characters of each rank's output in the message of a failure.
 _NUM_CHARACTERS = 3000
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])
@@ -167,7 +167,7 @@ def _output(folder: Path) -> str:
     return "\n".join(f"--- {path.name}\n{text_of(path)()[-_NUM_CHARACTERS:]}" for path in paths)
 
 
-# Of the processes that run tests.
+# The processes that run tests.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 # Below those that the kernel hands out, and for each of these processes its own.
 _first = random.SystemRandom().randrange(300)  # of tests that run next to these ones

@@ -178,8 +178,8 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         reason = silent or error
         has_fix = isinstance(reason, Unimo3Error)
         failure = (str(reason) if has_fix else f"{type(reason).__name__}: {reason}", has_fix, silent is not None)
-    outcomes = all_gather_object((result, failure), group)
-    failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed}
+    results = all_gather_object((result, failure), group)
+    failures = {rank: failed for rank, (_, failed) in enumerate(results) if failed}
     if failures:
         lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
         more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
@@ -187,7 +187,7 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         fix = CHECK_MOUNT if kind is UnreachableError else fix
         end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
         raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
-    return [outcome for outcome, _ in outcomes]
+    return [returned for returned, _ in results]
 
 
 def gather_rows(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _EXIT_PIPE = 128 + signal.SIGPIPE  # as of programs that the signal ends
 _READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly)")
 
 
-# Of a server that fails over or a mount that is stale: neither damage of a file nor a wrong setting.
+# Errors of a server that fails over or of a stale mount: neither damage of a file nor a wrong setting.
 NO_ANSWER = (
     errno.ESTALE,
     errno.EIO,
@@ -124,7 +124,7 @@ def explained(error: Unimo3Error | OSError | RuntimeError) -> Unimo3Error | None
     number = error.errno if isinstance(error, OSError) else number
     if number not in _REMEDIES:
         return None
-    # Of an error in a reader process, the line after its traceback.
+    # An error in a reader process: the line after its traceback.
     return ConfigError(f"{str(error).strip().splitlines()[-1]}; {_REMEDIES[number]}")
 
 

@@ -39,7 +39,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Of these, an RGB image would be turned again, or get a background.
+# An RGB image with these would be rotated again, or get a background.
 _APPLIED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency")
 
 

@@ -11,7 +11,7 @@ SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, program) -> str:
-    """Of one run, in a separate process: it forks readers and sets the number of threads."""
+    """The report of one run, in a separate process: it forks readers and sets the number of threads."""
     out = tmp_path_factory.mktemp("loader") / "loader.md"
     program.check(0, "benchmarks.loader", *SMALLEST, "--out", out)
     return out.read_text()

@@ -22,7 +22,7 @@ def test_a_small_run_writes_its_report(tmp_path, capsys):
         for cells in ([cell.strip() for cell in line.split("|")] for line in report.splitlines())
         if len(cells) == 12
     }
-    meter, exact = rows["METER's way, all pairs"], rows["kept states, all pairs (exact)"]
+    meter, exact = rows["METER's way, all pairs"], rows["cached states, all pairs (exact)"]
     assert meter[0] == exact[0] == "180"
     assert meter[3:] == exact[3:]
     assert int(rows["shortlist of 2"][0]) < 180
@@ -37,7 +37,7 @@ def test_hours_are_those_of_towers_and_pairs():
     costs = {way: [float(cell.replace(",", "")) for cell in cells] for way, cells in rows.items()}
     assert costs["METER's way, all pairs"] == [125_050_000, pytest.approx(125_050_000 * 4.68 / 3600)]
     towers = (5000 * 3.6 + 25010 * 0.36) / 3600
-    assert costs["kept states, all pairs (exact)"][1] == pytest.approx(towers + 125_050_000 * 0.72 / 3600, abs=0.5)
+    assert costs["cached states, all pairs (exact)"][1] == pytest.approx(towers + 125_050_000 * 0.72 / 3600, abs=0.5)
     assert costs["shortlist of 100, 5K alone"] == [3_001_000, pytest.approx(towers + 600.2, abs=0.5)]
     assert costs["shortlist of 100, 5K and five folds"][0] == 6_002_000
 

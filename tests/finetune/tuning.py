@@ -42,7 +42,7 @@ def fixed_batch(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def settings(name: str, weights: Path, shards: Path, folder: Path) -> FinetuneConfig:
-    """Of a run of two steps on one rank."""
+    """A run of two steps on one rank."""
     ds_config = folder / f"{name}.json"
     ds_config.write_text(
         json.dumps(

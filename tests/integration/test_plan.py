@@ -37,12 +37,14 @@ def ds_config_of(name):
 
 
 def num_bytes(tensors) -> int:
-    """Of tensors' elements, those that share memory once."""
+    """Bytes of tensors' elements; those that share memory count once."""
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def held_by_an_engine(name):
     """Bytes by kind on this rank, in the last of some steps."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
     from unimo3.distributed import world
     from unimo3.model.initialization import initialize_weights
     from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -57,11 +59,14 @@ def held_by_an_engine(name):
     optimizer, parameters = engine.optimizer, list(model.parameters())
     most = {"gathered_weights": 0, "secondary_weights": 0}
 
-    def note_gathered(*_):
-        gathered = [p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE" and not p.ds_persist]
+    not_persistent = [p for p in parameters if not getattr(p, "ds_persist", True)]
+
+    def note_gathered(*_):  # thousands of times
+        gathered = sum(p.ds_numel for p in not_persistent if p.ds_status is ZeroParamStatus.AVAILABLE)
+        most["gathered_weights"] = max(most["gathered_weights"], gathered * parameters[0].element_size())
         copies = [p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None]
-        for kind, size in zip(most, (sum(gathered) * parameters[0].element_size(), num_bytes(copies)), strict=True):
-            most[kind] = max(most[kind], size)
+        if copies:
+            most["secondary_weights"] = max(most["secondary_weights"], num_bytes(copies))
 
     for module in model.modules() if Sharding(ds_config).stage == 3 else []:
         module.register_forward_hook(note_gathered)

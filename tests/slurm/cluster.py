@@ -104,8 +104,8 @@ class Cluster:
         key.chmod(0o400)
         lines = [
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000 "
-            "Gres=gpu:2"
-            for name in self.nodes
+            f"Gres=gpu:2 Weight={number}"  # a job gets the first nodes that are free
+            for number, name in enumerate(self.nodes, 1)
         ]
         listed = ",".join(self.nodes)
         lines += [

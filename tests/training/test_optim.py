@@ -46,6 +46,23 @@ def test_the_rate_rises_linearly_then_falls_to_zero():
     assert lr_scale(0, 100, 0.0) == 1.0
 
 
+def test_other_schedules_follow_the_same_warm_up():
+    for schedule in ("cosine", "constant"):
+        assert [lr_scale(step, 100, 0.1, schedule) for step in range(11)] == [
+            lr_scale(step, 100, 0.1) for step in range(11)
+        ]
+    # A quarter, half and three quarters of the way from step 10 to 90.
+    cosine = [lr_scale(step, 90, 10 / 90, "cosine") for step in (30, 50, 70, 90)]
+    assert cosine == pytest.approx([(2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0.0])
+    assert {lr_scale(step, 100, 0.1, "constant") for step in range(10, 101)} == {1.0}
+
+
+def test_an_unknown_schedule_is_named_with_those_there_are():
+    assert OptimArgs(schedule="cyclic").validate() == [
+        "optim.schedule: 'cyclic': one of linear, cosine, constant is needed"
+    ]
+
+
 def test_rates_are_set_from_the_peak_each_time():
     optimizer = build_optimizer(tiny_pretraining_model(), ARGS)
     set_lr(optimizer, 0.1)

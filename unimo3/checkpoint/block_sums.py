@@ -35,7 +35,7 @@ class BlockSums:
         self._rest = bytes(piece[end:])
 
     def hexdigest(self) -> str:
-        """Of all pieces."""
+        """SHA-256 of all pieces."""
         digest = self._digest.copy()
         digest.update(self._rest)
         return digest.hexdigest()

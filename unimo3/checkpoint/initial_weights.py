@@ -27,9 +27,9 @@ _MAX_FILE_BYTES = 2 * 10**9
 _SOURCE = "source.txt"
 
 
-def has_begun(own_run: Path) -> bool:
+def has_begun(new_run: Path) -> bool:
     """Whether a run resumes from its own checkpoints, good or not, and no longer from what ``init`` names."""
-    return store.has_folders(own_run) and (own_run / "model" / "config.json").is_file()
+    return store.has_folders(new_run) and (new_run / "model" / "config.json").is_file()
 
 
 def run_of(init: str) -> Path | None:
@@ -40,13 +40,13 @@ def run_of(init: str) -> Path | None:
     return folder.parent.parent if init and (folder / store.STATE).is_file() else None
 
 
-def model_files_of(init: str, own_run: Path) -> str:
+def model_files_of(init: str, new_run: Path) -> str:
     """Folder with the configuration and the tokenizer of the weights that the run starts from or continues with."""
-    if has_begun(own_run):
-        return str(own_run / "model")
+    if has_begun(new_run):
+        return str(new_run / "model")
     run = run_of(init)
-    if _exported_tag(init, own_run):
-        return str(own_run / "init")
+    if _exported_tag(init, new_run):
+        return str(new_run / "init")
     return init if run is None else str(run / "model")
 
 
@@ -59,31 +59,31 @@ def config_errors(folder: str) -> list[str]:
     return []
 
 
-def config_of(init: str, own_run: Path) -> Unimo3Config:
+def config_of(init: str, new_run: Path) -> Unimo3Config:
     """The configuration of the weights that the run starts from or continues with.
 
     Raises:
         ConfigError: there is none, or it is another model's.
     """
-    folder = model_files_of(init, own_run)
+    folder = model_files_of(init, new_run)
     if errors := config_errors(folder):
         raise ConfigError(errors)
     from unimo3.model.pretrained import read_exported_config
 
-    has_none = has_begun(own_run) or (run_of(init) is not None and Path(folder).name == "model")
+    has_none = has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
     return read_exported_config(folder, has_weights=not has_none)
 
 
-def exports(init: str, own_run: Path) -> bool:
+def exports(init: str, new_run: Path) -> bool:
     """Whether a start writes an export of `init` into the run's folder first; see `weights_of`."""
-    return not has_begun(own_run) and run_of(init) is not None and not _exported_tag(init, own_run)
+    return not has_begun(new_run) and run_of(init) is not None and not _exported_tag(init, new_run)
 
 
-def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
+def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
     """Folder of exported weights, float32 if they have to be exported here; every rank calls it.
 
     Args:
-        own_run: of the new run; a checkpoint is exported into ``own_run/init``, and a later start with the same `init`
+        new_run: of the new run; a checkpoint is exported into ``new_run/init``, and a later start with the same `init`
             uses this export, whether its source still exists or not.
         newest: of an `init` that is a run, whether to export again if it has a newer checkpoint by now.
 
@@ -91,8 +91,8 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
         CheckpointError: on every rank; there is no good checkpoint, or it cannot be exported.
     """
     rank, size = world()
-    out, run = own_run / "init", run_of(init)
-    exported = on_all_ranks(f"looking for {out}", lambda: _exported_tag(init, own_run), "check the run's folder")[0]
+    out, run = new_run / "init", run_of(init)
+    exported = on_all_ranks(f"looking for {out}", lambda: _exported_tag(init, new_run), "check the run's folder")[0]
     if exported and not (newest and run == Path(init)):
         return str(out)
     if run is None:
@@ -124,9 +124,9 @@ def weights_of(init: str, own_run: Path, newest: bool = False) -> str:
     return str(out)
 
 
-def _exported_tag(init: str, own_run: Path) -> str:
-    """Tag of the checkpoint of `init` that was exported to ``own_run/init``; empty: none was."""
-    path = own_run / "init" / _SOURCE
+def _exported_tag(init: str, new_run: Path) -> str:
+    """Tag of the checkpoint of `init` that was exported to ``new_run/init``; empty: none was."""
+    path = new_run / "init" / _SOURCE
     source, _, tag = path.read_text().partition("\n") if init and path.is_file() else ("", "", "")
     return tag if source == _name_of(init) else ""
 

@@ -36,7 +36,7 @@ from unimo3.versions import check_version
 VERSION = 3
 _READABLE = (2, VERSION)
 INDEX, MEMBERS = "index.json", "index.members"
-# Of a conversion, next to the splits' folders: its records without a usable image.
+# A conversion's records without a usable image, next to the splits' folders.
 REJECTS = "rejects.jsonl"
 # Splits that nothing is trained or chosen on.
 TEST_SPLITS = ("test", "test-dev")

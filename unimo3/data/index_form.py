@@ -70,7 +70,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_counts(value: Any) -> bool:
-    """Of an index of version 2 one number."""
+    """Whether this is a count of units: one number in an index of version 2."""
     return _is_count(value) or (isinstance(value, dict) and all(_is_count(value.get(kind)) for kind in COUNTED_KINDS))
 
 

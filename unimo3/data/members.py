@@ -25,7 +25,7 @@ COUNTED_KINDS = ("captions", "questions", "hypotheses")
 
 log = logging.getLogger(__name__)
 
-# Of several images of a sample, the first of these is read.
+# The first of these is read where a sample has several images.
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp"),
     *("jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
@@ -214,7 +214,7 @@ class _Samples:
         """
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
-        # Of no sample, as webdataset has it: names that begin with a dot or two underscores.
+        # Not part of a sample, as in webdataset: names that begin with a dot or two underscores.
         if member.isdir() or not stem or stem.startswith("__"):
             return
         if not member.isfile() or not extension:

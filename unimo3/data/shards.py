@@ -46,7 +46,7 @@ class ShardJob:
 
     @property
     def name(self) -> str:
-        """Of the tar."""
+        """The tar's file name."""
         return f"{self.number:06d}.tar"
 
     def digest(self, options: ImageOptions) -> str:

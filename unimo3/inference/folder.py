@@ -26,7 +26,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 log = logging.getLogger(__name__)
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
-# Of an image processor, what decides pixels.
+# The settings of an image processor that decide pixels.
 _PREPARATION = (
     "do_resize",
     "resample",
@@ -37,7 +37,7 @@ _PREPARATION = (
     "image_mean",
     "image_std",
 )
-# Of a text: <s>, a word and </s>.
+# A text has at least <s>, a word and </s>.
 _LEAST_TOKENS = 3
 
 

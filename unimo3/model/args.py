@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INTERACTIONS = ("in_layer", "cross_layer")
 GATES = ("token", "static", "uniform")
 TEMPERATURE_BOUNDS = (0.001, 0.5)
-"""Of the contrastive temperature."""
+"""Bounds of the contrastive temperature."""
 PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
 """Pattern of the parameters that only pretraining's objectives use."""
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from unimo3.config import Checked
 from unimo3.training import ds_config
+from unimo3.training.lr_schedule import SCHEDULES
 
 Fused = Literal["auto", "apex", "deepspeed", "torch"]
 
@@ -29,7 +30,9 @@ class OptimArgs:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     warmup_ratio: float = 0.1
-    """Fraction of all steps over which the rate rises linearly from zero; it falls linearly to zero over the rest."""
+    """Fraction of all steps over which the rate rises linearly from zero."""
+    schedule: str = "linear"
+    """The rate after that. linear, cosine: falls to zero at the last step. constant: stays at the peak."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     fused: Fused = "auto"
@@ -49,6 +52,8 @@ class OptimArgs:
         for name in ("beta1", "beta2", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
+        if self.schedule not in SCHEDULES:
+            errors.append(f"optim.schedule: '{self.schedule}': one of {', '.join(SCHEDULES)} is needed")
         return errors
 
 
@@ -57,7 +62,7 @@ class TrainingArgs(Checked):
     """Length, batch and engine of the run."""
 
     steps: int = 100_000
-    """Optimizer steps of the complete run; the learning rate falls to zero over them."""
+    """Optimizer steps of the complete run, over which the learning rate follows its schedule."""
     stop_after: int = 0
     """Optimizer steps after which this process saves and ends with status 0, short of `steps`. 0: at `steps`."""
     global_batch: int = 4096

@@ -72,7 +72,7 @@ class StopListener:
         self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
 
     def install(self) -> "StopListener":
-        """Take over the stop signals: until `watch` they end the process, to be started again."""
+        """Take over the stop signals: until `watch_folder` they end the process, to be started again."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
         return self
@@ -119,7 +119,7 @@ class StopListener:
 
     def prepare_profile(self, step: int) -> None:
         """Make the folder for traces from a step on, in place of the file that requested them."""
-        assert self._folder is not None, "`watch` comes first"
+        assert self._folder is not None, "`watch_folder` comes first"
         path = self._folder / PROFILE_FILE
         with self._lock, suppress(OSError):  # the profiler reports what it cannot write
             if not path.is_dir():
@@ -139,7 +139,7 @@ class StopListener:
         return StopRequest.of_counts(*sum_over_ranks(counts).tolist())
 
     def done(self) -> None:
-        """Remove the file that asked for a requeue: it has been heard."""
+        """Remove the file that asked for a requeue: the request is fulfilled."""
         if self._folder is not None and world()[0] == 0:
             (self._folder / REQUEUE_FILE).unlink(missing_ok=True)
 

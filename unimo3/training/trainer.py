@@ -136,7 +136,7 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Take one optimizer step."""
         run, engine = self.run, self.engine
-        scale = lr_scale(run.step, self.training.steps, self.optim.warmup_ratio)
+        scale = lr_scale(run.step, self.training.steps, self.optim.warmup_ratio, self.optim.schedule)
         set_lr(engine.optimizer, scale)
         means = self._accumulate(micro_batches)
         run.step += 1

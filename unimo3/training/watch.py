@@ -51,7 +51,7 @@ class Watch:
         if bound_s:
             self._interval_s = min(self._interval_s, bound_s / 4)
         self._step, self._phase, self._beats, self._since = 0, "join", 0, time.time()
-        # Of the start and the last progress; the time of day may be set meanwhile.
+        # Times of the start and the last progress; the time of day may be set meanwhile.
         self._started_s = self._progress_s = time.monotonic()
         self._ends = threading.Event()
         faulthandler.register(signal.SIGQUIT, all_threads=True)  # to the output until the folder is there

@@ -108,7 +108,7 @@ class _Pass:
             _compiled[name, self.kind] = compiled, order, programs
 
     def _programs(self, name: str, constants: dict[str, Any]) -> int:
-        """Of a (sample, head) pair."""
+        """The number of programs of a (sample, head) pair."""
         if name == "backward_fused":
             return 1
         if name == "backward_key":
@@ -167,7 +167,7 @@ def _worth_timing(
 
 
 def _wall_time(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
-    """Of one call in triton's interpreter, for each quantile."""
+    """Seconds of one call in triton's interpreter, for each quantile."""
     start = time.perf_counter()
     call()
     return [time.perf_counter() - start] * len(quantiles)

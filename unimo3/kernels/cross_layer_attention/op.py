@@ -267,6 +267,6 @@ def _grad_of_gate(gate: Tensor | None, offsets: Tensor) -> Tensor | None:
 
 
 def _flops_of_a_product(q: Any, levels: Sequence[Any]) -> int:
-    """Of queries with the keys of all levels, given their shapes."""
+    """Operations of queries with the keys of all levels, given their shapes."""
     batch, queries, heads, width = q
     return sum(2 * batch * heads * queries * width * level[1] for level in levels)

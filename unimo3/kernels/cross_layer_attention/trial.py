@@ -20,7 +20,7 @@ from unimo3.kernels.cross_layer_attention.reference import cross_layer_attention
 
 log = logging.getLogger(__name__)
 
-# Of the largest value: several times what rounding of inputs and probabilities makes.
+# Fractions of the largest value: several times what rounding of inputs and probabilities makes.
 _TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float32: 1e-4}
 # T and the V of each level, so that each kernel of the table runs: long and short queries with long and short keys.
 _LENGTHS = ((70, (131, 17)), (70, (20,)), (9, (131,)), (9, (20,)))

@@ -171,7 +171,7 @@ def read_names(folder: Path) -> list[str]:
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Of every tensor of a folder's weights, or of one safetensors file, by the files' headers; see `read_tensors`."""
+    """Shapes of a folder's tensors, or of one safetensors file's, by the files' headers; see `read_tensors`."""
     shapes: dict[str, list[int]] = {}
     for file in [path] if path.is_file() else weight_files(path):
         with open_file(file) as tensors:

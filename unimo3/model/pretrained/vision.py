@@ -173,7 +173,7 @@ def _timm_sizes(file: Path) -> dict[str, int]:
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """Of the tensors of a folder or a file."""
+    """Shapes of the tensors of a folder or a file."""
     if path.is_file() and path.suffix != ".safetensors":
         return {name: list(tensor.shape) for name, tensor in _unpickled(path).items()}
     return read_shapes(path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from unimo3.training.plan.make import PlannedRun
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-# Of one H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
+# One H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
 _H100_TFLOPS = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
 
 

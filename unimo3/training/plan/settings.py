@@ -36,7 +36,7 @@ class Machine:
 
     @property
     def usable_bytes(self) -> float:
-        """Of one GPU, less the reserve."""
+        """Memory of one GPU, less the reserve."""
         return self.memory_bytes * (1 - self.reserve)
 
     def step_s(self, global_batch: int, flops: float, precision: str) -> float:
