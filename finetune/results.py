@@ -12,9 +12,9 @@ Source: none.
 
 from pathlib import Path
 
+from unimo3.atomic_write import replace_text
 from unimo3.distributed import on_all_ranks, world
 from unimo3.training.metrics import read_metrics
-from unimo3.writing import replace_text
 
 _PLAIN_SPLIT = "val"
 _FINGERPRINT_DIGITS = 8

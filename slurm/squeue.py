@@ -117,7 +117,7 @@ class Queue:
     jobs: list[Queued] | None
     error: str = ""
 
-    def names(self, run: Path) -> bool:
+    def has_job_on(self, run: Path) -> bool:
         """Whether a job is queued for a run."""
         return any(one.folder == run.resolve() for one in self.jobs or [])
 

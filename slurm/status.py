@@ -93,10 +93,10 @@ def _own_runs(queue: squeue.Queue) -> list[Path]:
 
 def _folder_errors(run: Path, queue: squeue.Queue) -> list[str]:
     if run.is_dir():
-        if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or queue.names(run):
+        if (run / "config.yaml").exists() or (run / history.FOLDER).exists() or queue.has_job_on(run):
             return []
         return [f"{run}: is no run's folder, it has neither config.yaml nor slurm/, and no job is queued for it"]
-    if queue.names(run):
+    if queue.has_job_on(run):
         return []
     return [f"{run}: no such folder, and {queue.error or 'no job is queued for it'}; name the folder of a run"]
 

@@ -114,7 +114,7 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
     """
     from pretrain import export
     from unimo3.checkpoint.torch_file import close_files
-    from unimo3.checkpoint.zero import ZeroCheckpoint
+    from unimo3.checkpoint.zero_reader import ZeroCheckpoint
     from unimo3.dtypes import dtype_of
 
     try:

@@ -18,6 +18,7 @@ PAGES = [
     ROOT / "experiments" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+RESULTS = sorted(path for folder in ("benchmarks", "experiments") for path in (ROOT / folder / "results").glob("*.md"))
 MAX_CELL = 120
 # Words that are wrong in any meaning; CONTRIBUTING.md lists the most frequent with what to write instead. Formats whose
 # names are older contain some.
@@ -61,6 +62,14 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    top = "|".join(folder.name for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    named = set(re.findall(rf"`((?:{top})/[\w./-]+\.(?:py|md|sh|sbatch|json|yaml|cpp))(?::[^`]*)?`", page.read_text()))
+    written = {"slurm/site.env", "slurm/bad_nodes.jsonl", "slurm/history.jsonl"}
+    assert [name for name in sorted(named - written) if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_name_a_language(page):
     fences = re.findall(r"^```(.*)$", page.read_text(), flags=re.MULTILINE)
     assert len(fences) % 2 == 0
@@ -89,7 +98,7 @@ def test_what_counts_as_what_is_one_table():
     assert {row[0] for row in rows} >= {"image", "text", "identity", "duplicate", "file"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_words_are_the_fields(page):
     # Quoted text is what a program prints or a name.
     lines = [re.sub(r"`[^`]*`", "", line) for line in lines_outside_code(page)]

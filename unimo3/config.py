@@ -21,11 +21,11 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from unimo3 import __version__
+from unimo3.atomic_write import replace_text
 from unimo3.errors import ConfigError
 from unimo3.project_files import project_file
 from unimo3.startup import started_as
 from unimo3.versions import check_version
-from unimo3.writing import replace_text
 
 Config = TypeVar("Config")
 Flat = dict[str, Any]

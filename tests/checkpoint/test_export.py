@@ -30,7 +30,7 @@ from tests.checkpoint.ranks import unimo_output
 from unimo3.checkpoint import weights
 from unimo3.checkpoint.export import export_weights
 from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
-from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.checkpoint.zero_reader import ZeroCheckpoint
 from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError
 from unimo3.model.unimo3 import Unimo3ForPreTraining

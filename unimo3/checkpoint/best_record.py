@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from unimo3.atomic_write import replace_text
 from unimo3.errors import ConfigError
 from unimo3.versions import check_version
-from unimo3.writing import replace_text
 
 BEST = "best.json"
 _VERSION = 1

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from unimo3.checkpoint.torch_file import StoredTensor, close_files
-from unimo3.checkpoint.zero import WEIGHTS, ZeroCheckpoint
+from unimo3.checkpoint.zero_reader import WEIGHTS, ZeroCheckpoint
 from unimo3.distributed import world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError

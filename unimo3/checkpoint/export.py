@@ -25,7 +25,7 @@ from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable, sha25
 from unimo3.checkpoint.model_card import write_card
 from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
-from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.checkpoint.zero_reader import ZeroCheckpoint
 from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError
 

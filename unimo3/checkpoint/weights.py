@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from unimo3.checkpoint.casting import Casting, OnOverflow, TensorReport, Workspace, largest_of
 from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, TensorLocation, num_bytes_of, read_header
-from unimo3.checkpoint.zero import ZeroCheckpoint
+from unimo3.checkpoint.zero_reader import ZeroCheckpoint
 from unimo3.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
+from unimo3.atomic_write import naming, replace_text
 from unimo3.errors import ConfigError
-from unimo3.writing import naming, replace_text
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unimo3.atomic_write import replace_text
 from unimo3.json_lines import read_records
 from unimo3.training.throughput import Throughput
-from unimo3.writing import replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor

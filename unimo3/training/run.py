@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from unimo3 import config
+from unimo3.atomic_write import naming
 from unimo3.checkpoint import store
 from unimo3.checkpoint.load import choose, load, quarantine
 from unimo3.checkpoint.state import TrainState
@@ -28,7 +29,6 @@ from unimo3.distributed import broadcast_object, world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.training.metrics import MetricsWriter, drop_after
-from unimo3.writing import naming
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -43,6 +43,16 @@ class TrainerSettings(Protocol):
     def optim(self) -> OptimArgs: ...
     @property
     def checkpoint(self) -> CheckpointArgs: ...
+
+
+class _Agreed(NamedTuple):
+    """Requests and problems of a step; summed over all ranks they are what every rank acts on."""
+
+    requeue: float
+    stop: float
+    profile: float
+    save_failed: float
+    num_bad: float
 
 
 class Trainer:
@@ -101,20 +111,20 @@ class Trainer:
             # An earlier start may have stopped early.
             self.last_step = self.evaluation.best.last_step(self.run, self.last_step)
         if self.evaluation is not None and (self.only_evaluates or self._evaluation_is_missing(self.evaluation)):
-            self.evaluate(self.evaluation)
+            self.evaluate()
         self.engine.train()
         self._started = time.perf_counter()
         while (micro_batches := self.next_batches()) is not None:
             with self.profiler.step(self.run.step + 1):
                 self.train_step(micro_batches)
             is_save_due = self.run.step == self.last_step or self.run.step % self.checkpoint.every_steps == 0
-            is_evaluation_due = self.evaluation is not None and self._is_evaluation_due()
+            is_evaluation_due = self._is_evaluation_due()
             if is_save_due or is_evaluation_due:
                 self.sync_and_log()  # a step whose loss diverged is not saved
             if is_save_due:
                 self.save()
-            if self.evaluation is not None and is_evaluation_due:
-                self.evaluate(self.evaluation)
+            if is_evaluation_due:
+                self.evaluate()
             if is_save_due or is_evaluation_due:
                 self._started = time.perf_counter()
         self.finish()
@@ -178,25 +188,31 @@ class Trainer:
         step, self._unlogged = self._unlogged, None
         can_trace = not self.profiler.is_active and self.run.step < self.last_step  # else the request is kept
         wants_profile = can_trace and self.listener.wants_profile
-        flags = [*self.listener.counts(), wants_profile, self.saver.has_failed, step.num_bad if step else 0]
-        vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
-        if step:
-            vector = torch.cat([torch.stack(list(step.means.values())), vector])
-        # The step's means, then the flags.
-        *values, requeue, stop, profile, save_failed, num_bad = sum_over_ranks(vector).tolist()
-        self.request = max(self.request, StopRequest.of_counts(requeue, stop))
-        if profile:
+        means, agreed = self._agree(step, wants_profile)
+        self.request = max(self.request, StopRequest.of_counts(agreed.requeue, agreed.stop))
+        if agreed.profile:
             self.profiler.request()
         if wants_profile:
             self.listener.prepare_profile(self.run.step + 1)
         if step:
-            means = {name: value / self.world.size for name, value in zip(step.means, values, strict=True)}
-            self.run.count_bad_samples(int(num_bad))
+            self.run.count_bad_samples(int(agreed.num_bad))
             self.log_step(step, means)
             self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
         self.run.record_saves(self.saver.take_finished())
-        if save_failed:
+        if agreed.save_failed:
             self.saver.wait()
+
+    def _agree(self, step: StepResult | None, wants_profile: bool) -> tuple[dict[str, float], _Agreed]:
+        """Means over all ranks of a step's scalars, and what the ranks agree on."""
+        num_bad = step.num_bad if step else 0
+        flags = _Agreed(*self.listener.counts(), wants_profile, self.saver.has_failed, num_bad)
+        vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
+        scalars = step.means if step else {}
+        if scalars:
+            vector = torch.cat([torch.stack(list(scalars.values())), vector])
+        sums = sum_over_ranks(vector).tolist()
+        means = {name: value / self.world.size for name, value in zip(scalars, sums, strict=False)}
+        return means, _Agreed(*sums[len(scalars) :])
 
     def log_step(self, step: StepResult, means: dict[str, float]) -> None:
         """Write the metrics of the step just taken, and show them on rank 0."""
@@ -215,8 +231,10 @@ class Trainer:
         self.watch.beat("save", self.run.step)
         self.saver.save(self.run.state(), is_last=self.run.step == self.last_step)
 
-    def evaluate(self, evaluation: Evaluation) -> None:
+    def evaluate(self) -> None:
         """Evaluate on held-out data, record the metrics, and save the checkpoint if it is the best."""
+        evaluation = self.evaluation
+        assert evaluation is not None, "no evaluation is due without held-out data"
         guard = StopGuard(self.listener, self.watch, self.run.step, self.engine.device)
         metrics = evaluation.metrics(self.run.step, guard)
         self._evaluation_interrupted = guard.is_cut  # the next start evaluates again
@@ -310,7 +328,8 @@ class Trainer:
 
     def _is_evaluation_due(self) -> bool:
         eval_every, step = self.training.eval_every, self.run.step
-        return step >= self.last_step or bool(eval_every and step and step % eval_every == 0)
+        is_due = step >= self.last_step or bool(eval_every and step and step % eval_every == 0)
+        return self.evaluation is not None and is_due
 
     def _evaluation_is_missing(self, evaluation: Evaluation) -> bool:
         """Whether the step at which the run was resumed still has to be evaluated on this data."""

@@ -12,7 +12,8 @@ similarities.
 Source: FlashAttention, arXiv 2205.14135; torch's scaled_dot_product_attention.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,11 +39,18 @@ class GpuFunctions(TorchFunctionMode):
             return False  # of masks: whether all tokens are real
         if func is Tensor.cpu and args[0].is_meta:
             return torch.zeros(args[0].shape, dtype=args[0].dtype)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         # Only indices have values; with a tensor without values they lose them.
-        if func is not Tensor.__getitem__ and len({tensor.is_meta for tensor in tensors}) == 2:
+        if func is not Tensor.__getitem__ and len({tensor.is_meta for tensor in _tensors(args, kwargs)}) == 2:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in itertools.chain(args, kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):  # seldom, and slow
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _attention(
