@@ -1,0 +1,50 @@
+"""The scripts of examples/ run as their first lines say."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.conftest import draw_jpeg
+
+pytestmark = pytest.mark.xdist_group("finetune")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script on weights and an image, from any folder; what it prints."""
+
+    def run_script(name, weights, *texts):
+        (tmp_path / "photo.jpg").write_bytes(draw_jpeg(3))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, str(weights), "photo.jpg", *texts])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run_script
+
+
+def test_questions_are_answered_with_answers_of_the_vocabulary(run, tuned):
+    weights = tuned / "vqa_weights"
+    lines = run("answer_questions.py", weights, "how many dogs are there?", "what is it?")
+    known = json.loads((weights / "answers.json").read_text())["answers"]
+    assert [line.partition("?")[0] for line in lines] == ["how many dogs are there", "what is it"]
+    for line in lines:
+        answers = re.findall(r"([^,?]+) \((\d\.\d\d)\)", line.partition("?")[2])
+        assert answers
+        assert all(answer.strip() in known for answer, _ in answers)
+        scores = [float(score) for _, score in answers]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_gates_of_each_layer_sum_to_one(run, pretrained):
+    lines = run("inspect_gates.py", pretrained, "two dogs")
+    assert lines[0] == "words read the image"
+    assert lines[3] == "the image reads the words"
+    rows = [re.findall(r"level (\d) (\d\.\d\d)", line) for line in lines if line.startswith("  layer ")]
+    assert [[int(level) for level, _ in row] for row in rows] == [[0], [0, 1]] * 2
+    assert all(sum(float(weight) for _, weight in row) == pytest.approx(1, abs=0.02) for row in rows)
