@@ -7,11 +7,11 @@ Source: none.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
 import socket
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import yaml
@@ -64,7 +64,8 @@ def _needed(run: Path) -> tuple[int, int]:
 
 def node_problems(results: Path, num_gpus: int, local_disk: Path) -> list[str]:
     """Problems of this node, one line each."""
-    problems = [f"Python cannot find {name}" for name in _MODULES if importlib.util.find_spec(name) is None]
+    # On the path alone: `unimo3.before_imports` would import torch to prepare what is looked for.
+    problems = [f"Python cannot find {name}" for name in _MODULES if PathFinder.find_spec(name) is None]
     if not results.is_dir():
         problems.append(f"{results} is not visible: is the shared folder mounted?")
     if num_gpus:
