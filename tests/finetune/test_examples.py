@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as their first lines say."""
+"""The scripts of examples/ run as their docstrings describe."""
 
 import json
 import re
