@@ -120,8 +120,8 @@ answer_of() {
 }
 
 # Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded with its
-# time. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks ignore them, so
-# that a stop request does not look like a failed check.
+# time. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks
+# ignore them, so that a stop request does not look like a failed check.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
     # shellcheck disable=SC2016

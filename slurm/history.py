@@ -72,7 +72,7 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def excluded(run: Path, job: str) -> list[str]:
-    """Nodes that a job excludes because of that list; a link of an array starts with those of the array."""
+    """Nodes that a job excludes because they are listed as bad; a link of an array starts with those of the array."""
     names = (job, job.partition("_")[0])
     noted = [record["nodes"] for record in _records(run) if record["event"] == "exclude" and record["job"] in names]
     return list(noted[-1]) if noted else []
