@@ -171,6 +171,8 @@ def _zero_folder(folder: Path, tag: str | None) -> Path:
 
 def _refuse_damaged(folder: Path, fix: str) -> None:
     problems = store.verify(folder)
+    if problems and not folder.exists():
+        raise CheckpointError(f"{folder}: was removed meanwhile, as by a run that trains; {fix}")
     if problems:
         raise CheckpointError(f"{folder}: is damaged ({'; '.join(problems)}); {fix}")
 

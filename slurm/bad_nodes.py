@@ -2,8 +2,8 @@
 
     python -m slurm.bad_nodes --run RUN --excluded NODES        prints ``set NODES`` or ``keep``
 
-The list of bad nodes is shared by all jobs, and its entries expire. Each line is one object; until is in seconds
-since 1970:
+The list of bad nodes is shared by all jobs, and its entries expire. Where it cannot be written, the nodes that
+this run excludes are in RUN/slurm/bad_nodes.jsonl. Each line is one object; until is in seconds since 1970:
 
     {"node", "reason", "job", "until"}
 
@@ -17,6 +17,7 @@ Source: scontrol(1), ExcNodeList.
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from slurm import history
 from slurm.commands import ANSWER, output_of
 from unimo3.json_lines import append_record, read_records
 
-DEFAULT = Path("slurm") / "bad_nodes.jsonl"
+FILE = "bad_nodes.jsonl"
+DEFAULT = Path("slurm") / FILE
 HOURS = 12.0
 
 
@@ -33,16 +35,28 @@ def path_of() -> Path:
     return Path(os.environ.get("BAD_NODES", "") or DEFAULT)
 
 
-def add(node: str, reason: str, job: str, hours: float = HOURS) -> None:
-    """Note a node for some hours."""
-    path_of().parent.mkdir(parents=True, exist_ok=True)
-    append_record(path_of(), {"node": node, "reason": reason, "job": job, "until": round(time.time() + 3600 * hours)})
+def add(run: Path, node: str, reason: str, job: str, hours: float = HOURS) -> None:
+    """Note a node for some hours: for all jobs, or for this run alone if their list cannot be written.
+
+    Raises:
+        OSError: neither can be written.
+    """
+    entry = {"node": node, "reason": reason, "job": job, "until": round(time.time() + 3600 * hours)}
+    try:
+        path_of().parent.mkdir(parents=True, exist_ok=True)
+        append_record(path_of(), entry)
+    except OSError as error:
+        print(f"{path_of()} cannot be written ({error.strerror}): only {run} excludes {node}", file=sys.stderr)
+        append_record(run / history.FOLDER / FILE, entry)
 
 
-def current() -> dict[str, str]:
-    """Nodes noted and not yet expired, with the reason."""
+def current(run: Path | None = None) -> dict[str, str]:
+    """Nodes noted and not yet expired, with the reason; with those that only `run` excludes."""
     reasons: dict[str, str] = {}
-    for entry in read_records(path_of()):
+    entries = read_records(path_of())
+    if run is not None:
+        entries += read_records(run / history.FOLDER / FILE)
+    for entry in entries:
         node, until = entry.get("node"), entry.get("until")
         if isinstance(node, str) and isinstance(until, (int, float)) and until > time.time():
             reasons[node] = str(entry.get("reason", ""))
@@ -78,7 +92,7 @@ def main() -> None:
     job = os.environ["JOB"]
     excluded = [node for node in args.excluded.split(",") if node]
     ours = history.excluded(args.run, job)
-    nodes, added = choose(excluded, ours, sorted(current()))
+    nodes, added = choose(excluded, ours, sorted(current(args.run)))
     if nodes == sorted(excluded):
         print(ANSWER, "keep")
         return

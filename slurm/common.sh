@@ -7,8 +7,11 @@ set -euo pipefail
 trap : TERM CONT USR1 USR2
 
 # Filters and formats that a user has set for Slurm's commands would change the output parsed here. With torchrun's variables
-# rank 0 would wait for torchrun's rendezvous store.
-unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}"
+# rank 0 would wait for torchrun's rendezvous store. sbatch passes on what limits an outer job's steps; steps of this job
+# have its own memory and time without these variables.
+unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}" \
+    "${!SLURM_MEM_PER_@}" SLURM_TIMELIMIT SRUN_CPUS_PER_TASK
+unset CDPATH # with it, cd prints
 
 export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 
@@ -16,7 +19,8 @@ export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 trap 'on_unexpected_exit $?' EXIT
 on_unexpected_exit() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || apply_default_policy "$1"; }
 
-log() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2; }
+# A log on a full disk must not end the script.
+log() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2 || true; }
 
 # Slurm's controller may be away for minutes, as when it fails over: 20 tries, SLURM_RETRY_S seconds apart.
 with_retries() {
@@ -48,14 +52,24 @@ setup() {
     [[ ! -f $site ]] || source "$site"
     set +a -u
     PYTHON=("${CONTAINER[@]}" "${UNIMO3_PYTHON:-$BIN/python}")
+    JOB_FACTS=$(with_retries scontrol show job "$JOB" --oneliner)
     RANKS_PER_NODE=${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}
     RANKS_PER_NODE=$(requested_ranks || echo "$RANKS_PER_NODE")
     # A job submitted from this one would inherit them; srun gets the numbers of tasks as options.
     unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU
+    # These may be those of an outer job, too.
+    [[ $JOB_FACTS == *" TresPerTask="* ]] || unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+    [[ $JOB_FACTS == *" TresBind="* ]] || unset SLURM_GPU_BIND SLURM_TRES_BIND
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
-    NUM_RESTARTS=${SLURM_RESTART_COUNT:-0}
+    NUM_RESTARTS=0
+    [[ ! $JOB_FACTS =~ \ Restarts=([0-9]+) ]] || NUM_RESTARTS=${BASH_REMATCH[1]}
+    export SLURM_RESTART_COUNT=$NUM_RESTARTS
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((SLURM_CPUS_ON_NODE + RANKS_PER_NODE - 1) / RANKS_PER_NODE))}
 
+    if [[ -n ${TMPDIR:-} && ! -w $TMPDIR ]]; then
+        log "TMPDIR $TMPDIR cannot be written on this node and is ignored"
+        unset TMPDIR
+    fi
     # Compiled kernels and other caches: on each node's own disk, not on the shared one that all ranks would overload.
     export UNIMO3_LOCAL=${LOCAL_DISK:-/tmp}/unimo3-$UID
     export TRITON_CACHE_DIR=$UNIMO3_LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$UNIMO3_LOCAL/inductor
@@ -71,13 +85,11 @@ setup() {
 
 # Ranks per node that the job itself requests. SLURM_NTASKS and SLURM_NTASKS_PER_NODE may be those of an outer job.
 requested_ranks() {
-    local job
-    job=$(with_retries scontrol show job "$JOB" --oneliner)
-    if [[ $job =~ NtasksPerN:B:S:C=([1-9][0-9]*): ]]; then
+    if [[ $JOB_FACTS =~ NtasksPerN:B:S:C=([1-9][0-9]*): ]]; then
         echo "${BASH_REMATCH[1]}"
     elif [[ -n ${UNIMO3_RANKS_PER_NODE:-} ]]; then
         echo "$UNIMO3_RANKS_PER_NODE"
-    elif [[ -n ${SLURM_NTASKS:-} && " $job " == *" NumTasks=$SLURM_NTASKS "* ]]; then
+    elif [[ -n ${SLURM_NTASKS:-} && " $JOB_FACTS " == *" NumTasks=$SLURM_NTASKS "* ]]; then
         echo $((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
     else
         return 1
@@ -119,8 +131,7 @@ answer_of() {
     return "$status"
 }
 
-# Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded with its
-# time. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks
+# Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks
 # ignore them, so that a stop request does not look like a failed check.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
@@ -132,7 +143,7 @@ ranks() {
             LOCAL_WORLD_SIZE='"$RANKS_PER_NODE"'
             if [[ -n ${IGNORE_STOP_SIGNALS:-} ]]; then trap "" TERM CONT USR1 USR2; else trap : TERM CONT USR1 USR2 QUIT; fi
             status=0; "$@" || status=$?
-            if [[ -n ${UNIMO3_STATUS_DIR:-} ]]; then echo "$EPOCHREALTIME $status" >"$UNIMO3_STATUS_DIR/end_$RANK"; fi
+            if [[ -n ${UNIMO3_STATUS_DIR:-} ]]; then echo "$status" >"$UNIMO3_STATUS_DIR/end_$RANK"; fi
             exit "$status"' rank "$@"
 }
 
@@ -143,7 +154,7 @@ train() {
     lock_run "$@"
     requeue_before_time_limit &
     local guard=$!
-    preflight
+    preflight "${GPUS_PER_NODE:-0}"
     reset_status_folder
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
@@ -159,6 +170,8 @@ run_without_ranks() {
     lock_run "$@"
     requeue_before_time_limit &
     local guard=$!
+    local NUM_RANKS=1
+    preflight 0
     reset_status_folder
     "$start" "$@" || status=$?
     kill "$guard" 2>/dev/null || true
@@ -225,6 +238,7 @@ see_all_gpus() {
     export SLURM_GPU_BIND=none
 }
 
+# Checks the nodes, and their network if there are several ranks: NUM_GPUS of each node.
 preflight() {
     [[ ${PREFLIGHT:-yes} == yes ]] || return 0
     local status=0 results="$RUN/slurm/preflight.$SLURM_JOB_ID.$NUM_RESTARTS"
@@ -233,7 +247,7 @@ preflight() {
     local -x IGNORE_STOP_SIGNALS=yes
     local STEP_MINUTES=15
     (see_all_gpus && RANKS_PER_NODE=1 NUM_RANKS=$SLURM_JOB_NUM_NODES KILL_ON_BAD_EXIT=0 WAIT_S=300 ranks "${PYTHON[@]}" \
-        -m slurm.preflight node --run "$RUN" --results "$results" --gpus "${GPUS_PER_NODE:-0}" \
+        -m slurm.preflight node --run "$RUN" --results "$results" --gpus "$1" \
         --local-disk "${LOCAL_DISK:-/tmp}") || status=$?
     if ((status == 0 && NUM_RANKS > 1)); then
         ranks "${PYTHON[@]}" -m slurm.preflight network --results "$results" --floor "${MIN_ALLREDUCE_GBPS:-0}" || status=$?
@@ -293,8 +307,9 @@ early_ends() {
 state_of() {
     local state try
     for try in {1..20}; do
-        if state=$(squeue --noheader --states=all --jobs="$1" --format=%T 2>&1); then
-            state=${state%%$'\n'*}
+        # The answer is marked: other lines, as of the dynamic linker, are none.
+        if state=$(squeue --noheader --states=all --jobs="$1" --format="state: %T" 2>&1); then
+            state=$(printf '%s\n' "$state" | sed -n 's/^state: //p' | head -n 1)
             if [[ $state != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
                 echo "$state"
                 return
@@ -362,8 +377,8 @@ apply_action() {
 # these variables of an outer job on, so Slurm is asked whether they belong to this one.
 name_job() {
     local link links
-    [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || return 0
-    link=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}
+    link=${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}
+    [[ $link != _ ]] || return 0
     links=$(with_retries squeue --noheader --jobs="$SLURM_JOB_ID" --format=%F_%K)
     if [[ $'\n'$links$'\n' == *$'\n'"$link"$'\n'* ]]; then
         JOB=$link

@@ -95,7 +95,9 @@ def address_problems() -> list[str]:
 
 
 def _is_on_one_host() -> bool:
-    return os.environ.get("MASTER_ADDR", "127.").startswith("127.")
+    # The address may be a name, even of the only node.
+    has_one_node = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+    return has_one_node or os.environ.get("MASTER_ADDR", "127.").startswith("127.")
 
 
 def _gpu_problems(num_gpus: int) -> list[str]:

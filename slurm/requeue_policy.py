@@ -95,16 +95,16 @@ def begin(
         return "hold", f"job {other} works on {run}; release this one when that has ended"
     nodes, _, why = early.partition(": ")
     for node in sorted(set(nodes.split(",")) - {"", *hosts}):
-        bad_nodes.add(node, why, job)
+        bad_nodes.add(run, node, why, job)
         history.append(run, "exclude", job=job, nodes=sorted({*history.excluded(run, job), node}))
     attempts, checkpoint = history.read(run), progress(run)
     action, reason = "go", ""
     in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
-    bad = bad_nodes.current()
+    bad = bad_nodes.current(run)
     if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
         action, reason = "hold", f"{in_vain} starts in a row ended without a new checkpoint, whatever their reasons"
     elif listed := sorted(set(hosts) & bad.keys()):
-        action, reason = _elsewhere(f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
+        action, reason = _elsewhere(run, f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
     elif attempts and attempts[-1].action is None:
         # Cut off: no process remained to decide.
         action, reason = _again("the last start was cut off", attempts, checkpoint, max_restarts)
@@ -115,7 +115,7 @@ def begin(
     return action, reason
 
 
-def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
+def _elsewhere(run: Path, why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
     """Requeue without the bad nodes. After several times in a row, hold: the job may ask for a bad node itself."""
     last = [attempt.action for attempt in attempts[-MAX_EXCLUDES:]]
     if last == ["exclude"] * MAX_EXCLUDES:
@@ -123,7 +123,7 @@ def _elsewhere(why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
             "hold",
             f"{why}; sent elsewhere {MAX_EXCLUDES} times: see slurm/bad_nodes.jsonl and the nodes it asks for",
         )
-    return "exclude", f"{','.join(sorted(bad_nodes.current()))} {why}"
+    return "exclude", f"{','.join(sorted(bad_nodes.current(run)))} {why}"
 
 
 def final_status(status: int, folder: Path | None) -> tuple[int, str]:
@@ -147,9 +147,10 @@ def final_status(status: int, folder: Path | None) -> tuple[int, str]:
         return 75, ""
     # The first rank that ended knows why; the others were ended by srun. One that was asked to stop before it trained
     # reports 75 here and nothing else, or is ended by the signal while its program is still loading.
-    ends = [path.read_text().replace(",", ".").split() for path in folder.glob("end_*")] if folder else []
-    in_order = sorted((float(end[0]), int(end[1])) for end in ends if len(end) == 2)
-    first = next((code for _, code in in_order if code), status)
+    # The order is that of the file server's clock: the nodes' own clocks differ.
+    in_order = sorted(folder.glob("end_*"), key=lambda path: path.stat().st_mtime_ns) if folder else []
+    codes = [path.read_text().strip() for path in in_order]
+    first = next((int(code) for code in codes if code.isdigit() and int(code)), status)
     return (75, "") if first in _ASKED_TO_STOP else (first, messages.get(first, ""))
 
 
@@ -203,8 +204,10 @@ def preflight(run: Path, job: str, hosts: list[str], results: Path, status: int,
         action, reason = "hold", "every node: " + "; ".join(f"{host}: {problem}" for host, problem in bad.items())
     else:
         for host, problem in bad.items():
-            bad_nodes.add(host, problem, job)
-        action, reason = _elsewhere("; ".join(f"{host}: {problem}" for host, problem in bad.items()), attempts[:-1])
+            bad_nodes.add(run, host, problem, job)
+        action, reason = _elsewhere(
+            run, "; ".join(f"{host}: {problem}" for host, problem in bad.items()), attempts[:-1]
+        )
     history.append(run, "end", job=job, status=-2, action=action, reason=reason, checkpoint=checkpoint)
     return action, reason
 
@@ -232,7 +235,8 @@ def main() -> None:
         if error.errno not in _FIXED_BY_PEOPLE:
             raise
         action = "done" if (args.event, args.status) == ("end", 0) else "hold"
-        reason = f"{args.run} cannot be written ({error.strerror}): check space, quota and permissions"
+        name = error.filename or args.run
+        reason = f"{name} cannot be written ({error.strerror}): check space, quota and permissions"
     print(ANSWER, action, reason)
 
 

@@ -13,14 +13,17 @@ Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for t
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from finetune.tasks import TASKS
 from slurm.commands import ANSWER
 from unimo3.project_files import project_file
+
+Result = TypeVar("Result")
 
 _DEFAULTS = {"run.dir": "runs", "run.name": "run"}
 _TAG = re.compile(r"^step_(\d{8,})$")
@@ -95,6 +98,22 @@ def newest_step(run: Path) -> int | None:
     return max((int(match[1]) for name in names if (match := _TAG.match(name))), default=None)
 
 
+def of_newest(run: Path, read: Callable[[int, Path], Result]) -> Result | None:
+    """What `read` returns of step and manifest of the newest committed checkpoint; None without one.
+
+    The run may remove it meanwhile, and then has a newer one.
+    """
+    step = newest_step(run)
+    while step is not None:
+        try:
+            return read(step, run / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json")
+        except FileNotFoundError:
+            tried, step = step, newest_step(run)
+            if step == tried:
+                raise
+    return None
+
+
 def progress(folder: Path) -> int | None:
     """What a start resumes from: step of a run's newest checkpoint, or number of a conversion's finished shards."""
     step = newest_step(folder)
@@ -107,11 +126,8 @@ def progress(folder: Path) -> int | None:
 
 def checkpoint_bytes(run: Path) -> int:
     """Size of the newest committed checkpoint; 0 if there is none."""
-    step = newest_step(run)
-    if step is None:
-        return 0
-    listed = json.loads((run / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json").read_text())["files"]
-    return sum(int(entry["bytes"]) for entry in listed)
+    listed = of_newest(run, lambda _, manifest: json.loads(manifest.read_text())["files"])
+    return sum(int(entry["bytes"]) for entry in listed or [])
 
 
 def _of_recipe(path: Path) -> dict[str, Any]:

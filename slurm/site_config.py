@@ -42,13 +42,14 @@ def read_site(path: Path) -> Site:
         return Site(1, [])
     script = (
         'set -eu; SBATCH_OPTIONS=() SBATCH_OPTIONS_CPU=(); source "$1" >&2; '
-        'printf "%s\\0" "${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}" "${#SBATCH_OPTIONS[@]}" "${SBATCH_OPTIONS[@]}" '
+        # The first one ends what bash has printed before, as by a script that BASH_ENV names.
+        'printf "%s\\0" "" "${RANKS_PER_NODE:-${GPUS_PER_NODE:-1}}" "${#SBATCH_OPTIONS[@]}" "${SBATCH_OPTIONS[@]}" '
         '"${SBATCH_OPTIONS_CPU[@]}"'
     )
     done = subprocess.run(["bash", "-c", script, "site", str(path)], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{path}: bash cannot read it: {done.stderr.strip()[-300:]}")
-    ranks, count, *options = done.stdout.split("\0")[:-1]
+    _, ranks, count, *options = done.stdout.split("\0")[:-1]
     if not ranks.isdigit() or int(ranks) < 1:
         raise ConfigError(f"{path}: GPUS_PER_NODE or RANKS_PER_NODE '{ranks}': a number of at least 1 is needed")
     return Site(int(ranks), options[: int(count)], options[int(count) :])

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from slurm import bad_nodes, history, prometheus, squeue
-from slurm.runs import newest_step
+from slurm.runs import of_newest
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
-from unimo3.training.heartbeat import read_heartbeats
+from unimo3.training.heartbeat import HEARTBEATS, read_heartbeats, server_is_ahead_s
 from unimo3.versions import check_version
 
 _RECENT_STEPS = 20
@@ -128,7 +128,7 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
         "stop": (run / "stop").exists(),
         "ranks": (ranks := _ranks(run, attempts[-1].time if attempts else 0.0)),
         "goes_on": (not jobs or squeue.may_run(jobs, queue)) and (ranks is None or not ranks["silent"]),
-        "bad_nodes": bad_nodes.current(),
+        "bad_nodes": bad_nodes.current(run),
     }
     if recent and before:
         state["trend"] = state["pairs_per_s"] / median(record["pairs_per_s"] for record in before) - 1
@@ -196,11 +196,11 @@ def _ends(attempts: list[history.Attempt], may_run: bool) -> list[dict[str, Any]
 
 
 def _checkpoint(run: Path) -> dict[str, Any] | None:
-    step = newest_step(run)
-    if step is None:
-        return None
-    manifest = run / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
-    return {"step": step, "age_s": time.time() - manifest.stat().st_mtime}
+    def of(step: int, manifest: Path) -> dict[str, Any]:
+        age_s = time.time() + server_is_ahead_s(run / HEARTBEATS) - manifest.stat().st_mtime
+        return {"step": step, "age_s": max(age_s, 0.0)}
+
+    return of_newest(run, of)
 
 
 def _ranks(run: Path, since: float) -> dict[str, Any] | None:

@@ -136,6 +136,6 @@ def test_a_signal_ends_ranks_that_wait_for_one_that_never_comes(tmp_path, number
 
 @pytest.mark.integration
 def test_a_process_alone_waits_for_no_launcher_that_is_gone(tmp_path):
-    left_behind = {"WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "RANK": "0"}
+    left_behind = {"WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1", "RANK": "3", "LOCAL_RANK": "1"}
     left_behind |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
     assert run_alone(join_with, left_behind, tmp_path) == distributed.World(0, 0, 1)

@@ -17,5 +17,5 @@ def test_a_record_after_a_cut_off_line_is_not_lost(tmp_path, caplog):
 
 def test_lines_that_are_no_records_are_skipped(tmp_path):
     path = tmp_path / "records.jsonl"
-    path.write_bytes(b'[1]\n\n7\n\xff\n{"n": 1}\n\0\0\0\n{"n": 2}')
+    path.write_bytes(b'[1]\n\n7\n\xff\n{"n": 1}\n\0\0\0\n' + b"[" * 100_000 + b'\n{"n": 2}')
     assert read_records(path) == [{"n": 1}, {"n": 2}]

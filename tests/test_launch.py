@@ -247,6 +247,7 @@ def test_a_disk_a_limit_or_a_mount_is_one_message_of_every_rank(error, status, m
     def main():
         raise error
 
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")  # another rank may have no such error
     with pytest.raises(SystemExit) as end:
         exit_with_status(main)()
@@ -280,6 +281,7 @@ def test_an_error_of_all_ranks_is_printed_once_a_host(error, is_printed, capfd, 
     def main():
         raise error
 
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         exit_with_status(main)()

@@ -90,7 +90,7 @@ FORMATS = [
         lambda: history.append(RUN, "begin", job="1", restart=0, nodes="n1", checkpoint=None),
         lambda: history.read(RUN),
     ),
-    Format("bad_nodes.jsonl", lambda: bad_nodes.add("n1", "slow", "1"), bad_nodes.current),
+    Format("bad_nodes.jsonl", lambda: bad_nodes.add(RUN, "n1", "slow", "1"), bad_nodes.current),
     Format("answers.json", lambda: AnswerVocabulary(["a"]).save(Path("answers.json")), lambda: answers().answers),
     Format("weights/config.json", weights, lambda: read_config("--weights", "weights", "UNIMO-3").to_dict()),
     Format("gallery/index.json", write_gallery, lambda: opened_gallery().names, "remove it and make it again"),

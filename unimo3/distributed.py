@@ -60,11 +60,9 @@ def init() -> World:
             f"{', '.join(missing)}: not in the environment, though WORLD_SIZE is {os.environ['WORLD_SIZE']}; set RANK "
             "to this process's number, MASTER_ADDR and MASTER_PORT to a host and port that all ranks share"
         )
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
     if world_size_from_environment() == 1:
         # Alone it meets nobody, whatever address another program has left in the environment.
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -45,17 +45,21 @@ NO_ANSWER = (
     errno.EREMOTEIO,
 )
 CHECK_MOUNT = "check the server or the mount, then start the same command again"
-# Limits of a disk or of the process that people have to raise.
+# Permissions, and limits of a disk or of the process, that people have to change.
+_CHECK_OWNER = "check the owner and the permissions of the file and its folder (umask)"
 _REMEDIES = {
     errno.ENOSPC: "free space, then start the same command again",
     errno.EDQUOT: "free space or have the quota raised, then start the same command again",
     errno.EROFS: "mount it writable, or choose another folder",
+    errno.EACCES: _CHECK_OWNER,
+    errno.EPERM: _CHECK_OWNER,
     errno.EFBIG: "raise ulimit -f",
     errno.EMFILE: "raise ulimit -n, or lower data.num_workers and data.prefetch",
     errno.EAGAIN: "raise ulimit -u, or lower data.num_workers",
 }
-# Parts of the messages of a RuntimeError of Python's or torch's. A network may be unavailable for a while, too.
-_TEXTS = {os.strerror(number): number for number in _REMEDIES if number != errno.EAGAIN}
+# Parts of the messages of a RuntimeError of Python's or torch's. A network may be unavailable for a while, too, and a
+# driver may not permit an operation.
+_TEXTS = {os.strerror(number): number for number in _REMEDIES if number not in (errno.EAGAIN, errno.EPERM)}
 _TEXTS |= {"can't start new thread": errno.EAGAIN, "received 0 items of ancdata": errno.EMFILE}
 
 
@@ -209,6 +213,10 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         resume_collections()
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            # A process alone is rank 0, whatever another program's launcher has left in the environment.
+            for name in ("RANK", "LOCAL_RANK"):
+                os.environ.pop(name, None)
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its host; later it is the index of a GPU
         # A stream that was closed before the start is None: nothing can be printed to it.
         sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115

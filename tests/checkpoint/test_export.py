@@ -1,5 +1,6 @@
 """Exported weights: equal to the gathered ones in every form, checked as they are written, in bounded memory."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -27,9 +28,12 @@ from tests.checkpoint.exporting import (
     strip_to_plain,
 )
 from tests.checkpoint.ranks import unimo_output
-from unimo3.checkpoint import weights
+from unimo3.checkpoint import store, weights
+from unimo3.checkpoint.casting import TensorReport
 from unimo3.checkpoint.export import export_weights
+from unimo3.checkpoint.model_card import write_card
 from unimo3.checkpoint.safetensors_writer import SafetensorsWriter, read_header
+from unimo3.checkpoint.state import TrainState
 from unimo3.checkpoint.zero_reader import ZeroCheckpoint
 from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError
@@ -328,3 +332,16 @@ def test_from_pretrained_loads_split_fp16_weights(saved, tmp_path):
     assert run_program(saved.root / "unimo", "--out", single) == 0
     for name, weight in load_file(single / "model.safetensors").items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "half \ud83d", "déjà 犬"])
+def test_the_card_names_data_whose_folder_is_no_utf8(run_copy, tmp_path, name):
+    run = run_copy("fp32")
+    checkpoint = store.list_checkpoints(run)[-1]
+    state = TrainState.read(checkpoint / store.STATE)
+    facts = {"dataset": name, "split": "train", "samples": 5, "weight": 1.0, "fingerprint": "0" * 64}
+    dataclasses.replace(state, extra=state.extra | {"data": [facts]}).write(checkpoint / store.STATE)
+    (tmp_path / "config.json").write_text("{}")
+    write_card(run, checkpoint, tmp_path, "fp32", [TensorReport("a", [1], "float32", 1.0, 0, 0, "")])
+    shown = name.encode("utf-8", "backslashreplace").decode()
+    assert shown in (tmp_path / "README.md").read_text(encoding="utf-8")

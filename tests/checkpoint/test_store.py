@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from pretrain import checkpoints as program
+from pretrain.export import choose_checkpoint
 from tests.checkpoint.conftest import SavedRuns
 from tests.checkpoint.ranks import RUNS, load_runs
 from tests.spawn import run_ranks
-from unimo3.checkpoint import export, manifest, store
+from unimo3.checkpoint import export, load, manifest, store
 from unimo3.checkpoint.load import choose, newest_good, quarantine
 from unimo3.checkpoint.manifest import MANIFEST, flush_and_hash, write_manifest
 from unimo3.checkpoint.state import TrainState, capture_rng, load_rng, save_rng
@@ -467,6 +468,12 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_damaged(run_copy, tmp_pat
         assert run_program(command, str(run)) == 0
         assert "step_00000002  removed meanwhile\n" in capsys.readouterr().out
     moved.rename(listed[0])
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "verify", lambda folder: [str(folder.rename(moved))])
+        with pytest.raises(CheckpointError, match="step_00000002: was removed meanwhile"):
+            choose_checkpoint(run, "step_00000002")
+    moved.rename(listed[0])
     monkeypatch.setattr(export, "copy_model_files", lambda *_: listed[0].rename(moved))
     with pytest.raises(CheckpointError, match="step_00000002: was removed during the export"):
         export.export_run(run, listed[0], tmp_path / "out", "fp32", "error", 10**9)
@@ -478,3 +485,19 @@ def test_program_refuses_a_run_without_checkpoints(tmp_path, capsys):
     assert "has no committed checkpoint" in capsys.readouterr().err
     assert run_program("ls", str(tmp_path / "none")) == 78
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_a_newer_one_replaces_meanwhile_is_not_damaged(run_copy, monkeypatch, caplog):
+    run = run_copy("fp32")
+    older, newer = store.list_checkpoints(run)
+    newest, stock = newer.with_name("step_00000006"), manifest.verify
+
+    def verify(folder: Path, *part: int) -> list[str]:
+        if folder == newer:  # the run saves, and removes the others
+            newer.rename(newest)
+            shutil.rmtree(older)
+        return stock(folder, *part)
+
+    monkeypatch.setattr(load, "verify", verify)
+    assert choose(run) == (newest, [])
+    assert "damaged" not in caplog.text

@@ -52,13 +52,22 @@ def test_overwrite_does_not_take_the_index_of_another_program_for_a_split(source
     assert (out / "thesis" / "index.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["1.tar.gz", "1.tgz", "1.tar.zst", "b.v2.tbz2", "1.TAR", "1.tar.Z", "1.txz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("1.tar.gz", "1.tgz", "1.tar.zst", "b.v2.tbz2", "1.TAR", "1.tar.Z", "1.txz", "1.tar.lz", "1.taz", "1.tar.7z"),
+        *("1.tar.aa", "1.tar.gz.ab", "1.tar.part", "1.tar.part2", "1.tar.001", "1.tgz.1"),
+    ],
+)
 def test_a_compressed_tar_is_named_and_not_skipped(tars, name, capfd):
     assert convert("index", "--src", str(tars)) == 0
     shutil.copy(tars / "0.tar", tars / name)
     capfd.readouterr()
     assert convert("index", "--src", str(tars)) == 78
-    assert f"1 tars are compressed, or their names do not end in .tar ({name}); decompress" in capfd.readouterr().err
+    assert (
+        f"1 tars are compressed or in parts, or their names do not end in .tar ({name}); decompress"
+        in capfd.readouterr().err
+    )
     assert convert("index", "--src", str(tars), "--verify") == 78
     assert f"{tars / name}: is not in index.json" in capfd.readouterr().err
     (tars / "0.tar").unlink()
@@ -67,7 +76,7 @@ def test_a_compressed_tar_is_named_and_not_skipped(tars, name, capfd):
 
 
 def test_other_files_next_to_the_tars_stay(tars):
-    names = ["0.tar.md5", "0.tar.json", "index.lock", "a.gz", "list.tar.txt"]
+    names = ["0.tar.md5", "0.tar.json", "0.tar.idx", "0.tar.sha256", "index.lock", "a.gz", "list.tar.txt"]
     for name in names:
         (tars / name).write_text("of others")
     assert convert("index", "--src", str(tars)) == 0

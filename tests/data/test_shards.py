@@ -315,6 +315,7 @@ def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_p
 
 def test_members_that_webdataset_ignores_are_no_samples(tmp_path):
     names = ["._a.jpg", "__info__.json", "README", "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.txt"]
+    names += ["__MACOSX/._a.jpg", "__meta__/c.jpg"]
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
@@ -352,3 +353,12 @@ def test_comments_of_other_formats_are_not_stored(tmp_path, length):
     for name in ("image.png", "image.gif"):
         assert read_image(tmp_path / name, ImageOptions(max_side=8)) == plain
     assert b"xxx" not in read_image(tmp_path / "image.gif", ImageOptions())[1]
+
+
+@pytest.mark.parametrize("key", ["__dQw4w9WgXcQ", "clips/__x", "__x_", "a__b__", "__a/x"])
+def test_a_key_with_two_underscores_is_one_of_a_sample(tmp_path, key):
+    write_tar(tmp_path / "0.tar", {"a": {"jpg": b"1", "txt": b"one"}, key: {"jpg": b"2", "txt": b"two"}})
+    assert convert("index", "--src", str(tmp_path)) == 0
+    index = ShardIndex(tmp_path)
+    assert [index.key(0, sample) for sample in range(2)] == ["a", key]
+    assert index.read(0, 1) == {"jpg": b"2", "txt": b"two"}

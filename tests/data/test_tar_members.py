@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import convert, draw_jpeg, index_again, write_tar
+from unimo3.data import members
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.members import scan
@@ -132,6 +133,7 @@ def test_members_that_are_not_read_are_counted_in_the_log(tmp_path, caplog):
             ("README", tarfile.REGTYPE),
             ("folder.x", tarfile.DIRTYPE),
             ("__info__.json", tarfile.REGTYPE),
+            ("._a.jpg", tarfile.REGTYPE),
             ("a.json", tarfile.REGTYPE),
             ("a.cls", tarfile.REGTYPE),
             ("a.mask.png", tarfile.REGTYPE),
@@ -146,8 +148,9 @@ def test_members_that_are_not_read_are_counted_in_the_log(tmp_path, caplog):
         "2 members are not read, such as 'b.jpg': it is a link or a device",
         "1 members are not read, such as 'README': its name has no ending",
     ]
-    assert messages[2].startswith("1 members are not read, such as 'a.mask.png': a sample's key ends at the first dot")
-    assert len(messages) == 3
+    assert messages[2].startswith("2 members are not read, such as '__info__.json': its name begins with a dot, or is")
+    assert messages[3].startswith("1 members are not read, such as 'a.mask.png': a sample's key ends at the first dot")
+    assert len(messages) == 4
 
 
 DOTTED = {
@@ -360,3 +363,22 @@ def test_tars_of_which_no_sample_can_be_read_are_refused(tmp_path, tars, counts,
     write_tar(tmp_path / "9.tar", {"good": {"webp": b"", "txt": b"a"}})
     assert convert("index", "--src", str(tmp_path)) == 0
     assert f"{tmp_path}: {sum(map(len, tars)) + 1} samples in" in capfd.readouterr().out
+
+
+def test_a_tar_of_keys_that_come_again_is_read_in_linear_time(tmp_path, monkeypatch):
+    calls, stock = [], members._role
+
+    def role(extension):
+        calls.append(extension)
+        return stock(extension)
+
+    monkeypatch.setattr(members, "_role", role)
+    num_calls = []
+    for num_frames in (100, 400):
+        frames = [(f"cam{side}", {f"{number:05d}.jpg": b"x"}) for number in range(num_frames) for side in "AB"]
+        write_tar(tmp_path / "0.tar", frames)
+        calls.clear()
+        with pytest.raises(DataError, match="no member of its 2 samples is read"):
+            scan(tmp_path / "0.tar")
+        num_calls.append(len(calls))
+    assert num_calls[1] <= 4 * num_calls[0]

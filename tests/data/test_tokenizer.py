@@ -1,20 +1,25 @@
 """Tokenizers of other makers: used rightly, or refused before a reader meets what they cannot do."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig
 
+from tests.data.mutations import mutated, property_settings
 from tests.tiny import tiny_config
 from unimo3.data.masking import Masking
 from unimo3.data.samples import PretrainSamples, TextEncoder
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import ImageTransform
+from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.errors import ConfigError
 from unimo3.model.args import resolve_tokens, tokenizer_errors
+from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3Model
 
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
@@ -130,6 +135,87 @@ def test_texts_are_padded_and_cut_on_the_right_whatever_the_folder_has(tmp_path)
         [0, *(ids(f"word{number}") for number in range(4)), 2],
     ]
     assert [TextEncoder(tokenizer, 6)(text)[0].tolist() for text in ("word1 word2", TEXT)] == batch["input_ids"]
+
+
+def ids_in_and_after_training(folder: str, exported: Path, texts: list[str]) -> list[list[list[int]]]:
+    """The ids of texts, without padding, as training reads them and as the exported folder's processor does."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.model_max_length = 12
+    encode = TextEncoder(tokenizer, 12)
+    trained = [ids[mask.astype(bool)].tolist() for ids, mask in map(encode, texts)]
+    Unimo3Processor(image_processor(16), tokenizer).save_pretrained(exported)
+    batch = Unimo3Processor.from_pretrained(exported)(text=texts, return_tensors="np")
+    masks = batch["attention_mask"].astype(bool)
+    return [trained, [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], masks, strict=True)]]
+
+
+TEXTS = ["word1 word2", TEXT, "word3 <mask> word4", "\ufeff", "<s> </s>"]
+FIELDS = {
+    "max_length": [6, 30, 0],
+    "stride": [2],
+    "truncation": [False, True],
+    "padding": [False, "max_length"],
+    "pad_to_multiple_of": [16],
+    "model_input_names": [["input_ids"], ["input_ids", "token_type_ids", "attention_mask"]],
+    "return_attention_mask": [False],
+    "return_token_type_ids": [True],
+    "return_overflowing_tokens": [True],
+    "return_offsets_mapping": [True],
+    "return_length": [True],
+    "split_special_tokens": [True],
+    "add_special_tokens": [False],
+    "is_split_into_words": [True],
+    "padding_side": ["left"],
+    "truncation_side": ["left"],
+    "clean_up_tokenization_spaces": [True],
+    "model_max_length": [5, 512],
+    "add_prefix_space": [True],
+    "add_bos_token": [False],
+    "add_eos_token": [False],
+    "do_lower_case": [True],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in FIELDS.items() for value in values])
+def test_a_field_of_the_folder_changes_no_text_after_training(tmp_path, field, value):
+    folder = changed(tmp_path / "tokenizer", "tokenizer_config.json", field, value=value)
+    try:
+        trained, exported = ids_in_and_after_training(folder, tmp_path / "exported", TEXTS)
+    except ConfigError:
+        return
+    assert exported == trained
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("truncation", {"direction": "Left", "max_length": 6, "strategy": "LongestFirst", "stride": 1}),
+        ("padding", {"strategy": {"Fixed": 20}, "direction": "Left", "pad_to_multiple_of": 8, "pad_id": 1}),
+    ],
+)
+def test_lengths_in_tokenizer_json_change_no_text_after_training(tmp_path, name, value):
+    value |= {"pad_type_id": 0, "pad_token": "<pad>"} if name == "padding" else {}
+    folder = changed(tmp_path / "tokenizer", "tokenizer.json", name, value=value)
+    trained, exported = ids_in_and_after_training(folder, tmp_path / "exported", TEXTS)
+    assert exported == trained
+    assert max(map(len, trained)) == 12
+
+
+@property_settings
+@given(data=st.data())
+def test_any_tokenizer_folder_is_used_alike_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "mutated_tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    write_tokenizer(folder / "tokenizer", SPECIAL)
+    name = data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]))
+    path = folder / "tokenizer" / name
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(data.draw(mutated(content))))
+    try:
+        trained, exported = ids_in_and_after_training(str(folder / "tokenizer"), folder / "exported", TEXTS)
+    except ConfigError:
+        return
+    assert exported == trained
 
 
 def changed(folder: Path, name: str, *path: str, value) -> str:

@@ -1,27 +1,33 @@
 """Damaged samples in pretraining and each task: used rightly, counted as bad, or one error; never lost."""
 
-import io
 import json
 import tempfile
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from finetune.nlvr2 import Nlvr2
 from finetune.retrieval import Retrieval
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, Reading
 from finetune.vqa import Vqa
-from tests.data.conftest import draw_jpeg, index_again, write_tar
+from tests.finetune.damage import (
+    NUM_GOOD,
+    PICTURES,
+    damaged,
+    nlvr2_content,
+    num_units,
+    pretraining_content,
+    snli_ve_content,
+    vqa_content,
+    write_shards,
+)
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.captioned import CaptionedImages
-from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import PretrainSamples, TextEncoder
@@ -32,86 +38,6 @@ from unimo3.training.evaluation import Unguarded
 from unimo3.training.retrieval.args import RankingArgs
 
 READER = ReaderArgs(0, 1)
-NUM_GOOD = 4
-GOOD = draw_jpeg(0, 8, 8)
-JUNK = [None, True, 0, 2**70, 1.5, float("nan"), "", " ", "\ud83d", "\ufeffa", "\0", "a " * 99, [], [[]], [None], {}]
-
-
-def saved(mode, kind):
-    file = io.BytesIO()
-    Image.new(mode, (8, 8)).save(file, kind)
-    return file.getvalue()
-
-
-# None: the member is missing.
-PICTURES = st.sampled_from(
-    [GOOD] * 8
-    + [GOOD[:200], b"", b"<html>not found</html>", None, saved("CMYK", "JPEG"), saved("P", "GIF")]
-    + [saved(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGBA", "I;16")]
-)
-
-
-def pretraining_content(number):
-    return {"image_id": number, "captions": [f"dog {number}", f"cat {number}"], "caption": "a dog"}
-
-
-def vqa_content(number):
-    asked = {"question": f"is it {number}?", "answers": ["yes", "no"], "answer_type": "other", "granularity": "fine"}
-    questions = [asked | {"question_id": 10 * number + item} for item in range(2)]
-    return {"image_id": number, "captions": ["a dog"], "questions": questions}
-
-
-def snli_ve_content(number):
-    hypotheses = [{"pair_id": f"{number}#{item}", "text": f"dog {item}", "label": "neutral"} for item in range(2)]
-    return {"image_id": number, "hypotheses": hypotheses, "captions": ["a dog"] * 3}
-
-
-def nlvr2_content(number):
-    return {"image_id": number, "identifier": f"dev-{number}-0-0", "statement": "both show dogs", "label": True}
-
-
-def paths(content, start=()):
-    """All paths of keys and numbers in a content."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return [path for key, value in inner for path in [(*start, key), *paths(value, (*start, key))]]
-
-
-@st.composite
-def damaged(draw, content):
-    """A json member: a content with up to two changes, in some encoding, perhaps cut off."""
-    content = deepcopy(content)
-    for _ in range(draw(st.integers(0, 2))):
-        if not content:
-            break
-        *parents, last = draw(st.sampled_from(paths(content)))
-        parent = content
-        for step in parents:
-            parent = parent[step]
-        match draw(st.sampled_from(["delete", "repeat", "wrap", "junk", "junk"])):
-            case "delete":
-                del parent[last]
-            case "repeat" if isinstance(parent, list):
-                parent.append(deepcopy(parent[last]))
-            case "wrap":
-                parent[last] = [parent[last]]
-            case _:
-                parent[last] = deepcopy(draw(st.sampled_from(JUNK)))
-    encoding = draw(st.sampled_from(["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-32"]))
-    data = json.dumps(content).encode(encoding)
-    half = data[: len(data) // 2]
-    return draw(st.sampled_from([data] * 6 + [half, data + b"]", b"", b"[" * 50_000, b"[1]", b"\xff"]))
-
-
-def num_units(kind, data):
-    """Units of reading of a json member: entries of the list, or one that is a bad sample."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        return 1
-    if not isinstance(content, dict) or kind is None:
-        return 1
-    entries = content.get(kind)
-    return len(entries) if isinstance(entries, list) else int(entries is not None)
 
 
 class Guess:
@@ -127,18 +53,6 @@ class Guess:
 
     def __call__(self, batch):
         return {"logits": torch.zeros(len(batch["pixel_values"]), self._num_classes)}
-
-
-def write(folder, content_of, images, position, member, picture):
-    """Two tars: four good samples, and one of a json member and a picture for each of its images."""
-    samples = [dict.fromkeys(images, GOOD) | {"json": json.dumps(content_of(n)).encode()} for n in range(NUM_GOOD)]
-    damaged_images = {} if picture is None else dict.fromkeys(images, picture)
-    samples.insert(position, damaged_images | {"json": member})
-    named = [(str(number), members) for number, members in enumerate(samples)]
-    for number, part in enumerate((named[:2], named[2:])):
-        write_tar(folder / f"{number}.tar", part)
-    index_again(folder)
-    return ShardIndex(folder)
 
 
 def texts_of(field, content):
@@ -200,7 +114,7 @@ def test_a_damaged_sample_of_a_task_is_never_lost(tokenizer, encode, name, data,
     task, content_of, kind, field, images, num_classes = TASKS[name]
     member = data.draw(damaged(content_of(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
-        index = write(Path(folder), content_of, images, position, member, picture)
+        index = write_shards(Path(folder), content_of, images, [(position, member, picture)])
         reading = Reading(tokenizer, 12, ImageTransform(8), 0)
         samples = task.samples(index, reading)
         num_damaged = num_units(kind, member)
@@ -232,7 +146,7 @@ def test_a_damaged_sample_of_a_task_is_never_lost(tokenizer, encode, name, data,
 def test_a_damaged_sample_of_captions_is_never_lost(tokenizer, encode, is_retrieval, data, picture, position):
     member = data.draw(damaged(pretraining_content(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
-        index = write(Path(folder), pretraining_content, ["jpg"], position, member, picture)
+        index = write_shards(Path(folder), pretraining_content, ["jpg"], [(position, member, picture)])
         assert DataArgs(train=folder).shard_errors("captions") == []
         reading = Reading(tokenizer, 12, ImageTransform(8), 0)
         trained = PretrainSamples(index, *reading[:3], 0.15, 0)

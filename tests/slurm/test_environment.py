@@ -1,7 +1,10 @@
 """Jobs whose environment changes what Slurm's commands print, or what belongs to another job: the result stays."""
 
+import os
+
 import pytest
 
+from slurm import history
 from tests.slurm.test_work import batch, script_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
@@ -21,29 +24,63 @@ HOSTILE = {
     "SLURM_NTASKS_PER_NODE": "7",
     "SLURM_ARRAY_JOB_ID": "1",
     "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_MEM_PER_NODE": "100",
+    "SLURM_MEM_PER_GPU": "100",
+    "SLURM_GPUS_PER_TASK": "3",
+    "SLURM_GPU_BIND": "map_gpu:7",
+    "SLURM_TIMELIMIT": "1-00",
+    "SLURM_RESTART_COUNT": "9",
+    "SLURM_CPUS_PER_TASK": "64",
+    "SRUN_CPUS_PER_TASK": "64",
+    "SBATCH_SIGNAL": "B:USR1@60",
+    "SBATCH_EXPORT": "ALL",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
     "LC_ALL": "de_DE.UTF-8",
+    "LC_NUMERIC": "de_DE.UTF-8",
     "LANG": "ja_JP.eucJP",
     "TZ": "Asia/Kathmandu",
     "TMPDIR": "/nowhere",
+    "CDPATH": "/",
+    "PATH": "/nowhere:/usr/bin:/bin",
+    "LD_PRELOAD": "/nowhere/library.so",
 }
+ENDS_75_THEN_78 = """#!/bin/bash
+[[ "$*" == "-m pretrain.train "* ]] || exec {python} "$@"
+! mkdir {folder}/once.$SLURM_JOB_ID || exit 75
+exit 78
+"""
 
 
-def test_no_inherited_variable_changes_what_a_job_does(site, tmp_path):
-    facts = 'echo "$JOB has $NUM_RANKS ranks, $(seconds_left) s, is $(state_of "$JOB")"'
-    script = script_of(tmp_path, f"{facts}; ((NUM_RESTARTS == 0)) || exit 0; apply_action requeue why")
+def test_no_inherited_variable_changes_what_becomes_of_a_job(site, tmp_path):
+    facts = 'echo "$JOB has $NUM_RANKS ranks, $(seconds_left) s, is $(state_of "$JOB"), restart $NUM_RESTARTS" || true'
+    train = f"train pretrain.train --config {site.recipe} --run.dir {tmp_path} --run.name $SLURM_JOB_ID"
+    script = script_of(tmp_path, f"{facts}; {train}")
+    python = tmp_path / "python"
+    python.write_text(ENDS_75_THEN_78.format(python=site.python, folder=tmp_path))
+    python.chmod(0o755)
     prints = tmp_path / "prints.sh"
     prints.write_text("echo a banner\n")
-    variables = HOSTILE | {"BASH_ENV": str(prints)}
-    append = ("--open-mode=append",)
-    jobs = {name: batch(site, script, options=append, **{name: value}) for name, value in variables.items()}
+
+    def submit(options=("--mem-per-cpu=10",), **variables):
+        options = ("--open-mode=append", "--signal=USR2@300", *options)
+        return batch(site, script, options=options, UNIMO3_PYTHON=str(python), PREFLIGHT="no", **variables)
+
+    jobs = {name: submit(**{name: value}) for name, value in {**HOSTILE, "BASH_ENV": str(prints)}.items()}
+    before = os.umask(0o077)
+    jobs["umask"] = submit()
+    os.umask(before)
+    jobs["a full disk for the log"] = submit(options=("--output=/dev/full",))
     for name, job in jobs.items():
-        site.wait_state(job, "COMPLETED")
-        starts = [line for line in site.log(job).splitlines() if line.startswith(f"{job} has 1 ranks, ")]
-        assert len(starts) == 2, (name, site.log(job))
-        for start in starts:
-            assert 7000 < int(start.split(", ")[1].split()[0]) <= 7200, (name, start)
-            assert start.endswith("is RUNNING"), (name, start)
-        assert site.cluster.job(job)["Restarts"] == "1", name
+        site.wait_state(job, "SPECIAL_EXIT")
+        assert site.cluster.job(job)["Comment"].startswith("held: a setting, a file or a checkpoint"), name
+        assert [end.action for end in history.read(tmp_path / str(job))] == ["requeue", "hold"], name
+        starts = [line for line in site.log(job).splitlines() if line.startswith(f"{job} has ")]
+        for number, start in enumerate(starts):
+            ranks, left, state, restart = start.removeprefix(f"{job} has ").split(", ")
+            assert (ranks, state, restart) == ("1 ranks", "is RUNNING", f"restart {number}"), name
+            assert 7000 < int(left.split()[0]) <= 7200, (name, start)
+        assert len(starts) == (0 if name == "a full disk for the log" else 2), name
+    site.cluster.call("scancel", *jobs.values())
 
 
 def test_a_job_submitted_inside_an_arrays_link_is_not_the_link(site, tmp_path):
@@ -81,8 +118,8 @@ def test_the_number_of_ranks_is_the_jobs_or_the_sites(site, tmp_path):
 
 def test_tasks_that_see_a_gpu_each_pass_and_a_shared_one_holds_the_job(site, tmp_path):
     shared = "unset SLURM_GPUS_PER_TASK; export SLURM_GPU_BIND=map_gpu:0,0 SLURM_GPUS_PER_NODE=2; ulimit -S -n 200"
-    preflight = "HOSTS=$SLURMD_NODENAME GPUS_PER_NODE=2; preflight; echo passed"
-    script = script_of(tmp_path, f"{preflight}; {shared}; preflight; echo passed again")
+    preflight = "HOSTS=$SLURMD_NODENAME; preflight 2; echo passed"
+    script = script_of(tmp_path, f"{preflight}; {shared}; preflight 2; echo passed again")
     python = site.folder / "python_with_gpus"
     does = '[[ "$*" != *slurm.preflight* ]] || set -- -m tests.fake_gpus "${@:2}"'
     python.write_text(f'#!/bin/bash\n{does}\nexec {site.python} "$@"\n')

@@ -1,5 +1,8 @@
 """What a job does next."""
 
+import json
+import os
+
 import pytest
 
 from slurm import bad_nodes, history
@@ -51,16 +54,42 @@ CLASSES = {
     "a stop before the first step": lambda run: end(run, "7", 75, MAX_RESTARTS),
     "a preemption before the first step": lambda run: end(run, "7", 143, MAX_RESTARTS, state="PREEMPTED"),
     "pre-flight": lambda run: preflight(run, "7", ["n1", "n2"], run / "none", 1, MAX_RESTARTS),
+    "a bad node": lambda run: preflight(run, "7", ["n1", "n2"], bad_node(run), 1, MAX_RESTARTS),
+    "a link of an array": lambda run: end_of_link(run),
+    "a wrong setting": lambda run: end(run, "7", 78, MAX_RESTARTS),
+    "a loss that diverged": lambda run: end(run, "7", 70, MAX_RESTARTS),
 }
 
 
+AGAIN = [kind for kind in CLASSES if kind not in ("a wrong setting", "a loss that diverged")]
+
+
+def bad_node(run):
+    """Results of checks by which one of two nodes is bad."""
+    (run / "results").mkdir(exist_ok=True)
+    for node, problems in (("n1", ["no GPU"]), ("n2", [])):
+        (run / "results" / f"{node}.json").write_text(json.dumps({"problems": problems, "job": []}))
+    return run / "results"
+
+
+def end_of_link(run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_ARRAY_TASK_ID", "1")
+        patch.setenv("SLURM_ARRAY_TASK_MAX", "900")
+        return end(run, "7_1", 75, MAX_RESTARTS)
+
+
 @pytest.mark.parametrize("saves", [False, True])
-@pytest.mark.parametrize("kinds", [[kind] for kind in CLASSES] + [list(CLASSES)], ids="+".join)
+@pytest.mark.parametrize("kinds", [[kind] for kind in CLASSES] + [AGAIN], ids="+".join)
 def test_a_month_of_failures_ends_within_the_budget(tmp_path, monkeypatch, kinds, saves):
     monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
     for number in range(1, 500):
-        if begin(tmp_path, "7", ["n1", "n2"], MAX_RESTARTS, {})[0] == "hold":
+        action = begin(tmp_path, "7", ["n1", "n2"], MAX_RESTARTS, {})[0]
+        if action == "hold":
             break
+        if action == "exclude":
+            (tmp_path / "bad_nodes.jsonl").unlink()  # as if it had expired
+            continue
         if saves:
             folder = tmp_path / "checkpoints" / f"step_{number:08d}"
             folder.mkdir(parents=True)
@@ -73,7 +102,19 @@ def test_a_month_of_failures_ends_within_the_budget(tmp_path, monkeypatch, kinds
     assert number <= (len(kinds) * (MAX_RESTARTS + 2) if saves else 12), number
 
 
-STOPS = {"a stop before the first step", "a preemption before the first step"}
+STOPS = {"a stop before the first step", "a preemption before the first step", "a link of an array"}
+
+
+def test_where_the_list_cannot_be_written_the_run_excludes_the_node_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BAD_NODES", "/dev/full")
+    history.append(tmp_path, "begin", job="7", restart=0, nodes="n1 n2", checkpoint=None)
+    action, reason = preflight(tmp_path, "7", ["n1", "n2"], bad_node(tmp_path), 1, MAX_RESTARTS)
+    assert (action, reason) == ("exclude", "n1 n1: no GPU")
+    assert "/dev/full cannot be written (No space left on device): only" in capsys.readouterr().err
+    assert bad_nodes.current(tmp_path) == {"n1": "no GPU"}
+    assert bad_nodes.current() == {}
+    assert begin(tmp_path, "7", ["n1", "n2"], MAX_RESTARTS, {})[0] == "exclude"
+    assert begin(tmp_path, "7", ["n2", "n3"], MAX_RESTARTS, {})[0] == "go"
 
 
 def test_a_status_with_a_reason_has_precedence(tmp_path):
@@ -87,8 +128,10 @@ def test_a_status_with_a_reason_has_precedence(tmp_path):
 
 def ends(folder, *statuses):
     """Ranks that ended one after the other."""
-    for rank, status in enumerate(statuses):
-        (folder / f"end_{rank}").write_text(f"1764{rank:06d},5 {status}\n")  # as bash writes it where a comma is usual
+    for number, (rank, status) in enumerate(zip(reversed(range(len(statuses))), statuses, strict=True)):
+        path = folder / f"end_{rank}"
+        path.write_text(f"{status}\n")
+        os.utime(path, (1764000000 + number,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +180,9 @@ def test_a_job_with_an_unwritable_folder_is_held(tmp_path, monkeypatch, capsys, 
     monkeypatch.setenv("JOB", "7")
     monkeypatch.setattr("sys.argv", ["requeue_policy", event, "--run", str(run), "--status", str(status)])
     main()
-    answer = f"answer: {action} {run} cannot be written (Not a directory): check space, quota and permissions\n"
-    assert capsys.readouterr().out == answer
+    answer = capsys.readouterr().out
+    assert answer.startswith(f"answer: {action} {run}")
+    assert answer.endswith(" cannot be written (Not a directory): check space, quota and permissions\n")
 
 
 def test_the_reason_quotes_the_programs_error(tmp_path):

@@ -1,7 +1,10 @@
 """One job at a time on a folder, however many begin at once."""
 
+import errno
 import multiprocessing
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +63,24 @@ def test_the_lock_leaves_one_file(tmp_path):
     run_lock.acquire(tmp_path, "1", 0, lambda job: True)
     run_lock.acquire(tmp_path, "2", 0, lambda job: True)
     assert [path.name for path in (tmp_path / "slurm" / "starts").iterdir()] == ["000001"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_has_locks_too(tmp_path, monkeypatch, number):
+    def hardlink_to(path, target):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    assert run_lock.acquire(tmp_path, "1", 0, lambda job: True) is None
+    assert run_lock.acquire(tmp_path, "2", 0, lambda job: True) == "1"
+    assert run_lock.acquire(tmp_path, "2", 0, lambda job: False) is None
+    assert run_lock.acquire(tmp_path, "3", 0, lambda job: True) == "2"
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_job_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_LOOK_S", 0.0)
+    folder = tmp_path / "slurm" / "starts"
+    folder.mkdir(parents=True)
+    (folder / "000001").touch()
+    assert run_lock.acquire(tmp_path, "2", 0, lambda job: True) is None
+    assert run_lock.acquire(tmp_path, "3", 0, lambda job: True) == "2"

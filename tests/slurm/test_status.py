@@ -156,7 +156,7 @@ def test_prometheus_reads_the_values_of_runs_that_have_some(run, tmp_path, fake_
     manifest.parent.mkdir(parents=True)
     manifest.touch()
     os.utime(manifest, (time.time() - 900, time.time() - 900))
-    bad_nodes.add("n9", "no GPU", "7")
+    bad_nodes.add(run, "n9", "no GPU", "7")
     new = tmp_path / 'new "run"'
     new.mkdir()
     (new / "config.yaml").touch()

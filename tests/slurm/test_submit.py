@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from slurm import bad_nodes, submit, submit_checks
 from slurm.commands import job_environment
+from slurm.site_config import Site, read_site
 
 # Has no room: what the kernel shows there takes none.
 FULL = Path("/sys/kernel")
@@ -257,7 +258,7 @@ def test_each_kind_of_job_gets_the_options_that_the_site_has_for_it(checked, tra
         "GPUS_PER_NODE=2 SBATCH_OPTIONS=(--partition=gpu --exclude=n7 '--comment=two words' --signal=USR2@90) "
         "SBATCH_OPTIONS_CPU=(--partition=cpu)\n"
     )
-    bad_nodes.add("n1", "no GPU", "3")
+    bad_nodes.add(tmp_path, "n1", "no GPU", "3")
     status, text = checked("--dry-run", *training)
     assert status == 0
     assert "--partition=gpu --exclude=n7 '--comment=two words'" in text
@@ -348,3 +349,13 @@ def test_a_conversions_source_is_reported_as_the_room_it_needs(checked, tmp_path
     status, text = checked("--dry-run", *words, "--max-side", "384")  # who knows how much that leaves
     assert status == 0
     assert "note: --out" in text
+
+
+@pytest.mark.integration
+def test_a_script_of_bash_env_that_prints_changes_no_setting_of_the_site(tmp_path, monkeypatch):
+    prints = tmp_path / "prints.sh"
+    prints.write_text("echo a banner; printf 'without an end'\n")
+    monkeypatch.setenv("BASH_ENV", str(prints))
+    path = tmp_path / "site.env"
+    path.write_text("GPUS_PER_NODE=8\nSBATCH_OPTIONS=(--partition=x '--comment=two words')\necho a greeting\n")
+    assert read_site(path) == Site(8, ["--partition=x", "--comment=two words"])

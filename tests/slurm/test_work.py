@@ -82,6 +82,21 @@ def test_a_killed_conversion_is_requeued_and_continues_within_its_budget(site, s
     site.cluster.call("scancel", other)
 
 
+def test_a_conversion_goes_elsewhere_when_its_node_has_no_disk(site, source, tmp_path):
+    (tmp_path / "a_file").touch()
+    (tmp_path / "site.env").write_text(
+        f"if mkdir {tmp_path}/once 2>/dev/null; then LOCAL_DISK={tmp_path}/a_file/no; fi\n"
+    )
+    words = ("slurm/prepare_shards.sbatch", "coco", "--src", source, "--out", tmp_path / "o")
+    noted = {"UNIMO3_SITE": str(tmp_path / "site.env"), "BAD_NODES": str(tmp_path / "bad_nodes.jsonl")}
+    job = batch(site, *words, **noted)
+    site.wait_state(job, "COMPLETED")
+    first, last = history.read(tmp_path / "o.job")
+    assert (first.action, last.action) == ("exclude", "done")
+    assert "a_file/no: cannot be written" in first.reason
+    assert last.nodes != first.nodes
+
+
 def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     both = f"until (($(find {tmp_path} -name 'ready.*' | wc -l) == 2)); do sleep 0.1; done"
     begin = 'apply_policy begin --run "$RUN" --nodes n1'

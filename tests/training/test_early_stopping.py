@@ -1,15 +1,19 @@
 """The best checkpoint on held-out data: noted once it is committed, spared by retention; when to end early."""
 
+import errno
+import itertools
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from pretrain.export import choose_checkpoint
 from pretrain.train import PretrainConfig
-from unimo3.checkpoint import store
+from unimo3.checkpoint import manifest, store
 from unimo3.checkpoint.best_record import BestRecord, read_best
 from unimo3.checkpoint.manifest import flush_and_hash, write_manifest
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
 from unimo3.training.early_stopping import Best, BestArgs
 from unimo3.training.metrics import MetricsWriter
 from unimo3.training.run import Run, RunArgs
@@ -122,3 +126,28 @@ def test_export_takes_the_best_by_name(run):
         evaluate(run, best, step, value)
     commit(run)
     assert choose_checkpoint(run.folder, "best").checkpoint.name == "step_00000002"
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_record_without_an_answer_loses_no_best_checkpoint(run, monkeypatch, number):
+    best = Best(BestArgs(), "accuracy", "val", 2)
+    for step, value in ((2, 0.9), (4, 0.4), (6, 0.4)):
+        evaluate(run, best, step, value)
+        commit(run)
+    answers, stock = iter([False]), Path.read_text
+
+    def read_text(path, *arguments, **options):
+        if path.name == "best.json" and not next(answers, True):
+            raise OSError(number, os.strerror(number), str(path))
+        return stock(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(manifest, "_PAUSE_S", 0.0)
+    assert [folder.name for folder in store.prune(run.folder, 1, 0)] == ["step_00000004"]
+    answers = itertools.repeat(False)
+    for fails in (lambda: store.prune(run.folder, 1, 0), lambda: evaluate(run, best, 8, 0.5)):
+        with pytest.raises(UnreachableError, match=r"best\.json: the storage does not answer"):
+            fails()
+    answers = itertools.repeat(True)
+    assert read_best(run.folder).step == 2
+    assert [folder.name for folder in store.list_checkpoints(run.folder)] == ["step_00000002", "step_00000006"]

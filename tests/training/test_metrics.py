@@ -23,7 +23,7 @@ def write(folder, steps, resumed_step=0):
 def test_each_step_is_recorded_once_after_a_kill_and_a_resume(tmp_path):
     write(tmp_path, range(1, 8))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')
+        file.write("{}\n" + "[" * 100_000 + '\n{"step": null}\n{"step": 8, "lo')
     write(tmp_path, range(6, 10), resumed_step=5)
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 10))
     assert [record["step"] for record in read_metrics(tmp_path, group="eval")] == [9]

@@ -1,5 +1,6 @@
 """The end of a process without progress, and who is named for it."""
 
+import errno
 import json
 import os
 import re
@@ -177,6 +178,27 @@ def test_a_locked_run_is_refused_and_a_job_waits_for_its_lock(tmp_path, monkeypa
     heartbeat.lock_run(tmp_path)
     assert other.returncode == 0
     assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
+
+
+@pytest.mark.parametrize("is_slurm", [False, True])
+def test_heartbeats_alone_protect_a_run_where_nothing_can_be_locked(tmp_path, monkeypatch, is_slurm):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(heartbeat.fcntl, "lockf", lockf)
+    monkeypatch.delenv("UNIMO3_STATUS_DIR", raising=False)
+    if is_slurm:
+        monkeypatch.setenv("UNIMO3_STATUS_DIR", str(tmp_path))
+        monkeypatch.setattr(heartbeat, "_LOCK_WAIT_S", 0.0)
+    path = tmp_path / "heartbeats" / "rank_00000.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(vars(beat(0, "compute", 9, since_s=5.0))))
+    with pytest.raises(ConfigError, match="uses this run"):
+        heartbeat.lock_run(tmp_path)
+    if is_slurm:  # after the loss of a node
+        monkeypatch.setattr(heartbeat, "_LOCK_WAIT_S", 60.0)
+        monkeypatch.setattr(heartbeat.time, "sleep", lambda _: path.unlink())
+        heartbeat.lock_run(tmp_path)
 
 
 @pytest.mark.parametrize("ahead_s", [3600, -3600])

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unimo3.atomic_write import replace_text
-from unimo3.errors import ConfigError
+from unimo3.checkpoint.manifest import read_with_retries
+from unimo3.errors import ConfigError, UnreachableError
 from unimo3.versions import check_version
 
 BEST = "best.json"
@@ -37,18 +38,20 @@ def read_best(run: Path) -> BestRecord | None:
 
     Raises:
         ConfigError: a newer program recorded it.
+        UnreachableError: the storage does not answer; there may be one.
+        OSError: the file cannot be read for another reason.
     """
     try:
-        content = json.loads((run / BEST).read_text())
+        content = json.loads(read_with_retries(run / BEST, (run / BEST).read_text))
         check_version(run / BEST, content, (_VERSION,))
         content.pop("version", None)
         if "figure" in content:  # the field's name until version 0.1
             content["metric"] = content.pop("figure")
         record = BestRecord(**content)
         return record if isinstance(record.tag, str) else None
-    except ConfigError:
+    except (ConfigError, UnreachableError):
         raise
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

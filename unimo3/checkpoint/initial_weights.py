@@ -109,7 +109,8 @@ def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
             f"verifying {checkpoint}", lambda: store.verify(checkpoint, rank, size), "name another one"
         )
         if problems := [problem for part in by_rank for problem in part]:
-            raise CheckpointError(f"init: '{init}': is damaged ({'; '.join(problems)}); name another checkpoint")
+            condition = f"is damaged ({'; '.join(problems)})" if checkpoint.exists() else "was removed meanwhile"
+            raise CheckpointError(f"init: '{init}': {condition}; name another checkpoint")
 
     def export() -> None:
         if rank == 0:

@@ -33,15 +33,20 @@ def choose(run: Path) -> tuple[Path | None, list[Path]]:
     Raises:
         CheckpointError: on every rank; a rank cannot read the folder.
     """
-    damaged: list[Path] = []
-    # All ranks use rank 0's listing: on a shared file system others may still see an older one.
-    listed = on_all_ranks(f"listing {folder_of(run)}", lambda: list_folders(run) if world()[0] == 0 else None, _LOOK)[0]
-    for folder in reversed(listed):
-        if not (problems := _problems(folder)):
-            return folder, damaged
-        damaged.append(folder)
-        if world()[0] == 0:
-            log.warning("%s is damaged and skipped: %s", folder, "; ".join(problems))
+    is_changed = True
+    while is_changed:
+        is_changed = False
+        damaged: list[Path] = []
+        for folder in reversed(_listed(run)):
+            if not (problems := _problems(folder)):
+                return folder, damaged
+            # A run that trains meanwhile removes old ones when it has saved a newer one.
+            if folder not in _listed(run):
+                is_changed = True
+                continue
+            damaged.append(folder)
+            if world()[0] == 0:
+                log.warning("%s is damaged and skipped: %s", folder, "; ".join(problems))
     return None, damaged
 
 
@@ -101,6 +106,13 @@ def describe_engine(engine: Engine) -> str:
     """What decides the form of an engine's files, such as ``ZeRO-3 bf16``."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     return f"ZeRO-{engine.zero_optimization_stage()} {precision}"
+
+
+def _listed(run: Path) -> list[Path]:
+    """Rank 0's listing for all ranks: on a shared file system others may still see an older one."""
+    listing = on_all_ranks(f"listing {folder_of(run)}", lambda: list_folders(run) if world()[0] == 0 else [], _LOOK)
+    folders: list[Path] = listing[0]
+    return folders
 
 
 def _problems(folder: Path) -> list[str]:

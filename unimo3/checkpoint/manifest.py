@@ -67,7 +67,7 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         CheckpointError: a newer program wrote it.
     """
     try:
-        entries = _answer(folder / MANIFEST, lambda: _read(folder))
+        entries = read_with_retries(folder / MANIFEST, lambda: _read(folder))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
@@ -77,16 +77,38 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
     subset = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         problems = list(
-            pool.map(lambda entry: _answer(folder / entry["name"], lambda: _problem(folder, entry)), subset)
+            pool.map(lambda entry: read_with_retries(folder / entry["name"], lambda: _problem(folder, entry)), subset)
         )
     sound = [folder / entry["name"] for entry, problem in zip(subset, problems, strict=True) if not problem]
-    problems += [_answer(path, partial(_content_problem, path)) for path in sound]
+    problems += [read_with_retries(path, partial(_content_problem, path)) for path in sound]
     if part == 0:
         # DeepSpeed and export take such files by pattern, so an unlisted one must not be in the folder.
         names = {entry["name"] for entry in entries}
         stray = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.pt"))]
         problems += [f"{name} is not listed in {MANIFEST}" for name in stray if name not in names]
     return [problem for problem in problems if problem]
+
+
+def read_with_retries(path: Path, read: Callable[[], Result]) -> Result:
+    """What `read` returns of a file, after a pause if the storage does not answer at first.
+
+    Raises:
+        UnreachableError: it does not answer.
+        OSError: the file cannot be read for another reason.
+    """
+    for number in range(1, _NUM_TRIES + 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in NO_ANSWER:
+                raise
+            if number == _NUM_TRIES:
+                raise UnreachableError(
+                    f"{path}: the storage does not answer ({error.strerror}, {number} tries), so "
+                    f"it may be good; {CHECK_MOUNT}"
+                ) from error
+            time.sleep(_PAUSE_S)
+    raise AssertionError("unreachable")
 
 
 def sha256_of(path: Path) -> str:
@@ -150,23 +172,6 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
             raise
         return f"{name!r} cannot be read ({error})"
     return ""
-
-
-def _answer(path: Path, read: Callable[[], Result]) -> Result:
-    """What `read` returns of a file, after a pause if the storage does not answer at first."""
-    for number in range(1, _NUM_TRIES + 1):
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in NO_ANSWER:
-                raise
-            if number == _NUM_TRIES:
-                raise UnreachableError(
-                    f"{path}: the storage does not answer ({error.strerror}, {number} tries), so "
-                    f"the checkpoint may be good; {CHECK_MOUNT}"
-                ) from error
-            time.sleep(_PAUSE_S)
-    raise AssertionError("unreachable")
 
 
 def _content_problem(path: Path) -> str:

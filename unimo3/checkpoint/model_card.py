@@ -53,7 +53,9 @@ def write_card(run: Path, checkpoint: Path, out: Path, dtype: str, reports: Sequ
     text += f"[arXiv {_PAPER}](https://arxiv.org/abs/{_PAPER}). "
     text += f"unimo3 {__version__} exported them from `{checkpoint.name}`."
     text += "".join(f"\n\n## {title}\n\n{content}" for title, content in sections.items())
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(out / CARD)
+    # Names of data sets are those of folders, which need not be UTF-8.
+    card = f"---\n{data.to_yaml()}\n---\n\n{text}\n".encode("utf-8", "backslashreplace").decode()
+    ModelCard(card).save(out / CARD)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -48,7 +48,7 @@ from unimo3.checkpoint.state import TrainState, capture_rng, save_rng
 from unimo3.checkpoint.store import SAVE_FIX
 from unimo3.distributed import all_gather_object, on_all_ranks, world
 from unimo3.engine import Engine
-from unimo3.errors import CheckpointError
+from unimo3.errors import CheckpointError, UnreachableError
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class Saver:
             return
         try:
             store.prune(self._run, self._args.keep_last, self._args.keep_every, known_good=folder)
-        except OSError as error:  # the checkpoint itself is there, and the next save tries again
+        except (OSError, UnreachableError) as error:  # the checkpoint is there, and the next save tries again
             log.warning("%s: old checkpoints could not be removed (%s)", self._run, error)
 
 

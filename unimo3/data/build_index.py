@@ -34,7 +34,12 @@ log = logging.getLogger(__name__)
 
 _NUM_SHOWN = 10
 _LOCK = ".unimo3-lock"
-_TAR = re.compile(r"\.(tar|tar\.(gz|bz2|xz|zst|zstd|lz4|lzma|lzo|br|z)|tgz|tbz2?|txz|tlz|tzst)$", re.IGNORECASE)
+# Plain and compressed tars, and parts of them, such as those of split(1).
+_ENDINGS = "gz|bz2|xz|zst|zstd|lz|lz4|lzma|lzo|br|sz|z|7z|zip"
+_PARTS = r"[a-z]{2}|aa[a-z]|part\d*|\d+"
+_TAR = re.compile(
+    rf"\.(tar|tar(\.({_ENDINGS}))?(\.({_PARTS}))?|(tgz|taz|tbz2?|tz2|txz|tlz|tzst)(\.({_PARTS}))?)$", re.IGNORECASE
+)
 
 
 def index(source: Path, overwrite: bool, comm: Any) -> None:
@@ -100,8 +105,8 @@ def _check_source(source: Path, folder: Path, paths: list[Path], overwrite: bool
     """Check that the folder has tars, all of which can be read, and that an index may be written there."""
     if others := _not_plain(folder):
         raise DataError(
-            f"--src {source}: {len(others)} tars are compressed, or their names do not end in .tar "
-            f"({', '.join(others[:3])}); decompress and rename them, or move them away"
+            f"--src {source}: {len(others)} tars are compressed or in parts, or their names do not end in .tar "
+            f"({', '.join(others[:3])}); decompress, join and rename them, or move them away"
         )
     if not paths:
         raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
@@ -116,7 +121,7 @@ def _check_source(source: Path, folder: Path, paths: list[Path], overwrite: bool
 
 
 def _not_plain(folder: Path) -> list[str]:
-    """Names of the tars that are compressed, or whose ending is not .tar."""
+    """Names of the tars that are compressed or in parts, or whose ending is not .tar."""
     return sorted(path.name for path in folder.iterdir() if _TAR.search(path.name) and path.suffix != ".tar")
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import operator
+import re
 import tarfile
 import zipfile
 from collections import Counter
@@ -30,6 +31,7 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp"),
     *("jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm"),
 )
+_NO_SAMPLE = re.compile(r"(^|/)__[^/]*__($|/)")
 # The extensions that any task reads; those with a number are of a pair of images.
 _READ = frozenset(
     ["json", "txt", *IMAGE_EXTENSIONS, *(f"{number}.{name}" for number in range(2) for name in IMAGE_EXTENSIONS)]
@@ -155,18 +157,20 @@ class _Sample:
     Attributes:
         part: number of the joined tar.
         members: offset and size by extension.
+        roles: what its members are for a sample, which needs one of each.
         num_items: of each of `COUNTED_KINDS`.
     """
 
     key: str
     part: int
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    roles: set[str] = field(default_factory=set)
     num_items: list[int] = field(default_factory=lambda: [0] * len(COUNTED_KINDS))
 
-    @property
-    def roles(self) -> set[str]:
-        """What its members are for a sample, which needs one of each."""
-        return {_role(extension) for extension in self.members}
+    def add(self, extension: str, offset: int, size: int) -> None:
+        """Add a member."""
+        self.members[extension] = (offset, size)
+        self.roles.add(_role(extension))
 
     @property
     def has_image(self) -> bool:
@@ -176,6 +180,7 @@ class _Sample:
     def take(self, other: "_Sample") -> None:
         """Add the members of another."""
         self.members |= other.members
+        self.roles |= other.roles
         self.num_items = [sum(counts) for counts in zip(self.num_items, other.num_items, strict=True)]
 
 
@@ -214,8 +219,11 @@ class _Samples:
         """
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
-        # Not part of a sample, as in webdataset: names that begin with a dot or two underscores.
-        if member.isdir() or not stem or stem.startswith("__"):
+        if member.isdir():
+            return
+        # As in webdataset.
+        if not stem or _NO_SAMPLE.search(f"{folder}/{stem}"):
+            self._skip(member.name, "its name begins with a dot, or is __enclosed__ by two underscores")
             return
         if not member.isfile() or not extension:
             self._skip(member.name, "it is a link or a device" if extension else "its name has no ending")
@@ -229,7 +237,7 @@ class _Samples:
         if sample is None or (sample.key, sample.part) != (key, part) or extension in sample.members:
             self._close()
             sample = self._open = _Sample(key, part)
-        sample.members[extension] = (member.offset_data, member.size)
+        sample.add(extension, member.offset_data, member.size)
         if extension == "json":
             file.seek(member.offset_data)
             sample.num_items = count_items(file.read(member.size))
@@ -242,7 +250,7 @@ class _Samples:
         if sample is None:
             return
         earlier = self._latest.get(sample.key)
-        if earlier is not None and earlier.part == sample.part and not earlier.roles & sample.roles:
+        if earlier is not None and earlier.part == sample.part and earlier.roles.isdisjoint(sample.roles):
             earlier.take(sample)
             self._apart[id(earlier)] = sample.key
         else:

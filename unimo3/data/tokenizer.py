@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimo3.errors import ConfigError
+from unimo3.texts import read_texts_as_in_training
 
 if TYPE_CHECKING:
     # Imported where a tokenizer is made or read: a conversion without one starts in half the time.
@@ -90,6 +91,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer: '{folder}': {type(tokenizer).__name__} is not one of the tokenizers library; a folder "
             "with tokenizer.json, or RoBERTa's vocab.json and merges.txt, is needed"
         )
+    read_texts_as_in_training(tokenizer)
     needed = ("cls_token", "sep_token", "pad_token", "mask_token")
     missing = [name for name in needed if getattr(tokenizer, f"{name}_id") is None]
     if missing:
@@ -127,5 +129,4 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer: '{folder}': does not put {tokenizer.cls_token!r} before a text and "
             f"{tokenizer.sep_token!r} behind it; its tokenizer.json needs a post_processor, as RoBERTa's has"
         )
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from unimo3.images import image_of_array, open_image, to_rgb
 from unimo3.model.config import Unimo3Config
-from unimo3.texts import plain
+from unimo3.texts import plain, read_texts_as_in_training
 
 
 class Unimo3Processor(ProcessorMixin):
@@ -25,8 +25,7 @@ class Unimo3Processor(ProcessorMixin):
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
         if tokenizer is not None:
-            # As in training, whatever the folder has: a text's vector would depend on the others of its batch.
-            tokenizer.padding_side = tokenizer.truncation_side = "right"
+            read_texts_as_in_training(tokenizer)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -134,13 +134,19 @@ def lock_run(run: Path) -> None:
         ) from error
     is_slurm = "UNIMO3_STATUS_DIR" in os.environ
     ends = time.monotonic() + (_LOCK_WAIT_S if is_slurm else 0.0)
-    with suppress(OSError):  # a file system without locks: heartbeats are all there is
+    has_locks = True
+    try:
         while not _is_locked(file):
             if time.monotonic() >= ends:
                 file.seek(0)
                 raise ConfigError(_in_use(run, file.read().strip() or "another process"))
             time.sleep(1.0)
-    beat = None if is_slurm else other_process(run)
+    except OSError:
+        has_locks = False  # of the file system: heartbeats are all there is
+    beat = None if is_slurm and has_locks else other_process(run)
+    while beat is not None and time.monotonic() < ends:
+        time.sleep(1.0)
+        beat = other_process(run)
     if beat is not None:
         user = f"pid {beat.pid} on {beat.host}"
         raise ConfigError(f"{_in_use(run, user)}; after a crash try again in {_RECENT_S:.0f} s")

@@ -111,8 +111,14 @@ def drop_after(path: Path, step: int) -> None:
     """Remove records of steps after `step`, and a last line that a kill left half-written."""
     if not path.exists():
         return
-    records = [record for record in read_records(path) if record["step"] <= step]
+    records = [record for record in read_records(path) if _step_of(record) <= step]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _step_of(record: dict[str, Any]) -> float:
+    """Its step; that of a record without one is after every other."""
+    step = record.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 @dataclass(frozen=True)

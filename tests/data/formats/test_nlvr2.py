@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import convert as prepare_shards
+from tests.data.conftest import draw_jpeg
 from tests.data.formats.conftest import convert, error_of, lose, set_at, write_lines
+from unimo3.data.index import ShardIndex
 
 TRAIN = [
     {"identifier": "train-10171-0-0", "sentence": "One case. ", "label": "True", "directory": 55, "writer": 138},
@@ -68,7 +70,7 @@ ERRORS = [
             f": line 2: field 'identifier' is {value!r}; split-set-pair-sentence expected",
         )
         for value in (
-            *("train", "train-7", "train-7-0", "train--0-1", "-7-0-1", "train-7-0-", "__a-7-0-1", "a-7-\0-1"),
+            *("train", "train-7", "train-7-0", "train--0-1", "-7-0-1", "train-7-0-", "a-7-\0-1"),
             *("a-7,8-0-1", "a-7-0\n-1"),
         )
     ),
@@ -91,6 +93,21 @@ def test_a_repeated_identifier_is_refused(tmp_path, capfd):
     write_lines(write_source(tmp_path / "source") / "test1.json", [*TEST, TEST[0] | {"label": "False"}])
     assert prepare_shards("nlvr2", "--src", str(tmp_path / "source"), "--out", str(tmp_path / "out")) == 78
     assert "'test1-0-1-0' stands twice in the source's split test; remove one record" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("identifier", ["._a-7-0-1", "__a-7-0-1", "..-7-0-1"])
+def test_an_identifier_that_gives_a_key_of_two_underscores_is_a_sample(tmp_path, identifier):
+    source = write_source(tmp_path / "source")
+    write_lines(source / "test1.json", [*TEST, TEST[0] | {"identifier": identifier}])
+    for pair in ("train-10171-0", "train-0.5-2/3", "dev-850-0", "test1-0-1", identifier.rpartition("-")[0]):
+        for folder in ("images/train", "images/train/55", "dev", "test1"):
+            for side in range(2):
+                path = source / folder / f"{pair}-img{side}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(draw_jpeg(side))
+    assert prepare_shards("nlvr2", "--src", str(source), "--out", str(tmp_path / "out")) == 0
+    index = ShardIndex(tmp_path / "out" / "test")
+    assert [json.loads(index.read(0, row)["json"])["identifier"] for row in range(2)] == ["test1-0-1-0", identifier]
 
 
 @pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])

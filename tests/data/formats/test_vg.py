@@ -21,6 +21,7 @@ CONTENT = [
             region(1, "shade along the street ", 194, 372, 182, 109),
             region(1, " the clock is green", 1, 2, 3, 4),
             region(1, " ", 5, 6, 7, 8),
+            region(1, "\u200b", 5, 6, 7, 8),
             region(1, "ein Fluß", -1, 0, 9, 9),
             region(1, "The clock is green", 2, 3, 4, 5),
         ],
@@ -28,6 +29,7 @@ CONTENT = [
     {"id": 61512, "regions": [region(61512, "", 0, 0, 1, 1), region(61512, "\n", 0, 0, 1, 1)]},
     {"id": 2, "regions": []},
     {"id": 107899, "regions": [region(107899, "a dog", 10, 20, 30, 40)]},
+    {"id": 5, "regions": [region(5, "\u200b\ufeff", 0, 0, 1, 1)]},
 ]
 
 
@@ -54,7 +56,7 @@ def test_phrases_are_listed_once_with_their_first_boxes(source):
 
 
 def test_empty_phrases_and_images_without_any_are_counted(source):
-    assert convert("vg", source).omitted == {"empty phrase": 3, "image without a phrase": 2}
+    assert convert("vg", source).omitted == {"empty phrase": 5, "image without a phrase": 3}
 
 
 def test_images_may_be_in_either_folder(source):

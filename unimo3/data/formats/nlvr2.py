@@ -31,11 +31,6 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
                 sentence_of(identifier)
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
-            if identifier.startswith("__"):  # a key that begins so is of no sample
-                raise DataError(
-                    f"{where}: field 'identifier' is {identifier!r}; split-set-pair-sentence expected, without two "
-                    "underscores before it"
-                )
             path = images / folder
             if split == "train" and "directory" in record:
                 path /= str(field(record, "directory", where, int))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unimo3.data.formats.record import Sample, distinct, field, read_json
 from unimo3.errors import DataError
-from unimo3.texts import plain
+from unimo3.texts import is_blank, plain
 
 _FOLDERS = ("VG_100K", "VG_100K_2")
 _BOX = ("x", "y", "width", "height")
@@ -41,7 +41,7 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             identity = image_id
             phrase = plain(field(region, "phrase", position, str))
             box = [field(region, side, position, int) for side in _BOX]
-            if not phrase:
+            if is_blank(phrase):
                 omitted["empty phrase"] += 1
                 continue
             phrases.append(phrase)
