@@ -12,7 +12,7 @@ import pytest
 from tests.spawn import ROOT
 from unimo3 import limits
 from unimo3.data.args import DataArgs
-from unimo3.errors import ConfigError
+from unimo3.errors import EXIT_CONFIG, ConfigError
 
 SMALL = """
 mount -t tmpfs -o size=16m tmpfs /dev/shm || exit 77
@@ -84,3 +84,14 @@ def test_infiniband_needs_locked_memory(limit, tmp_path, monkeypatch):
     assert error.startswith("ulimit -l: 8192 kB of locked memory, InfiniBand needs it unlimited; set LimitMEMLOCK")
     limit(resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY)
     assert limits.locked_memory_errors() == []
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("megabytes", [300, 500])
+def test_too_few_addresses_for_the_imports_are_one_error(megabytes):
+    command = ["bash", "-c", f'ulimit -v {megabytes}000; exec "$0" "$@"', sys.executable, "-m", "finetune.predict"]
+    arguments = ["vqa", "--weights", "none", "--image", "a.jpg", "--text", "a"]
+    ended = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == EXIT_CONFIG
+    assert "Traceback" not in ended.stderr
+    assert f"ulimit -v: {megabytes}000 kB of addresses are too few" in ended.stderr

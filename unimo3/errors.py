@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from unimo3 import __version__
+from unimo3.limits import address_errors
 from unimo3.startup import resume_collections, started_as
 
 EXIT_DONE = 0
@@ -221,13 +222,18 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
         # A stream that was closed before the start is None: nothing can be printed to it.
         sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
         sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # As stderr: a name that is no UTF-8, or half a surrogate pair, is shown by its number.
-            sys.stdout.reconfigure(errors="backslashreplace")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A name that is no UTF-8, or half a surrogate pair, is shown by its number.
+                stream.reconfigure(errors="backslashreplace")
         try:
             status = main(*args, **kwargs)
         except Interrupted as error:
             _end_by(error, is_first)
+        except (MemoryError, ImportError):
+            if not (problems := address_errors()):
+                raise
+            _end_by(ConfigError(problems), is_first)
         except (Unimo3Error, OSError, RuntimeError) as error:
             # torch raises it wherever the main thread is when a reader process dies.
             if died := _READER_DIED.search(str(error)):

@@ -53,10 +53,15 @@ def process_limit_errors(num_files: int, num_threads: int, has_gpu: bool) -> lis
             f"ulimit -u: {limit} processes and threads of this user, up to {needed} are needed; raise it "
             f"({_PASSED_ON}), or lower data.num_workers"
         )
+    return errors + address_errors(has_gpu)
+
+
+def address_errors(has_gpu: bool = False) -> list[str]:
+    """An error if a process has too few addresses to import torch and DeepSpeed."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY and (has_gpu or limit < _MIN_ADDRESSES):
-        errors.append(f"ulimit -v: {limit // 1024} kB of addresses are too few; set it to unlimited ({_PASSED_ON})")
-    return errors
+    if limit == resource.RLIM_INFINITY or not (has_gpu or limit < _MIN_ADDRESSES):
+        return []
+    return [f"ulimit -v: {limit // 1024} kB of addresses are too few; set it to unlimited ({_PASSED_ON})"]
 
 
 def locked_memory_errors() -> list[str]:

@@ -220,20 +220,25 @@ def changed_file(draw: Any) -> Callable[[bytes], bytes]:
     return change
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(["model/config.json", "best.json", "MANIFEST.json", "latest"]), change=changed_file())
+EVALUATED = '{"step": 2, "group": "eval", "data": "d", "split": "val", "loss": 1.0}\n'
+NAMES = ["model/config.json", "best.json", "MANIFEST.json", "latest", "metrics.jsonl", "metrics.jsonl"]
+
+
+@settings(max_examples=35, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(NAMES), change=changed_file())
 def test_changed_files_of_a_run_are_exported_rightly_or_refused(saved, tmp_path_factory, name, change):
     folder = tmp_path_factory.getbasetemp() / "changed"
     shutil.rmtree(folder, ignore_errors=True)
     run = Path(shutil.copytree(saved.root / "fp32", folder / "run"))
     write_best(run, BestRecord("step_00000004", 4, "loss", 1.0, "data"))
+    (run / "metrics.jsonl").write_text(EVALUATED)
     source, tag = run, ("--tag", "best")
     if name == "latest":
         source, tag = strip_to_plain(newest(run), folder / "plain").parent, ()
         (source / "latest").write_bytes(change(b'{"a": 1}'))
     else:
         path = newest(run) / name if name == "MANIFEST.json" else run / name
-        path.write_bytes(change(path.read_bytes()))
+        path.write_bytes(change(path.read_bytes()) + (b"\n" + EVALUATED.encode()) * (name == "metrics.jsonl"))
     status = run_program(source, *tag, "--out", folder / "out", "--dtype", "fp32")
     assert status in (0, 78)
     assert (folder / "out").exists() == (status == 0)

@@ -10,6 +10,8 @@ import tarfile
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +19,7 @@ from finetune import predict
 from finetune.vqa import VqaConfig
 from pretrain import export
 from tests.data.conftest import draw_jpeg
+from tests.data.mutations import mutated, property_settings
 from tests.finetune.formats import read_lines
 from tests.spawn import ROOT
 from tests.waiting import PATIENCE_S
@@ -163,6 +166,39 @@ def test_an_image_retrieves_texts_and_a_pair_has_the_searchs_metrics(tuned, sear
     assert run("retrieval", *weights, "--image", image, "--text", answers[1]["text"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)["answers"]
     assert pair == pytest.approx({name: answers[1][name] for name in ("match", "similarity")}, abs=1e-5)
+
+
+LINES = {
+    "vqa": {"image": "photo.jpg", "text": "is it a dog?", "id": 1},
+    "snli_ve": {"image": "photo.jpg", "text": "a dog", "id": [1]},
+    "nlvr2": {"image": ["photo.jpg", "photo.jpg"], "text": "both show dogs"},
+    "retrieval": {"text": "a dog"},
+}
+
+
+@settings(property_settings, max_examples=6, phases=[Phase.generate])
+@given(data=st.data())
+@pytest.mark.parametrize("task", LINES)
+def test_any_lines_are_answered_or_have_their_errors(tuned, searched, tmp_path_factory, capsys, task, data):
+    folder = tmp_path_factory.getbasetemp() / "lines"
+    folder.mkdir(exist_ok=True)
+    (folder / "photo.jpg").write_bytes(draw_jpeg(5))
+    lines = [json.dumps(LINES[task])] + [json.dumps(data.draw(mutated(LINES[task]))) for _ in range(6)]
+    lines.append(lines[0][: data.draw(st.integers(1, len(lines[0])))])
+    (folder / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "out.jsonl").unlink(missing_ok=True)
+    index = ("--index", searched[0] / "of_images") if task == "retrieval" else ()
+    options = ("--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--batch", 3)
+    status = run(task, "--weights", tuned / f"{task}_weights", *index, *options)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    records = read_lines(folder / "out.jsonl")
+    assert [record["line"] for record in records] == list(range(1, len(lines) + 1))
+    errors = [record for record in records if "answers" not in record]
+    assert "answers" in records[0]
+    assert all(record["error"] for record in errors)
+    assert status == (78 if errors else 0)
+    assert (f"{len(errors)} of {len(records)} lines were not answered" in printed) == bool(errors)
 
 
 def test_without_reranking_the_towers_alone_order(tuned, searched, capsys):
