@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from finetune.plan_settings import planned
 from finetune.tasks import TASKS, config_class
-from finetune.vqa import PUBLISHED_ANSWERS
 from unimo3 import config
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.training.plan.command import machine_of, machine_parser, print_plan
@@ -22,11 +21,7 @@ if TYPE_CHECKING:
     from unimo3.training.plan.make import PlannedRun
 
 _PROGRAM = "python -m finetune.plan"
-_EPILOG = (
-    "All other arguments are those of finetune.TASK: --config FILE, --init and --group.key value. vqa's head has the "
-    f"answers of --answers, else of tuned weights or of an answers.json next to --data.train, else "
-    f"{PUBLISHED_ANSWERS}, the published number."
-)
+_EPILOG = "All other arguments are those of finetune.TASK; python -m finetune.TASK --help lists them."
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -123,7 +123,7 @@ class VqaConfig(FinetuneConfig):
 
     answers: str = ""
     """Answer vocabulary. If empty: that of the run's head or of weights that were tuned for VQA, else the
-    answers.json next to the training shards."""
+    answers.json next to the training shards. Where none of these exists, a plan counts 3129, the published number."""
 
     task = Vqa
 

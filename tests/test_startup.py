@@ -44,8 +44,15 @@ for command in sys.argv[1:]:
 print(json.dumps(imported))
 """
 RANK = """
-import gc, json, sys
+import collections, gc, json, sys
 default = gc.get_threshold()
+opened = collections.Counter()
+
+def count(event, arguments):
+    if event == "open" and "/transformers/models/" in str(arguments[0]) and str(arguments[1]).startswith("r"):
+        opened[arguments[0]] += str(arguments[0]).endswith(".py") and arguments[1] == "r"
+
+sys.addaudithook(count)
 import torchvision_first
 import pretrain.program
 from unimo3.errors import exit_with_status
@@ -54,6 +61,7 @@ import_muon_uncompiled()
 from deepspeed.runtime import compiler
 import torch
 facts = {name: name in sys.modules for name in ("networkx", "torch._inductor.compile_fx", "tensorboard")}
+facts |= {"files of transformers": len(opened), "read twice": sum(number > 1 for number in opened.values())}
 facts |= {"while importing": gc.get_threshold()[0], "compiles": compiler.compile() is torch.compile}
 
 @exit_with_status
@@ -85,13 +93,15 @@ def test_helps_errors_and_lists_import_no_torch(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_rank_imports_no_compiler_and_collects_no_garbage_meanwhile():
+def test_a_rank_imports_no_compiler_and_reads_no_file_twice():
     # unimo3 before torchvision is all that makes it importable next to a CPU build of torch.
     facts = run(RANK.replace("torchvision_first", "unimo3, torchvision"))
     assert not any(facts[name] for name in ("networkx", "torch._inductor.compile_fx", "tensorboard"))
     assert facts["while importing"] > 100 * 700
     assert facts["restored"]
     assert facts["frozen"] > 100_000
+    assert facts["files of transformers"] > 1000
+    assert facts["read twice"] < 50  # some by others, such as for their source
     assert facts["compiles"]  # torch's compiler is still DeepSpeed's for whoever asks later
 
 
