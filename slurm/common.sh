@@ -131,8 +131,9 @@ answer_of() {
     return "$status"
 }
 
-# Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded. The shell around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks
-# ignore them, so that a stop request does not look like a failed check.
+# Runs a command once a rank, with the variables that torch's programs look for. Each rank's status is recorded. The shell
+# around a rank survives stop signals, which the program handles. With IGNORE_STOP_SIGNALS, short checks ignore them, so
+# that a stop request does not look like a failed check.
 ranks() {
     # The inner shell sees the task's own variables; this one must not expand them.
     # shellcheck disable=SC2016
