@@ -7,12 +7,14 @@ import argparse
 import json
 from pathlib import Path
 
+# Before transformers; the Auto classes open what these two define.
+import unimo3.model.downstream
+import unimo3.model.processor  # noqa: F401
+
+# isort: split
 import torch
 from PIL import Image
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
-
-import unimo3.model.downstream
-import unimo3.model.processor  # noqa: F401  (both: what the Auto classes open)
 
 NUM_ANSWERS = 3
 

@@ -8,13 +8,15 @@ Level 0 is the input of the first fusion layer; the last level of a row is the l
 import argparse
 from pathlib import Path
 
+# Before transformers; the Auto classes open what these two define.
+import unimo3.model.processor
+import unimo3.model.unimo3  # noqa: F401
+
+# isort: split
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
-
-import unimo3.model.processor
-import unimo3.model.unimo3  # noqa: F401  (both: what the Auto classes open)
 
 
 def table(name: str, gates: list[Tensor | None]) -> str:

@@ -90,6 +90,7 @@ class FinetuneConfig(Checked):
         except ConfigError:
             return []  # the data group reports it
         errors = tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained=True)
+        errors += self.data.text_errors(tokenizer, self.task.kind, trains=not self.eval_only)
         try:
             trained = load_tokenizer(model_files_of(self.init, self.run.folder))
         except ConfigError:

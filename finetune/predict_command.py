@@ -80,6 +80,10 @@ def _query_errors(args: argparse.Namespace, task: type[Task]) -> list[str]:
             errors.append(f"--input {args.input}: needs --output, a file for the answers")
         elif args.output.resolve() == args.input.resolve():
             errors.append(f"--output {args.output}: is --input; name another file")
+        elif args.output.exists() and not args.output.is_file():
+            errors.append(
+                f"--output {args.output}: is no plain file; name a file, which is replaced when it is complete"
+            )
         elif not args.output.resolve().parent.is_dir():
             errors.append(f"--output {args.output}: its folder is not there; make it, or name another")
         if args.json:

@@ -15,7 +15,7 @@ from finetune.results import write_files
 from finetune.task import HeldOut, Reading, Task
 from finetune.weights import resized
 from unimo3.checkpoint.initial_weights import config_of, has_begun, run_of, weights_of
-from unimo3.data.index import TEST_SPLITS
+from unimo3.data.index import is_test_split
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import Augment, ImageTransform, image_processor
 from unimo3.distributed import broadcast_object
@@ -148,7 +148,7 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
         return results.metrics
 
-    chooses_on = None if settings.eval_only or index.split in TEST_SPLITS else index.fingerprint
+    chooses_on = None if settings.eval_only or is_test_split(index.split) else index.fingerprint
     best = None
     if settings.best.keep:
         best = Best(settings.best, task.best_metric, chooses_on, settings.training.eval_every)

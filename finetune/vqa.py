@@ -7,6 +7,7 @@ Source: METER, arXiv 2111.02387, for the settings; https://visualqa.org for the 
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from unimo3.model.config import Unimo3Config
     from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
     from unimo3.objectives.vqa import VqaLoss
+
+log = logging.getLogger(__name__)
 
 PUBLISHED_ANSWERS = 3129
 """Answers of VQAv2 that occur at least nine times; METER has as many classes."""
@@ -100,6 +103,12 @@ class Vqa(RowTask):
         scored = [row for row in rows if row["accuracy"] is not None]
         if not scored:
             return Results({}, files)
+        if len(scored) < len(rows):
+            log.warning(
+                "%d of %d questions have no answers: the accuracies are of the others",
+                len(rows) - len(scored),
+                len(rows),
+            )
         accuracies: dict[str, float] = {}
         for kind in range(2):
             accuracies |= accuracy_by_group((row["groups"][kind], row["accuracy"]) for row in scored)
@@ -133,7 +142,24 @@ class VqaConfig(FinetuneConfig):
         # Where the vocabulary is follows from these.
         if any(problem.startswith(("init:", "eval_only:")) for problem in errors):
             return errors
-        return errors + self.answers_errors()
+        return errors + (self.answers_errors() or self._target_errors())
+
+    def _target_errors(self) -> list[str]:
+        """Return training shards whose questions have no answer of the vocabulary, one line per error."""
+        assert self.answers_path is not None, "`answers_errors` reports it"
+        vocabulary = AnswerVocabulary.load(self.answers_path)
+        errors = []
+        for source in [] if self.eval_only else self.data.sources:
+            try:
+                given = self.data.probed_answers(source)
+            except DataError:
+                continue  # `shard_errors` reports it
+            if given and not any(vocabulary.soft_targets(answers).any() for answers in given):
+                errors.append(
+                    f"data.train: '{source}': none of {len(given)} questions that were read has an answer of "
+                    f"{self.answers_path} in its answers; prepare the shards again, or name their own answers.json"
+                )
+        return errors
 
     def answers_errors(self) -> list[str]:
         """Return why there is no answer vocabulary, or none that fits the weights."""

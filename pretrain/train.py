@@ -45,7 +45,8 @@ class PretrainConfig(Checked):
             return []  # the data group reports it
         text = self.model.to_config().text_config
         is_trained = bool(self.model.init or self.model.text.init)
-        return tokenizer_errors(text, tokenizer, self.data.max_text_tokens, is_trained)
+        errors = tokenizer_errors(text, tokenizer, self.data.max_text_tokens, is_trained)
+        return errors + self.data.text_errors(tokenizer, "captions")
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How the global batch is spread over `world_size` ranks."""

@@ -239,3 +239,73 @@ def test_every_documented_format_is_read_by_its_content(tmp_path, kind):
     assert decode(content).size == (30, 20)
     several = saved(noise(), "MPO", save_all=True, append_images=[Image.new("RGB", (30, 20))])
     assert decode(several).size == to_rgb(Image.open(io.BytesIO(several))).size == (30, 20)
+
+
+def chunk(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return len(content).to_bytes(4) + kind + content + checksum.to_bytes(4)
+
+
+LARGE = zlib.compress(bytes(2**21))
+CHUNKS = {
+    "a large compressed text": chunk(b"zTXt", b"parameters\0\0" + LARGE),
+    "a large international text": chunk(b"iTXt", b"parameters\0\1\0\0\0" + LARGE),
+    "a large profile": chunk(b"iCCP", b"profile\0\0" + LARGE),
+    "a wrong checksum of a text": chunk(b"tEXt", b"a\0b", 5),
+    "a wrong checksum of a resolution": chunk(b"pHYs", bytes(9), 5),
+    "a wrong checksum of a time": chunk(b"tIME", bytes(7), 5),
+    "metadata that is right": chunk(b"tEXt", b"a\0b") + chunk(b"zTXt", b"a\0\0" + zlib.compress(b"b")),
+}
+
+
+@pytest.mark.parametrize("what", CHUNKS)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_metadata_costs_no_png(tmp_path, what, is_last):
+    image = noise()
+    content = saved(image, "PNG")
+    end = len(content) - 12 if is_last else 33  # before the end, or behind the header
+    content = content[:end] + CHUNKS[what] + content[end:]
+    assert pixels(decode(content)) == pixels(image)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert pixels(to_rgb(open_image(path))) == pixels(image)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2) + content
+
+
+SEGMENTS = {
+    "a short JFIF": segment(0xE0, b"JFIF\0\1"),
+    "a short Adobe": segment(0xEE, b"Adobe\0"),
+    "a short Photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\4"),
+    "a short profile": segment(0xE2, b"ICC_PROFILE\0"),
+    "a short EXIF": segment(0xE1, b"Exif\0\0II"),
+}
+
+
+@pytest.mark.parametrize("what", SEGMENTS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_metadata_costs_no_jpeg(tmp_path, what, mode):
+    content = saved(noise().convert(mode), "JPEG")
+    damaged = content[:2] + SEGMENTS[what] + content[2:]
+    assert pixels(decode(damaged)) == pixels(decode(content))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(damaged)
+    assert pixels(to_rgb(open_image(path))) == pixels(decode(content))
+
+
+def test_a_jpeg_keeps_its_orientation_without_its_other_metadata():
+    exif = exif_of(ROTATED_6)
+    content = saved(noise(), "JPEG", exif=exif)
+    damaged = content[:2] + SEGMENTS["a short JFIF"] + SEGMENTS["a short Photoshop"] + content[2:]
+    assert pixels(decode(damaged)) == pixels(decode(content))
+    assert decode(damaged).size == (20, 30)
+
+
+@pytest.mark.parametrize("text", ["BMW catalogue", "P1 is a text", "P6 too", "BM"])
+def test_a_text_that_begins_as_an_image_is_none(tmp_path, text):
+    (tmp_path / "notes.txt").write_text(text)
+    assert not is_image(tmp_path / "notes.txt")
+    noise().save(tmp_path / "photo.bmp")
+    assert is_image(tmp_path / "photo.bmp")

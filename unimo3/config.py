@@ -191,8 +191,10 @@ def _read_overrides(argv: list[str], known: set[str]) -> Flat:
             # The deepspeed launcher adds it; the environment has the same value.
             continue
         if not equals:
-            if not rest:
+            if not rest and (key == "config" or key.replace("-", "_") in known):
                 raise ConfigError(f"--{key}: a value is needed after it")
+            if not rest:
+                rest = [""]  # `known` has no such setting, which is reported
             value = rest.pop(0)
         if key == "config":
             overrides |= _read_file(Path(value), known)

@@ -6,8 +6,10 @@ Source: Pillow; EXIF 2.3 and XMP for the orientation.
 """
 
 import io
+import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,15 @@ _JPEG_OF_SEVERAL = "MPO"
 # Formats that Pillow gives as integers of 32 bits, with the values of 16.
 _SIXTEEN_BITS = ("PPM", "PNG")
 
+# Text files may begin as these do: BMP, PBM and its like.
+_AMBIGUOUS = (b"BM", *(b"P%d" % number for number in range(1, 7)))
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that Pillow reads and no pixel needs.
+_METADATA = (b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"pHYs", b"tIME")
+# Pillow's limit of a compressed text.
+_MAX_METADATA_BYTES = 2**20
+# Markers of a JPEG's segments, and the length of Adobe's.
+_APPLICATION, _ADOBE, _START_OF_SCAN, _ADOBE_BYTES = range(0xE0, 0xF0), 0xEE, 0xDA, 14
 # Where EXIF begins: in a JPEG a segment, in an AVIF file an item in the list of items.
 _EXIF = re.compile(rb"(\xff\xe1..|infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
 _AVIF_STARTS = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
@@ -54,13 +65,78 @@ def open_image(file: bytes | str | Path) -> Image.Image:
         OSError, ValueError, SyntaxError: it cannot be read, is damaged, or is larger than Pillow's pixel limit.
     """
     with _by_the_rule():
+        file = _without_bad_chunks(file) or file
         try:
             return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
-        except Exception:  # Pillow meets damaged EXIF with errors of any kind
-            image = _open_without_exif(file)
+        except Exception:  # Pillow meets damaged metadata with errors of any kind
+            image = _open_without_exif(file) or _open_without_segments(file)
             if image is None:
                 raise
             return image
+
+
+def _without_bad_chunks(file: bytes | str | Path) -> bytes | None:
+    """A PNG without metadata that Pillow would refuse, damaged or large when decompressed; None: it has none."""
+    bad: list[tuple[int, int]] = []
+    with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
+        if opened.read(len(_PNG)) != _PNG:
+            return None
+        while len(head := opened.read(8)) == 8:
+            start, size, kind = opened.tell() - 8, int.from_bytes(head[:4]), head[4:]
+            if kind not in _METADATA:
+                opened.seek(size + 4, os.SEEK_CUR)
+                continue
+            content, checksum = opened.read(size), opened.read(4)
+            if int.from_bytes(checksum) != zlib.crc32(kind + content) or _inflates(content):
+                bad.append((start, start + size + 12))
+        if not bad:
+            return None
+        opened.seek(0)
+        complete = opened.read()
+    ends = [0, *(end for _, end in bad)]
+    return b"".join(complete[end:start] for end, start in zip(ends, [*(start for start, _ in bad), None], strict=True))
+
+
+def _inflates(content: bytes) -> bool:
+    """Whether a part of a chunk is larger than Pillow's limit when decompressed."""
+    for start in [match.end() for match in re.finditer(rb"\0[\0\1]?(?=x)", content)]:
+        inflate = zlib.decompressobj()
+        try:
+            if len(inflate.decompress(content[start:], _MAX_METADATA_BYTES + 1)) > _MAX_METADATA_BYTES:
+                return True
+        except zlib.error:
+            continue
+    return False
+
+
+def _open_without_segments(file: bytes | str | Path) -> Image.Image | None:
+    """A JPEG opened without its metadata; None if it is none, or cannot be opened either.
+
+    Of its application segments, a complete one of Adobe stays, which decides about colours, and the orientation.
+    """
+    with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
+        content = opened.read()
+    if not content.startswith(b"\xff\xd8\xff"):
+        return None
+    parts, position, exif = [content[:2]], 2, b""
+    while content[position : position + 1] == b"\xff" and len(content) > position + 4:
+        marker, size = content[position + 1], int.from_bytes(content[position + 2 : position + 4])
+        if marker == _START_OF_SCAN:
+            break
+        segment = content[position : position + 2 + size]
+        is_adobe = marker == _ADOBE and segment[4:9] == b"Adobe" and size >= _ADOBE_BYTES
+        if segment[4:8] == b"Exif":
+            exif = segment[4:]
+        if marker not in _APPLICATION or is_adobe:
+            parts.append(segment)
+        position += 2 + size
+    try:
+        image = Image.open(io.BytesIO(b"".join([*parts, content[position:]])), formats=("JPEG",))
+    except Exception:  # of any kind; the first error is reported
+        return None
+    if exif:
+        image.info["exif"] = exif
+    return image
 
 
 def _open_without_exif(file: bytes | str | Path) -> Image.Image | None:
@@ -88,16 +164,26 @@ def _open_without_exif(file: bytes | str | Path) -> Image.Image | None:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file begins as an image of one of `FORMATS` does, or cannot be read, which its decoding reports."""
+    """Whether a file begins as an image of one of `FORMATS` does, or cannot be read, which its decoding reports.
+
+    A text that begins as an image does, such as "BMW", is none.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             open_image(path).close()
         except UnidentifiedImageError:
             return False
+        except OSError as error:
+            return error.errno is not None or not _begins_as_text_may(path)
         except Exception:  # damage, which decoders meet with errors of any kind
-            return True
+            return not _begins_as_text_may(path)
     return True
+
+
+def _begins_as_text_may(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2).startswith(_AMBIGUOUS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

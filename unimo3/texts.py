@@ -58,5 +58,8 @@ def read_texts_as_in_training(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
     tokenizer.init_kwargs["split_special_tokens"] = False
+    # BPE-dropout would encode one text in many ways.
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None) is not None:
+        tokenizer.backend_tokenizer.model.dropout = None
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

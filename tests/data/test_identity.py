@@ -9,7 +9,7 @@ from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, evaluation_batches
 from unimo3.data.order import Unit
-from unimo3.data.samples import BadSampleError, PretrainSamples
+from unimo3.data.samples import BadSampleError, PretrainSamples, identity_of
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.errors import DataError
@@ -116,3 +116,9 @@ def test_a_bad_sample_of_an_evaluated_image_is_an_error(tmp_path, tokenizer, sec
     index_again(tmp_path)
     with pytest.raises(DataError, match=expected):
         list(evaluation_batches(captioned(tmp_path, tokenizer), 0, 1, 4, ReaderArgs(0, 1)))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "null", '""'])
+def test_an_image_id_that_is_no_number_is_none(value):
+    content = json.loads(f'{{"image_id": {value}}}')
+    assert identity_of(content, 0, 1) != identity_of(content, 0, 2)

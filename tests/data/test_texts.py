@@ -13,7 +13,7 @@ from unimo3.data.formats.record import distinct
 from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
 from unimo3.data.samples import PretrainSamples, TextEncoder
-from unimo3.data.texts import BadSampleError, captions_of, content_of
+from unimo3.data.texts import BadSampleError, captions_of, content_of, texts_of
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.model.processor import Unimo3Processor
@@ -211,3 +211,19 @@ def test_an_image_id_of_half_a_surrogate_pair_is_a_number(tokenizer, tmp_path):
     index_again(tmp_path)
     sample = PretrainSamples(ShardIndex(tmp_path), tokenizer, 16, ImageTransform(32), 0.15, 0).build(Unit(0, 0, 0))
     assert sample["image_id"].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "texts"),
+    [
+        ("captions", {"captions": ["a", None, " "], "caption": "b"}, ["a"]),
+        ("questions", {"questions": [{"question": "a?"}, {"question": 5}, 7]}, ["a?"]),
+        ("questions", {"questions": "a?"}, []),
+        ("hypotheses", {"hypotheses": [{"text": "a"}, {}]}, ["a"]),
+        ("statement", {"statement": "a"}, ["a"]),
+        ("statement", {"statement": ["a"]}, []),
+    ],
+)
+def test_the_texts_of_each_kind_are_listed(kind, content, texts):
+    assert texts_of(kind, {"json": json.dumps(content).encode()}) == texts
+    assert texts_of(kind, {"json": b"["}) == []

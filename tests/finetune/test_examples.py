@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def run(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out.splitlines()
 
     return run_script
+
+
+@pytest.mark.integration
+def test_an_example_starts_in_a_fresh_interpreter():
+    # unimo3 makes torchvision importable next to a CPU build of torch, so it comes first.
+    for path in EXAMPLES.glob("*.py"):
+        others = re.findall(r"^(?:import|from) (unimo3|transformers|torch|timm)\b", path.read_text(), re.MULTILINE)
+        assert others[0] == "unimo3", path
+    command = [sys.executable, str(EXAMPLES / "inspect_gates.py"), "--help"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith("usage: inspect_gates.py")
 
 
 def test_questions_are_answered_with_answers_of_the_vocabulary(run, tuned):

@@ -309,3 +309,20 @@ def test_the_processor_pads_and_cuts_on_the_right(processor, tmp_path):
     assert actual["attention_mask"][0] == [1] * 4 + [0] * 4
     # A training text is cut at the same end.
     assert actual["input_ids"][1] == TextEncoder(load_tokenizer(str(tmp_path)), 8)(texts[1])[0].tolist()
+
+
+def test_eight_bits_are_refused_where_values_from_zero_to_one_are_needed(processor, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    for image in (array, Image.fromarray(array), tmp_path / "a.png", torch.from_numpy(array)):
+        for options in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+            with pytest.raises(ValueError, match="do_rescale=False: floating-point RGB from 0 to 1 is needed"):
+                processor(images=image, **options)
+
+
+def test_options_may_be_in_the_groups_of_transformers(processor):
+    array = np.random.default_rng(0).random((20, 30, 3), dtype=np.float32)
+    expected = pixels_of(processor, array, do_rescale=False)
+    assert torch.equal(pixels_of(processor, array, images_kwargs={"do_rescale": False}), expected)
+    padded = processor(text=["a dog"], text_kwargs={"padding": "max_length", "max_length": 9}, return_tensors="pt")
+    assert padded["input_ids"].shape == (1, 9)

@@ -5,20 +5,24 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import MAX_OPEN_SHARDS, TEST_SPLITS, ShardIndex
+from unimo3.data.index import MAX_OPEN_SHARDS, ShardIndex, is_test_split
 from unimo3.data.order import training_order
 from unimo3.data.shard_checks import index_errors
+from unimo3.data.texts import answers_of, texts_of
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from unimo3.data.loader import TrainingLoader
     from unimo3.data.samples import Samples
 
@@ -165,12 +169,47 @@ class DataArgs(Checked):
                         errors.append(f"{name}: '{source}': {error}")
                     else:
                         errors += index_errors(name, index, kind)
-                        if name == "data.train" and index.split in TEST_SPLITS:
+                        if name == "data.train" and is_test_split(index.split):
                             errors.append(
                                 f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
                                 "on and not trained on; name its train"
                             )
         return errors
+
+    def text_errors(self, tokenizer: "PreTrainedTokenizerBase", kind: str, trains: bool = True) -> list[str]:
+        """Return where the tokenizer knows nothing of the texts of a `kind`, one line per error.
+
+        Args:
+            trains: whether the training shards are read.
+        """
+        errors = []
+        for name, source in [("train", source) for source in self.sources if trains] + [("val", self.val)]:
+            try:
+                texts = self._probed_texts(source, kind) if source else []
+            except DataError:
+                continue  # `shard_errors` reports it
+            special = set(tokenizer.all_special_ids)
+            if texts and all(special.issuperset(ids) for ids in tokenizer(texts)["input_ids"]):
+                errors.append(
+                    f"data.tokenizer: '{self.tokenizer}': knows no part of the {len(texts)} {kind} that were read from "
+                    f"data.{name}, such as {texts[0][:40]!r}; use a tokenizer of their language, or a byte-level one"
+                )
+        return errors
+
+    def probed_answers(self, source: str) -> list[list[str]]:
+        """The human answers to some of a source's questions.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with closing(self._open(source)) as index:
+            samples = [index.read(unit.shard, unit.unit, ("json",)) for unit in index.probes()]
+        return [answers for members in samples if members for answers in answers_of(members)]
+
+    def _probed_texts(self, source: str, kind: str) -> list[str]:
+        with closing(self._open(source)) as index:
+            samples = [index.read(unit.shard, unit.unit, ("json", "txt")) for unit in index.probes()]
+        return [text for members in samples for text in texts_of(kind, members)]
 
     def check_limits(self, micro_batch: int, image_size: int, num_images: int, trains: bool = True) -> None:
         """Refuse limits of this host that reading would meet later.
@@ -208,10 +247,15 @@ class DataArgs(Checked):
     def slow_errors(self) -> list[str]:
         """Return why the tokenizer cannot be used, one line per error."""
         try:
-            load_tokenizer(self.tokenizer)
+            num_special = load_tokenizer(self.tokenizer).num_special_tokens_to_add()
         except ConfigError as error:
             return error.errors
-        return []
+        if self.max_text_tokens > num_special:
+            return []
+        return [
+            f"data.max_text_tokens: {self.max_text_tokens}: data.tokenizer puts {num_special} special tokens around a "
+            f"text; at least {num_special + 1} are needed"
+        ]
 
     def quick_errors(self) -> list[str]:
         """Return the other errors of these settings, one line per error; `shard_errors` checks the shards."""

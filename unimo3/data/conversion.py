@@ -21,7 +21,7 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats import CONVERTERS
 from unimo3.data.formats.record import Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
-from unimo3.data.index import REJECTS, TEST_SPLITS, is_index
+from unimo3.data.index import REJECTS, is_index, is_test_split
 from unimo3.data.progress import Progress
 from unimo3.data.ranks import failing, spread
 from unimo3.data.shards import ShardDone, ShardJob, cut, finish, remove_traces, remove_unlisted, write_shard
@@ -66,7 +66,10 @@ class Conversion:
         """The limit of a split. Results on a test split with fewer records are not those of others."""
         if self.max_reject_ratio is not None:
             return self.max_reject_ratio
-        return 0.0 if split in TEST_SPLITS else MAX_REJECT_RATIO
+        return 0.0 if is_test_split(split) else MAX_REJECT_RATIO
+
+
+_SPLIT_BY_IMAGE = ("coco", "flickr30k")
 
 
 class Source:
@@ -93,12 +96,19 @@ class Source:
 
     def _records(self) -> Iterator[tuple[str, Sample]]:
         wanted, seen = self._wanted, set()
+        split_of: dict[str, str] = {}
         for split, sample in CONVERTERS[wanted.format](wanted.source, wanted.images, self.omitted):
             if (split, sample.key) in seen:
                 raise DataError(
                     f"{sample.images[0]}: '{sample.key}' stands twice in the source's split {split}; remove one record"
                 )
             seen.add((split, sample.key))
+            # Their images are split; in the others, an image or a pair may have texts in several splits.
+            if wanted.format in _SPLIT_BY_IMAGE and split_of.setdefault(sample.key, split) != split:
+                raise DataError(
+                    f"{sample.images[0]}: stands in the source's splits {split_of[sample.key]} and {split}; held-out "
+                    "images must not be trained on: remove one record"
+                )
             if "questions" in sample.content:
                 self.choices.update(normalized_choices(sample))
             elif split == "train" and wanted.tokenizer_vocab:

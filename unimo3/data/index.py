@@ -26,7 +26,7 @@ import numpy as np
 from unimo3.data.cache import ShardCache
 from unimo3.data.index_form import field, is_ids_or_none, is_list, is_sha256, is_text, shard_of
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
-from unimo3.data.order import SequentialOrder
+from unimo3.data.order import SequentialOrder, Unit
 from unimo3.data.remote import check_source, is_remote
 from unimo3.data.tar_members import another_tar_follows
 from unimo3.data.texts import BadSampleError, content_of, lack_of
@@ -38,8 +38,7 @@ _READABLE = (2, VERSION)
 INDEX, MEMBERS = "index.json", "index.members"
 # A conversion's records without a usable image, next to the splits' folders.
 REJECTS = "rejects.jsonl"
-# Splits that nothing is trained or chosen on.
-TEST_SPLITS = ("test", "test-dev")
+_TEST_SPLITS = ("test", "test-dev")
 # Kinds of which each sample may have none, one or several, and each is read by itself.
 ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
@@ -50,6 +49,11 @@ NO_IMAGE = "has no image"
 # In an index of version 2, which has only the first of joined tars.
 MORE_FOLLOWS = "another tar follows the one that was indexed"
 REINDEX = "index it again with python -m pretrain.prepare_shards index, or prepare the shards again"
+
+
+def is_test_split(split: str) -> bool:
+    """Whether nothing is trained or chosen on a split of this name."""
+    return split.lower() in _TEST_SPLITS
 
 
 class ShardIndex:
@@ -157,18 +161,12 @@ class ShardIndex:
             )
 
     def without(self, kind: str) -> tuple[list[str], int]:
-        """Samples without an image or a `kind` (``captions`` and so on), with reasons, and how many were looked at.
-
-        They are some of all shards; of the first ones alone where shards would have to be copied for it.
+        """Those of `probes` that lack an image or a `kind` (``captions`` and so on), with reasons; the number of all.
 
         Raises:
             DataError: a shard cannot be read.
         """
-        ends = np.cumsum(self.samples_per_shard)
-        reach = len(ends) if self._cache is None else int(np.searchsorted(ends, _NUM_PROBES)) + 1
-        order = SequentialOrder(self.samples_per_shard[:reach])
-        positions = np.unique(np.linspace(0, order.num_units - 1, _NUM_PROBES, dtype=np.int64))
-        units = [order[position] for position in positions.tolist()] if order.num_units else []
+        units = self.probes()
         lacks = [
             (unit, lack_of(kind, self.read(unit.shard, unit.unit, ("json", "txt"))))
             if self._members(unit.shard).parts()[0][unit.unit]
@@ -176,6 +174,14 @@ class ShardIndex:
             for unit in units
         ]
         return [f"{self.key(unit.shard, unit.unit)} {reason}" for unit, reason in lacks if reason], len(units)
+
+    def probes(self) -> list[Unit]:
+        """Some samples of all shards; of the first ones alone where shards would have to be copied for it."""
+        ends = np.cumsum(self.samples_per_shard)
+        reach = len(ends) if self._cache is None else int(np.searchsorted(ends, _NUM_PROBES)) + 1
+        order = SequentialOrder(self.samples_per_shard[:reach])
+        positions = np.unique(np.linspace(0, order.num_units - 1, _NUM_PROBES, dtype=np.int64))
+        return [order[position] for position in positions.tolist()] if order.num_units else []
 
     def read(self, shard: int, sample: int, only: Collection[str] | None = None) -> dict[str, bytes]:
         """A sample's members by extension, such as ``{"jpg": ..., "json": ...}``.

@@ -9,6 +9,7 @@ Source: METER, arXiv 2111.02387, for the inputs.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -224,7 +225,7 @@ class VqaSamples(ItemUnits):
         if empty:
             raise BadSampleError(f"question {question.get('question_id', item)} is empty")
         ids, mask = self._encode(question["question"])
-        humans = question.get("answers", [])
+        humans = [] if question.get("answers") is None else question["answers"]
         if not isinstance(humans, list) or not all(isinstance(answer, str) for answer in humans):
             raise BadSampleError(f"question {question.get('question_id', item)} has answers that are no list of texts")
         return {
@@ -250,7 +251,7 @@ def identity_of(content: dict[str, Any], shard: int, sample: int, source: int = 
     """The image of a sample as a number of 63 bits; two samples of one image are no negatives of each other.
 
     An ``image_id`` is the same as a number and as a text; each source numbers its own images. Without one (null, an
-    empty text and NaN are none), the identity is where the sample is stored: its source, shard and number there.
+    empty text, NaN and infinity are none), the identity is where the sample is stored: source, shard and number there.
 
     Args:
         content: of the sample's ``json``.
@@ -263,7 +264,8 @@ def identity_of(content: dict[str, Any], shard: int, sample: int, source: int = 
         raise BadSampleError(f"its image_id is a {type(image_id).__name__}; a number or a text is needed")
     if isinstance(image_id, float) and image_id.is_integer():
         image_id = int(image_id)  # as programs write it that store missing numbers as NaN
-    text = "" if image_id is None or image_id != image_id else str(image_id).strip()
+    is_none = image_id is None or (isinstance(image_id, float) and not math.isfinite(image_id))
+    text = "" if is_none else str(image_id).strip()
     return _hash("image", source, text) if text else _hash("sample", source, shard, sample)
 
 

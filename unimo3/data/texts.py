@@ -17,6 +17,8 @@ _ENCODINGS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+# The field of an item that is its text.
+_TEXT_OF_ITEM = {"questions": "question", "hypotheses": "text"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -64,6 +66,34 @@ def lack_of(kind: str, members: dict[str, bytes]) -> str:
     except BadSampleError as error:
         return str(error)
     return "" if has_kind else f"has no {kind}"
+
+
+def texts_of(kind: str, members: dict[str, bytes]) -> list[str]:
+    """All texts that a sample has of a `kind` (``captions``, ``questions`` and so on); none of a bad sample."""
+    try:
+        content = content_of(members)
+        if kind == "captions":
+            return captions_of(members, content)
+    except BadSampleError:
+        return []
+    if kind not in _TEXT_OF_ITEM:
+        return _usable([content.get(kind)])
+    items = content.get(kind)
+    return _usable([item.get(_TEXT_OF_ITEM[kind]) for item in _objects(items)])
+
+
+def _objects(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def answers_of(members: dict[str, bytes]) -> list[list[str]]:
+    """The human answers to each of a sample's questions; none of a bad sample."""
+    try:
+        questions = _objects(content_of(members).get("questions"))
+    except BadSampleError:
+        return []
+    given = [question.get("answers") for question in questions]
+    return [[text for text in texts if isinstance(text, str)] if isinstance(texts, list) else [] for texts in given]
 
 
 def _usable(values: list[Any]) -> list[str]:

@@ -119,11 +119,17 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             )
     try:
         ids = tokenizer.backend_tokenizer.encode(_RARE).ids
+        called = tokenizer([_RARE])["input_ids"][0]  # as after training
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise ConfigError(
             f"data.tokenizer: '{folder}': cannot encode a text with rare characters ({error}); give it an entry for "
             "unknown words, or use a byte-level tokenizer such as RoBERTa's"
         ) from error
+    if called != ids:
+        raise ConfigError(
+            f"data.tokenizer: '{folder}': {type(tokenizer).__name__} encodes a text in another way than its "
+            "tokenizer.json; use one of RoBERTa's class, or PreTrainedTokenizerFast"
+        )
     if ids[:1] + ids[-1:] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
         raise ConfigError(
             f"data.tokenizer: '{folder}': does not put {tokenizer.cls_token!r} before a text and "

@@ -82,6 +82,7 @@ def answer_file(
         ConfigError: a file cannot be read or written.
         DataError: the source contains no line.
     """
+    target = target.resolve()  # a link stays one
     staging = target.with_name(f"{target.name}.partial")
     num_lines = 0
     errors: list[str] = []

@@ -39,17 +39,21 @@ class Unimo3Processor(ProcessorMixin):
         Args:
             images: a PIL image, the path of an image file, an array or a tensor of an image or of a batch, or a list of
                 them. Each becomes RGB as in training; see `to_rgb`, and `image_of_array` for shapes and values.
-                With ``do_rescale=False`` arrays of floating-point numbers are RGB from 0 to 1.
+                With ``do_rescale=False`` they are arrays of floating-point RGB from 0 to 1.
             text: a text or a list of them, without white space and byte order marks around it as in training; padded
                 to the longest and cut at the tokenizer's limit unless requested otherwise.
             kwargs: for the tokenizer and the image processor, such as ``return_tensors="pt"``.
 
         Raises:
-            OSError, ValueError: an image is of an unknown kind, damaged, or larger than Pillow's pixel limit.
+            OSError, ValueError: an image is of an unknown kind, damaged, or larger than Pillow's pixel limit; or has 8
+                bits, with ``do_rescale=False``.
         """
-        is_scaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
-        prepared = {"images": _rgb_of(images, kwargs.get("input_data_format"), is_scaled), "text": _plain_of(text)}
-        inputs: BatchFeature = super().__call__(**prepared, **({"padding": True, "truncation": True} | kwargs))
+        options = (kwargs.get("images_kwargs") or {}) | kwargs
+        is_scaled = not options.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
+        prepared = {"images": _rgb_of(images, options.get("input_data_format"), is_scaled), "text": _plain_of(text)}
+        of_texts = kwargs.get("text_kwargs") or {}
+        defaults = {name: True for name in ("padding", "truncation") if name not in of_texts}
+        inputs: BatchFeature = super().__call__(**prepared, **(defaults | kwargs))
         return inputs
 
 
@@ -64,9 +68,12 @@ def _rgb_of(images: Any, layout: str | None, is_scaled: bool) -> Any:
         images = images.numpy(force=True)
     if isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim > 3):
         return [_rgb_of(image, layout, is_scaled) for image in images]
+    is_float = isinstance(images, np.ndarray) and images.dtype.kind == "f"
+    if is_scaled and images is not None and not is_float:
+        raise ValueError("do_rescale=False: floating-point RGB from 0 to 1 is needed; leave it out for 8-bit images")
     if isinstance(images, (str, Path)):
         images = open_image(images)
-    elif isinstance(images, np.ndarray) and is_scaled and images.dtype.kind == "f":
+    elif isinstance(images, np.ndarray) and is_scaled:
         if images.ndim != 3 or 3 not in (images.shape[0], images.shape[-1]):
             raise ValueError(f"an array of shape {list(images.shape)} of {images.dtype}: three channels are needed")
     elif isinstance(images, np.ndarray):

@@ -46,6 +46,7 @@ FREE_SETTINGS = (
     "training.ds_config",
     "training.micro_batch",
     "training.stall_after_s",
+    "training.activation_checkpointing",
     "training.max_skipped",
     "data.train",
     "data.val",

@@ -57,6 +57,21 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         next(samples)
 
 
+def test_empty_lines_at_the_end_are_no_rows(tmp_path):
+    write_source(tmp_path)
+    before = convert("cc3m", tmp_path)
+    (tmp_path / TRAIN).write_text((tmp_path / TRAIN).read_text() + "\n \n")
+    assert convert("cc3m", tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_a_table_without_rows_is_named(tmp_path, content):
+    write_source(tmp_path)
+    (tmp_path / VAL).write_text(content)
+    (tmp_path / "val_image_exist.txt").write_text("")
+    assert error_of("cc3m", tmp_path) == f"{tmp_path / VAL}: has no row; download it again"
+
+
 @pytest.mark.parametrize("names", [["0", "9", "10", "11"], ["11", "10", "9", "0"], ["00", "9", "010", "11"]])
 def test_image_names_may_have_any_number_of_digits_and_no_suffix(tmp_path, names):
     write_source(tmp_path)
@@ -84,8 +99,12 @@ def test_a_list_of_downloads_overrides_the_table_for_each_split(tmp_path):
     [
         (3, "no url", ": line 4: has 1 columns ('no url'); caption<TAB>url expected, as released"),
         (3, "a\tb\tc", ": line 4: has 3 columns ('a\\tb\\tc'); caption<TAB>url expected"),
-        (3, "", ": line 4: has 1 columns (''); caption<TAB>url expected"),
-        (0, "caption\turl", ": line 1: is a header ('caption\\turl'); remove it, images are numbered from the first"),
+        (3, "", ": line 4: is empty; images are numbered by the rows of the release: download it again"),
+        (0, "caption\turl", ": line 1: is a header, or no row of the release ('caption\\turl'); caption<TAB>url"),
+        (0, '"caption"\t"url"', ': line 1: is a header, or no row of the release (\'"caption"\\t"url"\'); caption'),
+        (0, "Caption\tImage_URL", ": line 1: is a header, or no row of the release ('Caption\\tImage_URL'); caption"),
+        (3, '"a dog"\t"http://a.org/1.jpg"', ": line 4: is no row of the release ("),
+        (3, "http://a.org/1.jpg\ta dog", ": line 4: is no row of the release ("),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, line, expected):

@@ -111,6 +111,13 @@ def test_an_identifier_that_gives_a_key_of_two_underscores_is_a_sample(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_records_is_named(tmp_path, name, content):
+    (write_source(tmp_path) / name).write_text(content)
+    assert error_of("nlvr2", tmp_path) == f"{tmp_path / name}: has no record; download it again"
+
+
+@pytest.mark.parametrize("name", ["train.json", "dev.json", "test1.json"])
 def test_a_missing_file_is_named(tmp_path, name):
     (write_source(tmp_path) / name).unlink()
     assert error_of("nlvr2", tmp_path).startswith(f"{tmp_path / name}: cannot be read")

@@ -55,6 +55,18 @@ def test_downloaded_images_are_at_the_listed_path_or_in_the_images_folder(tmp_pa
     assert read.omitted == {"empty caption": 1}
 
 
+def test_rows_of_one_file_are_one_image(tmp_path):
+    urls = RELEASE["image_urls"]
+    write_json(tmp_path / "sbu-captions-all.json", RELEASE | {"image_urls": [urls[2], urls[1], urls[2], urls[3]]})
+    ids = [sample.content["image_id"] for sample in convert("sbu", tmp_path).split("train")]
+    assert ids == [0, 0, 3]
+    write_json(tmp_path / "annot.json", [["a/1.jpg", "one"], ["b/1.jpg", "two"], ["a/1.jpg", "three"]])
+    ids = [sample.content["image_id"] for sample in convert("sbu", tmp_path).split("train")]
+    assert ids == [0, 1, 0]
+    write_json(tmp_path / "annot.json", [])
+    assert error_of("sbu", tmp_path) == f"{tmp_path / 'annot.json'}: has no pair; write it again"
+
+
 def test_a_list_of_downloads_has_precedence_over_the_release(tmp_path):
     write_json(tmp_path / "sbu-captions-all.json", RELEASE)
     write_json(tmp_path / "annot.json", [["1.jpg", "only this"]])

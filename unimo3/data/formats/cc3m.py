@@ -36,21 +36,32 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
 
 
 def _read_table(path: Path, downloaded: "_Downloaded", folder: Path, omitted: Counter[str]) -> Iterator[Pair]:
+    blank, num_rows = "", 0
     for row, (where, line) in enumerate(read_lines(path)):
+        if not line.strip():
+            blank = blank or where
+            continue
+        if blank:
+            raise DataError(f"{blank}: is empty; images are numbered by the rows of the release: download it again")
+        num_rows += 1
         columns = line.split("\t")
         if len(columns) != 2:
             raise DataError(
                 f"{where}: has {len(columns)} columns ({line[:60]!r}); caption<TAB>url expected, as released"
             )
-        if row == 0 and columns[1].strip().lower() == "url":
+        if "://" not in columns[1] or columns[1].startswith('"'):
+            what = "a header, or no row of the release" if row == 0 else "no row of the release"
             raise DataError(
-                f"{where}: is a header ({line!r}); remove it, images are numbered from the first caption on"
+                f"{where}: is {what} ({line[:60]!r}); caption<TAB>url expected, without a header and quotes, since "
+                "images are numbered from the first row on"
             )
         name = downloaded.file_name(row)
         if name is None:
             omitted["image not downloaded"] += 1
         else:
-            yield row, folder / name, columns[0]
+            yield Pair(row, row, folder / name, columns[0])
+    if not num_rows:
+        raise DataError(f"{path}: has no row; download it again")
 
 
 class _Downloaded:

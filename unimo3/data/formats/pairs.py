@@ -7,20 +7,27 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from unimo3.data.formats.record import Sample, read_json
 from unimo3.errors import DataError
 from unimo3.texts import is_blank, plain
 
-Pair = tuple[int, Path, str]
-"""Row, image file, caption."""
+
+class Pair(NamedTuple):
+    """A row of a list; rows about one image have the same `image`, the first of them."""
+
+    row: int
+    image: int
+    file: Path
+    caption: str
 
 
 def pair_samples(split: str, pairs: Iterable[Pair], omitted: Counter[str]) -> Iterator[tuple[str, Sample]]:
-    """One sample a pair, with its row as ``image_id``; empty captions are skipped."""
-    for row, file, caption in pairs:
+    """One sample a pair, with the first row of its image as ``image_id``; empty captions are skipped."""
+    for row, image, file, caption in pairs:
         if not is_blank(caption):
-            yield split, Sample(f"{row:09d}", (file,), {"image_id": row, "captions": [plain(caption)]})
+            yield split, Sample(f"{row:09d}", (file,), {"image_id": image, "captions": [plain(caption)]})
         else:
             omitted["empty caption"] += 1
 
@@ -28,6 +35,7 @@ def pair_samples(split: str, pairs: Iterable[Pair], omitted: Counter[str]) -> It
 def read_annot(path: Path, images: Path) -> Iterator[Pair]:
     """The pairs of a list of [path, caption], each path below `images` or, if its folder is not there, in it."""
     folders: dict[str, Path] = {}
+    first_row: dict[str, int] = {}
     for row, entry in enumerate(read_json(path, list)):
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
             raise DataError(f"{path}: [{row}]: is {reprlib.repr(entry)}; [path, caption] expected")
@@ -39,4 +47,6 @@ def read_annot(path: Path, images: Path) -> Iterator[Pair]:
         if parent not in folders:
             # Looked at once a folder: there are a thousand files in each.
             folders[parent] = images / parent if (images / parent).is_dir() else images
-        yield row, folders[parent] / name, entry[1]
+        yield Pair(row, first_row.setdefault(entry[0], row), folders[parent] / name, entry[1])
+    if not first_row:
+        raise DataError(f"{path}: has no pair; write it again")

@@ -94,15 +94,23 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record's position in a file of JSON lines, for messages, and the record; blank lines are skipped."""
+    """Each record's position in a file of JSON lines, for messages, and the record; blank lines are skipped.
+
+    Raises:
+        DataError: there is none, so that no split is missed.
+    """
+    is_empty = True
     for where, line in read_lines(path):
         if not line.strip():
             continue
+        is_empty = False
         try:
             record = _loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: is not JSON ({error}); download the file again") from error
         yield where, record
+    if is_empty:
+        raise DataError(f"{path}: has no record; download it again")
 
 
 def first_file(*paths: Path) -> Path:

@@ -30,6 +30,7 @@ def _read_release(path: Path, images: Path) -> Iterator[Pair]:
     captions, urls = field(content, "captions", path, list), field(content, "image_urls", path, list)
     if len(captions) != len(urls):
         raise DataError(f"{path}: has {len(captions)} captions and {len(urls)} image_urls; download it again")
+    first_row: dict[str, int] = {}
     for row, (caption, url) in enumerate(zip(captions, urls, strict=True)):
         if not isinstance(caption, str):
             raise DataError(
@@ -40,7 +41,7 @@ def _read_release(path: Path, images: Path) -> Iterator[Pair]:
             raise DataError(
                 f"{path}: image_urls[{row}]: is {reprlib.repr(url)}; a URL that ends in a file name expected"
             )
-        yield row, images / name, caption
+        yield Pair(row, first_row.setdefault(name, row), images / name, caption)
 
 
 def _file_name(url: object) -> str:

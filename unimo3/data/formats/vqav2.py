@@ -8,7 +8,7 @@ Source: https://visualqa.org/download.html.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
         if not has_answers and not path.exists():
             continue
         questions = field(read_json(path, dict), "questions", path, list)
+        if not questions:
+            raise DataError(f"{path}: has no question; download it again")
         notes = _Annotations(source / f"v2_mscoco_{part}_annotations.json", path) if has_answers else None
         of_image: dict[int, list[dict[str, Any]]] = {}
         position_of: dict[int, int] = {}
@@ -52,6 +54,8 @@ def convert(source: Path, images: Path, omitted: Counter[str] | None = None) -> 
             if notes is not None:
                 entry |= notes.answers(identity, image, where)
             of_image.setdefault(image, []).append(entry)
+        if notes is not None:
+            notes.check_questions(position_of)
         for image, entries in of_image.items():
             file = images / folder / f"COCO_{folder}_{image:012d}.jpg"
             yield split, Sample(f"{image:012d}", (file,), {"image_id": image, "questions": entries})
@@ -108,6 +112,19 @@ class _Annotations:
                 f"question_id {question}; use one release"
             )
         return _answers(note, note_where)
+
+    def check_questions(self, questions: Collection[int]) -> None:
+        """Refuse annotations without a question: results on a part of a split are not those of others.
+
+        Raises:
+            DataError: there is such an annotation.
+        """
+        lacking = sorted(self._notes.keys() - set(questions))
+        if lacking:
+            raise DataError(
+                f"{self._path}: {len(lacking)} annotations have no question in {self._questions.name}, such as that of "
+                f"question_id {lacking[0]}; use one release"
+            )
 
 
 def _answers(note: dict[str, Any], where: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from unimo3.data.captioned import CaptionedImages
 from unimo3.data.loader import ReaderArgs
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
-from unimo3.errors import ConfigError
+from unimo3.errors import ConfigError, DataError
 from unimo3.training.evaluation import Guard
 from unimo3.training.metrics import Metrics
 from unimo3.training.retrieval.args import RankingArgs
@@ -44,9 +44,16 @@ def held_out_recall(
 
     Raises:
         ConfigError: the images do not divide into folds.
+        DataError: there are fewer than two images.
     """
     engine.eval()
-    errors = ranking.fold_errors(sum(samples.units_per_shard))
+    num_images = sum(samples.units_per_shard)
+    if num_images < 2:
+        raise DataError(
+            f"{samples.index.source}: has {num_images} image by the image_id of its samples; a ranking needs several: "
+            "correct image_id, or name other shards"
+        )
+    errors = ranking.fold_errors(num_images)
     if errors:
         raise ConfigError(errors)
     towers = Towers(engine, samples, world, batch, reader, ranking.cache_gb * 1e9, guard)
