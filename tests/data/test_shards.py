@@ -155,6 +155,17 @@ def test_a_bad_record_is_named_and_leaves_nothing(tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_an_image_of_two_splits_is_refused(tmp_path, split, capfd):
+    root = write_source(tmp_path / "source", num_images=12)
+    path = root / "dataset_coco.json"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"split": split})
+    path.write_text(json.dumps(content))
+    assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out")) == 78
+    assert f"000000000001.jpg: stands in the source's splits train and {split}; held-out" in capfd.readouterr().err
+
+
 def test_all_errors_of_the_command_line_are_named_at_once(source, tmp_path, capfd):
     (tmp_path / "out").mkdir()
     arguments = ("--src", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--shard-size", "0")

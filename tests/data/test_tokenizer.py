@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig
 
 from tests.data.mutations import mutated, property_settings
 from tests.tiny import tiny_config
+from unimo3.data.args import DataArgs
 from unimo3.data.masking import Masking
 from unimo3.data.samples import PretrainSamples, TextEncoder
-from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.errors import ConfigError
 from unimo3.model.args import resolve_tokens, tokenizer_errors
@@ -199,6 +200,39 @@ def test_lengths_in_tokenizer_json_change_no_text_after_training(tmp_path, name,
     trained, exported = ids_in_and_after_training(folder, tmp_path / "exported", TEXTS)
     assert exported == trained
     assert max(map(len, trained)) == 12
+
+
+def test_bpe_dropout_is_off_in_and_after_training(tmp_path):
+    train_tokenizer(["several dogs run over a hill"] * 9, 300, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(content))
+    text = "several dogs run over a hill"
+    trained, exported = ids_in_and_after_training(str(path.parent), tmp_path / "exported", [text] * 20)
+    assert exported == trained
+    assert all(ids == trained[0] for ids in trained)
+
+
+@pytest.mark.parametrize("name", ["LayoutLMv3TokenizerFast", "LayoutXLMTokenizerFast"])
+def test_a_class_that_needs_more_than_a_text_is_refused(tmp_path, name):
+    folder = changed(tmp_path, "tokenizer_config.json", "tokenizer_class", value=name)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: "):
+        load_tokenizer(folder)
+
+
+def test_a_text_has_room_for_a_word_between_special_tokens(tmp_path):
+    folder = write_tokenizer(tmp_path, SPECIAL)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    ends = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>", "</s>")]
+    tokens = {token: {"id": token, "ids": [SPECIAL[token]], "tokens": [token]} for token in ("<s>", "</s>")}
+    single = [ends[0], {"Sequence": {"id": "A", "type_id": 0}}, *ends[1:]]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    path.write_text(json.dumps(content | {"post_processor": template}))
+    (problem,) = DataArgs("train", tokenizer=folder, max_text_tokens=3).slow_errors()
+    assert "data.max_text_tokens: 3: data.tokenizer puts 3 special tokens around a text; at least 4" in problem
+    assert DataArgs("train", tokenizer=folder, max_text_tokens=4).slow_errors() == []
 
 
 @property_settings

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -373,6 +375,21 @@ def test_a_run_given_as_weights_and_a_missing_folder_are_named(tuned, photo, tmp
     target = tmp_path / "gone" / "out.jsonl"
     assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
     assert f"--output {target}: its folder is not there" in capsys.readouterr().err
+
+
+def test_only_a_plain_file_is_replaced_by_the_output_and_a_link_stays(tuned, photo, tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
+    common = ("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output")
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        assert run(*common, target) == 78
+        assert f"--output {target}: is no plain file" in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    for _ in range(2):
+        assert run(*common, tmp_path / "link") == 0
+        assert (tmp_path / "link").is_symlink()
+        assert len(read_lines(tmp_path / "out.jsonl")) == 1
 
 
 def test_a_missing_image_one_that_is_none_and_an_empty_text_are_named(tuned, photo, capsys):

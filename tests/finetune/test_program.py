@@ -19,11 +19,14 @@ from finetune.nlvr2 import main as nlvr2_main
 from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
+from tests.data.conftest import draw_jpeg, index_again, write_tar
+from tests.data.test_tokenizer import write_tokenizer
 from tests.tiny import tiny_config
 from tests.waiting import text_of, wait_for
 from unimo3 import config
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
+from unimo3.data.tokenizer import load_tokenizer
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
 from unimo3.training.args import TrainingArgs
 from unimo3.training.early_stopping import BestArgs
@@ -61,7 +64,7 @@ def test_valid_settings_have_no_error(nlvr2, snli_ve, vqav2, pretrained, tmp_pat
         assert settings(kind, shards, pretrained, tmp_path).validate() == []
 
 
-@pytest.mark.parametrize("split", ["test", "test-dev"])
+@pytest.mark.parametrize("split", ["test", "test-dev", "Test", "TEST"])
 def test_nothing_is_trained_on_a_test_split(nlvr2, pretrained, tmp_path, split):
     shutil.copytree(nlvr2 / "test", tmp_path / split)
     index = tmp_path / split / "index.json"
@@ -87,6 +90,53 @@ def test_missing_tensors_are_named_before_anything_starts(nlvr2, pretrained, tmp
     assert f"missing: {', '.join(missing)}; unexpected: surprise. Use weights of the same" in error
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "runs").exists()
+
+
+WRONG_ANSWERS = {
+    "one answer instead of a list": lambda question: {"question": question["question"], "answer": "dog"},
+    "no answers": lambda question: {"question": question["question"]},
+    "answers of another vocabulary": lambda question: question | {"answers": ["zebra"] * 10},
+    "null": lambda question: question | {"answers": None},
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ANSWERS)
+def test_questions_without_an_answer_of_the_vocabulary_are_not_trained_on(vqav2, pretrained, tmp_path, what):
+    samples = {}
+    for number in range(4):
+        asked = {"question": "is it?", "question_id": number, "answers": ["yes"] * 10}
+        content = {"image_id": number, "questions": [WRONG_ANSWERS[what](asked)]}
+        samples[str(number)] = {"jpg": draw_jpeg(number, 8, 8), "json": json.dumps(content).encode()}
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    write_tar(tmp_path / "shards" / "train" / "0.tar", samples)
+    index_again(tmp_path / "shards" / "train")
+    shutil.copy(vqav2 / "answers.json", tmp_path / "shards" / "answers.json")
+    data = {"train": str(tmp_path / "shards" / "train"), "val": None}
+    (problem,) = settings(VqaConfig, vqav2, pretrained, tmp_path, data).validate()
+    assert problem.startswith(f"data.train: '{data['train']}': none of 4 questions that were read has an answer of")
+    # Where nothing is trained, answers are not needed.
+    data = {"train": "", "val": data["train"]}
+    answers = str(vqav2 / "answers.json")
+    problems = settings(VqaConfig, vqav2, pretrained, tmp_path, data, answers=answers, eval_only=True).validate()
+    assert not [problem for problem in problems if problem.startswith("data.")]
+
+
+def test_texts_of_which_the_tokenizer_knows_nothing_are_named(pretrained, tmp_path):
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "dog": 5}
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", words)
+    for name, caption in (("cyrillic", "собака"), ("english", "a dog")):
+        shards = tmp_path / name
+        shards.mkdir()
+        write_tar(shards / "0.tar", {"a": {"jpg": draw_jpeg(0, 8, 8), "txt": caption.encode()}})
+        index_again(shards)
+    known = load_tokenizer(tokenizer)
+    (problem,) = DataArgs(str(tmp_path / "cyrillic"), tokenizer=tokenizer).text_errors(known, "captions")
+    assert problem.startswith(f"data.tokenizer: '{tokenizer}': knows no part of the 1 captions that were read from")
+    assert "data.train, such as 'собака'" in problem
+    assert DataArgs(str(tmp_path / "english"), tokenizer=tokenizer).text_errors(known, "captions") == []
+    mixed = DataArgs(str(tmp_path / "english"), val=str(tmp_path / "cyrillic"), tokenizer=tokenizer)
+    assert "data.val" in mixed.text_errors(known, "captions")[0]
+    assert mixed.text_errors(known, "questions") == []
 
 
 def test_a_split_that_is_missing_is_named(nlvr2, pretrained, tmp_path):

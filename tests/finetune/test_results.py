@@ -5,6 +5,8 @@ import json
 import pytest
 
 from finetune.results import write_files
+from finetune.vqa import Vqa
+from unimo3.data.answers import AnswerVocabulary
 from unimo3.errors import CheckpointError
 
 FILES = {"predictions.json": "[]", "accuracy.json": "{}"}
@@ -50,3 +52,14 @@ def test_results_on_a_full_disk_are_one_error_with_the_files_name(tmp_path):
 def test_predictions_may_contain_half_a_surrogate_pair(tmp_path):
     write_files(tmp_path, {"predictions.csv": "a-\ud83d-0-0,True\n"}, "val", "aaaaaaaaaa")
     assert (tmp_path / "predictions.csv").read_text(encoding="utf-8") == "a-?-0-0,True\n"
+
+
+def test_questions_without_answers_are_counted_in_the_log(caplog):
+    answered = {"question_id": 1, "answer": "a", "groups": ("", ""), "accuracy": 1.0}
+    rows = [answered, answered | {"question_id": 2, "accuracy": None}]
+    results = Vqa(AnswerVocabulary(["a"])).results(rows)
+    assert results.metrics == {"accuracy_overall": 1.0}
+    assert "1 of 2 questions have no answers: the accuracies are of the others" in caplog.text
+    caplog.clear()
+    Vqa(AnswerVocabulary(["a"])).results([answered])
+    assert not caplog.text

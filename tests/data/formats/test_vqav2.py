@@ -172,6 +172,18 @@ def test_a_bad_field_of_an_annotation_is_named(tmp_path, change, expected):
     assert re.match(re.escape(f"{path}{expected}"), error_of("vqav2", tmp_path))
 
 
+@pytest.mark.parametrize("year", ["train2014", "val2014"])
+def test_an_annotation_without_a_question_is_named(tmp_path, year):
+    path = write_source(tmp_path) / f"v2_OpenEnded_mscoco_{year}_questions.json"
+    write_json(path, {"questions": QUESTIONS["questions"][:1]})
+    error = error_of("vqav2", tmp_path)
+    assert error.startswith(
+        f"{tmp_path}/v2_mscoco_{year}_annotations.json: 2 annotations have no question in {path.name}"
+    )
+    write_json(path, {"questions": []})
+    assert error_of("vqav2", tmp_path) == f"{path}: has no question; download it again"
+
+
 def test_the_vocabulary_orders_frequent_answers_by_count_then_alphabet():
     counts = Counter({"yes": 4, "no": 4, "dog": 9, "cat": 3})
     assert answer_vocabulary(counts, 4) == ["dog", "no", "yes"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.data.conftest import convert, index_again, write_source, write_tar
+from tests.data.conftest import convert, draw_jpeg, index_again, write_source, write_tar
 from tests.spawn import run_ranks
 from tests.training.retrieval.ranks import (
     BATCH,
@@ -18,10 +18,13 @@ from tests.training.retrieval.ranks import (
     plain_task,
     scores_of,
 )
+from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import evaluation_batches
+from unimo3.data.tokenizer import load_tokenizer
+from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
-from unimo3.errors import ConfigError
+from unimo3.errors import ConfigError, DataError
 from unimo3.training.evaluation import Unguarded, to_device
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
@@ -188,6 +191,17 @@ def test_folds_are_ranked_separately(shards, alone):
 def test_a_number_of_images_that_folds_do_not_divide_is_refused(shards):
     with pytest.raises(ConfigError, match=r"ranking.fold_images: 5: the 11 images of data.val are no whole number"):
         evaluate(shards, RankingArgs(fold_images=5))
+
+
+def test_samples_of_a_single_image_are_no_ranking(shards, tmp_path):
+    samples = {f"{row}": {"jpg": draw_jpeg(row, 8, 8), "txt": b"a", "json": b'{"image_id": 0}'} for row in range(5)}
+    write_tar(tmp_path / "0.tar", samples)
+    index_again(tmp_path)
+    tokenizer = load_tokenizer(str(shards / "tokenizer"))
+    held_out = CaptionedImages(ShardIndex(tmp_path), tokenizer, 12, ImageTransform(16))
+    task = plain_task(shards)
+    with pytest.raises(DataError, match="has 1 image by the image_id of its samples; a ranking needs several"):
+        held_out_recall(task, held_out, ALONE, BATCH, READER, RankingArgs(), Unguarded())
 
 
 def test_bad_settings_are_named_together():
