@@ -151,12 +151,12 @@ class VqaConfig(FinetuneConfig):
         errors = []
         for source in [] if self.eval_only else self.data.sources:
             try:
-                given = self.data.probed_answers(source)
+                asked = self.data.probed_answers(source)
             except DataError:
                 continue  # `shard_errors` reports it
-            if given and not any(vocabulary.soft_targets(answers).any() for answers in given):
+            if asked and not any(vocabulary.soft_targets(answers).any() for answers in asked):
                 errors.append(
-                    f"data.train: '{source}': none of {len(given)} questions that were read has an answer of "
+                    f"data.train: '{source}': none of {len(asked)} questions that were read has an answer of "
                     f"{self.answers_path} in its answers; prepare the shards again, or name their own answers.json"
                 )
         return errors

@@ -92,8 +92,8 @@ def answers_of(members: dict[str, bytes]) -> list[list[str]]:
         questions = _objects(content_of(members).get("questions"))
     except BadSampleError:
         return []
-    given = [question.get("answers") for question in questions]
-    return [[text for text in texts if isinstance(text, str)] if isinstance(texts, list) else [] for texts in given]
+    human = [question.get("answers") for question in questions]
+    return [[text for text in texts if isinstance(text, str)] if isinstance(texts, list) else [] for texts in human]
 
 
 def _usable(values: list[Any]) -> list[str]:
