@@ -165,7 +165,7 @@ def screen(state: dict[str, Any]) -> str:
             line("ends", f"{ends} if it runs on, in {_span(state['left_s'])}")
     checkpoint = state["checkpoint"]
     line("checkpoint", f"step {checkpoint['step']}, {_span(checkpoint['age_s'])} old" if checkpoint else "none yet")
-    line("starts", f"{state['starts']}")
+    line("starts", f"{state['starts'] or 'none by Slurm'}")
     for restart in state["restarts"][-_NUM_RESTARTS_SHOWN:]:
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(restart["time"]))
         line("", f"{when}  {restart['action']}: {restart['reason']}")

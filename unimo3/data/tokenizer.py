@@ -78,7 +78,11 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     if errors := folder_errors(folder):
         raise ConfigError(errors)
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    # It would warn of an exported folder's model, which it does not know.
+    logging.set_verbosity_error()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
@@ -86,6 +90,8 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
             f"data.tokenizer: '{folder}': contains no tokenizer that transformers can read "
             f"({type(error).__name__}: {error})"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"data.tokenizer: '{folder}': {type(tokenizer).__name__} is not one of the tokenizers library; a folder "
