@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from slurm import history
-from slurm.commands import ANSWER, output_of
+from slurm.commands import output_of, print_answer
 from unimo3.json_lines import append_record, read_records
 
 FILE = "bad_nodes.jsonl"
@@ -53,7 +53,11 @@ def add(run: Path, node: str, reason: str, job: str, hours: float = HOURS) -> No
 def current(run: Path | None = None) -> dict[str, str]:
     """Nodes noted and not yet expired, with the reason; with those that only `run` excludes."""
     reasons: dict[str, str] = {}
-    entries = read_records(path_of())
+    try:
+        entries = read_records(path_of())
+    except OSError as error:
+        print(f"{path_of()} cannot be read ({error.strerror}): its nodes are not excluded", file=sys.stderr)
+        entries = []
     if run is not None:
         entries += read_records(run / history.FOLDER / FILE)
     for entry in entries:
@@ -94,10 +98,10 @@ def main() -> None:
     ours = history.excluded(args.run, job)
     nodes, added = choose(excluded, ours, sorted(current(args.run)))
     if nodes == sorted(excluded):
-        print(ANSWER, "keep")
+        print_answer("keep")
         return
     history.append(args.run, "exclude", job=job, nodes=added)
-    print(ANSWER, "set", ",".join(nodes))
+    print_answer("set", ",".join(nodes))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,15 @@ import subprocess
 ANSWER = "answer:"
 _TIMEOUT_S = 60
 _OF_QUERIES = ("SQUEUE_", "SINFO_", "SCONTROL_", "SLURM_TIME_FORMAT")
-_OF_JOBS = ("SLURM_", "SBATCH_", "UNIMO3_RANKS_PER_NODE")
+_OF_JOBS = ("SLURM_", "SBATCH_", "UNIMO3_RANKS_PER_NODE", "UNIMO3_STATUS_DIR")
 # Where Slurm is and who asks, not what a job is.
 _CONNECTION = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS")
+
+
+def print_answer(*words: object) -> None:
+    """Print the line that a job script reads, on a line of its own whatever has been printed before."""
+    print()
+    print(ANSWER, *words)
 
 
 def output_of(*command: str) -> str:

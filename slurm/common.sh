@@ -11,13 +11,21 @@ trap : TERM CONT USR1 USR2
 # have its own memory and time without these variables.
 unset "${!SQUEUE_@}" "${!SINFO_@}" "${!SCONTROL_@}" SLURM_TIME_FORMAT SLURM_CLUSTERS "${!TORCHELASTIC_@}" \
     "${!SLURM_MEM_PER_@}" SLURM_TIMELIMIT SRUN_CPUS_PER_TASK
-unset CDPATH # with it, cd prints
+unset "${!SLURM_STD@}" SLURM_GPUS_PER_SOCKET SLURM_CPUS_PER_GPU SLURM_DISTRIBUTION SLURM_THREADS_PER_CORE \
+    SLURM_WORKING_DIR SLURM_TASK_PROLOG SLURM_TASK_EPILOG SLURM_EXACT SLURM_EXCLUSIVE SLURM_GRES
+# With the first, cd prints; with the others, bash and Python print something else than they are asked for.
+unset CDPATH BASH_ENV PYTHONIOENCODING
+# These scripts' own variables, which the shell of another job, or a user, may export.
+unset UNIMO3_STATUS_DIR IS_DECIDED RUN STEP_MINUTES WAIT_S KILL_ON_BAD_EXIT IGNORE_STOP_SIGNALS
 
 export JOB=$SLURM_JOB_ID # `name_job` adds the link of an array
 
 # If this script exits before an action is chosen, as by an error in site.env, `on_unexpected_exit` chooses one.
 trap 'on_unexpected_exit $?' EXIT
 on_unexpected_exit() { [[ $1 == 0 || -n ${IS_DECIDED:-} ]] || apply_default_policy "$1"; }
+
+# States of a job whose script runs on: a user may stop, signal or resize it.
+RUNNING_STATES="RUNNING STOPPED SIGNALING RESIZING"
 
 # A log on a full disk must not end the script.
 log() { printf '%(%H:%M:%S)T slurm: %s\n' -1 "$*" >&2 || true; }
@@ -59,6 +67,8 @@ setup() {
     unset UNIMO3_RANKS_PER_NODE SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU
     # These may be those of an outer job, too.
     [[ $JOB_FACTS == *" TresPerTask="* ]] || unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+    [[ $JOB_FACTS == *" TresPerNode="* ]] || unset SLURM_GPUS_PER_NODE
+    [[ $JOB_FACTS == *" TresPerJob="* ]] || unset SLURM_GPUS
     [[ $JOB_FACTS == *" TresBind="* ]] || unset SLURM_GPU_BIND SLURM_TRES_BIND
     NUM_RANKS=$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))
     NUM_RESTARTS=0
@@ -120,7 +130,7 @@ run_module() { "${PYTHON[@]}" -m "$@"; }
 # Prints the last line ``answer: ...`` of a module's output. All other lines, as of a container, go to the log. No
 # temporary file is used, since a node whose /tmp is full must still find out that it is bad.
 answer_in() {
-    printf '%s\n' "$1" | grep --invert-match '^answer:' >&2 || true
+    printf '%s\n' "$1" | grep --invert-match -e '^answer:' -e '^$' >&2 || true
     printf '%s\n' "$1" | sed -n 's/^answer: *//p' | tail -n 1
 }
 
@@ -340,8 +350,8 @@ apply_action() {
     IS_DECIDED=yes
     [[ $action != "done" && $action != link ]] || exit 0
     [[ $action != left ]] || exit 1
-    state=$(with_retries squeue --noheader --jobs="$JOB" --format=%T) || state=RUNNING
-    if [[ $state != RUNNING ]]; then
+    state=$(state_of "$JOB")
+    if [[ " $RUNNING_STATES " != *" $state "* ]]; then
         log "Slurm is ending the job by itself ($state): cancelled, or requeued already"
         exit 1
     fi

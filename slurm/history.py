@@ -17,6 +17,7 @@ from typing import Any
 from unimo3.json_lines import append_record, read_records
 
 FOLDER, FILE = "slurm", "history.jsonl"
+_OF_BEGIN = {"job", "restart", "nodes", "checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def read(run: Path) -> list[Attempt]:
     attempts: list[Attempt] = []
     for record in _records(run):
         event, when = record.pop("event"), record.pop("time")
-        if event == "begin":
+        if event == "begin" and record.keys() >= _OF_BEGIN:
             attempts.append(Attempt(when, **_known(record)))
-        elif event == "end":
+        elif event == "end" and "job" in record:
             job, checkpoint = record.pop("job"), record.pop("checkpoint", None)
             if not attempts or attempts[-1].job != job or attempts[-1].action is not None:
                 attempts.append(Attempt(when, job, 0, "", checkpoint))  # the line of its begin is damaged
@@ -74,12 +75,17 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
 def excluded(run: Path, job: str) -> list[str]:
     """Nodes that a job excludes because they are listed as bad; a link of an array starts with those of the array."""
     names = (job, job.partition("_")[0])
-    noted = [record["nodes"] for record in _records(run) if record["event"] == "exclude" and record["job"] in names]
+    noted = [
+        record.get("nodes", [])
+        for record in _records(run)
+        if record["event"] == "exclude" and record.get("job") in names
+    ]
     return list(noted[-1]) if noted else []
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    return read_records(run / FOLDER / FILE)
+    """All records but damaged ones."""
+    return [record for record in read_records(run / FOLDER / FILE) if record.keys() >= {"event", "time"}]
 
 
 def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:

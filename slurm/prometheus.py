@@ -7,6 +7,7 @@ Source: Prometheus' text exposition format, https://prometheus.io/docs/instrumen
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def write(path: Path, states: Sequence[dict[str, Any]], num_bad_nodes: int) -> N
         staging.write_text(text_of(states, num_bad_nodes))
         staging.replace(path)
     except OSError as error:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):
+            staging.unlink(missing_ok=True)
         raise ConfigError(f"--prometheus {path}: cannot be written ({error.strerror}); name another file") from error
 
 

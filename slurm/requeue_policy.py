@@ -26,7 +26,7 @@ import signal
 from pathlib import Path
 
 from slurm import bad_nodes, history, run_lock, squeue
-from slurm.commands import ANSWER
+from slurm.commands import print_answer
 from slurm.runs import progress
 from unimo3.errors import ConfigError
 
@@ -150,7 +150,7 @@ def final_status(status: int, folder: Path | None) -> tuple[int, str]:
     # The order is that of the file server's clock: the nodes' own clocks differ.
     in_order = sorted(folder.glob("end_*"), key=lambda path: path.stat().st_mtime_ns) if folder else []
     codes = [path.read_text().strip() for path in in_order]
-    first = next((int(code) for code in codes if code.isdigit() and int(code)), status)
+    first = next((int(code) for code in codes if status and code.isdigit() and int(code)), status)
     return (75, "") if first in _ASKED_TO_STOP else (first, messages.get(first, ""))
 
 
@@ -171,7 +171,7 @@ def end(
         last = attempts[-1]
         attempts[-1] = history.Attempt(last.time, last.job, last.restart, last.nodes, last.checkpoint, status=status)
     action, reason = decide(status, attempts, checkpoint, max_restarts, in_array)
-    if state != "RUNNING" and action != "done":
+    if state not in squeue.RUNNING and action != "done":
         action, reason = "left", f"status {status}, saved at {checkpoint}; Slurm cancels or requeues the job ({state})"
     elif message:
         reason = f"{reason}: {message[:_MESSAGE_CHARACTERS]}"
@@ -237,7 +237,7 @@ def main() -> None:
         action = "done" if (args.event, args.status) == ("end", 0) else "hold"
         name = error.filename or args.run
         reason = f"{name} cannot be written ({error.strerror}): check space, quota and permissions"
-    print(ANSWER, action, reason)
+    print_answer(action, reason)
 
 
 def _decision(args: argparse.Namespace) -> tuple[str, str]:

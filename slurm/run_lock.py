@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,8 @@ def acquire(run: Path, job: str, restart: int, is_at_work: Callable[[str], bool]
     """
     folder = run / history.FOLDER / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{socket.gethostname()}-{os.getpid()}"
+    # Containers of one host may have equal process ids.
+    staging = folder / f".{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
     staging.write_text(f"{job} {restart}\n")
     try:
         number = max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)

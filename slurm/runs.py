@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.tasks import TASKS
-from slurm.commands import ANSWER
+from slurm.commands import print_answer
 from unimo3.project_files import project_file
 
 Result = TypeVar("Result")
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> int:
     if errors:
         print("ConfigError:", "; ".join(errors), file=sys.stderr)
         return _CONFIG_STATUS
-    print(ANSWER, folder)
+    print_answer(folder)
     return 0
 
 

@@ -16,9 +16,11 @@ from slurm import history
 from slurm.commands import output_of
 from slurm.runs import ArgumentError, work_folder
 
-# A job that has or may again have the run's folder to itself.
-ACTIVE = ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED")
-AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED")
+# A job whose script runs, although a user may have stopped, signalled or resized it; one whose processes may be there;
+# and one that has or may again have the run's folder to itself.
+RUNNING = ("RUNNING", "STOPPED", "SIGNALING", "RESIZING")
+AT_WORK = (*RUNNING, "COMPLETING", "SUSPENDED", "STAGE_OUT")
+ACTIVE = (*AT_WORK, "PENDING", "CONFIGURING")
 
 _SCRIPT = re.compile(r"(?:^|/)(pretrain|finetune|export|prepare_shards)\.sbatch(?: |$)")
 _PROGRAMS = {"pretrain": "pretrain.train", "export": "pretrain.export", "prepare_shards": "pretrain.prepare_shards"}

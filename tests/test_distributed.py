@@ -64,9 +64,10 @@ def test_a_process_alone_needs_no_group(monkeypatch):
 def test_ranks_without_a_rendezvous_address_get_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT: not in the environment, though WORLD_SIZE is 2"):
+    expected = "LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not in the environment, though WORLD_SIZE is 2"
+    with pytest.raises(ConfigError, match=expected):
         distributed.init()
 
 

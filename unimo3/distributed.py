@@ -54,11 +54,13 @@ def init() -> World:
 
     from unimo3.launch import free_port
 
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if world_size_from_environment() > 1 and missing:
         raise ConfigError(
             f"{', '.join(missing)}: not in the environment, though WORLD_SIZE is {os.environ['WORLD_SIZE']}; set RANK "
-            "to this process's number, MASTER_ADDR and MASTER_PORT to a host and port that all ranks share"
+            "to this process's number, LOCAL_RANK to that on its host, MASTER_ADDR and MASTER_PORT to a host and port "
+            "that all ranks share"
         )
     if world_size_from_environment() == 1:
         # Alone it meets nobody, whatever address another program has left in the environment.

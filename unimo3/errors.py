@@ -175,18 +175,19 @@ def _flush(status: int) -> int:
             if number == 1 and status == EXIT_DONE:
                 status = _EXIT_PIPE if isinstance(error, BrokenPipeError) else 1
                 if status == 1:
-                    _report(f"standard output cannot be written ({error.strerror})")
+                    report(f"standard output cannot be written ({error.strerror})")
     return status
 
 
 def _end_by(error: Unimo3Error | Interrupted, is_reported: bool) -> NoReturn:
     message = f"{type(error).__name__}: {error}"
     if is_reported:
-        _report(message)
+        report(message)
     end_process(error.exit_status, message)
 
 
-def _report(text: str) -> None:
+def report(text: str) -> None:
+    """Print a line to standard error, if that can be written."""
     with suppress(OSError):  # the exit status has the rest
         print(text, file=sys.stderr, flush=True)
 
@@ -237,13 +238,13 @@ def exit_with_status(main: Callable[..., int | None]) -> Callable[..., None]:
         except (Unimo3Error, OSError, RuntimeError) as error:
             # torch raises it wherever the main thread is when a reader process dies.
             if died := _READER_DIED.search(str(error)):
-                _report(
+                report(
                     f"ReaderDied: a reader process ended before its time ({died[0]}); the system log has the reason, "
                     "most often memory ran out, or /dev/shm (Bus error): lower data.num_workers or data.prefetch, and "
                     "start the same command again"
                 )
                 end_process(1)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and error.filename is None:
                 try:
                     sys.stdout.flush()
                 except OSError:  # a print failed: the disk is full, or the reader has ended, as ``head`` does

@@ -6,12 +6,13 @@ Source: Pillow; EXIF 2.3 and XMP for the orientation.
 """
 
 import io
+import itertools
 import os
 import re
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ _SIXTEEN_BITS = ("PPM", "PNG")
 _AMBIGUOUS = (b"BM", *(b"P%d" % number for number in range(1, 7)))
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Chunks of a PNG that Pillow reads and no pixel needs.
-_METADATA = (b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"pHYs", b"tIME")
+_COMPRESSED = (b"iCCP", b"zTXt", b"iTXt")
+_METADATA = (*_COMPRESSED, b"tEXt", b"pHYs", b"tIME")
 # Pillow's limit of a compressed text.
 _MAX_METADATA_BYTES = 2**20
+# A keyword, a language and a translated keyword.
+_NUM_KEYWORDS = 3
 # Markers of a JPEG's segments, and the length of Adobe's.
 _APPLICATION, _ADOBE, _START_OF_SCAN, _ADOBE_BYTES = range(0xE0, 0xF0), 0xEE, 0xDA, 14
 # Where EXIF begins: in a JPEG a segment, in an AVIF file an item in the list of items.
@@ -87,7 +91,8 @@ def _without_bad_chunks(file: bytes | str | Path) -> bytes | None:
                 opened.seek(size + 4, os.SEEK_CUR)
                 continue
             content, checksum = opened.read(size), opened.read(4)
-            if int.from_bytes(checksum) != zlib.crc32(kind + content) or _inflates(content):
+            is_damaged = int.from_bytes(checksum) != zlib.crc32(kind + content)
+            if is_damaged or (kind in _COMPRESSED and _inflates(content)):
                 bad.append((start, start + size + 12))
         if not bad:
             return None
@@ -98,14 +103,13 @@ def _without_bad_chunks(file: bytes | str | Path) -> bytes | None:
 
 
 def _inflates(content: bytes) -> bool:
-    """Whether a part of a chunk is larger than Pillow's limit when decompressed."""
-    for start in [match.end() for match in re.finditer(rb"\0[\0\1]?(?=x)", content)]:
+    """Whether the compressed end of a chunk is larger than Pillow's limit when decompressed."""
+    # It follows keywords that end with a zero; zlib's first byte is an x.
+    for match in itertools.islice(re.finditer(rb"\0(?=x)", content), _NUM_KEYWORDS):
         inflate = zlib.decompressobj()
-        try:
-            if len(inflate.decompress(content[start:], _MAX_METADATA_BYTES + 1)) > _MAX_METADATA_BYTES:
+        with suppress(zlib.error):
+            if len(inflate.decompress(content[match.end() :], _MAX_METADATA_BYTES + 1)) > _MAX_METADATA_BYTES:
                 return True
-        except zlib.error:
-            continue
     return False
 
 

@@ -6,6 +6,7 @@ Source: JSON Lines (jsonlines.org); write(2) with O_APPEND.
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
     try:
         size = os.fstat(descriptor).st_size
         is_cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" * is_cut_off + json.dumps(record).encode() + b"\n")
+        line = b"\n" * is_cut_off + json.dumps(record).encode() + b"\n"
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[os.write(descriptor, line) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)
+            raise
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,7 +21,15 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from unimo3.errors import EXIT_CONFIG, EXIT_DIVERGED, EXIT_STALLED, CommandParser, ConfigError, exit_with_status
+from unimo3.errors import (
+    EXIT_CONFIG,
+    EXIT_DIVERGED,
+    EXIT_STALLED,
+    CommandParser,
+    ConfigError,
+    exit_with_status,
+    report,
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _LAUNCHER = "UNIMO3_LAUNCHER_PID"
@@ -109,7 +117,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
 def _report_signal(rank: int, number: int) -> None:
     # A program that ends for another reason reports it itself.
     hint = "; the kernel does that when memory runs out, see dmesg" if number == signal.SIGKILL else ""
-    print(f"rank {rank} was ended by {signal.Signals(number).name}{hint}", file=sys.stderr, flush=True)
+    report(f"rank {rank} was ended by {signal.Signals(number).name}{hint}")
 
 
 def _is_module(name: str) -> bool:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.checkpoint.exporting import MODEL, OPTIM, newest, run_program, strip_to_plain
+from unimo3.checkpoint import export
 from unimo3.checkpoint.best_record import BestRecord, write_best
 
 
@@ -269,3 +270,20 @@ except RuntimeError:
     command = [sys.executable, "-c", code, str(tmp_path / "out")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert "opened" in done.stdout, done.stderr[-2000:]
+
+
+def test_of_two_exports_to_one_folder_the_second_is_refused(run_copy, tmp_path, capsys, monkeypatch):
+    run, out, stock, second = run_copy("fp32"), tmp_path / "out", export.export_weights, []
+
+    def export_weights(*arguments, **options):
+        if not second:
+            second.append(0)
+            second[0] = run_program(run, "--out", out)
+        return stock(*arguments, **options)
+
+    monkeypatch.setattr(export, "export_weights", export_weights)
+    assert run_program(run, "--out", out) == 0
+    assert second == [78]
+    assert f"{out}: another export writes it; wait for its end, or choose another folder" in capsys.readouterr().err
+    assert (out / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out.")] == []

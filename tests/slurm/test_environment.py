@@ -43,8 +43,20 @@ HOSTILE = {
     "CDPATH": "/",
     "PATH": "/nowhere:/usr/bin:/bin",
     "LD_PRELOAD": "/nowhere/library.so",
+    "PYTHONIOENCODING": "latin-1",
+    "SLURM_GPUS_PER_NODE": "8",
+    "SLURM_GPUS": "8",
+    "SLURM_WORKING_DIR": "/nowhere",
+    "SLURM_STDOUTMODE": "none",
+    "SLURM_DISTRIBUTION": "arbitrary",
+    "UNIMO3_STATUS_DIR": "/nowhere",
+    "IS_DECIDED": "yes",
+    "RUN": "/nowhere",
+    "STEP_MINUTES": "nonsense",
+    "KILL_ON_BAD_EXIT": "nonsense",
 }
 ENDS_75_THEN_78 = """#!/bin/bash
+printf 'a greeting without an end'
 [[ "$*" == "-m pretrain.train "* ]] || exec {python} "$@"
 ! mkdir {folder}/once.$SLURM_JOB_ID || exit 75
 exit 78

@@ -1,5 +1,6 @@
 """What a job does next."""
 
+import errno
 import json
 import os
 
@@ -181,10 +182,40 @@ def test_a_job_with_an_unwritable_folder_is_held(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr("sys.argv", ["requeue_policy", event, "--run", str(run), "--status", str(status)])
     main()
     answer = capsys.readouterr().out
-    assert answer.startswith(f"answer: {action} {run}")
+    assert answer.startswith(f"\nanswer: {action} {run}")
     assert answer.endswith(" cannot be written (Not a directory): check space, quota and permissions\n")
 
 
 def test_the_reason_quotes_the_programs_error(tmp_path):
     history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     assert end(tmp_path, "7", 78, 9, "ConfigError: a: b")[1].endswith("(status 78): ConfigError: a: b")
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "STOPPED", "SIGNALING", "RESIZING"])
+def test_a_job_whose_script_runs_on_decides_and_has_its_folder(tmp_path, monkeypatch, state):
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "bad_nodes.jsonl"))
+    assert begin(tmp_path, "7", ["n1"], 9, {})[0] == "go"
+    assert begin(tmp_path, "8", ["n2"], 9, {"7": state})[0] == "hold"
+    assert end(tmp_path, "7", 75, 9, state=state)[0] == "requeue"
+
+
+def test_a_program_that_ended_well_has_done_so_whatever_another_left(tmp_path):
+    ends(tmp_path, 3)
+    assert final_status(0, tmp_path) == (0, "")
+
+
+def test_a_list_of_another_user_holds_no_job(tmp_path, monkeypatch, capsys):
+    (tmp_path / "list").mkdir()  # cannot be read as a file
+    monkeypatch.setenv("BAD_NODES", str(tmp_path / "list"))
+    monkeypatch.setattr(bad_nodes, "read_records", unreadable(bad_nodes.read_records, tmp_path / "list"))
+    assert begin(tmp_path, "7", ["n1"], 9, {})[0] == "go"
+    assert "list cannot be read (Permission denied): its nodes are not excluded" in capsys.readouterr().err
+
+
+def unreadable(read, path):
+    def read_records(asked):
+        if asked == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(asked)
+
+    return read_records

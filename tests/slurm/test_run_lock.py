@@ -84,3 +84,16 @@ def test_a_start_that_was_killed_before_it_wrote_its_job_holds_nothing(tmp_path,
     (folder / "000001").touch()
     assert run_lock.acquire(tmp_path, "2", 0, lambda job: True) is None
     assert run_lock.acquire(tmp_path, "3", 0, lambda job: True) == "2"
+
+
+def test_containers_of_one_host_may_have_equal_process_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock.os, "getpid", lambda: 7)
+    stock = Path.hardlink_to
+
+    def hardlink_to(path, target):
+        monkeypatch.setattr(Path, "hardlink_to", stock)
+        assert run_lock.acquire(tmp_path, "2", 0, lambda job: True) is None  # another start comes first
+        stock(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", hardlink_to)
+    assert run_lock.acquire(tmp_path, "1", 0, lambda job: True) == "2"

@@ -44,6 +44,20 @@ def test_a_stop_file_counts_if_this_hosts_clock_is_ahead_of_the_servers(tmp_path
     assert listener.received
 
 
+@pytest.mark.parametrize("corrected_s", [-1200, 1200])
+def test_a_stop_file_counts_after_the_clock_was_corrected(tmp_path, monkeypatch, corrected_s):
+    monkeypatch.setattr(preempt.time, "time", lambda stock=time.time: stock() - corrected_s)
+    listener, earlier = StopListener(), StopListener()
+    monkeypatch.undo()  # while the model was being built
+    (tmp_path / "requeue").touch()
+    os.utime(tmp_path / "requeue", (time.time() + 1,) * 2)  # dates of files are a few milliseconds behind
+    listener.watch_folder(tmp_path)
+    assert listener.received
+    os.utime(tmp_path / "requeue", (time.time() - 600,) * 2)
+    earlier.watch_folder(tmp_path)
+    assert not earlier.received
+
+
 def test_a_touch_requests_a_profile_once_however_often_traces_are_written(tmp_path):
     path, listener = tmp_path / "profile", StopListener()
 

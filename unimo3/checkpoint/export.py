@@ -15,10 +15,13 @@ Source: transformers' layout of a model's folder.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable, sha256_of
@@ -61,26 +64,27 @@ def export_run(
     out = out.resolve()
     staging = out.with_name(out.name + ".partial")
     try:
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-        try:
-            if run is not None:
-                copy_model_files(run, staging)
-            reports = export_weights(
-                checkpoint, staging, dtype, on_overflow, max_file_bytes, num_jobs=num_jobs, verify=verify
-            )
-            if run is not None:
-                # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
-                has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
-                _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else dtype_of(dtype))
-                _record_files(staging)
-                write_card(run, checkpoint, staging, dtype, reports)
-            _flush(staging)
-            staging.rename(out)
-        except BaseException:
-            shutil.rmtree(staging)
-            raise
+        with _only_export_to(out, staging):
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir(parents=True)
+            try:
+                if run is not None:
+                    copy_model_files(run, staging)
+                reports = export_weights(
+                    checkpoint, staging, dtype, on_overflow, max_file_bytes, num_jobs=num_jobs, verify=verify
+                )
+                if run is not None:
+                    # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
+                    has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
+                    _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else dtype_of(dtype))
+                    _record_files(staging)
+                    write_card(run, checkpoint, staging, dtype, reports)
+                _flush(staging)
+                staging.rename(out)
+            except BaseException:
+                shutil.rmtree(staging)
+                raise
         flush_folder(out.parent)
     except (OSError, CheckpointError) as error:
         if not checkpoint.exists():
@@ -94,6 +98,28 @@ def export_run(
             f"{out}: the export failed and left nothing ({error}); check space, quota and permissions"
         ) from error
     return reports
+
+
+@contextmanager
+def _only_export_to(out: Path, staging: Path) -> Iterator[None]:
+    """While in it, no other process exports to the same folder.
+
+    Raises:
+        CheckpointError: another process does.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{staging}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{out}: another export writes it; wait for its end, or choose another folder") from error
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(f"{out}: another export has written it; choose another folder")
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def export_weights(

@@ -15,7 +15,6 @@ Source: Slurm's sbatch --signal and preemption (SIGTERM before the end of the gr
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from types import FrameType
 import torch
 
 from unimo3.distributed import sum_over_ranks, world
-from unimo3.errors import EXIT_REQUEUE, end_process
+from unimo3.errors import EXIT_REQUEUE, end_process, report
 from unimo3.launch import STOP_SIGNALS
 from unimo3.training.heartbeat import server_is_ahead_s
 
@@ -66,7 +65,8 @@ class StopListener:
         self._profiled = 0.0  # time of the folder of traces when it was last looked at or written
         self._request = StopRequest.NONE
         self._folder: Path | None = None
-        self._started = time.time()
+        self._made = time.monotonic()
+        self._started = 0.0  # by the clock of the folder's server
         self._is_passed_on = False
         self._is_interruptible = False
         self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
@@ -79,7 +79,8 @@ class StopListener:
 
     def watch_folder(self, folder: Path) -> None:
         """From here on only note signals, and have `poll_files` look for files in a run's folder."""
-        self._started += server_is_ahead_s(folder)
+        # The clock may have been corrected since this object was made.
+        self._started = time.time() - (time.monotonic() - self._made) + server_is_ahead_s(folder)
         self._folder = folder
         with suppress(OSError):
             self._profiled = (folder / PROFILE_FILE).stat().st_mtime
@@ -157,11 +158,9 @@ class StopListener:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
             if self._is_first_of_host:
-                print(
+                report(
                     f"Interrupted: asked to stop ({signal.Signals(number).name}) before training began, nothing is "
-                    "lost; start the same command to continue",
-                    file=sys.stderr,
-                    flush=True,
+                    "lost; start the same command to continue"
                 )
             end_process(EXIT_REQUEUE, is_recorded=False)  # the signal may come because another rank has failed
         if number == signal.SIGINT and self.name is not None:
