@@ -117,7 +117,7 @@ free_port() {
         port=$((10000 + (SLURM_JOB_ID + try * 997) % 20000))
         if ! (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; then
             echo "$port"
-            return
+            return 0
         fi
     done
     log "no free port found from 10000 to 30000"
@@ -323,7 +323,7 @@ state_of() {
             state=$(printf '%s\n' "$state" | sed -n 's/^state: //p' | head -n 1)
             if [[ $state != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
                 echo "$state"
-                return
+                return 0 # in the trap of an error, `return` alone would return the error's status
             fi
             sleep "${SLURM_RETRY_S:-15}"
             continue
