@@ -119,4 +119,4 @@ def test_files_and_names_are_utf8_whatever_the_locale(tmp_path, name, charset, f
     command = [sys.executable, "-m", "slurm.runs", "pretrain.train", "--config", str(recipe)]
     environment = os.environ | {"LOCPATH": str(tmp_path), "LC_ALL": "odd", "PYTHONUTF8": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    assert done.stdout.decode() == "answer: 走行/é\n", done.stderr
+    assert done.stdout.decode() == "\nanswer: 走行/é\n", done.stderr

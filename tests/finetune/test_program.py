@@ -134,6 +134,9 @@ def test_texts_of_which_the_tokenizer_knows_nothing_are_named(pretrained, tmp_pa
     assert problem.startswith(f"data.tokenizer: '{tokenizer}': knows no part of the 1 captions that were read from")
     assert "data.train, such as 'собака'" in problem
     assert DataArgs(str(tmp_path / "english"), tokenizer=tokenizer).text_errors(known, "captions") == []
+    write_tar(tmp_path / "english" / "0.tar", {"a": {"jpg": b"", "json": b'{"caption": "dog \\ud83d"}'}})
+    index_again(tmp_path / "english")
+    assert DataArgs(str(tmp_path / "english"), tokenizer=tokenizer).text_errors(known, "captions") == []
     mixed = DataArgs(str(tmp_path / "english"), val=str(tmp_path / "cyrillic"), tokenizer=tokenizer)
     assert "data.val" in mixed.text_errors(known, "captions")[0]
     assert mixed.text_errors(known, "questions") == []

@@ -73,4 +73,4 @@ def test_an_unknown_task_is_an_invalid_setting(module, capsys):
     )
     assert "--config missing.yaml: cannot be read" in printed.err
     assert main(["finetune.vqa"]) == 0
-    assert capsys.readouterr().out == "answer: runs/run\n"
+    assert capsys.readouterr().out == "\nanswer: runs/run\n"

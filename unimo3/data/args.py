@@ -19,6 +19,7 @@ from unimo3.data.texts import answers_of, texts_of
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors
+from unimo3.texts import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,7 +210,7 @@ class DataArgs(Checked):
     def _probed_texts(self, source: str, kind: str) -> list[str]:
         with closing(self._open(source)) as index:
             samples = [index.read(unit.shard, unit.unit, ("json", "txt")) for unit in index.probes()]
-        return [text for members in samples for text in texts_of(kind, members)]
+        return [plain(text) for members in samples for text in texts_of(kind, members)]
 
     def check_limits(self, micro_batch: int, image_size: int, num_images: int, trains: bool = True) -> None:
         """Refuse limits of this host that reading would meet later.
