@@ -39,8 +39,8 @@ _MAX_METADATA_BYTES = 2**20
 _NUM_KEYWORDS = 3
 # Markers of a JPEG's segments, and the length of Adobe's.
 _APPLICATION, _ADOBE, _START_OF_SCAN, _ADOBE_BYTES = range(0xE0, 0xF0), 0xEE, 0xDA, 14
-# Where EXIF begins: in a JPEG a segment, in an AVIF file an item in the list of items.
-_EXIF = re.compile(rb"(\xff\xe1..|infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
+# Where EXIF begins in an AVIF file: an item in the list of items.
+_EXIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
 _AVIF_STARTS = (b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1")
 
 _NUM_CHANNELS = (1, 2, 3, 4)
@@ -73,7 +73,8 @@ def open_image(file: bytes | str | Path) -> Image.Image:
         try:
             return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
         except Exception:  # Pillow meets damaged metadata with errors of any kind
-            image = _open_without_exif(file) or _open_without_segments(file)
+            # Other formats are opened before their metadata is read.
+            image = _open_without_segments(file) or _open_without_exif(file)
             if image is None:
                 raise
             return image
@@ -116,7 +117,8 @@ def _inflates(content: bytes) -> bool:
 def _open_without_segments(file: bytes | str | Path) -> Image.Image | None:
     """A JPEG opened without its metadata; None if it is none, or cannot be opened either.
 
-    Of its application segments, a complete one of Adobe stays, which decides about colours, and the orientation.
+    Of its application segments, a complete one of Adobe stays, which decides about colours, and EXIF, whose orientation
+    may still be readable.
     """
     with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
         content = opened.read()
@@ -144,27 +146,15 @@ def _open_without_segments(file: bytes | str | Path) -> Image.Image | None:
 
 
 def _open_without_exif(file: bytes | str | Path) -> Image.Image | None:
-    """A JPEG or an AVIF file opened without its EXIF; None if it has none, or cannot be opened either.
-
-    Other formats are opened before their EXIF is read. A JPEG's orientation may still be readable and is kept; an AVIF
-    file states its own outside the EXIF.
-    """
+    """An AVIF file opened without its EXIF, outside which it states its orientation; None as for segments."""
     with io.BytesIO(file) if isinstance(file, bytes) else Path(file).open("rb") as opened:
-        start = opened.read(12)
-        if not start.startswith(b"\xff\xd8\xff") and start[4:] not in _AVIF_STARTS:
-            return None
-        content = start + opened.read()
-    exif = _EXIF.search(content)
-    if exif is None:
+        content = opened.read()
+    if content[4:12] not in _AVIF_STARTS or _EXIF.search(content) is None:
         return None
     try:
-        image = Image.open(io.BytesIO(_EXIF.sub(rb"\1none", content)), formats=FORMATS)
+        return Image.open(io.BytesIO(_EXIF.sub(rb"\1none", content)), formats=("AVIF",))
     except Exception:  # of any kind; the first error is reported
         return None
-    if image.format in ("JPEG", _JPEG_OF_SEVERAL):
-        segment = exif.start() + 2
-        image.info["exif"] = content[segment + 2 : segment + int.from_bytes(content[segment : segment + 2])]
-    return image
 
 
 def is_image(path: Path) -> bool:

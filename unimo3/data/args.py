@@ -186,9 +186,10 @@ class DataArgs(Checked):
         errors = []
         for name, source in [("train", source) for source in self.sources if trains] + [("val", self.val)]:
             try:
-                texts = self._probed_texts(source, kind) if source else []
+                samples = self._probes(source) if source else []
             except DataError:
                 continue  # `shard_errors` reports it
+            texts = [plain(text) for members in samples for text in texts_of(kind, members)]
             special = set(tokenizer.all_special_ids)
             if texts and all(special.issuperset(ids) for ids in tokenizer(texts)["input_ids"]):
                 errors.append(
@@ -203,14 +204,11 @@ class DataArgs(Checked):
         Raises:
             DataError: it cannot be read.
         """
-        with closing(self._open(source)) as index:
-            samples = [index.read(unit.shard, unit.unit, ("json",)) for unit in index.probes()]
-        return [answers for members in samples if members for answers in answers_of(members)]
+        return [answers for members in self._probes(source) for answers in answers_of(members)]
 
-    def _probed_texts(self, source: str, kind: str) -> list[str]:
+    def _probes(self, source: str) -> list[dict[str, bytes]]:
         with closing(self._open(source)) as index:
-            samples = [index.read(unit.shard, unit.unit, ("json", "txt")) for unit in index.probes()]
-        return [plain(text) for members in samples for text in texts_of(kind, members)]
+            return [index.read(unit.shard, unit.unit, ("json", "txt")) for unit in index.probes()]
 
     def check_limits(self, micro_batch: int, image_size: int, num_images: int, trains: bool = True) -> None:
         """Refuse limits of this host that reading would meet later.
