@@ -118,3 +118,10 @@ def tuned(pretrained, vqa, nlvr2, snli_ve, coco, tmp_path_factory) -> Path:  # n
             export.main([str(folder / name), "--out", str(folder / f"{name}_weights"), "--dtype", dtype])
         assert not end.value.code
     return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(draw_jpeg(5))
+    return path
