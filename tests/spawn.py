@@ -72,6 +72,26 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
         return _result(Path(folder), 0)
 
 
+def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """A process that calls ``function(*args)`` with this one's environment, forked from the server as a rank is.
+
+    A fork of this process itself would copy locks that other threads hold, such as OpenSSL's while a test's server
+    answers, and would wait for them forever.
+    """
+    sys.audit("tests.spawn.start", function.__qualname__)
+    process = SERVER.Process(target=_call, args=(dict(os.environ), function, args), daemon=True)
+    process.start()
+    return process
+
+
+def _call(environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    multiprocessing.current_process().daemon = False  # which may start readers; it is killed as one all the same
+    multiprocessing.set_start_method(None, force=True)  # its readers are started as in a command
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*args)
+
+
 def _start(
     folder: Path, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], has_group: bool
 ) -> list[BaseProcess]:

@@ -1,7 +1,6 @@
 """Local copies of shards: from a real https server, by real processes, complete or refused, within their limit."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -12,11 +11,10 @@ import pytest
 from filelock import FileLock
 
 from tests.data.test_remote import GB, SIZE, certificate, https_store, quick  # noqa: F401  (three are fixtures)
-from tests.waiting import PATIENCE_S, wait_for
+from tests.spawn import start_process
+from tests.waiting import PATIENCE_S, wait_for, wait_for_end
 from unimo3.data.cache import ShardCache
 from unimo3.errors import DataError
-
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -41,15 +39,9 @@ def make_old(path: Path, age_s: float) -> None:
     os.utime(path, (then, then))
 
 
-def start(target, *args) -> multiprocessing.Process:
-    process = FORK.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
-
-
 def end_well(processes) -> None:
     for process in processes:
-        process.join(PATIENCE_S)
+        wait_for_end(process, "a reader")
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
@@ -82,7 +74,7 @@ def test_names_are_quoted_in_the_url(store, open_cache):
 def test_processes_that_want_the_same_shards_fetch_each_once(store, open_cache):
     shards = [store.add(f"{number:06d}.tar") for number in range(4)]
     contents = list(store.files.values())
-    end_well([start(fetch_all, open_cache(), shards, contents) for _ in range(5)])
+    end_well([start_process(fetch_all, open_cache(), shards, contents) for _ in range(5)])
     assert store.requests == dict.fromkeys(store.files, 1)
     assert files_in(open_cache()) == sorted(f"{sha256}.shard" for _, _, sha256 in shards)
 
@@ -93,7 +85,7 @@ def test_different_shards_are_fetched_concurrently(store, open_cache):
     shards = [store.add(f"{number}.tar") for number in range(2)]
     for path in store.files:
         store.instead[path] = [meeting.wait]  # neither is answered before both are asked for
-    end_well([start(fetch_all, open_cache(), [s], [store.files[f"/shards/{s[0]}"]]) for s in shards])
+    end_well([start_process(fetch_all, open_cache(), [s], [store.files[f"/shards/{s[0]}"]]) for s in shards])
     assert not meeting.broken
 
 
@@ -159,10 +151,12 @@ def test_the_limit_applies_while_processes_fetch_different_shards(store, open_ca
     contents = list(store.files.values())
     has_part = threading.Event()
     store.instead["/shards/0.tar"] = [lambda: has_part.wait(PATIENCE_S)]  # a fetch that is seen under way
-    processes = [start(fetch_all, cache, shards[k::4] * 2, contents[k::4] * 2) for k in range(4)]
+    processes = [start_process(fetch_all, cache, shards[k::4] * 2, contents[k::4] * 2) for k in range(4)]
     most, most_parts = 0, 0
     wait_for(cache.folder.is_dir, "the cache's folder")
-    while any(process.is_alive() for process in processes):
+
+    def look_until_all_ended() -> bool:
+        nonlocal most, most_parts
         with FileLock(cache.folder / "room.lock"):  # else a listing may show what never was there at once
             names = [name.split(".") for name in files_in(cache)]
         parts = [int(announced) for _, announced, *rest in names if rest]
@@ -170,7 +164,9 @@ def test_the_limit_applies_while_processes_fetch_different_shards(store, open_ca
         most_parts = max(most_parts, len(parts))
         if parts:
             has_part.set()
-        time.sleep(0.002)  # between two looks
+        return not any(process.is_alive() for process in processes)
+
+    wait_for(look_until_all_ended, "the end of the readers", poll_s=0.002)
     end_well(processes)
     assert 0 < most <= cache.limit_bytes
     assert most_parts >= 1
@@ -183,9 +179,9 @@ def test_a_fetch_waits_for_space_that_another_fetch_uses(store, open_cache):
     a, b = store.add("a"), store.add("b")
     answer = threading.Event()
     store.instead["/shards/a"] = [lambda: answer.wait(PATIENCE_S)]
-    first = start(fetch_all, cache, [a], [store.files["/shards/a"]])
+    first = start_process(fetch_all, cache, [a], [store.files["/shards/a"]])
     wait_for(lambda: store.requests["/shards/a"], "the first request")
-    second = start(fetch_all, cache, [b], [store.files["/shards/b"]])
+    second = start_process(fetch_all, cache, [b], [store.files["/shards/b"]])
     time.sleep(0.3)  # an early request would come within this; a slow machine may miss it, but never fails wrongly
     assert store.requests["/shards/b"] == 0
     assert files_in(cache) == [f"{a[2]}.{SIZE}.part"]
@@ -277,7 +273,7 @@ def test_a_process_killed_during_a_fetch_blocks_nothing(store, open_cache):
     store.instead["/shards/0.tar"] = [("stall",), ("stall",)]
     part = cache.folder / f"{shard[2]}.{SIZE}.part"
     for wanted in (other, shard):
-        process = start(cache.path, *shard)
+        process = start_process(cache.path, *shard)
         wait_for(lambda: part.is_file() and part.stat().st_size, "the event of the test")
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -293,7 +289,7 @@ def test_a_part_that_is_still_being_written_is_not_a_leftover(store, open_cache)
     shard, other = store.add("0.tar"), store.add("1.tar")
     answer = threading.Event()
     store.instead["/shards/0.tar"] = [lambda: answer.wait(PATIENCE_S)]
-    process = start(fetch_all, cache, [shard], [store.files["/shards/0.tar"]])
+    process = start_process(fetch_all, cache, [shard], [store.files["/shards/0.tar"]])
     wait_for(lambda: store.requests["/shards/0.tar"], "the event of the test")
     cache.path(*other)
     assert f"{shard[2]}.{SIZE}.part" in files_in(cache)

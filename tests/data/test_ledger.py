@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import convert, index_again, write_source
-from tests.waiting import PATIENCE_S, text_of, wait_for
+from tests.spawn import start_process
+from tests.waiting import text_of, wait_for, wait_for_end
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
@@ -54,23 +54,23 @@ class Run:
     def go(self, world_size, micro_batch, workers, start, stop, kill_after=None):
         """Read steps `start` to `stop`; with `kill_after`, all ranks are killed as soon as that step is read."""
         data = DataArgs(train=self._train, window_shards=2, num_workers=workers, prefetch=2)
-        context = multiprocessing.get_context("fork")
         paths = [self._folder / f"{start}_{rank}.jsonl" for rank in range(world_size)]
         ranks = [
-            context.Process(
-                target=read, args=(data, self._tokenizer, rank, world_size, micro_batch, start, stop, paths[rank])
-            )
+            start_process(read, data, self._tokenizer, rank, world_size, micro_batch, start, stop, paths[rank])
             for rank in range(world_size)
         ]
-        for rank in ranks:
-            rank.start()
         if kill_after is not None:
             wanted = f'"step": {kill_after}'
-            wait_for(lambda: all(wanted in text_of(path)() for path in paths), f"step {kill_after} of all ranks")
+
+            def all_have_read_it() -> bool:
+                assert not any(rank.exitcode for rank in ranks)
+                return all(wanted in text_of(path)() for path in paths)
+
+            wait_for(all_have_read_it, f"step {kill_after} of all ranks")
             for rank in ranks:
                 rank.kill()
         for rank in ranks:
-            rank.join(PATIENCE_S)
+            wait_for_end(rank, "a rank")
             assert rank.exitcode == (0 if kill_after is None else -9)
         lines = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
         for line in sorted(lines, key=lambda line: (line["step"], line["position"])):

@@ -257,6 +257,16 @@ def test_reading_draws_nothing_from_the_generator_of_dropout(coco, tokenizer, wo
 
 
 @pytest.mark.integration
+def test_readers_are_forked_whatever_the_default_start_method_is(coco, tokenizer):
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        next(loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1)))
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
     batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1))

@@ -1,7 +1,6 @@
 """One job at a time on a folder, however many begin at once."""
 
 import errno
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -9,16 +8,21 @@ from pathlib import Path
 import pytest
 
 from slurm import history, run_lock
-from tests.waiting import PATIENCE_S
+from tests.spawn import SERVER, start_process
+from tests.waiting import PATIENCE_S, wait_for_end
 
 # As many as there are cores, for all to be at it in the same microsecond.
 _NUM_PROCESSES, _NUM_ROUNDS, _ROUND_S = 2, 200, 0.003
 
 
-def race(number, folder, start, won):
+def race(number, folder, all_ready, start, won):
     """In each round all lock the same folder at the same instant; `dead` has it from before and is at work no more."""
+    all_ready.wait()
+    if number == 0:
+        start.value = time.monotonic()
+    all_ready.wait()
     for n in range(_NUM_ROUNDS):
-        while time.monotonic() < start + n * _ROUND_S:
+        while time.monotonic() < start.value + n * _ROUND_S:
             pass
         other = run_lock.acquire(folder / f"run_{n}", str(number), 0, is_at_work=lambda job: job != "dead")
         won[number * _NUM_ROUNDS + n] = other is None
@@ -31,14 +35,11 @@ def test_of_jobs_that_begin_at_the_same_instant_one_gets_the_lock(tmp_path, befo
         (tmp_path / f"run_{n}" / "slurm" / "starts").mkdir(parents=True)
         if before:
             assert run_lock.acquire(tmp_path / f"run_{n}", before, 0, lambda job: True) is None
-    context = multiprocessing.get_context("fork")
-    won = context.Array("b", _NUM_PROCESSES * _NUM_ROUNDS)
-    start = time.monotonic() + 0.5
-    processes = [context.Process(target=race, args=(number, tmp_path, start, won)) for number in range(_NUM_PROCESSES)]
+    all_ready = SERVER.Barrier(_NUM_PROCESSES, timeout=PATIENCE_S)
+    start, won = SERVER.Value("d"), SERVER.Array("b", _NUM_PROCESSES * _NUM_ROUNDS)
+    processes = [start_process(race, number, tmp_path, all_ready, start, won) for number in range(_NUM_PROCESSES)]
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(PATIENCE_S)
+        wait_for_end(process, "a job")
         assert process.exitcode == 0
     assert [sum(won[n::_NUM_ROUNDS]) for n in range(_NUM_ROUNDS)] == [1] * _NUM_ROUNDS
 

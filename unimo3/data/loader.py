@@ -123,6 +123,8 @@ def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: Read
         batch_sampler=positions,
         num_workers=reader.num_workers,
         prefetch_factor=reader.prefetch if reader.num_workers else None,
+        # Readers share the index's memory and need no pickled samples; Python 3.14 no longer forks by default.
+        multiprocessing_context="fork" if reader.num_workers else None,
         collate_fn=_as_read,
         worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
