@@ -14,9 +14,8 @@ from pathlib import Path
 from statistics import mean, mode, stdev
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
-
 from benchmarks.report import write_report
+from unimo3.gate_map import draw_maps
 
 Result = dict[str, Any]
 
@@ -34,7 +33,6 @@ PRETRAINING = {
     "loss_itc": "ITC loss",
 }
 VQA = {"vqa_overall": "overall", "vqa_fine": "fine", "vqa_object": "object", "vqa_scene": "scene"}
-CELL, GAP, LABEL = 56, 28, 220
 
 
 class Difference(NamedTuple):
@@ -108,47 +106,13 @@ def draw_gates(path: Path, results: Sequence[Result]) -> bool:
     if not variants:
         path.unlink(missing_ok=True)
         return False
-    maps = {(name, stream): _mean_gates(results, name, stream) for name in variants for stream in ("text", "image")}
-    num_layers = len(next(iter(maps.values())))
-    num_levels = max(len(gates[-1]) for gates in maps.values())
-    rows_px, columns_px = CELL * num_layers, CELL * num_levels
-    width, height = LABEL + 2 * (columns_px + GAP), 2 * GAP + len(variants) * (rows_px + 2 * GAP)
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(size=15)
-    for row, name in enumerate(variants):
-        top = 2 * GAP + row * (rows_px + 2 * GAP)
-        draw.text((8, top + rows_px / 2), name, "black", font, anchor="lm")
-        for column, stream in enumerate(("text", "image")):
-            left = LABEL + column * (columns_px + GAP)
-            other = "image" if stream == "text" else "text"
-            draw.text((left, top - 6), f"{stream} reads {other}", "black", font, anchor="ls")
-            gates_of_layers = maps[name, stream]
-            for level, label in enumerate(_level_names(len(gates_of_layers[-1]), num_layers)):
-                draw.text((left + (level + 0.5) * CELL, top + rows_px + 4), label, "grey", font, anchor="mt")
-            for layer, gates in enumerate(gates_of_layers):
-                draw.text((left - 6, top + (layer + 0.5) * CELL), f"{layer + 1}", "grey", font, anchor="rm")
-                for level, gate in enumerate(gates):
-                    _draw_cell(draw, font, (left + level * CELL, top + layer * CELL), gate)
-    draw.text((8, GAP), "rows: fusion layers, columns: levels", "grey", font, anchor="ls")
-    image.save(path)
+    streams = {"text": "text reads image", "image": "image reads text"}
+    grid = [
+        [(f"{name}: {title}", _mean_gates(results, name, stream)) for stream, title in streams.items()]
+        for name in variants
+    ]
+    draw_maps("gates of the variants", grid).save(path)
     return True
-
-
-def _level_names(num_levels: int, num_layers: int) -> list[str]:
-    """t1, t2, ... for a tower's layers, then the fusion encoder's levels from 0."""
-    num_unimodal = num_levels - num_layers
-    return [f"t{level + 1}" for level in range(num_unimodal)] + [str(level) for level in range(num_layers)]
-
-
-def _draw_cell(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, corner: tuple[int, int], gate: float
-) -> None:
-    # White to dark blue.
-    colour = tuple(round(255 + (end - 255) * gate) for end in (8, 48, 107))
-    x, y = corner
-    draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill=colour)
-    draw.text((x + CELL / 2, y + CELL / 2), f"{gate:.2f}", "white" if gate > 0.5 else "black", font, anchor="mm")
 
 
 def _mean_gates(results: Sequence[Result], variant: str, stream: str) -> list[list[float]]:

@@ -27,6 +27,7 @@ from unimo3.data.order import SampleOrder
 from unimo3.data.samples import Samples
 from unimo3.distributed import World
 from unimo3.errors import DivergedError
+from unimo3.gate_map import gates_by_layer, mean_over_heads
 from unimo3.model.args import ModelArgs, resolve_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
@@ -82,10 +83,9 @@ class TrainingRun:
         assert held_out is not None
         config = model.config
         gates = {
-            stream: gates_by_layer(
-                held_out.pop(f"gates_{stream}", None), config.num_hidden_layers, config.unimodal_levels
-            )
+            stream: mean_over_heads(gates_by_layer(weights, config.unimodal_levels)) if weights else None
             for stream in ("text", "image")
+            for weights in [held_out.pop(f"gates_{stream}", None)]
         }
 
         answers = data.answers()
@@ -182,21 +182,3 @@ def on_cpu(task: nn.Module) -> nn.Module:
 def num_parameters(model: nn.Module) -> int:
     """Trainable values, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def gates_by_layer(
-    gates: list[list[list[float]]] | None, num_layers: int, unimodal_levels: int
-) -> list[list[float]] | None:
-    """Mean over heads of a stream's gates.
-
-    Args:
-        gates: [gated layers, H, most levels], padded with zeros; a layer that sees its partner alone has none.
-
-    Returns:
-        For each of the layers the gates of the levels it sees, the partner's last.
-    """
-    if gates is None:
-        return None
-    means = iter(torch.tensor(gates).mean(dim=1))
-    visible = range(unimodal_levels + 1, unimodal_levels + num_layers + 1)
-    return [next(means)[:count].tolist() if count > 1 else [1.0] for count in visible]

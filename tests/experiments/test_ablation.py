@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import ablation, ablation_report, ablation_run
+from experiments import ablation, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from experiments.ablation_settings import VARIANTS as ALL_VARIANTS
 from experiments.ablation_settings import Data, Settings, option
@@ -232,16 +232,6 @@ def test_tower_layers_have_separate_columns(tmp_path):
         write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
         widths.append(Image.open(tmp_path / "a_gates.png").size[0])
     assert widths[1] - widths[0] == 2 * 2 * 56
-    assert ablation_report._level_names(4, 2) == ["t1", "t2", "0", "1"]
-
-
-def test_mean_gates_are_those_of_visible_levels():
-    padded = [[[0.2, 0.8, 0.0]] * 2, [[0.1, 0.2, 0.7]] * 2]
-    expected = [[1.0], [0.2, 0.8], [0.1, 0.2, 0.7]]
-    for gates, row in zip(ablation_run.gates_by_layer(padded, 3, 0), expected, strict=True):
-        assert gates == pytest.approx(row)
-    for gates, row in zip(ablation_run.gates_by_layer(padded, 2, 1), expected[1:], strict=True):
-        assert gates == pytest.approx(row)
 
 
 @pytest.mark.integration

@@ -85,7 +85,9 @@ class TrainingArgs(Checked):
     """Optimizer steps in a row that are skipped for a loss or gradient that is not finite; one more ends the run with
     status 70. Under fp16 a gradient alone does not count: its loss scaling expects that."""
     log_every: int = 50
-    """Optimizer steps between progress lines where the output is no terminal, and between heat maps of the gates."""
+    """Optimizer steps between progress lines where the output is no terminal, and between gate maps."""
+    gate_heads: bool = False
+    """Whether TensorBoard's gate maps show each head in addition to the mean of the heads."""
 
     def slow_errors(self) -> list[str]:
         """Return what DeepSpeed or this machine refuses of the ds_config, one line per error."""
