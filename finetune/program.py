@@ -5,6 +5,7 @@ Started once a rank; starting it again resumes. `Task` defines what is specific 
 Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 """
 
+import functools
 import logging
 from contextlib import closing
 from typing import Any
@@ -30,6 +31,7 @@ from unimo3.training.early_stopping import Best
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, Guard
 from unimo3.training.run import Run
+from unimo3.training.sample_pictures import sample_pictures
 from unimo3.training.start import start_process
 from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
@@ -146,6 +148,9 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
         if world.rank == 0:
             kind = "metrics and answers" if results.metrics else "answers"
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
+        samples = task.samples(index, held_out.reading)
+        predict = functools.partial(task.describe, engine)
+        run.metrics.write_pictures(step, sample_pictures(engine, samples, world, held_out.reading.tokenizer, predict))
         return results.metrics
 
     chooses_on = None if settings.eval_only or is_test_split(index.split) else index.fingerprint

@@ -122,6 +122,10 @@ class Task(ABC):
     def objective(self, model: Any) -> nn.Module:
         """The module an engine trains: batch -> ``loss`` and further metrics; its `model` attribute is `model`."""
 
+    def describe(self, engine: Engine, loaded: dict[str, Any]) -> list[str]:
+        """What is predicted for each row of a batch, for people; every rank calls it."""
+        return [""] * len(loaded["input_ids"])
+
     @abstractmethod
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """Metrics and files of held-out data; None if the run must end before.
@@ -153,6 +157,14 @@ class RowTask(Task):
     @abstractmethod
     def results(self, rows: list[Row]) -> Results:
         """Metrics and files of all rows, each unit's once, in no particular order."""
+
+    def describe(self, engine: Engine, loaded: dict[str, Any]) -> list[str]:
+        """See `Task`: the row's fields."""
+        import torch
+
+        rows = score_batch(self, engine, dict(loaded), torch.ones(len(loaded["input_ids"]), dtype=torch.bool))
+        shown = [{name: value for name, value in row.items() if isinstance(value, str | int | float)} for row in rows]
+        return [", ".join(f"{name} {value}" for name, value in fields.items()) for fields in shown]
 
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.

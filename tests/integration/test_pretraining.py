@@ -200,6 +200,7 @@ def test_metrics_are_complete_and_held_out_losses_are_written(straight):
     events = EventAccumulator(str(straight / "tensorboard"), size_guidance={"images": 0}).Reload()
     for name in ("gates_text", "gates_image"):
         assert [event.step for event in events.Images(f"train/{name}")] == trained
+    for name in ("gates_text", "gates_image", "attention"):
         assert [event.step for event in events.Images(f"eval/{name}")] == [4, 8, 12, 16, 20]
 
 

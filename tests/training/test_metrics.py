@@ -4,11 +4,11 @@ import io
 import json
 import resource
 
-import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from unimo3.gate_map import draw_gate_map
 from unimo3.training.metrics import MetricsWriter, read_metrics
 
 
@@ -51,17 +51,17 @@ def test_tensorboard_shows_the_same_metrics(tmp_path):
     ]
 
 
-def test_gate_weights_are_shown_as_a_heat_map(tmp_path):
+@pytest.mark.parametrize("by_head", [False, True])
+def test_gates_are_recorded_and_shown_as_a_gate_map(tmp_path, by_head):
     gates = [[[0.25, 0.75, 0.0], [0.75, 0.25, 0.0]], [[0.5, 0.25, 0.25], [0.0, 0.75, 0.25]]]
-    writer = MetricsWriter(tmp_path, 0, enabled=True)
+    writer = MetricsWriter(tmp_path, 0, enabled=True, gate_heads=by_head)
     writer.write({"step": 3, "data": "abc", "gates_text": gates}, group="eval")
     writer.close()
     assert read_metrics(tmp_path, group="eval") == [{"group": "eval", "step": 3, "data": "abc", "gates_text": gates}]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Images("eval/gates_text")
-    pixels = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
-    assert pixels.shape == (2 * 16, 3 * 16)
-    assert pixels[8::16, 8::16] / 255 == pytest.approx(np.asarray([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]]), abs=0.01)
+    shown = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
+    assert shown == draw_gate_map(gates, 0, "gates_text at step 3", by_head).convert("RGB")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unimo3.atomic_write import replace_text
+from unimo3.gate_map import draw_gate_map, num_tower_levels
 from unimo3.json_lines import read_records
 from unimo3.training.throughput import Throughput
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, Any]
 
 log = logging.getLogger(__name__)
-
-_HEAT_MAP_PIXELS = 16  # a side of one value's square
 
 
 class MetricsWriter:
@@ -37,12 +37,15 @@ class MetricsWriter:
         folder: the run's folder.
         resumed_step: steps done before; later records are dropped. None: nothing is dropped.
         enabled: whether this is rank 0.
+        gate_heads: whether gate maps have a map for each head.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None, enabled: bool):
+    def __init__(self, folder: Path, resumed_step: int | None, enabled: bool, gate_heads: bool = False):
         self._file = None
         self._board: SummaryWriter | None = None
         self._is_cut_off = False
+        self._gate_heads = gate_heads
+        self._num_tower_levels = num_tower_levels(folder)
         if enabled:
             path = folder / "metrics.jsonl"
             if resumed_step is not None:
@@ -60,8 +63,8 @@ class MetricsWriter:
         """Append one record, and the same as events.
 
         Args:
-            metrics: ``step``, plain numbers, texts (not for TensorBoard), and nested lists of weights in [0, 1],
-                [layers, heads, levels], which TensorBoard gets as heat maps of layers by levels.
+            metrics: ``step``, plain numbers, texts (not for TensorBoard), and gates, see `unimo3.gate_map.Gates`,
+                of which TensorBoard gets a gate map.
             group: heads the names in TensorBoard.
         """
         if self._file is None:
@@ -74,19 +77,28 @@ class MetricsWriter:
         except OSError as error:
             self._is_cut_off = True
             log.warning("metrics of step %s cannot be written yet (%s)", metrics["step"], error)
+        self._add_events(metrics, group)
+
+    def write_pictures(self, step: int, pictures: "dict[str, Image]", group: str = "eval") -> None:
+        """Show pictures in TensorBoard, by name."""
+        self._add_events({"step": step} | {name: np.asarray(picture) for name, picture in pictures.items()}, group)
+
+    def _add_events(self, values: Metrics, group: str) -> None:
+        board, step = self._board, values["step"]
+        if board is None:
+            return
         try:
-            if self._board is not None:
-                self._add_events(self._board, metrics, group)
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "step":
+                    board.add_scalar(f"{group}/{name}", value, step)
+                elif isinstance(value, list):
+                    gate_map = draw_gate_map(value, self._num_tower_levels, f"{name} at step {step}", self._gate_heads)
+                    board.add_image(f"{group}/{name}", np.asarray(gate_map), step, dataformats="HWC")
+                elif isinstance(value, np.ndarray):
+                    board.add_image(f"{group}/{name}", value, step, dataformats="HWC")
         except OSError as error:  # its thread has ended with the error, and will not begin again
             self._board = None
-            log.warning("no more events for TensorBoard from step %s on (%s)", metrics["step"], error)
-
-    def _add_events(self, board: "SummaryWriter", metrics: Metrics, group: str) -> None:
-        for name, value in metrics.items():
-            if name != "step" and isinstance(value, (int, float)):
-                board.add_scalar(f"{group}/{name}", value, metrics["step"])
-            elif isinstance(value, list):
-                board.add_image(f"{group}/{name}", heat_map(value), metrics["step"], dataformats="HW")
+            log.warning("no more events for TensorBoard from step %s on (%s)", step, error)
 
     def close(self) -> None:
         """Flush and close both."""
@@ -94,12 +106,6 @@ class MetricsWriter:
             with suppress(OSError):  # reported before
                 if file is not None:
                     file.close()
-
-
-def heat_map(weights: list) -> np.ndarray:
-    """Weights [layers, heads, levels] -> a picture from black 0 to white 1, a layer a row, a level a column."""
-    values = np.asarray(weights, dtype=np.float32).mean(axis=1)
-    return np.kron(values, np.ones((_HEAT_MAP_PIXELS, _HEAT_MAP_PIXELS), dtype=np.float32))
 
 
 def read_metrics(folder: Path, group: str | None = None) -> list[Metrics]:

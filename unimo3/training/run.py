@@ -43,6 +43,7 @@ FREE_SETTINGS = (
     "training.stop_after",
     "training.eval_every",
     "training.log_every",
+    "training.gate_heads",
     "training.ds_config",
     "training.micro_batch",
     "training.stall_after_s",
@@ -228,7 +229,8 @@ class Run:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         # A process that does not train drops no record of the training.
         resumed_step = None if self._fingerprint is None else self.step
-        self.metrics = MetricsWriter(self.folder, resumed_step, enabled=self._rank == 0)
+        gate_heads = self._settings.training.gate_heads
+        self.metrics = MetricsWriter(self.folder, resumed_step, self._rank == 0, gate_heads)
         if self._keeps_ledger and self._fingerprint is not None:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)
