@@ -4,6 +4,7 @@
     predict nlvr2 --weights W --image LEFT --image RIGHT --text "both are dogs"
     predict snli_ve --weights W --image F --text "a dog sleeps"
     predict retrieval --weights W --image F --text "a dog"          whether they match; several of one are ranked
+    predict vqa ... --explain out.png                               and a picture of where the words read the image
     predict index --weights W --images FOLDER --out INDEX           once; or --texts FILE, one text a line
     predict retrieval --weights W --index INDEX --text "a dog"      searches images; a text index by --image
     predict TASK --weights W --input IN.jsonl --output OUT.jsonl    many at a time

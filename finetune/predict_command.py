@@ -57,6 +57,9 @@ def _add_task(parser: argparse.ArgumentParser, task: type[Task]) -> None:
     parser.add_argument("--output", type=Path, help="JSON lines with the answers to --input")
     parser.add_argument("--top", type=int, default=5, help="answers to give (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--explain", type=Path, help="PNG file to write: where the words of one --text read its image, level by level"
+    )
     if task.predictor.searches:
         parser.add_argument("--index", type=Path, help="folder that predict index wrote, to search in")
         parser.add_argument(
@@ -88,7 +91,7 @@ def _query_errors(args: argparse.Namespace, task: type[Task]) -> list[str]:
             errors.append(f"--output {args.output}: its folder is not there; make it, or name another")
         if args.json:
             errors.append("--json: --output is JSON lines in any case; leave it out")
-        return errors + _rerank_errors(args)
+        return errors + _explain_errors(args) + _rerank_errors(args)
     errors = [f"--output {args.output}: is for --input; leave it out, or redirect --json"] * (args.output is not None)
     num_images, num_texts = len(args.image), len(args.text)
     if not task.predictor.searches:
@@ -106,7 +109,22 @@ def _query_errors(args: argparse.Namespace, task: type[Task]) -> list[str]:
             f"--image and --text: given {num_images} and {num_texts} times; {args.task} takes one of each, several "
             "of one to rank for the other, or --index"
         )
-    return errors + _rerank_errors(args)
+    return errors + _explain_errors(args) + _rerank_errors(args)
+
+
+def _explain_errors(args: argparse.Namespace) -> list[str]:
+    path: Path | None = args.explain
+    if path is None:
+        return []
+    searches = getattr(args, "index", None) is not None or len(args.text) > 1
+    errors = []
+    if args.input is not None or searches or (args.task == "retrieval" and len(args.image) > 1):
+        errors.append(f"--explain {path}: explains one text with its image; leave it out, or ask for one pair")
+    if path.suffix.lower() != ".png":
+        errors.append(f"--explain {path}: is a PNG file; end its name in .png")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        errors.append(f"--explain {path}: cannot be written there; name a file in a folder that exists")
+    return errors
 
 
 def _rerank_errors(args: argparse.Namespace) -> list[str]:

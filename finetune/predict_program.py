@@ -4,6 +4,7 @@ Source: none.
 """
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from finetune.tasks import config_class
+from unimo3.atomic_write import replace_bytes
 from unimo3.errors import ConfigError, DataError
 from unimo3.inference.folder import Loaded, load
 from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
-from unimo3.inference.inputs import Row, checked_text, prepare
+from unimo3.inference.inputs import Prepared, Row, checked_text, prepare, tokens
 from unimo3.inference.lines import Answerer, answer_file, count_lines, encoded, error_message, images_of, text_of
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
@@ -51,8 +53,25 @@ def predict(args: argparse.Namespace) -> None:
     elif predictor.searches and (len(args.image) > 1 or len(texts) > 1):
         answers = rank(loaded, args.image, texts, args.batch, args.top)
     else:
-        (answers,) = predictor.predict([prepare(loaded, Row(tuple(args.image), texts[0]))], args.top)
+        prepared = prepare(loaded, Row(tuple(args.image), texts[0]))
+        (answers,) = predictor.predict([prepared], args.top)
+        if args.explain is not None:
+            explain(loaded, prepared, answers, args.explain)
     show(answers, args)
+
+
+def explain(loaded: Loaded, prepared: Prepared, answers: Answers, path: Path) -> None:
+    """``--explain``."""
+    # Here, since a prediction alone needs no pictures.
+    from unimo3.inference.explain import draw_explanation, read_attention, words_of
+
+    images = prepared.pixels.to(loaded.device)[None]  # [1, I, 3, S, S]
+    inputs = tokens(loaded, [prepared.text]) | {"pixel_values": images[:, 0] if images.shape[1] == 1 else images}
+    words = words_of(loaded.processor.tokenizer, inputs["input_ids"][0].tolist())
+    readings = read_attention(loaded.model, inputs, words)
+    content = io.BytesIO()
+    draw_explanation(prepared.pixels, readings, [prepared.text, *_lines(answers)]).save(content, "PNG")
+    replace_bytes(path, content.getvalue())
 
 
 def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path, int], Answers] | None:
@@ -168,6 +187,12 @@ def show(answers: Answers, args: argparse.Namespace) -> None:
         asked = {"image": [str(path) for path in args.image], "text": args.text}
         print(encoded({"task": args.task, "input": asked, "answers": answers}))
         return
+    print(*_lines(answers), sep="\n")
+
+
+def _lines(answers: Answers) -> list[str]:
+    """Answers for people."""
+    lines = []
     for answer in answers:
         numbers = {name: value for name, value in answer.items() if name in ("score", "match", "similarity")}
         words = [str(value) for name, value in answer.items() if name not in numbers]
@@ -175,4 +200,5 @@ def show(answers: Answers, args: argparse.Namespace) -> None:
             f"{value:.4f}" if name == "score" else f"{name} {'-' if value is None else f'{value:.4f}'}"
             for name, value in numbers.items()
         ]
-        print("  ".join(fields + words))
+        lines.append("  ".join(fields + words))
+    return lines

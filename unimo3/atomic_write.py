@@ -28,7 +28,16 @@ def replace_text(path: Path, text: str, errors: str = "strict") -> None:
     Raises:
         OSError: it cannot be written.
     """
+    replace_bytes(path, text.encode("utf-8", errors))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file by rename.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     staging = path.with_name(f"{path.name}.tmp")
     with naming(path):
-        staging.write_text(text, encoding="utf-8", errors=errors)
+        staging.write_bytes(content)
         staging.replace(path)
