@@ -1,5 +1,7 @@
 """One screen a run: ``python -m slurm.status [RUN...] [--json] [--watch]``; without RUN, every run below runs/.
 
+``--html FILE`` writes a page with charts of one run.
+
 A run whose first job is still pending is shown too, before it has a folder. Everything is read from files in the run's
 folder and from Slurm; the run itself is not asked.
 
@@ -43,6 +45,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="write FILE atomically for the textfile collector of Prometheus' node-exporter, and print nothing",
     )
+    output.add_argument(
+        "--html", type=Path, metavar="FILE", help="write FILE: charts and a time line of one run; print nothing"
+    )
     parser.add_argument("--watch", action="store_true", help="print again every few seconds, until Ctrl-C")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: %(default)s)")
     return parser.parse_args(argv)
@@ -58,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     if not runs:
         jobs = queue.error or "no job waits for one"
         errors.append(f"no RUN is given, runs/ contains none and {jobs}; name the folder of a run")
+    if args.html is not None and len(runs) > 1:
+        errors.append(f"--html {args.html}: is the page of one run, {len(runs)} are given; name one RUN")
     if args.every <= 0:
         errors.append(f"--every {args.every}: a number of seconds above 0 is needed")
     if errors:
@@ -66,6 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         states = [state_of(run, queue) for run in runs]
         if args.prometheus:
             prometheus.write(args.prometheus, states, len(bad_nodes.current()))
+        elif args.html:
+            from slurm import run_page  # the others need no charts
+
+            (run,), (state,) = runs, states
+            # A start that may be at work has no end yet.
+            run_page.write(args.html, run, screen(state), is_running=len(state["restarts"]) < state["starts"])
         else:
             show(states, args)
         if not args.watch:
