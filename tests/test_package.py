@@ -70,7 +70,7 @@ def test_the_wheel_has_all_programs_and_files_in_an_empty_folder(tmp_path):
 
     environment = os.environ | {"PYTHONPATH": str(installed), "PATH": str(installed / "bin")}
     printed = json.loads(checked(sys.executable, "-c", PROGRAM, *TASKS, cwd=empty, env=environment))
-    assert len(printed["help"]) == 10 + len(TASKS)
+    assert len(printed["help"]) == 11 + len(TASKS)
     for name, text in printed["help"].items():
         assert text.startswith(f"usage: {name} ["), text
     for text in printed["configs"].values():
