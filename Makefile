@@ -9,7 +9,10 @@ DEMO_DIR ?= demo
 # Two of them wait for Slurm a part of the time; tests/conftest.py decides which tests share a process.
 PYTEST := $(RUN) -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo lint test test-quick check gpu-check clean
+# mkdocs 1.6 is pinned; its plugins would warn of a version 2 each time.
+MKDOCS := NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(VENV)/bin/mkdocs
+
+.PHONY: setup demo lint test test-quick check docs site gpu-check clean
 
 setup: $(STAMP)
 
@@ -38,8 +41,16 @@ test: setup
 test-quick: lint
 	$(PYTEST) -m "not integration"
 
+# The documentation at http://127.0.0.1:8000, made again at each change.
+docs: setup
+	$(MKDOCS) serve
+
+# The documentation in build/site; a broken link or anchor is an error.
+site: setup
+	$(MKDOCS) build --strict --quiet
+
 # What a commit must pass, and what CI runs.
-check: lint test
+check: lint site test
 
 # On a machine with a GPU: the kernels and a run, checked and timed within nine minutes.
 gpu-check: setup
