@@ -20,6 +20,7 @@ from unimo3.training.metrics import read_metrics
 NUM_RANKS = 2
 LAUNCH = ("unimo3.launch", "-n", str(NUM_RANKS))
 MARKER = ".made-by-demo"
+QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 
 
 class Demo:
@@ -110,7 +111,18 @@ class Demo:
             "--data.tokenizer",
             str(weights),
         )
+        answering = self.folder / "weights_vqa"
+        self.run("pretrain.export", str(runs / "vqa_tiny"), "--tag", "best", "--out", str(answering))
+        question = json.loads((data / "vqav2" / QUESTIONS).read_text())["questions"][0]
+        image = data / "coco" / "val2014" / f"COCO_val2014_{question['image_id']:012d}.jpg"
+        asked = ("finetune.predict", "vqa", "--weights", str(answering), "--image", str(image), "--text")
+        self.run(*asked, question["question"], "--explain", str(self.folder / "why.png"))
+        self.run("slurm.status", str(runs / "tiny"), "--html", str(self.folder / "report.html"))
         self.report(data, runs, weights)
+        print("\nNext:")
+        print(f'  {self.python} -m {" ".join(asked)} "{question["question"]}"')
+        print(f"  {self.python.with_name('tensorboard')} --logdir {runs}")
+        print(f"  {self.python} -m pretrain.plan --config pretrain/recipes/base.yaml --gpus 8 --gpu-memory 80GB")
 
     @staticmethod
     def steps_of(recipe: str) -> int:
@@ -147,9 +159,10 @@ class Demo:
             (runs / "tiny" / "metrics.jsonl", "every step's metrics"),
             (weights, "fp16 weights for from_pretrained"),
             (runs / "vqa_tiny" / "predictions.json", "answers in VQAv2's submission format"),
+            (self.folder / "report.html", "curves and gates of the pretraining, for a browser"),
+            (self.folder / "why.png", "where the words of a question read its image"),
         ):
             print(f"  {path}: {about}")
-        print(f"\nCurves: {self.python.with_name('tensorboard')} --logdir {runs}")
 
 
 @exit_with_status
