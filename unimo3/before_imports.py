@@ -10,6 +10,9 @@ deepspeed: without DS_ACCELERATOR it probes for other accelerators, so a machine
 transformers: each process reads some 1,700 of its files to list the classes in them. Its cache has room for 128 of its
 550 folders, so it reads all of them twice: half a second of a rank's start, and 1,700 more opens on a shared disk.
 
+timm and deepspeed: each imports a tracking tool where one is installed, wandb or mlflow, for programs that are not used
+here. Both take 1.7 s of a rank's start, and begin threads of their own.
+
 The first two need torch, which takes seconds to import. Programs that use neither library, such as ``slurm.status``,
 never import torch.
 """
@@ -43,8 +46,22 @@ class _Before(importlib.abc.MetaPathFinder):
             self.prepare()
 
 
+class _Without(importlib.abc.MetaPathFinder):
+    """While a module is being imported, a package that it would use only if installed is not found."""
+
+    def __init__(self, package: str, module: str):
+        self.package, self.module = package, module
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        spec = getattr(sys.modules.get(self.module), "__spec__", None)
+        if name == self.package and getattr(spec, "_initializing", False):
+            raise ModuleNotFoundError(f"{self.package} is not needed by {self.module}", name=name)
+
+
 def prepare_imports() -> None:
     """Have the libraries prepared for when they are first imported."""
+    for package, module in (("wandb", "timm.utils.summary"), ("mlflow", "deepspeed.autotuning.autotuner")):
+        sys.meta_path.insert(0, _Without(package, module))
     for package, prepare in (
         ("torchvision", declare_missing_operators),
         ("deepspeed", choose_accelerator),
