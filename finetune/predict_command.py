@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.task import Task
 from finetune.tasks import TASKS, config_class
+from unimo3.atomic_write import is_file_name
 from unimo3.dtypes import DTYPES
 from unimo3.errors import CommandParser, ConfigError
 
@@ -83,12 +84,12 @@ def _query_errors(args: argparse.Namespace, task: type[Task]) -> list[str]:
             errors.append(f"--input {args.input}: needs --output, a file for the answers")
         elif args.output.resolve() == args.input.resolve():
             errors.append(f"--output {args.output}: is --input; name another file")
+        elif not is_file_name(args.output):
+            errors.append(f"--output {args.output}: cannot be written there; name a file in a folder that exists")
         elif args.output.exists() and not args.output.is_file():
             errors.append(
                 f"--output {args.output}: is no plain file; name a file, which is replaced when it is complete"
             )
-        elif not args.output.resolve().parent.is_dir():
-            errors.append(f"--output {args.output}: its folder is not there; make it, or name another")
         if args.json:
             errors.append("--json: --output is JSON lines in any case; leave it out")
         return errors + _explain_errors(args) + _rerank_errors(args)
@@ -122,7 +123,7 @@ def _explain_errors(args: argparse.Namespace) -> list[str]:
         errors.append(f"--explain {path}: explains one text with its image; leave it out, or ask for one pair")
     if path.suffix.lower() != ".png":
         errors.append(f"--explain {path}: is a PNG file; end its name in .png")
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    if not is_file_name(path):
         errors.append(f"--explain {path}: cannot be written there; name a file in a folder that exists")
     return errors
 

@@ -55,8 +55,10 @@ def predict(args: argparse.Namespace) -> None:
     else:
         prepared = prepare(loaded, Row(tuple(args.image), texts[0]))
         (answers,) = predictor.predict([prepared], args.top)
+        show(answers, args)
         if args.explain is not None:
             explain(loaded, prepared, answers, args.explain)
+        return
     show(answers, args)
 
 
@@ -67,7 +69,7 @@ def explain(loaded: Loaded, prepared: Prepared, answers: Answers, path: Path) ->
 
     images = prepared.pixels.to(loaded.device)[None]  # [1, I, 3, S, S]
     inputs = tokens(loaded, [prepared.text]) | {"pixel_values": images[:, 0] if images.shape[1] == 1 else images}
-    words = words_of(loaded.processor.tokenizer, inputs["input_ids"][0].tolist())
+    words = words_of(loaded.processor.tokenizer, inputs["input_ids"][0].tolist(), plain(prepared.text))
     readings = read_attention(loaded.model, inputs, words)
     content = io.BytesIO()
     draw_explanation(prepared.pixels, readings, [prepared.text, *_lines(answers)]).save(content, "PNG")

@@ -8,7 +8,7 @@ Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 import functools
 import logging
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
 from finetune.plan_settings import tuning_step
@@ -35,6 +35,9 @@ from unimo3.training.sample_pictures import sample_pictures
 from unimo3.training.start import start_process
 from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +151,15 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
         if world.rank == 0:
             kind = "metrics and answers" if results.metrics else "answers"
             log.info("%s for %s: %s", kind, index.split, ", ".join(map(str, written)))
-        samples = task.samples(index, held_out.reading)
-        predict = functools.partial(task.describe, engine)
-        run.metrics.write_pictures(step, sample_pictures(engine, samples, world, held_out.reading.tokenizer, predict))
         return results.metrics
 
     chooses_on = None if settings.eval_only or is_test_split(index.split) else index.fingerprint
     best = None
     if settings.best.keep:
         best = Best(settings.best, task.best_metric, chooses_on, settings.training.eval_every)
-    return Evaluation(index.fingerprint, evaluate, index.split, best)
+
+    def pictures(guard: Guard) -> "dict[str, Image]":
+        samples, tokenizer = task.samples(index, held_out.reading), held_out.reading.tokenizer
+        return sample_pictures(engine, samples, world, tokenizer, guard, functools.partial(task.describe, engine))
+
+    return Evaluation(index.fingerprint, evaluate, index.split, best, pictures)

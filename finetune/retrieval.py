@@ -8,7 +8,7 @@ BridgeTower, arXiv 2206.08657, for the settings.
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
 from finetune.task import HeldOut, Reading, Results, Task
@@ -65,6 +65,17 @@ class Retrieval(Task):
         from unimo3.objectives.retrieval import RetrievalLoss
 
         return RetrievalLoss(model, self._seed)
+
+    def describe(self, engine: Engine, loaded: dict[str, Any]) -> list[str]:
+        """See `Task`: whether the text and its image match."""
+        import torch
+
+        from unimo3.training.evaluation import to_device
+
+        batch = to_device(dict(loaded), engine.device)
+        with torch.no_grad():
+            out = engine.module.model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+        return [f"match {match:.3f}" for match in out.logits.float().softmax(dim=-1)[:, 1].tolist()]
 
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: "Guard") -> Results | None:
         """Recall; see `held_out_recall`."""

@@ -122,9 +122,9 @@ class Task(ABC):
     def objective(self, model: Any) -> nn.Module:
         """The module an engine trains: batch -> ``loss`` and further metrics; its `model` attribute is `model`."""
 
+    @abstractmethod
     def describe(self, engine: Engine, loaded: dict[str, Any]) -> list[str]:
         """What is predicted for each row of a batch, for people; every rank calls it."""
-        return [""] * len(loaded["input_ids"])
 
     @abstractmethod
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:

@@ -19,8 +19,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import read_ds_config
 from unimo3.training.engine import build_engine, build_model, prepare_layers
-from unimo3.training.evaluation import Evaluation, Guard, held_out_losses
-from unimo3.training.metrics import Metrics
+from unimo3.training.evaluation import Evaluation, held_out_losses
 from unimo3.training.run import Run
 from unimo3.training.sample_pictures import sample_pictures
 from unimo3.training.start import start_process
@@ -83,13 +82,10 @@ def pretrain(settings: PretrainConfig) -> None:
     evaluation = None
     if val_index is not None:
         held_out = samples_of(val_index, "none", 1.0)
-
-        def evaluate(step: int, guard: Guard) -> Metrics | None:
-            metrics = held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard)
-            if metrics is not None:
-                run.metrics.write_pictures(step, sample_pictures(engine, held_out, world, tokenizer))
-            return metrics
-
-        evaluation = Evaluation(val_index.fingerprint, evaluate)
+        evaluation = Evaluation(
+            val_index.fingerprint,
+            lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
+            pictures=lambda guard: sample_pictures(engine, held_out, world, tokenizer, guard),
+        )
     with closing(run):
         Trainer(settings, process, run, engine, loader, evaluation, throughput).train()

@@ -4,7 +4,7 @@ Source: rename(2) for the replacement.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -17,6 +17,14 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None:  # else its text would be lost
             error.filename = error.filename or str(path)
         raise
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a file can have this path: a name that is no folder's, in a folder that exists."""
+    try:
+        return bool(path.name) and not path.is_dir() and path.resolve().parent.is_dir()
+    except OSError:  # a name that is too long
+        return False
 
 
 def replace_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -39,5 +47,10 @@ def replace_bytes(path: Path, content: bytes) -> None:
     """
     staging = path.with_name(f"{path.name}.tmp")
     with naming(path):
-        staging.write_bytes(content)
-        staging.replace(path)
+        try:
+            staging.write_bytes(content)
+            staging.replace(path)
+        except OSError:
+            with suppress(OSError):
+                staging.unlink(missing_ok=True)
+            raise

@@ -4,12 +4,18 @@ Source: none.
 """
 
 import json
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from unimo3.drawing import font, width_of
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 Gates = Sequence[Sequence[Sequence[float]]]
 """[gated layers, heads, levels], zero for levels that a layer does not see, as `unimo3.model.fusion.mean_gates`."""
@@ -17,8 +23,21 @@ Gates = Sequence[Sequence[Sequence[float]]]
 _CELL, _GAP, _LEFT, _TOP, _BOTTOM = 56, 24, 76, 56, 44
 _BAR, _BAR_LABEL = 14, 40
 # White at 0 to dark blue at 1.
-_DARK = (8, 48, 107)
+_DARK, _NOT_FINITE = (8, 48, 107), (200, 200, 200)
+_FOOTER = "columns: levels of the other modality"
+_SIZE = 15  # of the font
 _COLUMNS = 4
+
+
+def gates_of(record: dict[str, Any], name: str) -> Gates | None:
+    """The gates of a record of ``metrics.jsonl``; None if it has none, or something else by this name."""
+    import numpy as np
+
+    try:
+        gates = np.asarray(record.get(name), dtype=float)
+    except (TypeError, ValueError):  # a text, or rows of different lengths
+        return None
+    return gates.tolist() if gates.ndim == 3 and gates.size else None
 
 
 def gates_by_layer(gates: Gates, num_tower_levels: int) -> list[list[list[float]]]:
@@ -48,10 +67,14 @@ def level_names(num_levels: int, num_layers: int) -> list[str]:
 
 
 def num_tower_levels(run: Path) -> int:
-    """How many tower layers the model of a run's folder reads as levels; 0 where its configuration cannot be read."""
+    """How many tower layers the model of a run's folder reads as levels; 0 for a run without a model."""
+    path = run / "model" / "config.json"
     try:
-        return int(json.loads((run / "model" / "config.json").read_text())["unimodal_levels"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(path.read_text())["unimodal_levels"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: cannot be read (%s: %s); gate maps name no tower layers", path, type(error).__name__, error)
         return 0
 
 
@@ -71,38 +94,45 @@ def draw_maps(title: str, grid: Sequence[Sequence[tuple[str, Sequence[Sequence[f
     Args:
         grid: rows of (title, [layers, levels that each sees]); all have equally many layers.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     num_layers = len(grid[0][0][1])
     num_levels = max(len(layers[-1]) for row in grid for _, layers in row)
-    step_x, step_y = num_levels * _CELL + _LEFT, num_layers * _CELL + _TOP
+    names = [name for row in grid for name, _ in row]
+    step_x = _LEFT + max(num_levels * _CELL, *(width_of(name, _SIZE) + _GAP for name in names))
+    step_y = num_layers * _CELL + _TOP
     width = max(map(len, grid)) * step_x + _GAP + _BAR + _BAR_LABEL
+    width = max(width, *(width_of(line, _SIZE) + 16 for line in (title, _FOOTER)))
     image = Image.new("RGB", (width, len(grid) * step_y + _BOTTOM), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
-    draw.text((8, 6), title, "black", font)
+    draw, letters = ImageDraw.Draw(image), font(_SIZE)
+    draw.text((8, 6), title, "black", letters)
     for row, maps in enumerate(grid):
         for column, (name, layers) in enumerate(maps):
             left, top = column * step_x + _LEFT, row * step_y + _TOP
-            draw.text((left, top - 6), name, "black", font, anchor="ls")
+            draw.text((left, top - 6), name, "black", letters, anchor="ls")
             for number, label in enumerate(level_names(len(layers[-1]), num_layers)):
-                draw.text((left + (number + 0.5) * _CELL, top + num_layers * _CELL), label, "grey", font, anchor="mt")
+                draw.text(
+                    (left + (number + 0.5) * _CELL, top + num_layers * _CELL), label, "grey", letters, anchor="mt"
+                )
             for number, levels in enumerate(layers):
-                draw.text((left - 6, top + (number + 0.5) * _CELL), f"layer {number + 1}", "grey", font, anchor="rm")
+                draw.text((left - 6, top + (number + 0.5) * _CELL), f"layer {number + 1}", "grey", letters, anchor="rm")
                 for level, gate in enumerate(levels):
                     x, y = left + level * _CELL, top + number * _CELL
                     draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=colour_of(gate))
                     ink = "white" if gate > 0.5 else "black"
-                    draw.text((x + _CELL / 2, y + _CELL / 2), f"{gate:.2f}", ink, font, anchor="mm")
-    draw.text((8, image.height - 6), "columns: levels of the other modality", "grey", font, anchor="ls")
+                    draw.text((x + _CELL / 2, y + _CELL / 2), f"{gate:.2f}", ink, letters, anchor="mm")
+    draw.text((8, image.height - 6), _FOOTER, "grey", letters, anchor="ls")
     left, height = width - _BAR - _BAR_LABEL, num_layers * _CELL
     for offset in range(height):
         draw.line((left, _TOP + offset, left + _BAR, _TOP + offset), colour_of(1 - offset / (height - 1)))
     for gate in (0.0, 0.5, 1.0):
-        draw.text((left + _BAR + 6, _TOP + (1 - gate) * height), f"{gate:g}", "grey", font, anchor="lm")
+        draw.text((left + _BAR + 6, _TOP + (1 - gate) * height), f"{gate:g}", "grey", letters, anchor="lm")
     return image
 
 
 def colour_of(gate: float) -> tuple[int, int, int]:
-    """The colour of a weight from 0 to 1."""
+    """The colour of a weight from 0 to 1, and of one that is not finite."""
+    if not math.isfinite(gate):
+        return _NOT_FINITE
     red, green, blue = (round(255 + (end - 255) * gate) for end in _DARK)
     return red, green, blue

@@ -19,6 +19,7 @@ from unimo3.inference.folder import Loaded, load
 from unimo3.inference.inputs import Row, prepare, tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering
+from unimo3.model.initialization import initialize_weights
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.training.metrics import read_metrics
@@ -36,7 +37,9 @@ def readings_of(loaded, prepared):
 
 @pytest.mark.parametrize("gate", ["token", "uniform"])
 def test_recorded_weights_give_the_attention_of_the_layer(pretrained, gate):
-    model = Unimo3ForPreTraining.from_pretrained(pretrained).float().eval()
+    model = Unimo3ForPreTraining(Unimo3Config.from_pretrained(pretrained)).eval()
+    initialize_weights(model, 2, std=0.2)  # the fixture's are so large that float32 rounds their scores visibly
+    generator = torch.Generator().manual_seed(0)
     attended = []
     layers = [layer.cross_attention for layer in model.unimo3.fusion.text.layers]
     seen = []
@@ -45,9 +48,9 @@ def test_recorded_weights_give_the_attention_of_the_layer(pretrained, gate):
             layer.gate = None
         layer.out.register_forward_pre_hook(lambda _, args: attended.append(args[0]))
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
-    ids = torch.randint(5, 50, (2, 7))
+    ids = torch.randint(5, 50, (2, 7), generator=generator)
     with torch.no_grad(), recorded_weights(model) as weights:
-        model(ids, torch.randn(2, 3, *[model.config.vision_config.image_size] * 2))
+        model(ids, torch.randn(2, 3, *[model.config.vision_config.image_size] * 2, generator=generator))
     assert len(weights) == len(layers)
     for layer_weights, levels, output in zip(weights, seen, attended, strict=True):
         values = torch.stack([level[:, :, 1] for level in levels], dim=1)
@@ -56,8 +59,13 @@ def test_recorded_weights_give_the_attention_of_the_layer(pretrained, gate):
     assert not any(layer._forward_hooks for layer in layers)
 
 
+def not_blank(tokenizer, ids) -> list[int]:
+    """Positions of tokens that are neither special nor white space."""
+    return [at for at, number in enumerate(ids) if tokenizer.decode([number], skip_special_tokens=True).strip()]
+
+
 def test_words_have_all_their_tokens_and_no_special_ones(tokenizer):
-    text = "a striped  circle, twice"
+    text = "a striped circle, twice"
     ids = tokenizer(text)["input_ids"]
     for padding in ([], [tokenizer.pad_token_id] * 3):
         words = words_of(tokenizer, ids + padding)
@@ -68,10 +76,21 @@ def test_words_have_all_their_tokens_and_no_special_ones(tokenizer):
 
 def test_a_text_that_was_truncated_inside_a_word_has_its_tokens(tokenizer):
     ids = tokenizer("an extraordinarily striped")["input_ids"]
+    assert [word for word, _ in words_of(tokenizer, ids, "an extraordinarily striped")] == [
+        "an",
+        "extraordinarily",
+        "striped",
+    ]
     for length in range(1, len(ids) - 1):
         cut = [*ids[:length], ids[-1]]
         positions = torch.cat([positions for _, positions in words_of(tokenizer, cut)]).tolist()
-        assert positions == (list(range(1, length)) or [0])
+        assert set(not_blank(tokenizer, cut)) <= set(positions)
+        assert set(positions) <= (set(range(1, length)) or {0})
+
+
+def test_blank_words_have_no_row(tokenizer):
+    words = words_of(tokenizer, tokenizer("a   red\n\ncircle")["input_ids"])
+    assert [word for word, _ in words] == ["a", "red", "circle"]
 
 
 def test_a_pair_of_images_has_a_reading_of_each(tuned, photo):
@@ -102,6 +121,10 @@ def test_the_picture_has_its_heat_where_the_word_reads(tuned, photo):
 
     assert redness(120 + 108, 108) > 100
     assert redness(120 + 4, 4) < 20
+    even = reading._replace(weights=torch.full_like(weights, 1 / weights[0].numel()))
+    flat = draw_explanation(prepared.pixels, [even], ["what is it?"])  # equal weights point nowhere
+    red, green, _ = flat.getpixel((120 + 56, flat.height - 134 + 56))
+    assert red - green < 20
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli_ve", "retrieval"])

@@ -59,16 +59,19 @@ def test_a_run_given_as_weights_and_a_missing_folder_are_named(tuned, photo, tmp
     source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
     target = tmp_path / "gone" / "out.jsonl"
     assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
-    assert f"--output {target}: its folder is not there" in capsys.readouterr().err
+    assert f"--output {target}: cannot be written there; name a file in a folder" in capsys.readouterr().err
 
 
 def test_only_a_plain_file_is_replaced_by_the_output_and_a_link_stays(tuned, photo, tmp_path, capsys):
     source = write_lines(tmp_path / "in.jsonl", [{"image": str(photo), "text": "is it?"}])
     common = ("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output")
     os.mkfifo(tmp_path / "pipe")
-    for target in (tmp_path / "pipe", tmp_path, "/dev/null"):
+    for target in (tmp_path / "pipe", "/dev/null"):
         assert run(*common, target) == 78
         assert f"--output {target}: is no plain file" in capsys.readouterr().err
+    for target in (tmp_path, tmp_path / ("x" * 300)):
+        assert run(*common, target) == 78
+        assert f"--output {target}: cannot be written there" in capsys.readouterr().err
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import resource
 
 import pytest
@@ -62,6 +63,26 @@ def test_gates_are_recorded_and_shown_as_a_gate_map(tmp_path, by_head):
     (event,) = events.Images("eval/gates_text")
     shown = Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")
     assert shown == draw_gate_map(gates, 0, "gates_text at step 3", by_head).convert("RGB")
+
+
+def test_gates_that_are_not_finite_are_shown_and_end_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, enabled=True)
+    writer.write({"step": 1, "loss": None, "gates_text": [[[math.nan, math.inf]]]})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(events.Images("train/gates_text")) == 1
+
+
+def test_a_run_has_a_bounded_number_of_gate_maps(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, enabled=True, map_every=10)
+    for step in range(1, 31):
+        for group in ("train", "eval"):
+            writer.write({"step": step, "gates_text": [[[0.5, 0.5]]]}, group)
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("train/gates_text")] == [1, 11, 21]
+    assert [event.step for event in events.Images("eval/gates_text")] == list(range(1, 31))
+    assert len(read_metrics(tmp_path)) == 30
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread

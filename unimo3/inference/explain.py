@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from unimo3.data.transforms import MEAN, STD
+from unimo3.drawing import font, shown, width_of
 from unimo3.gate_map import draw_maps, level_names
 from unimo3.model.attention import CrossLayerAttention
 
@@ -28,7 +29,8 @@ Words = list[tuple[str, Tensor]]
 
 _CELL, _GAP, _WORD, _LINE, _IMAGE = 112, 6, 120, 22, 224
 _HEAT = (214, 39, 40)
-_LETTERS, _LINE_LETTERS = 14, 120  # shown of a word, and of a line
+_SIZE = 15  # of the font
+_LETTERS, _LINE_LETTERS = 12, 120  # shown of a word, and of a line
 
 
 class Reading(NamedTuple):
@@ -90,23 +92,28 @@ def read_attention(model: Any, inputs: dict[str, Tensor], words: Words) -> list[
     ]
 
 
-def words_of(tokenizer: Any, ids: list[int]) -> Words:
-    """The first words of a text by its ids, at most `MAX_WORDS`; of a text without any, its first token."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+def words_of(tokenizer: Any, ids: list[int], text: str | None = None) -> Words:
+    """The first words of a text by its ids, at most `MAX_WORDS`; of a text without any, its first token.
+
+    Args:
+        ids: of the text, which may be truncated or padded.
+        text: that has these ids. None: the text is decoded.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True) if text is None else text
     encoded = tokenizer(text, truncation=True, return_offsets_mapping=True)
-    special = set(tokenizer.all_special_ids)
-    tokens = {position: number for position, number in enumerate(ids) if number not in special}
+    length = len(encoded["input_ids"])
     words: dict[int, list[int]] = {}
-    for position, word in enumerate(encoded.word_ids()):
-        if word is not None:
-            words.setdefault(word, []).append(position)
-    if {position: encoded["input_ids"][position] for part in words.values() for position in part} == tokens:
+    if encoded["input_ids"] == ids[:length] and set(ids[length:]) <= {tokenizer.pad_token_id}:
+        for position, word in enumerate(encoded.word_ids()):
+            if word is not None:
+                words.setdefault(word, []).append(position)
         spans = [[encoded["offset_mapping"][position] for position in part] for part in words.values()]
         names = [text[span[0][0] : span[-1][1]].strip() for span in spans]
-    else:  # the text does not have these ids, for example if it was truncated inside a word
-        words = {position: [position] for position in tokens}
-        names = [tokenizer.decode([number]) for number in tokens.values()]
-    parts = [(name, torch.tensor(part)) for name, part in zip(names, words.values(), strict=True)]
+    else:  # the decoded text has other ids, for example if the text was truncated inside a word
+        special = set(tokenizer.all_special_ids)
+        words = {position: [position] for position, number in enumerate(ids) if number not in special}
+        names = [tokenizer.decode([ids[position]]).strip() for position in words]
+    parts = [(name, torch.tensor(part)) for name, part in zip(names, words.values(), strict=True) if name]
     return parts[:MAX_WORDS] or [(tokenizer.decode(ids[:1]), torch.tensor([0]))]
 
 
@@ -119,10 +126,10 @@ def draw_explanation(images: Tensor, readings: list[Reading], lines: list[str]) 
     """
     parts = [_text_part(lines)]
     for number, (pixels, reading) in enumerate(zip(images, readings, strict=True), 1):
-        shown = picture_of(pixels)
+        image = picture_of(pixels)
         name = f"image {number}: " if len(readings) > 1 else ""
         gate_map = draw_maps(f"{name}gates, mean of heads and words", [[("words read the image", reading.gates)]])
-        parts += [_next_to([shown.resize((_IMAGE, _IMAGE)), gate_map]), _grid(shown, reading)]
+        parts += [_next_to([image.resize((_IMAGE, _IMAGE)), gate_map]), _grid(image, reading)]
     return _below(parts)
 
 
@@ -145,43 +152,44 @@ def _below(parts: Sequence[Image.Image]) -> Image.Image:
     return picture
 
 
-def _grid(shown: Image.Image, reading: Reading) -> Image.Image:
+def _grid(image: Image.Image, reading: Reading) -> Image.Image:
     """Words by levels; the heat of a row has one scale, so that levels can be compared."""
     num_levels = reading.weights.shape[1]
     names = level_names(num_levels, len(reading.gates))
-    size = (_WORD + num_levels * (_CELL + _GAP), 2 * _LINE + len(reading.words) * (_CELL + _LINE))
+    title = "last fusion layer: where each word reads each level, and the level's gate"
+    width = max(_WORD + num_levels * (_CELL + _GAP), width_of(title, _SIZE) + 16)
+    size = (width, 2 * _LINE + len(reading.words) * (_CELL + _LINE))
     grid = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=15)
-    draw.text((8, 2), "last fusion layer: where each word reads each level, and the level's gate", "black", font)
+    draw, letters = ImageDraw.Draw(grid), font(_SIZE)
+    draw.text((8, 2), title, "black", letters)
     for column, name in enumerate(names):
-        draw.text((_WORD + column * (_CELL + _GAP), _LINE + 2), f"level {name}", "grey", font)
+        draw.text((_WORD + column * (_CELL + _GAP), _LINE + 2), f"level {name}", "grey", letters)
     faded = Image.blend(
-        shown.convert("L").convert("RGB").resize((_CELL, _CELL)), Image.new("RGB", (_CELL,) * 2, "white"), 0.3
+        image.convert("L").convert("RGB").resize((_CELL, _CELL)), Image.new("RGB", (_CELL,) * 2, "white"), 0.3
     )
     for row, (word, weights) in enumerate(zip(reading.words, reading.weights, strict=True)):
         top = 2 * _LINE + row * (_CELL + _LINE)
-        draw.text((8, top + _CELL / 2), word[:_LETTERS], "black", font, anchor="lm")
+        draw.text((8, top + _CELL / 2), shown(word, _SIZE, _LETTERS), "black", letters, anchor="lm")
         patches = weights[:, 1:]
         most = max(patches.max().item(), 1e-12)
         for column, (heat, gate) in enumerate(zip(patches / most, weights.sum(dim=-1).tolist(), strict=True)):
             left = _WORD + column * (_CELL + _GAP)
             side = math.isqrt(heat.numel())
+            heat = heat - heat.min()  # else equal weights, which point nowhere, would cover the image
             alpha = Image.fromarray((heat.reshape(side, side) * 200).byte().numpy()).resize((_CELL, _CELL))
             cell = Image.composite(Image.new("RGB", (_CELL, _CELL), _HEAT), faded, alpha)
             grid.paste(cell, (left, top))
-            draw.text((left, top + _CELL + 2), f"{gate:.2f}", "grey", font)
+            draw.text((left, top + _CELL + 2), f"{gate:.2f}", "grey", letters)
     return grid
 
 
 def _text_part(lines: list[str]) -> Image.Image:
-    font = ImageFont.load_default(size=17)
-    lines = [" ".join(line.encode(errors="replace").decode().split()) for line in lines]
-    lines = [line if len(line) <= _LINE_LETTERS else f"{line[:_LINE_LETTERS]} ..." for line in lines]
-    width = max(math.ceil(font.getlength(line)) for line in lines)
+    lines = [shown(line, _SIZE, _LINE_LETTERS) for line in lines]
+    width = max(width_of(line, _SIZE) for line in lines)
     part = Image.new("RGB", (width + 16, _LINE * len(lines) + 12), "white")
     draw = ImageDraw.Draw(part)
     for number, line in enumerate(lines):
-        draw.text((8, 6 + number * _LINE), line, "black", font)
+        draw.text((8, 6 + number * _LINE), line, "black", font(_SIZE))
     return part
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -16,6 +16,9 @@ from unimo3.training.metrics import Metrics
 from unimo3.training.preempt import StopListener, StopRequest, StopRequested
 from unimo3.training.watch import Watch
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Batch = TypeVar("Batch")
 
 
@@ -27,12 +30,14 @@ class Evaluation(NamedTuple):
     Attributes:
         split: the data's, for the record.
         best: chooses the best checkpoint by the metrics. None: nothing is chosen on this data.
+        pictures: of some samples by name, for TensorBoard; every rank calls it, after the metrics are recorded.
     """
 
     fingerprint: str
     metrics: Callable[[int, "Guard"], Metrics | None]
     split: str = ""
     best: Best | None = None
+    pictures: "Callable[[Guard], dict[str, Image]] | None" = None
 
 
 class Guard(Protocol):

@@ -38,13 +38,17 @@ class MetricsWriter:
         resumed_step: steps done before; later records are dropped. None: nothing is dropped.
         enabled: whether this is rank 0.
         gate_heads: whether gate maps have a map for each head.
+        map_every: steps between two gate maps of the training at least.
     """
 
-    def __init__(self, folder: Path, resumed_step: int | None, enabled: bool, gate_heads: bool = False):
+    def __init__(
+        self, folder: Path, resumed_step: int | None, enabled: bool, gate_heads: bool = False, map_every: int = 1
+    ):
         self._file = None
         self._board: SummaryWriter | None = None
         self._is_cut_off = False
-        self._gate_heads = gate_heads
+        self._gate_heads, self._map_every = gate_heads, map_every
+        self._next_map: dict[str, int] = {}
         self._num_tower_levels = num_tower_levels(folder)
         if enabled:
             path = folder / "metrics.jsonl"
@@ -91,7 +95,8 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     board.add_scalar(f"{group}/{name}", value, step)
-                elif isinstance(value, list):
+                elif isinstance(value, list) and step >= self._next_map.get(f"{group}/{name}", 0):
+                    self._next_map[f"{group}/{name}"] = step + (self._map_every if group == "train" else 1)
                     gate_map = draw_gate_map(value, self._num_tower_levels, f"{name} at step {step}", self._gate_heads)
                     board.add_image(f"{group}/{name}", np.asarray(gate_map), step, dataformats="HWC")
                 elif isinstance(value, np.ndarray):

@@ -65,6 +65,9 @@ FREE_SETTINGS = (
 # Settings of data that decide what an evaluation alone computes.
 _READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
 
+# Gate maps of the training in TensorBoard at most; each has some 25 kB.
+_NUM_MAPS = 200
+
 # Folders in a run's folder.
 _FOLDERS = ("checkpoints", "heartbeats", "ledger", "model", "tensorboard")
 
@@ -229,8 +232,9 @@ class Run:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
         # A process that does not train drops no record of the training.
         resumed_step = None if self._fingerprint is None else self.step
-        gate_heads = self._settings.training.gate_heads
-        self.metrics = MetricsWriter(self.folder, resumed_step, self._rank == 0, gate_heads)
+        training = self._settings.training
+        map_every = max(1, training.steps // _NUM_MAPS)
+        self.metrics = MetricsWriter(self.folder, resumed_step, self._rank == 0, training.gate_heads, map_every)
         if self._keeps_ledger and self._fingerprint is not None:
             folder = self.folder / "ledger"
             folder.mkdir(parents=True, exist_ok=True)

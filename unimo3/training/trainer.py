@@ -235,15 +235,20 @@ class Trainer:
         """Evaluate on held-out data, record the metrics, and save the checkpoint if it is the best."""
         evaluation = self.evaluation
         assert evaluation is not None, "no evaluation is due without held-out data"
-        guard = StopGuard(self.listener, self.watch, self.run.step, self.engine.device)
+        guard = self._guard()
         metrics = evaluation.metrics(self.run.step, guard)
         self._evaluation_interrupted = guard.is_cut  # the next start evaluates again
         if metrics is not None:
             self._record_evaluation(evaluation, metrics)
+            if evaluation.pictures is not None:
+                self.run.metrics.write_pictures(self.run.step, evaluation.pictures(self._guard()))
             if evaluation.best is not None:
                 evaluation.best.consider(self.run, metrics, lambda: self._ensure_saved(is_last=False))
                 self.last_step = evaluation.best.last_step(self.run, self.last_step)
         self.engine.train()
+
+    def _guard(self) -> StopGuard:
+        return StopGuard(self.listener, self.watch, self.run.step, self.engine.device)
 
     def finish(self) -> None:
         """Save what is not saved yet; log how the run ended, or raise that it is to be requeued.
