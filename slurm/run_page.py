@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from slurm import history
 from unimo3.atomic_write import replace_text
 from unimo3.errors import ConfigError
-from unimo3.gate_map import gates_by_layer, level_names, mean_over_heads, num_tower_levels
+from unimo3.gate_map import Gates, gates_by_layer, gates_of, level_names, mean_over_heads, num_tower_levels
 from unimo3.json_lines import read_records
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Records = list[dict[str, Any]]
 
 MAX_POINTS = 2000
 """Of a curve; longer runs show means of neighbouring steps."""
+MAX_MAPS = 400
+"""Columns of the chart of gates; of more maps every n-th is shown."""
 
 _STYLE = (
     "body{font-family:sans-serif;max-width:1400px;margin:1em auto;padding:0 1em;color:#222}"
@@ -75,7 +77,8 @@ def page(run: Path, records: Records, attempts: Sequence[history.Attempt], scree
         ("Starts, nodes and checkpoints", time_line(run, attempts, is_running)),
         ("Loss", curves(steps, _names(steps, "loss"))),
         ("Accuracy of the training batches", curves(steps, _names(steps, "accuracy"))),
-        ("Held-out metrics", curves(evaluations, _numeric_names(evaluations), markers=True)),
+        ("Held-out losses", held_out(evaluations, is_loss=True)),
+        ("Held-out metrics", held_out(evaluations, is_loss=False)),
         ("Learning rate", curves(steps, ["lr"], from_zero=True)),
         ("Gradient norm", curves(steps, ["grad_norm"], from_zero=True)),
         ("Speed: pairs/s", curves(steps, ["pairs_per_s"], from_zero=True)),
@@ -92,7 +95,7 @@ def page(run: Path, records: Records, attempts: Sequence[history.Attempt], scree
             sections.append(f"<section><h2>{html.escape(title)}</h2>{chart}</section>")
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     body = "\n".join(sections) or "<p>This run has no step, no evaluation and no start by Slurm yet.</p>"
-    name = html.escape(run.name)
+    name = html.escape(run.resolve().name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
         f"</head><body><h1>{name}</h1><p>Written {html.escape(written)}.</p><pre>{html.escape(screen)}</pre>\n"
@@ -109,12 +112,35 @@ def curves(records: Records, names: Iterable[str], markers: bool = False, from_z
         points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
         if points:
             x, y = thinned(points)
-            mode = "lines+markers" if markers else "lines"
-            figure.add_scatter(x=x, y=y, name=name, mode=mode)
+            figure.add_scatter(x=x, y=y, name=name, mode="lines")
     if not figure.data:
         return None
     figure.update_xaxes(title="step")
     figure.update_yaxes(exponentformat="power", rangemode="tozero" if from_zero else "normal")
+    return _laid_out(figure, 340)
+
+
+def held_out(evaluations: Records, is_loss: bool) -> go.Figure | None:
+    """A curve for each metric and data set, by step: an older checkpoint may have been evaluated later."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    data = {(str(record.get("split", "")), str(record.get("data", ""))[:8]): None for record in evaluations}
+    for split, fingerprint in data:
+        records = [
+            record
+            for record in evaluations
+            if (str(record.get("split", "")), str(record.get("data", ""))[:8]) == (split, fingerprint)
+        ]
+        label = f" ({split or fingerprint})" if len(data) > 1 else ""
+        for name in _numeric_names(records):
+            points = sorted((record["step"], record[name]) for record in records if _is_number(record.get(name)))
+            if name.startswith("loss") == is_loss:
+                x, y = thinned(points)
+                figure.add_scatter(x=x, y=y, name=name + label, mode="lines+markers")
+    if not figure.data:
+        return None
+    figure.update_xaxes(title="step")
     return _laid_out(figure, 340)
 
 
@@ -126,20 +152,28 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def gate_chart(steps: Records, evaluations: Records, name: str, run: Path) -> go.Figure | None:
-    """A heat map of the gates over the steps, a row a layer and level; from evaluations where they have gates."""
+    """A heat map of the gates over the steps, a row a layer and level.
+
+    They come from the training steps or the evaluations, whichever have more of them.
+    """
     import plotly.graph_objects as go
 
-    records = [record for record in evaluations if record.get(name)] or [record for record in steps if record.get(name)]
-    if not records:
+    def gated(records: Records) -> list[tuple[float, Gates]]:
+        return [(record["step"], gates) for record in records if (gates := gates_of(record, name)) is not None]
+
+    of_steps, of_evaluations = gated(steps), gated(evaluations)
+    maps = of_steps if len(of_steps) > len(of_evaluations) else sorted(of_evaluations, key=lambda entry: entry[0])
+    maps = maps[:: -(-len(maps) // MAX_MAPS)] if maps else []
+    if not maps:
         return None
     num_tower = num_tower_levels(run)
-    columns = [mean_over_heads(gates_by_layer(record[name], num_tower)) for record in records]
+    columns = [mean_over_heads(gates_by_layer(gates, num_tower)) for _, gates in maps]
     layers = columns[-1]
     labels = level_names(len(layers[-1]), len(layers))
     rows = [(layer, level) for layer, levels in enumerate(layers) for level in range(len(levels)) if len(levels) > 1]
     figure = go.Figure(
         go.Heatmap(
-            x=[record["step"] for record in records],
+            x=[step for step, _ in maps],
             y=[f"layer {layer + 1} level {labels[level]}" for layer, level in rows],
             z=[[column[layer][level] for column in columns] for layer, level in rows],
             zmin=0,

@@ -21,6 +21,7 @@ import yaml
 
 from slurm import bad_nodes, history, prometheus, squeue
 from slurm.runs import of_newest
+from unimo3.atomic_write import is_file_name
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import HEARTBEATS, read_heartbeats, server_is_ahead_s
 from unimo3.versions import check_version
@@ -65,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         errors.append(f"no RUN is given, runs/ contains none and {jobs}; name the folder of a run")
     if args.html is not None and len(runs) > 1:
         errors.append(f"--html {args.html}: is the page of one run, {len(runs)} are given; name one RUN")
-    if args.every <= 0:
+    if args.html is not None and not is_file_name(args.html):
+        errors.append(f"--html {args.html}: cannot be written there; name a file in a folder that exists")
+    if not args.every > 0:
         errors.append(f"--every {args.every}: a number of seconds above 0 is needed")
     if errors:
         raise ConfigError(errors)

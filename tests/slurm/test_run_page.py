@@ -64,8 +64,8 @@ def test_charts_have_the_values_of_the_files(run):
     charts = charts_of(written(run))
     assert [trace["name"] for trace in charts["Loss"]] == ["loss", "loss_mlm"]
     assert charts["Loss"][0]["x"] == [step for step in range(1, 31) if step != 7]
-    assert charts["Held-out metrics"][0]["x"] == [15, 30]
-    assert charts["Held-out metrics"][0]["y"] == pytest.approx([1 + 1 / 15, 1 + 1 / 30])
+    assert charts["Held-out losses"][0]["x"] == [15, 30]
+    assert charts["Held-out losses"][0]["y"] == pytest.approx([1 + 1 / 15, 1 + 1 / 30])
     gates = charts["Gates: the words read the image"][0]
     assert gates["y"] == [f"layer {layer + 1} level {level}" for layer in (1, 2) for level in range(layer + 1)]
     assert [row[-1] for row in gates["z"]] == pytest.approx([0.5, 0.5, 0.25, 0.5, 0.25])
@@ -73,6 +73,24 @@ def test_charts_have_the_values_of_the_files(run):
     assert [bar["name"] for bar in bars] == ["requeue", "cut off", "running", "checkpoints"]
     assert bars[0]["hovertext"] == "requeue, status 75<br>asked to &lt;stop&gt;<br>nodes: n[1-2]"
     assert "Operations of a GPU: MFU" not in charts  # counted on GPUs alone
+
+
+def test_data_sets_and_older_checkpoints_have_curves_of_their_own(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, split, accuracy in ((30, "test", 0.1), (30, "val", 0.5), (20, "val", 0.4)):
+            record = {"group": "eval", "step": step, "data": split * 9, "split": split, "accuracy_overall": accuracy}
+            file.write(json.dumps(record) + "\n")
+    curves = {trace["name"]: (trace["x"], trace["y"]) for trace in charts_of(written(run))["Held-out metrics"]}
+    assert curves == {"accuracy_overall (test)": ([30], [0.1]), "accuracy_overall (val)": ([20, 30], [0.4, 0.5])}
+
+
+def test_gates_of_long_runs_are_every_nth(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(31, 1031):
+            file.write(json.dumps({"step": step, "gates_text": GATES}) + "\n")
+    (chart,) = charts_of(written(run))["Gates: the words read the image"]
+    assert len(chart["x"]) <= run_page.MAX_MAPS
+    assert len(chart["z"][0]) == len(chart["x"])
 
 
 def test_a_long_run_shows_means_of_neighbouring_steps():
@@ -95,13 +113,19 @@ def test_a_run_without_a_step_has_a_page(run):
 
 def test_a_damaged_record_costs_itself_alone(run):
     with (run / "metrics.jsonl").open("a") as file:
+        for gates in ([[0.5]], "high", [[[0.5, "x"]]], [[[0.5], [0.5, 0.5]]], [], [[]], [[[]]]):
+            file.write(json.dumps({"step": 31, "gates_text": gates, "gates_image": gates}) + "\n")
         file.write('{"step": "x", "loss": 1}\n{"loss": 2}\n[1]\n{"step": 31, "loss": "high", "loss_mlm": 9.0}\n{"st')
     assert charts_of(written(run))["Loss"][1]["y"][-1] == 9.0
 
 
 def test_what_cannot_be_written_is_refused(run, tmp_path, capsys):
     for arguments, error in (
-        ([run, "--html", tmp_path / "gone" / "out.html"], "cannot be written (No such file or directory)"),
+        ([run, "--html", tmp_path / "gone" / "out.html"], "cannot be written there; name a file in a folder"),
+        ([run, "--html", tmp_path], "cannot be written there; name a file in a folder that exists"),
+        ([run, "--html", ""], "cannot be written there; name a file in a folder that exists"),
+        ([run, "--html", tmp_path / ("x" * 300)], "cannot be written there; name a file in a folder"),
+        ([run, "--html", tmp_path / "out.html", "--every", "nan"], "--every nan: a number of seconds above 0"),
         ([run, run, "--html", tmp_path / "out.html"], "is the page of one run, 2 are given; name one RUN"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -116,7 +140,14 @@ def test_a_browser_draws_all_charts_without_an_error(run, tmp_path):
         assert not os.environ.get("REQUIRE_CHROMIUM"), "REQUIRE_CHROMIUM is set, and there is no chromium"
         pytest.skip("no chromium")
     titles = list(charts_of(written(run)))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += ["--virtual-time-budget=60000", "--enable-logging=stderr", "--dump-dom", f"file://{tmp_path}/out.html"]
     browser = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     console = [line for line in browser.stderr.splitlines() if ":CONSOLE" in line]
