@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections import defaultdict
@@ -50,7 +51,7 @@ def write_shards(captions: dict[Path, list[str]], shards: Path) -> None:
 def run(module: str, *arguments: str | Path) -> None:
     """Run ``python -m module``; end if it fails, with its status."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    print("\n$", " ".join(command), flush=True)
+    print("\n$", shlex.join(command), flush=True)
     status = subprocess.run(command).returncode
     if status:
         sys.exit(status)
@@ -63,10 +64,15 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="pretrained weights that pretrain.export wrote")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--ranks", default="1", help="processes, one for each GPU")
-    parser.add_argument("--config", default="finetune/recipes/retrieval_base.yaml")
+    parser.add_argument("--config", default="finetune/recipes/retrieval_flickr30k_base.yaml", help="recipe")
     args, settings = parser.parse_known_args()
 
-    captions = captions_by_image(args.pairs)
+    try:
+        captions = captions_by_image(args.pairs)
+    except KeyError as error:
+        parser.error(f"{args.pairs}: has no column {error}; the columns image and caption are needed")
+    if len(captions) < 2:
+        parser.error(f"{args.pairs}: lists {len(captions)} images; at least 2 are needed, one of them to hold out")
     shards, runs, weights = args.out / "shards", args.out / "runs", args.out / "weights"
     write_shards(captions, shards)
     for split in ("train", "val"):

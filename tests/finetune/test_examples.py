@@ -64,6 +64,11 @@ def test_gates_of_each_layer_sum_to_one(run, pretrained):
     assert all(sum(float(weight) for _, weight in row) == pytest.approx(1, abs=0.02) for row in rows)
 
 
+def test_the_recipe_of_own_pairs_is_there():
+    (name,) = re.findall(r'default="(finetune/recipes/\w+.yaml)"', (EXAMPLES / "search_own_pairs.py").read_text())
+    assert (ROOT / name).is_file()
+
+
 @pytest.mark.integration
 def test_own_pairs_become_a_search_in_their_images(pretrained, tmp_path):
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
