@@ -38,10 +38,11 @@ def sample_pictures(
         first `NUM_SAMPLES` with their images.
     """
     engine.eval()
-    for loaded, counts in guard.batches(_first_batch(samples, world)):
+    pictures: dict[str, Image.Image] = {}
+    for loaded, counts in guard.batches(_first_batch(samples, world)):  # no `return`: all ranks go through the guard
         is_read = torch.tensor([loaded is not None], dtype=torch.long, device=engine.device)
         if int(sum_over_ranks(is_read)[0]) < world.size:
-            return {}
+            continue
         with torch.no_grad():
             predictions = predict(loaded) if predict else [""] * len(counts)
         batch = to_device(dict(loaded), engine.device)
@@ -52,10 +53,10 @@ def sample_pictures(
             texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
             lines = [[text, *filter(None, [prediction])] for text, prediction in zip(texts, predictions, strict=True)]
             try:
-                return _draw(batch["pixel_values"], counts, readings, lines, predict is not None)
+                pictures = _draw(batch["pixel_values"], counts, readings, lines, predict is not None)
             except Exception as error:  # of Pillow, of many kinds
                 log.warning("the pictures of this evaluation cannot be drawn (%s: %s)", type(error).__name__, error)
-    return {}
+    return pictures
 
 
 def _first_batch(samples: Samples, world: World) -> Iterator[tuple[Any, torch.Tensor]]:
