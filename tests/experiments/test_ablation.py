@@ -13,6 +13,7 @@ from experiments import ablation, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from experiments.ablation_settings import VARIANTS as ALL_VARIANTS
 from experiments.ablation_settings import Data, Settings, option
+from unimo3.drawing import width_of
 from unimo3.errors import ConfigError
 
 TINY = Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
@@ -226,12 +227,14 @@ def test_a_larger_variant_is_not_among_the_winners(tmp_path):
 
 @pytest.mark.integration
 def test_tower_layers_have_separate_columns(tmp_path):
-    widths = []
+    widths, longest = [], []
     for variants in (["in_layer", "x"], ["in_layer", "x", "with_towers"]):
         results = [result(name, 0, 0) for name in variants]
         write_ablation(tmp_path / "a.md", results, dict.fromkeys(("overall", "fine", "object", "scene"), 0), False)
         widths.append(Image.open(tmp_path / "a_gates.png").size[0])
-    assert widths[1] - widths[0] == 2 * 2 * 56
+        longest.append(max(width_of(f"{name}: image reads text", 15) for name in variants[1:]) + 24)
+    # Two maps next to each other, of two and of four levels, each at least as wide as its title.
+    assert widths[1] - widths[0] == 2 * (max(4 * 56, longest[1]) - max(2 * 56, longest[0]))
 
 
 @pytest.mark.integration
