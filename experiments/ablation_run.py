@@ -22,12 +22,12 @@ from experiments.ablation_settings import Data, Settings
 from finetune.task import score_batch
 from finetune.vqa import Vqa
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
-from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import Samples
 from unimo3.distributed import World
 from unimo3.errors import DivergedError
 from unimo3.gate_map import gates_by_layer, mean_over_heads
+from unimo3.metrics.groups import accuracy_by_group
 from unimo3.model.args import ModelArgs, resolve_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering

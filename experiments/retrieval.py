@@ -35,6 +35,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.metrics.recall import first_ranks, recalls
 from unimo3.model.args import resolve_tokens
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
@@ -47,7 +48,6 @@ from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.optim import OptimArgs, build_optimizer
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
-from unimo3.training.retrieval.recall import first_ranks, recalls
 
 CPU = torch.device("cpu")
 VOCABULARY, IMAGE_SIZE, TOKENS, BATCH, PAIR_BATCH = 512, 64, 20, 32, 64

@@ -15,10 +15,10 @@ from finetune.args import FinetuneConfig
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
-from unimo3.data.metrics import pair_metrics
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
 from unimo3.errors import exit_with_status
 from unimo3.inference.predictors import ClassPredictor
+from unimo3.metrics.nlvr2 import pair_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,10 +14,10 @@ from finetune.args import FinetuneConfig
 from finetune.task import Reading, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
-from unimo3.data.metrics import accuracy_by_group
 from unimo3.data.statements import ENTAILMENT_LABELS, EntailmentSamples
 from unimo3.errors import exit_with_status
 from unimo3.inference.predictors import ClassPredictor
+from unimo3.metrics.groups import accuracy_by_group
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,11 +18,12 @@ from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of, model_files_of
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
-from unimo3.data.metrics import accuracy_by_group, vqa_accuracy
 from unimo3.data.remote import is_remote
 from unimo3.data.samples import VqaSamples
 from unimo3.errors import ConfigError, DataError, exit_with_status
 from unimo3.inference.predictors import VqaPredictor
+from unimo3.metrics.groups import accuracy_by_group
+from unimo3.metrics.vqa import vqa_accuracy
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,6 +21,7 @@ ORDER = (
     "unimo3.data",
     "unimo3.model",
     "unimo3.kernels",
+    "unimo3.metrics",
 )
 SIBLINGS = {"unimo3.objectives", "unimo3.checkpoint", "unimo3.data"}
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.data.conftest import draw_jpeg, index_again
 from tests.waiting import PATIENCE_S
-from unimo3.data.answers import AnswerVocabulary, normalize_answer
+from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
 from unimo3.data.masking import Masking
@@ -25,6 +25,7 @@ from unimo3.data.samples import PretrainSamples, TextEncoder, VqaSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import _READER_DIED, ConfigError, DataError, exit_with_status
+from unimo3.metrics.vqa import normalize_answer
 
 READER = ReaderArgs(num_workers=0, prefetch=1)
 

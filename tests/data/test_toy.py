@@ -11,9 +11,9 @@ from PIL import Image
 
 from pretrain import toy
 from unimo3.data.blind import BlindGuesser
-from unimo3.data.metrics import vqa_accuracy
 from unimo3.data.toy.language import captions, pair_statement, questions, statement
 from unimo3.data.toy.scene import draw_scene
+from unimo3.metrics.vqa import vqa_accuracy
 
 NUM_IMAGES = 60
 # Official accuracy of the best guess from the text alone, of people who always agree; docs/data.md states it.

@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unimo3.data.metrics import accuracy_by_group, vqa_accuracy
+from unimo3.metrics.groups import accuracy_by_group
+from unimo3.metrics.vqa import vqa_accuracy
 
 Record = Mapping[str, Any]
 

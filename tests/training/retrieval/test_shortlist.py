@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from unimo3.training.retrieval.recall import first_ranks
+from unimo3.metrics.recall import first_ranks
 from unimo3.training.retrieval.shortlist import Embeddings, galleries_of
 
 NUM_IMAGES = 300

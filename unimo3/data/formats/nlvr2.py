@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unimo3.data.formats.record import Sample, choice, field, first_file, read_records, text
-from unimo3.data.metrics import sentence_of
 from unimo3.errors import DataError
+from unimo3.metrics.nlvr2 import sentence_of
 
 # Our split, its file, its images' folder.
 _SPLITS = (("train", "train", "images/train"), ("val", "dev", "dev"), ("test", "test1", "test1"))

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from unimo3.data.answers import normalize_answer
 from unimo3.data.formats.record import Sample, field, read_json, text
 from unimo3.errors import DataError
+from unimo3.metrics.vqa import normalize_answer
 
 # Our split, its questions, its images, whether its answers are published. Only the evaluation server knows the others.
 _SPLITS = (

@@ -10,11 +10,11 @@ from unimo3.data.loader import ReaderArgs
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.errors import ConfigError, DataError
+from unimo3.metrics.recall import mean_of, recalls
 from unimo3.training.evaluation import Guard
 from unimo3.training.metrics import Metrics
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.matching import final_ranks, local_pairs, score
-from unimo3.training.retrieval.recall import mean_of, recalls
 from unimo3.training.retrieval.shortlist import galleries_of
 from unimo3.training.retrieval.states import Towers
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unimo3.distributed import all_gather_object, sum_over_ranks
 from unimo3.engine import Engine
+from unimo3.metrics.recall import shortlist_ranks
 from unimo3.training.evaluation import Guard
-from unimo3.training.retrieval.recall import shortlist_ranks
 from unimo3.training.retrieval.shortlist import Embeddings, Gallery, Shortlists
 from unimo3.training.retrieval.states import StateBlock, Towers
 

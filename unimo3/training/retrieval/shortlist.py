@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unimo3.distributed import sum_over_ranks, world
-from unimo3.training.retrieval.recall import first_ranks
+from unimo3.metrics.recall import first_ranks
 
 _BLOCK_QUERIES = 256
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unimo3.training.retrieval.recall import first_ranks, mean_of, recalls, shortlist_ranks
+from unimo3.metrics.recall import first_ranks, mean_of, recalls, shortlist_ranks
 
 NUM_IMAGES, NUM_CAPTIONS = 7, 5
 IMAGE_OF = torch.arange(NUM_IMAGES).repeat_interleave(NUM_CAPTIONS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from unimo3.data.answers import normalize_answer
+from unimo3.metrics.vqa import normalize_answer
 
 CONTRACTIONS = {
     "arent": "aren't",

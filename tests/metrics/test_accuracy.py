@@ -6,7 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from unimo3.data.metrics import pair_metrics, sentence_of, vqa_accuracy
+from unimo3.metrics.nlvr2 import pair_metrics, sentence_of
+from unimo3.metrics.vqa import vqa_accuracy
 
 
 def test_a_sentence_is_an_identifier_without_its_pair():
