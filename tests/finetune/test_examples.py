@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as their docstrings describe."""
+"""The scripts of examples/ and the Python of the pages run as they stand."""
 
 import csv
 import json
@@ -9,13 +9,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import BridgeTowerModel
 
 from tests.data.conftest import draw_jpeg
+from tests.model.test_bridgetower import draw_config
 from tests.spawn import ROOT
+from tests.test_docs import PAGES
 
 pytestmark = pytest.mark.xdist_group("finetune")
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+PYTHON = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```python$(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+]
 
 
 @pytest.fixture
@@ -87,3 +98,15 @@ def test_own_pairs_become_a_search_in_their_images(pretrained, tmp_path):
     counts = [sum(shard["num_samples"] for shard in split["shards"]) for split in splits]
     assert counts == [36, 4]
     assert f"{tmp_path / 'out' / 'index'}: 40 images" in done.stdout
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_of_the_pages_runs(block, tuned, pretrained, tmp_path, monkeypatch):
+    (tmp_path / "photo.jpg").write_bytes(draw_jpeg(3))
+    (tmp_path / "weights").mkdir()
+    for name, folder in (("weights/base", pretrained), ("weights/vqa", tuned / "vqa_weights"), ("W", pretrained)):
+        (tmp_path / name).symlink_to(folder)
+    if "bridgetower-base" in block:
+        BridgeTowerModel(draw_config(np.random.default_rng(0))).save_pretrained(tmp_path / "bridgetower-base")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "<page>", "exec"), {})
