@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ import pytest
 from pretrain.train import PretrainConfig
 from unimo3 import config
 from unimo3.checkpoint import store
+from unimo3.checkpoint.state import TrainState
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import train_tokenizer
@@ -115,34 +116,46 @@ def test_a_moved_run_may_change_paths_of_tokenizer_and_initial_weights(settings,
     ]
 
 
-OLD_NAMES = {"warmup_ratio": "warmup_share", "max_bad_ratio": "max_bad_share"}
+# Written by a version that had optim.warmup_share and data.max_bad_share.
+OLD_RUN = Path(__file__).parent / "old_run"
 
 
-def test_a_run_from_before_a_setting_was_renamed_resumes(settings):
-    settings = replace(settings, optim=replace(settings.optim, warmup_ratio=0.3))
-    start(settings)
-    path = settings.run.folder / "config.yaml"
-    text = path.read_text()
-    for new, old in OLD_NAMES.items():
-        assert new in text
-        text = text.replace(new, old)
-    path.write_text(text)
+def old_settings(folder: Path) -> PretrainConfig:
+    """The settings of the old run, under today's names, for a run in `folder`."""
+
+    def filled(group, prefix=""):
+        values = {name.name: getattr(group, name.name) for name in fields(group)}
+        changes = {
+            name: filled(value, f"{prefix}{name}.") if is_dataclass(value) else old.get(prefix + name, value)
+            for name, value in values.items()
+        }
+        return replace(group, **changes)
+
+    old = config.read_flat(OLD_RUN / "config.yaml", PretrainConfig)
+    settings = filled(PretrainConfig())
+    assert (settings.optim.warmup_ratio, settings.data.max_bad_ratio) == (0.3, 0.001)
+    return replace(settings, run=replace(settings.run, dir=str(folder)))
+
+
+def test_a_run_folder_of_an_older_version_resumes(tmp_path):
+    settings = old_settings(tmp_path)
+    settings.run.folder.mkdir()
+    shutil.copy(OLD_RUN / "config.yaml", settings.run.folder)
     assert changed_settings(settings) == []
     (problem,) = changed_settings(replace(settings, optim=replace(settings.optim, warmup_ratio=0.2)))
     assert problem.startswith("optim.warmup_ratio: 0.2: this run was started with 0.3; keep that")
 
 
-def test_a_checkpoint_from_before_a_setting_was_renamed_resumes(settings, monkeypatch):
-    settings = replace(settings, optim=replace(settings.optim, warmup_ratio=0.3))
-    state = start(settings).state()
-    for new, old in {"optim.warmup_ratio": "optim.warmup_share", "data.max_bad_ratio": "data.max_bad_share"}.items():
-        state.extra["settings"][old] = state.extra["settings"].pop(new)
+def test_a_checkpoint_of_an_older_version_resumes(tmp_path, monkeypatch):
+    settings, state = old_settings(tmp_path), TrainState.read(OLD_RUN / "state.json")
     # Loading is tested elsewhere; this is what its state leads to.
-    monkeypatch.setattr("unimo3.training.run.choose", lambda folder: (folder / "checkpoints" / "step_00000004", []))
+    monkeypatch.setattr("unimo3.training.run.choose", lambda folder: (folder / "checkpoints" / "step_00000003", []))
     monkeypatch.setattr("unimo3.training.run.load", lambda engine, folder: state)
-    start(settings).resume(engine=None)
+    run = Run(settings, state.global_batch, state.index_fingerprint)
+    run.resume(engine=None)
+    assert run.step == 3
     changed = replace(settings, optim=replace(settings.optim, warmup_ratio=0.2))
-    run = Run(replace(changed, run=replace(changed.run, name="other")), global_batch=10, fingerprint="f")
+    run = Run(replace(changed, run=replace(changed.run, name="other")), state.global_batch, state.index_fingerprint)
     with pytest.raises(ConfigError, match=r"optim\.warmup_ratio: 0\.2: this run was started with 0\.3"):
         run.resume(engine=None)
 
