@@ -6,12 +6,16 @@ Under mpirun or srun the ranks share the work. A conversion that was killed cont
 import argparse
 import logging
 import traceback
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unimo3.data.build_index import index, verify
 from unimo3.data.conversion import MARK, MAX_REJECT_RATIO, Conversion, convert, is_output, sibling_folders
-from unimo3.data.formats import CONVERTERS
+from unimo3.data.formats import CONVERTERS, pairs
+from unimo3.data.formats.pairs import PairsOptions
+from unimo3.data.formats.tables import TableOptions
 from unimo3.data.ranks import communicator
 from unimo3.data.stored_images import ImageOptions
 from unimo3.errors import CommandParser, ConfigError, Unimo3Error, exit_with_status
@@ -23,9 +27,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "format",
         choices=[*sorted(CONVERTERS), "index"],
-        help="the source's format; index: tars that are shards already get an index next to them",
+        help="the source's format; pairs: own images and captions; index: tars that are shards already get an index",
     )
-    parser.add_argument("--src", type=Path, help="folder of the data set's annotation files; index: of the tars")
+    parser.add_argument(
+        "--src",
+        type=Path,
+        help="folder of the data set's annotation files; index: of the tars; pairs: a table, or a folder of images",
+    )
     parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md describes (default: --src)")
     parser.add_argument("--out", type=Path, help="new folder for the shards")
     parser.add_argument("--shard-size", type=int, default=1024, help="records a shard (default: %(default)s)")
@@ -50,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="coco: also train a byte-level BPE of N entries on the training captions, into OUT/tokenizer",
+        help="coco, pairs: also train a byte-level BPE of N entries on the training captions, into OUT/tokenizer",
     )
     parser.add_argument(
         "--min-answer-count",
@@ -69,7 +77,56 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="convert nothing: read every shard of OUT again and compare it with its index",
     )
+    _add_pairs_options(parser.add_argument_group("pairs: a CSV, TSV, JSON lines or Parquet file, or a folder"))
     return parser.parse_args(argv)
+
+
+def _add_pairs_options(group: Any) -> None:
+    """Options of `PairsOptions` and `TableOptions`; one that is not on the command line has the class's default."""
+
+    def add(option: str, text: str, **details: Any) -> None:
+        group.add_argument(option, default=argparse.SUPPRESS, help=text, **details)
+
+    add("--image-column", "path below --images, absolute path, or URL of a file in --images (default: image)")
+    add(
+        "--caption-column",
+        "one or several columns of captions (default: caption)",
+        dest="caption_columns",
+        nargs="+",
+        metavar="COLUMN",
+    )
+    add("--id-column", "number or name of the image; rows with one id are about one image (default: by its path)")
+    add("--split-column", "the row's split, such as train, val or test (default: --val-ratio decides)")
+    add("--val-ratio", "fraction of the images that becomes val; the others are train (default: 0)", type=float)
+    add("--seed", "seed of --val-ratio (default: 0)", type=int)
+    add("--separator", "separator of a CSV's columns, \\t for a tab (default: a comma; in a .tsv file a tab)")
+    add("--encoding", "encoding of CSV, TSV and .txt files, by Python's name (default: utf-8)")
+    add("--no-quotes", "double quotes are characters like any other", dest="has_quotes", action="store_false")
+
+
+_OPTIONS = {"caption_columns": "--caption-column", "has_quotes": "--no-quotes"}
+
+
+def _option(name: str) -> str:
+    return _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+
+
+def pairs_options(args: argparse.Namespace) -> PairsOptions:
+    """The options of `pairs`."""
+    options = _set_options(args)
+    table = {field.name: options.pop(field.name) for field in fields(TableOptions) if field.name in options}
+    return PairsOptions(**options, table=TableOptions(**table))
+
+
+def _set_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `_add_pairs_options` that are on the command line."""
+    names = {field.name for kind in (PairsOptions, TableOptions) for field in fields(kind)}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if "separator" in options:
+        options["separator"] = options["separator"].replace("\\t", "\t")
+    if "caption_columns" in options:
+        options["caption_columns"] = tuple(options["caption_columns"])
+    return options
 
 
 def check(args: argparse.Namespace) -> None:
@@ -78,8 +135,9 @@ def check(args: argparse.Namespace) -> None:
     needed = {"src"} if args.format == "index" else {"out"} if args.verify else {"src", "out"}
     for name in ("src", "images"):
         folder = getattr(args, name)
-        if folder is not None and not folder.is_dir():
-            errors.append(f"--{name} {folder}: no such folder")
+        is_table = name == "src" and args.format == "pairs" and folder is not None and folder.is_file()
+        if folder is not None and not folder.is_dir() and not is_table:
+            errors.append(f"--{name} {folder}: no such folder{' or file' if args.format == 'pairs' else ''}")
     errors += [f"--{name}: not given; {_WHY[name]}" for name in sorted(needed) if getattr(args, name) is None]
     if args.format == "index" and args.out is not None:
         errors.append(f"--out {args.out}: an index is written next to the tars of --src; leave it out")
@@ -108,12 +166,34 @@ def check(args: argparse.Namespace) -> None:
         errors.append(f"--max-reject-ratio {args.max_reject_ratio}: at least 0 and below 1 is needed")
     if args.min_answer_count < 1:
         errors.append(f"--min-answer-count {args.min_answer_count}: at least 1 is needed")
-    if args.tokenizer_vocab and args.format != "coco":
-        errors.append(f"--tokenizer-vocab {args.tokenizer_vocab}: only coco has captions to train on")
+    if args.tokenizer_vocab and args.format not in ("coco", "pairs"):
+        errors.append(f"--tokenizer-vocab {args.tokenizer_vocab}: only coco and pairs train a tokenizer")
     if args.tokenizer_vocab and args.tokenizer_vocab < 300:
         errors.append(f"--tokenizer-vocab {args.tokenizer_vocab}: at least 300 (256 bytes and the special tokens)")
+    errors += _pairs_errors(args)
     if errors:
         raise ConfigError(errors)
+
+
+def _pairs_errors(args: argparse.Namespace) -> list[str]:
+    """Errors of the options of `pairs`, one line each."""
+    options = _set_options(args)
+    if args.format != "pairs":
+        return [f"{_option(name)}: is an option of pairs only" for name in options]
+    errors = []
+    if not 0 <= options.get("val_ratio", 0) < 1:
+        errors.append(f"--val-ratio {options['val_ratio']}: at least 0 and below 1 is needed")
+    if options.get("val_ratio") and "split_column" in options:
+        errors.append(f"--val-ratio {options['val_ratio']}: --split-column decides already; leave one out")
+    if len(options.get("separator", ",")) != 1:
+        errors.append(f"--separator {options['separator']!r}: one character is needed")
+    if args.src is not None and args.src.is_dir():
+        of_tables = {*options} - {"val_ratio", "seed", "encoding"}
+        errors += [
+            f"{_option(name)}: is for a table, and --src {args.src} is a folder; leave it out"
+            for name in sorted(of_tables | ({"images"} if args.images is not None else set()))
+        ]
+    return errors
 
 
 _WHY = {"src": "name the folder of the annotation files, or of the tars", "out": "name the folder of the shards"}
@@ -127,11 +207,15 @@ def run(args: argparse.Namespace, comm: Any) -> None:
         index(args.src, args.overwrite, comm)
     else:
         options = ImageOptions(args.max_side, args.quality)
+        converter = CONVERTERS[args.format]
+        if args.format == "pairs":
+            converter = partial(pairs.convert, options=pairs_options(args))
         convert(
             Conversion(
                 args.format,
+                converter,
                 args.src,
-                args.images or args.src,
+                args.images or (args.src if args.src.is_dir() else args.src.parent),
                 args.out,
                 args.overwrite,
                 args.shard_size,

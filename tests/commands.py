@@ -35,6 +35,7 @@ def start_command(
     environment: Mapping[str, str],
     output: Path,
     limits: Mapping[int, int] | None = None,
+    folder: Path = ROOT,
 ) -> BaseProcess:
     """Start a module as a command.
 
@@ -42,19 +43,22 @@ def start_command(
         environment: replaces the test's own.
         output: file that standard output and error are appended to.
         limits: of the process, by their numbers in `resource`.
+        folder: to start in.
     """
     sys.audit("tests.spawn.start", module)
     words = [str(argument) for argument in arguments]
-    process = SERVER.Process(target=_command, args=(module, words, dict(environment), output, dict(limits or {})))
+    process = SERVER.Process(
+        target=_command, args=(module, words, dict(environment), output, dict(limits or {}), folder)
+    )
     process.start()
     return process
 
 
 def _command(
-    module: str, arguments: list[str], environment: dict[str, str], output: Path, limits: dict[int, int]
+    module: str, arguments: list[str], environment: dict[str, str], output: Path, limits: dict[int, int], folder: Path
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(ROOT)
+    os.chdir(folder)
     redirect_output(output)
     for number, limit in limits.items():
         resource.setrlimit(number, (limit, limit))

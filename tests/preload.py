@@ -7,6 +7,9 @@ Also what torch, deepspeed and transformers import only when it is used: a forke
 import gc
 from pathlib import Path
 
+import unimo3  # first: it keeps libraries from importing what is not needed
+
+# isort: split
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2
 import pytest

@@ -60,7 +60,7 @@ from unimo3.training.engine import import_muon_uncompiled
 import_muon_uncompiled()
 from deepspeed.runtime import compiler
 import torch
-unwanted = ("networkx", "torch._inductor.compile_fx", "tensorboard", "wandb", "mlflow")
+unwanted = ("networkx", "torch._inductor.compile_fx", "tensorboard", "wandb", "mlflow", "botocore", "pyarrow")
 facts = {"unwanted": [name for name in unwanted if name in sys.modules]}
 facts |= {"files of transformers": len(opened), "read twice": sum(number > 1 for number in opened.values())}
 facts |= {"while importing": gc.get_threshold()[0], "compiles": compiler.compile() is torch.compile}

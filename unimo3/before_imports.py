@@ -10,8 +10,8 @@ deepspeed: without DS_ACCELERATOR it probes for other accelerators, so a machine
 transformers: each process reads some 1,700 of its files to list the classes in them. Its cache has room for 128 of its
 550 folders, so it reads all of them twice: half a second of a rank's start, and 1,700 more opens on a shared disk.
 
-timm and deepspeed: each imports a tracking tool where one is installed, wandb or mlflow, for programs that are not used
-here. Both take 1.7 s of a rank's start, and begin threads of their own.
+timm, deepspeed and tensorboard: each imports a package where it is installed, for what is not used here: wandb, mlflow,
+and boto3 for event files in S3. They take 2 s of a rank's start, and begin threads of their own.
 
 The first two need torch, which takes seconds to import. Programs that use neither library, such as ``slurm.status``,
 never import torch.
@@ -60,7 +60,11 @@ class _Without(importlib.abc.MetaPathFinder):
 
 def prepare_imports() -> None:
     """Have the libraries prepared for when they are first imported."""
-    for package, module in (("wandb", "timm.utils.summary"), ("mlflow", "deepspeed.autotuning.autotuner")):
+    for package, module in (
+        ("wandb", "timm.utils.summary"),
+        ("mlflow", "deepspeed.autotuning.autotuner"),
+        ("botocore", "tensorboard.compat.tensorflow_stub.io.gfile"),
+    ):
         sys.meta_path.insert(0, _Without(package, module))
     for package, prepare in (
         ("torchvision", declare_missing_operators),

@@ -19,6 +19,7 @@ from tests.data.conftest import convert, draw_jpeg, write_source, write_tar
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
+from unimo3.data.formats import vqav2
 from unimo3.data.images import decode
 from unimo3.data.index import ShardIndex
 from unimo3.data.progress import Progress
@@ -302,9 +303,9 @@ def test_a_test_split_loses_no_record_unless_allowed(tmp_path, split, ratio, is_
     progress = Progress("records")
     reject = Reject(split, "7", "7.jpg", "cannot be decoded", (70, 71))
     progress.add(ShardDone(split, 0, 3000, (reject,), reused=False))
-    wanted = Conversion("vqav2", tmp_path, tmp_path, tmp_path, False, 1024, ImageOptions(), ratio, 0, 9)
+    wanted = Conversion("vqav2", vqav2.convert, tmp_path, tmp_path, tmp_path, False, 1024, ImageOptions(), ratio, 0, 9)
     if is_refused:
-        with pytest.raises(DataError, match=f"--max-reject-ratio 0: 1 of 3000 records of {split} have no usable image"):
+        with pytest.raises(DataError, match=f"--max-reject-ratio 0: 1 of 3000 records of {split} cannot be used"):
             _check_rejects(wanted, progress, tmp_path)
         assert json.loads((tmp_path / "rejects.jsonl").read_text())["ids"] == [70, 71]
     else:

@@ -88,6 +88,10 @@ def test_vqav2_has_ten_answers_a_question_whose_majority_is_right(root):
 def test_flickr30k_and_snli_ve_have_the_same_images(root):
     images = {image["filename"] for image in read(root / "flickr30k" / "dataset_flickr30k.json")["images"]}
     assert images == {path.name for path in (root / "flickr30k" / "flickr30k-images").iterdir()}
+    lines = (root / "flickr30k" / "pairs.csv").read_text().splitlines()
+    assert lines[0] == "image,caption"
+    assert len(lines) == 1 + 5 * len(images)
+    assert {line.split(",")[0] for line in lines[1:]} == {f"flickr30k-images/{name}" for name in images}
     labels = Counter()
     for split in ("train", "dev", "test"):
         for line in read_lines(root / "snli_ve" / f"snli_ve_{split}.jsonl"):

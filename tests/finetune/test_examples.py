@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from transformers import BridgeTowerModel
 
+from tests.commands import start_command
 from tests.data.conftest import draw_jpeg
 from tests.model.test_bridgetower import draw_config
 from tests.spawn import ROOT
 from tests.test_docs import PAGES
+from tests.test_documented_commands import CONSOLE, commands
+from unimo3.inference.gallery import open_gallery
 
 pytestmark = pytest.mark.xdist_group("finetune")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -110,3 +113,34 @@ def test_python_of_the_pages_runs(block, tuned, pretrained, tmp_path, monkeypatc
         BridgeTowerModel(draw_config(np.random.default_rng(0))).save_pretrained(tmp_path / "bridgetower-base")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "<page>", "exec"), {})
+
+
+@pytest.mark.integration
+def test_the_readme_goes_from_a_csv_to_an_answered_search(pretrained, tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "tiny").symlink_to(pretrained)
+    photos = tmp_path / "data" / "flickr30k" / "flickr30k-images"
+    photos.mkdir(parents=True)
+    rows = ["image,caption"]
+    for number in range(200):
+        (photos / f"{number}.jpg").write_bytes(draw_jpeg(number, 24, 24))
+        rows += [
+            f"flickr30k-images/{number}.jpg,photo {number} of a {color} dog"
+            for color in "red blue one two three".split()
+        ]
+    (photos.parent / "pairs.csv").write_text("\n".join(rows))
+    lines = commands(ROOT / "README.md")
+    first = next(index for index, words in enumerate(lines) if words[:2] == ["unimo3-shards", "pairs"])
+    output = tmp_path / "output"
+    for words in lines[first : first + 5]:
+        fewer = ["--training.steps", "4", "--training.global_batch", "8", "--training.micro_batch", "4"]
+        words += (
+            [*fewer, "--data.num_workers", "0", "--ranking.shortlist", "4"] if "finetune.retrieval" in words else []
+        )
+        output.unlink(missing_ok=True)
+        process = start_command(CONSOLE[words[0]], words[1:], os.environ, output, folder=tmp_path)
+        process.join()
+        assert process.exitcode == 0, output.read_text()
+    names = re.findall(r"(\d+)\.jpg", output.read_text())
+    assert len(names) == len(set(names)) > 1
+    assert len(open_gallery(tmp_path / "index" / "own", tmp_path / "weights" / "own").names) == 200

@@ -18,8 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unimo3.data.answers import AnswerVocabulary
-from unimo3.data.formats import CONVERTERS
-from unimo3.data.formats.record import Sample
+from unimo3.data.formats.record import Converter, Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
 from unimo3.data.index import REJECTS, is_index, is_test_split
 from unimo3.data.progress import Progress
@@ -39,19 +38,21 @@ class Conversion:
     """What to convert, and how.
 
     Attributes:
-        format: one of `CONVERTERS`.
+        format: the data set's name, one of `formats.CONVERTERS`.
+        converter: reads it.
         source: folder of the annotation files.
         images: folder of the images.
         out: folder of the shards.
         overwrite: whether an earlier conversion's `out` is replaced.
         shard_size: records a shard.
-        max_reject_ratio: of a split's records without a usable image, past which it fails. None: `MAX_REJECT_RATIO`,
+        max_reject_ratio: of a split's records that cannot be used, past which it fails. None: `MAX_REJECT_RATIO`,
             and 0 of the splits that are tested on.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
         min_answer_count: least count of an answer of the vocabulary.
     """
 
     format: str
+    converter: Converter
     source: Path
     images: Path
     out: Path
@@ -97,7 +98,7 @@ class Source:
     def _records(self) -> Iterator[tuple[str, Sample]]:
         wanted, seen = self._wanted, set()
         split_of: dict[str, str] = {}
-        for split, sample in CONVERTERS[wanted.format](wanted.source, wanted.images, self.omitted):
+        for split, sample in wanted.converter(wanted.source, wanted.images, self.omitted):
             if (split, sample.key) in seen:
                 raise DataError(
                     f"{sample.images[0]}: '{sample.key}' stands twice in the source's split {split}; remove one record"
@@ -112,7 +113,7 @@ class Source:
             if "questions" in sample.content:
                 self.choices.update(normalized_choices(sample))
             elif split == "train" and wanted.tokenizer_vocab:
-                self.captions.extend(sample.content["captions"])
+                self.captions.extend(sample.content.get("captions", []))
             yield split, sample
 
     def write_vocabularies(self, folder: Path) -> None:
@@ -174,7 +175,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
     for reason, count in source.omitted.items():
         print(f"skipped {count} records: {reason}")
     if progress.rejects:
-        print(f"rejected: {len(progress.rejects)} records without a usable image, see {wanted.out / REJECTS}")
+        print(f"rejected: {len(progress.rejects)} records that cannot be used, see {wanted.out / REJECTS}")
 
 
 def _remove_leftovers(staging: Path, source: Source) -> None:
@@ -257,7 +258,7 @@ def _removed_if_empty(staging: Path) -> Iterator[None]:
 
 
 def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> None:
-    """End the conversion where too many records of a split have no usable image.
+    """End the conversion where too many records of a split cannot be used.
 
     Raises:
         DataError: there are too many; their list is written.
@@ -269,7 +270,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
             _write_rejects(progress, staging)
             raise DataError(
                 f"--max-reject-ratio {limit:g}: {len(rejects)} of {num_records} records of {split} "
-                f"have no usable image (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
+                f"cannot be used (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
                 f"{staging / REJECTS} lists them; check --images, fix them, or raise the limit, and start the same "
                 "command again: finished shards are kept"
             )

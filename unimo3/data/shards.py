@@ -51,7 +51,10 @@ class ShardJob:
 
     def digest(self, options: ImageOptions) -> str:
         """Digest of all that decides the shard's content, except the images' bytes."""
-        parts = [[sample.key, [str(path) for path in sample.images], sample.content] for sample in self.samples]
+        parts = [
+            [sample.key, [str(path) for path in sample.images], sample.content, sample.problem]
+            for sample in self.samples
+        ]
         text = json.dumps([parts, asdict(options)], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -121,7 +124,7 @@ def write_shard(
         tar = TarWriter(file, user="unimo3", group="unimo3", mtime=0.0, encoder=False)
         for sample in job.samples:
             try:
-                images = [read_image(path, options) for path in sample.images]
+                images = _read_images(sample, options)
             except UnusableImageError as error:
                 rejects.append(Reject(job.split, sample.key, str(error.path), error.reason, sample.ids))
             else:
@@ -145,8 +148,7 @@ def _still_good(job: ShardJob, target: Path, digest: str, options: ImageOptions)
     of_key = {sample.key: sample for sample in job.samples}
     for reject in rejects:
         try:
-            for path in of_key[reject.key].images:
-                read_image(path, options)
+            _read_images(of_key[reject.key], options)
         except UnusableImageError:
             continue
         return None  # it has been fixed
@@ -263,6 +265,17 @@ def error_of(folder: Path, shard: Shard) -> str | None:
         with path.open("rb") as file:
             return f"{path}: {MORE_FOLLOWS}; {REINDEX}" if another_tar_follows(file, 0) else None
     return None
+
+
+def _read_images(sample: Sample, options: ImageOptions) -> list[tuple[str, bytes]]:
+    """The sample's images as stored.
+
+    Raises:
+        UnusableImageError: the record or an image cannot be used.
+    """
+    if sample.problem:
+        raise UnusableImageError(sample.images[0], sample.problem)
+    return [read_image(path, options) for path in sample.images]
 
 
 def _members(sample: Sample, images: list[tuple[str, bytes]]) -> dict[str, bytes]:

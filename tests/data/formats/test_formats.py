@@ -15,6 +15,7 @@ FIRST_FILES = {
     "coco": "dataset_coco.json",
     "flickr30k": "dataset_flickr30k.json",
     "nlvr2": "train.json",
+    "pairs": "",
     "sbu": "sbu-captions-all.json",
     "snli_ve": "snli_ve_train.jsonl",
     "vg": "region_descriptions.json",
@@ -32,7 +33,7 @@ def test_every_file_with_a_converter_is_entered_under_its_name():
     assert converters.keys() == FIRST_FILES.keys()
 
 
-@pytest.mark.parametrize("name", FIRST_FILES)
+@pytest.mark.parametrize("name", sorted(FIRST_FILES.keys() - {"pairs"}))
 def test_an_empty_source_names_the_file_that_is_missing(name, tmp_path):
     (tmp_path / "VG_100K").mkdir()
     expected = f"{tmp_path / FIRST_FILES[name]}: cannot be read (No such file or directory); --src must name"

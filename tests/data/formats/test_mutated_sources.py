@@ -39,6 +39,7 @@ def hypothesis_of(number: int, label: str) -> dict[str, Any]:
 SNLI = [hypothesis_of(1, "neutral"), hypothesis_of(2, "-"), hypothesis_of(1, "entailment")]
 # The values of each source's files; those of JSON lines are lists of records, others complete texts.
 FILES: dict[str, dict[str, Any]] = {
+    "pairs": {"0.txt": "a dog\nein Fuchs\n", "1.txt": "déjà"},
     "sbu": {"annot.json": [["1.jpg", "a dog"], ["2.jpg", " "], ["3.jpg", "déjà"]]},
     "cc3m": {
         **dict.fromkeys(FIELD_LINES[:2], "a dog\thttp://a/1\nein Fuchs\thttp://a/2\n"),
@@ -65,7 +66,7 @@ def sources(tmp_path_factory) -> Path:
         for file, content in files.items():
             (root / name / file).write_text(text_of(file, content, name))
     picture = draw_jpeg(0, 8, 8)
-    folders = ("sbu", "cc3m/train_image", "cc3m/val_image", "vg/VG_100K", "flickr30k", "snli_ve")
+    folders = ("pairs", "sbu", "cc3m/train_image", "cc3m/val_image", "vg/VG_100K", "flickr30k", "snli_ve")
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
         for number in range(4):

@@ -331,7 +331,7 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
     # test-dev would be left empty.
     (source / "v2_OpenEnded_mscoco_test-dev2015_questions.json").unlink()
     assert prepare_shards(*arguments_of(source, out)) == 78
-    assert f"1 of 2 records of test have no usable image (such as {missing}:" in capfd.readouterr().err
+    assert f"1 of 2 records of test cannot be used (such as {missing}:" in capfd.readouterr().err
     assert not out.exists()
     assert prepare_shards(*arguments_of(source, out), "--max-reject-ratio", "0.5") == 0
     (reject,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())

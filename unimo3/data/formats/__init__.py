@@ -3,7 +3,7 @@
 To add a format, write a file with ``convert(source, images, omitted)``, as in `record.Converter`, and enter it here.
 """
 
-from unimo3.data.formats import cc3m, coco, flickr30k, nlvr2, sbu, snli_ve, vg, vqav2
+from unimo3.data.formats import cc3m, coco, flickr30k, nlvr2, pairs, sbu, snli_ve, vg, vqav2
 from unimo3.data.formats.record import Converter, Sample
 
 __all__ = ["CONVERTERS", "Converter", "Sample"]
@@ -13,6 +13,7 @@ CONVERTERS: dict[str, Converter] = {
     "coco": coco.convert,
     "flickr30k": flickr30k.convert,
     "nlvr2": nlvr2.convert,
+    "pairs": pairs.convert,
     "sbu": sbu.convert,
     "snli_ve": snli_ve.convert,
     "vg": vg.convert,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from unimo3.data.formats.pairs import Pair, pair_samples, read_annot
+from unimo3.data.formats.caption_lists import Pair, pair_samples, read_annot
 from unimo3.data.formats.record import Sample, first_file, read_lines
 from unimo3.errors import DataError
 

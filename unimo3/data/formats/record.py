@@ -30,11 +30,13 @@ class Sample:
         key: unique in its split, without dots or slashes.
         images: their files; one, or two for NLVR2.
         content: of the sample's ``json``; has ``image_id`` and the format's texts.
+        problem: why the record is rejected, with its position in the source as `images`; empty: it is good so far.
     """
 
     key: str
     images: tuple[Path, ...]
     content: dict[str, Any]
+    problem: str = ""
 
     @property
     def ids(self) -> tuple[int | str, ...]:

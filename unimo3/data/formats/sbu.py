@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from unimo3.data.formats.pairs import Pair, pair_samples, read_annot
+from unimo3.data.formats.caption_lists import Pair, pair_samples, read_annot
 from unimo3.data.formats.record import Sample, field, read_json
 from unimo3.errors import DataError
 

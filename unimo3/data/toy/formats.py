@@ -4,6 +4,7 @@ Source: Karpathy's splits (COCO, Flickr30K), https://visualqa.org (VQAv2), https
 https://github.com/necla-ml/SNLI-VE.
 """
 
+import csv
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,7 +67,7 @@ def write_coco_and_vqav2(root: Path, num_images: int, size: int, seed: int, prog
 def write_flickr30k_and_snli_ve(
     root: Path, num_images: int, size: int, seed: int, progress: Progress
 ) -> dict[str, int]:
-    """``flickr30k/`` with Karpathy's JSON and JPEGs, ``snli_ve/`` with statements about the same images."""
+    """``flickr30k/`` with JPEGs, Karpathy's JSON and a CSV, ``snli_ve/`` with statements about the same images."""
     images: list[dict[str, Any]] = []
     lines: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
     for number in progress(range(num_images), "flickr30k, snli_ve"):
@@ -90,6 +91,11 @@ def write_flickr30k_and_snli_ve(
                 }
             )
     _write_json(root / "flickr30k" / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
+    with (root / "flickr30k" / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        for image in images:
+            rows.writerows([f"flickr30k-images/{image['filename']}", text["raw"]] for text in image["sentences"])
     for split, records in lines.items():
         _write_lines(root / "snli_ve" / f"snli_ve_{split}.jsonl", records)
     return {"flickr30k images": num_images, "snli_ve statements": sum(len(records) for records in lines.values())}
