@@ -25,6 +25,11 @@ $(STAMP): requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# For one test, in an environment of its own: it needs an older webdataset.
+$(VENV)/img2dataset/bin/img2dataset: | setup
+	$(PYTHON) -m venv $(VENV)/img2dataset
+	$(VENV)/img2dataset/bin/pip install --quiet img2dataset==1.47.0
+
 demo: setup
 	$(RUN) -m pretrain.demo --dir $(DEMO_DIR)
 
