@@ -18,7 +18,7 @@ from finetune.weights import resized
 from unimo3.checkpoint.initial_weights import config_of, has_begun, run_of, weights_of
 from unimo3.data.index import is_test_split
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.distributed import broadcast_object
 from unimo3.engine import Engine
 from unimo3.errors import ConfigError
@@ -83,11 +83,11 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
     run.resume(engine)
 
-    def reading(augment: Augment, crop_scale: float) -> Reading:
-        transform = ImageTransform(image_size, augment, crop_scale)
+    def reading(transform: ImageTransform) -> Reading:
         return Reading(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
 
-    trained = reading(settings.data.augment, settings.data.crop_scale)
+    data = settings.data
+    trained = reading(ImageTransform(image_size, data.augment, data.crop_scale, data.reduced_decode))
     loader = None
     if not settings.eval_only:
         loader = settings.data.training_loader(
@@ -101,7 +101,9 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
         )
     evaluation = None
     if val_index is not None:
-        held_out = HeldOut(val_index, reading("none", 1.0), world, batch.micro_batch, settings.data.reader)
+        held_out = HeldOut(
+            val_index, reading(ImageTransform(image_size)), world, batch.micro_batch, settings.data.reader
+        )
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
         Trainer(settings, process, run, engine, loader, evaluation, throughput).train()

@@ -12,7 +12,7 @@ from pretrain.plan import pretraining_step
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.data.transforms import Augment, ImageTransform, image_processor
+from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.model.args import resolve_tokens, set_initial_weights
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -67,21 +67,21 @@ def pretrain(settings: PretrainConfig) -> None:
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
     run.resume(engine)
 
-    def samples_of(index: ShardIndex, augment: Augment, crop_scale: float) -> PretrainSamples:
-        transform = ImageTransform(image_size, augment, crop_scale)
+    def samples_of(index: ShardIndex, transform: ImageTransform) -> PretrainSamples:
         probability = settings.objectives.mlm.probability
         return PretrainSamples(
             index, tokenizer, settings.data.max_text_tokens, transform, probability, settings.run.seed
         )
 
-    sources = [samples_of(index, settings.data.augment, settings.data.crop_scale) for index in indexes]
+    augmented = ImageTransform(image_size, data.augment, data.crop_scale, data.reduced_decode)
+    sources = [samples_of(index, augmented) for index in indexes]
     loader = settings.data.training_loader(
         sources, batch.global_batch, batch.micro_batch, world.rank, world.size, settings.run.seed, run.step
     )
     reader = settings.data.reader
     evaluation = None
     if val_index is not None:
-        held_out = samples_of(val_index, "none", 1.0)
+        held_out = samples_of(val_index, ImageTransform(image_size))
         evaluation = Evaluation(
             val_index.fingerprint,
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from unimo3.data.images import decode
-from unimo3.images import FORMATS, is_image, open_image, to_rgb
+from tests.data.conftest import saved
+from unimo3.images import FORMATS, decode, is_image, open_image, to_rgb
 
 BYTE, ASCII, SHORT, UNDEFINED = 1, 2, 3, 7
 ORIENTATION, X_RESOLUTION, IMAGE_WIDTH = 0x0112, 0x011A, 0x0100
@@ -20,12 +20,6 @@ ROTATED_6 = (ORIENTATION, SHORT, 1, struct.pack("<H", 6))
 
 def noise(width: int = 30, height: int = 20) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def exif_of(*entries: tuple[int, int, int, bytes], number: int | None = None) -> bytes:

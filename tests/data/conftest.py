@@ -13,11 +13,16 @@ from pretrain import prepare_shards
 from unimo3.data.index_writer import table_of, write_index
 
 
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
 def draw_jpeg(number: int, width: int = 40, height: int = 30) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels), "JPEG")
 
 
 def write_source(root: Path, num_images: int = 23) -> Path:

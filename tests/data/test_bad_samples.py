@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from tests.data.conftest import convert, draw_jpeg, index_again, write_tar
-from unimo3.data.images import decode
+from tests.data.conftest import convert, draw_jpeg, index_again, saved, write_tar
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches
 from unimo3.data.order import SampleOrder, Unit
@@ -21,13 +20,8 @@ from unimo3.data.samples import BadSampleError, PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.errors import DataError, UnreachableError
+from unimo3.images import decode
 from unimo3.training.evaluation import to_device
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def gradient(width=60, height=40) -> Image.Image:

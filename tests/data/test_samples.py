@@ -12,9 +12,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from tests.data.conftest import draw_jpeg, index_again
+from tests.data.conftest import draw_jpeg, index_again, saved
 from tests.waiting import PATIENCE_S
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -111,6 +111,16 @@ def test_texts_are_encoded_as_the_tokenizer_does(tokenizer, text):
 # Pixels.
 
 
+def photo(width: int, height: int, seed: int = 0, kind: str = "JPEG") -> bytes:
+    """Smooth colours with sharp edges."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for x, y in rng.integers(0, min(width, height), (12, 2)).tolist():
+        draw.ellipse((x, y, x + width // 5, y + height // 5), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return saved(image, kind, quality=95)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (20, 64), (32, 32)])
 def test_pixels_equal_the_exported_processors(size):
     content = draw_jpeg(3, *size)
@@ -131,10 +141,59 @@ def test_augmentation_is_a_function_of_the_samples_generator():
     assert any(not np.array_equal(one, other) for other in others)
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch):
+@pytest.mark.parametrize("is_reduced", [False, True])
+def test_a_decompression_bomb_is_refused(monkeypatch, is_reduced):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     with pytest.raises(ValueError, match="exceeds limit"):
-        ImageTransform(32)(draw_jpeg(1), np.random.default_rng(0))
+        ImageTransform(4, reduced_decode=is_reduced)(draw_jpeg(1), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_scale", "decoded"),
+    [
+        ((640, 480), 1.0, (160, 120)),
+        ((480, 640), 1.0, (120, 160)),
+        ((1024, 128), 1.0, (1024, 128)),
+        ((639, 255), 1.0, (320, 128)),
+        ((1280, 960), 0.25, (640, 480)),
+        ((96, 127), 1.0, (96, 127)),
+    ],
+)
+def test_large_jpegs_are_decoded_at_a_reduced_size(monkeypatch, size, crop_scale, decoded):
+    content, sizes = photo(*size), []
+    load = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda image, mode: sizes.append(image.size) or load(image, mode))
+    pixels = ImageTransform(60, crop_scale=crop_scale, reduced_decode=True)(content, np.random.default_rng(0))
+    assert sizes == [decoded]
+    assert pixels.shape == (60, 60, 3)
+
+
+def test_a_reduced_decode_changes_pixels_little_and_no_other_kind_of_image():
+    rng = np.random.default_rng(0)
+    for kind, is_equal in (("JPEG", False), ("PNG", True), ("WEBP", True)):
+        differences = []
+        for seed in range(4):
+            content = photo(1024, 768, seed, kind)
+            full, reduced = (
+                ImageTransform(64, reduced_decode=is_reduced)(content, rng) for is_reduced in (False, True)
+            )
+            differences.append(np.abs(full.astype(int) - reduced))
+        assert (np.max(differences) == 0) == is_equal
+        assert np.mean(differences) < 0.5
+        assert np.max(differences) < 32
+
+
+def test_a_reduced_decode_turns_upright_and_reports_damage():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(photo(400, 300)))
+    turned = io.BytesIO()
+    image.save(turned, "JPEG", quality=95, exif=exif)
+    transform, rng = ImageTransform(32, reduced_decode=True), np.random.default_rng(0)
+    upright = ImageTransform(32)(saved(image.transpose(Image.Transpose.ROTATE_270), "PNG"), rng)
+    assert np.abs(upright.astype(int) - transform(turned.getvalue(), rng)).mean() < 1
+    with pytest.raises(OSError, match="truncated"):
+        transform(photo(400, 300)[:-3000], rng)
 
 
 # Captions, questions, batches.

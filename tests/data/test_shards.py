@@ -20,12 +20,12 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.formats import vqav2
-from unimo3.data.images import decode
 from unimo3.data.index import ShardIndex
 from unimo3.data.progress import Progress
 from unimo3.data.shards import Reject, ShardDone
 from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.errors import DataError
+from unimo3.images import decode
 
 
 def contents(folder: Path) -> list[dict]:

@@ -19,12 +19,12 @@ from PIL import Image
 from finetune.predict_program import _read_texts, answer_lines
 from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
-from unimo3.data.images import decode
 from unimo3.data.samples import BadSampleError, image_of
 from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import CheckpointError, ConfigError, DataError
+from unimo3.images import decode
 from unimo3.inference.folder import load
 from unimo3.inference.gallery import images_in
 from unimo3.inference.inputs import Row, prepare, read_pixels

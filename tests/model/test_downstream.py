@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from tests.tiny import spread_gates, tiny_batch, tiny_config, tiny_pretraining_model
-from unimo3.data.images import decode
 from unimo3.data.samples import TextEncoder
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import ConfigError
+from unimo3.images import decode
 from unimo3.model.downstream import (
     Unimo3ForImageAndTextRetrieval,
     Unimo3ForImagesAndTextClassification,

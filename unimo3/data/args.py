@@ -58,6 +58,9 @@ class DataArgs(Checked):
     """Augmentation of training images: none, or RandAugment without mirroring."""
     crop_scale: float = 1.0
     """Least fraction of a training image's area that a random crop keeps; 1 crops nothing, since texts speak of all."""
+    reduced_decode: bool = True
+    """Whether a training JPEG with at least twice the height and width that are needed is decoded at 1/2, 1/4 or 1/8 of
+    its size. Held-out images are always decoded in full."""
     window_shards: int = 16
     """Shards of a source whose samples are shuffled together."""
     cache_dir: str = ""

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from unimo3.data.images import decode
 from unimo3.errors import DataError
-from unimo3.images import open_image
+from unimo3.images import decode, open_image
 
 # What the loader reads; other kinds are encoded again.
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "MPO": "jpg"}

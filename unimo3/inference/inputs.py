@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unimo3.data.images import decode
 from unimo3.errors import DataError
+from unimo3.images import decode
 from unimo3.inference.folder import Loaded
 from unimo3.texts import is_blank
 
