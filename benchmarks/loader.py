@@ -4,7 +4,8 @@
     webdataset  shards shuffled, a shuffle buffer of 1000, the same decoding, augmentation, tokens and masks, collated
     bare        a loop over images in memory that decodes and augments and does nothing else: the limit
 
-Then what resuming costs, and how memory grows with the size of the index.
+Then where a reader's time goes, what the reduced decode of large photos saves, what resuming costs, and how memory
+grows with the size of the index.
 
 Source: webdataset's documentation for the usual pipeline.
 """
@@ -40,6 +41,7 @@ from benchmarks.loader_contestants import (
     ours,
     usual,
 )
+from benchmarks.loader_parts import measure_parts, measure_photos
 from benchmarks.report import ROOT, usable_cores, write_report
 from unimo3.data.index import INDEX, MEMBERS, ShardIndex
 from unimo3.data.index_writer import ShardTable, table_of, write_index
@@ -142,6 +144,8 @@ def report(
     rates: dict[int, dict[str, list[float]]],
     resume: dict[str, tuple[float, float]],
     memory: dict[int, tuple[float, float, int]],
+    parts: dict[str, float],
+    photos: list[tuple[str, int, float, float, float]],
     setting: Setting,
     num_samples: int,
 ) -> str:
@@ -158,6 +162,28 @@ def report(
         f"JPEGs of 640 x 480 pixels and 70 to 80 kB to {IMAGE_SIZE} pixels, augmentation `{setting.augment}`, batches",
         f"of {BATCH}, {PREFETCH} of them ahead, {num_samples} samples in shards of {SAMPLES_PER_SHARD}. Medians; all",
         "take their turn in every round. Each reader is one process, of the bare loop too; batches arrive in another.",
+        "",
+        "## Where a reader's time goes",
+        "",
+        "| part, alone in one process | ms a batch | fraction of a complete batch |",
+        "| --- | ---: | ---: |",
+    ]
+    complete = parts["complete batches"]
+    lines += [f"| {name} | {value * 1e3:.1f} | {value / complete:.2f} |" for name, value in parts.items()]
+    lines += [
+        "",
+        "The bare loop does the first part only, on fewer images, which stay in the processor's caches.",
+        "",
+        "## Large photos",
+        "",
+        "| photo | pixels of the square | `data.reduced_decode` | mean difference, grey levels | largest |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {photo} | {size} | {ratio:.2f} times as fast | {mean:.2f} | {most:.0f} |"
+        for photo, size, ratio, mean, most in photos
+    ]
+    lines += [
         "",
         "## Resuming",
         "",
@@ -193,6 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="of a contestant's turn (default: %(default)s)")
     parser.add_argument("--shards", type=int, default=16, help="of 256 samples each (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="readers (default: 1 2)")
+    parser.add_argument("--photos", type=int, default=8, help="large photos of each size (default: %(default)s)")
     parser.add_argument("--augment", default="none", choices=("none", "randaugment"))
     parser.add_argument(
         "--index-samples",
@@ -204,7 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loader.md")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    least = {name: getattr(args, name) for name in ("rounds", "seconds", "shards")}
+    least = {name: getattr(args, name) for name in ("rounds", "seconds", "shards", "photos")}
     least |= {"workers": min(args.workers), "index-samples": min(args.index_samples)}
     errors = [f"--{name} {value}: a number above 0 is needed" for name, value in least.items() if value <= 0]
     if errors:
@@ -227,7 +254,8 @@ def main(arguments: list[str] | None = None) -> None:
         rates = {workers: measure_rates(setting, workers, args.rounds, args.seconds) for workers in args.workers}
         resume = measure_resume(setting, min(2, usable_cores()))
         memory = measure_memory(setting, args.index_samples, Path(scratch))
-        text = report(rates, resume, memory, setting, args.shards * SAMPLES_PER_SHARD)
+        parts, photos = measure_parts(setting, args.rounds), measure_photos(args.rounds, args.photos)
+        text = report(rates, resume, memory, parts, photos, setting, args.shards * SAMPLES_PER_SHARD)
     write_report(args.out, "Reading training samples", text)
     print(f"\n{text}\n\n{args.out}")
 

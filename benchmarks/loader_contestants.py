@@ -39,15 +39,15 @@ SAMPLES_PER_SHARD = 256
 NUM_PICTURES = 64
 
 
-def picture(number: int) -> bytes:
-    """A JPEG of 640 x 480 pixels with shapes of several sizes and some noise, 70 to 80 kB."""
+def picture(number: int, width: int = 640, height: int = 480) -> bytes:
+    """A JPEG with shapes of several sizes and some noise; of 640 x 480 pixels 70 to 80 kB."""
     rng = np.random.default_rng(number)
 
-    def field(height: int, width: int) -> np.ndarray:
-        drawn = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
-        return np.asarray(drawn.resize((640, 480), Image.Resampling.BICUBIC), dtype=float)
+    def field(rows: int, columns: int) -> np.ndarray:
+        drawn = Image.fromarray(rng.integers(0, 255, (rows, columns, 3), dtype=np.uint8))
+        return np.asarray(drawn.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
 
-    mixed = 0.8 * field(12, 16) + 0.2 * field(90, 120) + rng.normal(0, 3, (480, 640, 1))
+    mixed = 0.8 * field(12, 16) + 0.2 * field(90, 120) + rng.normal(0, 3, (height, width, 1))
     file = io.BytesIO()
     Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
     return file.getvalue()

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import loader
 
-SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --index-samples 1000".split()
+SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --photos 1 --index-samples 1000".split()
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,21 @@ def test_each_contestant_has_a_rate_and_ours_is_compared_with_it(report):
         # Rates are rounded to integers, ratios to two decimals.
         assert (ours - 0.5) / (other + 0.5) - 0.006 < ratio < (ours + 0.5) / (other - 0.5) + 0.006
         assert spread == f"{ratio:.2f} to {ratio:.2f}"  # of one round
+
+
+@pytest.mark.integration
+def test_parts_of_a_readers_time_and_photos_are_measured(report):
+    parts = {name: float(ratio) for name, _, ratio in rows_under("Where a reader's time goes", report)}
+    assert parts.pop("complete batches") == 1
+    assert len(parts) == 4
+    assert max(parts, key=parts.get).startswith("decoding")
+    photos = rows_under("Large photos", report)
+    assert [(photo, size) for photo, size, *_ in photos] == [
+        (photo, size) for photo in ("1024 x 768", "2048 x 1536") for size in ("224", "288", "384")
+    ]
+    differences = [float(mean) for _, _, _, mean, _ in photos]
+    assert differences[:3] == [0, 0, 0]  # decoded in full: below twice the square
+    assert all(0 < difference < 0.5 for difference in differences[3:])
 
 
 @pytest.mark.integration

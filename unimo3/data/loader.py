@@ -79,7 +79,7 @@ class TrainingLoader:
             for step in itertools.count(start_step)
             for micro_step in range(num_accumulation)
         )
-        self._batches = _read_ahead(_Batches(sources, order, replaces=True), positions, reader)
+        self._batches = _read_ahead(BatchReader(sources, order, replaces=True), positions, reader)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while True:
@@ -112,12 +112,12 @@ def planned_batches(
     """
     order = SequentialOrder(samples.units_per_shard)
     filled = [[max(position, 0) for position in positions] for positions in plan]
-    batches = _read_ahead(_Batches([samples], order, replaces=False), filled, reader)
+    batches = _read_ahead(BatchReader([samples], order, replaces=False), filled, reader)
     for loaded, positions in zip(batches, plan, strict=True):
         yield loaded, torch.tensor([position != NO_POSITION for position in positions])
 
 
-def _read_ahead(inputs: "_Batches", positions: Iterable[list[int]], reader: ReaderArgs) -> Iterator[Batch]:
+def _read_ahead(inputs: "BatchReader", positions: Iterable[list[int]], reader: ReaderArgs) -> Iterator[Batch]:
     loader = DataLoader(
         inputs,
         batch_sampler=positions,
@@ -167,7 +167,7 @@ def _end_readers(iterator: Any) -> None:
             reader.kill()
 
 
-class _Batches(Dataset[Batch]):
+class BatchReader(Dataset[Batch]):
     """Positions of an order -> a batch, or an error under `UNUSABLE`.
 
     Its ``images`` are a tensor in shared memory, written there as they are decoded. The rest is small and stays numpy
@@ -271,7 +271,7 @@ def _stacked(rows: list[Inputs]) -> Batch:
 
 
 def _as_read(batch: Any) -> Any:
-    """Replaces torch's collation, which `_Batches` does itself."""
+    """Replaces torch's collation, which `BatchReader` does itself."""
     return batch
 
 
