@@ -33,7 +33,7 @@ class PretrainConfig(Checked):
     def quick_errors(self) -> list[str]:
         """Return which settings do not fit together or the shards, one line per error."""
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        return errors + self.data.shard_errors("captions")
+        return errors + self.data.shard_errors("captions", self.training.num_samples)
 
     def slow_errors(self) -> list[str]:
         """Return where the tokenizer does not fit the model, one line per error."""

@@ -87,7 +87,7 @@ WEIGHTS = st.lists(st.floats(0.01, 50).map(lambda weight: round(weight, 3)), min
 def test_every_window_of_a_mixture_follows_the_weights_to_within_one(weights, seed, window):
     order = mixture([7] * len(weights), weights, seed)
     given_before, given_after = order._counts_before(window), order._counts_before(window + 1)
-    for fraction, before, after in zip(order._fractions, given_before, given_after, strict=True):
+    for fraction, before, after in zip(order._segments[0].fractions, given_before, given_after, strict=True):
         assert abs((after - before) - MIX_WINDOW * fraction) < 1
         assert abs(before - window * MIX_WINDOW * fraction) < 1
     start, end = sum(given_before), sum(given_after)
@@ -95,8 +95,9 @@ def test_every_window_of_a_mixture_follows_the_weights_to_within_one(weights, se
     assert set(sources) <= set(range(len(weights)))
 
 
-def mixture(sizes, weights, seed=0):
-    return MixedOrder([SampleOrder([size], seed + number, 1) for number, size in enumerate(sizes)], weights, seed)
+def mixture(sizes, weights, seed=0, max_epochs=0):
+    orders = [SampleOrder([size], seed + number, 1) for number, size in enumerate(sizes)]
+    return MixedOrder(orders, weights, seed, max_epochs)
 
 
 def test_a_mixture_preserves_each_sources_order_and_skips_nothing():
@@ -129,6 +130,42 @@ def test_a_mixture_can_start_at_any_position_and_differs_by_seed():
     assert [order[p] for p in range(200)] != [mixture([50, 70], [1, 3], seed=9)[p] for p in range(200)]
     # Only ratios count.
     assert [order[p] for p in range(200)] == [mixture([50, 70], [2, 6])[p] for p in range(200)]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.1, 1, 1, 2.5, 7]), min_size=4, max_size=4),
+    max_epochs=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_source_exceeds_its_epochs_and_the_others_continue(sizes, weights, max_epochs):
+    weights = weights[: len(sizes)]
+    order, alone = mixture(sizes, weights, max_epochs=max_epochs), mixture(sizes, weights)
+    alone_of = [SampleOrder([size], number, 1) for number, size in enumerate(sizes)]
+    units = [order[position] for position in range(int(order.num_units))]
+    taken = Counter()
+    for unit in units:
+        assert unit == alone_of[unit.source][taken[unit.source]]._replace(source=unit.source)
+        taken[unit.source] += 1
+    for source, size in enumerate(sizes):
+        # Less than a window's worth of it is missing.
+        assert max_epochs * size - MIX_WINDOW <= taken[source] <= max_epochs * size
+    # Until the first one leaves, the stream is that without a limit.
+    first = order._segments[1].window
+    assert units[: first * (MIX_WINDOW - len(sizes))] == [alone[p] for p in range(first * (MIX_WINDOW - len(sizes)))]
+    with pytest.raises(IndexError):
+        order[int(order.num_units)]
+
+
+def test_weights_of_the_sources_that_stay_keep_their_ratio():
+    order = mixture([3 * MIX_WINDOW, 10**6, 10**6], [2, 1, 3], max_epochs=1)
+    first, second = order._segments[:2]
+    assert [float(part) for part in first.fractions] == pytest.approx([2 / 6, 1 / 6, 3 / 6])
+    assert [float(part) for part in second.fractions] == pytest.approx([0, 1 / 4, 3 / 4])
+    assert second.window == 9
+    assert second.counts == (3 * MIX_WINDOW, 1536, 4608)
+    position = 9 * MIX_WINDOW + 5 * MIX_WINDOW
+    assert Counter(order[p].source for p in range(position, position + MIX_WINDOW)) == {1: 256, 2: 768}
 
 
 @pytest.mark.parametrize("weights", [[1, 0], [1, -2], [1, float("nan")], [1], []])

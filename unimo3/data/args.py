@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
-from unimo3.data.index import MAX_OPEN_SHARDS, ShardIndex, is_test_split
-from unimo3.data.order import training_order
+from unimo3.data.index import ITEM_KINDS, MAX_OPEN_SHARDS, ShardIndex, is_test_split
+from unimo3.data.order import MixedOrder, training_order
 from unimo3.data.shard_checks import index_errors
 from unimo3.data.texts import answers_of, texts_of
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
@@ -48,6 +48,11 @@ class DataArgs(Checked):
     train: dict[str, float] | str = ""
     """Folder of training shards with their index.json, or its https: address; or several with their weights in the
     mixture, such as {shards/coco/train: 1, shards/vg/train: 2}."""
+    mix_temperature: float = 0.0
+    """T above 0: a source's weight is multiplied by its number of samples to the power 1/T. 1: in proportion to sizes;
+    larger values favor small sources. 0: the weights of data.train alone."""
+    max_epochs: int = 0
+    """Epochs of a source after which it leaves the mixture; the others continue with their weights. 0: no limit."""
     val: str | None = None
     """Folder of held-out shards, for evaluation, or its https: address. Null: none."""
     tokenizer: str = ""
@@ -105,12 +110,23 @@ class DataArgs(Checked):
         return None if self.val is None else self._open(self.val)
 
     def fingerprint(self, indexes: list[ShardIndex]) -> str:
-        """What decides the stream besides the seed: the sources' shards and weights."""
+        """What decides the stream besides the seed: the sources' shards, their weights and the limit of epochs."""
         if len(indexes) == 1:
             return indexes[0].fingerprint
-        weights = [str(weight) for weight in self.sources.values()]
-        mixture = list(zip((index.fingerprint for index in indexes), weights, strict=True))
+        weights = [str(weight) for weight in self.weights(indexes)]
+        mixture: list[Any] = list(zip((index.fingerprint for index in indexes), weights, strict=True))
+        mixture += [self.max_epochs] if self.max_epochs else []
         return hashlib.sha256(json.dumps(mixture).encode()).hexdigest()
+
+    def weights(self, indexes: list[ShardIndex]) -> list[float]:
+        """The weight of each source in the mixture."""
+        if not self.mix_temperature:
+            return list(self.sources.values())
+        # Few digits: the power's last one may differ from machine to machine.
+        return [
+            float(f"{weight * sum(index.samples_per_shard) ** (1 / self.mix_temperature):.12g}")
+            for index, weight in zip(indexes, self.sources.values(), strict=True)
+        ]
 
     def facts(self, indexes: list[ShardIndex]) -> list[dict[str, Any]]:
         """What is recorded of each source in checkpoints: its name, size, weight in the mixture and fingerprint."""
@@ -122,7 +138,7 @@ class DataArgs(Checked):
                 "weight": weight,
                 "fingerprint": index.fingerprint,
             }
-            for index, weight in zip(indexes, self.sources.values(), strict=True)
+            for index, weight in zip(indexes, self.weights(indexes), strict=True)
         ]
 
     def training_loader(
@@ -144,16 +160,19 @@ class DataArgs(Checked):
         from unimo3.data.loader import TrainingLoader
 
         units = [samples.units_per_shard for samples in sources]
-        order = training_order(units, list(self.sources.values()), seed, self.window_shards)
+        weights = self.weights([samples.index for samples in sources])
+        order = training_order(units, weights, seed, self.window_shards, self.max_epochs)
         return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
 
-    def shard_errors(self, kind: str, trains: bool = True) -> list[str]:
+    def shard_errors(self, kind: str, num_samples: int = 0, trains: bool = True) -> list[str]:
         """Errors of the shards for a program whose samples need `kind`, one line each.
 
         Args:
+            num_samples: that the complete run reads.
             trains: whether it reads the training shards.
         """
         errors: list[str] = []
+        indexes: list[ShardIndex] = []
         if not 0 < self.cache_gb < math.inf:
             return errors  # `validate` reports it
         for name, sources in (("data.train", list(self.sources) if trains else []), ("data.val", [self.val])):
@@ -173,12 +192,27 @@ class DataArgs(Checked):
                         errors.append(f"{name}: '{source}': {error}")
                     else:
                         errors += index_errors(name, index, kind)
+                        indexes += [index] if name == "data.train" else []
                         if name == "data.train" and is_test_split(index.split):
                             errors.append(
                                 f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
                                 "on and not trained on; name its train"
                             )
-        return errors
+        return errors or self._length_errors(indexes, kind, num_samples)
+
+    def _length_errors(self, indexes: list[ShardIndex], kind: str, num_samples: int) -> list[str]:
+        """Return that the sources end before the run, if they do."""
+        if not self.max_epochs or not indexes:
+            return []
+        units = [index.items_per_shard(kind) if kind in ITEM_KINDS else index.samples_per_shard for index in indexes]
+        order = training_order(units, self.weights(indexes), 0, self.window_shards, self.max_epochs)
+        length = order.num_units * (1 if isinstance(order, MixedOrder) else self.max_epochs)
+        if length >= num_samples:
+            return []
+        return [
+            f"data.max_epochs: {self.max_epochs}: the run reads {num_samples} samples (training.steps times "
+            f"training.global_batch), and the sources end after {length:.0f}; lower training.steps or raise it"
+        ]
 
     def text_errors(self, tokenizer: "PreTrainedTokenizerBase", kind: str, trains: bool = True) -> list[str]:
         """Return where the tokenizer knows nothing of the texts of a `kind`, one line per error.
@@ -277,6 +311,10 @@ class DataArgs(Checked):
             errors.append(f"data.cache_gb: {self.cache_gb}: a number above 0 is needed")
         if not self.sources:
             errors.append("data.train: {}: names no source")
+        if not 0 <= self.mix_temperature < math.inf:
+            errors.append(f"data.mix_temperature: {self.mix_temperature}: 0 or a number above 0 is needed")
+        if self.max_epochs < 0:
+            errors.append(f"data.max_epochs: {self.max_epochs}: 0 or more is needed")
         for source, weight in self.sources.items():
             if not 0 < weight < math.inf:
                 errors.append(f"data.train: '{source}' has weight {weight}: a number above 0 is needed")

@@ -10,6 +10,7 @@ source in proportion to its weight, in a permuted order.
 Source: shard and shuffle-buffer shuffling as in WebDataset, made a function of the position.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -77,19 +78,41 @@ class SampleOrder:
         return rng.permutation(int(self._sizes[members].sum()))
 
 
+class _Segment(NamedTuple):
+    """Windows of a mixture between which no source leaves it.
+
+    Attributes:
+        window: the first one.
+        counts: units of each source before it.
+        fractions: of each source; 0 of those that have left.
+    """
+
+    window: int
+    counts: tuple[int, ...]
+    fractions: tuple[Fraction, ...]
+
+    def counts_before(self, window: int) -> list[int]:
+        """Units of each source before a window, which is not before the segment."""
+        units = (window - self.window) * MIX_WINDOW
+        return [count + math.floor(units * part) for count, part in zip(self.counts, self.fractions, strict=True)]
+
+
 class MixedOrder:
     """Several orders as one stream, by weight.
 
     After w windows, a source with the fraction s of the weight has given floor(w M s) units, where M is `MIX_WINDOW`.
-    The number is at most one unit off w M s, and is known for any w without a loop over windows.
+    The number is at most one unit off w M s, and is known for any w without a loop over windows. With a limit of
+    epochs, a source leaves the mixture before the window in which it would exceed the limit; the weights of the others
+    stay.
 
     Args:
         orders: of the sources.
         weights: of each, above 0; only their ratios matter.
         seed: of the run.
+        max_epochs: of each source. 0: no limit.
     """
 
-    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], seed: int):
+    def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[float], seed: int, max_epochs: int = 0):
         if len(orders) != len(weights) or not orders:
             raise ValueError(f"weights: {len(weights)} for {len(orders)} orders; one each is needed")
         if not all(weight > 0 and math.isfinite(weight) for weight in weights):
@@ -97,14 +120,21 @@ class MixedOrder:
         self._orders = orders
         # Exact, of the weights as written: in floats, a product with the number of a late window is inexact.
         exact = [Fraction(str(weight)) for weight in weights]
-        self._fractions = [weight / sum(exact) for weight in exact]
+        self._segments = _segments(exact, [max_epochs * order.num_units for order in orders] if max_epochs else [])
+        self._first_windows = [segment.window for segment in self._segments]
         self._seed = seed
         self._sources_of_window = lru_cache(maxsize=2)(self._permute_sources)
 
+    @property
+    def num_units(self) -> float:
+        """Length of the stream: without a limit of epochs, infinite."""
+        last = self._segments[-1]
+        return math.inf if any(last.fractions) else sum(last.counts)
+
     def __getitem__(self, position: int) -> Unit:
-        """The unit at a position, counted from 0 without end."""
-        if position < 0:
-            raise IndexError(f"position {position}: 0 or more is needed")
+        """The unit at a position, counted from 0."""
+        if not 0 <= position < self.num_units:
+            raise IndexError(f"position {position}: 0 or more, and below {self.num_units}, is needed")
         # Windows are M long on average, and none begins later than its number times M.
         window = position // MIX_WINDOW
         while sum(self._counts_before(window + 1)) <= position:
@@ -117,7 +147,7 @@ class MixedOrder:
 
     def _counts_before(self, window: int) -> list[int]:
         """Units of each source before a window."""
-        return [math.floor(window * MIX_WINDOW * fraction) for fraction in self._fractions]
+        return self._segments[bisect.bisect_right(self._first_windows, window) - 1].counts_before(window)
 
     def _permute_sources(self, window: int) -> tuple[np.ndarray, np.ndarray]:
         """For each position of a window its source, and the index among that source's units in the window."""
@@ -129,18 +159,50 @@ class MixedOrder:
         return sources, indices
 
 
+def _segments(weights: Sequence[Fraction], limits: Sequence[int]) -> list[_Segment]:
+    """The segments of a mixture; after the last one all sources have left, or none leaves.
+
+    Args:
+        limits: most units of each source; empty: there are none.
+    """
+    window, counts, stays = 0, [0] * len(weights), [True] * len(weights)
+    segments = []
+    while any(stays):
+        total = sum(weight for weight, is_in in zip(weights, stays, strict=True) if is_in)
+        fractions = [weight / total if is_in else Fraction(0) for weight, is_in in zip(weights, stays, strict=True)]
+        segments.append(_Segment(window, tuple(counts), tuple(fractions)))
+        if not limits:
+            return segments
+        # Complete windows before each source would exceed its limit.
+        lengths = {
+            source: math.floor((limits[source] - counts[source]) / (MIX_WINDOW * fraction))
+            for source, fraction in enumerate(fractions)
+            if fraction
+        }
+        shortest = min(lengths.values())
+        window += shortest
+        counts = segments[-1].counts_before(window)
+        stays = [is_in and lengths[source] > shortest for source, is_in in enumerate(stays)]
+    return [*segments, _Segment(window, tuple(counts), (Fraction(0),) * len(weights))]
+
+
 def training_order(
-    units_per_shard: Sequence[Sequence[int]], weights: Sequence[float], seed: int, window_shards: int
+    units_per_shard: Sequence[Sequence[int]],
+    weights: Sequence[float],
+    seed: int,
+    window_shards: int,
+    max_epochs: int = 0,
 ) -> SampleOrder | MixedOrder:
     """The stream of a run: of one source, or of several by weight, each shuffled for itself.
 
     Args:
         units_per_shard: of each source.
         seed: of the run.
+        max_epochs: of a source in a mixture. 0: no limit.
     """
     seeds = [seed, *(_derive(seed, source) for source in range(1, len(units_per_shard)))]
     orders = [SampleOrder(units, derived, window_shards) for units, derived in zip(units_per_shard, seeds, strict=True)]
-    return orders[0] if len(orders) == 1 else MixedOrder(orders, weights, seed)
+    return orders[0] if len(orders) == 1 else MixedOrder(orders, weights, seed, max_epochs)
 
 
 def _derive(seed: int, source: int) -> int:
