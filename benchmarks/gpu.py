@@ -159,7 +159,7 @@ def run(machine: Machine) -> Iterator[str]:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if process.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"the run was not killed: it ended with status {process.returncode}")
+            raise RuntimeError(f"the run was not killed: it exited with status {process.returncode}")
         before = read_metrics(of_run)
         yield f"killed after step {before[-1]['step']}; {_losses(before)}"
         resumed_at = store.step_of(store.list_checkpoints(of_run)[-1])

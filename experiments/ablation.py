@@ -71,7 +71,7 @@ def do_all(runs: list[TrainingRun], work: Path, num_jobs: int) -> Iterator[Train
                 if process.poll() is not None:
                     del running[run]
                     if process.returncode:
-                        raise RuntimeError(f"{run.variant} seed {run.seed} ended with status {process.returncode}")
+                        raise RuntimeError(f"{run.variant} seed {run.seed} exited with status {process.returncode}")
                     yield run
             time.sleep(0.2)
     finally:

@@ -1,4 +1,4 @@
-"""What a fine-tuning recipe needs, before a node is booked: memory, micro-batch, ds_config, operations and hours.
+"""What a fine-tuning recipe needs, before you request nodes: memory, micro-batch, ds_config, operations and hours.
 
 Everything is computed from the task's model and loss without values; no GPU, no data and no weights are needed.
 Hours are those of training: evaluation, of rows and by ranking, is not counted.

@@ -185,7 +185,7 @@ class RowTask(Task):
         local_rows: list[Row] = []
         for loaded, counts in guard.batches(batches):
             local_rows += score_batch(self, engine, loaded, counts)
-        if guard.is_cut:
+        if guard.is_stopped:
             return None
         rows = [row for part in all_gather_object(local_rows) for row in part]
         assert len(rows) == sum(samples.units_per_shard)

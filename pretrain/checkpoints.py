@@ -105,7 +105,7 @@ def verify(checkpoints: list[Path], quarantined: list[Path]) -> None:
             + (
                 "a run resumes from the newest good one by itself"
                 if len(damaged) < len(checkpoints)
-                else "none is good, and the run would end with status 78: copy a good one back"
+                else "none is good, and the run would exit with status 78: copy a good one back"
             )
         )
 

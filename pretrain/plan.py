@@ -1,4 +1,4 @@
-"""What a pretraining recipe needs, before a node is booked: memory, micro-batch, ds_config, operations and hours.
+"""What a pretraining recipe needs, before you request nodes: memory, micro-batch, ds_config, operations and hours.
 
 Everything is computed from the recipe's model without values; no GPU and no data are needed.
 """

@@ -169,7 +169,7 @@ train() {
     reset_status_folder
     ranks "${PYTHON[@]}" -m "$@" || status=$?
     kill "$guard" 2>/dev/null || true
-    log "$program: srun ended with status $status"
+    log "$program: srun exited with status $status"
     after_program "$status"
 }
 
@@ -186,7 +186,7 @@ run_without_ranks() {
     reset_status_folder
     "$start" "$@" || status=$?
     kill "$guard" 2>/dev/null || true
-    log "$program ended with status $status"
+    log "$program exited with status $status"
     after_program "$status"
 }
 

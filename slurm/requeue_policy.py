@@ -197,7 +197,7 @@ def preflight(run: Path, job: str, hosts: list[str], results: Path, status: int,
         action, reason = "hold", "; ".join(of_job)
     elif not answers or not bad:
         # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
-        what = "; ".join(network) or f"the checks of the nodes ended with status {status}"
+        what = "; ".join(network) or f"the checks of the nodes exited with status {status}"
         action, reason = _again(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:
         # A problem that every node reports is not one of the nodes.

@@ -5,7 +5,7 @@
     SRC        of pretrain.prepare_shards index, which writes next to the tars
 
 Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch. An
-unknown task of fine-tuning ends with status 78, as invalid arguments do.
+unknown task of fine-tuning exits with status 78, as invalid arguments do.
 
 Source: unimo3/training/run.py for the settings' meaning; unimo3/config.py for the form of arguments.
 """

@@ -237,7 +237,7 @@ def image_of_array(array: np.ndarray, layout: str | None = None) -> Image.Image:
 
     Args:
         array: [H, W], [H, W, C] or [C, H, W], with C of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA). Integers
-            from 0 to 255, of uint16 from 0 to 65535, or truth values.
+            from 0 to 255, of uint16 from 0 to 65535, or booleans.
         layout: ``channels_first`` or ``channels_last``; needed where the shape does not decide it.
 
     Raises:

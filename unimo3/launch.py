@@ -109,7 +109,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen], grace_s: float, timeout_s: flo
                     rank.kill()
         time.sleep(0.1)
     statuses = [rank.returncode for rank in ranks]
-    # A stopped rank that is woken to write its stacks may crash before another one ends with status 71.
+    # A stopped rank that is woken to write its stack traces may crash before another one exits with status 71.
     decisive = next((status for status in (EXIT_CONFIG, EXIT_DIVERGED, EXIT_STALLED) if status in statuses), 0)
     return decisive or first_failure or next((status for status in statuses if status), 0)
 
@@ -155,7 +155,7 @@ def main() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
-    signal.signal(signal.SIGQUIT, forward)  # at which every rank writes its stacks
+    signal.signal(signal.SIGQUIT, forward)  # at which every rank writes its stack traces
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
         signal.signal(signal.SIGHUP, lambda _, frame: forward(signal.SIGTERM, frame))
     # In a separate process group: a terminal's Ctrl-C goes to all of one, and the ranks would get it twice.

@@ -128,7 +128,7 @@ def received(where: str, limit: int = GB) -> bytes:
 
 @pytest.fixture
 def shard(store) -> str:
-    """The address of a shard, which is answered unchanged unless a test changes that."""
+    """The URL of a shard, which is answered unchanged unless a test changes that."""
     store.add("0.tar")
     return f"{store.url}{SHARD}"
 
@@ -322,12 +322,12 @@ def test_a_shard_that_is_not_the_one_indexed_is_refused_by_name(remote_coco, coc
     assert "Traceback" not in str(error.value)
 
 
-def test_addresses_that_cannot_be_used_are_errors_of_the_setting(remote_coco, tmp_path):
+def test_urls_that_cannot_be_used_are_errors_of_the_setting(remote_coco, tmp_path):
     def errors_of(source, **settings):
         return DataArgs(train=source, **settings).shard_errors("captions")
 
     (problem,) = errors_of(f"{remote_coco.url}/coco/train")
-    assert "an address needs a cache; set data.cache_dir and data.cache_gb" in problem
+    assert "a URL needs a cache; set data.cache_dir and data.cache_gb" in problem
     (problem,) = errors_of("pipe:cat x.tar")
     assert problem.startswith("data.train: ")
     assert "pipe: runs a shell" in problem

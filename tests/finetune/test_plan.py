@@ -27,7 +27,7 @@ def run_command(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The lines of errors of a command that ends with status 78."""
+    """The lines of errors of a command that exits with status 78."""
     status, output = run_command(capsys, *arguments)
     assert (status, output.out) == (78, "")
     return [line.removeprefix("  - ") for line in output.err.splitlines() if line.startswith("  - ")]

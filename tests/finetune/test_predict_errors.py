@@ -32,7 +32,7 @@ def broken(tuned, tmp_path, **changes):
 
 
 def refused(weights, photo, capsys, *options, task="vqa", text="is it?"):
-    """What is printed of a command that ends with status 78."""
+    """What is printed of a command that exits with status 78."""
     assert run(task, "--weights", weights, "--image", photo, "--text", text, *options) == 78
     return capsys.readouterr().err
 

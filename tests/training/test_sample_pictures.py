@@ -22,7 +22,7 @@ from unimo3.training.sample_pictures import sample_pictures
 class Agreeing:
     """Agrees with the other ranks before each batch and at the end, as `StopGuard`."""
 
-    is_cut = False
+    is_stopped = False
 
     def batches(self, batches):
         for batch in [*batches, None]:

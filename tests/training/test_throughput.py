@@ -99,7 +99,8 @@ def test_gpu_memory_is_the_peak_since_the_last_line(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 3))
     written = []
     run = SimpleNamespace(num_bad_samples=0, num_skipped=0, metrics=SimpleNamespace(write=written.append))
-    one = SimpleNamespace(run=run, training=TrainingArgs(steps=9), progress=Progress(9, 0, 2, rank=0), throughput=None)
+    args, progress = TrainingArgs(steps=9), Progress(9, 0, 2, rank=0)
+    one = SimpleNamespace(run=run, training_args=args, progress=progress, throughput=None)
     result = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
     for run.step in (2, 3):
         trainer.Trainer.log_step(one, result, {"loss": 1.0})

@@ -24,7 +24,7 @@ def test_a_step_of_one_image_is_recorded_and_warned_of(caplog, means, rank, is_w
     metrics = SimpleNamespace(write=written.append)
     trainer = SimpleNamespace(
         run=SimpleNamespace(step=1, num_bad_samples=0, num_skipped=0, metrics=metrics),
-        training=TrainingArgs(steps=2, global_batch=8),
+        training_args=TrainingArgs(steps=2, global_batch=8),
         progress=Progress(num_steps=2, first_step=0, log_every=50, rank=rank),
         throughput=None,
     )

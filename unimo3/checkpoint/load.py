@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from unimo3.checkpoint.manifest import STATE, verify
-from unimo3.checkpoint.state import TrainState, load_rng
+from unimo3.checkpoint.state import TrainState, describe_engine, load_rng
 from unimo3.checkpoint.store import folder_of, list_folders
 from unimo3.distributed import on_all_ranks, world
 from unimo3.engine import Engine
@@ -100,12 +100,6 @@ def quarantine(damaged: list[Path]) -> None:
         # A read that failed once is not damage.
         if _problems(folder) and world()[0] == 0:
             _quarantine(folder)
-
-
-def describe_engine(engine: Engine) -> str:
-    """What decides the form of an engine's files, such as ``ZeRO-3 bf16``."""
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    return f"ZeRO-{engine.zero_optimization_stage()} {precision}"
 
 
 def _listed(run: Path) -> list[Path]:

@@ -35,7 +35,6 @@ from unimo3.checkpoint.engine_files import (
     write_captured,
     write_engine_files,
 )
-from unimo3.checkpoint.load import describe_engine
 from unimo3.checkpoint.manifest import (
     STATE,
     flush_and_hash,
@@ -44,7 +43,7 @@ from unimo3.checkpoint.manifest import (
     write_and_flush,
     write_manifest,
 )
-from unimo3.checkpoint.state import TrainState, capture_rng, save_rng
+from unimo3.checkpoint.state import TrainState, capture_rng, describe_engine, save_rng
 from unimo3.checkpoint.store import SAVE_FIX
 from unimo3.distributed import all_gather_object, on_all_ranks, world
 from unimo3.engine import Engine

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
 # torch, NumPy and safetensors are imported where generators are read: listing checkpoints needs none of them.
@@ -51,6 +52,12 @@ class TrainState:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: is not a run's state ({error}); use an earlier checkpoint") from error
+
+
+def describe_engine(engine: Engine) -> str:
+    """What decides the form of an engine's files, such as ``ZeRO-3 bf16``."""
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    return f"ZeRO-{engine.zero_optimization_stage()} {precision}"
 
 
 Generators = tuple[dict[str, Any], dict[str, str]]

@@ -46,7 +46,7 @@ class DataArgs(Checked):
     """Shards, tokenizer, and how samples are read."""
 
     train: dict[str, float] | str = ""
-    """Folder of training shards with their index.json, or its https: address; or several with their weights in the
+    """Folder of training shards with their index.json, or its https: URL; or several with their weights in the
     mixture, such as {shards/coco/train: 1, shards/vg/train: 2}."""
     mix_temperature: float = 0.0
     """T above 0: a source's weight is multiplied by its number of samples to the power 1/T. 1: in proportion to sizes;
@@ -54,7 +54,7 @@ class DataArgs(Checked):
     max_epochs: int = 0
     """Epochs of a source after which it leaves the mixture; the others continue with their weights. 0: no limit."""
     val: str | None = None
-    """Folder of held-out shards, for evaluation, or its https: address. Null: none."""
+    """Folder of held-out shards, for evaluation, or its https: URL. Null: none."""
     tokenizer: str = ""
     """Tokenizer folder: RoBERTa's, or one that prepare_shards trained."""
     max_text_tokens: int = 50
@@ -69,7 +69,7 @@ class DataArgs(Checked):
     window_shards: int = 16
     """Shards of a source whose samples are shuffled together."""
     cache_dir: str = ""
-    """Folder on a node's own disk for copies of shards; needed for https: addresses, useful for slow mounted stores.
+    """Folder on a node's own disk for copies of shards; needed for https: URLs, useful for slow mounted stores.
     Empty: shards are read where they are."""
     cache_gb: float = 100.0
     """Limit of the copies' total size, in 10^9 bytes; the least recently used are removed first."""
@@ -78,7 +78,7 @@ class DataArgs(Checked):
     prefetch: int = 4
     """Micro-batches each reader prepares ahead."""
     max_bad_ratio: float = 0.001
-    """Fraction of unreadable samples of all read so far past which the run ends with status 78; up to it they are
+    """Fraction of unreadable samples of all read so far past which the run exits with status 78; up to it they are
     replaced and counted. A single one is tolerated however few were read, unless this is 0."""
     ledger: bool = False
     """Whether to write which samples each step and rank read into the run's folder."""

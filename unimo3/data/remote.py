@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _LABEL = r"[A-Za-z0-9_-]{1,63}"
 # A host, a port, and a path of visible ASCII: no user, query or fragment.
-_ADDRESS = re.compile(rf"(?i:https)://({_LABEL}(\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(:\d{{1,5}})?(/[!\"$->@-~]*)?")
+_URL = re.compile(rf"(?i:https)://({_LABEL}(\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(:\d{{1,5}})?(/[!\"$->@-~]*)?")
 _TIMEOUT_S = 30.0
 _PAUSES_S = (1.0, 3.0, 10.0, 30.0)
 _CHUNK_BYTES = 2**20
@@ -37,7 +37,7 @@ _REASONS = {
     "http": "lets anybody on the way read and change what is sent",
 }
 _LOGIN = "this program sends no login: let the folder be read without one, or mount it"
-_HINTS = {401: _LOGIN, 403: _LOGIN, 404: "fix the source's address, or copy its complete folder there"}
+_HINTS = {401: _LOGIN, 403: _LOGIN, 404: "fix the source's URL, or copy its complete folder there"}
 
 
 class _PassingError(Exception):
@@ -62,7 +62,7 @@ def check_source(source: str) -> None:
             f"{_without_secrets(source)}: {scheme}: {reason}; name an https: URL, or a folder where the storage is "
             "mounted (./ before a path with a colon)"
         )
-    if scheme and not _ADDRESS.fullmatch(source):
+    if scheme and not _URL.fullmatch(source):
         raise DataError(
             f"{_without_secrets(source)}: is no URL of a folder; name it as https://HOST/FOLDER, without user, query "
             "or fragment and with percent signs for unusual characters"

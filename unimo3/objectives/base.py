@@ -68,7 +68,11 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
-        """A ``loss`` with gradient and any further metrics, unweighted; `fused` has the pairs of `fusion_input`."""
+        """A ``loss`` with gradient and any further metrics, unweighted; `fused` has the pairs of `fusion_input`.
+
+        A metric must have the same name on every rank: the all-reduce concatenates scalars in the order of their names.
+        A value with more than one element is taken for a gate map.
+        """
 
 
 def gate_report(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:

@@ -64,7 +64,7 @@ class TrainingArgs(Checked):
     steps: int = 100_000
     """Optimizer steps of the complete run, over which the learning rate follows its schedule."""
     stop_after: int = 0
-    """Optimizer steps after which this process saves and ends with status 0, short of `steps`. 0: at `steps`."""
+    """Optimizer steps after which this process saves and exits with status 0, short of `steps`. 0: at `steps`."""
     global_batch: int = 4096
     """Pairs an optimizer step, over all ranks; constant in a run."""
     micro_batch: int = 32
@@ -79,8 +79,8 @@ class TrainingArgs(Checked):
     eval_every: int = 0
     """Optimizer steps between evaluations on held-out data. 0: at the end alone."""
     stall_after_s: float = 900.0
-    """Seconds without progress after which a rank writes its stacks and the process ends with status 71, to be started
-    again; four times as long while starting or saving. More than the longest step. 0: never."""
+    """Seconds without progress after which a rank writes its stack traces and the process exits with status 71, to be
+    started again; four times as long while starting or saving. More than the longest step. 0: never."""
     max_skipped: int = 10
     """Optimizer steps in a row that are skipped for a loss or gradient that is not finite; one more ends the run with
     status 70. Under fp16 a gradient alone does not count: its loss scaling expects that."""

@@ -25,7 +25,7 @@ class BestArgs:
     """Whether the state of the best evaluation so far is saved, retained whatever checkpoint.keep_last is, and named in
     RUN/best.json; python -m pretrain.export RUN --tag best takes it. Not on splits named test or test-dev."""
     patience: int = 0
-    """Evaluations in a row without a better metric after which the run ends with status 0. 0: never."""
+    """Evaluations in a row without a better metric after which the run exits with status 0. 0: never."""
 
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each."""

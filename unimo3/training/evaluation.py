@@ -44,10 +44,10 @@ class Guard(Protocol):
     """Yields batches until the run must end.
 
     Attributes:
-        is_cut: whether the run must end.
+        is_stopped: whether the run must end.
     """
 
-    is_cut: bool
+    is_stopped: bool
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; every rank takes the same number."""
@@ -57,7 +57,7 @@ class Guard(Protocol):
 class Unguarded:
     """Yields all batches, where no stop can be requested."""
 
-    is_cut = False
+    is_stopped = False
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches."""
@@ -68,7 +68,7 @@ class StopGuard:
     """Yields evaluation batches until a rank is asked to stop; the wait for one is interrupted as in training."""
 
     def __init__(self, listener: StopListener, watch: Watch, step: int, device: torch.device):
-        self.is_cut = False
+        self.is_stopped = False
         self._listener, self._watch, self._step, self._device = listener, watch, step, device
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -78,8 +78,8 @@ class StopGuard:
             self._watch.beat("evaluate", self._step)
             with suppress(StopRequested), self._listener.interruptible():
                 batch = next(batches, None)
-            self.is_cut = self._listener.agree(self._device) != StopRequest.NONE
-            if self.is_cut or batch is None:
+            self.is_stopped = self._listener.agree(self._device) != StopRequest.NONE
+            if self.is_stopped or batch is None:
                 return
             yield batch
 
@@ -103,7 +103,7 @@ def held_out_losses(
         for name, value in report.items():
             totals[name] = totals.get(name, 0.0) + value.float()
         num_batches += 1
-    if guard.is_cut:
+    if guard.is_stopped:
         return None
     return {
         name: (sum_over_ranks(total) / (num_batches * world.size)).tolist() for name, total in sorted(totals.items())

@@ -1,8 +1,8 @@
 """Notice of a request to stop, or to trace steps, by a signal or a file, acted on by all ranks together between steps.
 
-    RUN/requeue    save and end with status 75. Rank 0 removes the file; one that is older than the process is ignored.
+    RUN/requeue    save and exit with status 75. Rank 0 removes the file; one that is older than the process is ignored.
                    A rank that got a signal makes it, for ranks that got none and wait for data
-    RUN/stop       save and end with status 0; it stays, so that no later start continues
+    RUN/stop       save and exit with status 0; it stays, so that no later start continues
     RUN/profile    trace the next steps into the folder of this name, which replaces the file, see profiling.py; later,
                    a touch of the folder requests it again
 

@@ -17,15 +17,15 @@ from unimo3.training.run import RunArgs
 from unimo3.training.watch import Watch
 
 
-class Started(NamedTuple):
-    """A process that has joined the others."""
+class RankProcess(NamedTuple):
+    """A rank's process, which has joined the other ranks."""
 
     world: distributed.World
     listener: StopListener
     watch: Watch
 
 
-def start_process(run: RunArgs, stall_after_s: float) -> Started:
+def start_process(run: RunArgs, stall_after_s: float) -> RankProcess:
     """Lock the run and join the other ranks; from then until training, a stop signal ends the process with status 75.
 
     Args:
@@ -58,4 +58,4 @@ def start_process(run: RunArgs, stall_after_s: float) -> Started:
         warn_of_wrong_apex()
     torch.manual_seed(run.seed + world.rank)
     watch.beat("build", 0)
-    return Started(world, listener, watch)
+    return RankProcess(world, listener, watch)

@@ -26,7 +26,7 @@ from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
 from unimo3.training.profiling import StepProfiler
 from unimo3.training.progress import Progress
 from unimo3.training.run import Run
-from unimo3.training.start import Started
+from unimo3.training.start import RankProcess
 from unimo3.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class TrainerSettings(Protocol):
     def checkpoint(self) -> CheckpointArgs: ...
 
 
-class _Agreed(NamedTuple):
-    """Requests and problems of a step; summed over all ranks they are what every rank acts on."""
+class _RankCounts(NamedTuple):
+    """Number of ranks with each request or problem; every rank acts on the sums."""
 
     requeue: float
     stop: float
@@ -62,8 +62,8 @@ class Trainer:
         process: this process, which has joined the other ranks.
         run: the run's folder, metrics and state; its `step` counts the optimizer steps done.
         engine: the DeepSpeed engine over a task: batch -> dict with ``loss``.
-        batches: the micro-batches of each optimizer step, from `run.step` on. None: only evaluate, at the run's step,
-            even if this step was evaluated before.
+        batches: the micro-batches of each optimizer step, from `run.step` on. None: do not train;
+            evaluate the run's current step, again if needed.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
         throughput: counts operations for the metrics; rank 0 has it, on GPUs.
     """
@@ -71,31 +71,32 @@ class Trainer:
     def __init__(
         self,
         settings: TrainerSettings,
-        process: Started,
+        process: RankProcess,
         run: Run,
         engine: Engine,
         batches: Iterable[list[Batch]] | None,
         evaluation: Evaluation | None,
         throughput: Throughput | None = None,
     ):
-        self.training, self.optim, self.checkpoint = settings.training, settings.optim, settings.checkpoint
+        self.training_args, self.optim_args = settings.training, settings.optim
+        self.checkpoint_args = settings.checkpoint
         self.world, self.listener, self.watch = process
         self.run, self.engine, self.evaluation, self.throughput = run, engine, evaluation, throughput
         self.batches: Iterator[list[Batch]] = iter(() if batches is None else batches)
         self.only_evaluates = batches is None
-        self.saver = Saver(engine, run.folder, self.checkpoint)
-        self.progress = Progress(self.training.steps, run.step, self.training.log_every, self.world.rank)
+        self.saver = Saver(engine, run.folder, self.checkpoint_args)
+        self.progress = Progress(self.training_args.steps, run.step, self.training_args.log_every, self.world.rank)
         self.profiler = StepProfiler(run.folder, self.world.rank)
         self.first_step = run.step
-        self.last_step = min(self.training.steps, self.training.stop_after or self.training.steps)
+        self.last_step = min(self.training_args.steps, self.training_args.stop_after or self.training_args.steps)
         if self.only_evaluates:
             self.last_step = run.step
         self.request = StopRequest.NONE
-        self._unlogged: StepResult | None = None
+        self._pending_result: StepResult | None = None
         self._num_consecutive_nonfinite = 0
-        self._evaluation_interrupted = False
+        self._evaluation_stopped = False
         self._data_s = 0.0
-        self._started = time.perf_counter()
+        self._step_started_s = time.perf_counter()
 
     def train(self) -> None:
         """Train, evaluate and save.
@@ -110,27 +111,31 @@ class Trainer:
         if self.evaluation is not None and self.evaluation.best is not None:
             # An earlier start may have stopped early.
             self.last_step = self.evaluation.best.last_step(self.run, self.last_step)
-        if self.evaluation is not None and (self.only_evaluates or self._evaluation_is_missing(self.evaluation)):
+        if self.evaluation is not None and (self.only_evaluates or self._needs_evaluation_at_start(self.evaluation)):
             self.evaluate()
         self.engine.train()
-        self._started = time.perf_counter()
+        self._step_started_s = time.perf_counter()
         while (micro_batches := self.next_batches()) is not None:
             with self.profiler.step(self.run.step + 1):
                 self.train_step(micro_batches)
-            is_save_due = self.run.step == self.last_step or self.run.step % self.checkpoint.every_steps == 0
+            is_save_due = self.run.step == self.last_step or self.run.step % self.checkpoint_args.every_steps == 0
             is_evaluation_due = self._is_evaluation_due()
             if is_save_due or is_evaluation_due:
-                self.sync_and_log()  # a step whose loss diverged is not saved
+                self.sync_and_log()  # raises DivergedError first, so a diverged step is not saved
             if is_save_due:
                 self.save()
             if is_evaluation_due:
                 self.evaluate()
             if is_save_due or is_evaluation_due:
-                self._started = time.perf_counter()
+                self._step_started_s = time.perf_counter()
         self.finish()
 
     def next_batches(self) -> list[Batch] | None:
-        """The micro-batches of the next step; None, on every rank, at the end or when any rank is asked to stop."""
+        """Wait for data, then synchronize.
+
+        Returns:
+            The micro-batches; None on every rank at the end or when any rank is asked to stop.
+        """
         self.watch.beat("data", self.run.step)
         micro_batches = None
         wait_started = time.perf_counter()
@@ -146,30 +151,32 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Take one optimizer step."""
         run, engine = self.run, self.engine
-        scale = lr_scale(run.step, self.training.steps, self.optim.warmup_ratio, self.optim.schedule)
+        scale = lr_scale(run.step, self.training_args.steps, self.optim_args.warmup_ratio, self.optim_args.schedule)
         set_lr(engine.optimizer, scale)
         means = self._accumulate(micro_batches)
         run.step += 1
         run.record_samples(micro_batches)
-        run.num_skipped += step_was_skipped(engine)
+        was_skipped = step_was_skipped(engine)
+        run.num_skipped += was_skipped
         now = time.perf_counter()
-        self._unlogged = StepResult(
+        self._pending_result = StepResult(
             means={name: value.reshape(()) for name, value in means.items() if value.numel() == 1},
+            # only gates have more than one element
             gates={name: value for name, value in means.items() if value.numel() > 1},
             num_bad=sum(int(batch["num_replaced"]) for batch in micro_batches),
-            lr=self.optim.lr * scale,
+            lr=self.optim_args.lr * scale,
             grad_norm=gradient_norm(engine),
-            was_skipped=step_was_skipped(engine),
-            step_s=now - self._started,
+            was_skipped=was_skipped,
+            step_s=now - self._step_started_s,
             data_s=self._data_s,
         )
-        self._started = now
+        self._step_started_s = now
 
     def _accumulate(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
         """Run each micro-batch; the engine takes its step after the last one. Returns the means of what they report."""
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            # The first step of a start compiles; a longer bound applies to it.
+            # The first step of a start compiles, so phase 'start' has a longer time limit.
             self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
             report = self.engine(to_device(batch, self.engine.device))
             self.engine.backward(report["loss"])
@@ -185,8 +192,9 @@ class Trainer:
             DataError, DivergedError: on every rank; of the last step.
             CheckpointError: on every rank; of a save in the background.
         """
-        step, self._unlogged = self._unlogged, None
-        can_trace = not self.profiler.is_active and self.run.step < self.last_step  # else the request is kept
+        step, self._pending_result = self._pending_result, None
+        # otherwise the request stays pending
+        can_trace = not self.profiler.is_active and self.run.step < self.last_step
         wants_profile = can_trace and self.listener.wants_profile
         means, agreed = self._agree(step, wants_profile)
         self.request = max(self.request, StopRequest.of_counts(agreed.requeue, agreed.stop))
@@ -200,25 +208,26 @@ class Trainer:
             self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
         self.run.record_saves(self.saver.take_finished())
         if agreed.save_failed:
-            self.saver.wait()
+            self.saver.wait()  # raises on every rank, unless checkpoint.on_save_error is warn
 
-    def _agree(self, step: StepResult | None, wants_profile: bool) -> tuple[dict[str, float], _Agreed]:
+    def _agree(self, step: StepResult | None, wants_profile: bool) -> tuple[dict[str, float], _RankCounts]:
         """Means over all ranks of a step's scalars, and what the ranks agree on."""
         num_bad = step.num_bad if step else 0
-        flags = _Agreed(*self.listener.counts(), wants_profile, self.saver.has_failed, num_bad)
+        flags = _RankCounts(*self.listener.counts(), wants_profile, self.saver.has_failed, num_bad)
         vector = torch.tensor(flags, dtype=torch.float32, device=self.engine.device)
         scalars = step.means if step else {}
         if scalars:
             vector = torch.cat([torch.stack(list(scalars.values())), vector])
         sums = sum_over_ranks(vector).tolist()
+        # `sums` also has the counts.
         means = {name: value / self.world.size for name, value in zip(scalars, sums, strict=False)}
-        return means, _Agreed(*sums[len(scalars) :])
+        return means, _RankCounts(*sums[len(scalars) :])
 
     def log_step(self, step: StepResult, means: dict[str, float]) -> None:
         """Write the metrics of the step just taken, and show them on rank 0."""
         run = self.run
         counts = {"bad_samples": run.num_bad_samples, "skipped_steps": run.num_skipped}
-        metrics = step_metrics(run.step, self.training.global_batch, step, means, self.throughput, counts)
+        metrics = step_metrics(run.step, self.training_args.global_batch, step, means, self.throughput, counts)
         gates: Metrics = {}
         if self.progress.is_due(run.step):  # gates are large; memory is the peak since the last line
             gates = {name: value.tolist() for name, value in step.gates.items()}
@@ -237,7 +246,7 @@ class Trainer:
         assert evaluation is not None, "no evaluation is due without held-out data"
         guard = self._guard()
         metrics = evaluation.metrics(self.run.step, guard)
-        self._evaluation_interrupted = guard.is_cut  # the next start evaluates again
+        self._evaluation_stopped = guard.is_stopped  # the next start evaluates again
         if metrics is not None:
             self._record_evaluation(evaluation, metrics)
             if evaluation.pictures is not None:
@@ -261,15 +270,13 @@ class Trainer:
         self._ensure_saved()
         self.run.record_saves(self.saver.take_finished())
         self.watch.close()
-        is_complete = self.run.step >= self.last_step and not self._evaluation_interrupted
+        is_complete = self.run.step >= self.last_step and not self._evaluation_stopped
         if self.request == StopRequest.REQUEUE and not is_complete:
             self.listener.done()
             raise Interrupted(self._interrupted_message())
+        stopped_by_file = not is_complete and self.request == StopRequest.STOP
         if self.world.rank == 0:
-            log.info(
-                "%s",
-                self._done_message() if is_complete or self.request != StopRequest.STOP else self._stopped_message(),
-            )
+            log.info("%s", self._stopped_message() if stopped_by_file else self._done_message())
 
     def _interrupted_message(self) -> str:
         """Why the run is to be started again, and how far it came."""
@@ -283,16 +290,16 @@ class Trainer:
 
     def _stopped_message(self) -> str:
         """How far a run came that the file ``stop`` has ended."""
-        what = "the evaluation is not finished" if self._evaluation_interrupted else self._progress_message()
+        what = "the evaluation is not finished" if self._evaluation_stopped else self._progress_message()
         file = self.run.folder / STOP_FILE
         return f"stopped by the file {file}; {what}; to continue, type: rm {file}"
 
     def _done_message(self) -> str:
         """Where the results of a complete run are."""
-        if self.only_evaluates:
-            return f"done: the evaluation {self._progress_message()}"
         run = self.run
-        return f"done: step {run.step} of {self.training.steps}; checkpoints and metrics are in {run.folder}"
+        if self.only_evaluates:
+            return f"done: evaluated step {run.step} of {run.folder}"
+        return f"done: step {run.step} of {self.training_args.steps}; checkpoints and metrics are in {run.folder}"
 
     def _progress_message(self) -> str:
         run = self.run
@@ -300,7 +307,7 @@ class Trainer:
             return f"of step {run.step} in {run.folder}"
         if run.step == 0:
             return "before the first step, so nothing is lost"
-        return f"step {run.step} of {self.training.steps} is saved in {run.folder}"
+        return f"step {run.step} of {self.training_args.steps} is saved in {run.folder}"
 
     def _ensure_saved(self, is_last: bool = True) -> bool:
         self.watch.beat("save", self.run.step)
@@ -308,7 +315,10 @@ class Trainer:
         return self.run.step == self.first_step or self.saver.ensure(self.run.state(), is_last)
 
     def _check_finite(self, step: StepResult, loss: float, logged: Metrics) -> None:
-        """Count steps in a row whose loss or gradient is not finite; under fp16 a gradient alone does not count."""
+        """Count steps in a row whose loss or gradient is not finite.
+
+        Under fp16 only a non-finite loss counts: loss scaling skips overflowing gradients.
+        """
         is_finite = math.isfinite(loss) and (
             self.engine.fp16_enabled() or (math.isfinite(step.grad_norm) and not step.was_skipped)
         )
@@ -316,7 +326,7 @@ class Trainer:
         if is_finite:
             return
         listed = ", ".join(f"{name} {value:.4g}" for name, value in logged.items())
-        if self._num_consecutive_nonfinite > self.training.max_skipped:
+        if self._num_consecutive_nonfinite > self.training_args.max_skipped:
             raise DivergedError(
                 f"step {self.run.step}: the loss or its gradient is not finite ({listed}), "
                 f"{self._num_consecutive_nonfinite} steps in a row; start again under another run.name with a lower "
@@ -324,19 +334,19 @@ class Trainer:
             )
         if self.world.rank == 0:
             log.warning(
-                "step %d: the loss or its gradient is not finite (%s), %d in a row of at most %d",
+                "step %d: the loss or its gradient is not finite (%s), %d in a row (limit %d)",
                 self.run.step,
                 listed,
                 self._num_consecutive_nonfinite,
-                self.training.max_skipped,
+                self.training_args.max_skipped,
             )
 
     def _is_evaluation_due(self) -> bool:
-        eval_every, step = self.training.eval_every, self.run.step
+        eval_every, step = self.training_args.eval_every, self.run.step
         is_due = step >= self.last_step or bool(eval_every and step and step % eval_every == 0)
         return self.evaluation is not None and is_due
 
-    def _evaluation_is_missing(self, evaluation: Evaluation) -> bool:
+    def _needs_evaluation_at_start(self, evaluation: Evaluation) -> bool:
         """Whether the step at which the run was resumed still has to be evaluated on this data."""
         done = [
             record

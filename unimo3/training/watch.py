@@ -4,10 +4,10 @@
     RUN/stacks/asked_00000.txt        the same, at each SIGQUIT
 
 In a collective all ranks wait for the one that does not come. When this rank has made no progress for a bound, it
-writes its stacks, the ranks that hold up the others are named from their heartbeats, and the process ends with status
-71: the launcher then ends the others, and the job starts again from its last checkpoint.
+writes its stack traces, the ranks that delay the others are named from their heartbeats, and the process exits with
+status 71: the launcher then ends the others, and the job starts again from its last checkpoint.
 
-Source: torch.distributed's watchdog for the idea; Python's faulthandler for the stacks.
+Source: torch.distributed's watchdog for the idea; Python's faulthandler for the stack traces.
 """
 
 import faulthandler
@@ -88,7 +88,7 @@ class Watch:
             self._poll()
 
     def _clean(self) -> None:
-        """Remove this rank's stacks of an earlier start; rank 0 also removes files of ranks that this start lacks."""
+        """Remove this rank's stack traces of an earlier start, and on rank 0 files of ranks that this start lacks."""
         for folder in (HEARTBEATS, STACKS):
             (self._run / folder).mkdir(parents=True, exist_ok=True)
             for path in (self._run / folder).glob("*_*") if self._rank == 0 else ():
@@ -128,8 +128,8 @@ class Watch:
             with self._stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
-            log.error("stacks cannot be written (%s)", error)
-        self._ends.wait(3 * self._interval_s)  # for the others' stacks
+            log.error("stack traces cannot be written (%s)", error)
+        self._ends.wait(3 * self._interval_s)  # for the others' stack traces
         beats = read_heartbeats(self._run)
         started = time.time() - (time.monotonic() - self._started_s)
         alive = [beat.rank for beat in beats if time.time() - beat.time < 10 * self._interval_s]
@@ -137,7 +137,7 @@ class Watch:
             suspects = describe_suspects(beats, self._size, started, 5 * self._interval_s)
             message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
-                "%s. Every rank's stacks are in %s; ending, to start again from the last checkpoint",
+                "%s. Every rank's stack traces are in %s; ending, to start again from the last checkpoint",
                 message,
                 self._run / STACKS,
             )
@@ -162,7 +162,7 @@ class Watch:
 
 
 def _wake(beat: Heartbeat) -> bool:
-    """Have a stopped process of this host write its stacks: no other process can, and it is about to be ended."""
+    """Have a stopped process of this host write its stack traces: no other process can, and it is about to be ended."""
     if not beat.is_here or not (beat.state() or "").startswith("T"):
         return False
     try:

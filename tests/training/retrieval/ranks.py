@@ -93,14 +93,14 @@ class CutAfter:
     """A guard that lets a number of batches pass, then cuts; alike on all ranks."""
 
     def __init__(self, num_batches):
-        self.is_cut = False
+        self.is_stopped = False
         self.num_left = num_batches
 
     def batches(self, batches):
         for batch in batches:
             self.num_left -= 1
             if self.num_left < 0:
-                self.is_cut = True
+                self.is_stopped = True
                 return
             yield batch
 
@@ -130,7 +130,7 @@ def metrics_and_cuts(shards, names, numbers):
     for number in numbers:
         guard = CutAfter(number)
         result = held_out_recall(task, samples, here(), BATCH, READER, SETTINGS["some_blocks"], guard)
-        cuts.append((guard.is_cut, result is None))
+        cuts.append((guard.is_stopped, result is None))
     return metrics, scores_of(task, shards, SETTINGS["some_blocks"]), cuts
 
 

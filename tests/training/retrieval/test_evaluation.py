@@ -217,10 +217,10 @@ def test_bad_settings_are_named_together():
 def test_a_cut_evaluation_has_no_metrics(shards):
     task = plain_task(shards)
     # In the images, in the texts, among the pairs, never.
-    for number, is_cut in ((0, True), (4, True), (9, True), (40, True), (10_000, False)):
+    for number, is_stopped in ((0, True), (4, True), (9, True), (40, True), (10_000, False)):
         guard = CutAfter(number)
         metrics = evaluate(shards, SETTINGS["some_blocks"], task, guard)
-        assert (guard.is_cut, metrics is None) == (is_cut, is_cut)
+        assert (guard.is_stopped, metrics is None) == (is_stopped, is_stopped)
 
 
 @pytest.mark.integration

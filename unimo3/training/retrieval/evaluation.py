@@ -64,7 +64,7 @@ def held_out_recall(
     image_numbers = towers.local_images()
     pairs = local_pairs(galleries, image_numbers[image_numbers >= 0], len(embeddings.images), len(embeddings.texts))
     scored = score(engine, towers, pairs, len(embeddings.texts), batch, ranking.pair_batch, guard)
-    if guard.is_cut:
+    if guard.is_stopped:
         return None
     by_fusion = [recalls(*positions) for positions in final_ranks(galleries, scored, embeddings, engine.device)]
     by_towers = [recalls(of_images.ranks, of_texts.ranks) for of_images, of_texts in galleries]

@@ -85,7 +85,7 @@ def score(
                     }
                 )
                 scores[one.rows] = report["scores"][: len(one.rows)].cpu()
-            if guard.is_cut:
+            if guard.is_stopped:
                 return PairScores(pairs, scores)
     return PairScores(pairs, scores)
 

@@ -90,7 +90,7 @@ class Towers:
         texts: list[Tensor] = []
         for block in self._image_blocks(images, local_texts):
             self._images = block if len(block.states) == len(self._plan) * self._batch else None
-        if self._guard.is_cut:
+        if self._guard.is_stopped:
             return None
         of_image = dict(entry for part in all_gather_object(local_texts) for entry in part)
         captions = [(image, *text) for image in range(self.num_images) for text in of_image[image]]
@@ -99,7 +99,7 @@ class Towers:
         self._mask = torch.from_numpy(np.stack([mask for _, _, mask in captions]))
         for block in self._text_blocks(texts):
             self._texts = block if len(block.states) >= len(captions) else None
-        if self._guard.is_cut:
+        if self._guard.is_stopped:
             return None
         return Embeddings(torch.cat(images)[: self.num_images], torch.cat(texts)[: len(captions)], image_of)
 
