@@ -298,7 +298,7 @@ apply_default_policy() {
     if [[ $1 == 78 ]]; then
         reason="status 78 before the start: ${2:-see its output}"
     elif ((number > 3)); then
-        reason="too often: $reason" # counted again when the job is released
+        reason="retries exhausted: $reason" # counted again when the job is released
     else
         action=requeue
         [[ $1 != 12[67] ]] || bad_node=${SLURMD_NODENAME:-}
@@ -318,7 +318,7 @@ early_ends() {
 state_of() {
     local state try
     for try in {1..20}; do
-        # The answer is marked: other lines, as of the dynamic linker, are none.
+        # The answer has a prefix, because the dynamic linker may print other lines.
         if state=$(squeue --noheader --states=all --jobs="$1" --format="state: %T" 2>&1); then
             state=$(printf '%s\n' "$state" | sed -n 's/^state: //p' | head -n 1)
             if [[ $state != COMPLETING || $1 == "$JOB" || $try == 20 ]]; then
@@ -352,7 +352,7 @@ apply_action() {
     [[ $action != left ]] || exit 1
     state=$(state_of "$JOB")
     if [[ " $RUNNING_STATES " != *" $state "* ]]; then
-        log "Slurm is ending the job by itself ($state): cancelled, or requeued already"
+        log "no action: Slurm has already cancelled or requeued the job ($state)"
         exit 1
     fi
     local change=keep nodes="" is_ended="" excluded

@@ -41,7 +41,7 @@ class Attempt:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended otherwise than the run itself wanted."""
+        """Whether it ended with a status other than 0 or 75, or without a recorded one."""
         return self.status not in (0, 75)
 
 
@@ -89,7 +89,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def since_the_last_hold(attempts: list[Attempt]) -> list[Attempt]:
-    """Starts that count: those after somebody looked at the job, and not those that were sent elsewhere."""
+    """Starts that count: those after somebody looked at the job, and not those that were requeued on other nodes."""
     holds = [index for index, attempt in enumerate(attempts) if attempt.action == "hold"]
     counted = attempts[holds[-1] + 1 :] if holds else attempts
     return [attempt for attempt in counted if attempt.action != "exclude"]

@@ -85,12 +85,12 @@ def address_problems() -> list[str]:
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        return [f"its name {name} has no address ({error}); add it to /etc/hosts or DNS"]
+        return [f"the hostname {name} does not resolve ({error}); add it to /etc/hosts or DNS"]
     if not address.startswith("127."):
         return []
     return [
-        f"its name {name} is {address}, which other nodes cannot reach, and gloo would listen there; export "
-        "GLOO_SOCKET_IFNAME=INTERFACE in slurm/site.env, or correct /etc/hosts"
+        f"the hostname {name} resolves to {address}, which other nodes cannot reach, and gloo would listen on it; "
+        "export GLOO_SOCKET_IFNAME=INTERFACE in slurm/site.env, or correct /etc/hosts"
     ]
 
 
@@ -106,7 +106,7 @@ def _gpu_problems(num_gpus: int) -> list[str]:
     try:
         count = torch.cuda.device_count()
         if count < num_gpus:
-            return [f"{count} GPUs answer, the job has {num_gpus} here"]
+            return [f"{count} GPUs are visible, but the job has {num_gpus} on this node"]
         for number in range(num_gpus):
             free, total = torch.cuda.mem_get_info(number)
             if free < 0.9 * total:
@@ -130,7 +130,7 @@ def _disk_problems(folder: Path, least_bytes: int, least_files: int) -> list[str
     if free < least_bytes:
         problems.append(f"{folder}: {free / 1e9:.2f} GB are free, {least_bytes / 1e9:.2f} are needed")
     if inodes.f_files and inodes.f_favail < least_files:
-        problems.append(f"{folder}: {inodes.f_favail} files can still be made, {least_files} are needed")
+        problems.append(f"{folder}: {inodes.f_favail} inodes are free, {least_files} are needed")
     return problems
 
 

@@ -2,7 +2,7 @@
 
     go         continue
     ask        ask again with the state that Slurm reports of another job; the reason is its number
-    done       the run has ended well
+    done       the program exited with status 0
     link       this link of an array ends, the next continues
     requeue    start again
     exclude    start again elsewhere; the reason begins with the nodes to exclude
@@ -40,7 +40,7 @@ _ASKED_TO_STOP = (75, *(128 + number for number in (signal.SIGTERM, signal.SIGUS
 _FIXED_BY_PEOPLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 _REASONS = {
     78: "a setting, a file or a checkpoint has to be fixed (status 78)",
-    70: "the loss stayed not finite (status 70): start again with a lower optim.lr under another run.name",
+    70: "the loss remained non-finite (status 70): start a new run with a lower optim.lr and another run.name",
 }
 
 
@@ -54,23 +54,28 @@ def decide(
         checkpoint: newest step now; of a conversion, finished shards.
     """
     if status == 0:
-        return "done", "the program has ended well"
+        return "done", "the program exited with status 0"
     if status == 75:
-        in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
-        if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
-            return "hold", f"{in_vain} stop requests in a row without a new checkpoint; raise --time or --grace"
-        return ("link" if in_array else "requeue"), f"asked to stop, saved at step {checkpoint}"
+        num_without_progress = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
+        if num_without_progress > MAX_STOPS_WITHOUT_PROGRESS:
+            reason = f"{num_without_progress} stop requests in a row without a new checkpoint; raise --time or --grace"
+            return "hold", reason
+        return ("link" if in_array else "requeue"), f"stop requested; {_newest(checkpoint)}"
     if status in _REASONS:
         return "hold", _REASONS[status]
-    return _again(f"status {status}", attempts, checkpoint, max_restarts)
+    return _retry(f"status {status}", attempts, checkpoint, max_restarts)
 
 
-def _again(what: str, attempts: list[history.Attempt], checkpoint: int | None, max_restarts: int) -> tuple[str, str]:
+def _newest(checkpoint: int | None) -> str:
+    return "no checkpoint yet" if checkpoint is None else f"newest checkpoint: step {checkpoint}"
+
+
+def _retry(what: str, attempts: list[history.Attempt], checkpoint: int | None, max_restarts: int) -> tuple[str, str]:
     """Requeue after a failure that the run did not cause, unless that has been tried too often."""
     attempts = history.since_the_last_hold(attempts)
-    in_vain = history.starts_without_progress(attempts, checkpoint)
-    if in_vain > MAX_WITHOUT_PROGRESS:
-        return "hold", f"{what}: {in_vain} starts in a row ended without new progress"
+    num_without_progress = history.starts_without_progress(attempts, checkpoint)
+    if num_without_progress > MAX_WITHOUT_PROGRESS:
+        return "hold", f"{what}: {num_without_progress} starts in a row made no progress"
     failed = sum(attempt.failed for attempt in attempts)
     if failed > max_restarts:
         return "hold", f"{what}: {failed} starts have failed, more than MAX_RESTARTS {max_restarts}"
@@ -92,22 +97,26 @@ def begin(
     except KeyError as unknown:
         return "ask", str(unknown.args[0])
     if other:
-        return "hold", f"job {other} works on {run}; release this one when that has ended"
+        return "hold", f"job {other} uses {run}; release this job when job {other} has ended"
     nodes, _, why = early.partition(": ")
     for node in sorted(set(nodes.split(",")) - {"", *hosts}):
         bad_nodes.add(run, node, why, job)
         history.append(run, "exclude", job=job, nodes=sorted({*history.excluded(run, job), node}))
     attempts, checkpoint = history.read(run), progress(run)
     action, reason = "go", ""
-    in_vain = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
+    num_without_progress = history.starts_without_progress(history.since_the_last_hold(attempts), checkpoint)
     bad = bad_nodes.current(run)
-    if in_vain > MAX_STOPS_WITHOUT_PROGRESS:
-        action, reason = "hold", f"{in_vain} starts in a row ended without a new checkpoint, whatever their reasons"
+    if num_without_progress > MAX_STOPS_WITHOUT_PROGRESS:
+        action = "hold"
+        reason = (
+            f"{num_without_progress} starts in a row ended without a new checkpoint, failures and stop requests "
+            "counted together"
+        )
     elif listed := sorted(set(hosts) & bad.keys()):
-        action, reason = _elsewhere(run, f"{','.join(listed)} is noted as bad: {bad[listed[0]]}", attempts)
+        action, reason = _exclude_nodes(run, f"{','.join(listed)} is listed as a bad node: {bad[listed[0]]}", attempts)
     elif attempts and attempts[-1].action is None:
         # Cut off: no process remained to decide.
-        action, reason = _again("the last start was cut off", attempts, checkpoint, max_restarts)
+        action, reason = _retry("the last start was cut off", attempts, checkpoint, max_restarts)
         action = "go" if action == "requeue" else action
     history.append(run, "begin", job=job, restart=restart, nodes=" ".join(hosts), checkpoint=checkpoint)
     if action != "go":
@@ -115,13 +124,14 @@ def begin(
     return action, reason
 
 
-def _elsewhere(run: Path, why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
+def _exclude_nodes(run: Path, why: str, attempts: list[history.Attempt]) -> tuple[str, str]:
     """Requeue without the bad nodes. After several times in a row, hold: the job may ask for a bad node itself."""
     last = [attempt.action for attempt in attempts[-MAX_EXCLUDES:]]
     if last == ["exclude"] * MAX_EXCLUDES:
         return (
             "hold",
-            f"{why}; sent elsewhere {MAX_EXCLUDES} times: see slurm/bad_nodes.jsonl and the nodes it asks for",
+            f"{why}; requeued on other nodes {MAX_EXCLUDES} times in a row: check slurm/bad_nodes.jsonl and the nodes "
+            "that the job requests",
         )
     return "exclude", f"{','.join(sorted(bad_nodes.current(run)))} {why}"
 
@@ -172,7 +182,7 @@ def end(
         attempts[-1] = history.Attempt(last.time, last.job, last.restart, last.nodes, last.checkpoint, status=status)
     action, reason = decide(status, attempts, checkpoint, max_restarts, in_array)
     if state not in squeue.RUNNING and action != "done":
-        action, reason = "left", f"status {status}, saved at {checkpoint}; Slurm cancels or requeues the job ({state})"
+        action, reason = "left", f"status {status}, {_newest(checkpoint)}; Slurm cancels or requeues the job ({state})"
     elif message:
         reason = f"{reason}: {message[:_MESSAGE_CHARACTERS]}"
     history.append(run, "end", job=job, status=status, action=action, reason=reason, checkpoint=checkpoint)
@@ -198,14 +208,14 @@ def preflight(run: Path, job: str, hosts: list[str], results: Path, status: int,
     elif not answers or not bad:
         # Nobody answered, as when the job is being ended; or the network is slow and no node more than the others.
         what = "; ".join(network) or f"the checks of the nodes exited with status {status}"
-        action, reason = _again(what, attempts, checkpoint, max_restarts)
+        action, reason = _retry(what, attempts, checkpoint, max_restarts)
     elif len(bad) == len(hosts) > 1:
         # A problem that every node reports is not one of the nodes.
         action, reason = "hold", "every node: " + "; ".join(f"{host}: {problem}" for host, problem in bad.items())
     else:
         for host, problem in bad.items():
             bad_nodes.add(run, host, problem, job)
-        action, reason = _elsewhere(
+        action, reason = _exclude_nodes(
             run, "; ".join(f"{host}: {problem}" for host, problem in bad.items()), attempts[:-1]
         )
     history.append(run, "end", job=job, status=-2, action=action, reason=reason, checkpoint=checkpoint)

@@ -31,7 +31,7 @@ class Resources:
     chain: int
 
 
-def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[str]]:
+def training_resources(args: argparse.Namespace, site: Site) -> tuple[Resources, list[str]]:
     """The resources of a training job, and its errors, one line each."""
     errors: list[str] = []
     nodes = node_counts(args.nodes)
@@ -50,13 +50,13 @@ def of_training(args: argparse.Namespace, site: Site) -> tuple[Resources, list[s
         errors.append(f"--chain {args.chain}: at least 1 link is needed")
     if grace_s <= GRACE_SLACK_S or (time_s is not None and grace_s >= time_s):
         errors.append(
-            f"--grace {grace_s}: more than {GRACE_SLACK_S} seconds and less than --time are needed; the job script "
-            f"requeues what has not ended {_AT_END_S} s before the time limit"
+            f"--grace {grace_s}: must be above {GRACE_SLACK_S} s and below --time; the job script requeues a program "
+            f"that still runs {_AT_END_S} s before the time limit"
         )
     return Resources(nodes or [1], max(ranks, 1), time_s, grace_s, args.chain), errors
 
 
-def errors_of_work(args: argparse.Namespace) -> list[str]:
+def cpu_job_errors(args: argparse.Namespace) -> list[str]:
     """Errors of an export's or a conversion's resources."""
     errors: list[str] = []
     ranks = args.ranks_per_node if args.ranks_per_node is not None else 1
@@ -65,7 +65,9 @@ def errors_of_work(args: argparse.Namespace) -> list[str]:
     if ranks < 1:
         errors.append(f"--ranks-per-node {ranks}: at least 1 is needed")
     elif args.job == "export" and ranks > 1:
-        errors.append(f"--ranks-per-node {ranks}: export is 1 process; its --jobs is the number of tensors in work")
+        errors.append(
+            f"--ranks-per-node {ranks}: export runs as one process; use its --jobs to process several tensors at a time"
+        )
     if args.time and seconds(args.time) is None:
         errors.append(_TIME.format(args.time))
     if args.grace is not None:

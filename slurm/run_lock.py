@@ -88,7 +88,9 @@ def _holder(path: Path) -> tuple[str, int] | None:
         time.sleep(_LOOK_S)
     if is_there:
         return None
-    raise FileNotFoundError(f"{path}: exists and cannot be seen; is the run's folder on storage that all nodes share?")
+    raise FileNotFoundError(
+        f"{path}: exists but is not visible on this node; is the run's folder on storage that all nodes share?"
+    )
 
 
 def _has_ended(run: Path, job: str, restart: int) -> bool:

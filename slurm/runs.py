@@ -98,7 +98,7 @@ def newest_step(run: Path) -> int | None:
     return max((int(match[1]) for name in names if (match := _TAG.match(name))), default=None)
 
 
-def of_newest(run: Path, read: Callable[[int, Path], Result]) -> Result | None:
+def read_newest_checkpoint(run: Path, read: Callable[[int, Path], Result]) -> Result | None:
     """What `read` returns of step and manifest of the newest committed checkpoint; None without one.
 
     The run may remove it meanwhile, and then has a newer one.
@@ -126,7 +126,7 @@ def progress(folder: Path) -> int | None:
 
 def checkpoint_bytes(run: Path) -> int:
     """Size of the newest committed checkpoint; 0 if there is none."""
-    listed = of_newest(run, lambda _, manifest: json.loads(manifest.read_text())["files"])
+    listed = read_newest_checkpoint(run, lambda _, manifest: json.loads(manifest.read_text())["files"])
     return sum(int(entry["bytes"]) for entry in listed or [])
 
 

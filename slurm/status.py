@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from slurm import bad_nodes, history, prometheus, squeue
-from slurm.runs import of_newest
+from slurm.runs import read_newest_checkpoint
 from unimo3.atomic_write import is_file_name
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import HEARTBEATS, read_heartbeats, server_is_ahead_s
@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--html", type=Path, metavar="FILE", help="write FILE: charts and a time line of one run; print nothing"
     )
     parser.add_argument("--watch", action="store_true", help="print again every few seconds, until Ctrl-C")
-    parser.add_argument("--every", type=float, default=10.0, help="seconds between (default: %(default)s)")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between updates (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         jobs = queue.error or "no job waits for one"
         errors.append(f"no RUN is given, runs/ contains none and {jobs}; name the folder of a run")
     if args.html is not None and len(runs) > 1:
-        errors.append(f"--html {args.html}: is the page of one run, {len(runs)} are given; name one RUN")
+        errors.append(f"--html {args.html}: writes a page for one run, but {len(runs)} runs are given; give one RUN")
     if args.html is not None and not is_file_name(args.html):
         errors.append(f"--html {args.html}: cannot be written there; name a file in a folder that exists")
     if not args.every > 0:
@@ -166,9 +166,9 @@ def screen(state: dict[str, Any]) -> str:
         elif job["comment"]:
             line("comment", job["comment"])
     if state["stop"]:
-        line("stop", f"{state['run']}/stop is there: every start saves and ends at once; remove it to continue")
+        line("stop", f"{state['run']}/stop exists: every start saves and exits immediately; remove it to continue")
     if not state["jobs"]:
-        line("job", state["queue_error"] or "none of Slurm's is queued or has begun here")
+        line("job", state["queue_error"] or "no Slurm job is queued or has started for this run")
     if state["step"] is None:
         line("step", "none yet")
     else:
@@ -178,7 +178,7 @@ def screen(state: dict[str, Any]) -> str:
         line("speed", f"{_number(state['pairs_per_s'])} pairs/s{trend}")
         if state["left_s"] and state["goes_on"]:
             ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + state["left_s"]))
-            line("ends", f"{ends} if it runs on, in {_span(state['left_s'])}")
+            line("ends", f"{ends} if it keeps running, in {_span(state['left_s'])}")
     checkpoint = state["checkpoint"]
     line("checkpoint", f"step {checkpoint['step']}, {_span(checkpoint['age_s'])} old" if checkpoint else "none yet")
     line("starts", f"{state['starts'] or 'none by Slurm'}")
@@ -216,7 +216,7 @@ def _checkpoint(run: Path) -> dict[str, Any] | None:
         age_s = time.time() + server_is_ahead_s(run / HEARTBEATS) - manifest.stat().st_mtime
         return {"step": step, "age_s": max(age_s, 0.0)}
 
-    return of_newest(run, of)
+    return read_newest_checkpoint(run, of)
 
 
 def _ranks(run: Path, since: float) -> dict[str, Any] | None:

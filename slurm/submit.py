@@ -20,7 +20,7 @@ from pathlib import Path
 from slurm import bad_nodes, history, squeue
 from slurm.bad_nodes import choose, expand
 from slurm.commands import job_environment
-from slurm.resources import errors_of_work, of_training
+from slurm.resources import cpu_job_errors, training_resources
 from slurm.runs import ArgumentError, missing_program, work_folder
 from slurm.site_config import Site, option_of, read_site, site_file
 from slurm.squeue import jobs_on
@@ -62,7 +62,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
     parser = CommandParser(prog="python -m slurm.submit", description=__doc__, parents=[options])
     parser.add_argument("job", choices=JOBS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's; of finetune the task first")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the program; for finetune, the task first"
+    )
     words = sys.argv[1:] if argv is None else argv
     before_job = words[
         : next((index for index, word in enumerate(words) if word in JOBS and words[index - 1] != "--job-name"), 0)
@@ -88,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         what = "no partition and no GPUs are" if args.job in TRAINING else "no partition is"
         missing = f"does not exist; copy {SCRIPTS / 'site.env.example'}"
         options = "gives sbatch no options" if site_file().is_file() else missing
-        notices.append(f"{site_file()} {options} ({name}): {what} asked for")
+        notices.append(f"{site_file()} {options} ({name}): {what} requested")
     if dropped := job_environment()[1]:
         notices.append(
-            f"{', '.join(dropped)}: not passed on; write sbatch options into SBATCH_OPTIONS of {site_file()}"
+            f"{', '.join(dropped)}: not passed to sbatch; write sbatch options into SBATCH_OPTIONS of {site_file()}"
         )
     for notice in notices:
         print(f"note: {notice}")
@@ -101,15 +103,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "sbatch: is not on this machine; --dry-run shows the command, unimo3.launch starts without Slurm"
+            "sbatch: not found on this machine; use --dry-run to print the command, or unimo3.launch to run without "
+            "Slurm"
         )
     done = subprocess.run(command, env=job_environment()[0], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"sbatch refuses it: {done.stderr.strip()}")
+        raise ConfigError(f"sbatch rejected the job: {done.stderr.strip()}")
     number = done.stdout.strip().split(";")[0]
     if added := _excluded(args, site)[1]:
         history.append(folder, "exclude", job=number, nodes=added)  # a later start knows that they are not the user's
-    print(f"job {number}: see it with python -m slurm.status {shlex.quote(str(folder))}")
+    print(f"job {number}: show its status with python -m slurm.status {shlex.quote(str(folder))}")
 
 
 def sbatch_command(args: argparse.Namespace, site: Site, arguments: list[str], folder: Path) -> list[str]:
@@ -160,11 +163,11 @@ def check(args: argparse.Namespace, site: Site, arguments: list[str]) -> tuple[P
     except ArgumentError as error:
         unnamed = str(error)
     if args.job in TRAINING:
-        resources, errors = of_training(args, site)
+        resources, errors = training_resources(args, site)
         missing = missing_program(module)
         program_errors, notices = (missing, []) if missing else check_training(resources, module, arguments, folder)
     else:
-        errors = errors_of_work(args)
+        errors = cpu_job_errors(args)
         is_later = args.dependency is not None
         program_errors, notices = check_export(arguments, is_later) if args.job == "export" else check_shards(arguments)
     errors += program_errors
@@ -195,8 +198,8 @@ def _conflict_errors(folder: Path, dependency: str) -> list[str]:
     conflicting = jobs_on(folder)
     awaited = awaited_jobs(dependency)
     return [
-        f"{folder}: job {job} {'works on it' if state in squeue.AT_WORK else f'waits to work on it ({state})'}; cancel "
-        f"that one, choose another folder, or come after it with --dependency=afterany:{job}"
+        f"{folder}: in use by job {job} ({state}); cancel that job, choose another folder, or submit with "
+        f"--dependency=afterany:{job}"
         for job, state in conflicting.items()
         if job not in awaited
     ]

@@ -48,7 +48,7 @@ def check_training(resources: Resources, module: str, training: list[str], run: 
         errors += [line for line in lines if line not in errors]
     notices: list[str] = []
     if run is not None and (run / "stop").exists():
-        errors.append(f"{run / 'stop'}: asks every start of the run to end at once; remove the file")
+        errors.append(f"{run / 'stop'}: this file makes every start of the run exit immediately; remove the file")
     if settings is not None and run is not None:
         errors += checkpoint_errors(run, settings)
         if resources.time_s is not None:
@@ -96,12 +96,15 @@ def _time_errors(run: Path, settings: Any, grace_s: int, time_s: float, chain: i
         left_s = (settings.training.steps - steps[-1]["step"]) * step_s
         links = math.ceil(left_s / max(1.0, time_s - grace_s))
         if time_s - grace_s < step_s + max(saves, default=0.0):
-            errors.append(f"--time: {time_s:.0f} s leave no room for one step of {step_s:.1f} s and a save")
-        remaining = f"{left_s / 3600:.1f} hours of steps are left: {links} times --time"
+            errors.append(
+                f"--time: {time_s:.0f} s minus the grace period is too short for one step of {step_s:.1f} s and a save"
+            )
+        jobs = "1 job" if links == 1 else f"{links} jobs"
+        remaining = f"{left_s / 3600:.1f} hours of steps remain, which needs {jobs} of length --time"
         if 1 < chain < links:
             errors.append(f"--chain {chain}: {remaining}; give --chain {links}, or a longer --time")
         else:
-            notices.append(f"{remaining}, {chain} in the chain")
+            notices.append(f"{remaining}, and the chain has {chain}")
     return errors, notices
 
 

@@ -58,7 +58,7 @@ def test_in_a_container_without_slurm_one_job_has_the_folder(jobs):
     is_held.touch()
     held = next(job for job in both if jobs.state(job) == "SPECIAL_EXIT")
     (other,) = set(both) - {held}
-    assert f"held: job {other} works on" in jobs.cluster.job(held)["Comment"]
+    assert f"held: job {other} uses" in jobs.cluster.job(held)["Comment"]
     jobs.wait_state(other, "COMPLETED")
     assert len(jobs.steps("contained")) == 2
     jobs.cluster.call("scancel", held)
@@ -67,6 +67,6 @@ def test_in_a_container_without_slurm_one_job_has_the_folder(jobs):
 def test_a_start_that_fails_early_is_retried_three_times_then_held(jobs, broken):
     jobs.wait_state(broken, "SPECIAL_EXIT")
     printed = jobs.cluster.job(broken)
-    assert "held: too often: 4 starts ended early on " in printed["Comment"]
+    assert "held: retries exhausted: 4 starts ended early on " in printed["Comment"]
     assert printed["Restarts"] == "4"
     jobs.cluster.call("scancel", broken)

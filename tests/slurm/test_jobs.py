@@ -134,7 +134,7 @@ def test_a_job_whose_losses_stay_not_finite_is_held(jobs):
     nan = [[step, 0] for step in range(3, NUM_STEPS)]
     job = jobs.submit("nan", "--training.max_skipped", 2, options=TWO, inject={"nan": nan})
     jobs.wait_state(job, "SPECIAL_EXIT")
-    assert "the loss stayed not finite (status 70)" in jobs.cluster.job(job)["Comment"]
+    assert "the loss remained non-finite (status 70)" in jobs.cluster.job(job)["Comment"]
     # Two steps were tolerated, the third ended the run.
     steps = jobs.steps("nan")
     assert [record["loss"] is None for record in steps] == [False] * 3 + [True] * 3

@@ -39,7 +39,7 @@ def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
 @pytest.mark.parametrize(
     ("num_nodes", "master", "address", "interface", "problem"),
     [
-        (2, "10.0.0.1", "127.0.1.1", "", "is 127.0.1.1, which other nodes cannot reach"),
+        (2, "10.0.0.1", "127.0.1.1", "", "resolves to 127.0.1.1, which other nodes cannot reach"),
         (2, "node1", "127.0.0.1", "", "export GLOO_SOCKET_IFNAME=INTERFACE"),
         (1, "node1", "127.0.1.1", "", ""),
         (2, "10.0.0.1", "127.0.1.1", "eth0", ""),
@@ -47,7 +47,7 @@ def test_no_node_is_named_where_one_cable_or_all_of_the_network_is_slow():
         (2, "127.0.0.1", "127.0.1.1", "", ""),
     ],
 )
-def test_a_node_whose_name_leads_to_itself_is_named(monkeypatch, num_nodes, master, address, interface, problem):
+def test_a_node_whose_name_resolves_to_itself_is_named(monkeypatch, num_nodes, master, address, interface, problem):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(num_nodes))
     monkeypatch.setenv("MASTER_ADDR", master)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)

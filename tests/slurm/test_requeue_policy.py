@@ -46,6 +46,14 @@ def test_each_status_has_its_action(status, before, checkpoint, in_array, action
     assert decide(status, attempts(*before), checkpoint, 4, in_array)[0] == action
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "reason"),
+    [(5, "stop requested; newest checkpoint: step 5"), (None, "stop requested; no checkpoint yet")],
+)
+def test_a_stop_names_the_newest_checkpoint_where_there_is_one(checkpoint, reason):
+    assert decide(75, [], checkpoint, 4, False) == ("requeue", reason)
+
+
 MAX_RESTARTS = 20
 CLASSES = {
     "an error of the machines": lambda run: end(run, "7", 1, MAX_RESTARTS),
@@ -171,7 +179,7 @@ def test_an_end_that_slurm_has_already_decided_is_reported_as_such(tmp_path):
     history.append(tmp_path, "begin", job="7", restart=0, nodes="n1", checkpoint=None)
     action, reason = end(tmp_path, "7", 143, 9, state="COMPLETING")
     assert action == "left"
-    assert reason == "status 143, saved at None; Slurm cancels or requeues the job (COMPLETING)"
+    assert reason == "status 143, no checkpoint yet; Slurm cancels or requeues the job (COMPLETING)"
 
 
 @pytest.mark.parametrize(("event", "status", "action"), [("begin", 0, "hold"), ("end", 75, "hold"), ("end", 0, "done")])

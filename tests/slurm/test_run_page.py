@@ -126,7 +126,7 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, capsys):
         ([run, "--html", ""], "cannot be written there; name a file in a folder that exists"),
         ([run, "--html", tmp_path / ("x" * 300)], "cannot be written there; name a file in a folder"),
         ([run, "--html", tmp_path / "out.html", "--every", "nan"], "--every nan: a number of seconds above 0"),
-        ([run, run, "--html", tmp_path / "out.html"], "is the page of one run, 2 are given; name one RUN"),
+        ([run, run, "--html", tmp_path / "out.html"], "writes a page for one run, but 2 runs are given; give one RUN"),
     ):
         with pytest.raises(SystemExit) as end:
             status.main([str(argument) for argument in arguments])

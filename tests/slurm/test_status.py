@@ -103,7 +103,7 @@ def test_a_stop_file_is_shown_and_a_held_job_has_its_reason(run, fake_squeue):
         fake_squeue(f"case $* in *=7*) echo 'SPECIAL_EXIT|JobHeldUser||{comment}';; esac")
         output = status.screen(state_of(run))
         assert line in output
-        assert "/stop is there: every start saves and ends at once" in output
+        assert "/stop exists: every start saves and exits immediately" in output
         assert "ends  " not in output
 
 

@@ -260,11 +260,11 @@ def test_a_second_job_on_a_running_run_is_refused(site, capsys):
     site.wait_step(job, "taken", 1)
     arguments = ("pretrain", "--config", site.recipe, "--run.name", "taken", "--training.steps", NUM_STEPS)
     assert run_program(submit, "--time", "10", "--grace", "90", *arguments) == 78
-    assert f"taken: job {job} works on it" in capsys.readouterr().err
+    assert f"taken: in use by job {job} (" in capsys.readouterr().err
     # Who submits by hand all the same finds the second job held.
     other = site.submit("taken", options=("--nodes=1",))
     site.wait_state(other, "SPECIAL_EXIT")
-    assert f"job {job} works on" in site.cluster.job(other)["Comment"]
+    assert f"job {job} uses" in site.cluster.job(other)["Comment"]
     assert run_program(status, site.runs / "taken") == 0
     screen = capsys.readouterr().out
     assert f"job         {job} RUNNING on n" in screen

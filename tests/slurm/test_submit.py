@@ -54,7 +54,7 @@ def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training)
     assert status == 0
     options = "--nodes=1-2 --mincpus=1 --export=ALL,UNIMO3_RANKS_PER_NODE=1"
     assert text.splitlines()[-1].startswith(f"sbatch --parsable {options} --job-name=run ")
-    refused(checked(*training), "sbatch: is not on this machine")
+    refused(checked(*training), "sbatch: not found on this machine")
 
 
 @pytest.mark.integration
@@ -63,8 +63,8 @@ def test_a_command_without_errors_is_shown_and_needs_no_slurm(checked, training)
     [
         (["--nodes", "2-1"], "--nodes 2-1: a number, or MIN-MAX"),
         (["--time", "soon"], "--time soon: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS"),
-        (["--time", "5", "--grace", "300"], "--grace 300: more than 60 seconds and less than --time are needed"),
-        (["--grace", "60"], "--grace 60: more than 60 seconds and less than --time are needed"),
+        (["--time", "5", "--grace", "300"], "--grace 300: must be above 60 s and below --time"),
+        (["--grace", "60"], "--grace 60: must be above 60 s and below --time"),
         (["--chain", "0"], "--chain 0: at least 1 link"),
         (["--ranks-per-node", "0"], "--ranks-per-node 0: at least 1"),
         (["--nodez", "1"], "unrecognized arguments: --nodez"),
@@ -80,7 +80,7 @@ def test_a_run_that_was_asked_to_stop_is_not_submitted_again(checked, training, 
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
     (folder / "stop").touch()
-    refused(checked(*training), "asks every start of the run to end at once; remove the file")
+    refused(checked(*training), "this file makes every start of the run exit immediately; remove the file")
 
 
 @pytest.mark.integration
@@ -194,7 +194,7 @@ def test_variables_that_are_not_passed_on_are_named(checked, training, monkeypat
     monkeypatch.setenv("SBATCH_PARTITION", "p")
     status, text = checked("--dry-run", *training)
     assert status == 0
-    assert "note: SBATCH_PARTITION: not passed on; write sbatch options into SBATCH_OPTIONS of" in text
+    assert "note: SBATCH_PARTITION: not passed to sbatch; write sbatch options into SBATCH_OPTIONS of" in text
 
 
 def test_only_a_wait_for_the_end_of_a_job_counts_as_one():
@@ -224,15 +224,16 @@ def test_grace_and_wall_time_are_compared_with_the_runs_metrics(checked, trainin
         "a save has taken 200.0 s and a step takes 2.0 s; at least 462 are needed",
     )
     refused(
-        checked("--grace", "500", "--time", "11:00", *training), "--time: 660 s leave no room for one step of 2.0 s"
+        checked("--grace", "500", "--time", "11:00", *training),
+        "--time: 660 s minus the grace period is too short for one step of 2.0 s",
     )
     words = (*training, "--training.steps", "1804")
     status, text = checked("--grace", "500", "--time", "0:25:00", "--chain", "4", "--dry-run", *words)
     assert status == 0
-    assert "1.0 hours of steps are left: 4 times --time, 4 in the chain" in text
+    assert "1.0 hours of steps remain, which needs 4 jobs of length --time, and the chain has 4" in text
     refused(
         checked("--grace", "500", "--time", "0:25:00", "--chain", "3", *words),
-        "--chain 3: 1.0 hours of steps are left: 4 times --time; give --chain 4, or a longer --time",
+        "--chain 3: 1.0 hours of steps remain, which needs 4 jobs of length --time; give --chain 4, or a longer --time",
     )
     assert checked("--grace", "500", "--time", "0:25:00", "--dry-run", *words)[0] == 0  # requeued by itself
 
@@ -299,7 +300,7 @@ def run(tmp_path):
         ([], ["RUN", "--out", "w", "--dtyp", "fp16"], "unrecognized arguments: --dtyp fp16"),
         ([], ["RUN", "--out", "w", "--jobs", "0"], "--jobs 0: at least 1 is needed"),
         (["--nodes", "2"], ["RUN", "--out", "w"], "--nodes 2: export runs on 1 node"),
-        (["--ranks-per-node", "2"], ["RUN", "--out", "w"], "--ranks-per-node 2: export is 1 process"),
+        (["--ranks-per-node", "2"], ["RUN", "--out", "w"], "--ranks-per-node 2: export runs as one process"),
         (["--grace", "60"], ["RUN", "--out", "w"], "--grace 60: export is not signalled to save"),
         (["--chain", "2"], ["RUN", "--out", "w"], "--chain 2: export is requeued before its time limit by itself"),
         (["--time", "soon"], ["RUN", "--out", "w"], "--time soon: MINUTES"),

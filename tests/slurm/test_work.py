@@ -108,7 +108,7 @@ def test_of_two_jobs_that_begin_at_the_same_instant_one_is_held(site, tmp_path):
     states = {job: site.state(job) for job in jobs}
     held = next(job for job, state in states.items() if state == "SPECIAL_EXIT")
     (other,) = set(jobs) - {held}
-    assert f"job {other} works on {tmp_path}/run" in site.cluster.job(held)["Comment"]
+    assert f"job {other} uses {tmp_path}/run" in site.cluster.job(held)["Comment"]
     site.wait_state(other, "COMPLETED")
     assert [attempt.job for attempt in history.read(tmp_path / "run")] == [str(other)]
     # When that has ended it may have the folder.
@@ -177,7 +177,7 @@ def test_a_second_job_on_a_folder_is_refused_unless_it_waits(site, source, tmp_p
         job = text.split("job ")[1].split(":")[0]
         status, text = submitted()
         assert status == 78
-        assert f"o.job: job {job} waits to work on it (PENDING); cancel that one" in text
+        assert f"o.job: in use by job {job} (PENDING); cancel that job" in text
         status, text = submitted(f"--dependency=afterany:{job}")
         assert status == 0, text
         other = text.split("job ")[1].split(":")[0]
@@ -186,5 +186,5 @@ def test_a_second_job_on_a_folder_is_refused_unless_it_waits(site, source, tmp_p
         words[-1] = str(tmp_path / "p")
         status, text = submitted()
         assert status == 78
-        assert "sbatch refuses it: sbatch: error: invalid partition specified: nowhere" in text
+        assert "sbatch rejected the job: sbatch: error: invalid partition specified: nowhere" in text
     subprocess.run(["scancel", job, other], check=True)
