@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(args, rest))
         return
     if args.task is None:
-        raise ConfigError(f"TASK: not given; name one of {', '.join(TASKS)} before all else")
+        raise ConfigError(f"TASK: not given; name one of {', '.join(TASKS)} as the first argument")
     check_task(args.task)
     print_plan(args, rest, lambda settings: read_run(args.task, settings))
 

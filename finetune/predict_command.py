@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> argparse.Namesp
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="to compute in (default: the weights' own; of fp16 weights on a CPU fp32, with a notice)",
+        help="dtype to compute in (default: the weights' dtype; fp32 for fp16 weights on a CPU, with a notice)",
     )
     commands = parser.add_subparsers(dest="task", required=True, metavar="TASK", help=f"{', '.join(TASKS)}, index")
     tasks = {name: config_class(name).task for name in TASKS}

@@ -209,8 +209,9 @@ class RowTask(Task):
         first = {str(row[self.id_field]): row[self.id_field] for row in reversed(rows)}
         repeated = [ascii(first[name]) for name, count in counts.items() if count > 1]
         if repeated and self.has_unique_ids:
+            occur = f"{self.id_field} occurs" if len(repeated) == 1 else f"{self.id_field}s occur"
             raise DataError(
-                f"data.val: '{shards.source}': {len(repeated)} {self.id_field}s stand there more than once, such as "
+                f"data.val: '{shards.source}': {len(repeated)} {occur} more than once, such as "
                 f"{', '.join(repeated[:3])}; a file of predictions has each once: remove the repeated records and "
                 "prepare the shards again"
             )

@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help="read the files back and compare them with the report (default: yes)",
     )
-    parser.add_argument("--jobs", type=int, help="tensors in work at a time (default: two a core, at most 8)")
+    parser.add_argument("--jobs", type=int, help="tensors processed at a time (default: two a core, at most 8)")
     return parser.parse_args(argv)
 
 

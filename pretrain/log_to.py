@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--project", default="unimo3", help="project or experiment there (default: %(default)s)")
     parser.add_argument("--follow", action="store_true", help="send new metrics every few seconds, until Ctrl-C")
-    parser.add_argument("--every", type=float, default=30.0, help="seconds between (default: %(default)s)")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between updates (default: %(default)s)")
     args = parser.parse_args(argv)
     errors = []
     if not (args.run / "config.yaml").is_file():

@@ -44,13 +44,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="PIXELS",
         help="scale larger images to this by their longer side, as JPEG (default: store images as they are)",
     )
-    parser.add_argument("--quality", type=int, default=95, help="of that JPEG, 1 to 95 (default: %(default)s)")
+    parser.add_argument(
+        "--quality", type=int, default=95, help="JPEG quality with --max-side, 1 to 95 (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-reject-ratio",
         "--max-reject-share",  # its name until version 0.1, which queued jobs may have
         type=float,
         metavar="RATIO",
-        help="of a split's records without a usable image, past which it ends with status 78 (default: "
+        help="largest fraction of a split's records without a usable image; above it, status 78 (default: "
         f"{MAX_REJECT_RATIO:g}, and 0 of test splits)",
     )
     parser.add_argument(

@@ -109,7 +109,7 @@ def test_ranks_that_would_share_a_gpu_are_refused_on_every_rank(visible):
     assert f"CUDA_VISIBLE_DEVICES: '{visible[0]}': rank " in error
     assert "would share a GPU with another: local rank " in error
     assert f"sees {len(visible[0].split(','))} GPUs" in error
-    assert "ask for a GPU a rank (--gpus-per-node), or start fewer ranks" in error
+    assert "request one GPU per rank (--gpus-per-node), or start fewer ranks" in error
 
 
 @pytest.mark.integration

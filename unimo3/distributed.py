@@ -111,8 +111,8 @@ def choose_gpu() -> str:
         store.set(
             "shared gpu",
             f"CUDA_VISIBLE_DEVICES: {visible!r}: rank {os.environ['RANK']} on {socket.gethostname()} would share a GPU "
-            f"with another: {seen}; ask for a GPU a rank (--gpus-per-node), or start fewer ranks (--ntasks-per-node, "
-            "unimo3.launch -n)",
+            f"with another: {seen}; request one GPU per rank (--gpus-per-node), or start fewer ranks "
+            "(--ntasks-per-node, unimo3.launch -n)",
         )
     if store.add("gpus", 1) == size:
         store.set("all gpus", "")

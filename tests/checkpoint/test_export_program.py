@@ -115,7 +115,7 @@ def test_a_single_checkpoint_is_verified_and_keeps_the_users_paths(run_copy, tmp
         (folder / OPTIM).write_bytes(content)
     assert run_program(folder, "--out", tmp_path / "out") == (78 if damaged else 0)
     if damaged:
-        assert "has another content than was written" in capsys.readouterr().err
+        assert "does not match its SHA-256" in capsys.readouterr().err
     else:
         assert "embed.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
@@ -142,7 +142,7 @@ def test_a_manifest_that_leaves_the_folder_is_refused(run_copy, tmp_path, capsys
     listed["files"].append(listed["files"][0] | {"name": name})
     manifest.write_text(json.dumps(listed))
     assert run_program(run, "--tag", newest(run).name, "--out", tmp_path / "out") == 78
-    assert f"{name!r} in MANIFEST.json leads out of the folder" in capsys.readouterr().err
+    assert f"{name!r} in MANIFEST.json points outside the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["missing tag", "no name", "tag of a checkpoint itself"])

@@ -98,14 +98,14 @@ def plant_a_pickle(folder: Path) -> None:
 
 DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: f"{OPTIM} has ",
-    flip_a_byte: f"{OPTIM} has another content",
+    flip_a_byte: f"{OPTIM} does not match its SHA-256",
     delete_a_file: f"{MODEL} is missing",
-    swap_two_ranks: f"{OPTIM} has another content",
+    swap_two_ranks: f"{OPTIM} does not match its SHA-256",
     empty_manifest: f"{MANIFEST} cannot be read",
     manifest_without_files: f"{MANIFEST} does not list state.json",
     delete_manifest: f"{MANIFEST} cannot be read",
     add_an_unlisted_file: "is not listed",
-    lead_out_of_the_folder: "leads out of the folder",
+    lead_out_of_the_folder: "points outside the folder",
     name_what_cannot_be_a_file: f"{MANIFEST} cannot be read (ValueError: 'half\\ud800\\x00' is no name",
     plant_a_pickle: "contains more than tensors and plain data, refused",
 }

@@ -145,7 +145,7 @@ def test_tars_that_are_lost_do_not_leave_an_index_silently(lacking, tmp_path, ca
     shutil.copytree(lacking / "train", folder)
     (folder / "000001.tar").unlink()
     assert convert("index", "--src", str(folder)) == 78
-    assert "1 tars that were indexed before are missing (000001.tar); copy them again" in capfd.readouterr().err
+    assert "1 tar of the index is missing (000001.tar); copy the tars again" in capfd.readouterr().err
     assert len(json.loads((folder / "index.json").read_text())["shards"]) == 2
     assert convert("index", "--src", str(folder), "--overwrite") == 0
     assert [shard.name for shard in ShardIndex(folder).shards] == ["000000.tar"]

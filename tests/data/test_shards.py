@@ -152,7 +152,7 @@ def test_a_bad_record_is_named_and_leaves_nothing(tmp_path, capfd):
     assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out")) == 78
     error = capfd.readouterr().err
     assert error.startswith("DataError: ")
-    assert "'000000000001' stands twice in the source's split train; remove one record" in error
+    assert "'000000000001' occurs twice in the source's split train; remove one record" in error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -164,7 +164,7 @@ def test_an_image_of_two_splits_is_refused(tmp_path, split, capfd):
     content["images"].append(content["images"][0] | {"split": split})
     path.write_text(json.dumps(content))
     assert convert("coco", "--src", str(root), "--out", str(tmp_path / "out")) == 78
-    assert f"000000000001.jpg: stands in the source's splits train and {split}; held-out" in capfd.readouterr().err
+    assert f"000000000001.jpg: is in the source's splits train and {split}; held-out" in capfd.readouterr().err
 
 
 def test_all_errors_of_the_command_line_are_named_at_once(source, tmp_path, capfd):
@@ -321,7 +321,7 @@ def test_a_damaged_copy_does_not_become_right_by_being_indexed_again(coco, tmp_p
     content[3000] ^= 1
     shard.write_bytes(content)
     assert convert("index", "--src", str(folder)) == 78
-    assert "1 tars are not those that were indexed before (000001.tar)" in capfd.readouterr().err
+    assert "1 tar differs from the index (000001.tar)" in capfd.readouterr().err
     assert convert("index", "--src", str(folder), "--overwrite") == 0
 
 

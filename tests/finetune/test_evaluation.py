@@ -170,10 +170,10 @@ def test_rejects_next_to_an_older_index_are_missing_ids(vqa, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
-        ((1, 2, 1), "1 question_ids stand there more than once, such as 1"),
-        (("a", "b", "b"), "1 question_ids stand there more than once, such as 'b'"),
-        ((5, 6, "5"), "1 question_ids stand there more than once, such as 5"),
-        (("a", "-7", -7), "1 question_ids stand there more than once, such as '-7'"),
+        ((1, 2, 1), "1 question_id occurs more than once, such as 1"),
+        (("a", "b", "b"), "1 question_id occurs more than once, such as 'b'"),
+        ((5, 6, "5"), "1 question_id occurs more than once, such as 5"),
+        (("a", "-7", -7), "1 question_id occurs more than once, such as '-7'"),
         ((1, None, 2), "sample 1#0: question_id is None; held-out questions need a number or a text"),
         ((1, [1], 2), r"sample 1#0: question_id is \[1\]; held-out questions need a number or a text"),
     ],
@@ -193,7 +193,7 @@ def test_question_ids_of_both_types_are_one_file(tokenizer, tmp_path):
 def test_repeated_statements_are_refused_and_hypotheses_are_not(tmp_path):
     shards = index_of_nothing(tmp_path)
     rows = [{"identifier": "dev-1-0-0", "pair_id": "a"}] * 2
-    with pytest.raises(DataError, match="1 identifiers stand there more than once, such as 'dev-1-0-0'"):
+    with pytest.raises(DataError, match="1 identifier occurs more than once, such as 'dev-1-0-0'"):
         Nlvr2()._check_ids(rows, shards)
     SnliVe()._check_ids(rows, shards)
 

@@ -85,7 +85,7 @@ def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
 def test_the_task_is_the_first_argument(capsys):
     for arguments in ((), ("--gpus", 8), TINY):
         assert refused(capsys, *arguments) == [
-            "TASK: not given; name one of nlvr2, retrieval, snli_ve, vqa before all else"
+            "TASK: not given; name one of nlvr2, retrieval, snli_ve, vqa as the first argument"
         ]
     assert refused(capsys, "coco", *TINY) == [
         "TASK 'coco': there is no such task; name one of nlvr2, retrieval, snli_ve, vqa"

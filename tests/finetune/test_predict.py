@@ -268,7 +268,7 @@ def test_fp16_weights_on_a_cpu_run_in_fp32_with_a_notice_or_in_bf16(tuned, photo
         assert ("the weights are fp16, which a CPU does not compute in: using fp32" in caplog.text) == (not options)
     assert scores[0] == scores[1] != scores[2]
     assert run(*command, "--dtype", "fp16") == 78
-    assert "--dtype fp16: is not computed in on a CPU; use fp32, or bf16" in capsys.readouterr().err
+    assert "--dtype fp16: not supported on a CPU; use fp32, or bf16" in capsys.readouterr().err
 
 
 @pytest.mark.integration

@@ -70,7 +70,9 @@ def test_nothing_is_trained_on_a_test_split(nlvr2, pretrained, tmp_path, split):
     index = tmp_path / split / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"split": split}))
     (problem,) = settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"train": str(tmp_path / split)}).validate()
-    assert problem.startswith(f"data.train: '{tmp_path / split}': is the split {split} of nlvr2, to be tested on")
+    assert problem.startswith(
+        f"data.train: '{tmp_path / split}': is the split {split} of nlvr2, which is for evaluation only"
+    )
     assert settings(Nlvr2Config, nlvr2, pretrained, tmp_path, {"val": str(tmp_path / split)}).validate() == []
 
 
@@ -273,7 +275,7 @@ def test_a_run_in_use_is_not_evaluated_in(nlvr2, pretrained, tmp_path, process):
 def test_retrieval_needs_two_pairs_within_a_micro_step(coco, pretrained, tmp_path):
     alone = {"global_batch": 8, "micro_batch": 1}
     (problem,) = settings(RetrievalConfig, coco, pretrained, tmp_path, training=alone).validate()
-    assert problem.startswith("training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step")
+    assert problem.startswith("training.micro_batch: 1: ITC and ITM draw negatives from one micro-step")
 
 
 def test_all_errors_are_reported_those_of_the_model_after_others(nlvr2, tuned_vqa, tmp_path):

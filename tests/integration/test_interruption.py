@@ -88,7 +88,7 @@ def test_a_run_has_one_user_and_does_not_outlive_its_launcher(recipe, runs, prog
     assert program.run(1, "pretrain.train", "--config", recipe, "--run.name", "orphaned") == 78
     assert [beat.pid for beat in read_heartbeats(run)] == [beat.pid for beat in ranks]
     launcher.kill()
-    wait_for(lambda: not any(beat.lives() for beat in ranks), "the end of the ranks", text_of(tmp_path / "log"))
+    wait_for(lambda: not any(beat.is_alive() for beat in ranks), "the end of the ranks", text_of(tmp_path / "log"))
     assert store.list_checkpoints(run)[-1].name == "step_00000005"  # they have saved
     program.check(2, *command, "--training.stop_after", "6")
     assert [record["step"] for record in read_metrics(run)] == list(range(1, 7))

@@ -107,7 +107,7 @@ def test_a_single_pair_on_one_gpu_is_planned_only_without_contrast(capsys):
     assert "set training.micro_batch to 64;" in output.out
     status, output = run_command(capsys, *tiny, "--training.global_batch", 1)
     assert status == 78
-    assert "training.micro_batch: 1: contrast and matching draw wrong partners" in output.err
+    assert "training.micro_batch: 1: ITC and ITM draw negatives" in output.err
     alone = ("--objectives.itc.weight", 0, "--objectives.itm.weight", 0)
     status, output = run_command(capsys, *tiny, "--training.global_batch", 1, *alone)
     assert status == 0

@@ -6,7 +6,7 @@ from pretrain.train import PretrainConfig
 from unimo3.objectives.args import ItcArgs, ItmArgs, ObjectivesArgs
 from unimo3.training.args import TrainingArgs
 
-NOTHING = "training.micro_batch: 1: contrast and matching draw wrong partners in a micro-step"
+NOTHING = "training.micro_batch: 1: ITC and ITM draw negatives from one micro-step"
 
 
 @pytest.mark.parametrize(

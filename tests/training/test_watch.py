@@ -59,7 +59,7 @@ def test_a_silent_rank_is_named_before_one_that_is_behind():
 
 def test_a_rank_seen_only_in_an_earlier_start_has_not_come():
     text = named(beat(0, "join", 0, 5.0), beat(1, "compute", 70, 905.0, silent_s=900.0))
-    assert text == "rank 1, which has given no heartbeat since this start"
+    assert text == "rank 1, which has written no heartbeat since this start"
 
 
 def test_of_many_a_few_are_named_and_the_others_counted():
@@ -99,7 +99,7 @@ def test_a_rank_that_waits_for_one_that_never_came_reports_it(stuck, tmp_path):
     process = stuck("0.3", "join", RANK="0", WORLD_SIZE="2")
     _, printed = output_of(process, "the process that is stuck")
     assert process.returncode == EXIT_STALLED
-    assert "the others wait for rank 1, which has given no heartbeat since this start" in printed
+    assert "the others wait for rank 1, which has written no heartbeat since this start" in printed
     assert "stuck_here" in (tmp_path / "run" / "stacks" / "rank_00000.txt").read_text()
 
 

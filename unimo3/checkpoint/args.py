@@ -16,7 +16,7 @@ class CheckpointArgs:
     """Steps; checkpoints at multiples of it are kept forever. 0: none."""
 
     background: bool = False
-    """Whether files are written behind the training, from a copy in host memory: only the copy blocks a step, and each
+    """Whether files are written in the background, from a copy in host memory: only the copy blocks a step, and each
     rank needs additional memory of the size of its files."""
     on_save_error: Literal["stop", "warn"] = "stop"
     """Whether a save that failed ends the run with status 78, or is logged and tried again at the next one. The last

@@ -141,7 +141,7 @@ def export_weights(
         on_overflow: what to do with values beyond the type's largest (fp16: 65504): refuse, clamp, or keep that
             tensor in float32.
         max_file_bytes: limit of a file's size, unless one tensor is larger.
-        num_jobs: tensors in work at a time; it changes time and memory, not the result. None: by the cores.
+        num_jobs: tensors processed at a time; it changes time and memory, not the result. None: by the cores.
         verify: read the files back and compare.
 
     Raises:

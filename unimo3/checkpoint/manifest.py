@@ -158,7 +158,7 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
     name = entry["name"]
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        return f"{name!r} in {MANIFEST} leads out of the folder"
+        return f"{name!r} in {MANIFEST} points outside the folder"
     path = folder / name
     try:
         if not path.is_file():
@@ -166,7 +166,7 @@ def _problem(folder: Path, entry: dict[str, Any]) -> str:
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
         if sha256_of(path) != entry["sha256"]:
-            return f"{name} has another content than was written"
+            return f"{name} does not match its SHA-256"
     except (OSError, ValueError) as error:  # ValueError: of a name no file can have
         if no_answer(error):
             raise

@@ -196,7 +196,7 @@ class Saver:
             self._thread.join(_EXIT_WAIT_S)
             if self._thread.is_alive() or self._failure is not None:
                 log.error(
-                    "the save under way failed or did not end in time (%s)", self._failure or f"{_EXIT_WAIT_S:g} s"
+                    "the background save failed or did not finish in time (%s)", self._failure or f"{_EXIT_WAIT_S:g} s"
                 )
 
     def _join(self) -> None:

@@ -77,12 +77,12 @@ def list_checkpoints(run: Path) -> list[Path]:
 def restore_replaced(run: Path) -> None:
     """Give a checkpoint its name back that a kill has left renamed while its step was saved again.
 
-    For the process that trains the run: what only reads could come between the two renames of a save.
+    For the process that trains the run: a read-only process could interfere between the two renames of a save.
     """
     for path in folder_of(run).glob(f"step_*{REPLACED}"):
         folder = path.with_name(path.name.removesuffix(REPLACED))
         if not folder.exists():
-            log.warning("%s: saving it again was cut off; the earlier one is used", folder)
+            log.warning("%s: a second save of this step was interrupted; the earlier checkpoint is used", folder)
             path.rename(folder)
 
 
@@ -111,7 +111,7 @@ def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = 
         log.warning("%s: none of the checkpoints is good; none is removed", run)
         return []
     if good in removable:
-        log.warning("%s: %s stays, the newest that is good", run, good.name)
+        log.warning("%s: %s is not removed: it is the newest good checkpoint", run, good.name)
         removable.remove(good)
     for folder in removable:
         _remove(folder)

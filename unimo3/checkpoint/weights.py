@@ -47,7 +47,7 @@ class Options:
         on_overflow: what to do with values beyond the type's largest (float16: 65504): refuse, clamp, or keep that
             tensor in float32.
         max_file_bytes: limit of a file's size, unless one tensor is larger.
-        num_jobs: tensors in work at a time.
+        num_jobs: tensors processed at a time.
         is_read_back: whether each tensor is read back and compared once it is written.
     """
 
@@ -106,7 +106,7 @@ def verify_layout(folder: Path, reports: Sequence[TensorReport]) -> None:
         locations |= {name: (path, location) for name, location in read_header(path).items()}
     wanted = {report.name for report in reports}
     if wanted != locations.keys():
-        raise CheckpointError(f"{folder}: tensors missing or too many: {sorted(wanted ^ locations.keys())[:5]}")
+        raise CheckpointError(f"{folder}: missing or unexpected tensors: {sorted(wanted ^ locations.keys())[:5]}")
     for report in reports:
         path, location = locations[report.name]
         if (str(location.dtype), list(location.shape)) != (f"torch.{report.dtype}", report.shape):
@@ -175,7 +175,7 @@ def _write_files(
                 sha256, digest = writer.read_back(public)
                 if digest != casting.digest:
                     raise CheckpointError(
-                        f"{public} in {writer.path.name} was read back otherwise than it was written; check the disk, "
+                        f"{public} in {writer.path.name} differs from what was written when read back; check the disk, "
                         "then export again"
                     )
             writers.release(file_of[name])

@@ -195,8 +195,8 @@ class DataArgs(Checked):
                         indexes += [index] if name == "data.train" else []
                         if name == "data.train" and is_test_split(index.split):
                             errors.append(
-                                f"{name}: '{source}': is the split {index.split} of {index.dataset}, to be tested "
-                                "on and not trained on; name its train"
+                                f"{name}: '{source}': is the split {index.split} of {index.dataset}, which is "
+                                "for evaluation only; name its train split"
                             )
         return errors or self._length_errors(indexes, kind, num_samples)
 

@@ -137,14 +137,16 @@ def _check_unchanged(folder: Path, names: Collection[str]) -> None:
         return  # an index of an older version, or one that lacks a field
     changed = [name for name, sha256 in unindexed_shards(folder).items() if before.get(name, sha256) != sha256]
     if changed:
+        differ = "1 tar differs" if len(changed) == 1 else f"{len(changed)} tars differ"
         raise DataError(
-            f"{folder}: {len(changed)} tars are not those that were indexed before ({', '.join(changed[:3])}); copy "
-            "them again, or give --overwrite if they were changed on purpose"
+            f"{folder}: {differ} from the index ({', '.join(changed[:3])}); copy the tars again, or give --overwrite "
+            "after a change on purpose"
         )
     if missing := sorted(before.keys() - set(names)):
+        absent = "1 tar of the index is" if len(missing) == 1 else f"{len(missing)} tars of the index are"
         raise DataError(
-            f"{folder}: {len(missing)} tars that were indexed before are missing ({', '.join(missing[:3])}); copy them "
-            "again, or give --overwrite if they were removed on purpose"
+            f"{folder}: {absent} missing ({', '.join(missing[:3])}); copy the tars again, or give --overwrite after a "
+            "removal on purpose"
         )
 
 

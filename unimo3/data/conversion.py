@@ -101,13 +101,13 @@ class Source:
         for split, sample in wanted.converter(wanted.source, wanted.images, self.omitted):
             if (split, sample.key) in seen:
                 raise DataError(
-                    f"{sample.images[0]}: '{sample.key}' stands twice in the source's split {split}; remove one record"
+                    f"{sample.images[0]}: '{sample.key}' occurs twice in the source's split {split}; remove one record"
                 )
             seen.add((split, sample.key))
             # Their images are split; in the others, an image or a pair may have texts in several splits.
             if wanted.format in _SPLIT_BY_IMAGE and split_of.setdefault(sample.key, split) != split:
                 raise DataError(
-                    f"{sample.images[0]}: stands in the source's splits {split_of[sample.key]} and {split}; held-out "
+                    f"{sample.images[0]}: is in the source's splits {split_of[sample.key]} and {split}; held-out "
                     "images must not be trained on: remove one record"
                 )
             if "questions" in sample.content:

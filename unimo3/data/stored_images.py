@@ -58,7 +58,9 @@ def read_image(path: Path, options: ImageOptions) -> tuple[str, bytes]:
     except (OSError, ValueError) as error:  # a ValueError of a name that no file can have
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, OSError) and error.errno not in _OF_THE_FILE:
-            raise DataError(f"{path}: cannot be read ({reason}); see to it and start the same command again") from error
+            raise DataError(
+                f"{path}: cannot be read ({reason}); fix the cause and start the same command again"
+            ) from error
         raise UnusableImageError(path, f"cannot be read ({reason})") from error
     try:
         image = decode(content)

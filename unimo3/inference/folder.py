@@ -126,7 +126,7 @@ def _dtype_of(name: DtypeName, config: Unimo3Config, device: torch.device) -> to
     if device.type != "cpu" or chosen is not torch.float16:
         return chosen
     if name == "fp16":
-        raise ConfigError("--dtype fp16: is not computed in on a CPU; use fp32, or bf16 for half the memory")
+        raise ConfigError("--dtype fp16: not supported on a CPU; use fp32, or bf16 for half the memory")
     log.warning("the weights are fp16, which a CPU does not compute in: using fp32; --dtype bf16 takes half the memory")
     return torch.float32
 

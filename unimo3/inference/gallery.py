@@ -220,7 +220,7 @@ def digest_of(weights: Path) -> str:
 
 
 def _raise_unlisted(error: OSError) -> None:
-    raise ConfigError(f"--images: {error.filename}: cannot be listed ({error.strerror}); see to its permissions")
+    raise ConfigError(f"--images: {error.filename}: cannot be listed ({error.strerror}); check its permissions")
 
 
 def _read(loaded: Loaded, paths: Sequence[Path]) -> list[Tensor | DataError]:

@@ -18,9 +18,9 @@ class OptimArgs:
     lr: float = 1e-5
     """Peak learning rate of the towers."""
     fusion_factor: float = 5.0
-    """Multiplier of it for the fusion encoder."""
+    """Factor of `lr` for the fusion encoder."""
     head_factor: float = 5.0
-    """Multiplier of it for the heads."""
+    """Factor of `lr` for the heads."""
     weight_decay: float = 0.01
     """Decay of weight matrices; biases, norms and single parameters have none."""
     beta1: float = 0.9

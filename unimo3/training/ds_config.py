@@ -62,8 +62,8 @@ class BatchPlan:
         if not self.contrasts or self.micro_batch * self.world_size != 1:
             return []
         return [
-            f"training.micro_batch: {self.micro_batch}: contrast and matching draw wrong partners in a micro-step, "
-            "over all ranks; at least 2 pairs are needed there"
+            f"training.micro_batch: {self.micro_batch}: ITC and ITM draw negatives from one micro-step over all "
+            "ranks, which needs at least 2 pairs"
         ]
 
 
@@ -149,7 +149,7 @@ def _zero_errors(section: dict[str, Any]) -> list[str]:
         errors.append(f"'zero_optimization': DeepSpeed refuses it: {error}")
     else:
         if stage < 1 and section.get("stage") != "auto":
-            errors.append("'zero_optimization.stage': 0: ZeRO is off; use 3, or 2 or 1, on which checkpoints rest")
+            errors.append("'zero_optimization.stage': 0: ZeRO is off; use stage 3, 2 or 1, which checkpoints require")
     return errors
 
 

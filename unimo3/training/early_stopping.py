@@ -105,7 +105,7 @@ class Best:
         if len(later) < self._args.patience:
             return False
         log.info(
-            "ends early: %d evaluations since %s have brought no better %s than %.4f (best.patience)",
+            "stopping early: in %d evaluations since %s, %s did not exceed %.4f (best.patience)",
             len(later),
             best.tag,
             best.metric,

@@ -56,7 +56,7 @@ class Heartbeat:
             return None
         return next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), None)
 
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether this host has the process, and it has not ended."""
         state = self.state()
         return state is not None and not state.startswith(("Z", "X"))
@@ -106,7 +106,7 @@ def other_process(run: Path) -> Heartbeat | None:
     rank = int(os.environ.get("RANK", "0"))
     for beat in read_heartbeats(run):
         is_recent = beat.rank == rank and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
-        if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.lives())):
+        if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.is_alive())):
             return beat
     return None
 
@@ -186,7 +186,7 @@ def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, si
     now = time.time()
     beats = [beat for beat in beats if beat.time >= started - silent_s]
     if absent := sorted(set(range(num_ranks)) - {beat.rank for beat in beats}):
-        return _some([f"rank {rank}, which has given no heartbeat since this start" for rank in absent])
+        return _some([f"rank {rank}, which has written no heartbeat since this start" for rank in absent])
     if silent := [beat for beat in beats if now - beat.time > silent_s]:
         return _some([f"{_describe(beat, now)}, silent for {now - beat.time:.0f} s{_fate(beat)}" for beat in silent])
     fewest = min(beat.beats for beat in beats)

@@ -61,20 +61,20 @@ class StopListener:
     def __init__(self) -> None:
         self.name: str | None = None
         self.wants_profile = False
-        self._lock = threading.Lock()  # of the two that follow from the file's state
+        self._lock = threading.Lock()  # protects `wants_profile` and `_profiled`
         self._profiled = 0.0  # time of the folder of traces when it was last looked at or written
         self._request = StopRequest.NONE
         self._folder: Path | None = None
         self._made = time.monotonic()
         self._started = 0.0  # by the clock of the folder's server
-        self._is_passed_on = False
+        self._is_forwarded = False
         self._is_interruptible = False
         self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
 
     def install(self) -> "StopListener":
         """Take over the stop signals: until `watch_folder` they end the process, to be started again."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
         return self
 
     def watch_folder(self, folder: Path) -> None:
@@ -99,15 +99,15 @@ class StopListener:
             with self._lock, suppress(OSError):
                 state = (self._folder / PROFILE_FILE).stat()
                 self.wants_profile |= not stat.S_ISDIR(state.st_mode) or state.st_mtime > self._profiled
-        if self._request == StopRequest.REQUEUE and not self._is_passed_on:
+        if self._request == StopRequest.REQUEUE and not self._is_forwarded:
             with suppress(OSError):  # tried again at the next call; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
-                self._is_passed_on = True
+                self._is_forwarded = True
         for name, request in ((STOP_FILE, StopRequest.STOP), (REQUEUE_FILE, StopRequest.REQUEUE)):
             if request > self._request and self._is_there(self._folder / name):
-                self._is_passed_on = True
+                self._is_forwarded = True
                 self._request, self.name = request, f"the file {self._folder / name}"
-                if signal.getsignal(signal.SIGUSR1) == self._note:
+                if signal.getsignal(signal.SIGUSR1) == self._on_signal:
                     os.kill(os.getpid(), signal.SIGUSR1)  # the main thread may be waiting for data
                 return
 
@@ -155,7 +155,7 @@ class StopListener:
         finally:
             self._is_interruptible = False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._folder is None:
             if self._is_first_of_host:
                 report(

@@ -251,8 +251,8 @@ class Run:
         now = self._settings.training.micro_batch * self._world_size
         if before != now and self._fingerprint is not None:
             log.warning(
-                "a micro-step now sees %d pairs over all ranks, before %d; contrastive and matching losses compare "
-                "within it: training.micro_batch %g with %d ranks keeps it",
+                "a micro-step now has %d pairs over all ranks, previously %d, which changes the ITC and ITM losses: "
+                "set training.micro_batch to %g with %d ranks to restore it",
                 now,
                 before,
                 before / self._world_size,

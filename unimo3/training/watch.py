@@ -137,7 +137,7 @@ class Watch:
             suspects = describe_suspects(beats, self._size, started, 5 * self._interval_s)
             message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
-                "%s. Every rank's stack traces are in %s; ending, to start again from the last checkpoint",
+                "%s. Every rank's stack traces are in %s. Exiting, so that the job restarts from the last checkpoint",
                 message,
                 self._run / STACKS,
             )
@@ -150,7 +150,7 @@ class Watch:
     def _report_hanging_folder(self) -> None:
         log.error(
             "rank %d: no progress for %g s (training.stall_after_s) in phase '%s' of step %d, and %s does not answer: "
-            "see its file system; the stacks follow. Ending, to start again from the last checkpoint",
+            "check its file system; stack traces follow. Exiting, so that the job restarts from the last checkpoint",
             self._rank,
             self._bound_s,
             self._phase,

@@ -122,7 +122,7 @@ def test_a_bad_row_is_named(tmp_path, row, line, expected):
         ("train_image/-1.jpg", "is '-1.jpg'; an image named after its row expected"),
         ("00000012.jpg", f"is '00000012.jpg', {TRAIN} has 12 rows; use one release"),
         ("9" * 5000, f"is '999999999999...9999999999999', {TRAIN} has 12 rows; use one release"),
-        ("0001.png", "is '0001.png', an image of row 1 stands before it; remove one of them"),
+        ("0001.png", "is '0001.png', an image of row 1 precedes it; remove one of them"),
     ],
 )
 def test_a_bad_name_of_an_image_is_named(tmp_path, line, expected):

@@ -92,7 +92,7 @@ def test_a_bad_field_is_named(tmp_path, change, expected):
 def test_a_repeated_identifier_is_refused(tmp_path, capfd):
     write_lines(write_source(tmp_path / "source") / "test1.json", [*TEST, TEST[0] | {"label": "False"}])
     assert prepare_shards("nlvr2", "--src", str(tmp_path / "source"), "--out", str(tmp_path / "out")) == 78
-    assert "'test1-0-1-0' stands twice in the source's split test; remove one record" in capfd.readouterr().err
+    assert "'test1-0-1-0' occurs twice in the source's split test; remove one record" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("identifier", ["._a-7-0-1", "__a-7-0-1", "..-7-0-1"])

@@ -349,7 +349,7 @@ def test_a_test_question_without_an_image_is_rejected(source_with_tests, tmp_pat
     assert prepare_shards("index", "--src", str(out / "holdout")) == 0
     assert ShardIndex(out / "holdout").missing_ids == [262144000, 262144005]
     (error,) = DataArgs(train=str(out / "holdout")).shard_errors("questions")
-    assert "is the split test of vqav2, to be tested on and not trained on" in error
+    assert "is the split test of vqav2, which is for evaluation only" in error
 
 
 def test_all_that_the_toy_writes_is_read(drawn):

@@ -96,9 +96,7 @@ class _Downloaded:
                 f"{where}: is {reprlib.repr(name)}, {table.name} has {len(self._listed)} rows; use one release"
             )
         if self._listed[row]:
-            raise DataError(
-                f"{where}: is {reprlib.repr(name)}, an image of row {row} stands before it; remove one of them"
-            )
+            raise DataError(f"{where}: is {reprlib.repr(name)}, an image of row {row} precedes it; remove one of them")
         self._listed[row] = 1
         if not self._digits:
             self._digits, self._suffix = len(stem), dot + suffix

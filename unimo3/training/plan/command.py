@@ -33,12 +33,14 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
     """
     parser = CommandParser(prog=program, description=description, allow_abbrev=False, epilog=epilog)
     parser.add_argument("--gpus", type=int, help="GPUs of all nodes, one rank each")
-    parser.add_argument("--gpu-memory", default="80GB", help="of one GPU, such as 80GB or 40GiB (default: %(default)s)")
+    parser.add_argument(
+        "--gpu-memory", default="80GB", help="memory of one GPU, such as 80GB or 40GiB (default: %(default)s)"
+    )
     parser.add_argument(
         "--reserve",
         type=float,
         default=0.1,
-        help="fraction of it to leave free, for CUDA, NCCL and fragmentation (default: %(default)s)",
+        help="fraction of GPU memory to leave free, for CUDA, NCCL and fragmentation (default: %(default)s)",
     )
     parser.add_argument(
         "--ds-config", help=f"the only DeepSpeed configuration to consider (default: all of {DS_CONFIGS.name}/)"
@@ -52,7 +54,7 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
     parser.add_argument(
         "--peak-tflops",
         type=float,
-        help="of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
+        help="peak of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, operations and seconds")
     return parser
