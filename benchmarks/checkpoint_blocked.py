@@ -1,6 +1,6 @@
 """Seconds for which a training step waits for a save, in the background and plain, on 2 ranks.
 
-    python -m benchmarks.checkpoint_held FOLDER PARAMETERS ROUNDS RESULT    (one rank of it)
+    python -m benchmarks.checkpoint_blocked FOLDER PARAMETERS ROUNDS RESULT    (one rank of it)
 
 Source: none.
 """
@@ -18,15 +18,15 @@ from benchmarks.checkpoint_engine import WIDTH, in_ranks, memory_bytes, start_en
 NUM_RANKS = 2
 
 
-def measure_held(num_parameters: int, rounds: int, work: Path) -> dict[str, Any]:
+def measure_blocked(num_parameters: int, rounds: int, work: Path) -> dict[str, Any]:
     """Seconds each kind of save blocks a step, by round, including the first of a run."""
-    return in_ranks(NUM_RANKS, "benchmarks.checkpoint_held", work, num_parameters, rounds)
+    return in_ranks(NUM_RANKS, "benchmarks.checkpoint_blocked", work, num_parameters, rounds)
 
 
-def held_table(num_parameters: int, saves: dict[str, Any]) -> str:
+def blocked_table(num_parameters: int, saves: dict[str, Any]) -> str:
     """The result in markdown."""
-    plain, background = (median(saves["held"][kind][1:]) for kind in ("plain", "background"))
-    earliest = saves["held"]["background"][0]
+    plain, background = (median(saves["blocked"][kind][1:]) for kind in ("plain", "background"))
+    earliest = saves["blocked"]["background"][0]
     lines = [
         f"{num_parameters / 1e9:.2f}B parameters on 2 ranks, {saves['files_bytes'] / 1e6:.0f} MB of files a rank.",
         "",
@@ -75,7 +75,7 @@ def save_by_turns(folder: Path, num_parameters: int, rounds: int) -> dict[str, A
                 total.append(time.perf_counter() - start)
     files = sum(path.stat().st_size for path in (folder / "plain").rglob("*.pt")) / world()[1]
     more, buffer_bytes = memory_bytes("VmRSS") - before, savers["background"].memory_bytes
-    return {"held": blocked, "total": total, "more_bytes": more, "copies_bytes": buffer_bytes, "files_bytes": files}
+    return {"blocked": blocked, "total": total, "more_bytes": more, "copies_bytes": buffer_bytes, "files_bytes": files}
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def shapes_of(num_parameters: int) -> list[dict[str, Any]]:
 
 
 def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: bool = True, seed: int = 0) -> None:
-    """Write `folder`/latest and the files of `NUM_RANKS` ranks below it, without ever holding a partition.
+    """Write `folder`/latest and the files of `NUM_RANKS` ranks below it, without ever having a partition in memory.
 
     Args:
         groups: of parameters, their shapes by name.

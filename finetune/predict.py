@@ -10,8 +10,8 @@
     predict TASK --weights W --input IN.jsonl --output OUT.jsonl    many at a time
 
 One process, no launcher. A line of IN.jsonl is an object {"image": PATH, "text": ...}, of NLVR2 with a list of two
-paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are kept. A line
-of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is invalid, "error": the others are
+paths; with --index the text alone, or the image. Paths start from the file's folder; further fields are retained. A
+line of OUT.jsonl has "line", its number, "input", and "answers" or, if that line is invalid, "error": the others are
 answered all the same, all errors are reported at the end, and the exit status is 78. OUT.jsonl is written atomically.
 
 Source: none.

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             raise CheckpointError(f"{args.run}: checkpoints cannot be removed ({error}); prune again") from error
         for folder in removed:
             print(f"removed {folder}")
-        print(f"{len(removed)} removed, {len(checkpoints) - len(removed)} kept")
+        print(f"{len(removed)} removed, {len(checkpoints) - len(removed)} retained")
 
 
 # A run that trains meanwhile removes old ones.
@@ -124,7 +124,7 @@ def retention(args: argparse.Namespace) -> tuple[int, int]:
     if keep_last is None:
         errors.append(f"--keep-last: not given, and {path} does not set it; give a number, at least 1")
     elif keep_last < 1:
-        errors.append(f"--keep-last {keep_last}: at least 1 must be kept, or nothing could resume")
+        errors.append(f"--keep-last {keep_last}: at least 1 is needed to resume")
     if keep_every < 0:
         errors.append(f"--keep-every {keep_every}: 0 (none) or a number of steps is needed")
     if errors:

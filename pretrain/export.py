@@ -192,7 +192,7 @@ def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) 
         lines.append("no run's folder was given: weights, index and report only, no configuration and no tokenizer")
     for report in reports:
         if report.num_over_range:
-            fate = "kept in float32" if report.dtype == "float32" else "clamped"
+            fate = "written in float32" if report.dtype == "float32" else "clamped"
             lines.append(f"{report.name}: {report.num_over_range} values out of range, {fate}")
     return "\n".join(lines)
 

@@ -110,7 +110,7 @@ requested_ranks() {
 ignoring_term() { (trap '' TERM && with_retries "$@"); }
 
 # A port below the ephemeral port range. Jobs that start together have consecutive numbers, and so do the
-# ports they try first; one that something else holds is skipped.
+# ports they try first; one that is in use is skipped.
 free_port() {
     local port try
     for try in {0..49}; do

@@ -161,7 +161,7 @@ def check_shards(arguments: list[str]) -> ErrorsAndNotices:
         return error.errors, []
     if args.verify or args.format == "index":
         return [], []
-    # Shards hold the images as they are, and little else.
+    # Shards contain the images as they are, and little else.
     sources = {args.src.resolve(), (args.images or args.src).resolve()}
     size = sum(size_of(folder) for folder in sources if not sources & set(folder.parents))
     free = free_bytes(args.out) + size_of(args.out.with_name(args.out.name + ".partial"))

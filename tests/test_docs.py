@@ -26,7 +26,7 @@ BANNED = re.compile(
     r"\b(faults?|mend(s|ed|ing)?|told|tells|said|says?|settle[sd]?|beside|anew|likewise|taken up|for ever|at hand|borne"
     r"|bears? with|aside|passed over|left out|(go|goes|going|went|gone) on|whole(?! numbers?)|served"
     r"|(a|the|its|their|whose) shares?|(?<!in )(?<!'s )places?(?! of)|claims?|booking|rivals?|patiently"
-    r"|unhurt|doomed|strangers?|cut(ting)? short|cutting in)\b",
+    r"|unhurt|doomed|strangers?|cut(ting)? short|cutting in|kept|figures|holds? up)\b",
     re.IGNORECASE,
 )
 BANNED_NAMES = {"found", "own", "told", "given", "said", "kept", "share", "shares", "place", "places", "whole"}

@@ -18,7 +18,7 @@ def run(*arguments):
 
 def test_a_small_run_writes_all_three_comparisons(tmp_path, program):
     out = tmp_path / "result.md"
-    sizes = ("--export", 1e6, "--elastic", LAYER, "--held", LAYER)
+    sizes = ("--export", 1e6, "--elastic", LAYER, "--blocked", LAYER)
     program.check(0, "benchmarks.checkpoint", *sizes, "--rounds", 1, "--work", tmp_path, "--out", out)
     text = out.read_text()
     for row in ("| ours, --no-verify |", "| zero_to_torch |", "| ds_to_universal |", "| background, later |"):
@@ -43,7 +43,7 @@ def test_a_load_that_does_not_fit_counts_as_no_time():
 
 
 def test_sizes_that_cannot_be_measured_are_refused_together(capsys):
-    assert run("--export", 5, "--held", 7, "--rounds", 0) == 78
+    assert run("--export", 5, "--blocked", 7, "--rounds", 0) == 78
     printed = capsys.readouterr().err
-    for problem in ("--export 5: at least 1e+06", "--held 7: at least", "--rounds 0: at least 1"):
+    for problem in ("--export 5: at least 1e+06", "--blocked 7: at least", "--rounds 0: at least 1"):
         assert problem in printed

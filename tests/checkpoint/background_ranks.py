@@ -30,7 +30,7 @@ def save_in_background(root: Path) -> dict[str, Any]:
     saver.wait()
     barrier()
     own_files = (root / "good" / "checkpoints" / "step_00000004").glob(f"*zero_pp_rank_{rank}_*")
-    results["kept bytes"], results["files bytes"] = saver.memory_bytes, sum(path.stat().st_size for path in own_files)
+    results["copies bytes"], results["files bytes"] = saver.memory_bytes, sum(path.stat().st_size for path in own_files)
     results["finished"] = [folder.name for folder in store.list_checkpoints(root / "good")]
 
     if rank == 0:

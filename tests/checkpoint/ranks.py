@@ -53,7 +53,7 @@ class OddModel(nn.Module):
 
 
 class OddTask(nn.Module):
-    """Holds its model as the pretraining task does."""
+    """Contains its model as the pretraining task does."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -125,7 +125,7 @@ def full_weights(engine: Any) -> Weights:
 
 def state_at(step: int) -> TrainState:
     """A state with recognisable values."""
-    return TrainState(step, 8 * step, "config", "index", world()[1], 8, {"note": "kept"})
+    return TrainState(step, 8 * step, "config", "index", world()[1], 8, {"note": "retained"})
 
 
 def save_runs(root: Path) -> dict[str, Any]:

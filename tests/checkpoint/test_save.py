@@ -56,7 +56,7 @@ def test_a_failure_on_one_rank_is_raised_on_every_rank(results):
 @pytest.mark.integration
 def test_the_copy_takes_no_more_memory_than_the_files(results):
     for rank in results:
-        assert 0 < rank["kept bytes"] <= rank["files bytes"]
+        assert 0 < rank["copies bytes"] <= rank["files bytes"]
 
 
 @pytest.mark.integration

@@ -185,7 +185,7 @@ def test_loading_restores_weights_moments_and_state_exactly(saved, loaded, run):
             "index",
             2,
             8,
-            {"note": "kept"},
+            {"note": "retained"},
             engine={"bf16": "ZeRO-3 bf16", "fp32": "ZeRO-3 fp32", "zero2": "ZeRO-2 bf16", "zero1": "ZeRO-1 fp32"}[run],
         )
         assert after[run]["weights"].keys() == before[run]["weights"].keys()

@@ -99,7 +99,7 @@ def test_too_many_rejects_end_a_conversion_and_a_fixed_source_continues(tmp_path
     assert convert(*arguments) == 78
     error = capfd.readouterr().err
     assert "--max-reject-ratio 0.001: 2 of 28 records of train cannot be used (such as" in error
-    assert "start the same command again: finished shards are kept" in error
+    assert "start the same command again: finished shards are not removed" in error
     assert not out.exists()
     assert len((tmp_path / "out.partial" / "rejects.jsonl").read_text().splitlines()) == 2
     for name in names:

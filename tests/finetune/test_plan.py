@@ -76,7 +76,7 @@ def test_the_text_names_the_unit_and_what_is_not_counted(capsys):
     )
     assert status == 0
     assert "operations a hypothesis: " in output.out
-    assert "activations a hypothesis, MB          kept  at most at once" in output.out
+    assert "activations a hypothesis, MB         saved  at most at once" in output.out
     assert "* zero3_fp32.json" in output.out
     assert "the recipe's 2048 does not fit; set training.micro_batch to " in output.out
     assert output.out.endswith("; waiting for ranks and data, and evaluation come on top\n")

@@ -154,10 +154,10 @@ def test_options_that_would_do_nothing_are_refused(tuned, photo, tmp_path, capsy
 
 def test_a_file_without_a_line_leaves_earlier_answers(tuned, tmp_path, capsys):
     source, target = write_lines(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl"
-    target.write_text("kept")
+    target.write_text("unchanged")
     assert run("vqa", "--weights", tuned / "vqa_weights", "--input", source, "--output", target) == 78
     assert f"--input {source}: contains no line; write one object a line" in capsys.readouterr().err
-    assert target.read_text() == "kept"
+    assert target.read_text() == "unchanged"
 
 
 def test_only_line_feeds_separate_texts_and_byte_order_marks_are_dropped(tuned, tmp_path, capsys):

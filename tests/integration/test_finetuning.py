@@ -1,4 +1,4 @@
-"""Fine-tuning programs: another resolution, an early end that holds, a file a split, evaluation alone of the best."""
+"""Fine-tuning programs: another resolution, an early end that lasts, a file a split, evaluation alone of the best."""
 
 import json
 

@@ -31,7 +31,7 @@ def start_with_failures(program, recipe, runs, monkeypatch):
 
 
 def when(condition, action):
-    """Act once a condition holds, on a thread of its own."""
+    """Act once a condition is true, on a thread of its own."""
 
     def wait():
         wait_for(condition, "a condition of the test")

@@ -1,4 +1,4 @@
-"""The planned memory of a rank against what a running DeepSpeed engine holds."""
+"""The planned memory of a rank against what a running DeepSpeed engine allocates."""
 
 from pathlib import Path
 
@@ -84,25 +84,27 @@ def held_by_an_engine(name):
         for key, value in state.items()
         if key.startswith("exp_avg")
     ]
-    held = {"moments": num_bytes(moments), **most}
+    allocated = {"moments": num_bytes(moments), **most}
     if Sharding(ds_config).stage == 3:
         weights = [parameter.ds_tensor for parameter in parameters]
         masters = optimizer.fp32_partitioned_groups_flat
         taken = {tensor.data_ptr() for tensor in weights}
-        held["weights"] = num_bytes(weights)
-        held["master_weights"] = num_bytes(tensor for tensor in masters if tensor.data_ptr() not in taken)
-        held["gradients"] = num_bytes([optimizer.grad_partitions_flat_buffer])
-        held["gradients"] += num_bytes([tensor.grad for tensor in masters if tensor.grad is not None])
-        held["persistent_weights"] = sum(p.ds_numel for p in parameters if p.ds_persist) * parameters[0].element_size()
+        allocated["weights"] = num_bytes(weights)
+        allocated["master_weights"] = num_bytes(tensor for tensor in masters if tensor.data_ptr() not in taken)
+        allocated["gradients"] = num_bytes([optimizer.grad_partitions_flat_buffer])
+        allocated["gradients"] += num_bytes([tensor.grad for tensor in masters if tensor.grad is not None])
+        allocated["persistent_weights"] = (
+            sum(p.ds_numel for p in parameters if p.ds_persist) * parameters[0].element_size()
+        )
     elif name == "zero1_bf16":
-        held["weights"] = num_bytes(optimizer.bf16_groups_flat)
-        held["master_weights"] = num_bytes(optimizer.fp32_groups_flat_partition)
-        held["gradients"] = num_bytes(optimizer.fp32_groups_gradients_flat)
+        allocated["weights"] = num_bytes(optimizer.bf16_groups_flat)
+        allocated["master_weights"] = num_bytes(optimizer.fp32_groups_flat_partition)
+        allocated["gradients"] = num_bytes(optimizer.fp32_groups_gradients_flat)
     else:
-        held["weights"] = num_bytes(optimizer.bit16_groups_flat)
-        held["master_weights"] = num_bytes(optimizer.single_partition_of_fp32_groups)
-        held["gradients"] = num_bytes(averaged)
-    return held
+        allocated["weights"] = num_bytes(optimizer.bit16_groups_flat)
+        allocated["master_weights"] = num_bytes(optimizer.single_partition_of_fp32_groups)
+        allocated["gradients"] = num_bytes(averaged)
+    return allocated
 
 
 def held_under_each_ds_config():
@@ -110,7 +112,7 @@ def held_under_each_ds_config():
 
 
 @pytest.fixture(scope="session")
-def held():
+def allocated():
     return run_ranks(NUM_RANKS, held_under_each_ds_config)
 
 
@@ -121,19 +123,19 @@ def planned(name):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", RUNS)
-def test_a_running_engine_uses_the_planned_memory(held, name):
+def test_a_running_engine_uses_the_planned_memory(allocated, name):
     memory = planned(name)
     expected = memory.device | memory.host | memory.pass_bytes
     kinds = set(expected) - {"gathered_weights", "buckets"}
     assert {"weights", "moments"} < kinds
     for rank in range(NUM_RANKS):
         for kind in kinds:
-            assert expected[kind] == pytest.approx(held[rank][name][kind], rel=0.02), (rank, kind)
+            assert expected[kind] == pytest.approx(allocated[rank][name][kind], rel=0.02), (rank, kind)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("zero3")])
-def test_no_more_is_gathered_than_was_planned(held, name):
+def test_no_more_is_gathered_than_was_planned(allocated, name):
     expected = planned(name).pass_bytes["gathered_weights"]
     for rank in range(NUM_RANKS):
-        assert 0.8 * expected < held[rank][name]["gathered_weights"] <= expected
+        assert 0.8 * expected < allocated[rank][name]["gathered_weights"] <= expected

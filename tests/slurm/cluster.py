@@ -232,7 +232,7 @@ class Cluster:
         return min((datetime.fromisoformat(one).timestamp() for one in times), default=None)
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
-        """Poll until a condition holds."""
+        """Poll until a condition is true."""
         wait_for(condition, what, self._logs, poll_s=0.1)
 
     def _logs(self) -> str:

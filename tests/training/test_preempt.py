@@ -88,7 +88,7 @@ def test_a_touch_requests_a_profile_once_however_often_traces_are_written(tmp_pa
 @pytest.mark.integration
 def test_a_stop_signal_before_training_ends_the_process_with_status_75():
     program = (
-        "import os, signal; from unimo3.training.preempt import StopListener; kept = StopListener().install(); "
+        "import os, signal; from unimo3.training.preempt import StopListener; listener = StopListener().install(); "
         "os.kill(os.getpid(), signal.SIGUSR2); print('continues')"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

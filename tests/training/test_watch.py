@@ -25,10 +25,10 @@ from pathlib import Path
 from unimo3.training import watch
 logging.basicConfig()
 watch._REPORTING_S = float(os.environ.get("REPORTING_S", "60"))
-kept = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
-kept.beat(sys.argv[3], 5)
+rank_watch = watch.Watch(Path(sys.argv[1]), float(sys.argv[2]), lambda: None)
+rank_watch.beat(sys.argv[3], 5)
 while sys.argv[4:] and not Path(sys.argv[4]).exists():
-    kept.beat(sys.argv[3], 5)
+    rank_watch.beat(sys.argv[3], 5)
     time.sleep(0.05)
 real_time = time.time
 time.time = lambda: real_time() + 5000  # somebody sets the clock

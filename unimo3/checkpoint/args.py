@@ -13,7 +13,7 @@ class CheckpointArgs:
     keep_last: int = 3
     """Newest checkpoints to keep, at least 1."""
     keep_every: int = 0
-    """Steps; checkpoints at multiples of it are kept forever. 0: none."""
+    """Steps; checkpoints at multiples of it are never removed. 0: none."""
 
     background: bool = False
     """Whether files are written in the background, from a copy in host memory: only the copy blocks a step, and each
@@ -28,7 +28,7 @@ class CheckpointArgs:
         if self.every_steps < 1:
             errors.append(f"checkpoint.every_steps: {self.every_steps}: at least 1 step is needed")
         if self.keep_last < 1:
-            errors.append(f"checkpoint.keep_last: {self.keep_last}: at least 1 must be kept, or nothing could resume")
+            errors.append(f"checkpoint.keep_last: {self.keep_last}: at least 1 is needed to resume")
         if self.keep_every < 0:
             errors.append(f"checkpoint.keep_every: {self.keep_every}: 0 (none) or a number of steps is needed")
         return errors

@@ -272,7 +272,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
                 f"--max-reject-ratio {limit:g}: {len(rejects)} of {num_records} records of {split} "
                 f"cannot be used (such as {rejects[0]['image']}: {rejects[0]['reason']}); "
                 f"{staging / REJECTS} lists them; check --images, fix them, or raise the limit, and start the same "
-                "command again: finished shards are kept"
+                "command again: finished shards are not removed"
             )
 
 

@@ -1,4 +1,4 @@
-"""What every rank was doing last, and which of them holds up the others.
+"""What every rank was doing last, and which of them the others wait for.
 
     RUN/heartbeats/rank_00000.json    {"rank", "host", "pid", "step", "phase", "beats", "since", "time"}: times in
                                       seconds since 1970 by the rank's own clock; since: when it entered the phase;
@@ -173,7 +173,7 @@ def _in_use(run: Path, user: str) -> str:
 
 
 def describe_suspects(beats: list[Heartbeat], num_ranks: int, started: float, silent_s: float) -> str:
-    """Which ranks hold up the others: those that never came, else the silent ones, else those furthest behind.
+    """Which ranks the others wait for: those that never came, else the silent ones, else those furthest behind.
 
     Clocks do not show who is behind: a rank may enter a phase before another does and still be the one that waits.
 

@@ -51,7 +51,7 @@ def plan_metrics(
         "activation_checkpointing": activation_checkpointing,
         "activation_bytes_per_pair": {
             "with_checkpointing" if on else "without_checkpointing": {
-                "kept": int(costs[on].saved_bytes),
+                "saved": int(costs[on].saved_bytes),
                 "at_most": int(costs[on].peak_bytes),
             }
             for on in costs
@@ -103,9 +103,9 @@ def plan_text(plan: Metrics) -> str:
         note = " (the recipe's)" if name == plan["recipe_ds_config"] else ""
         lines.append(f"{'  * ' if name == plan['ds_config'] else '    '}{name:26}{reason}{note}")
     lines += ["", f"memory of a rank with {plan['ds_config']}, GB", *_memory_lines(plan["rank_bytes"], usable)]
-    lines += ["", f"{f'activations a {unit}, MB':38}kept  at most at once"]
+    lines += ["", f"{f'activations a {unit}, MB':37}saved  at most at once"]
     for name, sizes in plan["activation_bytes_per_pair"].items():
-        lines.append(f"    {name.replace('_', ' '):26}{sizes['kept'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
+        lines.append(f"    {name.replace('_', ' '):26}{sizes['saved'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
     lines += ["", _micro_batch_line(plan["micro_batch"])]
     lines += [_time_line(machine, plan["time"], plan.get("not_counted", _NOT_COUNTED))]
     return "\n".join(lines)
