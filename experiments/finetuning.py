@@ -96,7 +96,7 @@ def main() -> None:
 
 {below} Each recipe's tiny version, one seed, 2 ranks under ZeRO-3, from the same exported `tiny`, pretrained for
 {PRETRAINING_STEPS} steps. The guess for the first three is the best of several rules on the very texts it is measured
-on (`unimo3/data/blind.py`); for retrieval it is one order of all candidates for every query.
+on (`unimo3/data/blind_baseline.py`); for retrieval it is one order of all candidates for every query.
 
 ## Pretrained against random weights
 

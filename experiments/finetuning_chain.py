@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import ROOT
 from pretrain.toy import blind_rates
-from unimo3.data.blind import BlindGuesser
+from unimo3.data.blind_baseline import BlindGuesser
 from unimo3.data.index import ShardIndex
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import read_exported_config

@@ -64,7 +64,7 @@ class FinetuneConfig(Checked):
 
     def slow_errors(self) -> list[str]:
         """Return where weights, tokenizer and task do not fit together, one line per error."""
-        from finetune.weights import head_errors, resized, task_errors
+        from finetune.init_checks import head_errors, resized, task_errors
         from unimo3.checkpoint.export import changed_files
 
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
-from finetune.task import Reading, Results, Row, RowTask
+from finetune.task import InputSettings, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
 from unimo3.data.statements import TRUTH_LABELS, ImagePairSamples
@@ -45,9 +45,9 @@ class Nlvr2(RowTask):
         config.id2label = dict(enumerate(TRUTH_LABELS))
         config.label2id = {label: number for number, label in enumerate(TRUTH_LABELS)}
 
-    def samples(self, index: ShardIndex, reading: Reading) -> ImagePairSamples:
+    def samples(self, index: ShardIndex, input_settings: InputSettings) -> ImagePairSamples:
         """Statements with their two images."""
-        return ImagePairSamples(index, *reading)
+        return ImagePairSamples(index, *input_settings)
 
     def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Numbers of classes."""

@@ -53,7 +53,7 @@ class PlannedFinetuning(FinetuneConfig):
         Raises:
             ConfigError: there is none, or it does not fit the task.
         """
-        from finetune.weights import resized, task_errors
+        from finetune.init_checks import resized, task_errors
 
         if self.init and self.model_recipe:
             raise ConfigError(f"--model {self.model_recipe}: init '{self.init}' names the model too; leave one out")

@@ -17,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 from finetune.tasks import config_class
 from unimo3.atomic_write import replace_bytes
 from unimo3.errors import ConfigError, DataError
-from unimo3.inference.folder import Loaded, load
-from unimo3.inference.gallery import embed_images, embed_texts, images_in, open_gallery, save
+from unimo3.inference.exported_model import Loaded, load
 from unimo3.inference.inputs import Prepared, Row, checked_text, prepare, tokens
 from unimo3.inference.lines import Answerer, answer_file, count_lines, encoded, error_message, images_of, text_of
 from unimo3.inference.predictors import Answers, Predictor
 from unimo3.inference.search import Search
+from unimo3.inference.search_index import embed_images, embed_texts, images_in, open_search_index, save
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.texts import is_blank, plain
 
@@ -80,15 +80,15 @@ def _searcher(args: argparse.Namespace, loaded: Loaded) -> Callable[[str | Path,
     """The search in ``--index``, if there is one."""
     if getattr(args, "index", None) is None:
         return None
-    gallery = open_gallery(args.index, Path(args.weights))
-    if gallery.kind == "images" and args.image:
+    index = open_search_index(args.index, Path(args.weights))
+    if index.kind == "images" and args.image:
         raise ConfigError(f"--image {args.image[0]}: {args.index} contains images, which a text searches; give --text")
-    if gallery.kind == "texts" and args.text:
+    if index.kind == "texts" and args.text:
         raise ConfigError(
             f"--text '{args.text[0]}': {args.index} contains texts, which an image searches; give --image"
         )
-    args.searched = gallery.kind
-    return Search(loaded, gallery, _RERANK if args.rerank is None else args.rerank, args.batch).find
+    args.searched = index.kind
+    return Search(loaded, index, _RERANK if args.rerank is None else args.rerank, args.batch).find
 
 
 def make_index(args: argparse.Namespace) -> None:
@@ -99,11 +99,11 @@ def make_index(args: argparse.Namespace) -> None:
     errors: list[str] = []
     with progress(len(names), "text" if texts else "image") as bar:
         if texts:
-            gallery = embed_texts(loaded, texts, args.batch, bar.update)
+            index = embed_texts(loaded, texts, args.batch, bar.update)
         else:
-            gallery, errors = embed_images(loaded, args.images, names, args.batch, bar.update)
-    save(gallery, Path(args.weights), args.out)
-    print(f"{args.out}: {len(gallery.names)} {gallery.kind}")
+            index, errors = embed_images(loaded, args.images, names, args.batch, bar.update)
+    save(index, Path(args.weights), args.out)
+    print(f"{args.out}: {len(index.names)} {index.kind}")
     if skipped:
         log.warning("%s: skipped %d files that are no images:\n  %s", args.images, len(skipped), _first(skipped))
     if errors:
@@ -141,12 +141,12 @@ def rank(loaded: Loaded, images: list[Path], texts: list[str], batch: int, top: 
         DataError: an image is missing, or none.
     """
     if len(texts) == 1:
-        gallery, errors = embed_images(loaded, Path(), [str(path) for path in images], batch)
+        index, errors = embed_images(loaded, Path(), [str(path) for path in images], batch)
         if errors:
             raise DataError("; ".join(errors))
-        return Search(loaded, gallery, len(images), batch).find(texts[0], top)
-    gallery = embed_texts(loaded, texts, batch)
-    return Search(loaded, gallery, len(texts), batch).find(images[0], top)
+        return Search(loaded, index, len(images), batch).find(texts[0], top)
+    index = embed_texts(loaded, texts, batch)
+    return Search(loaded, index, len(texts), batch).find(images[0], top)
 
 
 def answer_lines(

@@ -11,10 +11,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
+from finetune.init_checks import resized
 from finetune.plan_settings import tuning_step
 from finetune.results import write_files
-from finetune.task import HeldOut, Reading, Task
-from finetune.weights import resized
+from finetune.task import HeldOut, InputSettings, Task
 from unimo3.checkpoint.initial_weights import config_of, has_begun, run_of, weights_of
 from unimo3.data.index import is_test_split
 from unimo3.data.tokenizer import load_tokenizer
@@ -30,9 +30,9 @@ from unimo3.training.ds_config import read_ds_config
 from unimo3.training.early_stopping import Best
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, Guard
+from unimo3.training.process import start_process
 from unimo3.training.run import Run
 from unimo3.training.sample_pictures import sample_pictures
-from unimo3.training.start import start_process
 from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
 
@@ -83,11 +83,11 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer), *task.model_files())
     run.resume(engine)
 
-    def reading(transform: ImageTransform) -> Reading:
-        return Reading(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
+    def inputs_through(transform: ImageTransform) -> InputSettings:
+        return InputSettings(tokenizer, settings.data.max_text_tokens, transform, settings.run.seed)
 
     data = settings.data
-    trained = reading(ImageTransform(image_size, data.augment, data.crop_scale, data.reduced_decode))
+    trained = inputs_through(ImageTransform(image_size, data.augment, data.crop_scale, data.reduced_decode))
     loader = None
     if not settings.eval_only:
         loader = settings.data.training_loader(
@@ -102,7 +102,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     evaluation = None
     if val_index is not None:
         held_out = HeldOut(
-            val_index, reading(ImageTransform(image_size)), world, batch.micro_batch, settings.data.reader
+            val_index, inputs_through(ImageTransform(image_size)), world, batch.micro_batch, settings.data.reader
         )
         evaluation = _evaluation(settings, task, engine, run, held_out)
     with closing(run):
@@ -129,7 +129,7 @@ def _model_config(settings: FinetuneConfig, task: Task, fresh: str) -> Unimo3Con
 
 def _build_engine(
     settings: FinetuneConfig, task: Task, model_config: Unimo3Config, ds_config: dict[str, Any], fresh: str
-) -> Any:
+) -> Engine:
     # If a run continues, the checkpoint has all weights.
     begins = broadcast_object(not has_begun(settings.run.folder))
     weights = weights_of(settings.init, settings.run.folder, newest=settings.eval_only) if begins else ""
@@ -161,7 +161,7 @@ def _evaluation(settings: FinetuneConfig, task: Task, engine: Engine, run: Run, 
         best = Best(settings.best, task.best_metric, chooses_on, settings.training.eval_every)
 
     def pictures(guard: Guard) -> "dict[str, Image]":
-        samples, tokenizer = task.samples(index, held_out.reading), held_out.reading.tokenizer
+        samples, tokenizer = task.samples(index, held_out.input_settings), held_out.input_settings.tokenizer
         return sample_pictures(engine, samples, world, tokenizer, guard, functools.partial(task.describe, engine))
 
     return Evaluation(index.fingerprint, evaluate, index.split, best, pictures)

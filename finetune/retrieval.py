@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
-from finetune.task import HeldOut, Reading, Results, Task
+from finetune.task import HeldOut, InputSettings, Results, Task
 from unimo3 import config
 from unimo3.data.captioned import CaptionedImages, samples_of_images
 from unimo3.data.index import ShardIndex
@@ -48,10 +48,15 @@ class Retrieval(Task):
         self._ranking = ranking
         self._seed = seed
 
-    def samples(self, index: ShardIndex, reading: Reading) -> PretrainSamples:
+    def samples(self, index: ShardIndex, input_settings: InputSettings) -> PretrainSamples:
         """Images with one caption each, as in pretraining, without masks."""
         return PretrainSamples(
-            index, reading.tokenizer, reading.max_text_tokens, reading.transform, mlm_probability=0.0, seed=reading.seed
+            index,
+            input_settings.tokenizer,
+            input_settings.max_text_tokens,
+            input_settings.transform,
+            mlm_probability=0.0,
+            seed=input_settings.seed,
         )
 
     def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
@@ -81,8 +86,10 @@ class Retrieval(Task):
         """Recall; see `held_out_recall`."""
         from unimo3.training.retrieval.evaluation import held_out_recall
 
-        reading = held_out.reading
-        samples = CaptionedImages(held_out.shards, reading.tokenizer, reading.max_text_tokens, reading.transform)
+        input_settings = held_out.input_settings
+        samples = CaptionedImages(
+            held_out.shards, input_settings.tokenizer, input_settings.max_text_tokens, input_settings.transform
+        )
         metrics = held_out_recall(
             engine, samples, held_out.world, held_out.batch, held_out.reader, self._ranking, guard
         )

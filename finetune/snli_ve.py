@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
-from finetune.task import Reading, Results, Row, RowTask
+from finetune.task import InputSettings, Results, Row, RowTask
 from unimo3 import config
 from unimo3.data.index import ShardIndex
 from unimo3.data.statements import ENTAILMENT_LABELS, EntailmentSamples
@@ -44,9 +44,9 @@ class SnliVe(RowTask):
         config.id2label = dict(enumerate(ENTAILMENT_LABELS))
         config.label2id = {label: number for number, label in enumerate(ENTAILMENT_LABELS)}
 
-    def samples(self, index: ShardIndex, reading: Reading) -> EntailmentSamples:
+    def samples(self, index: ShardIndex, input_settings: InputSettings) -> EntailmentSamples:
         """Hypotheses with their photo."""
-        return EntailmentSamples(index, *reading)
+        return EntailmentSamples(index, *input_settings)
 
     def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":
         """Numbers of classes."""

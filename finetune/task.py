@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
-class Reading(NamedTuple):
+class InputSettings(NamedTuple):
     """How bytes become inputs; see `Samples`."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class HeldOut(NamedTuple):
     """
 
     shards: ShardIndex
-    reading: Reading
+    input_settings: InputSettings
     world: World
     batch: int
     reader: ReaderArgs
@@ -110,7 +110,7 @@ class Task(ABC):
         return ()
 
     @abstractmethod
-    def samples(self, index: ShardIndex, reading: Reading) -> Samples:
+    def samples(self, index: ShardIndex, input_settings: InputSettings) -> Samples:
         """Inputs from shards, for training and for rows that are scored."""
 
     @abstractmethod
@@ -176,7 +176,7 @@ class RowTask(Task):
         """
         from unimo3.data.loader import evaluation_batches
 
-        samples = self.samples(held_out.shards, held_out.reading)
+        samples = self.samples(held_out.shards, held_out.input_settings)
         if not sum(samples.units_per_shard):
             raise DataError(
                 f"data.val: '{held_out.shards.source}': contains no {self.kind} to score; name other shards"

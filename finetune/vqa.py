@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.args import FinetuneConfig
-from finetune.task import Reading, Results, Row, RowTask
+from finetune.task import InputSettings, Results, Row, RowTask
 from unimo3 import config
 from unimo3.checkpoint.initial_weights import config_of, model_files_of
 from unimo3.data.answers import AnswerVocabulary
@@ -60,9 +60,9 @@ class Vqa(RowTask):
         """``answers.json``."""
         return (self._answers,)
 
-    def samples(self, index: ShardIndex, reading: Reading) -> VqaSamples:
+    def samples(self, index: ShardIndex, input_settings: InputSettings) -> VqaSamples:
         """Questions."""
-        tokenizer, max_text_tokens, transform, seed = reading
+        tokenizer, max_text_tokens, transform, seed = input_settings
         return VqaSamples(index, tokenizer, max_text_tokens, transform, self._answers, seed)
 
     def blank_labels(self, num_rows: int) -> "dict[str, Tensor]":

@@ -31,7 +31,7 @@ _ZERO_FILES = "*_optim_states.pt"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExportSource:
     """What to export.
 
     Attributes:
@@ -114,7 +114,7 @@ def check(args: argparse.Namespace) -> int:
     return int(size[1]) * _UNITS[size[2]]
 
 
-def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Choice:
+def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> ExportSource:
     """The checkpoint to export, verified if it has a manifest.
 
     Args:
@@ -126,7 +126,7 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such folder; name the folder of a run")
     if not store.folder_of(run).is_dir() and (any(run.glob(_ZERO_FILES)) or (run / "latest").is_file()):
-        return Choice(None, _zero_folder(run, tag))
+        return ExportSource(None, _zero_folder(run, tag))
     if tag is None:
         newest = newest_good(run) if verify else next(reversed(store.list_checkpoints(run)), None)
         if newest is None:
@@ -134,7 +134,7 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
                 f"{run}: has no good checkpoint in {store.folder_of(run)}; "
                 + ("copy a good one back" if store.has_folders(run) else "let it train to its first save")
             )
-        return Choice(run, newest)
+        return ExportSource(run, newest)
     if tag == "best":
         best = read_best(run)
         if best is None:
@@ -149,7 +149,7 @@ def choose_checkpoint(run: Path, tag: str | None, *, verify: bool = True) -> Cho
         raise CheckpointError(f"--tag {tag}: no such checkpoint in {store.folder_of(run)}; there are: {known}")
     if verify:
         _refuse_damaged(folder, "leave out --tag to take the newest good one")
-    return Choice(run, folder)
+    return ExportSource(run, folder)
 
 
 def _zero_folder(folder: Path, tag: str | None) -> Path:
@@ -177,7 +177,7 @@ def _refuse_damaged(folder: Path, fix: str) -> None:
         raise CheckpointError(f"{folder}: is damaged ({'; '.join(problems)}); {fix}")
 
 
-def summary(out: Path, choice: Choice, dtype: str, reports: list[TensorReport]) -> str:
+def summary(out: Path, choice: ExportSource, dtype: str, reports: list[TensorReport]) -> str:
     """A few lines on what was written."""
     files = sorted(out.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)

@@ -16,7 +16,7 @@ from unimo3.data.conversion import MARK, MAX_REJECT_RATIO, Conversion, convert, 
 from unimo3.data.formats import CONVERTERS, pairs
 from unimo3.data.formats.pairs import PairsOptions
 from unimo3.data.formats.tables import TableOptions
-from unimo3.data.ranks import communicator
+from unimo3.data.mpi_jobs import communicator
 from unimo3.data.stored_images import ImageOptions
 from unimo3.errors import CommandParser, ConfigError, Unimo3Error, exit_with_status
 

@@ -20,9 +20,9 @@ from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import read_ds_config
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, held_out_losses
+from unimo3.training.process import start_process
 from unimo3.training.run import Run
 from unimo3.training.sample_pictures import sample_pictures
-from unimo3.training.start import start_process
 from unimo3.training.throughput import count_operations
 from unimo3.training.trainer import Trainer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from unimo3.data.blind import BlindGuesser
+from unimo3.data.blind_baseline import BlindGuesser
 from unimo3.data.toy.formats import write_coco_and_vqav2, write_flickr30k_and_snli_ve, write_nlvr2
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 

@@ -11,8 +11,8 @@ from tests.waiting import wait_for, wait_for_end
 from unimo3 import distributed
 from unimo3.errors import ConfigError
 from unimo3.launch import free_port
+from unimo3.training.process import start_process
 from unimo3.training.run import RunArgs
-from unimo3.training.start import start_process
 
 
 def describe_world() -> dict:

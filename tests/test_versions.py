@@ -61,7 +61,7 @@ def weights() -> Path:
 
 
 def write_gallery() -> None:
-    gallery.save(gallery.Gallery("texts", ["a"], Path(), torch.zeros(1, 4)), weights(), Path("gallery"))
+    gallery.save(gallery.SearchIndex("texts", ["a"], Path(), torch.zeros(1, 4)), weights(), Path("gallery"))
 
 
 best = BestRecord("step_00000001", 1, "accuracy", 0.5, "val")
@@ -101,8 +101,8 @@ def answers() -> AnswerVocabulary:
     return AnswerVocabulary.load(Path("answers.json"))
 
 
-def opened_gallery() -> gallery.Gallery:
-    return gallery.open_gallery(Path("gallery"), Path("weights"))
+def opened_gallery() -> gallery.SearchIndex:
+    return gallery.open_search_index(Path("gallery"), Path("weights"))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.data.conftest import draw_jpeg
 from tests.data.mutations import JUNK, TEXTS, damaged, property_settings, result_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
-from unimo3.data.texts import BadSampleError, captions_of, content_of
+from unimo3.data.sample_texts import BadSampleError, captions_of, content_of
 from unimo3.texts import plain
 
 JPEG = draw_jpeg(0, 8, 8)

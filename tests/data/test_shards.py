@@ -21,7 +21,7 @@ from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
 from unimo3.data.formats import vqav2
 from unimo3.data.index import ShardIndex
-from unimo3.data.progress import Progress
+from unimo3.data.progress import PreparationProgress
 from unimo3.data.shards import Reject, ShardDone
 from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.errors import DataError
@@ -300,7 +300,7 @@ def test_the_position_of_bad_images_in_the_source_does_not_matter(tmp_path):
     ],
 )
 def test_a_test_split_loses_no_record_unless_allowed(tmp_path, split, ratio, is_refused):
-    progress = Progress("records")
+    progress = PreparationProgress("records")
     reject = Reject(split, "7", "7.jpg", "cannot be decoded", (70, 71))
     progress.add(ShardDone(split, 0, 3000, (reject,), reused=False))
     wanted = Conversion("vqav2", vqav2.convert, tmp_path, tmp_path, tmp_path, False, 1024, ImageOptions(), ratio, 0, 9)

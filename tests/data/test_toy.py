@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pretrain import toy
-from unimo3.data.blind import BlindGuesser
+from unimo3.data.blind_baseline import BlindGuesser
 from unimo3.data.toy.language import captions, pair_statement, questions, statement
 from unimo3.data.toy.scene import draw_scene
 from unimo3.metrics.vqa import vqa_accuracy

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
-from finetune.task import HeldOut, Reading
+from finetune.task import HeldOut, InputSettings
 from finetune.vqa import Vqa
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -36,7 +36,7 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
         ds_config: contains `DS_CONFIG`.
     """
     rank, size = world()
-    reading = Reading(load_tokenizer(str(weights)), 12, ImageTransform(16), 0)
+    reading = InputSettings(load_tokenizer(str(weights)), 12, ImageTransform(16), 0)
     answers = AnswerVocabulary.load(shards / "vqa" / "answers.json")
     read = read_ds_config(str(ds_config), BatchPlan(BATCH * size, BATCH, size), 1.0)
     results = {}

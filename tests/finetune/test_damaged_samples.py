@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.nlvr2 import Nlvr2
 from finetune.retrieval import Retrieval
 from finetune.snli_ve import SnliVe
-from finetune.task import HeldOut, Reading
+from finetune.task import HeldOut, InputSettings
 from finetune.vqa import Vqa
 from tests.finetune.damage import (
     NUM_GOOD,
@@ -115,7 +115,7 @@ def test_a_damaged_sample_of_a_task_is_never_lost(tokenizer, encode, name, data,
     member = data.draw(damaged(content_of(NUM_GOOD)))
     with tempfile.TemporaryDirectory() as folder:
         index = write_shards(Path(folder), content_of, images, [(position, member, picture)])
-        reading = Reading(tokenizer, 12, ImageTransform(8), 0)
+        reading = InputSettings(tokenizer, 12, ImageTransform(8), 0)
         samples = task.samples(index, reading)
         num_damaged = num_units(kind, member)
         total = sum(samples.units_per_shard)
@@ -148,7 +148,7 @@ def test_a_damaged_sample_of_captions_is_never_lost(tokenizer, encode, is_retrie
     with tempfile.TemporaryDirectory() as folder:
         index = write_shards(Path(folder), pretraining_content, ["jpg"], [(position, member, picture)])
         assert DataArgs(train=folder).shard_errors("captions") == []
-        reading = Reading(tokenizer, 12, ImageTransform(8), 0)
+        reading = InputSettings(tokenizer, 12, ImageTransform(8), 0)
         trained = PretrainSamples(index, *reading[:3], 0.15, 0)
         if is_retrieval:
             trained = Retrieval(RankingArgs(), 0).samples(index, reading)

@@ -8,7 +8,7 @@ import torch
 
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
-from finetune.task import HeldOut, Reading
+from finetune.task import HeldOut, InputSettings
 from finetune.vqa import Vqa
 from tests.data.conftest import index_again, write_tar
 from tests.data.test_identity import described
@@ -131,7 +131,7 @@ def evaluate_vqa(folder, tokenizer, missing_ids=()):
     index = ShardIndex(folder)
     if missing_ids:
         index._missing_ids = list(missing_ids)
-    reading = Reading(tokenizer, 12, ImageTransform(16), 0)
+    reading = InputSettings(tokenizer, 12, ImageTransform(16), 0)
     return task.evaluate(objective, HeldOut(index, reading, World(0, 0, 1), 2, ReaderArgs(0, 1)), Unguarded())
 
 
@@ -211,7 +211,7 @@ def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp
     for shard in content["shards"]:
         shard["num_items"] = 0
     path.write_text(json.dumps(content))
-    reading = Reading(tokenizer, 12, ImageTransform(16), 0)
+    reading = InputSettings(tokenizer, 12, ImageTransform(16), 0)
     held_out = HeldOut(ShardIndex(tmp_path / "val"), reading, World(0, 0, 1), 2, ReaderArgs(0, 1))
     with pytest.raises(DataError, match=r"data\.val: '.*val': contains no hypotheses to score; name other shards"):
         SnliVe().evaluate(None, held_out, Unguarded())

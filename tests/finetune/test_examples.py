@@ -19,7 +19,7 @@ from tests.model.test_bridgetower import draw_config
 from tests.spawn import ROOT
 from tests.test_docs import PAGES
 from tests.test_documented_commands import CONSOLE, commands
-from unimo3.inference.gallery import open_gallery
+from unimo3.inference.search_index import open_search_index
 
 pytestmark = pytest.mark.xdist_group("finetune")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -143,4 +143,4 @@ def test_the_readme_goes_from_a_csv_to_an_answered_search(pretrained, tmp_path):
         assert process.exitcode == 0, output.read_text()
     names = re.findall(r"(\d+)\.jpg", output.read_text())
     assert len(names) == len(set(names)) > 1
-    assert len(open_gallery(tmp_path / "index" / "own", tmp_path / "weights" / "own").names) == 200
+    assert len(open_search_index(tmp_path / "index" / "own", tmp_path / "weights" / "own").names) == 200

@@ -15,7 +15,7 @@ from unimo3.inference.explain import (
     recorded_weights,
     words_of,
 )
-from unimo3.inference.folder import Loaded, load
+from unimo3.inference.exported_model import Loaded, load
 from unimo3.inference.inputs import Row, prepare, tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImagesAndTextClassification, Unimo3ForVisualQuestionAnswering

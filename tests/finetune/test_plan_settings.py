@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.plan_settings import model_of_recipe, planned
-from finetune.task import Reading
+from finetune.task import InputSettings
 from finetune.tasks import TASKS, config_class
 from finetune.vqa import PUBLISHED_ANSWERS
 from tests.saved_tensors import bytes_saved_by_a_step
@@ -40,7 +40,7 @@ def run(request, pretrained):
     """Settings of a task, its step, and a maker of batches from its shards by the real loader."""
     shards: Path = request.getfixturevalue(FIXTURES[request.param])
     settings = settings_of(request.param, pretrained, "--data.train", shards / "train")
-    reading = Reading(load_tokenizer(str(pretrained)), TOKENS, ImageTransform(SIDE), 0)
+    reading = InputSettings(load_tokenizer(str(pretrained)), TOKENS, ImageTransform(SIDE), 0)
     samples = settings.build_task().samples(ShardIndex(str(shards / "train")), reading)
 
     def read(num_rows):

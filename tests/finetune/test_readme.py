@@ -10,7 +10,7 @@ from PIL import Image
 from experiments.finetuning import README_MARKS
 from tests.data.conftest import draw_jpeg
 from tests.spawn import ROOT
-from unimo3.inference.folder import load
+from unimo3.inference.exported_model import load
 from unimo3.inference.inputs import Row, prepare
 from unimo3.inference.predictors import VqaPredictor
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering

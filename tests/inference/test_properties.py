@@ -25,10 +25,10 @@ from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor, normalize
 from unimo3.errors import CheckpointError, ConfigError, DataError
 from unimo3.images import decode
-from unimo3.inference.folder import load
-from unimo3.inference.gallery import images_in
+from unimo3.inference.exported_model import load
 from unimo3.inference.inputs import Row, prepare, read_pixels
 from unimo3.inference.predictors import VqaPredictor
+from unimo3.inference.search_index import images_in
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.processor import Unimo3Processor

@@ -17,7 +17,7 @@ from tests.integration.conftest import MODEL
 from tests.spawn import ROOT
 from tests.waiting import PATIENCE_S
 from unimo3.data.index import ShardIndex
-from unimo3.data.texts import captions_of, content_of
+from unimo3.data.sample_texts import captions_of, content_of
 from unimo3.training.metrics import read_metrics
 
 # In an environment of its own: it needs an older webdataset. `make` has a target for it.

@@ -64,7 +64,7 @@ def losses_under_each_config():
             report = engine(rows(tiny_batch(8, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
-            assert math.isfinite(gradient_norm(engine))
+            assert math.isfinite(float(gradient_norm(engine)))
             losses.append(float(sum_over_ranks(report["loss"].detach().reshape(1))) / size)
         by_config[name] = losses
     return by_config
@@ -173,7 +173,7 @@ def losses_with_and_without_checkpointing():
             report = engine(rows(tiny_batch(8, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
-            losses.append((float(report["loss"]), gradient_norm(engine)))
+            losses.append((float(report["loss"]), float(gradient_norm(engine))))
         results.append((losses, len(runs)))
     return results
 
@@ -340,7 +340,7 @@ def losses_with_each_attention_kernel():
             report = engine(rows(tiny_batch(4, seed), rank * micro_batch, (rank + 1) * micro_batch))
             engine.backward(report["loss"])
             engine.step()
-            losses.append((float(report["loss"]), gradient_norm(engine)))
+            losses.append((float(report["loss"]), float(gradient_norm(engine))))
         results.append(losses)
     return results
 

@@ -80,7 +80,7 @@ def test_a_step_that_cannot_be_counted_is_a_warning(gpu, caplog):
 
 def test_a_step_has_its_wait_for_data_and_its_operations():
     def metrics(throughput):
-        result = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=2.0, data_s=0.5)
+        result = StepResult({}, {}, num_bad=0, lr=0.1, raw_norm=1.0, was_skipped=False, step_s=2.0, data_s=0.5)
         return step_metrics(3, 64, result, {"loss": 1.0}, throughput, {})
 
     written = metrics(Throughput(1e12, 2, 100e12))
@@ -92,16 +92,16 @@ def test_a_step_has_its_wait_for_data_and_its_operations():
 def test_gpu_memory_is_the_peak_since_the_last_line(gpu, monkeypatch):
     from unimo3.training import trainer
     from unimo3.training.args import TrainingArgs
-    from unimo3.training.progress import Progress
+    from unimo3.training.progress import StepProgress
 
     peak = [7]
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 3))
     written = []
     run = SimpleNamespace(num_bad_samples=0, num_skipped=0, metrics=SimpleNamespace(write=written.append))
-    args, progress = TrainingArgs(steps=9), Progress(9, 0, 2, rank=0)
+    args, progress = TrainingArgs(steps=9), StepProgress(9, 0, 2, rank=0)
     one = SimpleNamespace(run=run, training_args=args, progress=progress, throughput=None)
-    result = StepResult({}, {}, num_bad=0, lr=0.1, grad_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
+    result = StepResult({}, {}, num_bad=0, lr=0.1, raw_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
     for run.step in (2, 3):
         trainer.Trainer.log_step(one, result, {"loss": 1.0})
     assert [record["memory_bytes"] for record in written] == [7, 3]

@@ -176,7 +176,7 @@ def write_engine_files(engine: Engine, staging: Path) -> list[Path]:
     return written + [path for path in offloaded.rglob("*") if path.is_file()]
 
 
-def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:
+def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:  # Any: methods are replaced
     stock = engine.checkpoint_engine
     engine.checkpoint_engine = writer
     # Rank 0 would copy conversion scripts next to the checkpoints: not part of one.

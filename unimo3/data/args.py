@@ -14,8 +14,8 @@ from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
 from unimo3.data.index import ITEM_KINDS, MAX_OPEN_SHARDS, ShardIndex, is_test_split
 from unimo3.data.order import MixedOrder, training_order
+from unimo3.data.sample_texts import answers_of, texts_of
 from unimo3.data.shard_checks import index_errors
-from unimo3.data.texts import answers_of, texts_of
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors

@@ -16,8 +16,8 @@ from unimo3.data.conversion import MARK
 from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
 from unimo3.data.index_form import Shard, field, is_ids_or_none, is_text
 from unimo3.data.members import IMAGE_EXTENSIONS
-from unimo3.data.progress import Progress
-from unimo3.data.ranks import failing, spread
+from unimo3.data.mpi_jobs import failing, spread
+from unimo3.data.progress import PreparationProgress
 from unimo3.data.shards import (
     ShardDone,
     error_of,
@@ -51,7 +51,7 @@ def index(source: Path, overwrite: bool, comm: Any) -> None:
         DataError: a tar cannot be read, is compressed, or is missing or not the one that was indexed before and
             `overwrite` is not given; or none of their samples has an image and a text.
     """
-    folder, progress = source.resolve(), Progress("samples")
+    folder, progress = source.resolve(), PreparationProgress("samples")
     paths = sorted(folder.glob("*.tar"))
 
     def jobs() -> Iterator[Path]:

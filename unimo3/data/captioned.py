@@ -12,8 +12,8 @@ import numpy as np
 
 from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
+from unimo3.data.sample_texts import BadSampleError, captions_of, content_of
 from unimo3.data.samples import Inputs, SampleUnits, identity_of, image_of, read_sample
-from unimo3.data.texts import BadSampleError, captions_of, content_of
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.formats.record import Converter, Sample
 from unimo3.data.formats.vqav2 import answer_vocabulary, normalized_choices
 from unimo3.data.index import REJECTS, is_index, is_test_split
-from unimo3.data.progress import Progress
-from unimo3.data.ranks import failing, spread
+from unimo3.data.mpi_jobs import failing, spread
+from unimo3.data.progress import PreparationProgress
 from unimo3.data.shards import ShardDone, ShardJob, cut, finish, remove_traces, remove_unlisted, write_shard
 from unimo3.data.stored_images import ImageOptions
 from unimo3.data.tokenizer import train_tokenizer
@@ -142,7 +142,7 @@ def convert(wanted: Conversion, comm: Any) -> None:
         DataError: the source is invalid, or too many of its images are.
     """
     staging, _ = sibling_folders(wanted.out)
-    source, progress = Source(wanted), Progress("records")
+    source, progress = Source(wanted), PreparationProgress("records")
 
     def work(job: ShardJob, between: Any) -> ShardDone:
         return write_shard(job, staging, wanted.options, between)
@@ -185,7 +185,7 @@ def _remove_leftovers(staging: Path, source: Source) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _index_splits(wanted: Conversion, source: Source, progress: Progress, staging: Path) -> dict[str, int]:
+def _index_splits(wanted: Conversion, source: Source, progress: PreparationProgress, staging: Path) -> dict[str, int]:
     """Write each split's index; the number of its samples."""
     counts = {}
     for split, num_shards in source.shards.items():
@@ -257,7 +257,7 @@ def _removed_if_empty(staging: Path) -> Iterator[None]:
         Path(f"{staging}.lock").unlink(missing_ok=True)
 
 
-def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> None:
+def _check_rejects(wanted: Conversion, progress: PreparationProgress, staging: Path) -> None:
     """End the conversion where too many records of a split cannot be used.
 
     Raises:
@@ -276,7 +276,7 @@ def _check_rejects(wanted: Conversion, progress: Progress, staging: Path) -> Non
             )
 
 
-def _write_rejects(progress: Progress, folder: Path) -> None:
+def _write_rejects(progress: PreparationProgress, folder: Path) -> None:
     """One JSON object a rejected record, in the source's order of keys."""
     lines = sorted(json.dumps(reject, ensure_ascii=False) for reject in progress.rejects)
     (folder / REJECTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")

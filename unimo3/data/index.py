@@ -28,8 +28,8 @@ from unimo3.data.index_form import field, is_ids_or_none, is_list, is_sha256, is
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder, Unit
 from unimo3.data.remote import check_source, is_remote
+from unimo3.data.sample_texts import BadSampleError, content_of, lack_of
 from unimo3.data.tar_members import another_tar_follows
-from unimo3.data.texts import BadSampleError, content_of, lack_of
 from unimo3.errors import DataError
 from unimo3.versions import check_version
 

@@ -32,8 +32,8 @@ from unimo3.data.order import (
     evaluation_positions,
     micro_batch_positions,
 )
+from unimo3.data.sample_texts import BadSampleError
 from unimo3.data.samples import Inputs, Samples
-from unimo3.data.texts import BadSampleError
 from unimo3.errors import DataError, explained
 from unimo3.launch import STOP_SIGNALS
 

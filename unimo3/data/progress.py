@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _REPORT_EVERY_S = 30.0
 
 
-class Progress:
+class PreparationProgress:
     """Counts what is done, and logs it every half a minute."""
 
     def __init__(self, unit: str):

@@ -20,7 +20,7 @@ from unimo3.data.index import ShardIndex
 from unimo3.data.masking import Masking
 from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.order import Unit
-from unimo3.data.texts import BadSampleError, captions_of, content_of
+from unimo3.data.sample_texts import BadSampleError, captions_of, content_of
 from unimo3.texts import is_blank, plain
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from unimo3.data.order import Unit
+from unimo3.data.sample_texts import BadSampleError
 from unimo3.data.samples import Inputs, ItemUnits, SampleUnits, image_of, read_sample, sample_rng
-from unimo3.data.texts import BadSampleError
 from unimo3.metrics.nlvr2 import sentence_of
 from unimo3.texts import is_blank
 

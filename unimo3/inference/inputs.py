@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unimo3.errors import DataError
 from unimo3.images import decode
-from unimo3.inference.folder import Loaded
+from unimo3.inference.exported_model import Loaded
 from unimo3.texts import is_blank
 
 

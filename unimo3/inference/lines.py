@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from unimo3.errors import ConfigError, DataError
-from unimo3.inference.ahead import one_ahead
 from unimo3.inference.inputs import checked_text
 from unimo3.inference.predictors import Answers
+from unimo3.inference.prefetch import one_ahead
 
 _NUM_ERRORS_SHOWN = 10
 _BLANK = re.compile(rb"^(?:\s|\xef\xbb\xbf)+|\s+$")

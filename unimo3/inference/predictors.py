@@ -17,7 +17,7 @@ from unimo3.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unimo3.inference.folder import Loaded
+    from unimo3.inference.exported_model import Loaded
     from unimo3.inference.inputs import Prepared
 
 Answers = list[dict[str, Any]]

@@ -1,9 +1,9 @@
-"""Search in a gallery: images for a text, or texts for an image. The towers choose, the fusion encoder orders.
+"""Search in an index: images for a text, or texts for an image. The towers choose, the fusion encoder orders.
 
 Source: ALBEF, arXiv 2107.07651, section 4.
 """
 
-# Shapes: N of the gallery, k candidates, D width of the embeddings, n saved states of a tower, T text tokens, W width.
+# Shapes: N of the index, k candidates, D width of the embeddings, n saved states of a tower, T text tokens, W width.
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from unimo3.errors import ConfigError, DataError
-from unimo3.inference.folder import Loaded
-from unimo3.inference.gallery import Gallery
+from unimo3.inference.exported_model import Loaded
 from unimo3.inference.inputs import read_pixels, tokens
 from unimo3.inference.predictors import Answers
+from unimo3.inference.search_index import SearchIndex
 from unimo3.objectives.retrieval import RetrievalLoss
 
 
 class Search:
-    """Ranks a gallery's entries for one query at a time.
+    """Ranks an index's entries for one query at a time.
 
     Args:
         rerank: candidates of the towers that the fusion encoder puts in order, before all others; 0: none. Images among
@@ -28,23 +28,23 @@ class Search:
         batch: pairs fused at a time.
 
     Raises:
-        ConfigError: a number is below its least, or the gallery is of another width.
+        ConfigError: a number is below its least, or the index is of another width.
     """
 
-    def __init__(self, loaded: Loaded, gallery: Gallery, rerank: int, batch: int):
+    def __init__(self, loaded: Loaded, index: SearchIndex, rerank: int, batch: int):
         if rerank < 0:
             raise ConfigError(f"--rerank {rerank}: a number of candidates is needed, or 0 for none")
-        if (width := gallery.embeds.shape[1]) != loaded.config.itc_size:
+        if (width := index.embeds.shape[1]) != loaded.config.itc_size:
             raise ConfigError(
                 f"--index: has vectors of width {width}, the model makes {loaded.config.itc_size}; remove it and make "
                 "it again with python -m finetune.predict index"
             )
-        self._loaded, self._gallery, self._rerank, self._batch = loaded, gallery, rerank, batch
+        self._loaded, self._index, self._rerank, self._batch = loaded, index, rerank, batch
         self._task = RetrievalLoss(loaded.model, seed=0)
 
     @torch.inference_mode()
     def find(self, query: str | Path, top: int) -> Answers:
-        """The best entries for a text (of a gallery of images) or an image file (of one of texts).
+        """The best entries for a text (of an index of images) or an image file (of one of texts).
 
         Returns:
             At most `top`: ``image`` or ``text``, ``match`` (a probability, None if only the towers ranked it) and
@@ -55,7 +55,7 @@ class Search:
         """
         inputs = self._inputs(query)
         out = self._task(inputs)
-        similarities = self._gallery.embeds @ out["embeds"][0].cpu()  # [N]
+        similarities = self._index.embeds @ out["embeds"][0].cpu()  # [N]
         order = similarities.sort(descending=True, stable=True).indices
         chosen, rest = order[: self._rerank], order[self._rerank :]
         answers: Answers = []
@@ -84,15 +84,15 @@ class Search:
         parts = []
         for start in range(0, len(chosen), self._batch):
             numbers = chosen[start : start + self._batch]
-            if self._gallery.kind == "images":
+            if self._index.kind == "images":
                 try:
-                    images = self._pixels([self._gallery.path(number) for number in numbers])
+                    images = self._pixels([self._index.path(number) for number in numbers])
                 except DataError as error:
                     raise DataError(f"{error}; it is in the index: put it back, or make the index again") from error
                 assert mask is not None
                 text, image = states, self._task({"pixel_values": images})["states"]
             else:
-                made = tokens(self._loaded, [self._gallery.names[number] for number in numbers])
+                made = tokens(self._loaded, [self._index.names[number] for number in numbers])
                 mask = made["attention_mask"]
                 text, image = self._task(made)["states"], states
             rows = len(numbers)
@@ -105,9 +105,9 @@ class Search:
         return torch.cat(parts)
 
     def _answer(self, number: Tensor, similarities: Tensor, match: float | None) -> dict[str, Any]:
-        gallery = self._gallery
-        if gallery.kind == "images":
-            shown = {"image": str(gallery.path(int(number)))}
+        index = self._index
+        if index.kind == "images":
+            shown = {"image": str(index.path(int(number)))}
         else:
-            shown = {"text": gallery.names[int(number)]}
+            shown = {"text": index.names[int(number)]}
         return {**shown, "match": match, "similarity": similarities[number].item()}

@@ -4,7 +4,7 @@ Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' d
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from unimo3.config import Checked
 from unimo3.errors import ConfigError
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
     from unimo3.model.unimo3 import Unimo3ForPreTraining
 
-INTERACTIONS = ("in_layer", "cross_layer")
-GATES = ("token", "static", "uniform")
+Interaction = Literal["in_layer", "cross_layer"]
+Gate = Literal["token", "static", "uniform"]
+INTERACTIONS, GATES = get_args(Interaction), get_args(Gate)
 TEMPERATURE_BOUNDS = (0.001, 0.5)
 """Bounds of the contrastive temperature."""
 PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
@@ -126,13 +127,13 @@ class ModelArgs(Checked):
     """Fusion layers L."""
     num_attention_heads: int = 12
     """Fusion attention heads H."""
-    interaction: Literal["in_layer", "cross_layer"] = "cross_layer"
+    interaction: Interaction = "cross_layer"
     """What a fusion layer reads of the other modality: its partner layer, or every level up to it."""
     unimodal_levels: int = 0
     """Top layers of the other modality's tower that join the levels of `cross_layer`."""
     bridge: bool = True
     """Whether each fusion layer's input is joined by a tower layer's states, as in BridgeTower."""
-    gate: Literal["token", "static", "uniform"] = "token"
+    gate: Gate = "token"
     """How levels are weighed: by each token and head, by a learned constant a head, or equally."""
     gate_init: float = 0.9
     """Weight of the in-layer level at the start, between 0 and 1."""

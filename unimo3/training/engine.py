@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import deepspeed
+import torch
 from deepspeed.runtime import compiler
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -86,7 +87,7 @@ def step_was_skipped(engine: Engine) -> bool:
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
-def gradient_norm(engine: Engine) -> float:
-    """Global norm of the last step's gradient; nan if it is not finite, for which DeepSpeed returns -1 or None."""
+def gradient_norm(engine: Engine) -> "torch.Tensor | float":
+    """Global norm of the last step's gradient, not waited for; negative or nan if it is not finite."""
     norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None and float(norm) >= 0 else math.nan
+    return math.nan if norm is None else norm

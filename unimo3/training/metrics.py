@@ -141,6 +141,7 @@ class StepResult:
         gates: its mean gate weights, not reduced over ranks.
         num_bad: samples that were replaced.
         lr: of the towers.
+        raw_norm: of the gradient, see `gradient_norm`.
         was_skipped: whether the optimizer left the weights as they were.
         step_s: seconds since the step before, the wait for data included.
         data_s: seconds of `step_s` that this rank waited for data.
@@ -150,10 +151,16 @@ class StepResult:
     gates: "dict[str, Tensor]"
     num_bad: int
     lr: float
-    grad_norm: float
+    raw_norm: "Tensor | float"
     was_skipped: bool
     step_s: float
     data_s: float
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient's norm, nan if it is not finite; waits for the device."""
+        norm = float(self.raw_norm)
+        return norm if norm >= 0 else math.nan
 
 
 def step_metrics(

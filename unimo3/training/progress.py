@@ -10,7 +10,7 @@ from unimo3.training.metrics import Metrics
 log = logging.getLogger(__name__)
 
 
-class Progress:
+class StepProgress:
     """Shows steps on rank 0; on other ranks nothing is shown.
 
     Args:

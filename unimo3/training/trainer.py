@@ -23,10 +23,10 @@ from unimo3.training.evaluation import Evaluation, StopGuard, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Metrics, StepResult, forget_peak_memory, read_metrics, step_metrics
 from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
+from unimo3.training.process import RankProcess
 from unimo3.training.profiling import StepProfiler
-from unimo3.training.progress import Progress
+from unimo3.training.progress import StepProgress
 from unimo3.training.run import Run
-from unimo3.training.start import RankProcess
 from unimo3.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Trainer:
         self.batches: Iterator[list[Batch]] = iter(() if batches is None else batches)
         self.only_evaluates = batches is None
         self.saver = Saver(engine, run.folder, self.checkpoint_args)
-        self.progress = Progress(self.training_args.steps, run.step, self.training_args.log_every, self.world.rank)
+        self.progress = StepProgress(self.training_args.steps, run.step, self.training_args.log_every, self.world.rank)
         self.profiler = StepProfiler(run.folder, self.world.rank)
         self.first_step = run.step
         self.last_step = min(self.training_args.steps, self.training_args.stop_after or self.training_args.steps)
@@ -165,7 +165,7 @@ class Trainer:
             gates={name: value for name, value in means.items() if value.numel() > 1},
             num_bad=sum(int(batch["num_replaced"]) for batch in micro_batches),
             lr=self.optim_args.lr * scale,
-            grad_norm=gradient_norm(engine),
+            raw_norm=gradient_norm(engine),
             was_skipped=was_skipped,
             step_s=now - self._step_started_s,
             data_s=self._data_s,

@@ -38,7 +38,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """The ds_config to take, its micro-batch, and why no other: a line for each by the file's name."""
 
     fit: Fit
@@ -87,7 +87,7 @@ def unsuited(sharding: Sharding, num_gpus: int) -> str:
     return ""
 
 
-def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
+def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> PlanChoice:
     """Take the ds_config that communicates least among those that fit the recipe's micro-batch.
 
     If none does, the first that fits a smaller one is taken.
@@ -104,7 +104,7 @@ def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> Choice:
         raise ConfigError(_impossible(ordered, batch, machine))
     taken = fitting[0]
     micro_batch = batch.micro_batch if taken.fits else taken.largest_dividing
-    return Choice(taken, micro_batch, {fit.name: _reason(fit, taken, batch, machine) for fit in ordered})
+    return PlanChoice(taken, micro_batch, {fit.name: _reason(fit, taken, batch, machine) for fit in ordered})
 
 
 def _traffic(fit: Fit) -> tuple[bool, int, bool]:

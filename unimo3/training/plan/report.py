@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from unimo3.training.ds_config import BatchPlan
-from unimo3.training.plan.estimate import Choice, Machine, gigabytes
+from unimo3.training.plan.estimate import Machine, PlanChoice, gigabytes
 from unimo3.training.plan.memory import ModelSizes
 from unimo3.training.plan.step_trace import StepCost
 
@@ -17,7 +17,7 @@ def plan_metrics(
     sizes: ModelSizes,
     costs: dict[bool, StepCost],
     activation_checkpointing: bool,
-    choice: Choice,
+    choice: PlanChoice,
     recipe_ds_config: str | None,
     batch: BatchPlan,
     num_steps: int,
@@ -78,7 +78,7 @@ def plan_metrics(
     }
 
 
-def _recipe_fits(choice: Choice, cost: StepCost, batch: BatchPlan, machine: Machine) -> bool:
+def _recipe_fits(choice: PlanChoice, cost: StepCost, batch: BatchPlan, machine: Machine) -> bool:
     needed_bytes = choice.fit.memory.peak_bytes(batch.micro_batch * cost.peak_bytes + cost.fixed_bytes)
     return needed_bytes <= machine.usable_bytes and not batch.validate()
 

@@ -12,8 +12,8 @@ from unimo3.data.captioned import CaptionedImages
 from unimo3.data.formats.record import distinct
 from unimo3.data.index import ShardIndex
 from unimo3.data.order import Unit
+from unimo3.data.sample_texts import BadSampleError, captions_of, content_of, texts_of
 from unimo3.data.samples import PretrainSamples, TextEncoder
-from unimo3.data.texts import BadSampleError, captions_of, content_of, texts_of
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.model.processor import Unimo3Processor

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.data.conftest import draw_jpeg
 from unimo3.errors import ConfigError
-from unimo3.inference.gallery import Gallery, images_in, open_gallery, save
+from unimo3.inference.search_index import SearchIndex, images_in, open_search_index, save
 
 
 def drawn(kind: str) -> bytes:
@@ -90,8 +90,8 @@ def weights(tmp_path_factory):
     ids=lambda change: str(change)[:20],
 )
 def test_a_changed_index_is_refused(tmp_path, weights, change):
-    save(Gallery("texts", ["a", "b"], tmp_path, torch.zeros(2, 4)), weights, tmp_path / "index")
-    assert open_gallery(tmp_path / "index", weights).names == ["a", "b"]
+    save(SearchIndex("texts", ["a", "b"], tmp_path, torch.zeros(2, 4)), weights, tmp_path / "index")
+    assert open_search_index(tmp_path / "index", weights).names == ["a", "b"]
     path = tmp_path / "index" / "index.json"
     if isinstance(change, torch.Tensor):
         save_file({"embeds": change}, tmp_path / "index" / "embeds.safetensors")
@@ -100,37 +100,37 @@ def test_a_changed_index_is_refused(tmp_path, weights, change):
     else:
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match="contains no complete index"):
-        open_gallery(tmp_path / "index", weights)
+        open_search_index(tmp_path / "index", weights)
 
 
 def test_an_index_is_read_in_any_encoding_of_json_and_with_any_names(tmp_path, weights, monkeypatch):
     names = ["déjà 犬", "half \ud83d", "no \udce9 UTF-8", "two\r\nlines", "a"]
-    save(Gallery("images", names, tmp_path, torch.ones(5, 4)), weights, tmp_path / "index")
+    save(SearchIndex("images", names, tmp_path, torch.ones(5, 4)), weights, tmp_path / "index")
     path = tmp_path / "index" / "index.json"
     content = json.loads(path.read_text())
     monkeypatch.setenv("LC_ALL", "C")
     for encoding in ("utf-8-sig", "utf-16", "utf-32"):
         written = json.dumps(content, ensure_ascii=False, indent=0).replace("\n", "\r\n")
         path.write_bytes(written.encode("utf-8", "replace").decode().encode(encoding))
-        assert open_gallery(tmp_path / "index", weights).names == [
+        assert open_search_index(tmp_path / "index", weights).names == [
             name.encode("utf-8", "replace").decode() for name in names
         ]
     path.write_text(json.dumps(content))
-    assert open_gallery(tmp_path / "index", weights).names == names
+    assert open_search_index(tmp_path / "index", weights).names == names
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.5])
 def test_vectors_that_have_changed_are_refused(tmp_path, weights, number):
-    save(Gallery("texts", ["a", "b"], tmp_path, torch.zeros(2, 4)), weights, tmp_path / "index")
+    save(SearchIndex("texts", ["a", "b"], tmp_path, torch.zeros(2, 4)), weights, tmp_path / "index")
     path = tmp_path / "index" / "index.json"
     save_file({"embeds": torch.full((2, 4), number)}, tmp_path / "index" / "embeds.safetensors")
     with pytest.raises(ConfigError, match=r"contains no complete index \(ValueError: embeds.safetensors is damaged\)"):
-        open_gallery(tmp_path / "index", weights)
+        open_search_index(tmp_path / "index", weights)
     content = json.loads(path.read_text())
     del content["embeds"]  # as an earlier version wrote it
     path.write_text(json.dumps(content))
     if number == 0.5:
-        assert open_gallery(tmp_path / "index", weights).names == ["a", "b"]
+        assert open_search_index(tmp_path / "index", weights).names == ["a", "b"]
     else:
         with pytest.raises(ConfigError, match=r"embeds.safetensors is damaged"):
-            open_gallery(tmp_path / "index", weights)
+            open_search_index(tmp_path / "index", weights)

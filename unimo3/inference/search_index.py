@@ -26,9 +26,9 @@ from torch import Tensor
 from unimo3.checkpoint.manifest import sha256_of
 from unimo3.errors import ConfigError, DataError
 from unimo3.images import FORMATS, is_image
-from unimo3.inference.ahead import one_ahead
-from unimo3.inference.folder import Loaded
+from unimo3.inference.exported_model import Loaded
 from unimo3.inference.inputs import read_pixels, tokens
+from unimo3.inference.prefetch import one_ahead
 from unimo3.model.pretrained.fill import weight_files
 from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.versions import check_version
@@ -57,7 +57,7 @@ _EMBEDS = "embeds.safetensors"
 _VERSION = 1
 
 
-class Gallery(NamedTuple):
+class SearchIndex(NamedTuple):
     """What is searched.
 
     Attributes:
@@ -107,7 +107,7 @@ def images_in(folder: Path) -> tuple[list[str], list[str]]:
 @torch.inference_mode()
 def embed_images(
     loaded: Loaded, root: Path, names: Sequence[str], batch: int, done: Callable[[int], Any] = lambda count: None
-) -> tuple[Gallery, list[str]]:
+) -> tuple[SearchIndex, list[str]]:
     """Run the image tower over files.
 
     Args:
@@ -115,7 +115,7 @@ def embed_images(
         done: called with each batch's number of files.
 
     Returns:
-        The gallery of those that could be decoded, and why each other could not.
+        The index of those that could be decoded, and why each other could not.
     """
     task = RetrievalLoss(loaded.model, seed=0)
     can_be_decoded: list[bool] = []
@@ -132,13 +132,13 @@ def embed_images(
     decoded = [name for name, is_decoded in zip(names, can_be_decoded, strict=True) if is_decoded]
     if not decoded:
         raise DataError(f"{root}: none of {len(names)} files could be decoded; the first: {errors[0]}")
-    return Gallery("images", decoded, root, torch.cat(embeds)), errors
+    return SearchIndex("images", decoded, root, torch.cat(embeds)), errors
 
 
 @torch.inference_mode()
 def embed_texts(
     loaded: Loaded, texts: Sequence[str], batch: int, done: Callable[[int], Any] = lambda count: None
-) -> Gallery:
+) -> SearchIndex:
     """Run the text tower; see `embed_images`."""
     task = RetrievalLoss(loaded.model, seed=0)
     embeds = []
@@ -146,11 +146,11 @@ def embed_texts(
         part = texts[start : start + batch]
         embeds.append(task(tokens(loaded, part))["embeds"].cpu())
         done(len(part))
-    return Gallery("texts", list(texts), Path(), torch.cat(embeds))
+    return SearchIndex("texts", list(texts), Path(), torch.cat(embeds))
 
 
-def save(gallery: Gallery, weights: Path, out: Path) -> None:
-    """Write a gallery's folder; it appears complete, by a rename.
+def save(index: SearchIndex, weights: Path, out: Path) -> None:
+    """Write an index's folder; it appears complete, by a rename.
 
     Args:
         weights: folder of the weights that made it.
@@ -160,14 +160,14 @@ def save(gallery: Gallery, weights: Path, out: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        save_file({"embeds": gallery.embeds}, staging / _EMBEDS)
+        save_file({"embeds": index.embeds}, staging / _EMBEDS)
         described = {
             "version": _VERSION,
-            "kind": gallery.kind,
-            "root": str(gallery.root.resolve()),
+            "kind": index.kind,
+            "root": str(index.root.resolve()),
             "weights": digest_of(weights),
             "embeds": sha256_of(staging / _EMBEDS),
-            "names": gallery.names,
+            "names": index.names,
         }
         (staging / "index.json").write_text(json.dumps(described, indent=0) + "\n")
         staging.rename(out)
@@ -177,7 +177,7 @@ def save(gallery: Gallery, weights: Path, out: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def open_gallery(folder: Path, weights: Path) -> Gallery:
+def open_search_index(folder: Path, weights: Path) -> SearchIndex:
     """Read what `save` wrote.
 
     Raises:
@@ -207,7 +207,7 @@ def open_gallery(folder: Path, weights: Path) -> Gallery:
         ) from error
     if described.get("weights") != digest_of(weights):
         raise ConfigError(f"--index {folder}: was made by other weights than --weights {weights}; {again}")
-    return Gallery(kind, names, root, embeds)
+    return SearchIndex(kind, names, root, embeds)
 
 
 def digest_of(weights: Path) -> str:
