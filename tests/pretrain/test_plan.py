@@ -192,8 +192,25 @@ def test_settings_of_planning_are_those_of_training():
     ]
 
 
+def documented_sizes() -> list[str]:
+    """The rows of the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    return text.split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0].strip().splitlines()
+
+
 def test_the_documented_sizes_are_those_of_the_recipes(capsys):
     _, output = run_command(capsys, "--table", *(RECIPES / f"{name}.yaml" for name in ("tiny", "base", "large")))
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    documented = text.split("<!-- sizes -->")[1].split("<!-- /sizes -->")[0]
-    assert documented.strip() == output.out.strip()
+    assert documented_sizes()[:-1] == output.out.strip().splitlines()
+
+
+def test_xl_needs_zero_3_on_small_cards_and_has_the_documented_size(capsys):
+    _, output = run_command(capsys, "--config", RECIPES / "xl.yaml", "--gpus", 8, "--gpu-memory", "24GB", "--json")
+    planned = json.loads(output.out)
+    assert planned["micro_batch"]["planned"] == planned["micro_batch"]["recipe"] == 16
+    assert planned["ds_config"] == "zero3_bf16.json"
+    reasons = planned["ds_config_reasons"]
+    assert reasons["zero2_bf16.json"].startswith("needs 25.5 GB at micro-batch 16, 21.6 GB are usable")
+    assert reasons["zero3_offload_cpu.json"].startswith("would fit")
+    parameters, flops = planned["parameters"], planned["flops_per_pair"]["forward"]
+    row = [f"{parameters[part]:,}" for part in ("text", "image", "fusion", "heads", "total")]
+    assert documented_sizes()[-1].startswith(f"| `xl` | {' | '.join(row)} | {flops / 1e9:.4g} |")
