@@ -115,6 +115,7 @@ def load_role(kind: str, folder: Path, num_parameters: int) -> dict[str, Any]:
     """Be the rank that loads."""
     from unimo3.checkpoint.elastic import load_elastic
     from unimo3.checkpoint.manifest import verify
+    from unimo3.checkpoint.zero_reader import ZeroCheckpoint
 
     engine = start_engine(num_parameters, universal=kind == UNIVERSAL)
     start = time.perf_counter()
@@ -126,7 +127,7 @@ def load_role(kind: str, folder: Path, num_parameters: int) -> dict[str, Any]:
     if kind == UNIVERSAL:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     else:
-        load_elastic(engine, folder)
+        load_elastic(engine, ZeroCheckpoint(folder, over_ranks=True))
     ended = time.perf_counter()
     peak = memory_bytes("VmHWM") - before
     return {"before_s": verified - start, "load_s": ended - verified, "peak_bytes": peak, "digest": _digest(engine)}

@@ -21,7 +21,7 @@ from unimo3.checkpoint.best_record import BestRecord, read_best, write_best
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
 from unimo3.errors import Unimo3Error
-from unimo3.inference import gallery
+from unimo3.inference import search_index
 from unimo3.json_lines import append_record, read_records
 from unimo3.model.pretrained.fill import read_config
 from unimo3.training.metrics import MetricsWriter, drop_after, read_metrics
@@ -60,8 +60,10 @@ def weights() -> Path:
     return folder
 
 
-def write_gallery() -> None:
-    gallery.save(gallery.SearchIndex("texts", ["a"], Path(), torch.zeros(1, 4)), weights(), Path("gallery"))
+def write_search_index() -> None:
+    search_index.save(
+        search_index.SearchIndex("texts", ["a"], Path(), torch.zeros(1, 4)), weights(), Path("search_index")
+    )
 
 
 best = BestRecord("step_00000001", 1, "accuracy", 0.5, "val")
@@ -93,7 +95,12 @@ FORMATS = [
     Format("bad_nodes.jsonl", lambda: bad_nodes.add(RUN, "n1", "slow", "1"), bad_nodes.current),
     Format("answers.json", lambda: AnswerVocabulary(["a"]).save(Path("answers.json")), lambda: answers().answers),
     Format("weights/config.json", weights, lambda: read_config("--weights", "weights", "UNIMO-3").to_dict()),
-    Format("gallery/index.json", write_gallery, lambda: opened_gallery().names, "remove it and make it again"),
+    Format(
+        "search_index/index.json",
+        write_search_index,
+        lambda: opened_search_index().names,
+        "remove it and make it again",
+    ),
 ]
 
 
@@ -101,8 +108,8 @@ def answers() -> AnswerVocabulary:
     return AnswerVocabulary.load(Path("answers.json"))
 
 
-def opened_gallery() -> gallery.SearchIndex:
-    return gallery.open_search_index(Path("gallery"), Path("weights"))
+def opened_search_index() -> search_index.SearchIndex:
+    return search_index.open_search_index(Path("search_index"), Path("weights"))
 
 
 @pytest.fixture

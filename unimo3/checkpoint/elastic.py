@@ -8,7 +8,6 @@ the largest parameter.
 Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for the layout of an optimizer's state.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from unimo3.errors import CheckpointError
 _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
-def load_elastic(engine: Engine, folder: Path) -> None:
+def load_elastic(engine: Engine, source: ZeroCheckpoint) -> None:
     """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
 
     Persistent parameters are gathered again only by the optimizer's ``checkpoint_event_epilogue``, which is collective.
@@ -34,7 +33,6 @@ def load_elastic(engine: Engine, folder: Path) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model or stage, or the engine's values are on NVMe.
     """
-    source = ZeroCheckpoint(folder)
     optimizer = engine.optimizer
     _check(source, engine)
     if source.stage == 3:

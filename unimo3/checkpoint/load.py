@@ -68,8 +68,14 @@ def load(engine: Engine, folder: Path) -> TrainState:
             "ds_config of the same stage and precision"
         )
 
+    source = None
+    if state.world_size != size:
+        from unimo3.checkpoint.zero_reader import ZeroCheckpoint  # imports torch
+
+        source = ZeroCheckpoint(folder, over_ranks=True)
+
     def restore() -> None:
-        if state.world_size == size:
+        if source is None:
             loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
             if loaded is None:
                 raise CheckpointError("DeepSpeed found nothing it could load")
@@ -77,7 +83,7 @@ def load(engine: Engine, folder: Path) -> TrainState:
             return
         from unimo3.checkpoint.elastic import load_elastic  # imports deepspeed
 
-        load_elastic(engine, folder)
+        load_elastic(engine, source)
         saved_rank = rank % state.world_size
         load_rng(folder / f"rng_rank_{saved_rank}.safetensors", new_rank=rank if saved_rank != rank else None)
 

@@ -11,19 +11,23 @@ ranks wherever the cut falls.
 Source: DeepSpeed 0.19, runtime/zero/stage3.py, runtime/zero/stage_1_and_2.py and utils/zero_to_fp32.py.
 """
 
+import itertools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unimo3.checkpoint.torch_file import StoredTensor, load_structure
+from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError
 
 # Name of the float32 weights among a parameter's values; the others are the optimizer's, such as ``exp_avg``.
 WEIGHTS = "fp32"
+VERIFY = "verify the checkpoint"
 
 
 class ZeroCheckpoint:
@@ -38,42 +42,45 @@ class ZeroCheckpoint:
 
     Args:
         folder: with every rank's files.
+        over_ranks: every rank calls it, reads the structure of a part of the files, and gets that of the others from
+            the ranks that read them. At hundreds of ranks, reading all files on each of them would take minutes.
 
     Raises:
-        CheckpointError: files are missing, are not ZeRO's, or contain more than plain data.
+        CheckpointError: files are missing, are not ZeRO's, or contain more than plain data; on every rank.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, over_ranks: bool = False):
         self.folder = folder
-        partitions, self._models = _open(folder)
-        self.world_size = len(partitions)
-        self.optimizer, self.model = partitions[0], self._models[0]
+        files = _files(folder)
+        self.world_size = len(files)
+        # Rank 0's file has what those of all ranks have alike.
+        optim, model = files[0]
+        assert model is not None, "_files gives the first rank's"
+        self.optimizer, self.model = _once(lambda: (_optimizer_state(optim), load_structure(model)), folder, over_ranks)
         try:
             self.stage = int(self.optimizer["zero_stage"])
-            key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-            # By kind of value and rank: the partition's pieces, a sub-group or a group each.
-            self._pieces: dict[str, list[list[StoredTensor]]] = {WEIGHTS: [partition[key] for partition in partitions]}
             groups: list[dict[str, torch.Size]] = self.model["param_shapes"]
             self._buffers: list[str] = list(self.model["buffer_names"])
-            states = [self.base_state(partition)["state"] for partition in partitions]
+            parts = _parts(files, folder, over_ranks)
         except KeyError as error:
             raise CheckpointError(
                 f"{folder}: has no {error} in its files; was it written by DeepSpeed's ZeRO?"
             ) from error
-        if self.stage == 3 and len(self._models) != self.world_size:
+        num_models = sum(model is not None for _, model in files)
+        if self.stage == 3 and num_models != self.world_size:
             raise CheckpointError(
-                f"{folder}: ZeRO-3 writes a model file a rank, {len(self._models)} of {self.world_size} are here; copy "
-                "all its files"
+                f"{folder}: ZeRO-3 writes a model file a rank, {num_models} of {self.world_size} are here; copy all "
+                "its files"
             )
         counts = self.optimizer.get("partition_count", self.world_size)
         if (max(counts) if isinstance(counts, list) else counts) != self.world_size:
             raise CheckpointError(
                 f"{folder}: was written by {counts} ranks, files of {self.world_size} are here; copy all its files"
             )
-        first: dict[str, Any] = next(iter(states[0].values()), {})
-        self.moments = [name for name, value in first.items() if isinstance(value, StoredTensor) and value.shape]
-        for name in self.moments:
-            self._pieces[name] = [[state[number][name] for number in sorted(state)] for state in states]
+        self.moments = [name for name in parts[0].pieces if name != WEIGHTS]
+        # By kind of value and rank: the partition's pieces, a sub-group or a group each.
+        self._pieces = {kind: [_pieces_of(part, kind, folder) for part in parts] for kind in (WEIGHTS, *self.moments)}
+        self._frozen_pieces_of_ranks = [part.frozen for part in parts[:num_models]]
         self._frozen: dict[str, torch.Size] = dict(self.model.get("frozen_param_shapes") or {})
         self.groups = [list(group) for group in groups]
         self._trained = {name: shape for group in groups for name, shape in group.items()}
@@ -83,11 +90,9 @@ class ZeroCheckpoint:
             self._frozen |= {name: value.shape for name, value in self.model["module"].items() if name not in known}
         self._offsets = self._zero3_offsets(groups) if self.stage == 3 else self._zero2_offsets(groups, self.optimizer)
 
-    def base_state(self, partition: dict[str, Any] | None = None) -> dict[str, Any]:
+    def base_state(self) -> dict[str, Any]:
         """The wrapped optimizer's ``state`` and ``param_groups``."""
-        saved = partition if partition is not None else self.optimizer
-        state: dict[str, Any] = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
-        return state
+        return _base_state(self.optimizer)
 
     @property
     def tied(self) -> dict[str, str]:
@@ -171,7 +176,7 @@ class ZeroCheckpoint:
 
     def _frozen_pieces(self, name: str) -> list[StoredTensor]:
         if name in (self.model.get("frozen_param_fragments") or {}):
-            return [model["frozen_param_fragments"][name] for model in self._models]
+            return [frozen[name] for frozen in self._frozen_pieces_of_ranks]
         return [self.model["module"][name]]
 
     def _zero3_offsets(self, groups: list[dict[str, torch.Size]]) -> dict[str, tuple[int, int]]:
@@ -226,8 +231,24 @@ def _fill(target: Tensor, pieces: list[StoredTensor], first: int) -> None:
         )
 
 
-def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every rank's optimizer state and the model states, in the order of ranks."""
+class _RankPart(NamedTuple):
+    """What one rank's files have of their own.
+
+    Attributes:
+        pieces: by kind of value, weights first: its partition's, a sub-group or a group each.
+        frozen: its parts of frozen parameters.
+    """
+
+    pieces: dict[str, list[StoredTensor]]
+    frozen: dict[str, StoredTensor]
+
+
+RankFiles = tuple[Path, Path | None]
+"""A rank's optimizer file, and its model file if it has one."""
+
+
+def _files(folder: Path) -> list[RankFiles]:
+    """The files of every rank, in the order of ranks."""
     optims = _ranked(folder, "*zero_pp_rank_*_optim_states.pt")
     models = _ranked(folder, "zero_pp_rank_*_model_states.pt") or sorted(folder.glob("mp_rank_00_model_states.pt"))
     if not optims or len(models) not in (1, len(optims)):
@@ -235,13 +256,56 @@ def _open(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             f"{folder}: has {len(optims)} optimizer files and {len(models)} model files of ZeRO; one optimizer file "
             "a rank and one model file (stage 3: one a rank) are needed"
         )
+    return list(itertools.zip_longest(optims, models))
+
+
+def _once(read: Callable[[], Any], folder: Path, over_ranks: bool) -> Any:
+    """What `read` returns, read by rank 0 for all ranks."""
+    if not over_ranks:
+        return read()
+    read_by = on_all_ranks(f"reading {folder}", lambda: read() if world()[0] == 0 else None, VERIFY)
+    return read_by[0]
+
+
+def _parts(files: list[RankFiles], folder: Path, over_ranks: bool) -> list[_RankPart]:
+    """The parts of all ranks that wrote the files, in their order."""
+    if not over_ranks:
+        return [_part(*pair) for pair in files]
+    rank, size = world()
+    read_by = on_all_ranks(f"reading {folder}", lambda: [_part(*pair) for pair in files[rank::size]], VERIFY)
+    return [read_by[number % size][number // size] for number in range(len(files))]
+
+
+def _part(optim: Path, model: Path | None) -> _RankPart:
+    saved = _optimizer_state(optim)
+    key = "fp32_flat_groups" if int(saved["zero_stage"]) == 3 else "single_partition_of_fp32_groups"
+    pieces = {WEIGHTS: list(saved[key])}
+    state = _base_state(saved)["state"]
+    for number in sorted(state):
+        for name, value in state[number].items():
+            if isinstance(value, StoredTensor) and value.shape:
+                pieces.setdefault(name, []).append(value)
+    frozen = load_structure(model).get("frozen_param_fragments") if model is not None else None
+    return _RankPart(pieces, dict(frozen or {}))
+
+
+def _pieces_of(part: _RankPart, kind: str, folder: Path) -> list[StoredTensor]:
+    if kind not in part.pieces:
+        raise CheckpointError(f"{folder}: not every rank's file has '{kind}'; copy the complete checkpoint")
+    return part.pieces[kind]
+
+
+def _optimizer_state(path: Path) -> dict[str, Any]:
     try:
-        return (
-            [load_structure(path)["optimizer_state_dict"] for path in optims],
-            [load_structure(path) for path in models],
-        )
+        state: dict[str, Any] = load_structure(path)["optimizer_state_dict"]
     except KeyError as error:
-        raise CheckpointError(f"{optims[0]}: has no {error}; was it written by DeepSpeed's ZeRO?") from error
+        raise CheckpointError(f"{path}: has no {error}; was it written by DeepSpeed's ZeRO?") from error
+    return state
+
+
+def _base_state(saved: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = saved["optimizer_state_dict" if int(saved["zero_stage"]) == 3 else "base_optimizer_state"]
+    return state
 
 
 def _ranked(folder: Path, pattern: str) -> list[Path]:
