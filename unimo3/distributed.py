@@ -152,7 +152,10 @@ def all_gather_object(value: Any, group: Any = None) -> list[Any]:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`."""
-    return all_gather_object(value)[0]
+    values = [value]
+    if world()[1] > 1:
+        _process_group().broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = None) -> list[Any]:

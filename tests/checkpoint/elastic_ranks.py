@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from tests.checkpoint.ranks import draw, every_value, start_engine, state_at
+from unimo3.checkpoint import zero_reader
 from unimo3.checkpoint.load import load, newest_good
 from unimo3.checkpoint.save import save
 from unimo3.distributed import world
@@ -74,3 +75,23 @@ def load_universal(folder: Path) -> dict[str, Any]:
     engine = start_engine(3, bf16=True, seed=9, rows=ELASTIC_ROWS // world()[1], universal=True)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     return every_value(engine)
+
+
+def structure_read_together(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The number of files whose structure this rank reads, and every element of the weights and moments."""
+    opened = []
+    read = zero_reader.load_structure
+
+    def counted(path: Path) -> dict[str, Any]:
+        opened.append(path.name)
+        return read(path)
+
+    zero_reader.load_structure = counted
+    source = zero_reader.ZeroCheckpoint(folder, over_ranks=True)
+    count = len(opened)
+    values = {
+        f"{kind} {name}": source.fragment(name, 0, source.shape(name).numel(), kind)
+        for name in source.trained
+        for kind in (zero_reader.WEIGHTS, *source.moments)
+    }
+    return count, values | {name: source.tensor(name) for name in source.names()}

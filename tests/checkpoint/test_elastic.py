@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.report import ROOT
-from tests.checkpoint.elastic_ranks import ELASTIC_RUNS, elastic_leg, load_universal
+from tests.checkpoint.elastic_ranks import ELASTIC_RUNS, elastic_leg, load_universal, structure_read_together
 from tests.spawn import run_ranks
 from unimo3.checkpoint import store
 
@@ -42,6 +42,22 @@ def test_every_value_is_as_it_was_saved(legs, run):
                 torch.testing.assert_close(after[name], value, rtol=0, atol=0, msg=f"{name} with {SIZES[number]} ranks")
             else:
                 assert after[name] == value, f"{name} with {SIZES[number]} ranks"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("run", ELASTIC_RUNS)
+def test_each_file_is_opened_for_its_structure_by_one_rank(legs, root, run):
+    # Of four ranks: four optimizer files, and under ZeRO-3 as many model files.
+    (folder,) = [path for path in store.list_checkpoints(root / run) if store.step_of(path) == 8]
+    alone = run_ranks(1, structure_read_together, folder)[0]
+    together = run_ranks(3, structure_read_together, folder)
+    num_files = len(list(folder.glob("*_states.pt")))
+    # Rank 0 reads the first pair once more, for what all ranks' files have alike.
+    assert sum(count for count, _ in together) == num_files + 2 == alone[0]
+    assert max(count for count, _ in together) <= 2 + 2 * 2
+    for _, values in together:
+        assert values.keys() == alone[1].keys()
+        assert all(torch.equal(value, alone[1][name]) for name, value in values.items())
 
 
 @pytest.mark.integration
