@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from pretrain.plan import pretraining_step
-from unimo3.data.index import ShardIndex
+from unimo3.data.index import ShardIndex, source_names
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
@@ -58,7 +58,7 @@ def pretrain(settings: PretrainConfig) -> None:
     )
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
     set_initial_weights(model, settings.model, settings.run.seed)
-    task = PretrainingLoss(model, settings.objectives.build(settings.run.seed))
+    task = PretrainingLoss(model, settings.objectives.build(settings.run.seed), source_names(indexes))
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)

@@ -73,9 +73,11 @@ def page(run: Path, records: Records, attempts: Sequence[history.Attempt], scree
     steps = [record for record in records if "group" not in record and _is_number(record.get("step"))]
     evaluations = [record for record in records if record.get("group") == "eval" and _is_number(record.get("step"))]
     sections: list[str] = []
+    losses = _names(steps, "loss")
     for title, figure in (
         ("Starts, nodes and checkpoints", time_line(run, attempts, is_running)),
-        ("Loss", curves(steps, _names(steps, "loss"))),
+        ("Loss", curves(steps, [name for name in losses if "/" not in name])),
+        ("Loss of each source", curves(steps, [name for name in losses if "/" in name])),
         ("Accuracy of the training batches", curves(steps, _names(steps, "accuracy"))),
         ("Held-out losses", held_out(evaluations, is_loss=True)),
         ("Held-out metrics", held_out(evaluations, is_loss=False)),

@@ -33,7 +33,9 @@ def small_recipe(coco, tmp_path_factory):
         "run": {"dir": str(folder), "name": "run"},
         "model": MODEL | towers | {"num_hidden_layers": 1},
         "data": {
-            "train": str(coco / "train"),
+            "train": {str(coco / "train"): 1, str(coco / "val"): 1},
+            "mix_temperature": 2.0,
+            "max_epochs": 1000,
             "tokenizer": str(coco / "tokenizer"),
             "max_text_tokens": 12,
             "num_workers": 0,
@@ -68,6 +70,8 @@ def test_sixteen_killed_ranks_are_continued_by_twelve_and_exported(small_recipe,
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert f"resumed from {saved}" in program.output
+    for record in records:
+        assert min(record[f"loss_{name}/coco_{split}"] for name in ("mlm", "itc") for split in ("train", "val")) > 0
     manifest = json.loads((store.folder_of(run) / store.tag_of(STEPS) / "state.json").read_text())
     assert manifest["world_size"] == AFTER
     # All ranks together have read each position of the last steps once.

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +324,16 @@ class ShardIndex:
             with open(descriptor, "rb", closefd=False) as file:
                 return MORE_FOLLOWS if another_tar_follows(file, offset + size + -size % 512) else ""
         return ""
+
+
+def source_names(indexes: Sequence[ShardIndex]) -> list[str]:
+    """A short name of each source, for metrics: its data set, with the split and a number where that is needed."""
+    names: list[str] = []
+    for index in indexes:
+        same = [other for other in indexes if other.dataset == index.dataset]
+        name = index.dataset if len(same) == 1 else f"{index.dataset}_{index.split}"
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
 
 
 def rejected_ids(folder: Path, split: str) -> list[int | str]:

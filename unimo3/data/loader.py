@@ -225,7 +225,8 @@ class BatchReader(Dataset[Batch]):
             try:
                 inputs = text if text is not None and not step else samples.build(candidate)
                 position = (samples.index.source, samples.index.shards[candidate.shard].name, candidate.unit)
-                return {**inputs, "images": inputs["images"](), "keys": key, "samples": (*position, key)}, replaced
+                named = {"keys": key, "samples": (*position, key), "source": np.asarray(candidate.source)}
+                return {**inputs, "images": inputs["images"](), **named}, replaced
             except BadSampleError as error:
                 if not self._replaces:
                     raise DataError(

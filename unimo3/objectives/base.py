@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unimo3.distributed import gather_rows
 from unimo3.model.fusion import FusionOutput, mean_gates
+from unimo3.objectives.by_source import sums_by_source
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
 
 Losses = dict[str, Tensor]
@@ -51,13 +52,18 @@ class FusedPairs(NamedTuple):
 
 
 class Objective(ABC):
-    """One pretraining loss. `name` is its key in the configuration and in the metrics."""
+    """One pretraining loss. `name` is its key in the configuration and in the metrics.
+
+    With `reports_rows`, its losses have ``rows`` as well, [B, 2] without gradient: for each of this rank's rows the sum
+    of its losses and their number.
+    """
 
     name: str
     reads_plain_text: bool
     reads_masked_text: bool
     reads_similarities: bool = False
     needs_other_images: bool = False
+    reports_rows: bool = False
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -86,11 +92,16 @@ def gate_report(text_gates: Gates, image_gates: Gates, mask: Tensor) -> Losses:
 
 
 class PretrainingLoss(nn.Module):
-    """Batch -> losses of all objectives whose weight is not zero."""
+    """Batch -> losses of all objectives whose weight is not zero.
 
-    def __init__(self, model: ContrastedModel, objectives: Sequence[Objective]):
+    Args:
+        sources: names of the training data's sources; of several, the losses of each are reported while training.
+    """
+
+    def __init__(self, model: ContrastedModel, objectives: Sequence[Objective], sources: Sequence[str] = ()):
         super().__init__()
         self.model = model
+        self.sources = sources
         self.objectives = [objective for objective in objectives if objective.weight != 0]
         assert self.objectives, "the configuration check refuses a run without any objective"
 
@@ -99,13 +110,15 @@ class PretrainingLoss(nn.Module):
 
         Args:
             batch: ``pixel_values`` [B, 3, S, S], ``input_ids``, ``attention_mask``, ``mlm_input_ids`` and
-                ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B].
+                ``mlm_labels`` [B, T], ``image_id`` and ``positions`` [B]; with several sources, ``source`` [B].
 
         Returns:
             ``loss``, the weighted sum, each objective's own metrics under its name, where an objective needs other
             images ``single_image_ratio``, 1 if all pairs of all ranks have one image id and else 0, and, where the
             model has gates, ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`.
         """
+        for objective in self.objectives:
+            objective.reports_rows = self.training and len(self.sources) > 1
         states = self._encode(batch)
         requests = [objective.fusion_input(states) for objective in self.objectives]
         wanted = [request for request in requests if request is not None]
@@ -115,6 +128,8 @@ class PretrainingLoss(nn.Module):
         for objective, request in zip(self.objectives, requests, strict=True):
             losses = objective.losses(self.model, states, FusedPairs(request, fused.pop(0)) if request else None)
             total = total + objective.weight * losses["loss"]
+            if (rows := losses.pop("rows", None)) is not None:
+                report |= sums_by_source(rows, batch["source"], self.sources, f"loss_{objective.name}")
             for key, value in losses.items():
                 report[f"{key}_{objective.name}"] = value.detach()
         if any(objective.needs_other_images for objective in self.objectives):

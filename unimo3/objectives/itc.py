@@ -34,8 +34,17 @@ class ImageTextContrast(Objective):
         assert similarities is not None
         excluded = similarities.same_image.scatter(1, similarities.indices[:, None], False)
 
-        def contrast(logits: Tensor) -> Tensor:
-            return cross_entropy(logits.masked_fill(excluded, -torch.inf), similarities.indices)
+        def contrast(logits: Tensor, reduction: str = "mean") -> Tensor:
+            masked = logits.masked_fill(excluded, -torch.inf)
+            return cross_entropy(masked, similarities.indices, reduction=reduction)
 
         loss = (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2
-        return {"loss": loss, "temperature": similarities.temperature.squeeze()}
+        report = {"loss": loss, "temperature": similarities.temperature.squeeze()}
+        if self.reports_rows:
+            with torch.no_grad():
+                of_images, of_texts = (
+                    contrast(similarities.image_to_text, "none"),
+                    contrast(similarities.text_to_image, "none"),
+                )
+            report["rows"] = torch.stack([(of_images + of_texts) / 2, torch.ones_like(of_images)], dim=1)
+        return report

@@ -87,7 +87,14 @@ class ImageTextMatching(Objective):
         loss = cross_entropy(logits, labels, ignore_index=IGNORED)
         num_pairs = (labels != IGNORED).sum()
         accuracy = (logits.argmax(-1) == labels).sum() / num_pairs
-        return {"loss": loss, "accuracy": accuracy}
+        report = {"loss": loss, "accuracy": accuracy}
+        if self.reports_rows:
+            with torch.no_grad():
+                of_pairs = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+            # Pairs are this rank's texts, once or three times.
+            of_texts = torch.stack([of_pairs, (labels != IGNORED).float()], dim=1)
+            report["rows"] = of_texts.unflatten(0, (-1, states.image.shape[0])).sum(0)
+        return report
 
 
 def _local_rows(states: TowerStates) -> Tensor:

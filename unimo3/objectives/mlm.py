@@ -3,6 +3,7 @@
 Source: BERT, arXiv 1810.04805; on fused states as METER, arXiv 2111.02387.
 """
 
+import torch
 from torch.nn.functional import cross_entropy
 
 from unimo3.distributed import sum_over_ranks, world
@@ -36,4 +37,10 @@ class MaskedLanguageModeling(Objective):
         size = world()[1]
         loss = cross_entropy(logits, targets, reduction="sum") * size / num_targets
         accuracy = (logits.argmax(-1) == targets).sum() * size / num_targets
-        return {"loss": loss, "accuracy": accuracy}
+        report = {"loss": loss, "accuracy": accuracy}
+        if self.reports_rows:
+            with torch.no_grad():
+                of_tokens = cross_entropy(logits, targets, reduction="none")
+            sums = of_tokens.new_zeros(len(labels)).index_add_(0, masked.nonzero()[:, 0], of_tokens)
+            report["rows"] = torch.stack([sums, masked.sum(1).float()], dim=1)
+        return report

@@ -18,6 +18,7 @@ import numpy as np
 from unimo3.atomic_write import replace_text
 from unimo3.gate_map import draw_gate_map, num_tower_levels
 from unimo3.json_lines import read_records
+from unimo3.objectives.by_source import means_by_source
 from unimo3.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -177,9 +178,9 @@ def step_metrics(
     return {
         "step": step,
         "samples": step * global_batch,
-        **{name: value if math.isfinite(value) else None for name, value in means.items()},
+        **{name: finite(value) for name, value in means_by_source(means).items()},
         "lr": result.lr,
-        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,
+        "grad_norm": finite(result.grad_norm),
         "pairs_per_s": samples_per_s,
         "step_s": result.step_s,
         "data_s": result.data_s,
@@ -187,6 +188,11 @@ def step_metrics(
         **counts,
         "memory_bytes": peak_memory_bytes(),
     }
+
+
+def finite(value: float | None) -> float | None:
+    """A number as it is logged: JSON has none that is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def peak_memory_bytes() -> int:

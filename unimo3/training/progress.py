@@ -30,7 +30,11 @@ class StepProgress:
     def show(self, metrics: Metrics) -> None:
         """Show a step's metrics, see `step_metrics`."""
         step = metrics["step"]
-        losses = {name: math.nan if value is None else value for name, value in metrics.items() if name[:4] == "loss"}
+        losses = {
+            name: math.nan if value is None else value
+            for name, value in metrics.items()
+            if name.startswith("loss") and "/" not in name  # of all sources together
+        }
         self._bar.update(1)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
         if self._rank != 0 or not self.is_due(step):

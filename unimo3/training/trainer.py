@@ -17,6 +17,7 @@ from unimo3.checkpoint.save import Saver
 from unimo3.distributed import broadcast_object, sum_over_ranks
 from unimo3.engine import Engine
 from unimo3.errors import DivergedError, Interrupted
+from unimo3.objectives.by_source import means_by_source
 from unimo3.training.args import OptimArgs, TrainingArgs
 from unimo3.training.engine import gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, StopGuard, to_device
@@ -205,7 +206,7 @@ class Trainer:
         if step:
             self.run.count_bad_samples(int(agreed.num_bad))
             self.log_step(step, means)
-            self._check_finite(step, means["loss"], {**means, "grad_norm": step.grad_norm})
+            self._check_finite(step, means["loss"], {**means_by_source(means), "grad_norm": step.grad_norm})
         self.run.record_saves(self.saver.take_finished())
         if agreed.save_failed:
             self.saver.wait()  # raises on every rank, unless checkpoint.on_save_error is warn
@@ -325,7 +326,7 @@ class Trainer:
         self._num_consecutive_nonfinite = 0 if is_finite else self._num_consecutive_nonfinite + 1
         if is_finite:
             return
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in logged.items())
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in logged.items() if value is not None)
         if self._num_consecutive_nonfinite > self.training_args.max_skipped:
             raise DivergedError(
                 f"step {self.run.step}: the loss or its gradient is not finite ({listed}), "
