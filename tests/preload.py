@@ -13,6 +13,7 @@ import unimo3  # first: it keeps libraries from importing what is not needed
 import deepspeed.runtime.zero.stage3
 import deepspeed.runtime.zero.stage_1_and_2
 import pytest
+import s3fs
 import torch._dynamo
 import torch.distributed.elastic
 import torch.utils.cpp_extension

@@ -39,7 +39,7 @@ for command in sys.argv[1:]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         importlib.import_module(program).main()
-    heavy = [name for name in ("torch", "transformers", "deepspeed", "timm") if name in sys.modules]
+    heavy = [name for name in ("torch", "transformers", "deepspeed", "timm", "fsspec", "s3fs") if name in sys.modules]
     imported[command] = [heavy, len(sys.modules), len(output.getvalue())]
 print(json.dumps(imported))
 """
