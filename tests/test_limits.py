@@ -71,6 +71,16 @@ def test_each_limit_of_a_shell_is_named_if_it_is_too_low(limit, monkeypatch):
     assert limits.process_limit_errors(1, 1, has_gpu=False)[0].startswith("ulimit -v: 1048576 kB")
 
 
+def test_processes_that_read_from_an_object_store_count_its_threads(limit, monkeypatch):
+    monkeypatch.setattr(limits.os, "geteuid", lambda: 12345)
+    limit(resource.RLIMIT_NPROC, 20 + 3 * 4)
+    data = DataArgs(train="shards", num_workers=4)
+    data.check_limits(micro_batch=1, image_size=32, num_images=1)
+    needed = 20 + 3 * 4 + 3 * (1 + 4)
+    with pytest.raises(ConfigError, match=f"ulimit -u: 32 processes .*up to {needed} are needed"):
+        replace(data, train="s3://bucket/shards").check_limits(micro_batch=1, image_size=32, num_images=1)
+
+
 def test_a_users_own_processes_count():
     assert limits._num_threads_of_user() >= threading.active_count()
 

@@ -45,18 +45,26 @@ def read(data, tokenizer, rank, world_size, micro_batch, start, stop, path: Path
 
 
 class Run:
-    """A run that is stopped and resumed; its ledger lists what was read at each step."""
+    """A run that is stopped and resumed; its ledger lists what was read at each step.
 
-    def __init__(self, folder: Path, train, tokenizer: Path):
+    Args:
+        function: of one rank, with the arguments of `read`.
+        settings: others of `DataArgs`.
+    """
+
+    def __init__(self, folder: Path, train, tokenizer: Path, function=read, **settings):
         self._folder, self._train, self._tokenizer = folder, train, str(tokenizer)
+        self._function, self._settings = function, settings
         self.steps: dict[int, list] = {}
 
     def go(self, world_size, micro_batch, workers, start, stop, kill_after=None):
         """Read steps `start` to `stop`; with `kill_after`, all ranks are killed as soon as that step is read."""
-        data = DataArgs(train=self._train, window_shards=2, num_workers=workers, prefetch=2)
+        data = DataArgs(train=self._train, window_shards=2, num_workers=workers, prefetch=2, **self._settings)
         paths = [self._folder / f"{start}_{rank}.jsonl" for rank in range(world_size)]
         ranks = [
-            start_process(read, data, self._tokenizer, rank, world_size, micro_batch, start, stop, paths[rank])
+            start_process(
+                self._function, data, self._tokenizer, rank, world_size, micro_batch, start, stop, paths[rank]
+            )
             for rank in range(world_size)
         ]
         if kill_after is not None:

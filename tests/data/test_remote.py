@@ -238,8 +238,8 @@ def test_a_mount_that_fails_is_tried_again(quick, caplog):
         ("pipe:curl https://host/shards", "pipe: runs a shell"),
         ("PIPE:cat x", "pipe: runs a shell"),
         ("http://host/shards", "http: lets anybody on the way read and change"),
-        ("s3://bucket/shards", "s3: is not read"),
-        ("gs://bucket/shards", "gs: is not read"),
+        ("s3://key:secret@bucket/shards", "is no URL of an object store"),
+        ("store://bucket/shards", "store: is not read"),
         ("file:///data/shards", "file: is not read"),
         ("https://", "is no URL of a folder"),
         ("https://me:secret@host/shards", "is no URL of a folder"),
@@ -247,14 +247,17 @@ def test_a_mount_that_fails_is_tried_again(quick, caplog):
         ("https://host/sh\nards", "is no URL of a folder"),
     ],
 )
-def test_sources_other_than_https_and_folders_are_refused(source, message):
+def test_sources_that_are_not_read_are_refused(source, message):
     with pytest.raises(DataError, match=message) as refused:
         check_source(source)
     assert "secret" not in str(refused.value)
 
 
-def test_https_urls_are_remote_and_paths_are_not():
+def test_urls_are_remote_and_paths_are_not():
     for source in ("https://host/shards", "HTTPS://host:8443/a%20b/", "https://127.0.0.1", "https://[::1]:80/x"):
+        check_source(source)
+        assert is_remote(source)
+    for source in ("s3://bucket", "gs://bucket/shards/coco/", "az://container/shards"):
         check_source(source)
         assert is_remote(source)
     for source in ("shards/coco", "/data/a:b", "./odd:name", "../x"):

@@ -19,6 +19,7 @@ from unimo3.data.shard_checks import index_errors
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
 from unimo3.errors import ConfigError, DataError, no_answer
 from unimo3.limits import process_limit_errors, shared_memory_errors
+from unimo3.object_store import is_store
 from unimo3.texts import plain
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ Augment = Literal["none", "randaugment"]
 # Measured and rounded up.
 _FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
 _THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
+# Of each process that reads from an object store.
+_FILES_OF_STORE, _THREADS_OF_STORE = 8, 3
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class DataArgs(Checked):
     """Shards, tokenizer, and how samples are read."""
 
     train: dict[str, float] | str = ""
-    """Folder of training shards with their index.json, or its https: URL; or several with their weights in the
-    mixture, such as {shards/coco/train: 1, shards/vg/train: 2}."""
+    """Folder of training shards with their index.json, or its URL, https: or in an object store such as s3:; or several
+    with their weights in the mixture, such as {shards/coco/train: 1, shards/vg/train: 2}."""
     mix_temperature: float = 0.0
     """T above 0: a source's weight is multiplied by its number of samples to the power 1/T. 1: in proportion to sizes;
     larger values favor small sources. 0: the weights of data.train alone."""
     max_epochs: int = 0
     """Epochs of a source after which it leaves the mixture; the others continue with their weights. 0: no limit."""
     val: str | None = None
-    """Folder of held-out shards, for evaluation, or its https: URL. Null: none."""
+    """Folder of held-out shards, for evaluation, or its URL. Null: none."""
     tokenizer: str = ""
     """Tokenizer folder: RoBERTa's, or one that prepare_shards trained."""
     max_text_tokens: int = 50
@@ -69,7 +72,7 @@ class DataArgs(Checked):
     window_shards: int = 16
     """Shards of a source whose samples are shuffled together."""
     cache_dir: str = ""
-    """Folder on a node's own disk for copies of shards; needed for https: URLs, useful for slow mounted stores.
+    """Folder on a node's own disk for copies of shards; needed for URLs, useful for slow mounted stores.
     Empty: shards are read where they are."""
     cache_gb: float = 100.0
     """Limit of the copies' total size, in 10^9 bytes; the least recently used are removed first."""
@@ -264,13 +267,16 @@ class DataArgs(Checked):
         num_readers = self.num_workers * (trains + (self.val is not None))
         batch_bytes = micro_batch * num_images * 3 * image_size**2
         num_sources = trains * len(self.sources) + (self.val is not None)
+        has_store = any(is_store(source) for source in (*self.sources, self.val or ""))
         errors = shared_memory_errors(num_local * num_readers * self.prefetch * batch_bytes)
         errors += process_limit_errors(
             _FILES_OF_RANK
             + _FILES_OF_SOURCE * num_sources
             + num_readers * (_FILES_OF_READER + self.prefetch)
-            + _FILES_OF_PEER * num_ranks,
-            num_local * (_THREADS_OF_RANK + _THREADS_OF_READER * num_readers),
+            + _FILES_OF_PEER * num_ranks
+            + _FILES_OF_STORE * has_store,
+            num_local
+            * (_THREADS_OF_RANK + _THREADS_OF_READER * num_readers + _THREADS_OF_STORE * has_store * (1 + num_readers)),
             torch.cuda.is_available(),
         )
         if errors:

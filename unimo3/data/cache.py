@@ -20,11 +20,10 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from unimo3.data.remote import check_source, is_remote, receive
+from unimo3.data.remote import check_source, join, receive
 from unimo3.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class ShardCache:
     """Copies of one source's files in a folder that other sources, processes and runs may share.
 
     Args:
-        source: the ``https:`` URL of a folder, or the path of a mounted one.
+        source: the URL of a folder, or the path of a mounted one.
         folder: on a local disk of the node; made when first needed.
         limit_bytes: limit of the total size of all copies in `folder`.
 
@@ -116,7 +115,7 @@ class ShardCache:
                 f"{self.source}: lists a file named {name!r}, which could lie outside it; names have no / and no .., "
                 "so rename the file and index it again"
             )
-        return f"{self.source.rstrip('/')}/{quote(name) if is_remote(self.source) else name}"
+        return join(self.source, name)
 
     def _fetch(self, where: str, copy: Path, num_bytes: int, sha256: str) -> None:
         """Fetch and check a copy, then rename it to `copy`; the caller has the shard's lock."""

@@ -8,7 +8,7 @@
 An item is a caption, a question or a hypothesis of a sample's ``json``; each kind is counted by itself. An index of
 version 2 counts only the first kind of each ``json``; it stays readable, and a wrong count is an error. Tables are read
 when a shard is first used and a few are cached, so memory does not grow with the number of samples. The folder may be a
-mounted store or an ``https:`` URL, whose shards go through a local cache.
+mounted store, or the URL of an ``https:`` server or an object store, whose shards go through a local cache.
 
 Source: https://github.com/webdataset/webdataset for the shards' layout; the tar format of POSIX.1-1988.
 """
@@ -60,7 +60,7 @@ class ShardIndex:
     """An index, loaded; reads samples by offset, from any process.
 
     Args:
-        source: a folder with ``index.json``, or its ``https:`` URL.
+        source: a folder with ``index.json``, or its URL.
         cache: of copies of the shards; needed for a URL, useful for a slow mounted store.
         check_files: whether to check that each file of a folder is there and has its size.
 

@@ -1,8 +1,9 @@
-"""Files of a source, which is an ``https:`` URL or a mounted folder: what is accepted, and reading with retries.
+"""Files of a source, which is a URL or a mounted folder: what is accepted, and reading with retries.
 
-Only ``https:`` is spoken, without a login, and redirects stay within it. What may pass (a busy server, a connection
-that ended early, a network file system that is away) is tried again, from the start of the file; what another try
-cannot fix is refused at once.
+Of URLs, ``https:`` is spoken here, without a login, and redirects stay within it; `unimo3.object_store` reads those of
+object stores. What may pass (a busy server, a connection that ended early, a network file system that is away) is tried
+again, from the start of the file or, of an object, from the range that failed; what another try cannot fix is refused
+at once.
 
 Source: RFC 9110, section 15, for the statuses worth another try.
 """
@@ -19,8 +20,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
+from urllib.parse import quote
 
+from unimo3 import object_store
 from unimo3.errors import DataError, UnreachableError
+from unimo3.object_store import ObjectChangedError, StoreError
+from unimo3.object_store import without_secrets as _without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ _LABEL = r"[A-Za-z0-9_-]{1,63}"
 # A host, a port, and a path of visible ASCII: no user, query or fragment.
 _URL = re.compile(rf"(?i:https)://({_LABEL}(\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(:\d{{1,5}})?(/[!\"$->@-~]*)?")
 _TIMEOUT_S = 30.0
-_PAUSES_S = (1.0, 3.0, 10.0, 30.0)
+_PAUSES_S = object_store.PAUSES_S
 _CHUNK_BYTES = 2**20
 
 _REASONS = {
@@ -45,16 +50,27 @@ class _PassingError(Exception):
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is an ``https:`` URL."""
-    return _scheme(source) == "https"
+    """Whether a source is an ``https:`` URL or that of an object store."""
+    return _scheme(source) == "https" or object_store.is_store(source)
+
+
+def join(source: str, name: str) -> str:
+    """The address of a source's file."""
+    return f"{source.rstrip('/')}/{quote(name) if _scheme(source) == 'https' else name}"
 
 
 def check_source(source: str) -> None:
-    """Accept a path or an ``https:`` URL of a folder; nothing is looked up.
+    """Accept a path, or the URL of a folder at an ``https:`` server or in an object store; nothing is looked up.
 
     Raises:
-        DataError: the source has another scheme, or its URL has more than a host, a port and a path.
+        DataError: the source has another scheme, or its URL has more than a host or bucket, a port and a path.
     """
+    if object_store.is_store(source):
+        try:
+            object_store.check_url(source)
+        except StoreError as error:
+            raise DataError(str(error)) from error
+        return
     scheme = _scheme(source)
     if scheme not in ("", "https"):
         reason = _REASONS.get(scheme, "is not read by this program")
@@ -73,7 +89,7 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
     """Write a source's file to `file`, from the start at each try.
 
     Args:
-        where: an ``https:`` URL or a path.
+        where: a URL or a path.
         file: is emptied first.
         limit: most bytes wanted; the rest is not read.
 
@@ -88,7 +104,7 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
         file.truncate()
         size, digest = 0, hashlib.sha256()
         try:
-            with closing(_read_url(where) if is_remote(where) else _read_file(Path(where))) as chunks:
+            with closing(_read(where)) as chunks:
                 for chunk in chunks:
                     size += len(chunk)
                     if size > limit:
@@ -107,9 +123,25 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
     raise AssertionError("the last try returns or raises")
 
 
+def _read(where: str) -> Generator[bytes, None, None]:
+    if object_store.is_store(where):
+        return _read_object(where)
+    return _read_url(where) if is_remote(where) else _read_file(Path(where))
+
+
+def _read_object(url: str) -> Generator[bytes, None, None]:
+    # Expired credentials end a run with status 78, which holds its job: a start without fresh ones would fail again.
+    try:
+        yield from object_store.read(url)
+    except ObjectChangedError as error:
+        raise _PassingError(str(error).removeprefix(f"{url}: ")) from error
+    except StoreError as error:
+        raise DataError(str(error)) from error
+
+
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if not is_remote(newurl):
+        if _scheme(newurl) != "https":
             raise DataError(
                 f"{req.full_url}: the server redirects to {_without_secrets(newurl)}; only https: is followed, so name "
                 "the folder's final https: URL"
@@ -161,7 +193,3 @@ def _read_file(path: Path) -> Generator[bytes, None, None]:
 def _scheme(source: str) -> str:
     match = _SCHEME.match(source)
     return match[1].lower() if match else ""
-
-
-def _without_secrets(source: str) -> str:
-    return re.sub(r"(?<=//)[^/]*@|[?#].*", "...", source)
