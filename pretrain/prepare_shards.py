@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unimo3 import object_store
 from unimo3.data.build_index import index, verify
 from unimo3.data.conversion import MARK, MAX_REJECT_RATIO, Conversion, convert, is_output, sibling_folders
 from unimo3.data.formats import CONVERTERS, pairs
@@ -18,7 +19,9 @@ from unimo3.data.formats.pairs import PairsOptions
 from unimo3.data.formats.tables import TableOptions
 from unimo3.data.mpi_jobs import communicator
 from unimo3.data.stored_images import ImageOptions
+from unimo3.data.upload import convert_and_upload
 from unimo3.errors import CommandParser, ConfigError, Unimo3Error, exit_with_status
+from unimo3.object_store import StoreError
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -31,11 +34,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--src",
-        type=Path,
+        type=_folder,
         help="folder of the data set's annotation files; index: of the tars; pairs: a table, or a folder of images",
     )
-    parser.add_argument("--images", type=Path, help="folder of the images, as docs/data.md describes (default: --src)")
-    parser.add_argument("--out", type=Path, help="new folder for the shards")
+    parser.add_argument(
+        "--images",
+        type=_folder,
+        help="folder of the images, as docs/data.md describes (default: --src)",
+    )
+    parser.add_argument("--out", help="new folder for the shards, or a prefix in an object store: s3://BUCKET/PATH")
+    parser.add_argument(
+        "--staging",
+        type=_folder,
+        metavar="DIR",
+        help="of an --out in an object store: new local folder that the shards are made in, and removed from when they "
+        "are sent (default: ./staging/BUCKET/PATH)",
+    )
     parser.add_argument("--shard-size", type=int, default=1024, help="records a shard (default: %(default)s)")
     parser.add_argument(
         "--max-side",
@@ -80,7 +94,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="convert nothing: read every shard of OUT again and compare it with its index",
     )
     _add_pairs_options(parser.add_argument_group("pairs: a CSV, TSV, JSON lines or Parquet file, or a folder"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.url = args.out if args.out is not None and "://" in args.out else ""
+    args.out = Path(args.out) if args.out is not None else None
+    if args.url:
+        args.out = args.staging or object_store.staging_folder(args.url)
+    return args
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{object_store.without_secrets(text)}: is no folder; convert and index on a machine that has the files, "
+            "and give --out, or copy the folder with its index, to the store"
+        )
+    return Path(text)
 
 
 def _add_pairs_options(group: Any) -> None:
@@ -141,8 +169,11 @@ def check(args: argparse.Namespace) -> None:
         if folder is not None and not folder.is_dir() and not is_table:
             errors.append(f"--{name} {folder}: no such folder{' or file' if args.format == 'pairs' else ''}")
     errors += [f"--{name}: not given; {_WHY[name]}" for name in sorted(needed) if getattr(args, name) is None]
+    errors += _url_errors(args)
     if args.format == "index" and args.out is not None:
-        errors.append(f"--out {args.out}: an index is written next to the tars of --src; leave it out")
+        errors.append(f"--out {args.url or args.out}: an index is written next to the tars of --src; leave it out")
+    elif args.url:
+        pass  # the local folder may be one that is still to be sent, which `check_upload` finds out
     elif args.verify and args.out is not None and not args.out.is_dir():
         errors.append(f"--out {args.out}: no such folder")
     elif not args.verify and args.out is not None and args.out.exists():
@@ -153,8 +184,10 @@ def check(args: argparse.Namespace) -> None:
                 f"--out {args.out}: contains other things than shards; --overwrite removes only what this wrote"
             )
     if args.out is not None and not args.verify:
+        option = "--staging" if args.url else "--out"
         errors += [
-            f"--out {args.out}: {path} is in the way: it is not a folder this program began; move it or choose another"
+            f"{option} {args.out}: {path} is in the way: it is not a folder this program began; move it or choose "
+            "another"
             for path in sibling_folders(args.out)
             if path.exists() and not (path / MARK).exists() and not (path.is_dir() and not any(path.iterdir()))
         ]
@@ -201,33 +234,55 @@ def _pairs_errors(args: argparse.Namespace) -> list[str]:
 _WHY = {"src": "name the folder of the annotation files, or of the tars", "out": "name the folder of the shards"}
 
 
+def _url_errors(args: argparse.Namespace) -> list[str]:
+    """Errors of an output in an object store, which is not looked up."""
+    if not args.url:
+        return [] if args.staging is None else [f"--staging {args.staging}: only an --out in an object store has one"]
+    if args.verify:
+        return [
+            f"--verify: reads a folder; copy {object_store.without_secrets(args.url)} to one. A run compares each "
+            "shard that it copies with its index"
+        ]
+    if not object_store.is_store(args.url):
+        return [f"--out {object_store.without_secrets(args.url)}: is not written by this program; name a folder or s3:"]
+    try:
+        object_store.check_url(args.url)
+    except StoreError as error:
+        return [f"--out {error}"]
+    return []
+
+
+def conversion_of(args: argparse.Namespace) -> Conversion:
+    """What the command line asks to convert."""
+    converter = CONVERTERS[args.format]
+    if args.format == "pairs":
+        converter = partial(pairs.convert, options=pairs_options(args))
+    return Conversion(
+        args.format,
+        converter,
+        args.src,
+        args.images or (args.src if args.src.is_dir() else args.src.parent),
+        args.out,
+        args.overwrite,
+        args.shard_size,
+        ImageOptions(args.max_side, args.quality),
+        args.max_reject_ratio,
+        args.tokenizer_vocab,
+        args.min_answer_count,
+        args.url,
+    )
+
+
 def run(args: argparse.Namespace, comm: Any) -> None:
     """Run the command; every rank calls it."""
     if args.verify:
         verify(args.src if args.format == "index" else args.out, comm)
     elif args.format == "index":
         index(args.src, args.overwrite, comm)
+    elif args.url:
+        convert_and_upload(conversion_of(args), comm)
     else:
-        options = ImageOptions(args.max_side, args.quality)
-        converter = CONVERTERS[args.format]
-        if args.format == "pairs":
-            converter = partial(pairs.convert, options=pairs_options(args))
-        convert(
-            Conversion(
-                args.format,
-                converter,
-                args.src,
-                args.images or (args.src if args.src.is_dir() else args.src.parent),
-                args.out,
-                args.overwrite,
-                args.shard_size,
-                options,
-                args.max_reject_ratio,
-                args.tokenizer_vocab,
-                args.min_answer_count,
-            ),
-            comm,
-        )
+        convert(conversion_of(args), comm)
 
 
 @exit_with_status

@@ -1,7 +1,8 @@
 """Which folder a command works on: ``python -m slurm.runs MODULE ARGUMENTS...`` prints ``answer: FOLDER``.
 
     RUN        of training
-    OUT.job    of an export or a conversion: next to what it makes, which must not exist before
+    OUT.job    of an export or a conversion: next to what it makes, which must not exist before; where OUT is in an
+               object store, next to the local folder in which it is made
     SRC        of pretrain.prepare_shards index, which writes next to the tars
 
 Read from the recipe and the arguments alone, so that a job script knows it in a tenth of a second and without torch. An
@@ -21,6 +22,7 @@ import yaml
 
 from finetune.tasks import TASKS
 from slurm.commands import print_answer
+from unimo3.object_store import staging_folder
 from unimo3.project_files import project_file
 
 Result = TypeVar("Result")
@@ -30,7 +32,7 @@ _TAG = re.compile(r"^step_(\d{8,})$")
 _CONFIG_STATUS = 78
 _JOB_SUFFIX = ".job"
 # As unimo3/data/conversion.py and shards.py name them, which cannot be imported without the libraries they use.
-_STAGING, _SHARD_DONE = ".partial", "*.unimo3-done"
+_STAGING, _SHARD_DONE, _SENT = ".partial", "*.unimo3-done", ".upload"
 
 
 class ArgumentError(ValueError):
@@ -51,15 +53,23 @@ def work_folder(program: str, arguments: list[str], start: Path = Path()) -> Pat
         return run_folder(arguments, start)
     in_place = program == "pretrain.prepare_shards" and arguments[:1] == ["index"]
     key = "--src" if in_place else "--out"
+    value = _last_value(arguments, key)
+    if "://" in value:
+        key, value = "--staging", _last_value(arguments, "--staging") or str(staging_folder(value))
+    if not value.isprintable() or Path(value).name in ("", ".."):
+        raise ArgumentError(f"{key} {value!r}: the printable name of a folder is needed")
+    folder = start / value
+    return folder if in_place else folder.with_name(folder.name + _JOB_SUFFIX)
+
+
+def _last_value(arguments: list[str], key: str) -> str:
+    """The value of an option, of which a later one wins; empty if it is not there."""
     value = ""
     for index, word in enumerate(arguments):
         name, equals, rest = word.partition("=")
         if name == key:
             value = rest if equals else next(iter(arguments[index + 1 :]), "")
-    if not value.isprintable() or Path(value).name in ("", ".."):
-        raise ArgumentError(f"{key} {value!r}: the printable name of a folder is needed")
-    folder = start / value
-    return folder if in_place else folder.with_name(folder.name + _JOB_SUFFIX)
+    return value
 
 
 def run_folder(arguments: list[str], start: Path = Path()) -> Path:
@@ -115,12 +125,21 @@ def read_newest_checkpoint(run: Path, read: Callable[[int, Path], Result]) -> Re
 
 
 def progress(folder: Path) -> int | None:
-    """What a start resumes from: step of a run's newest checkpoint, or number of a conversion's finished shards."""
+    """What a start resumes from: step of a run's newest checkpoint, or number of a conversion's finished shards.
+
+    Of a conversion into an object store, also the number of objects that were sent.
+    """
     step = newest_step(folder)
     if step is not None:
         return step
-    staging = folder.with_name(folder.name.removesuffix(_JOB_SUFFIX) + _STAGING)
-    finished = [*folder.glob(_SHARD_DONE), *(staging.glob(f"*/{_SHARD_DONE}") if folder.suffix == _JOB_SUFFIX else [])]
+    finished = [*folder.glob(_SHARD_DONE)]
+    if folder.suffix == _JOB_SUFFIX:
+        out = folder.with_suffix("")
+        finished += out.with_name(out.name + _STAGING).glob(f"*/{_SHARD_DONE}")
+        sent = out.with_name(out.name + _SENT)
+        if sent.is_file():  # which has a header
+            finished += out.glob("*/*.tar")
+            return len(finished) + len(sent.read_bytes().splitlines()) - 1 or None
     return len(finished) or None
 
 

@@ -153,10 +153,13 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
 def check_shards(arguments: list[str]) -> ErrorsAndNotices:
     """As `check_export`, of pretrain.prepare_shards."""
     from pretrain import prepare_shards
+    from unimo3.data.upload import check_upload
 
     try:
         args = prepare_shards.parse_arguments(arguments)
         prepare_shards.check(args)
+        if args.url:
+            check_upload(prepare_shards.conversion_of(args))
     except ConfigError as error:
         return error.errors, []
     if args.verify or args.format == "index":
@@ -165,10 +168,12 @@ def check_shards(arguments: list[str]) -> ErrorsAndNotices:
     sources = {args.src.resolve(), (args.images or args.src).resolve()}
     size = sum(size_of(folder) for folder in sources if not sources & set(folder.parents))
     free = free_bytes(args.out) + size_of(args.out.with_name(args.out.name + ".partial"))
+    free += size_of(args.out) if args.url else 0  # complete, and still to be sent
+    name = "--staging" if args.url else "--out"
     room = f"the source has {size / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
     if size > free and not args.max_side:
-        return [f"--out {args.out}: {room}; make room, choose another folder, or give --max-side to store less"], []
-    return [], [f"--out {args.out}: {room}"]
+        return [f"{name} {args.out}: {room}; make room, choose another folder, or give --max-side to store less"], []
+    return [], [f"{name} {args.out}: {room}"]
 
 
 def free_bytes(folder: Path) -> int:

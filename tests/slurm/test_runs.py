@@ -33,6 +33,8 @@ def test_the_run_folder_is_the_one_the_program_uses(tmp_path):
         ("pretrain.export", ["runs/a", "--out=weights/a/"], "weights/a.job"),
         ("pretrain.prepare_shards", ["coco", "--src", "s", "--out", "o"], "o.job"),
         ("pretrain.prepare_shards", ["index", "--src", "s/train"], "s/train"),
+        ("pretrain.prepare_shards", ["coco", "--src", "s", "--out", "s3://b/sets/coco/"], "staging/b/sets/coco.job"),
+        ("pretrain.prepare_shards", ["coco", "--out=s3://b/coco", "--staging", "here/coco"], "here/coco.job"),
     ],
 )
 def test_exports_and_conversions_keep_their_history_next_to_the_output(program, arguments, folder):
@@ -59,6 +61,20 @@ def test_progress_is_the_newest_checkpoint_or_finished_shards(tmp_path):
     for name in ("000000.unimo3-done", "000001.unimo3-done", "000002.tar"):
         (tmp_path / "o.partial" / "train" / name).touch()
     assert progress(tmp_path / "run") == 12
+    assert progress(tmp_path / "o.job") == 2
+
+
+def test_progress_of_an_upload_continues_that_of_its_conversion(tmp_path):
+    (tmp_path / "o.partial" / "train").mkdir(parents=True)
+    record = tmp_path / "o.upload"
+    record.write_text("{}\n")
+    assert progress(tmp_path / "o.job") is None
+    (tmp_path / "o.partial" / "train" / "000000.unimo3-done").touch()
+    assert progress(tmp_path / "o.job") == 1
+    (tmp_path / "o.partial" / "train" / "000000.unimo3-done").rename(tmp_path / "o.partial" / "train" / "000000.tar")
+    (tmp_path / "o.partial").rename(tmp_path / "o")
+    assert progress(tmp_path / "o.job") == 1
+    record.write_text("{}\n{}\n")
     assert progress(tmp_path / "o.job") == 2
 
 

@@ -331,6 +331,7 @@ def test_an_export_may_wait_for_the_run_that_it_exports(checked, run, tmp_path):
         (["coco", "--src", "SOURCE", "--out", "SOURCE"], "exists; choose a new folder or give --overwrite"),
         (["coco", "--src", "SOURCE", "--out", FULL / "o"], "GB, 0.000 GB are free; make room, choose another folder"),
         (["coco", "--src", "SOURCE"], "--out: not given; name the folder of the shards"),
+        (["coco", "--src", "SOURCE", "--out", "gs://b/o"], "--out gs://b/o: its package is not installed"),
         (["coco", "--src", "SOURCE", "--out", "o", "--quality", "0"], "--quality 0: 1 to 95 is needed"),
     ],
 )

@@ -30,6 +30,8 @@ from unimo3.errors import ConfigError, DataError
 
 # What distinguishes this program's folders from others, which are never removed; in that of a split, what it is.
 MARK = ".unimo3-shards"
+# What a conversion's folder has besides its splits.
+EXTRAS = ("tokenizer", "answers.json", REJECTS, MARK)
 MAX_REJECT_RATIO = 0.001
 
 
@@ -49,6 +51,7 @@ class Conversion:
             and 0 of the splits that are tested on.
         tokenizer_vocab: entries of a tokenizer to train on the training captions. 0: none.
         min_answer_count: least count of an answer of the vocabulary.
+        url: where `out` is sent afterwards and removed, as it is printed. Empty: `out` stays.
     """
 
     format: str
@@ -62,6 +65,12 @@ class Conversion:
     max_reject_ratio: float | None
     tokenizer_vocab: int
     min_answer_count: int
+    url: str = ""
+
+    @property
+    def destination(self) -> str:
+        """Where the shards are in the end."""
+        return self.url.rstrip("/") or str(self.out)
 
     def reject_limit(self, split: str) -> float:
         """The limit of a split. Results on a test split with fewer records are not those of others."""
@@ -171,11 +180,11 @@ def convert(wanted: Conversion, comm: Any) -> None:
         counts = _index_splits(wanted, source, progress, staging)
         _publish(wanted, staging)
     for split, count in counts.items():
-        print(f"{wanted.out / split}: {count} samples in {source.shards[split]} shards")
+        print(f"{wanted.destination}/{split}: {count} samples in {source.shards[split]} shards")
     for reason, count in source.omitted.items():
         print(f"skipped {count} records: {reason}")
     if progress.rejects:
-        print(f"rejected: {len(progress.rejects)} records that cannot be used, see {wanted.out / REJECTS}")
+        print(f"rejected: {len(progress.rejects)} records that cannot be used, see {wanted.destination}/{REJECTS}")
 
 
 def _remove_leftovers(staging: Path, source: Source) -> None:
@@ -218,12 +227,12 @@ def _publish(wanted: Conversion, staging: Path) -> None:
         )
     # Renamed first: the path of a conversion never has a half removed one.
     replaced = sibling_folders(wanted.out)[1]
-    _remove(replaced)
+    remove_output(replaced)
     if wanted.out.exists():
         (wanted.out / MARK).touch()
         wanted.out.rename(replaced)
     staging.rename(wanted.out)
-    _remove(replaced)
+    remove_output(replaced)
 
 
 def sibling_folders(out: Path) -> tuple[Path, Path]:
@@ -233,11 +242,10 @@ def sibling_folders(out: Path) -> tuple[Path, Path]:
 
 def is_output(folder: Path) -> bool:
     """Whether an earlier run wrote a folder: splits with their index, and this program's other files, nothing else."""
-    extras = ("tokenizer", "answers.json", REJECTS, MARK)
-    return folder.is_dir() and all(path.name in extras or is_index(path) for path in folder.iterdir())
+    return folder.is_dir() and all(path.name in EXTRAS or is_index(path) for path in folder.iterdir())
 
 
-def _remove(folder: Path) -> None:
+def remove_output(folder: Path) -> None:
     """Remove a conversion's folder, its mark last: after a kill half way it is still recognized as one."""
     if folder.exists():
         for path in folder.iterdir():
