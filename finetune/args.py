@@ -66,6 +66,7 @@ class FinetuneConfig(Checked):
         """Return where weights, tokenizer and task do not fit together, one line per error."""
         from finetune.init_checks import head_errors, resized, task_errors
         from unimo3.checkpoint.export import changed_files
+        from unimo3.training.parts import freeze_errors
 
         try:
             model = config_of(self.init, self.run.folder)
@@ -81,6 +82,7 @@ class FinetuneConfig(Checked):
             )
         if self.eval_only and not has_begun(self.run.folder):
             errors += head_errors(self.init, model_files_of(self.init, self.run.folder), model, self.task)
+        errors += [] if errors else freeze_errors(model, self.optim)
         errors += [f"init: {problem}" for problem in changed_files(model_files_of(self.init, self.run.folder))]
         return errors + self._tokenizer_errors(model)
 

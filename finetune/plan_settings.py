@@ -14,6 +14,7 @@ from unimo3.checkpoint.initial_weights import config_of
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.args import ModelArgs
+from unimo3.training.args import OptimArgs
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class PlannedFinetuning(FinetuneConfig):
 
     def slow_errors(self) -> list[str]:
         """Return where model, task, tokenizer and length of texts do not fit together, one line per error."""
+        from unimo3.training.parts import freeze_errors
+
         try:
-            errors = self.data.model_errors(self.model_config())
+            model = self.model_config()
+            errors = self.data.model_errors(model) + freeze_errors(model, self.optim)
         except ConfigError as error:
             errors = error.errors
         return errors + self.planned_errors()
@@ -74,11 +78,11 @@ class PlannedFinetuning(FinetuneConfig):
         model, task = self.model_config(), self.planned_task()
         task.configure(model)
         words = {"unit": task.unit, "not_counted": _NOT_COUNTED}
-        step = tuning_step(model, task, self.data.max_text_tokens, self.kernels)
+        step = tuning_step(model, task, self.data.max_text_tokens, self.kernels, self.optim)
         return PlannedRun(step, self.training, self.optim.clip_norm, task.contrasts, words)
 
 
-def tuning_step(model: "Unimo3Config", task: "Task", num_tokens: int, kernels: KernelArgs) -> "Step":
+def tuning_step(model: "Unimo3Config", task: "Task", num_tokens: int, kernels: KernelArgs, optim: OptimArgs) -> "Step":
     """A task's step.
 
     Args:
@@ -90,7 +94,7 @@ def tuning_step(model: "Unimo3Config", task: "Task", num_tokens: int, kernels: K
         inputs = blank_inputs(model, num_rows, num_tokens, task.num_images)
         return inputs | task.blank_labels(num_rows)
 
-    return Step(model, task.model_class(), task.objective, batch, kernels)
+    return Step(model, task.model_class(), task.objective, batch, kernels, optim)
 
 
 def planned(config_class: type[FinetuneConfig]) -> type[PlannedFinetuning]:

@@ -14,6 +14,7 @@ from unimo3.data.masking import IGNORED
 from unimo3.errors import exit_with_status
 from unimo3.kernels.args import KernelArgs
 from unimo3.objectives.args import ObjectivesArgs
+from unimo3.training.args import OptimArgs
 from unimo3.training.plan.command import machine_parser, print_plan
 from unimo3.training.plan.settings import PlannedData, PlannedTraining
 
@@ -37,8 +38,13 @@ class PlanConfig(PretrainConfig):
         return []
 
     def slow_errors(self) -> list[str]:
-        """Return where model, tokenizer and length of texts do not fit together, one line per error."""
-        return [] if self.model.validate() else self.data.model_errors(self.model.to_config())
+        """Return where model, tokenizer, length of texts and frozen parts do not fit together, one line per error."""
+        if self.model.validate():
+            return []  # the model group reports it
+        from unimo3.training.parts import freeze_errors
+
+        model = self.model.to_config()
+        return self.data.model_errors(model) + freeze_errors(model, self.optim)
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -82,10 +88,12 @@ def parse_settings(argv: list[str]) -> PlanConfig:
 def recipe_of(settings: PlanConfig) -> "Step":
     """What of the settings decides sizes."""
     model = settings.model.to_config()
-    return pretraining_step(model, settings.objectives, settings.data.max_text_tokens, settings.kernels)
+    return pretraining_step(model, settings.objectives, settings.data.max_text_tokens, settings.kernels, settings.optim)
 
 
-def pretraining_step(model: "Unimo3Config", objectives: ObjectivesArgs, num_tokens: int, kernels: KernelArgs) -> "Step":
+def pretraining_step(
+    model: "Unimo3Config", objectives: ObjectivesArgs, num_tokens: int, kernels: KernelArgs, optim: OptimArgs
+) -> "Step":
     """A step with all objectives.
 
     Args:
@@ -113,7 +121,7 @@ def pretraining_step(model: "Unimo3Config", objectives: ObjectivesArgs, num_toke
     def objective(model: "Unimo3ForPreTraining") -> "PretrainingLoss":
         return PretrainingLoss(model, objectives.build(seed=0))
 
-    return Step(model, Unimo3ForPreTraining, objective, batch, kernels)
+    return Step(model, Unimo3ForPreTraining, objective, batch, kernels, optim)
 
 
 if __name__ == "__main__":

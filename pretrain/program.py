@@ -52,7 +52,9 @@ def pretrain(settings: PretrainConfig) -> None:
     batch = settings.batch_plan(world.size)
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
     throughput = count_operations(
-        lambda: pretraining_step(model_config, settings.objectives, settings.data.max_text_tokens, settings.kernels),
+        lambda: pretraining_step(
+            model_config, settings.objectives, settings.data.max_text_tokens, settings.kernels, settings.optim
+        ),
         ds_config,
         world,
     )

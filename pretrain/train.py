@@ -36,16 +36,19 @@ class PretrainConfig(Checked):
         return errors + self.data.shard_errors("captions", self.training.num_samples)
 
     def slow_errors(self) -> list[str]:
-        """Return where the tokenizer does not fit the model, one line per error."""
+        """Return where the tokenizer or ``optim.freeze`` does not fit the model, one line per error."""
         if self.model.validate():
             return []  # the model group reports it
+        from unimo3.training.parts import freeze_errors
+
+        model = self.model.to_config()
+        errors = freeze_errors(model, self.optim)
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
-            return []  # the data group reports it
-        text = self.model.to_config().text_config
+            return errors  # the data group reports it
         is_trained = bool(self.model.init or self.model.text.init)
-        errors = tokenizer_errors(text, tokenizer, self.data.max_text_tokens, is_trained)
+        errors += tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained)
         return errors + self.data.text_errors(tokenizer, "captions")
 
     def batch_plan(self, world_size: int) -> BatchPlan:

@@ -14,6 +14,7 @@ from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.objectives.args import ItcArgs, ItmArgs, MlmArgs, ObjectivesArgs
 from unimo3.objectives.base import PretrainingLoss
+from unimo3.training.args import OptimArgs
 from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
@@ -31,8 +32,8 @@ def ds_config(name):
     return json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
 
 
-def step(config, objectives, tokens=TOKENS, **kernels):
-    return plan.pretraining_step(config, objectives, tokens, KernelArgs(**kernels))
+def step(config, objectives, tokens=TOKENS, freeze=(), **kernels):
+    return plan.pretraining_step(config, objectives, tokens, KernelArgs(**kernels), OptimArgs(freeze=list(freeze)))
 
 
 def trace(config=None, objectives=None, tokens=TOKENS, dtype=FP32, checkpointing=False) -> StepCost:
@@ -165,6 +166,26 @@ def test_checkpointing_saves_fewer_activations_and_computes_layers_twice():
     assert checkpointed.forward_flops == plain.forward_flops
     again = checkpointed.backward_flops - plain.backward_flops
     assert 0.7 * plain.forward_flops < again <= plain.forward_flops
+
+
+def test_frozen_parts_have_neither_gradients_nor_optimizer_state():
+    freeze = ["text_tower", "vision_tower", "fusion"]
+    frozen_step = step(tiny_config(), ObjectivesArgs(), freeze=freeze)
+    sizes, all_sizes = model_sizes(frozen_step.build(), frozen_step.optim), model_sizes(build_on_meta(tiny_config()))
+    assert (sizes.total, sizes.roles) == (all_sizes.total, all_sizes.roles)
+    trained = sum(map(sum, sizes.groups))
+    assert trained == sizes.roles["heads"] == sizes.total - sum(sizes.frozen)
+    for stage in (2, 3):
+        sharding = Sharding(CUT_IN_3 | {"zero_optimization": {"stage": stage}})
+        memory, of_all = rank_memory(sizes, sharding, 1), rank_memory(all_sizes, sharding, 1)
+        assert memory.device["weights"] == pytest.approx(of_all.device["weights"], abs=8)
+        assert memory.device["moments"] == pytest.approx(8 * trained, abs=32)
+        assert memory.device["gradients"] == pytest.approx(4 * trained, abs=32)
+    # The heads' own gradients, and no gradient of anything below them.
+    cost, full = trace_step(frozen_step, FP32, False), trace()
+    assert cost.forward_flops == full.forward_flops
+    assert cost.backward_flops < 0.1 * full.backward_flops
+    assert cost.saved_bytes < 0.2 * full.saved_bytes
 
 
 SIZES = ModelSizes({"all": 10_000_000}, [[6_000_000, 3_000_000], [999_000, 1_000]], largest_module=6_000_000)

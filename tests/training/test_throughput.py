@@ -10,6 +10,7 @@ from tests.tiny import tiny_config
 from unimo3.distributed import World
 from unimo3.kernels.args import KernelArgs
 from unimo3.objectives.args import ObjectivesArgs
+from unimo3.training.args import OptimArgs
 from unimo3.training.metrics import StepResult, step_metrics
 from unimo3.training.plan.step_trace import trace_step
 from unimo3.training.throughput import Throughput, count_operations, peak_flops
@@ -19,7 +20,7 @@ BF16 = FP32 | {"bf16": {"enabled": True}}
 
 
 def step():
-    return pretraining_step(tiny_config(), ObjectivesArgs(), 12, KernelArgs())
+    return pretraining_step(tiny_config(), ObjectivesArgs(), 12, KernelArgs(), OptimArgs())
 
 
 @pytest.fixture

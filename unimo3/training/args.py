@@ -1,7 +1,7 @@
 """Settings of the training loop and of its optimizer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from unimo3.config import Checked
@@ -9,6 +9,9 @@ from unimo3.training import ds_config
 from unimo3.training.lr_schedule import SCHEDULES
 
 Fused = Literal["auto", "apex", "deepspeed", "torch"]
+TOWERS = ("text_tower", "vision_tower")
+PARTS = (*TOWERS, "fusion", "heads")
+"""What of a model can be frozen. fusion: all between the towers and the heads."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class OptimArgs:
     """Fraction of all steps over which the rate rises linearly from zero."""
     schedule: str = "linear"
     """The rate after that. linear, cosine: falls to zero at the last step. constant: stays at the peak."""
+    freeze: list[dict[str, int] | str] = field(default_factory=list)
+    """Parts that do not train, of text_tower, vision_tower, fusion (with projections and poolers) and heads. A number
+    freezes a tower's embeddings and that many of its lowest layers: [text_tower: 6, vision_tower]."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     fused: Fused = "auto"
@@ -54,6 +60,38 @@ class OptimArgs:
                 errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
         if self.schedule not in SCHEDULES:
             errors.append(f"optim.schedule: '{self.schedule}': one of {', '.join(SCHEDULES)} is needed")
+        return errors + self._freeze_errors()
+
+    @property
+    def frozen(self) -> dict[str, int | None]:
+        """Each frozen part, in the order of `PARTS`, and how many of a tower's lowest layers; None: all of it."""
+        parts: dict[str, int | None] = {}
+        for entry in self.freeze:
+            parts |= entry if isinstance(entry, dict) else {entry: None}
+        return {part: parts[part] for part in PARTS if part in parts}
+
+    def _freeze_errors(self) -> list[str]:
+        errors = []
+        names = [name for entry in self.freeze for name in (entry if isinstance(entry, dict) else [entry])]
+        errors = [
+            f"optim.freeze: '{name}': no such part; one of {', '.join(PARTS)}, or a tower with a number of layers, "
+            "such as {text_tower: 6}, is needed"
+            for name in dict.fromkeys(names)
+            if name not in PARTS
+        ]
+        errors += [
+            f"optim.freeze: {name}: named {names.count(name)} times; name it once"
+            for name in dict.fromkeys(names)
+            if names.count(name) > 1
+        ]
+        for entry in self.freeze:
+            for name, num_layers in entry.items() if isinstance(entry, dict) else ():
+                if name in PARTS and name not in TOWERS:
+                    errors.append(f"optim.freeze: {name}: {num_layers}: only towers have layers to count; write {name}")
+                elif name in TOWERS and num_layers < 0:
+                    errors.append(f"optim.freeze: {name}: {num_layers}: 0 (embeddings alone) or more is needed")
+        if not errors and list(self.frozen.values()) == [None] * len(PARTS):
+            errors.append(f"optim.freeze: {self.freeze}: no parameter is left to train; leave a part out")
         return errors
 
 

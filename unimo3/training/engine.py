@@ -4,6 +4,7 @@ Source: DeepSpeed 0.19, runtime/engine.py.
 """
 
 import importlib
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -14,12 +15,16 @@ from deepspeed.runtime import compiler
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from unimo3.distributed import world
 from unimo3.engine import Engine
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.ds_config import offloads_optimizer
 from unimo3.training.optim import OptimArgs, build_optimizer
+from unimo3.training.parts import freeze_parts
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Unimo3PreTrainedModel)
 
@@ -57,8 +62,13 @@ def build_engine(task: nn.Module, model: Unimo3PreTrainedModel, ds_config: dict[
     """Start DeepSpeed on a task, whose `model` is to be trained.
 
     Raises:
-        ConfigError: DeepSpeed refuses the configuration.
+        ConfigError: DeepSpeed refuses the configuration, or ``optim.freeze`` does not fit the model.
     """
+    freeze_parts(model, optim)
+    if optim.freeze and world()[0] == 0:
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        num_trained = sum(size for size, is_trained in sizes if is_trained)
+        log.info("optim.freeze: %s: %d of %d parameters train", optim.freeze, num_trained, sum(n for n, _ in sizes))
     optimizer = build_optimizer(model, optim, offloads_optimizer(ds_config))
     import_muon_uncompiled()
     try:

@@ -25,7 +25,10 @@ def build_optimizer(model: Unimo3PreTrainedModel, args: OptimArgs, offloaded: bo
 
 
 def parameter_groups(model: Unimo3PreTrainedModel, args: OptimArgs) -> list[dict]:
-    """Parameters by role (tower, fusion, head) and by decay, in a stable order; tied ones go where they come first."""
+    """Trained parameters by role (tower, fusion, head) and by decay, in a stable order.
+
+    A tied one goes where it comes first.
+    """
     base = cast(Unimo3Model, model.unimo3)
     roles: tuple[tuple[str, tuple[nn.Module, ...], float], ...] = (
         ("tower", (base.text_tower, base.vision_tower), 1.0),
@@ -61,5 +64,7 @@ def _split_by_decay(roots: Iterable[nn.Module], seen: set[int]) -> tuple[list[nn
                 if id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
+                if not parameter.requires_grad:
+                    continue  # frozen
                 (decayed if has_matrix and name == "weight" else plain).append(parameter)
     return decayed, plain

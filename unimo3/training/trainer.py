@@ -23,6 +23,7 @@ from unimo3.training.engine import gradient_norm, step_was_skipped
 from unimo3.training.evaluation import Evaluation, StopGuard, to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
 from unimo3.training.metrics import Metrics, StepResult, forget_peak_memory, read_metrics, step_metrics
+from unimo3.training.parts import check_trains
 from unimo3.training.preempt import STOP_FILE, StopRequest, StopRequested
 from unimo3.training.process import RankProcess
 from unimo3.training.profiling import StepProfiler
@@ -180,6 +181,7 @@ class Trainer:
             # The first step of a start compiles, so phase 'start' has a longer time limit.
             self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
             report = self.engine(to_device(batch, self.engine.device))
+            check_trains(report["loss"], self.optim_args.freeze)
             self.engine.backward(report["loss"])
             self.engine.step()
             for name, value in report.items():

@@ -65,7 +65,7 @@ def make_plan(run: PlannedRun, machine: Machine, ds_config: str | None, compares
         refused = {name: why for name, sharding in shardings.items() if (why := unsuited(sharding, machine.num_gpus))}
     suited = {name: sharding for name, sharding in shardings.items() if name not in refused}
 
-    sizes = model_sizes(run.step.build())
+    sizes = model_sizes(run.step.build(), run.step.optim)
     checkpointing = training.activation_checkpointing
     costs: dict[torch.dtype, dict[bool, StepCost]] = {
         dtype: {on: trace_step(run.step, dtype, on) for on in ((False, True) if compares else (checkpointing,))}

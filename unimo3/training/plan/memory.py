@@ -9,18 +9,20 @@ partitioned_param_coordinator.py and, for stage 1 in bf16, runtime/bf16_optimize
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from torch import nn
 
 from unimo3.dtypes import dtype_of
 from unimo3.errors import ConfigError
-from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
+from unimo3.model.unimo3 import Unimo3PreTrainedModel
 from unimo3.training.optim import OptimArgs, parameter_groups
+from unimo3.training.parts import parts_of
 
 _FP32_BYTES = 4
+# Names of parts in a plan.
+_ROLES = {"text_tower": "text", "vision_tower": "image"}
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,15 @@ class ModelSizes:
 
     Attributes:
         roles: of the towers, the fusion encoder and the heads; what a head shares counts for the tower.
-        groups: of each parameter in each group of the optimizer.
+        groups: of each trained parameter in each group of the optimizer.
         largest_module: of one module, its submodules not counted.
+        frozen: of each parameter that does not train.
     """
 
     roles: dict[str, int]
     groups: list[list[int]]
     largest_module: int
+    frozen: list[int] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -44,25 +48,22 @@ class ModelSizes:
 
     @property
     def parameters(self) -> list[int]:
-        """The size of each parameter."""
-        return [size for group in self.groups for size in group]
+        """The size of each parameter, frozen ones last."""
+        return [*(size for group in self.groups for size in group), *self.frozen]
 
 
-def model_sizes(model: Unimo3PreTrainedModel) -> ModelSizes:
-    """Count a complete model's parameters; it may be on the meta device."""
-    base = cast(Unimo3Model, model.unimo3)
-    seen: set[int] = set()
+def model_sizes(model: Unimo3PreTrainedModel, optim: OptimArgs | None = None) -> ModelSizes:
+    """Count a complete model's parameters; it may be on the meta device, with parts of it frozen.
 
-    def count_new(module: nn.Module) -> int:
-        new = [parameter for parameter in module.parameters() if id(parameter) not in seen]
-        seen.update(id(parameter) for parameter in new)
-        return sum(parameter.numel() for parameter in new)
-
-    owners = {"text": base.text_tower, "image": base.vision_tower, "fusion": base, "heads": model}
+    Args:
+        optim: which groups the optimizer has; None: those by default.
+    """
+    parts = {part: sum(p.numel() for p in parameters) for part, parameters in parts_of(model).items()}
     return ModelSizes(
-        roles={role: count_new(module) for role, module in owners.items()},
-        groups=[[p.numel() for p in group["params"]] for group in parameter_groups(model, OptimArgs())],
+        roles={_ROLES.get(part, part): size for part, size in parts.items()},
+        groups=[[p.numel() for p in group["params"]] for group in parameter_groups(model, optim or OptimArgs())],
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        frozen=[p.numel() for p in model.parameters() if not p.requires_grad],
     )
 
 
@@ -127,7 +128,8 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
     memory = RankMemory(step_bytes=0 if sharding.offloads_optimizer else _step_bytes(shards, zero.sub_group_size))
     weights = memory.host if sharding.offloads_weights else memory.device
     optimizer = memory.host if sharding.offloads_optimizer else memory.device
-    weights["weights"] = shard * sharding.weight_bytes
+    frozen = sum(math.ceil(size / num_ranks) for size in sizes.frozen)
+    weights["weights"] = (shard + frozen) * sharding.weight_bytes
     # A copy even of float32 weights.
     optimizer["master_weights"] = shard * _FP32_BYTES
     optimizer["moments"] = 2 * shard * _FP32_BYTES
@@ -155,7 +157,7 @@ def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> Ra
     zero = sharding.zero
     memory = RankMemory(step_bytes=0 if sharding.offloads_optimizer else _step_bytes(shards))
     optimizer = memory.host if sharding.offloads_optimizer else memory.device
-    memory.device["weights"] = shard * num_ranks * sharding.weight_bytes
+    memory.device["weights"] = (shard * num_ranks + sum(sizes.frozen)) * sharding.weight_bytes
     optimizer["master_weights"] = shard * _FP32_BYTES
     optimizer["moments"] = 2 * shard * _FP32_BYTES
     accumulates_apart = sharding.gradient_bytes != sharding.weight_bytes
@@ -163,7 +165,7 @@ def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> Ra
     if sharding.offloads_optimizer:
         # Accumulated in the weights' type, given to the optimizer in float32, updated weights on their way back.
         optimizer["gradients"] = shard * (2 * sharding.weight_bytes + _FP32_BYTES)
-        memory.device["gradients"] = max(sizes.parameters) * sharding.weight_bytes
+        memory.device["gradients"] = max(map(max, sizes.groups)) * sharding.weight_bytes
     elif sharding.stage == 2:
         # Float32 accumulation has one buffer; any other copies reduced gradients first.
         first = 0 if accumulates_apart else sharding.weight_bytes

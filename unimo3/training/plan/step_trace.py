@@ -24,7 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.config import Unimo3Config
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model, Unimo3PreTrainedModel
+from unimo3.training.args import OptimArgs
 from unimo3.training.engine import prepare_layers
+from unimo3.training.parts import check_trains, freeze_parts
 from unimo3.training.plan.gpu import GpuFunctions
 
 # Two batch sizes separate what grows with the rows from what does not.
@@ -44,6 +46,7 @@ class Step:
         batch: B -> a batch as the objective gets it, on the meta device; only positions of tokens and rows have
             values.
         kernels: which the run is to use; by default what a GPU uses.
+        optim: which parts train.
     """
 
     model: Unimo3Config
@@ -51,10 +54,17 @@ class Step:
     objective: Callable[[Any], nn.Module]
     batch: Callable[[int], Batch]
     kernels: KernelArgs = field(default_factory=KernelArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
 
     def build(self, dtype: torch.dtype = torch.float32) -> Unimo3PreTrainedModel:
-        """The model with shapes and no values."""
-        return build_on_meta(self.model, dtype, self.model_class)
+        """The model with shapes and no values, and parts of it frozen.
+
+        Raises:
+            ConfigError: no parameter is left to train.
+        """
+        model = build_on_meta(self.model, dtype, self.model_class)
+        freeze_parts(model, self.optim)
+        return model
 
 
 @dataclass(frozen=True)
@@ -114,10 +124,10 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
     if step.kernels.supported_on_gpu(step.model.hidden_size // step.model.num_attention_heads):
         cast(Unimo3Model, model.unimo3).use_attention_kernel("triton")
     task = step.objective(model).train()
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         # ZeRO moves a gradient on as soon as it is complete.
         parameter.register_post_accumulate_grad_hook(_drop_grad)
-    few, many = (_run(task, step.batch(size)) for size in (_FEW, _MANY))
+    few, many = (_run(task, step.batch(size), step.optim) for size in (_FEW, _MANY))
     added = _MANY - _FEW
     peak_bytes = (many.peak_bytes - few.peak_bytes) / added
     return StepCost(
@@ -137,9 +147,10 @@ class _Run:
     peak_bytes: int
 
 
-def _run(task: nn.Module, batch: Batch) -> _Run:
+def _run(task: nn.Module, batch: Batch, optim: OptimArgs) -> _Run:
     with GpuFunctions(), _Meter([*task.parameters(), *task.buffers()]) as meter:
         loss = task(batch)["loss"]
+        check_trains(loss, optim.freeze)
         forward_flops, saved_bytes = meter.flops, meter.live_bytes
         _backward(loss)
     return _Run(forward_flops, meter.flops - forward_flops, saved_bytes, meter.peak_bytes)

@@ -20,7 +20,7 @@ def sizes_table(recipes: dict[str, Step]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, step in recipes.items():
-        sizes = model_sizes(step.build())
+        sizes = model_sizes(step.build(), step.optim)
         cost = trace_step(step, torch.bfloat16, activation_checkpointing=False)
         counts = " | ".join(f"{count:,}" for count in [*sizes.roles.values(), sizes.total])
         lines.append(f"| `{name}` | {counts} | {cost.forward_flops / 1e9:.4g} | {cost.flops / 1e9:.4g} |")
