@@ -60,16 +60,24 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return values
 
 
+def rates(engine: Any) -> dict[str, float]:
+    """The peak rate of each group of the optimizer."""
+    return {group["name"]: group["peak_lr"] for group in engine.optimizer.optimizer.param_groups}
+
+
 def begin_frozen(root: Path, optim: OptimArgs) -> dict[str, Any]:
     """Under each stage, train two steps and save, then train two more."""
     results = {}
     for stage in STAGES:
         engine = start(stage, optim)
-        before = weights(engine)
-        train(engine, range(2))
+        results[stage] = {"before": weights(engine)}
+        train(engine, range(1))
+        results[stage]["first"] = weights(engine)
+        train(engine, range(1, 2))
         save(engine, root / stage, state_at(2))
-        saved = weights(engine)
-        results[stage] = {"before": before, "saved": saved, "losses": train(engine, range(2, 4))}
+        results[stage]["saved"] = weights(engine)
+        results[stage]["rates"] = rates(engine)
+        results[stage]["losses"] = train(engine, range(2, 4))
     return results
 
 
@@ -83,5 +91,6 @@ def resume_frozen(root: Path, optim: OptimArgs) -> dict[str, Any]:
         newest = newest_good(root / stage)
         assert newest is not None
         load(engine, newest)
-        results[stage] = {"loaded": weights(engine), "losses": train(engine, range(2, 4))}
+        results[stage] = {"loaded": weights(engine), "rates": rates(engine)}
+        results[stage]["losses"] = train(engine, range(2, 4))
     return results

@@ -1,5 +1,7 @@
 """Parameter groups by role, and the learning rate as a function of the step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,34 @@ def test_every_parameter_is_in_one_group_with_its_roles_rate(model):
         else:
             expected = 5e-3 if name.startswith("unimo3.") else 5e-2
         assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+def test_the_rate_falls_from_layer_to_layer_of_each_tower():
+    text = tiny_config().text_config.to_dict() | {"num_hidden_layers": 3}
+    model = tiny_pretraining_model(text_config=text)
+    groups = parameter_groups(model, replace(ARGS, tower_layer_decay=0.5))
+    rates = {id(p): group["peak_lr"] for group in groups for p in group["params"]}
+    # Three layers of text, two of images.
+    by_prefix = {
+        "unimo3.text_tower.embeddings.": 1.25e-4,
+        "unimo3.text_tower.encoder.layer.0.": 2.5e-4,
+        "unimo3.text_tower.encoder.layer.1.": 5e-4,
+        "unimo3.text_tower.encoder.layer.2.": 1e-3,
+        "unimo3.vision_tower.vit.blocks.0.": 5e-4,
+        "unimo3.vision_tower.vit.blocks.1.": 1e-3,
+        "unimo3.vision_tower.vit.norm.": 1e-3,
+        "unimo3.vision_tower.": 2.5e-4,
+        "unimo3.": 5e-3,
+        "": 5e-2,
+    }
+    for name, parameter in model.named_parameters():
+        expected = next(rate for prefix, rate in by_prefix.items() if name.startswith(prefix))
+        assert rates[id(parameter)] == pytest.approx(expected), name
+    assert [group["name"] for group in groups] == [
+        *(f"tower_below_{num_above}_{kind}" for num_above in (3, 2, 1) for kind in ("decay", "no_decay")),
+        *(f"{role}_{kind}" for role in ("tower", "fusion", "head") for kind in ("decay", "no_decay")),
+    ]
+    assert {group["lr"] for group in groups} == set(rates.values())
 
 
 def test_only_weight_matrices_decay():
@@ -81,5 +111,10 @@ def test_rates_are_set_from_the_peak_each_time():
 
 
 def test_errors_name_field_and_value():
-    errors = OptimArgs(lr=0, beta2=1.0, clip_norm=-1).validate()
-    assert [line.split(":")[0] for line in errors] == ["optim.lr", "optim.clip_norm", "optim.beta2"]
+    errors = OptimArgs(lr=0, beta2=1.0, clip_norm=-1, tower_layer_decay=1.5).validate()
+    assert [line.split(":")[0] for line in errors] == [
+        "optim.lr",
+        "optim.tower_layer_decay",
+        "optim.clip_norm",
+        "optim.beta2",
+    ]

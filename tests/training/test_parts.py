@@ -121,7 +121,9 @@ def test_a_loss_of_frozen_parts_alone_is_refused():
     check_trains(torch.zeros((), requires_grad=True), ["heads"])
 
 
-FROZEN = OptimArgs(lr=1e-3, fused="torch", freeze=[{"text_tower": 1}, "vision_tower"])
+FROZEN = OptimArgs(lr=1e-3, fused="torch", freeze=[{"text_tower": 1}, "heads"], tower_layer_decay=0.5)
+# The first step of Adam moves a value by the rate, unless its gradient is close to zero.
+FIRST_MOVES = {f"{VISION}patch": 2.5e-4, f"{VISION}blocks.0.": 5e-4, f"{VISION}blocks.1.": 1e-3, "unimo3.fusion.": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +142,20 @@ def frozen_runs(tmp_path_factory):
 def test_frozen_values_stay_and_the_others_train(frozen_runs, stage):
     before, saved = frozen_runs[0][stage]["before"], frozen_runs[0][stage]["saved"]
     same = {name for name, value in before.items() if value.equal(saved[name])}
-    frozen = {name for name in before if name.startswith((*LOWEST_TEXT, VISION))}
+    frozen = {name for name in before if name.startswith((*LOWEST_TEXT, "itc_", "itm_", "mlm_"))}
     assert frozen <= same
     # Gates whose level is not read, and bf16 rounds small steps away.
     trained = {name for name in before if name.endswith("weight") and before[name].ndim > 1} - frozen
     assert len(trained & same) < 0.1 * len(trained)
+
+
+@pytest.mark.integration
+def test_a_step_moves_each_layer_by_its_own_rate(frozen_runs):
+    result = frozen_runs[0]["zero3"]  # in float32
+    for prefix, rate in FIRST_MOVES.items():
+        names = [name for name in result["before"] if name.startswith(prefix)]
+        moved = max(float((result["first"][name] - result["before"][name]).abs().max()) for name in names)
+        assert moved == pytest.approx(rate, rel=0.02), prefix
 
 
 @pytest.mark.integration
@@ -154,6 +165,7 @@ def test_a_resume_restores_frozen_and_trained_values(frozen_runs, stage):
     for result in (resumed, alone) if alone else (resumed,):
         assert begun["saved"].keys() == result["loaded"].keys()
         assert all(value.equal(result["loaded"][name]) for name, value in begun["saved"].items())
+        assert result["rates"] == begun["rates"]
     assert resumed["losses"] == begun["losses"]
     if alone:
         assert alone["losses"] == pytest.approx(begun["losses"], rel=1e-5 if stage == "zero3" else 0.02)

@@ -20,6 +20,9 @@ class OptimArgs:
 
     lr: float = 1e-5
     """Peak learning rate of the towers."""
+    tower_layer_decay: float = 1.0
+    """Factor of the rate from each layer of a tower to the one below it: layer k of n has `lr` times this to the power
+    n - k, and the embeddings the power n. 1: all layers have `lr`."""
     fusion_factor: float = 5.0
     """Factor of `lr` for the fusion encoder."""
     head_factor: float = 5.0
@@ -52,6 +55,8 @@ class OptimArgs:
         for name in ("lr", "fusion_factor", "head_factor", "eps"):
             if getattr(self, name) <= 0:
                 errors.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
+        if not 0 < self.tower_layer_decay <= 1:
+            errors.append(f"optim.tower_layer_decay: {self.tower_layer_decay}: above 0 and at most 1 is needed")
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 errors.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
