@@ -87,9 +87,28 @@ def test_other_schedules_follow_the_same_warm_up():
     assert {lr_scale(step, 100, 0.1, "constant") for step in range(10, 101)} == {1.0}
 
 
+def test_wsd_stays_at_the_peak_and_falls_over_the_last_steps():
+    scales = [lr_scale(step, 100, 0.1, "wsd", decay_ratio=0.2) for step in range(101)]
+    assert scales[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert scales[10:81] == [1.0] * 71
+    assert scales[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 101)])
+    # At least one step decays; and a cool-down is all decay, as the linear schedule without a warm-up is.
+    assert [lr_scale(step, 3, 0.0, "wsd", 0.1) for step in range(4)] == [1.0, 1.0, 1.0, 0.0]
+    assert [lr_scale(step, 7, 0.0, "wsd", 1.0) for step in range(8)] == [lr_scale(step, 7, 0.0) for step in range(8)]
+
+
+def test_a_decay_that_has_no_steps_or_no_effect_is_refused():
+    (line,) = OptimArgs(schedule="cosine", decay_ratio=0.2).validate()
+    assert line.startswith("optim.decay_ratio: 0.2: only wsd reads it, optim.schedule is cosine; set that to wsd")
+    for ratio in (0.0, 0.95, float("nan")):
+        (line,) = OptimArgs(schedule="wsd", decay_ratio=ratio).validate()
+        assert line.startswith(f"optim.decay_ratio: {ratio}: above 0 and at most 0.9, what optim.warmup_ratio leaves")
+    assert OptimArgs(schedule="wsd", decay_ratio=0.9).validate() == []
+
+
 def test_an_unknown_schedule_is_named_with_those_there_are():
     assert OptimArgs(schedule="cyclic").validate() == [
-        "optim.schedule: 'cyclic': one of linear, cosine, constant is needed"
+        "optim.schedule: 'cyclic': one of linear, cosine, constant, wsd is needed"
     ]
 
 

@@ -12,6 +12,7 @@ Fused = Literal["auto", "apex", "deepspeed", "torch"]
 TOWERS = ("text_tower", "vision_tower")
 PARTS = (*TOWERS, "fusion", "heads")
 """What of a model can be frozen. fusion: all between the towers and the heads."""
+_DECAY_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class OptimArgs:
     warmup_ratio: float = 0.1
     """Fraction of all steps over which the rate rises linearly from zero."""
     schedule: str = "linear"
-    """The rate after that. linear, cosine: falls to zero at the last step. constant: stays at the peak."""
+    """The rate after that. linear, cosine: falls to zero at the last step. constant: stays at the peak. wsd
+    (warm-up, stable, decay): stays at the peak, and falls linearly to zero over the last steps, see `decay_ratio`."""
+    decay_ratio: float = _DECAY_RATIO
+    """Fraction of all steps, at the end, over which the rate of wsd falls to zero. For no other schedule."""
     freeze: list[dict[str, int] | str] = field(default_factory=list)
     """Parts that do not train, of text_tower, vision_tower, fusion (with projections and poolers) and heads. A number
     freezes a tower's embeddings and that many of its lowest layers: [text_tower: 6, vision_tower]."""
@@ -65,6 +69,16 @@ class OptimArgs:
                 errors.append(f"optim.{name}: {getattr(self, name)}: at least 0 and below 1 is needed")
         if self.schedule not in SCHEDULES:
             errors.append(f"optim.schedule: '{self.schedule}': one of {', '.join(SCHEDULES)} is needed")
+        elif self.schedule != "wsd" and self.decay_ratio != _DECAY_RATIO:
+            errors.append(
+                f"optim.decay_ratio: {self.decay_ratio}: only wsd reads it, optim.schedule is {self.schedule}; set "
+                "that to wsd or leave this out"
+            )
+        elif not (self.decay_ratio > 0 and self.warmup_ratio + self.decay_ratio <= 1 + 1e-9):
+            errors.append(
+                f"optim.decay_ratio: {self.decay_ratio}: above 0 and at most {1 - self.warmup_ratio:g}, what "
+                "optim.warmup_ratio leaves, is needed"
+            )
         return errors + self._freeze_errors()
 
     @property

@@ -153,7 +153,8 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch]) -> None:
         """Take one optimizer step."""
         run, engine = self.run, self.engine
-        scale = lr_scale(run.step, self.training_args.steps, self.optim_args.warmup_ratio, self.optim_args.schedule)
+        optim = self.optim_args
+        scale = lr_scale(run.step, self.training_args.steps, optim.warmup_ratio, optim.schedule, optim.decay_ratio)
         set_lr(engine.optimizer, scale)
         means = self._accumulate(micro_batches)
         run.step += 1
@@ -166,7 +167,7 @@ class Trainer:
             # only gates have more than one element
             gates={name: value for name, value in means.items() if value.numel() > 1},
             num_bad=sum(int(batch["num_replaced"]) for batch in micro_batches),
-            lr=self.optim_args.lr * scale,
+            lr=optim.lr * scale,
             raw_norm=gradient_norm(engine),
             was_skipped=was_skipped,
             step_s=now - self._step_started_s,
