@@ -39,11 +39,12 @@ class PlanConfig(PretrainConfig):
 
     def slow_errors(self) -> list[str]:
         """Return where model, tokenizer, length of texts and frozen parts do not fit together, one line per error."""
-        if self.model.validate():
+        settings = self.model_in_run()
+        if settings.validate():
             return []  # the model group reports it
         from unimo3.training.parts import freeze_errors
 
-        model = self.model.to_config()
+        model = settings.to_config()
         return self.data.model_errors(model) + freeze_errors(model, self.optim)
 
 
@@ -87,7 +88,7 @@ def parse_settings(argv: list[str]) -> PlanConfig:
 
 def recipe_of(settings: PlanConfig) -> "Step":
     """What of the settings decides sizes."""
-    model = settings.model.to_config()
+    model = settings.model_in_run().to_config()
     return pretraining_step(model, settings.objectives, settings.data.max_text_tokens, settings.kernels, settings.optim)
 
 

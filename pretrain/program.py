@@ -6,13 +6,16 @@ Source: nanoGPT and lingua for one program that reads setup -> build -> loop.
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pretrain.plan import pretraining_step
+from unimo3.checkpoint.initial_weights import has_begun, weights_of
 from unimo3.data.index import ShardIndex, source_names
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
+from unimo3.distributed import broadcast_object
 from unimo3.model.args import resolve_tokens, set_initial_weights
 from unimo3.model.processor import Unimo3Processor
 from unimo3.model.unimo3 import Unimo3ForPreTraining
@@ -38,7 +41,7 @@ def pretrain(settings: PretrainConfig) -> None:
         Unimo3Error: see `Trainer.train`.
     """
     tokenizer = load_tokenizer(settings.data.tokenizer)
-    model_config = settings.model.to_config()
+    model_config = settings.model_in_run().to_config()
     resolve_tokens(model_config, tokenizer)
     # Programs that load the exported folder truncate texts where this run does.
     tokenizer.model_max_length = settings.data.max_text_tokens
@@ -59,7 +62,7 @@ def pretrain(settings: PretrainConfig) -> None:
         world,
     )
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
-    set_initial_weights(model, settings.model, settings.run.seed)
+    set_initial_weights(model, replace(settings.model, init=_initial_weights(settings)), settings.run.seed)
     task = PretrainingLoss(model, settings.objectives.build(settings.run.seed), source_names(indexes))
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
@@ -91,3 +94,10 @@ def pretrain(settings: PretrainConfig) -> None:
         )
     with closing(run):
         Trainer(settings, process, run, engine, loader, evaluation, throughput).train()
+
+
+def _initial_weights(settings: PretrainConfig) -> str | None:
+    """Folder of the complete model's weights to start from; none in a run that has checkpoints of its own."""
+    run, init = settings.run.folder, settings.model.init
+    begins = broadcast_object(not has_begun(run))
+    return weights_of(init, run, field="model.init") if init and begins else None

@@ -1,16 +1,19 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
+from unimo3.checkpoint.initial_weights import has_begun, model_files_of, run_of
 from unimo3.config import Checked
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError, exit_with_status
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.args import ModelArgs, tokenizer_errors
+from unimo3.model.args import ModelArgs, ModelOfRun, replaced_errors, tokenizer_errors
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.training.args import OptimArgs, TrainingArgs
 from unimo3.training.ds_config import BatchPlan
@@ -35,19 +38,40 @@ class PretrainConfig(Checked):
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
         return errors + self.data.shard_errors("captions", self.training.num_samples)
 
+    def checked_group(self, name: str) -> Any:
+        """The model, with what it continues in this run; the other groups as they are."""
+        return self.model_in_run() if name == "model" else super().checked_group(name)
+
+    def model_in_run(self) -> ModelArgs:
+        """The model's settings, `init` being the folder that has the configuration now.
+
+        For a run that has begun that is its own, since what it started from may have been removed.
+        """
+        if not self.model.init:
+            return self.model
+        files = model_files_of(self.model.init, self.run.folder)
+        settings = {of_model.name: getattr(self.model, of_model.name) for of_model in fields(ModelArgs)}
+        has_none = has_begun(self.run.folder) or (run_of(self.model.init) is not None and Path(files).name == "model")
+        return (ModelOfRun if has_none else ModelArgs)(**(settings | {"init": files}))
+
     def slow_errors(self) -> list[str]:
-        """Return where the tokenizer or ``optim.freeze`` does not fit the model, one line per error."""
-        if self.model.validate():
+        """Return where tokenizer, initial weights or ``optim.freeze`` do not fit the model, one line per error."""
+        settings = self.model_in_run()
+        if settings.validate():
             return []  # the model group reports it
         from unimo3.training.parts import freeze_errors
 
-        model = self.model.to_config()
+        model = settings.to_config()
         errors = freeze_errors(model, self.optim)
+        if settings.continues_unimo3 and not has_begun(self.run.folder):
+            errors += replaced_errors(self.model, model)
         try:
             tokenizer = load_tokenizer(self.data.tokenizer)
         except ConfigError:
             return errors  # the data group reports it
         is_trained = bool(self.model.init or self.model.text.init)
+        if settings.continues_unimo3:
+            errors += _vocabulary_errors(self.model.init or "", settings.init or "", self.data.tokenizer)
         errors += tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained)
         return errors + self.data.text_errors(tokenizer, "captions")
 
@@ -56,6 +80,25 @@ class PretrainConfig(Checked):
         return BatchPlan(
             self.training.global_batch, self.training.micro_batch, world_size, contrasts=self.objectives.contrasts
         )
+
+
+def _vocabulary_errors(init: str, folder: str, path: str) -> list[str]:
+    """Return an error if a tokenizer has not the vocabulary of the weights that a run continues.
+
+    Args:
+        folder: with the tokenizer of the weights.
+        path: of the tokenizer.
+    """
+    try:
+        trained = load_tokenizer(folder)
+    except ConfigError:
+        return [f"model.init: '{init}': contains no tokenizer; name a folder that python -m pretrain.export wrote"]
+    if trained.get_vocab() == load_tokenizer(path).get_vocab():
+        return []
+    return [
+        f"data.tokenizer: '{path}': has another vocabulary than the weights of model.init were trained with; "
+        f"use {folder}"
+    ]
 
 
 @exit_with_status

@@ -229,11 +229,13 @@ def _num_parameters(run: Path, settings: Any) -> int:
     from unimo3.training.plan.step_trace import build_on_meta
 
     is_new = hasattr(settings, "model")
-    return model_sizes(build_on_meta(settings.model.to_config() if is_new else config_of(settings.init, run))).total
+    model = settings.model_in_run().to_config() if is_new else config_of(settings.init, run)
+    return model_sizes(build_on_meta(model)).total
 
 
 def _exports_init(run: Path, settings: Any) -> bool:
-    """Whether fine-tuning starts from a run, whose weights it exports into its own folder first, and has not yet."""
+    """Whether a run starts from another run, whose weights it exports into its own folder first, and has not yet."""
     from unimo3.checkpoint.initial_weights import exports
 
-    return exports(getattr(settings, "init", ""), run)
+    init = settings.model.init if hasattr(settings, "model") else getattr(settings, "init", "")
+    return exports(init or "", run)

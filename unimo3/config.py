@@ -57,6 +57,10 @@ class Checked:
         """Return the errors of these settings, one line each."""
         return self.quick_errors() or self.slow_errors()
 
+    def checked_group(self, name: str) -> Any:
+        """A group of settings as it is to be checked, where that depends on other groups."""
+        return getattr(self, name)
+
 
 def parse(config_class: type[Config], argv: list[str] | None, program: str, description: str) -> Config:
     """Build `config_class` from ``--config FILE`` and ``--group.key value`` arguments; later ones win.
@@ -117,7 +121,7 @@ def _errors(config: Any, check: str) -> list[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            errors += _errors(value, check)
+            errors += _errors(config.checked_group(field.name) if isinstance(config, Checked) else value, check)
     if isinstance(config, Checked):
         errors += getattr(config, check)()
     elif check == "quick_errors" and hasattr(config, "validate"):

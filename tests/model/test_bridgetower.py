@@ -192,8 +192,8 @@ def test_settings_that_contradict_the_folder_are_errors(tmp_path):
     size = config.vision_config.image_size
     twice = ModelArgs(TextArgs(init="roberta"), VisionArgs(image_size=size), init=str(tmp_path), bridge=False)
     assert [problem.split(":")[0] for problem in twice.validate()] == ["model.text.init", "model.bridge"]
-    tiny_config().save_pretrained(tmp_path)
-    assert "contains a 'unimo3' model; a BridgeTower one is needed" in model_args(tmp_path, size).validate()[0]
+    tiny_config().text_config.save_pretrained(tmp_path)
+    assert "contains a 'roberta' model; a BridgeTower one is needed" in model_args(tmp_path, size).validate()[0]
     assert "no config.json there" in model_args(tmp_path / "nowhere", size).validate()[0]
 
 

@@ -79,13 +79,14 @@ def exports(init: str, new_run: Path) -> bool:
     return not has_begun(new_run) and run_of(init) is not None and not _exported_tag(init, new_run)
 
 
-def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
+def weights_of(init: str, new_run: Path, newest: bool = False, field: str = "init") -> str:
     """Folder of exported weights, float32 if they have to be exported here; every rank calls it.
 
     Args:
         new_run: of the new run; a checkpoint is exported into ``new_run/init``, and a later start with the same `init`
             uses this export, whether its source still exists or not.
         newest: of an `init` that is a run, whether to export again if it has a newer checkpoint by now.
+        field: setting that is `init`, for messages.
 
     Raises:
         CheckpointError: on every rank; there is no good checkpoint, or it cannot be exported.
@@ -100,7 +101,7 @@ def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
     if run == Path(init):
         checkpoint = newest_good(run)
         if checkpoint is None:
-            raise CheckpointError(f"init: '{init}': has no good checkpoint; let it train to its first save")
+            raise CheckpointError(f"{field}: '{init}': has no good checkpoint; let it train to its first save")
         if exported == checkpoint.name:
             return str(out)
     else:
@@ -110,7 +111,7 @@ def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
         )
         if problems := [problem for part in by_rank for problem in part]:
             condition = f"is damaged ({'; '.join(problems)})" if checkpoint.exists() else "was removed meanwhile"
-            raise CheckpointError(f"init: '{init}': {condition}; name another checkpoint")
+            raise CheckpointError(f"{field}: '{init}': {condition}; name another checkpoint")
 
     def export() -> None:
         if rank == 0:
@@ -119,7 +120,7 @@ def weights_of(init: str, new_run: Path, newest: bool = False) -> str:
             shutil.rmtree(out, ignore_errors=True)  # of another source
             export_run(run, checkpoint, out, "fp32", "error", _MAX_FILE_BYTES)
             (out / _SOURCE).write_text(f"{_name_of(init)}\n{checkpoint.name}")
-            log.info("init: %s exported to %s", checkpoint, out)
+            log.info("%s: %s exported to %s", field, checkpoint, out)
 
     on_all_ranks(f"exporting {checkpoint}", export, "name an exported folder or another checkpoint")
     return str(out)

@@ -3,8 +3,10 @@
 Source: RoBERTa, arXiv 1907.11692, and CLIP, arXiv 2103.00020, for the towers' default sizes.
 """
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from unimo3.config import Checked
 from unimo3.errors import ConfigError
@@ -22,6 +24,17 @@ TEMPERATURE_BOUNDS = (0.001, 0.5)
 """Bounds of the contrastive temperature."""
 PRETRAINING_HEADS = r"^(mlm|itm|itc)_head\."
 """Pattern of the parameters that only pretraining's objectives use."""
+_DECIDED_BY_WEIGHTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "interaction",
+    "unimodal_levels",
+    "bridge",
+    "gate",
+    "itc_size",
+    "tie_word_embeddings",
+)
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
 _TEXT_COUNTS = (
     "vocab_size",
@@ -119,8 +132,9 @@ class ModelArgs(Checked):
     text: TextArgs = field(default_factory=TextArgs)
     vision: VisionArgs = field(default_factory=VisionArgs)
     init: str | None = None
-    """Local Hugging Face BridgeTower folder: weights of the complete model. Its sizes and tying replace those of towers
-    and fusion, except the image size. Needs `bridge`; gates and other parts BridgeTower lacks start random."""
+    """Weights of the complete model. A run, one of its checkpoints, or an export: all of its model is used, except the
+    image size and dropout. Or a local Hugging Face BridgeTower folder: its sizes and tying replace those of towers and
+    fusion, except the image size; needs `bridge`; gates and other parts that BridgeTower lacks start random."""
     hidden_size: int = 768
     """Fusion width D."""
     num_hidden_layers: int = 6
@@ -148,12 +162,34 @@ class ModelArgs(Checked):
     tie_word_embeddings: bool = True
     """Whether the MLM decoder shares the word embedding; the text and fusion widths must then be equal."""
 
+    has_weights: ClassVar[bool] = True
+    """Whether there are weights next to the configuration that `init` names."""
+
+    @property
+    def continues_unimo3(self) -> bool:
+        """Whether `init` names a model of this project, by its configuration."""
+        return bool(self.init) and _model_type(self.init or "") == "unimo3"
+
     def to_config(self) -> "Unimo3Config":
         """The model's configuration.
 
         Raises:
-            ConfigError: `text.init` is not a RoBERTa folder, or `init` no BridgeTower one.
+            ConfigError: `text.init` is not a RoBERTa folder, or `init` neither a BridgeTower nor an exported one.
         """
+        if self.init and self.continues_unimo3:
+            from unimo3.model.pretrained import read_exported_config
+
+            config = read_exported_config(self.init, self.has_weights, "model.init")
+            config.vision_config.image_size = self.vision.image_size
+            config.update({"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": self.dropout})
+            text = config.text_config
+            text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.text.dropout
+            return config
+        if self.init and not (Path(self.init) / "config.json").is_file():
+            raise ConfigError(
+                f"model.init: '{self.init}': no config.json there; name a run, one of its checkpoints, an exported "
+                "folder, or a local Hugging Face BridgeTower folder"
+            )
         if self.init:
             from unimo3.model.pretrained import read_bridgetower_config
 
@@ -235,13 +271,22 @@ class ModelArgs(Checked):
 
     def _built_errors(self, config: "Unimo3Config") -> list[str]:
         """Return whether the model can be built, and whether the weights fit that are named for it or its towers."""
-        from unimo3.model.pretrained import bridgetower_errors, roberta_errors
+        from unimo3.model.pretrained import bridgetower_errors, exported_errors, roberta_errors
+        from unimo3.model.unimo3 import Unimo3ForPreTraining
 
         errors = self._tower_errors(config.vision_config, config)
         if self.text.init:
             errors += roberta_errors(self.text.init, config.text_config)
         if self.init and not errors:
-            errors += bridgetower_errors(self.init, config)
+            if not self.continues_unimo3:
+                errors += bridgetower_errors(self.init, config)
+            elif other := [name for name in config.architectures or () if name != Unimo3ForPreTraining.__name__]:
+                errors.append(
+                    f"model.init: '{self.init}': contains weights of {other[0]}, without pretraining's heads; name "
+                    "pretraining's weights"
+                )
+            elif self.has_weights:
+                errors += exported_errors(self.init, Unimo3ForPreTraining, config, fresh=r"^$", field="model.init")
         return errors
 
     def _init_errors(self) -> list[str]:
@@ -252,7 +297,7 @@ class ModelArgs(Checked):
             for name, path in (("text", self.text.init), ("vision", self.vision.init))
             if path
         ]
-        if not self.bridge:
+        if not self.bridge and not self.continues_unimo3:
             errors.append("model.bridge: false: model.init is a BridgeTower, whose layers have bridges; set it to true")
         return errors
 
@@ -278,6 +323,45 @@ class ModelArgs(Checked):
             if not 0 <= value < 1:
                 errors.append(f"{name}: {value}: a probability of at least 0 and below 1 is needed")
         return errors
+
+
+@dataclass(frozen=True)
+class ModelOfRun(ModelArgs):
+    """A model whose `init` is a run's ``model``: the configuration, without weights next to it."""
+
+    has_weights: ClassVar[bool] = False
+
+
+def replaced_errors(args: ModelArgs, config: "Unimo3Config") -> list[str]:
+    """Return which settings have no effect, since the weights of `init` decide them, one line per error.
+
+    Args:
+        args: settings; those that have their default's value are not compared.
+        config: of the weights.
+    """
+    text, vision = config.text_config, config.vision_config
+    sizes = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "num_heads": "num_heads"}
+    groups: list[tuple[str, Any, dict[str, Any]]] = [
+        ("model", args, {name: getattr(config, name) for name in _DECIDED_BY_WEIGHTS}),
+        ("model.text", args.text, {name: getattr(text, name) for name in _TEXT_COUNTS}),
+        ("model.vision", args.vision, {"architecture": vision.architecture}),
+        ("model.vision", args.vision, {ours: vision.overrides.get(theirs, 0) for ours, theirs in sizes.items()}),
+    ]
+    return [
+        f"{group}.{name}: {value}: the weights of model.init have {theirs}; leave it out"
+        for group, settings, values in groups
+        for name, theirs in values.items()
+        if (value := getattr(settings, name)) not in (theirs, getattr(type(settings)(), name))
+    ]
+
+
+def _model_type(folder: str) -> str:
+    """The ``model_type`` of a folder's config.json; empty if there is none that can be read."""
+    try:
+        content = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(content.get("model_type", "")) if isinstance(content, dict) else ""
 
 
 def text_errors(text: "TextArgs | RobertaConfig") -> list[str]:
@@ -337,10 +421,12 @@ def set_initial_weights(model: "Unimo3ForPreTraining", args: ModelArgs, seed: in
         CheckpointError: a tensor of a folder or file is missing, unexpected or of another shape.
     """
     from unimo3.model.initialization import initialize_weights
-    from unimo3.model.pretrained import fill_from_bridgetower, load_roberta, load_vision
+    from unimo3.model.pretrained import fill_from_bridgetower, load_exported, load_roberta, load_vision
 
     initialize_weights(model, seed, args.initializer_range)
-    if args.init:
+    if args.init and args.continues_unimo3:
+        load_exported(model, args.init, field="model.init")
+    elif args.init:
         fill_from_bridgetower(model, args.init)
     if args.text.init:
         load_roberta(model.unimo3.text_tower, args.text.init)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Fraction of the steps after the warm-up that remain, from 1 to 0, and what that is when the decay of wsd begins -> factor
-# of the peak rate.
+# Fraction of the steps after the warm-up that remain, from 1 to 0, and the one at which the decay of wsd begins
+# -> factor of the peak rate.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "linear": lambda remaining, decaying: remaining,
     "cosine": lambda remaining, decaying: 0.5 * (1.0 - math.cos(math.pi * remaining)),

@@ -1,0 +1,78 @@
+"""Stages of a training: frozen parts, rates by layer and wsd in one run; a cool-down of it as another run."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unimo3.checkpoint import store
+from unimo3.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
+
+FIRST = (
+    *("--run.name", "first", "--training.steps", "6", "--training.eval_every", "0", "--data.val", "null"),
+    *("--checkpoint.every_steps", "2", "--checkpoint.keep_last", "9"),
+    *("--optim.freeze", "[text_tower: 1]", "--optim.tower_layer_decay", "0.5", "--optim.warmup_ratio", "0"),
+    *("--optim.schedule", "wsd", "--optim.decay_ratio", "0.5"),
+)
+SECOND = (
+    *("--run.name", "second", "--training.steps", "3", "--training.eval_every", "0", "--data.val", "null"),
+    *("--model.vision.image_size", "48", "--run.seed", "1"),
+    # Too small to change a value.
+    *("--optim.lr", "1e-12", "--optim.schedule", "wsd", "--optim.decay_ratio", "1", "--optim.warmup_ratio", "0"),
+)
+FROZEN = ("unimo3.text_tower.embeddings.", "unimo3.text_tower.encoder.layer.0.")
+TABLE = "unimo3.vision_tower.vit.pos_embed"
+
+
+def exported(program, out, run, *options):
+    program.check(0, "pretrain.export", run, "--out", out, "--dtype", "fp32", *options)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def first(program, recipe, runs):
+    """Four steps on two ranks, and the rest on one."""
+    command = ("pretrain.train", "--config", recipe, *FIRST)
+    program.check(2, *command, "--training.stop_after", "4")
+    assert "optim.freeze: [{'text_tower': 1}]: " in program.output
+    program.check(1, *command, "--training.micro_batch", "8")
+    assert "at step 4, from 2 ranks to 1" in program.output
+    return runs / "first"
+
+
+def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(program, recipe, first, tmp_path):
+    records = read_metrics(first)
+    assert [record["step"] for record in records] == list(range(1, 7))
+    assert [record["lr"] for record in records] == pytest.approx([3e-3] * 4 + [2e-3, 1e-3])
+    early, late = (exported(program, tmp_path / tag, first, "--tag", tag) for tag in ("step_00000002", "step_00000006"))
+    same = {name for name, value in early.items() if value.equal(late[name])}
+    assert same >= {name for name in early if name.startswith(FROZEN)}
+    trained = {name for name in early if name.endswith("weight") and early[name].ndim > 1 and name not in same}
+    assert any("text_tower.encoder.layer.1." in name for name in trained)
+    assert any("vision_tower.vit.blocks.0." in name for name in trained)
+    status = program.run(2, "pretrain.train", "--config", recipe, *FIRST, "--optim.freeze", "[]")
+    assert status == 78
+    assert "optim.freeze: []: this run was started with [{'text_tower': 1}]; keep that" in program.output
+
+
+def test_a_cool_down_starts_from_a_checkpoint_of_another_run(program, recipe, runs, first, tmp_path):
+    checkpoint = store.folder_of(first) / "step_00000004"
+    before = exported(program, tmp_path / "before", first, "--tag", checkpoint.name)
+    command = ("pretrain.train", "--config", recipe, *SECOND, "--model.init", checkpoint)
+    program.check(2, *command, "--training.stop_after", "2")
+    second = runs / "second"
+    assert f"model.init: {checkpoint} exported to {second}/init" in program.output
+    shutil.rmtree(checkpoint)  # as retention does
+    shutil.rmtree(second / "init")
+    program.check(1, *command, "--training.micro_batch", "8")
+    assert "at step 2, from 2 ranks to 1" in program.output
+    assert [record["lr"] for record in read_metrics(second)] == pytest.approx([1e-12, 2e-12 / 3, 1e-12 / 3])
+    after = exported(program, tmp_path / "after", second)
+    assert before.keys() == after.keys()
+    assert (before[TABLE].shape[1], after[TABLE].shape[1]) == (1 + 2 * 2, 1 + 3 * 3)
+    for name in before.keys() - {TABLE}:
+        # A new engine rounds its float32 copies to the precision of the ds_config.
+        torch.testing.assert_close(after[name], before[name].bfloat16().float(), rtol=0, atol=1e-9)
