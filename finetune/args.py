@@ -51,7 +51,8 @@ class FinetuneConfig(Checked):
     def quick_errors(self) -> list[str]:
         """Return which settings do not fit together or the shards, or name no weights, one line per error."""
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        errors += self.data.shard_errors(self.task.kind, self.training.num_samples, trains=not self.eval_only)
+        length = self.data.stream_length(self.training.steps, self.training.global_batch)
+        errors += self.data.shard_errors(self.task.kind, length, trains=not self.eval_only)
         if self.eval_only and self.data.val is None:
             errors.append("eval_only: true: data.val names nothing to evaluate on; name held-out shards")
         if self.eval_only:

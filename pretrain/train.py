@@ -36,7 +36,9 @@ class PretrainConfig(Checked):
     def quick_errors(self) -> list[str]:
         """Return which settings do not fit together or the shards, one line per error."""
         errors = self.batch_plan(world_size_from_environment()).validate() + changed_settings(self)
-        return errors + self.data.shard_errors("captions", self.training.num_samples)
+        return errors + self.data.shard_errors(
+            "captions", self.data.stream_length(self.training.steps, self.training.global_batch)
+        )
 
     def checked_group(self, name: str) -> Any:
         """The model, with what it continues in this run; the other groups as they are."""

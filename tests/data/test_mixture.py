@@ -70,6 +70,12 @@ def test_a_run_that_needs_more_epochs_than_allowed_is_refused(sources):
         f"data.max_epochs: 2: the run reads {2 * sizes[0] + 1} samples (training.steps times training.global_batch), "
         f"and the sources end after {2 * sizes[0]}; lower training.steps or raise it"
     )
+    # Skipped data counts.
+    skipping = DataArgs(train=next(iter(sources)), max_epochs=2, skip=[[0, 1]])
+    length = skipping.stream_length(2, sizes[0])
+    assert length == 3 * sizes[0]
+    (error,) = skipping.shard_errors("captions", length)
+    assert "(training.steps times training.global_batch, and data.skip), and the sources end" in error
     mixed = DataArgs(train=sources, max_epochs=300)
     (error,) = mixed.shard_errors("captions", 10**6)
     assert f"data.max_epochs: 300: the run reads {10**6} samples" in error

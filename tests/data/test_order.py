@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimo3.data.args import DataArgs
 from unimo3.data.order import (
     MIX_WINDOW,
     MixedOrder,
     SampleOrder,
     SequentialOrder,
+    batch_of_step,
+    batches_read,
     evaluation_positions,
     micro_batch_positions,
     training_order,
@@ -38,6 +41,38 @@ def test_epochs_and_seeds_differ_and_a_position_is_reached_at_once():
     assert first != second
     assert first != [SampleOrder([50, 50, 50], 1, 2)[position][1:] for position in range(150)]
     assert SampleOrder([50, 50, 50], 0, 2)[10**12] == order[10**12]
+
+
+RANGES = st.lists(st.integers(0, 30), max_size=6, unique=True).map(
+    lambda ends: [list(pair) for pair in zip(sorted(ends)[::2], sorted(ends)[1::2], strict=False)]
+)
+
+
+@given(skipped=RANGES, num_steps=st.integers(0, 40))
+@settings(max_examples=200, deadline=None)
+def test_steps_read_all_batches_but_the_skipped_ones(skipped, num_steps):
+    expected = [number for number in range(80) if not any(first <= number < end for first, end in skipped)]
+    assert [batch_of_step(step, skipped) for step in range(num_steps)] == expected[:num_steps]
+    ranges = batches_read(num_steps, skipped)
+    assert [number for first, end in ranges for number in range(first, end)] == expected[:num_steps]
+    assert all(earlier[1] < later[0] for earlier, later in itertools.pairwise(ranges))
+
+
+@pytest.mark.parametrize(
+    ("skip", "error"),
+    [
+        ([[5, 5]], "[5, 5]: two steps [a, b] are needed, a at least 0 and below b"),
+        ([[-1, 5]], "[-1, 5]: two steps [a, b] are needed"),
+        ([[1, 2, 3]], "[1, 2, 3]: two steps [a, b] are needed"),
+        ([[4, 6], [1, 2]], "[1, 2]: begins before the end of [4, 6]; list ranges in ascending order, without overlap"),
+        ([[4, 6], [5, 7]], "[5, 7]: begins before the end of [4, 6]"),
+    ],
+)
+def test_ranges_that_cannot_be_skipped_are_named(skip, error):
+    data = DataArgs(skip=skip)
+    (line,) = [line for line in data.quick_errors() if "skip" in line]
+    assert line.startswith(f"data.skip: {error}")
+    assert data.stream_length(3, 8) == 24
 
 
 def test_samples_of_a_window_are_mixed_and_windows_are_not():

@@ -52,6 +52,20 @@ def assert_equal_batches(one, other):
         assert same, name
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("start_step", [0, 1, 2, 3])
+def test_skipped_batches_are_read_by_no_step(coco, tokenizer, world_size, start_step):
+    samples = pretrain_samples(coco / "train", tokenizer)
+    ranks = [
+        loader(samples, rank=rank, world_size=world_size, start_step=start_step, skipped=[[1, 3], [4, 5]])
+        for rank in range(world_size)
+    ]
+    for number in (0, 3, 5, 6)[start_step:]:
+        micro_batches = [batch for rank in ranks for batch in next(rank)]
+        positions = sorted(int(position) for batch in micro_batches for position in batch["positions"])
+        assert positions == list(range(8 * number, 8 * number + 8))
+
+
 # Tokenizer and masking.
 
 

@@ -1,12 +1,16 @@
-"""Stages of a training: frozen parts, rates by layer and wsd in one run; a cool-down of it as another run."""
+"""Stages of a training: frozen parts, rates by layer, wsd and skipped data in one run; a cool-down of it as another."""
 
+import json
 import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from unimo3.checkpoint import store
+from unimo3.data.index import ShardIndex
+from unimo3.data.order import SampleOrder
 from unimo3.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
@@ -34,11 +38,14 @@ def exported(program, out, run, *options):
 
 @pytest.fixture(scope="module")
 def first(program, recipe, runs):
-    """Four steps on two ranks, and the rest on one."""
+    """Four steps on two ranks, and the rest on one, which skips further data."""
     command = ("pretrain.train", "--config", recipe, *FIRST)
-    program.check(2, *command, "--training.stop_after", "4")
+    program.check(2, *command, "--training.stop_after", "4", "--data.skip", "[[1, 3]]")
     assert "optim.freeze: [{'text_tower': 1}]: " in program.output
-    program.check(1, *command, "--training.micro_batch", "8")
+    assert program.run(1, *command, "--training.micro_batch", "8", "--data.skip", "[[2, 3]]") == 78
+    assert "data.skip: [[2, 3]]: changes what was read up to step 4, with [[1, 3]]" in program.output
+    program.check(1, *command, "--training.micro_batch", "8", "--data.skip", "[[1, 3], [7, 8]]")
+    assert "data.skip: [[1, 3], [7, 8]]: step 5 reads the data of step 7" in program.output
     assert "at step 4, from 2 ranks to 1" in program.output
     return runs / "first"
 
@@ -56,6 +63,22 @@ def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(program, recipe, f
     status = program.run(2, "pretrain.train", "--config", recipe, *FIRST, "--optim.freeze", "[]")
     assert status == 78
     assert "optim.freeze: []: this run was started with [{'text_tower': 1}]; keep that" in program.output
+
+
+def test_skipped_data_is_read_by_no_step_of_any_start(recipe, first):
+    data = yaml.safe_load(recipe.read_text())["data"]
+    index = ShardIndex(data["train"])
+    order = SampleOrder(index.samples_per_shard, 0, data["window_shards"])
+    read: dict[int, list] = {}
+    for path in sorted((first / "ledger").iterdir()):
+        for record in map(json.loads, path.read_text().splitlines()):
+            read.setdefault(record["step"], []).extend((shard, unit) for _, shard, unit, _ in record["samples"])
+    assert [record["data_step"] for record in read_metrics(first)] == [1, 4, 5, 6, 7, 9]
+    for step, batch in enumerate((0, 3, 4, 5, 6, 8), start=1):
+        units = [order[position] for position in range(8 * batch, 8 * batch + 8)]
+        assert sorted(read[step]) == sorted((index.shards[unit.shard].name, unit.unit) for unit in units)
+    state = json.loads((store.folder_of(first) / "step_00000006" / store.STATE).read_text())
+    assert state["extra"]["settings"]["data.skip"] == [[1, 3], [7, 8]]
 
 
 def test_a_cool_down_starts_from_a_checkpoint_of_another_run(program, recipe, runs, first, tmp_path):

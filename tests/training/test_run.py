@@ -160,6 +160,39 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path, monkeypatch):
         run.resume(engine=None)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "is_refused"),
+    [
+        ([], [[3, 5]], False),  # three steps are done
+        ([], [[2, 5]], True),
+        ([[1, 2]], [], True),
+        ([[1, 2]], [[1, 2], [4, 9]], False),
+        ([[1, 2]], [[1, 3]], True),
+        ([[1, 2], [4, 9]], [[1, 2]], False),  # the second was not reached
+        ([[7, 8]], [], False),
+    ],
+)
+def test_only_data_that_was_not_read_can_be_skipped(tmp_path, monkeypatch, caplog, before, now, is_refused):
+    settings, state = old_settings(tmp_path), TrainState.read(OLD_RUN / "state.json")
+    assert state.step == 3
+    state = replace(state, extra=state.extra | {"settings": state.extra["settings"] | {"data.skip": before}})
+    monkeypatch.setattr("unimo3.training.run.choose", lambda folder: (folder / "checkpoints" / "step_00000003", []))
+    monkeypatch.setattr("unimo3.training.run.load", lambda engine, folder: state)
+    settings = replace(settings, data=replace(settings.data, skip=now))
+    run = Run(settings, state.global_batch, state.index_fingerprint)
+    assert changed_settings(settings) == []
+    if is_refused:
+        end = 4 if before else 3
+        message = rf"data\.skip: .*: changes what was read up to step 3, with .*; only ranges from {end} on can change"
+        with pytest.raises(ConfigError, match=message):
+            run.resume(engine=None)
+        return
+    with caplog.at_level("INFO"):
+        run.resume(engine=None)
+    assert (f"data.skip: {now}: step 4 reads the data of step " in caplog.text) == bool(now)
+    assert run.state().extra["settings"]["data.skip"] == now
+
+
 def test_a_setting_the_file_lacks_had_its_default(settings):
     start(settings)
     path = settings.run.folder / "config.yaml"

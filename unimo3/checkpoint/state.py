@@ -19,7 +19,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        samples_consumed: the position in the sample order at which the run continues.
+        samples_consumed: samples that its steps have read.
         config_hash: of the run's settings.
         index_fingerprint: of the training data.
         world_size: ranks that wrote the checkpoint.

@@ -1,19 +1,20 @@
 """Settings of the data."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unimo3.config import Checked
 from unimo3.data.cache import ShardCache
 from unimo3.data.index import ITEM_KINDS, MAX_OPEN_SHARDS, ShardIndex, is_test_split
-from unimo3.data.order import MixedOrder, training_order
+from unimo3.data.order import MixedOrder, batch_of_step, training_order
 from unimo3.data.sample_texts import answers_of, texts_of
 from unimo3.data.shard_checks import index_errors
 from unimo3.data.tokenizer import folder_errors, load_tokenizer
@@ -56,6 +57,9 @@ class DataArgs(Checked):
     larger values favor small sources. 0: the weights of data.train alone."""
     max_epochs: int = 0
     """Epochs of a source after which it leaves the mixture; the others continue with their weights. 0: no limit."""
+    skip: list[list[int]] = field(default_factory=list)
+    """Ranges [a, b] of steps whose data no step reads: [[100, 110]] skips the data that steps 101 to 110 read without
+    it. Ranges ascend. In a resumed run, only data that was not read yet can be added or removed."""
     val: str | None = None
     """Folder of held-out shards, for evaluation, or its URL. Null: none."""
     tokenizer: str = ""
@@ -165,13 +169,19 @@ class DataArgs(Checked):
         units = [samples.units_per_shard for samples in sources]
         weights = self.weights([samples.index for samples in sources])
         order = training_order(units, weights, seed, self.window_shards, self.max_epochs)
-        return TrainingLoader(sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step)
+        return TrainingLoader(
+            sources, order, global_batch, micro_batch, rank, world_size, self.reader, start_step, self.skip
+        )
+
+    def stream_length(self, num_steps: int, global_batch: int) -> int:
+        """Position in the sample order at which a run of so many steps ends."""
+        return num_steps and (batch_of_step(num_steps - 1, [] if self._skip_errors() else self.skip) + 1) * global_batch
 
     def shard_errors(self, kind: str, num_samples: int = 0, trains: bool = True) -> list[str]:
         """Errors of the shards for a program whose samples need `kind`, one line each.
 
         Args:
-            num_samples: that the complete run reads.
+            num_samples: position in the sample order at which the complete run ends.
             trains: whether it reads the training shards.
         """
         errors: list[str] = []
@@ -212,9 +222,10 @@ class DataArgs(Checked):
         length = order.num_units * (1 if isinstance(order, MixedOrder) else self.max_epochs)
         if length >= num_samples:
             return []
+        skipped = ", and data.skip" if self.skip else ""
         return [
             f"data.max_epochs: {self.max_epochs}: the run reads {num_samples} samples (training.steps times "
-            f"training.global_batch), and the sources end after {length:.0f}; lower training.steps or raise it"
+            f"training.global_batch{skipped}), and the sources end after {length:.0f}; lower training.steps or raise it"
         ]
 
     def text_errors(self, tokenizer: "PreTrainedTokenizerBase", kind: str, trains: bool = True) -> list[str]:
@@ -324,4 +335,16 @@ class DataArgs(Checked):
         for source, weight in self.sources.items():
             if not 0 < weight < math.inf:
                 errors.append(f"data.train: '{source}' has weight {weight}: a number above 0 is needed")
-        return errors
+        return errors + self._skip_errors()
+
+    def _skip_errors(self) -> list[str]:
+        errors = [
+            f"data.skip: {entry}: two steps [a, b] are needed, a at least 0 and below b"
+            for entry in self.skip
+            if len(entry) != 2 or not 0 <= entry[0] < entry[1]
+        ]
+        return errors or [
+            f"data.skip: {later}: begins before the end of {earlier}; list ranges in ascending order, without overlap"
+            for earlier, later in itertools.pairwise(self.skip)
+            if later[0] < earlier[1]
+        ]

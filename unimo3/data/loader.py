@@ -29,6 +29,7 @@ from unimo3.data.order import (
     SampleOrder,
     SequentialOrder,
     Unit,
+    batch_of_step,
     evaluation_positions,
     micro_batch_positions,
 )
@@ -59,6 +60,7 @@ class TrainingLoader:
         global_batch: units an optimizer step over all ranks.
         micro_batch: units a micro-step of this rank.
         start_step: optimizer steps already done.
+        skipped: global batches that no step reads, see `batch_of_step`.
     """
 
     def __init__(
@@ -71,12 +73,13 @@ class TrainingLoader:
         world_size: int,
         reader: ReaderArgs,
         start_step: int = 0,
+        skipped: Sequence[Sequence[int]] = (),
     ):
         num_accumulation = self._num_accumulation = global_batch // (micro_batch * world_size)
         # Without `self`: the readers' iterator references this, and must not reference the loader that ends them.
         positions = (
-            list(micro_batch_positions(step, micro_step, rank, global_batch, micro_batch, world_size))
-            for step in itertools.count(start_step)
+            list(micro_batch_positions(number, micro_step, rank, global_batch, micro_batch, world_size))
+            for number in (batch_of_step(step, skipped) for step in itertools.count(start_step))
             for micro_step in range(num_accumulation)
         )
         self._batches = _read_ahead(BatchReader(sources, order, replaces=True), positions, reader)

@@ -2,7 +2,8 @@
 
 Epoch e permutes the shards, groups them in windows, and permutes the units inside each window; epochs follow each
 other without a gap. Position p is a number of units since the beginning, so resuming is a seek. Global batch t is
-positions [t G, (t + 1) G); nothing is dropped at an epoch's end.
+positions [t G, (t + 1) G); nothing is dropped at an epoch's end. Step t reads global batch t, or a later one after
+batches that the run skips.
 
 Several sources are mixed by weight: each source has such a stream, and a window of the mixture contains units of each
 source in proportion to its weight, in a permuted order.
@@ -234,6 +235,32 @@ def micro_batch_positions(
     """
     start = step * global_batch + (micro_step * world_size + rank) * micro_batch
     return range(start, start + micro_batch)
+
+
+def batch_of_step(step: int, skipped: Sequence[Sequence[int]]) -> int:
+    """The global batch that an optimizer step reads, both counted from 0.
+
+    Args:
+        skipped: ranges [first, end) of global batches that no step reads, ascending and without overlap.
+    """
+    batch = step
+    for first, end in skipped:
+        if batch < first:
+            break
+        batch += end - first
+    return batch
+
+
+def batches_read(num_steps: int, skipped: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The ranges [first, end) of global batches that the first steps read; see `batch_of_step`."""
+    ranges, start = [], 0
+    for first, end in [*skipped, (num_steps + sum(end - first for first, end in skipped),) * 2]:
+        size = min(num_steps, first - start)
+        if size > 0:
+            ranges.append((start, start + size))
+            num_steps -= size
+        start = end
+    return ranges
 
 
 def full_batch_positions(num_units: int, rank: int, world_size: int, batch: int) -> list[list[int]]:

@@ -146,11 +146,6 @@ class TrainingArgs(Checked):
     gate_heads: bool = False
     """Whether TensorBoard's gate maps show each head in addition to the mean of the heads."""
 
-    @property
-    def num_samples(self) -> int:
-        """Samples that the complete run reads."""
-        return self.steps * self.global_batch
-
     def slow_errors(self) -> list[str]:
         """Return what DeepSpeed or this machine refuses of the ds_config, one line per error."""
         return ds_config.engine_errors(self.ds_config)

@@ -24,6 +24,7 @@ from unimo3.atomic_write import naming
 from unimo3.checkpoint import store
 from unimo3.checkpoint.load import choose, load, quarantine
 from unimo3.checkpoint.state import TrainState
+from unimo3.data.order import batch_of_step, batches_read
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import broadcast_object, world
 from unimo3.engine import Engine
@@ -33,8 +34,9 @@ from unimo3.training.metrics import MetricsWriter, drop_after
 log = logging.getLogger(__name__)
 
 # Settings that may change when a run is resumed: they alter how it runs, not what it computes. Data of
-# data.train is checked by its fingerprint; a ds_config must keep the stage and precision of the checkpoint. With
-# another number of ranks another training.micro_batch keeps the pairs of a micro-step; a change of them is logged.
+# data.train is checked by its fingerprint, data.skip by what was read; a ds_config must keep the stage and precision of
+# the checkpoint. With another number of ranks another training.micro_batch keeps the pairs of a micro-step; a change of
+# them is logged.
 FREE_SETTINGS = (
     "run.dir",
     "checkpoint.",
@@ -51,6 +53,7 @@ FREE_SETTINGS = (
     "training.max_skipped",
     "data.train",
     "data.val",
+    "data.skip",
     "data.num_workers",
     "data.prefetch",
     "data.cache_dir",
@@ -177,6 +180,7 @@ class Run:
         self._data = list(data)
         self._ledger: TextIO | None = None
         self._keeps_ledger: bool = settings.data.ledger
+        self._skipped: list[list[int]] = settings.data.skip
         self._rank, self._world_size = world()
         if self._rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,10 @@ class Run:
                     f"{newest}: was trained on shards with fingerprint {state.index_fingerprint[:12]}, data.train now "
                     f"has {self._fingerprint[:12]}; point data.train to the same shards or choose a new run.name"
                 )
-            errors = _differences(config.renamed(state.extra["settings"]), self._settings)
+            before = config.renamed(state.extra["settings"])
+            errors = _differences(before, self._settings)
+            if self._fingerprint is not None:
+                errors += self._skip_errors(state.step, before.get("data.skip", []))
             if errors:
                 raise ConfigError(errors)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
@@ -230,6 +237,9 @@ class Run:
                 quarantine(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
+        if self._skipped and self._fingerprint is not None and self._rank == 0:
+            batch = batch_of_step(self.step, self._skipped)
+            log.info("data.skip: %s: step %d reads the data of step %d", self._skipped, self.step + 1, batch + 1)
         # A process that does not train drops no record of the training.
         resumed_step = None if self._fingerprint is None else self.step
         training = self._settings.training
@@ -244,6 +254,26 @@ class Run:
                 if int(path.stem.removeprefix("rank_")) % self._world_size == self._rank:
                     drop_after(path, self.step)
             self._ledger = ledger_path.open("a", buffering=1)
+
+    def _skip_errors(self, num_steps: int, before: list[list[int]]) -> list[str]:
+        """Return an error if other data would have been read by now.
+
+        Args:
+            num_steps: steps done.
+            before: ``data.skip`` of these steps.
+        """
+        read = batches_read(num_steps, before)
+        if read == batches_read(num_steps, self._skipped):
+            return []
+        return [
+            f"data.skip: {self._skipped}: changes what was read up to step {num_steps}, with {before}; only ranges "
+            f"from {read[-1][1]} on can change. To skip data that was read, move the checkpoints after its first step "
+            f"out of {store.folder_of(self.folder)}, so that the run resumes before it"
+        ]
+
+    def data_metrics(self) -> dict[str, Any]:
+        """Of a run that skips data, ``data_step``: the step that would read this step's data if it skipped none."""
+        return {"data_step": batch_of_step(self.step - 1, self._skipped) + 1} if self._skipped else {}
 
     def _change_of_ranks(self, state: TrainState) -> str:
         """What another number of ranks changes, as the end of a log line."""

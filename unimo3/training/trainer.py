@@ -236,7 +236,7 @@ class Trainer:
         if self.progress.is_due(run.step):  # gates are large; memory is the peak since the last line
             gates = {name: value.tolist() for name, value in step.gates.items()}
             forget_peak_memory()
-        run.metrics.write(metrics | gates)
+        run.metrics.write(metrics | run.data_metrics() | gates)
         self.progress.show(metrics)
 
     def save(self) -> None:
