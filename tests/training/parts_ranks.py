@@ -10,13 +10,14 @@ from tests.tiny import rows, tiny_batch, tiny_config
 from unimo3.checkpoint.load import load, newest_good
 from unimo3.checkpoint.save import save
 from unimo3.distributed import sum_over_ranks, world
+from unimo3.kernels.args import KernelArgs
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.args import OptimArgs
 from unimo3.training.ds_config import BatchPlan, read_ds_config
-from unimo3.training.engine import build_engine, build_model
+from unimo3.training.engine import build_engine, build_model, prepare_layers
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 # The file of ds_configs/, and its stage.
@@ -34,6 +35,7 @@ def start(stage: str, optim: OptimArgs, seed: int = 0) -> Any:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(tiny_config(bridge=True, num_hidden_layers=2)))
     initialize_weights(model, seed, std=0.1)
+    prepare_layers(model, KernelArgs(), activation_checkpointing=number == 3, compile_towers=False)
     return build_engine(PretrainingLoss(model, ObjectivesArgs().build(seed=0)), model, ds_config, optim)
 
 
