@@ -17,7 +17,7 @@ from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 
-GLOBAL_BATCH, STEPS = 8, 9
+GLOBAL_BATCH, STEPS = 12, 9
 
 
 def digest(tensor) -> str:
@@ -54,12 +54,12 @@ class Run:
 
     def __init__(self, folder: Path, train, tokenizer: Path, function=read, **settings):
         self._folder, self._train, self._tokenizer = folder, train, str(tokenizer)
-        self._function, self._settings = function, settings
+        self._function, self.settings = function, settings
         self.steps: dict[int, list] = {}
 
     def go(self, world_size, micro_batch, workers, start, stop, kill_after=None):
         """Read steps `start` to `stop`; with `kill_after`, all ranks are killed as soon as that step is read."""
-        data = DataArgs(train=self._train, window_shards=2, num_workers=workers, prefetch=2, **self._settings)
+        data = DataArgs(train=self._train, window_shards=2, num_workers=workers, prefetch=2, **self.settings)
         paths = [self._folder / f"{start}_{rank}.jsonl" for rank in range(world_size)]
         ranks = [
             start_process(
@@ -113,11 +113,11 @@ def test_kills_and_other_numbers_of_ranks_and_readers_change_nothing(sources, tm
     train = {str(first / "train"): 2, str(second / "train"): 0.5}
     (tmp_path / "straight").mkdir()
     straight = Run(tmp_path / "straight", train, first / "tokenizer")
-    straight.go(1, 8, 0, 0, STEPS)
+    straight.go(1, 12, 0, 0, STEPS)
     stopped = Run(tmp_path, train, first / "tokenizer")
     stopped.go(2, 2, workers, 0, 1000, kill_after=2)
     stopped.go(1, 4, workers, 3, 6)
-    stopped.go(4, 2, workers, 6, STEPS)
+    stopped.go(3, 2, workers, 6, STEPS)
     assert sorted(stopped.steps) == list(range(STEPS))
     for step in range(STEPS):
         assert stopped.steps[step] == straight.steps[step], step

@@ -44,22 +44,24 @@ def read_without_pauses(*arguments) -> None:
 
 
 @pytest.mark.integration
-def test_all_numbers_of_ranks_and_readers_read_what_a_folder_has(s3, sources, tmp_path):  # noqa: F811
+def test_ranks_and_readers_read_what_a_folder_has_through_a_kill(s3, sources, tmp_path):  # noqa: F811
     first, second = sources
     (tmp_path / "local").mkdir()
     local = Run(tmp_path / "local", {str(first / "train"): 2, str(second / "train"): 0.5}, first / "tokenizer")
-    local.go(1, 8, 0, 0, STEPS)
+    local.go(1, 12, 0, 0, STEPS)
     train = {upload(s3, first / "train", "a/train"): 2, upload(s3, second / "train", "b/train"): 0.5}
-    for world_size, micro_batch, workers in ((1, 4, 3), (2, 4, 1), (4, 2, 0)):
-        folder = tmp_path / f"{world_size}_{workers}"
-        folder.mkdir()
+    run = Run(tmp_path, train, first / "tokenizer", read_without_pauses, cache_gb=1)
+    for world_size, micro_batch, workers, start, stop, kill_after in (
+        (2, 3, 1, 0, 1000, 2),
+        (1, 4, 3, 3, 6, None),
+        (3, 2, 0, 6, STEPS, None),
+    ):
         s3.instead["GET", "*"] = [THROTTLED, 100, THROTTLED]  # one of which is a cut
         s3.instead["HEAD", "*"] = [THROTTLED]
-        settings = {"cache_dir": str(folder / "cache"), "cache_gb": 1}
-        run = Run(folder, train, first / "tokenizer", read_without_pauses, **settings)
-        run.go(world_size, micro_batch, workers, 0, STEPS)
-        assert without_source(run.steps) == without_source(local.steps)
+        run.settings["cache_dir"] = str(tmp_path / f"cache_{world_size}")
+        run.go(world_size, micro_batch, workers, start, stop, kill_after)
         assert not s3.instead["GET", "*"]
+    assert without_source(run.steps) == without_source(local.steps)
     assert {row[0] for rows in run.steps.values() for row in rows} == set(train)
 
 
