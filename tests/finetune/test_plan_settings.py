@@ -71,7 +71,7 @@ def test_a_batch_has_the_shapes_that_the_loader_yields(run):
         assert (name, blank.shape, blank.dtype) == (name, real[name].shape, real[name].dtype)
     # The rest is for the loop: names, counts, and fields for scoring.
     further = {name for name, value in real.items() if isinstance(value, torch.Tensor)} - set(step.batch(3))
-    assert further <= {"positions", "image_id"}
+    assert further <= {"positions", "image_id", "source"}
 
 
 def test_operations_and_activations_are_those_of_a_real_step(run):

@@ -18,7 +18,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3Model
 
 RECIPES = Path(__file__).parents[2] / "pretrain" / "recipes"
 # Documented in docs/architecture.md; weights, with the tied MLM decoder counted once.
-NUM_PARAMETERS = {"tiny": 3_056_555, "base": 327_164_732, "large": 865_751_260}
+NUM_PARAMETERS = {"tiny": 3_056_555, "base": 327_164_732, "large": 865_751_260, "xl": 4_798_332_572}
 
 
 def inputs():

@@ -100,6 +100,7 @@ def test_gpu_memory_is_the_peak_since_the_last_line(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 3))
     written = []
     run = SimpleNamespace(num_bad_samples=0, num_skipped=0, metrics=SimpleNamespace(write=written.append))
+    run.data_metrics = dict
     args, progress = TrainingArgs(steps=9), StepProgress(9, 0, 2, rank=0)
     one = SimpleNamespace(run=run, training_args=args, progress=progress, throughput=None)
     result = StepResult({}, {}, num_bad=0, lr=0.1, raw_norm=1.0, was_skipped=False, step_s=1.0, data_s=0.0)
