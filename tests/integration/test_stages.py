@@ -65,6 +65,13 @@ def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(program, recipe, f
     assert "optim.freeze: []: this run was started with [{'text_tower': 1}]; keep that" in program.output
 
 
+def test_a_loss_of_frozen_parts_alone_ends_a_run_with_78(program, recipe):
+    contrast_alone = ("--objectives.mlm.weight", "0", "--objectives.itm.weight", "0")
+    freeze = ("--optim.freeze", "[text_tower, vision_tower, heads]", "--run.name", "idle")
+    assert program.run(1, "pretrain.train", "--config", recipe, *contrast_alone, *freeze) == 78
+    assert "optim.freeze: ['text_tower', 'vision_tower', 'heads']: the loss depends on no parameter" in program.output
+
+
 def test_skipped_data_is_read_by_no_step_of_any_start(recipe, first):
     data = yaml.safe_load(recipe.read_text())["data"]
     index = ShardIndex(data["train"])
