@@ -122,7 +122,12 @@ def pretraining_step(
     def objective(model: "Unimo3ForPreTraining") -> "PretrainingLoss":
         return PretrainingLoss(model, objectives.build(seed=0))
 
-    return Step(model, Unimo3ForPreTraining, objective, batch, kernels, optim)
+    def prepare(task: "PretrainingLoss", batches: "list[Batch]") -> "list[Batch]":
+        return task.prepare_step(batches, run=task)
+
+    return Step(
+        model, Unimo3ForPreTraining, objective, batch, kernels, optim, prepare if objectives.contrasts_step else None
+    )
 
 
 if __name__ == "__main__":

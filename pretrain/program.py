@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pretrain.plan import pretraining_step
@@ -92,8 +93,11 @@ def pretrain(settings: PretrainConfig) -> None:
             lambda step, guard: held_out_losses(engine, held_out, world, batch.micro_batch, reader, guard),
             pictures=lambda guard: sample_pictures(engine, held_out, world, tokenizer, guard),
         )
+    # The contrast of one micro-step over all ranks is already that of the step.
+    contrasts_step = settings.objectives.contrasts_step and batch.num_accumulation > 1
+    prepare_step = partial(task.prepare_step, run=engine) if contrasts_step else None
     with closing(run):
-        Trainer(settings, process, run, engine, loader, evaluation, throughput).train()
+        Trainer(settings, process, run, engine, loader, evaluation, throughput, prepare_step).train()
 
 
 def _initial_weights(settings: PretrainConfig) -> str | None:

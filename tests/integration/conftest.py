@@ -38,6 +38,8 @@ MODEL = {
     "itc_size": 16,
 }
 
+TWO_MICRO_STEPS = ("--training.micro_batch", "2")
+
 
 class Program:
     """Starts commands and keeps their output."""
@@ -97,6 +99,8 @@ def recipe(coco, tmp_path_factory):  # noqa: F811
             "window_shards": 2,
             "ledger": True,
         },
+        # With one micro-step, as here, nothing runs first.
+        "objectives": {"itc": {"over": "step"}},
         "optim": {"lr": 3.0e-3, "fusion_factor": 2.0, "head_factor": 2.0},
         "training": {
             "steps": 20,
@@ -119,8 +123,8 @@ def runs(recipe):
 
 @pytest.fixture(scope="session")
 def straight(program, recipe, runs):
-    """20 steps on two ranks, without a stop."""
-    program.check(2, "pretrain.train", "--config", recipe, "--run.name", "straight")
+    """20 steps of two micro-steps on two ranks, without a stop."""
+    program.check(2, "pretrain.train", "--config", recipe, "--run.name", "straight", *TWO_MICRO_STEPS)
     return runs / "straight"
 
 

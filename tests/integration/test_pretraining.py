@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import resource
 import shutil
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import export as export_program
-from tests.integration.conftest import losses
+from tests.integration.conftest import TWO_MICRO_STEPS, losses
 from unimo3.checkpoint import store
 from unimo3.training.metrics import read_metrics
 
@@ -24,7 +25,7 @@ BF16_TOLERANCE = 0.02
 def interrupted(program, recipe, runs):
     """The same 20 steps: 10, a stop, SIGTERM some steps later, then the rest."""
     run = runs / "interrupted"
-    command = (2, "pretrain.train", "--config", recipe, "--run.name", "interrupted")
+    command = (2, "pretrain.train", "--config", recipe, "--run.name", "interrupted", *TWO_MICRO_STEPS)
     program.check(*command, "--training.stop_after", "10")
     assert [path.name for path in store.list_checkpoints(run)] == ["step_00000006", "step_00000010"]
     start_with_failures = (2, "tests.inject", *command[2:])
@@ -54,6 +55,12 @@ def test_stopping_and_resuming_changes_nothing(straight, interrupted):
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 21))
     names = [path.name for path in sorted((straight / "checkpoints" / "step_00000020").glob("*optim_states.pt"))]
     assert len(names) == 2
+
+
+def test_contrast_over_the_step_has_the_pairs_of_both_micro_steps(straight):
+    # Before the model has learned, the loss is about the logarithm of the number of pairs: 8 a step, 4 a micro-step.
+    assert losses(straight)[0]["loss_itc"] == pytest.approx(math.log(8), abs=0.3)
+    assert evaluations(straight)[0]["loss_itc"] == pytest.approx(math.log(4), abs=0.3)
 
 
 def test_the_interrupted_runs_weights_equal_the_straight_ones(straight, interrupted, weights, tmp_path):

@@ -14,9 +14,16 @@ def test_hard_negatives_need_the_contrast_that_trains_their_similarities():
     assert "give ITC a weight above 0, or set objectives.itm.negatives to random" in problem
 
 
+def test_a_contrast_over_the_step_needs_a_weight():
+    (problem,) = ObjectivesArgs(itc=ItcArgs(weight=0.0, over="step")).validate()
+    assert problem.startswith("objectives.itc.over: step: has no effect with objectives.itc.weight: 0")
+    assert "give ITC a weight above 0, or set objectives.itc.over to micro_step" in problem
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        ObjectivesArgs(itc=ItcArgs(over="step")),
         ObjectivesArgs(itm=ItmArgs(negatives="hard")),
         ObjectivesArgs(itm=ItmArgs(negatives="random"), itc=ItcArgs(weight=0.0)),
         ObjectivesArgs(itm=ItmArgs(weight=0.0, negatives="hard"), itc=ItcArgs(weight=0.0)),

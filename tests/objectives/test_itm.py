@@ -22,7 +22,7 @@ def hard_task(model):
 def encode(model, batch):
     text = model.unimo3.encode_text(batch["input_ids"], batch["attention_mask"])
     image = model.unimo3.encode_image(batch["pixel_values"])
-    return TowerStates(batch, text, None, image, compare(model, text, image, batch["image_id"]))
+    return TowerStates(batch, text, None, image, compare(model.itc_head(text, image), batch["image_id"]))
 
 
 @torch.no_grad()

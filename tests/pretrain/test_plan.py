@@ -71,6 +71,21 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     assert set(report["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
 
 
+def test_contrast_over_several_micro_steps_costs_operations_and_hours(capsys):
+    def planned(num_gpus, over):
+        tiny = ("--config", RECIPES / "tiny.yaml", "--gpus", num_gpus, "--objectives.itc.over", over)
+        _, output = run_command(capsys, *tiny, "--json")
+        return json.loads(output.out)
+
+    # 64 pairs in micro-steps of 32: two on one GPU, one on two.
+    plain, over_step = planned(1, "micro_step"), planned(1, "step")
+    flops = over_step["flops_per_pair"]
+    assert flops["prepare"] > 0.2 * flops["forward"]
+    ratio = sum(flops.values()) / sum(plain["flops_per_pair"].values())
+    assert over_step["time"]["hours"] == pytest.approx(ratio * plain["time"]["hours"])
+    assert planned(2, "step")["flops_per_pair"]["prepare"] == 0
+
+
 def test_a_named_ds_config_is_used_and_the_text_names_what_does_not_fit(capsys):
     status, output = run_command(
         capsys,

@@ -48,34 +48,46 @@ def test_base_without_bridges_has_327146300_parameters_tied_ones_once():
     assert sizes.roles["text"] > 50265 * 768 > sizes.roles["heads"]
 
 
+def attention_by_hand(queries, keys, size) -> int:
+    return 2 * 2 * queries * keys * size  # scores, and weights times values
+
+
+def tower_flops_by_hand(config, tokens) -> tuple[int, int]:
+    """Operations of the text tower for a text, and of the image tower for an image."""
+    text, vision = config.text_config, config.vision_config.overrides
+    patch, image_width = vision["patch_size"], vision["embed_dim"]
+    patches = (config.vision_config.image_size // patch) ** 2
+
+    def layer(tokens, size, inner):
+        return 2 * tokens * (4 * size * size + 2 * size * inner) + attention_by_hand(tokens, tokens, size)
+
+    image = 2 * patches * 3 * patch * patch * image_width
+    image += vision["depth"] * layer(patches + 1, image_width, 4 * image_width)
+    return text.num_hidden_layers * layer(tokens, text.hidden_size, text.intermediate_size), image
+
+
+def itc_head_flops_by_hand(config) -> int:
+    return 2 * (config.text_config.hidden_size + config.vision_config.overrides["embed_dim"]) * config.itc_size
+
+
 def forward_flops_by_hand(config, tokens, masked_tokens) -> float:
     """A pair's operations with all objectives, random negatives and layers that see their partner alone."""
     text, width, layers = config.text_config, config.hidden_size, config.num_hidden_layers
     vision = config.vision_config.overrides
-    patch, image_width = vision["patch_size"], vision["embed_dim"]
-    patches = (config.vision_config.image_size // patch) ** 2
-    image_tokens = patches + 1
-
-    def attention(queries, keys, size):
-        return 2 * 2 * queries * keys * size  # scores, and weights times values
-
-    def tower_layer(tokens, size, inner):
-        return 2 * tokens * (4 * size * size + 2 * size * inner) + attention(tokens, tokens, size)
+    image_width = vision["embed_dim"]
+    image_tokens = (config.vision_config.image_size // vision["patch_size"]) ** 2 + 1
 
     def fusion_layer(tokens, other):
         linear = (4 + 2) * width * width + 2 * width * config.intermediate_size
-        cross = 2 * other * 2 * width * width + attention(tokens, other, width)
-        return 2 * tokens * linear + attention(tokens, tokens, width) + cross
+        cross = 2 * other * 2 * width * width + attention_by_hand(tokens, other, width)
+        return 2 * tokens * linear + attention_by_hand(tokens, tokens, width) + cross
 
-    once = 2 * patches * 3 * patch * patch * image_width
-    once += vision["depth"] * tower_layer(image_tokens, image_width, 4 * image_width)
-    twice = text.num_hidden_layers * tower_layer(tokens, text.hidden_size, text.intermediate_size)
+    twice, once = tower_flops_by_hand(config, tokens)
     twice += 2 * (tokens * text.hidden_size + image_tokens * image_width) * width
     twice += layers * (fusion_layer(tokens, image_tokens) + fusion_layer(image_tokens, tokens))
     heads = 2 * 2 * width * width + 2 * 2 * width * 2  # pooler and ITM
     heads += 2 * masked_tokens * width * (width + text.vocab_size)
-    heads += 2 * (text.hidden_size + image_width) * config.itc_size
-    return once + 2 * twice + heads
+    return once + 2 * twice + heads + itc_head_flops_by_hand(config)
 
 
 def test_operations_are_those_counted_by_hand():
@@ -85,6 +97,31 @@ def test_operations_are_those_counted_by_hand():
     # By hand without the contrast, which grows with the square of the batch.
     assert cost.forward_flops == pytest.approx(by_hand, rel=0.005)
     assert cost.backward_flops == pytest.approx(2 * by_hand, rel=0.05)
+
+
+CONTRASTS_STEP = ObjectivesArgs(itc=ItcArgs(over="step"))
+
+
+def test_contrast_over_the_step_runs_towers_and_its_head_once_more():
+    config = tiny_config()
+    text, image = tower_flops_by_hand(config, TOKENS)
+    batch = 64  # of the trace, each of which meets all in two directions: forward, and two products backward
+    contrast = 2 * 3 * 2 * batch * config.itc_size
+    plain, over_step = trace(), trace(objectives=CONTRASTS_STEP)
+    assert plain.prepare_flops == plain.prepared_bytes == 0
+    assert over_step.prepare_flops == 2 * text + image + itc_head_flops_by_hand(config) + contrast
+    assert over_step.forward_flops == plain.forward_flops
+    # In float32 the gradients of two features, and the pair's loss.
+    assert over_step.prepared_bytes == (2 * config.itc_size + 1) * 4
+    assert over_step.saved_bytes == pytest.approx(plain.saved_bytes, rel=0.01)
+    assert over_step.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.01)
+
+
+def test_a_pass_before_micro_steps_counts_if_there_are_several():
+    cost = StepCost(1e9, 2e9, 900_000, peak_bytes=1e6, fixed_bytes=5e3, prepare_flops=5e8, prepared_bytes=100.0)
+    assert cost.activation_bytes(4, rank_batch=12) == 4 * 1e6 + 5e3 + 12 * 100
+    assert cost.activation_bytes(12, rank_batch=12) == 12 * 1e6 + 5e3
+    assert (cost.prepare_flops_with(4, 12), cost.prepare_flops_with(12, 12)) == (5e8, 0)
 
 
 def test_the_mlm_head_runs_on_masked_tokens_alone():

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unimo3.objectives.base import Objective
 
 Negatives = Literal["random", "hard"]
+Contrasted = Literal["micro_step", "step"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ItmArgs:
     weight: float = 1.0
     """Factor of its loss in the total; 0 turns it off."""
     negatives: Negatives = "random"
-    """How negative pairs are chosen from the step's batch. random: any other image, for half the texts. hard: for every
+    """How negative pairs are chosen from the micro-step. random: any other image, for half the texts. hard: for every
     text an image and for every image a text, drawn by the similarity that ITC learns; the fusion encoder then reads
     three pairs for one."""
 
@@ -52,6 +53,10 @@ class ItcArgs:
 
     weight: float = 1.0
     """Factor of its loss in the total; 0 turns it off."""
+    over: Contrasted = "micro_step"
+    """Which pairs a pair is contrasted with, over all ranks. micro_step: those of its micro-step,
+    training.micro_batch x ranks. step: those of the optimizer step, training.global_batch; with several micro-steps the
+    towers run once more on each, without gradient, before the first. Evaluation always contrasts a micro-batch."""
 
     def build(self, seed: int) -> "Objective":
         """The objective of a run with this seed."""
@@ -73,6 +78,11 @@ class ObjectivesArgs:
         """Whether the pairs of a micro-step are compared with each other."""
         return self.itc.weight > 0 or self.itm.weight > 0
 
+    @property
+    def contrasts_step(self) -> bool:
+        """Whether the pairs of an optimizer step are compared, which `PretrainingLoss.prepare_step` prepares."""
+        return self.itc.over == "step"
+
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each."""
         weights = {group.name: getattr(self, group.name).weight for group in fields(self)}
@@ -87,6 +97,11 @@ class ObjectivesArgs:
             errors.append(
                 "objectives.itm.negatives: hard: drawn by similarities that objectives.itc.weight: 0 leaves untrained; "
                 "give ITC a weight above 0, or set objectives.itm.negatives to random"
+            )
+        if self.itc.over == "step" and self.itc.weight == 0:
+            errors.append(
+                "objectives.itc.over: step: has no effect with objectives.itc.weight: 0; give ITC a weight above 0, or "
+                "set objectives.itc.over to micro_step"
             )
         if not 0 < self.mlm.probability < 1:
             errors.append(f"objectives.mlm.probability: {self.mlm.probability}: a ratio between 0 and 1 is needed")

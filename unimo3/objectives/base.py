@@ -10,7 +10,8 @@ Source: METER, arXiv 2111.02387 (MLM, ITM); ALBEF, arXiv 2107.07651 (ITC).
 # Shapes: B batch, P pairs to be fused, n states of a tower, T text tokens, V image tokens, W tower width.
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,21 +19,36 @@ from torch import Tensor, nn
 
 from unimo3.distributed import gather_rows
 from unimo3.model.fusion import FusionOutput, mean_gates
+from unimo3.model.heads import ItcOutput
 from unimo3.objectives.by_source import sums_by_source
 from unimo3.objectives.similarity import ContrastedModel, Similarities, compare
+from unimo3.objectives.step_contrast import Generators, StepContrast, contrast_step
 
 Losses = dict[str, Tensor]
 Gates = Sequence[Tensor | None]
 
+# Keys that `PretrainingLoss.prepare_step` adds to a batch.
+_FEATURES_ALONE = "features_alone"
+_STEP_CONTRAST = "step_contrast"
+
 
 class TowerStates(NamedTuple):
-    """A micro-batch, its tower states, text [B, n, T, W] and image [B, n, V, W], and similarities; None if unused."""
+    """A micro-batch, its tower states, text [B, n, T, W] and image [B, n, V, W], and what is made of them.
+
+    Similarities and features are None if unused.
+    """
 
     batch: dict[str, Any]
     plain_text: Tensor | None
     masked_text: Tensor | None
     image: Tensor
     similarities: Similarities | None
+    features: ItcOutput | None = None
+
+    @property
+    def step_contrast(self) -> StepContrast | None:
+        """What a first pass over the complete step has left for this micro-batch; None without such a pass."""
+        return self.batch.get(_STEP_CONTRAST)
 
 
 class FusionInput(NamedTuple):
@@ -115,11 +131,17 @@ class PretrainingLoss(nn.Module):
         Returns:
             ``loss``, the weighted sum, each objective's own metrics under its name, where an objective needs other
             images ``single_image_ratio``, 1 if all pairs of all ranks have one image id and else 0, and, where the
-            model has gates, ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`.
+            model has gates, ``gates_text`` and ``gates_image`` of this rank's first fused pairs: see `mean_gates`. For
+            `prepare_step`, the fields of an `ItcOutput`.
         """
         for objective in self.objectives:
             objective.reports_rows = self.training and len(self.sources) > 1
         states = self._encode(batch)
+        if _FEATURES_ALONE in batch:
+            assert states.features is not None, "contrast reads features"
+            return states.features._asdict()
+        if states.features is not None:
+            states = states._replace(similarities=compare(states.features, batch["image_id"]))
         requests = [objective.fusion_input(states) for objective in self.objectives]
         wanted = [request for request in requests if request is not None]
         fused = self._fuse(wanted)
@@ -137,6 +159,29 @@ class PretrainingLoss(nn.Module):
             report["single_image_ratio"] = (ids == ids[0]).all().float()
         return {"loss": total, **report}
 
+    def prepare_step(
+        self, micro_batches: Iterable[dict[str, Any]], run: Callable[[dict[str, Any]], Losses]
+    ) -> list[dict[str, Any]]:
+        """Contrast the pairs of a complete optimizer step, before its micro-batches are computed one by one.
+
+        The towers run on every micro-batch without gradient. Masked texts run too: the text tower draws dropout for
+        plain and masked texts in one call, and both passes must draw the same.
+
+        Args:
+            micro_batches: of this rank, as for `forward`.
+            run: this module, or the engine around it.
+
+        Returns:
+            What each micro-batch gets in addition: with it, the ITC loss is that of the step.
+        """
+        features, image_ids, generators = [], [], []
+        for batch in micro_batches:
+            generators.append(Generators.current(batch["attention_mask"].device))
+            with torch.no_grad():
+                features.append(ItcOutput(**run(batch | {_FEATURES_ALONE: True})))
+            image_ids.append(batch["image_id"])
+        return [{_STEP_CONTRAST: contrast} for contrast in contrast_step(features, image_ids, generators)]
+
     def _encode(self, batch: dict[str, Any]) -> TowerStates:
         ids = []
         plain = any(objective.reads_plain_text for objective in self.objectives)
@@ -146,15 +191,17 @@ class PretrainingLoss(nn.Module):
         if masked:
             ids.append(batch["mlm_input_ids"])
         mask = batch["attention_mask"]
-        text = self.model.unimo3.encode_text(torch.cat(ids), mask.repeat(len(ids), 1))
+        contrast = batch.get(_STEP_CONTRAST)
+        with contrast.generators.restored(mask.device) if contrast else nullcontext():
+            text = self.model.unimo3.encode_text(torch.cat(ids), mask.repeat(len(ids), 1))
+            image = self.model.unimo3.encode_image(batch["pixel_values"])
         parts = list(text.chunk(len(ids)))
-        image = self.model.unimo3.encode_image(batch["pixel_values"])
         plain_text, masked_text = parts.pop(0) if plain else None, parts.pop(0) if masked else None
-        similarities = None
+        features = None
         if any(objective.reads_similarities for objective in self.objectives):
             assert plain_text is not None, "what reads similarities reads plain text"
-            similarities = compare(self.model, plain_text, image, batch["image_id"])
-        return TowerStates(batch, plain_text, masked_text, image, similarities)
+            features = self.model.itc_head(plain_text, image)
+        return TowerStates(batch, plain_text, masked_text, image, None, features)
 
     def _fuse(self, requests: list[FusionInput]) -> list[FusionOutput]:
         if not requests:

@@ -1,18 +1,14 @@
-"""Image-text contrast: each text's image among all images of the step's batch, and the reverse.
+"""Image-text contrast: each text's image among all images of a batch, and the reverse.
 
-Pairs of one image (two captions of it in a batch) are no negatives of each other.
+The batch is one micro-step over all ranks, or the complete optimizer step.
 
 Source: CLIP, arXiv 2103.00020; ALBEF, arXiv 2107.07651.
 """
 
-# Shapes: B samples a rank, N samples of all ranks.
-
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from unimo3.objectives.base import FusedPairs, FusionInput, Losses, Objective, TowerStates
-from unimo3.objectives.similarity import ContrastedModel
+from unimo3.objectives.similarity import ContrastedModel, contrastive_loss
 
 
 class ImageTextContrast(Objective):
@@ -29,22 +25,21 @@ class ImageTextContrast(Objective):
         return None
 
     def losses(self, model: ContrastedModel, states: TowerStates, fused: FusedPairs | None) -> Losses:
-        """The mean over this rank's rows, each against the complete batch."""
-        similarities = states.similarities
+        """The mean over this rank's rows, each against the complete batch.
+
+        With a batch that `PretrainingLoss.prepare_step` has prepared, both are those of the optimizer step.
+        """
+        features, similarities = states.features, states.similarities
         assert similarities is not None
-        excluded = similarities.same_image.scatter(1, similarities.indices[:, None], False)
-
-        def contrast(logits: Tensor, reduction: str = "mean") -> Tensor:
-            masked = logits.masked_fill(excluded, -torch.inf)
-            return cross_entropy(masked, similarities.indices, reduction=reduction)
-
-        loss = (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2
+        contrast = states.step_contrast
+        if contrast is not None:
+            assert features is not None
+            loss = contrast.loss_of(features)
+        else:
+            loss = contrastive_loss(similarities)
         report = {"loss": loss, "temperature": similarities.temperature.squeeze()}
         if self.reports_rows:
             with torch.no_grad():
-                of_images, of_texts = (
-                    contrast(similarities.image_to_text, "none"),
-                    contrast(similarities.text_to_image, "none"),
-                )
-            report["rows"] = torch.stack([(of_images + of_texts) / 2, torch.ones_like(of_images)], dim=1)
+                of_rows = contrastive_loss(similarities, "none") if contrast is None else contrast.row_losses
+            report["rows"] = torch.stack([of_rows, torch.ones_like(of_rows)], dim=1)
         return report

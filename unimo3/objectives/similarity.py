@@ -5,15 +5,17 @@ Computed once a step for all objectives that read them. Features are gathered ac
 Source: CLIP, arXiv 2103.00020; ALBEF, arXiv 2107.07651.
 """
 
-# Shapes: R ranks, B samples a rank, N = R B.
+# Shapes: R ranks, B samples a rank, N = R B, D itc_size.
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from unimo3.distributed import gather_rows, world
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.model.heads import ItcOutput
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 ContrastedModel = Unimo3ForPreTraining | Unimo3ForImageAndTextRetrieval
@@ -38,20 +40,52 @@ class Similarities(NamedTuple):
     temperature: Tensor
 
 
-def compare(model: ContrastedModel, text: Tensor, image: Tensor, image_id: Tensor) -> Similarities:
-    """Run the contrastive head on tower states of this rank's rows, and compare them with every rank's.
+def compare(features: ItcOutput, image_id: Tensor) -> Similarities:
+    """Compare this rank's rows with every rank's.
 
     Args:
-        text: the text tower's states, [B, ...].
-        image: the image tower's states, [B, ...].
+        features: of this rank's rows.
         image_id: [B].
     """
-    out = model.itc_head(text, image)
     num_rows = len(image_id)
+    indices = torch.arange(num_rows, device=image_id.device) + world()[0] * num_rows
+    batch = ItcOutput(gather_rows(features.text), gather_rows(features.image), features.temperature)
+    return compare_rows(features, image_id, batch, gather_rows(image_id), indices)
+
+
+def compare_rows(
+    rows: ItcOutput, row_ids: Tensor, batch: ItcOutput, batch_ids: Tensor, indices: Tensor
+) -> Similarities:
+    """Compare some rows of a complete batch with all of it.
+
+    Args:
+        rows: their features.
+        row_ids: [B], their image ids.
+        batch: features of the complete batch.
+        batch_ids: [N], its image ids.
+        indices: [B], of the rows in the complete batch.
+    """
     return Similarities(
-        text_to_image=out.text @ gather_rows(out.image).T / out.temperature,
-        image_to_text=out.image @ gather_rows(out.text).T / out.temperature,
-        same_image=image_id[:, None] == gather_rows(image_id)[None, :],
-        indices=torch.arange(num_rows, device=image_id.device) + world()[0] * num_rows,
-        temperature=out.temperature,
+        text_to_image=rows.text @ batch.image.T / rows.temperature,
+        image_to_text=rows.image @ batch.text.T / rows.temperature,
+        same_image=row_ids[:, None] == batch_ids[None, :],
+        indices=indices,
+        temperature=rows.temperature,
     )
+
+
+def contrastive_loss(similarities: Similarities, reduction: str = "mean") -> Tensor:
+    """The mean of the image-to-text and the text-to-image cross-entropy.
+
+    Pairs of one image (two captions of it in a batch) are no negatives of each other.
+
+    Args:
+        reduction: over the rows: ``mean``, or ``none`` for the loss of each, [B].
+    """
+    excluded = similarities.same_image.scatter(1, similarities.indices[:, None], False)
+
+    def contrast(logits: Tensor) -> Tensor:
+        masked = logits.masked_fill(excluded, -torch.inf)
+        return cross_entropy(masked, similarities.indices, reduction=reduction)
+
+    return (contrast(similarities.image_to_text) + contrast(similarities.text_to_image)) / 2

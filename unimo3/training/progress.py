@@ -41,8 +41,8 @@ class StepProgress:
             return
         if metrics.get("single_image_ratio"):
             log.warning(
-                "step %d: in %.0f%% of the micro-steps all pairs have one image_id, and ITC and ITM have no negative "
-                "pairs; raise training.micro_batch, or check image_id in the shards",
+                "step %d: in %.0f%% of the micro-steps all pairs have one image_id, and there are no negative pairs; "
+                "raise training.micro_batch, or check image_id in the shards",
                 step,
                 100 * metrics["single_image_ratio"],
             )

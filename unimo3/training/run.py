@@ -281,8 +281,8 @@ class Run:
         now = self._settings.training.micro_batch * self._world_size
         if before != now and self._fingerprint is not None:
             log.warning(
-                "a micro-step now has %d pairs over all ranks, previously %d, which changes the ITC and ITM losses: "
-                "set training.micro_batch to %g with %d ranks to restore it",
+                "a micro-step now has %d pairs over all ranks, previously %d, which changes the ITM loss, and the ITC "
+                "loss unless objectives.itc.over is step: set training.micro_batch to %g with %d ranks to restore it",
                 now,
                 before,
                 before / self._world_size,

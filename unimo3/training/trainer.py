@@ -6,7 +6,7 @@ Source: torchtitan's trainer.py and lingua's apps/main/train.py for the structur
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,7 @@ from unimo3.training.throughput import Throughput
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+PrepareStep = Callable[[Iterable[Batch]], list[Batch]]
 
 
 class TrainerSettings(Protocol):
@@ -68,6 +69,8 @@ class Trainer:
             evaluate the run's current step, again if needed.
         evaluation: metrics on held-out data, at the end and every `training.eval_every` steps.
         throughput: counts operations for the metrics; rank 0 has it, on GPUs.
+        prepare_step: reads a step's micro-batches before the first of them is computed, and returns what each gets in
+            addition. None: nothing is prepared.
     """
 
     def __init__(
@@ -79,11 +82,13 @@ class Trainer:
         batches: Iterable[list[Batch]] | None,
         evaluation: Evaluation | None,
         throughput: Throughput | None = None,
+        prepare_step: PrepareStep | None = None,
     ):
         self.training_args, self.optim_args = settings.training, settings.optim
         self.checkpoint_args = settings.checkpoint
         self.world, self.listener, self.watch = process
         self.run, self.engine, self.evaluation, self.throughput = run, engine, evaluation, throughput
+        self.prepare_step = prepare_step
         self.batches: Iterator[list[Batch]] = iter(() if batches is None else batches)
         self.only_evaluates = batches is None
         self.saver = Saver(engine, run.folder, self.checkpoint_args)
@@ -178,16 +183,24 @@ class Trainer:
     def _accumulate(self, micro_batches: list[Batch]) -> dict[str, torch.Tensor]:
         """Run each micro-batch; the engine takes its step after the last one. Returns the means of what they report."""
         sums: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            # The first step of a start compiles, so phase 'start' has a longer time limit.
-            self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
-            report = self.engine(to_device(batch, self.engine.device))
+        prepared: list[Batch] = [{}] * len(micro_batches)
+        if self.prepare_step is not None:
+            prepared = self.prepare_step(self._on_device(micro_batches))
+        for batch, more in zip(self._on_device(micro_batches), prepared, strict=True):
+            report = self.engine(batch | more)
             check_trains(report["loss"], self.optim_args.freeze)
             self.engine.backward(report["loss"])
             self.engine.step()
             for name, value in report.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
         return {name: value / len(micro_batches) for name, value in sorted(sums.items())}
+
+    def _on_device(self, micro_batches: list[Batch]) -> Iterator[Batch]:
+        """Move each micro-batch when it is computed, and report progress."""
+        for batch in micro_batches:
+            # The first step of a start compiles, so phase 'start' has a longer time limit.
+            self.watch.beat("compute" if self.run.step > self.first_step else "start", self.run.step)
+            yield to_device(batch, self.engine.device)
 
     def sync_and_log(self) -> None:
         """Agree on requests, log the last step and check it, in one small all-reduce; every rank calls it.

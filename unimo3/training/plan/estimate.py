@@ -54,11 +54,11 @@ def fit(name: str, sharding: Sharding, sizes: ModelSizes, cost: StepCost, batch:
         batch: of the recipe, over the machine's ranks.
     """
     memory = rank_memory(sizes, sharding, batch.world_size)
+    rank_batch = batch.global_batch // batch.world_size
 
     def needed_bytes(micro_batch: int) -> float:
-        return memory.peak_bytes(micro_batch * cost.peak_bytes + cost.fixed_bytes)
+        return memory.peak_bytes(cost.activation_bytes(micro_batch, rank_batch))
 
-    rank_batch = batch.global_batch // batch.world_size
     fitting = [
         size
         for size in range(1, rank_batch + 1)

@@ -31,9 +31,11 @@ def plan_metrics(
         recipe_ds_config: the candidate that the recipe names; None where another was requested.
     """
     cost, memory = costs[activation_checkpointing], choice.fit.memory
-    activation_bytes = choice.micro_batch * cost.peak_bytes + cost.fixed_bytes
+    rank_batch = batch.global_batch // batch.world_size
+    activation_bytes = cost.activation_bytes(choice.micro_batch, rank_batch)
+    prepare_flops = cost.prepare_flops_with(choice.micro_batch, rank_batch)
     precision = choice.fit.sharding.precision
-    step_s = machine.step_s(batch.global_batch, cost.flops, precision)
+    step_s = machine.step_s(batch.global_batch, prepare_flops + cost.flops, precision)
     return {
         "machine": {
             "gpus": machine.num_gpus,
@@ -44,7 +46,11 @@ def plan_metrics(
             "utilization": machine.utilization,
         },
         "parameters": {**sizes.roles, "total": sizes.total},
-        "flops_per_pair": {"forward": int(cost.forward_flops), "backward": int(cost.backward_flops)},
+        "flops_per_pair": {
+            "prepare": int(prepare_flops),
+            "forward": int(cost.forward_flops),
+            "backward": int(cost.backward_flops),
+        },
         "ds_config": choice.fit.name,
         "recipe_ds_config": recipe_ds_config,
         "ds_config_reasons": choice.reasons,
@@ -62,7 +68,7 @@ def plan_metrics(
             "recipe_contrasts": not batch.contrast_errors(),
             "recipe_fits": choice.fit.fits,
             "recipe_fits_with_checkpointing": True in costs and _recipe_fits(choice, costs[True], batch, machine),
-            "share": batch.global_batch // batch.world_size,
+            "share": rank_batch,
             "largest": choice.fit.largest,
             "largest_dividing": choice.fit.largest_dividing,
             "planned": choice.micro_batch,
@@ -79,7 +85,8 @@ def plan_metrics(
 
 
 def _recipe_fits(choice: PlanChoice, cost: StepCost, batch: BatchPlan, machine: Machine) -> bool:
-    needed_bytes = choice.fit.memory.peak_bytes(batch.micro_batch * cost.peak_bytes + cost.fixed_bytes)
+    activation_bytes = cost.activation_bytes(batch.micro_batch, batch.global_batch // batch.world_size)
+    needed_bytes = choice.fit.memory.peak_bytes(activation_bytes)
     return needed_bytes <= machine.usable_bytes and not batch.validate()
 
 
@@ -95,7 +102,7 @@ def plan_text(plan: Metrics) -> str:
     lines = [
         f"{machine['gpus']} GPUs of {gigabytes(machine['gpu_memory_bytes'])}, {usable} of each usable",
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in plan["parameters"].items()),
-        f"operations a {unit}: {flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward",
+        f"operations a {unit}: {_operations(flops)}",
         "",
         "ds_config",
     ]
@@ -109,6 +116,11 @@ def plan_text(plan: Metrics) -> str:
     lines += ["", _micro_batch_line(plan["micro_batch"])]
     lines += [_time_line(machine, plan["time"], plan.get("not_counted", _NOT_COUNTED))]
     return "\n".join(lines)
+
+
+def _operations(flops: Metrics) -> str:
+    text = f"{flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward"
+    return text + (f", {flops['prepare'] / 1e9:,.1f} before the first micro-step" if flops["prepare"] else "")
 
 
 def _time_line(machine: Metrics, time: Metrics, not_counted: list[str]) -> str:

@@ -47,6 +47,8 @@ class Step:
             values.
         kernels: which the run is to use; by default what a GPU uses.
         optim: which parts train.
+        prepare: of a step with several micro-steps, runs first: (objective, micro-batches) -> what each gets in
+            addition. None: nothing runs first.
     """
 
     model: Unimo3Config
@@ -55,6 +57,7 @@ class Step:
     batch: Callable[[int], Batch]
     kernels: KernelArgs = field(default_factory=KernelArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
+    prepare: Callable[[Any, list[Batch]], list[Batch]] | None = None
 
     def build(self, dtype: torch.dtype = torch.float32) -> Unimo3PreTrainedModel:
         """The model with shapes and no values, and parts of it frozen.
@@ -77,6 +80,8 @@ class StepCost:
         saved_bytes: a row's tensors alive between forward and backward pass.
         peak_bytes: a row's part of the most that is alive at once.
         fixed_bytes: what is alive then whatever the number of rows: mostly the largest gradient.
+        prepare_flops: operations a row of what runs first in a step with several micro-steps.
+        prepared_bytes: what that leaves alive for a row, until the last micro-step.
     """
 
     forward_flops: float
@@ -84,11 +89,22 @@ class StepCost:
     saved_bytes: float
     peak_bytes: float
     fixed_bytes: float
+    prepare_flops: float = 0.0
+    prepared_bytes: float = 0.0
 
     @property
     def flops(self) -> float:
-        """Operations a row of both passes."""
+        """Operations a row of the forward and the backward pass."""
         return self.forward_flops + self.backward_flops
+
+    def prepare_flops_with(self, micro_batch: int, rank_batch: int) -> float:
+        """Operations a row of what runs first, where a rank's rows of a step are this many."""
+        return self.prepare_flops if micro_batch < rank_batch else 0.0
+
+    def activation_bytes(self, micro_batch: int, rank_batch: int) -> float:
+        """The most that is alive at once, where a rank's rows of a step are this many."""
+        prepared_bytes = self.prepared_bytes * rank_batch if micro_batch < rank_batch else 0.0
+        return micro_batch * self.peak_bytes + self.fixed_bytes + prepared_bytes
 
 
 def build_on_meta(
@@ -127,7 +143,7 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         # ZeRO moves a gradient on as soon as it is complete.
         parameter.register_post_accumulate_grad_hook(_drop_grad)
-    few, many = (_run(task, step.batch(size), step.optim) for size in (_FEW, _MANY))
+    few, many = (_run(step, task, step.batch(size)) for size in (_FEW, _MANY))
     added = _MANY - _FEW
     peak_bytes = (many.peak_bytes - few.peak_bytes) / added
     return StepCost(
@@ -136,6 +152,8 @@ def trace_step(step: Step, dtype: torch.dtype, activation_checkpointing: bool) -
         saved_bytes=(many.saved_bytes - few.saved_bytes) / added,
         peak_bytes=peak_bytes,
         fixed_bytes=max(0.0, few.peak_bytes - _FEW * peak_bytes),
+        prepare_flops=many.prepare_flops / _MANY,
+        prepared_bytes=(many.prepared_bytes - few.prepared_bytes) / added,
     )
 
 
@@ -145,15 +163,21 @@ class _Run:
     backward_flops: int
     saved_bytes: int
     peak_bytes: int
+    prepare_flops: int
+    prepared_bytes: int
 
 
-def _run(task: nn.Module, batch: Batch, optim: OptimArgs) -> _Run:
+def _run(step: Step, task: nn.Module, batch: Batch) -> _Run:
     with GpuFunctions(), _Meter([*task.parameters(), *task.buffers()]) as meter:
-        loss = task(batch)["loss"]
-        check_trains(loss, optim.freeze)
-        forward_flops, saved_bytes = meter.flops, meter.live_bytes
+        more = step.prepare(task, [batch])[0] if step.prepare else {}
+        prepare_flops, prepared_bytes = meter.flops, meter.live_bytes
+        loss = task(batch | more)["loss"]
+        check_trains(loss, step.optim.freeze)
+        forward_flops, saved_bytes = meter.flops - prepare_flops, meter.live_bytes - prepared_bytes
         _backward(loss)
-    return _Run(forward_flops, meter.flops - forward_flops, saved_bytes, meter.peak_bytes)
+    backward_flops = meter.flops - forward_flops - prepare_flops
+    peak_bytes = meter.peak_bytes - prepared_bytes
+    return _Run(forward_flops, backward_flops, saved_bytes, peak_bytes, prepare_flops, prepared_bytes)
 
 
 def _backward(loss: Tensor) -> None:
