@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.data.test_object_store import EXPIRED, THROTTLED, upload
-from tests.integration.conftest import losses
+from tests.integration.conftest import TWO_MICRO_STEPS, losses
 from tests.s3 import s3, s3_server  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("commands")]
@@ -22,6 +22,7 @@ def test_two_ranks_train_from_a_bucket_until_credentials_expire(s3, program, rec
     train, val = upload(s3, coco / "train", "coco/train"), upload(s3, coco / "val", "coco/val")
     s3.instead["GET", "coco/train/index.members"] = [THROTTLED]
     command = ("pretrain.train", "--config", recipe, "--run.name", "bucket", "--data.train", train, "--data.val", val)
+    command += TWO_MICRO_STEPS
     cached = ("--data.cache_dir", tmp_path / "cache")
     program.check(2, *command, *cached, "--training.stop_after", "6")
     run = runs / "bucket"
