@@ -27,6 +27,9 @@ Result = TypeVar("Result")
 # Seconds between two tries.
 PAUSES_S = (1.0, 3.0, 10.0, 30.0)
 CHUNK_BYTES = 16 * 2**20
+# s3fs sends a file of this size or more in parts, each a request.
+_SENT_IN_PARTS_BYTES = 100 * 2**20
+_TRIES_OF_A_PART = 5
 _TIMEOUT_S = 30.0
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -40,9 +43,10 @@ _NOT_STORES = frozenset(
 # What identifies a version of an object, by the names of the stores' packages; the first that is there.
 _IDENTITIES = ("ETag", "etag", "generation", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
 
-# The file systems in use, by process. A forked process cannot use its parent's, and must not close them either, since
-# their sockets are watched through an epoll instance that both share: the entries of the parent stay.
-_open: dict[tuple[int, str], Any] = {}
+# The file systems in use, by process, bucket and tries of a request. A forked process cannot use its parent's, and must
+# not close them either, since their sockets are watched through an epoll instance that both share: the entries of the
+# parent stay.
+_open: dict[tuple[int, str, int], Any] = {}
 
 
 class StoreError(Unimo3Error):
@@ -168,7 +172,8 @@ def put_file(path: Path, url: str) -> StoredObject:
         store.put_file(str(path), where)
         return _checked(store, where, num_bytes)
 
-    return _retry(url, put)
+    # One part that fails must not send a hundred others again.
+    return _retry(url, put, _TRIES_OF_A_PART if num_bytes >= _SENT_IN_PARTS_BYTES else 1)
 
 
 def put_bytes(content: bytes, url: str) -> StoredObject:
@@ -240,13 +245,17 @@ def _checked(store: Any, path: str, num_bytes: int) -> StoredObject:
     return stored
 
 
-def _retry(url: str, call: Callable[[Any, str], Result]) -> Result:
-    """Call with the URL's file system and the path in it, again after what may pass."""
+def _retry(url: str, call: Callable[[Any, str], Result], tries_of_request: int = 1) -> Result:
+    """Call with the URL's file system and the path in it, again after what may pass.
+
+    Args:
+        tries_of_request: by the store's package, within a call that makes many requests.
+    """
     has_renewed = False
     pauses_s = [*PAUSES_S]
     while True:
         try:
-            store = _file_system(url)
+            store = _file_system(url, tries_of_request)
             return call(store, store._strip_protocol(url))
         except (Unimo3Error, ObjectChangedError):
             raise
@@ -255,7 +264,7 @@ def _retry(url: str, call: Callable[[Any, str], Result]) -> Result:
         if is_expired(failure) and not has_renewed:
             # The files of the credentials may have been renewed since they were read.
             has_renewed = True
-            _open.pop((os.getpid(), _bucket(url)), None)
+            _open.pop((os.getpid(), _bucket(url), tries_of_request), None)
             continue
         if problem := permanent_problem(failure, url.partition("://")[0].lower()):
             raise StoreError(f"{url}: {problem}") from failure
@@ -274,17 +283,17 @@ def _bucket(url: str) -> str:
     return f"{scheme.lower()}://{rest.partition('/')[0]}"
 
 
-def _file_system(url: str) -> Any:
+def _file_system(url: str, tries_of_request: int) -> Any:
     """The URL's file system in this process."""
-    key = os.getpid(), _bucket(url)
+    key = os.getpid(), _bucket(url), tries_of_request
     if key not in _open:
         from fsspec.core import url_to_fs
 
         is_s3 = url.partition("://")[0].lower() in ("s3", "s3a")
         options: dict[str, Any] = {"use_listings_cache": False}
         if is_s3:
-            # One request a try: retries inside of retries would multiply the load on a store that throttles.
-            retries = {"total_max_attempts": 1, "mode": "standard"}
+            # One request a try, else: retries inside of retries would multiply the load on a store that throttles.
+            retries = {"total_max_attempts": tries_of_request, "mode": "standard"}
             timeouts = {"connect_timeout": _TIMEOUT_S, "read_timeout": _TIMEOUT_S}
             options |= {"config_kwargs": {"retries": retries, **timeouts}, "max_concurrency": 4}
         # Not in fsspec's own cache, which a fork empties, and so closes what the parent uses.
