@@ -105,7 +105,7 @@ def quarantine(damaged: list[Path]) -> None:
     for folder in damaged:
         # A read that failed once is not damage.
         if _problems(folder) and world()[0] == 0:
-            _quarantine(folder)
+            rename_damaged(folder)
 
 
 def _listed(run: Path) -> list[Path]:
@@ -122,7 +122,8 @@ def _problems(folder: Path) -> list[str]:
     return list(dict.fromkeys(problem for problems in by_rank for problem in problems))
 
 
-def _quarantine(folder: Path) -> None:
+def rename_damaged(folder: Path) -> None:
+    """Quarantine a checkpoint; what cannot be renamed is logged and left."""
     target = folder.with_name(f"{folder.name}.damaged")
     number = 1
     while target.exists():

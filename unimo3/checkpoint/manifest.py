@@ -76,9 +76,7 @@ def verify(folder: Path, part: int = 0, num_parts: int = 1) -> list[str]:
         return [f"{MANIFEST} does not list {STATE}"]
     subset = sorted(entries, key=lambda entry: (-entry["bytes"], entry["name"]))[part::num_parts]
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        problems = list(
-            pool.map(lambda entry: read_with_retries(folder / entry["name"], lambda: _problem(folder, entry)), subset)
-        )
+        problems = list(pool.map(lambda entry: file_problem(folder, entry), subset))
     sound = [folder / entry["name"] for entry, problem in zip(subset, problems, strict=True) if not problem]
     problems += [read_with_retries(path, partial(_content_problem, path)) for path in sound]
     if part == 0:
@@ -141,9 +139,45 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def file_problem(folder: Path, entry: dict[str, Any]) -> str:
+    """What differs between a file and its entry of the manifest; empty: nothing.
+
+    Raises:
+        UnreachableError: the storage gives no answer.
+    """
+    return read_with_retries(folder / entry["name"], lambda: _problem(folder, entry))
+
+
+def read_entries(text: str, where: Path | str) -> list[dict[str, Any]]:
+    """The entries of a manifest, whose names all lie in its folder and of which one is `STATE`.
+
+    Args:
+        where: of the manifest, for messages.
+
+    Raises:
+        CheckpointError: it is damaged, or a newer program wrote it.
+    """
+    try:
+        entries = _parse(text, where)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where}: is damaged ({reason}); use another checkpoint") from error
+    if outside := [entry["name"] for entry in entries if _leads_outside(entry["name"])]:
+        raise CheckpointError(f"{where}: {outside[0]!r} points outside the folder; use another checkpoint")
+    if STATE not in [entry["name"] for entry in entries]:
+        raise CheckpointError(f"{where}: does not list {STATE}; use another checkpoint")
+    return entries
+
+
 def _read(folder: Path) -> list[dict[str, Any]]:
-    content = json.loads((folder / MANIFEST).read_text())
-    check_version(folder / MANIFEST, content, (_VERSION,), kind=CheckpointError)
+    return _parse((folder / MANIFEST).read_text(), folder / MANIFEST)
+
+
+def _parse(text: str, where: Path | str) -> list[dict[str, Any]]:
+    content = json.loads(text)
+    check_version(where, content, (_VERSION,), kind=CheckpointError)
     entries = content["files"]
     for entry in entries:
         if "\0" in entry["name"] or not entry["name"].isprintable():
@@ -153,11 +187,15 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _leads_outside(name: str) -> bool:
+    relative = PurePosixPath(name)
+    return relative.is_absolute() or ".." in relative.parts or not relative.parts
+
+
 def _problem(folder: Path, entry: dict[str, Any]) -> str:
     """The problem of one listed file; empty if it has none."""
     name = entry["name"]
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+    if _leads_outside(name):
         return f"{name!r} in {MANIFEST} points outside the folder"
     path = folder / name
     try:

@@ -10,6 +10,7 @@ A folder without a valid manifest is no checkpoint.
 import logging
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from unimo3.checkpoint.best_record import read_best
@@ -21,10 +22,12 @@ __all__ = [
     "STATE",
     "folder_of",
     "has_folders",
+    "is_tag",
     "list_checkpoints",
     "list_folders",
     "prune",
     "quarantined_folders",
+    "superseded",
     "tag_of",
     "verify",
 ]
@@ -86,6 +89,24 @@ def restore_replaced(run: Path) -> None:
             path.rename(folder)
 
 
+def superseded(names: Sequence[str], keep_last: int, keep_every: int, best: Collection[str]) -> list[str]:
+    """Which checkpoints a retention removes; the newest one is never among them.
+
+    Args:
+        names: of checkpoints, oldest first.
+        keep_last: newest ones to keep, at least 1.
+        keep_every: steps; multiples of it stay. 0: none.
+        best: names of checkpoints that stay.
+    """
+    old = names[: -max(1, keep_last)]
+    return [name for name in old if not (keep_every and step_of(Path(name)) % keep_every == 0) and name not in best]
+
+
+def is_tag(name: str) -> bool:
+    """Whether a name is that of a checkpoint."""
+    return _TAG.match(name) is not None
+
+
 def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = None) -> list[Path]:
     """Remove old checkpoints and return them; the newest good one is never removed, and none is if none is good.
 
@@ -97,13 +118,9 @@ def prune(run: Path, keep_last: int, keep_every: int, known_good: Path | None = 
         known_good: the newest one, if it needs no verification here, such as one just saved.
     """
     checkpoints = list_checkpoints(run)
-    old = checkpoints[: -max(1, keep_last)]
     best = read_best(run)
-    removable = [
-        folder
-        for folder in old
-        if not (keep_every and step_of(folder) % keep_every == 0) and not (best and folder.name == best.tag)
-    ]
+    names = superseded([folder.name for folder in checkpoints], keep_last, keep_every, {best.tag} if best else set())
+    removable = [folder for folder in checkpoints if folder.name in names]
     if not removable:
         return []
     good = known_good or next((folder for folder in reversed(checkpoints) if not verify(folder)), None)
