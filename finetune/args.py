@@ -32,7 +32,8 @@ class FinetuneConfig(Checked):
     run: RunArgs = field(default_factory=RunArgs)
     init: str = ""
     """What to start from: an exported folder, or a run or one of its checkpoints, which is exported into this run's
-    folder first. data.tokenizer: the same exported folder, or RUN/model."""
+    folder first; or the URL of one in an object store, which is copied there. data.tokenizer: the same exported folder
+    or URL, or RUN/model."""
     image_size: int = 0
     """Height and width of the input in pixels, a multiple of the patch size; position tables are resized to it. 0: as
     the weights were trained."""

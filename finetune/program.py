@@ -26,6 +26,7 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.pretrained import exported_errors, load_exported
 from unimo3.model.processor import Unimo3Processor
+from unimo3.object_store import is_store
 from unimo3.training.ds_config import read_ds_config
 from unimo3.training.early_stopping import Best
 from unimo3.training.engine import build_engine, build_model, prepare_layers
@@ -121,8 +122,9 @@ def _model_config(settings: FinetuneConfig, task: Task, fresh: str) -> Unimo3Con
     resized(model_config, settings.image_size)
     task.configure(model_config)
     model_config.architectures = [task.architecture]
-    # A run's checkpoint is exported first, by all ranks, and a run that continues has its own.
-    if not has_begun(settings.run.folder) and run_of(settings.init) is None:
+    # What a run or an object store has is exported or copied first, by all ranks; a run that continues has its own.
+    is_exported = run_of(settings.init) is None and not is_store(settings.init)
+    if not has_begun(settings.run.folder) and is_exported:
         errors = exported_errors(settings.init, task.model_class(), model_config, fresh)
         if errors:
             raise ConfigError(errors)

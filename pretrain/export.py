@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BEST, read_best
 from unimo3.checkpoint.load import newest_good
+from unimo3.checkpoint.stored_run import folder_or_url
 from unimo3.dtypes import DTYPES
 from unimo3.errors import CheckpointError, CommandParser, ConfigError, exit_with_status
 
@@ -46,7 +48,12 @@ class ExportSource:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
     parser = CommandParser(prog="python -m pretrain.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint that DeepSpeed's ZeRO wrote")
+    parser.add_argument(
+        "run",
+        type=folder_or_url,
+        help="folder of a run, or of a checkpoint that DeepSpeed's ZeRO wrote; or the URL to which "
+        "pretrain.checkpoints push has copied a run, whose checkpoint is first pulled to OUT.source",
+    )
     parser.add_argument("--out", type=Path, required=True, help="new folder for weights, configuration and tokenizer")
     parser.add_argument(
         "--tag",
@@ -78,7 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     max_file_bytes = check(args)
-    choice = choose_checkpoint(args.run, args.tag)
+    source = Path(f"{args.out.resolve()}.source")
+    if isinstance(args.run, str):
+        from unimo3.checkpoint.pull import pull
+
+        print(f"{args.run}: pulled to {source}, which the end of the export removes", flush=True)
+        (pulled, *_) = pull(args.run, source, args.tag, takes_best=False)
+        choice = choose_checkpoint(source, pulled)
+    else:
+        choice = choose_checkpoint(args.run, args.tag)
     from unimo3.checkpoint.export import export_run
 
     reports = export_run(
@@ -91,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         num_jobs=args.jobs,
         verify=args.verify,
     )
+    if isinstance(args.run, str):
+        shutil.rmtree(source)
     print(summary(args.out, choice, args.dtype, reports))
 
 

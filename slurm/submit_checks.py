@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from slurm.resources import GRACE_SLACK_S, Resources
 from slurm.runs import checkpoint_bytes
 from unimo3 import config
-from unimo3.errors import CheckpointError, ConfigError
+from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
 
 ErrorsAndNotices = tuple[list[str], list[str]]
 
@@ -129,6 +130,8 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
         export.check(args)
     except ConfigError as error:
         errors = error.errors
+    if isinstance(args.run, str):
+        return stored_export_errors(args, errors, is_later)
     try:
         source = ZeroCheckpoint(export.choose_checkpoint(args.run, args.tag, verify=False).checkpoint)
     except CheckpointError as error:
@@ -146,6 +149,25 @@ def check_export(arguments: list[str], is_later: bool) -> ErrorsAndNotices:
         errors.append(
             f"--out {args.out}: the weights need {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; make room or "
             "choose another folder"
+        )
+    return errors, []
+
+
+def stored_export_errors(args: Namespace, errors: list[str], is_later: bool) -> ErrorsAndNotices:
+    """`check_export` of a run in an object store, whose checkpoint is copied next to the output first."""
+    from unimo3.checkpoint.stored_run import StoredRun
+
+    try:
+        remote = StoredRun(args.run)
+        needed = sum(stored.num_bytes for stored in remote.files_of(remote.choose(args.tag)).values())
+    except Unimo3Error as error:
+        if is_later:
+            return errors, [f"nothing to export yet: {error}"]
+        return [*errors, str(error)], []
+    if needed > (free := free_bytes(args.out)):
+        errors.append(
+            f"--out {args.out}: the copy of the checkpoint needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free; "
+            "make room or choose another folder"
         )
     return errors, []
 

@@ -1,5 +1,7 @@
 """What a new run starts from: an exported folder, or a run or one of its checkpoints, which is exported first.
 
+Each may be in an object store: it is copied into the new run's folder.
+
 A run that has checkpoints needs none of this any more.
 
 Source: none.
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.load import newest_good
+from unimo3.checkpoint.remote_init import fetch_exported, fetch_run, look_at, newest_tag
 from unimo3.distributed import on_all_ranks, world
 from unimo3.errors import CheckpointError, ConfigError
+from unimo3.object_store import is_store
 
 if TYPE_CHECKING:
     from unimo3.model.config import Unimo3Config
@@ -25,6 +29,8 @@ log = logging.getLogger(__name__)
 _MAX_FILE_BYTES = 2 * 10**9
 # Names the source of the exported weights, `init` and the checkpoint's tag; written last.
 _SOURCE = "source.txt"
+# In place of the tag, of an exported folder in an object store.
+_NO_TAG = "exported"
 
 
 def has_begun(new_run: Path) -> bool:
@@ -47,6 +53,8 @@ def model_files_of(init: str, new_run: Path) -> str:
     run = run_of(init)
     if _exported_tag(init, new_run):
         return str(new_run / "init")
+    if is_store(init):
+        return look_at(init).files
     return init if run is None else str(run / "model")
 
 
@@ -71,12 +79,14 @@ def config_of(init: str, new_run: Path) -> Unimo3Config:
     from unimo3.model.pretrained import read_exported_config
 
     has_none = has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
+    has_none = has_none or (is_store(init) and folder != str(new_run / "init"))
     return read_exported_config(folder, has_weights=not has_none)
 
 
 def exports(init: str, new_run: Path) -> bool:
     """Whether a start writes an export of `init` into the run's folder first; see `weights_of`."""
-    return not has_begun(new_run) and run_of(init) is not None and not _exported_tag(init, new_run)
+    has_source = is_store(init) or run_of(init) is not None
+    return not has_begun(new_run) and has_source and not _exported_tag(init, new_run)
 
 
 def weights_of(init: str, new_run: Path, newest: bool = False, field: str = "init") -> str:
@@ -94,6 +104,8 @@ def weights_of(init: str, new_run: Path, newest: bool = False, field: str = "ini
     rank, size = world()
     out, run = new_run / "init", run_of(init)
     exported = on_all_ranks(f"looking for {out}", lambda: _exported_tag(init, new_run), "check the run's folder")[0]
+    if is_store(init):
+        return _remote_weights(init, new_run, exported, newest)
     if exported and not (newest and run == Path(init)):
         return str(out)
     if run is None:
@@ -126,6 +138,41 @@ def weights_of(init: str, new_run: Path, newest: bool = False, field: str = "ini
     return str(out)
 
 
+def _remote_weights(init: str, new_run: Path, exported: str, newest: bool) -> str:
+    """`weights_of` an `init` in an object store, which rank 0 copies into the run's folder; every rank calls it.
+
+    Args:
+        exported: tag of the checkpoint that was copied before.
+    """
+    out, copy = new_run / "init", new_run / "init.source"
+
+    def fetch() -> None:
+        if world()[0] != 0:
+            return
+        if exported:
+            shutil.rmtree(copy, ignore_errors=True)  # of a start that was killed
+        if exported and not newest:
+            return
+        source = look_at(init)
+        if exported and exported == (newest_tag(source) or _NO_TAG):
+            return
+        if not source.is_run:
+            fetch_exported(source.url, out)
+            (out / _SOURCE).write_text(f"{_name_of(init)}\n{_NO_TAG}")
+            return
+        from unimo3.checkpoint.export import export_run
+
+        checkpoint = fetch_run(source, copy)
+        shutil.rmtree(out, ignore_errors=True)  # of another source
+        export_run(copy, checkpoint, out, "fp32", "error", _MAX_FILE_BYTES)
+        (out / _SOURCE).write_text(f"{_name_of(init)}\n{checkpoint.name}")
+        shutil.rmtree(copy)
+        log.info("init: %s of %s exported to %s", checkpoint.name, init, out)
+
+    on_all_ranks(f"copying {init}", fetch, "name an exported folder or another checkpoint")
+    return str(out)
+
+
 def _exported_tag(init: str, new_run: Path) -> str:
     """Tag of the checkpoint of `init` that was exported to ``new_run/init``; empty: none was."""
     path = new_run / "init" / _SOURCE
@@ -134,4 +181,4 @@ def _exported_tag(init: str, new_run: Path) -> str:
 
 
 def _name_of(init: str) -> str:
-    return str(Path(init).resolve())
+    return init.rstrip("/") if is_store(init) else str(Path(init).resolve())

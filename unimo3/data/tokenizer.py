@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimo3.errors import ConfigError
+from unimo3.object_store import StoreError, is_store
+from unimo3.small_files import fetch_small_files
 from unimo3.texts import read_texts_as_in_training
 
 if TYPE_CHECKING:
@@ -60,12 +62,20 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, folder: Path) -> i
 
 def folder_errors(folder: str) -> list[str]:
     """Return an error if a tokenizer's folder does not exist."""
-    if folder and Path(folder).is_dir():
-        return []
+    try:
+        if folder and _local(folder).is_dir():
+            return []
+    except StoreError as error:
+        return [f"data.tokenizer: {error}"]
     return [
         f"data.tokenizer: '{folder}': no such folder; in fine-tuning name the exported folder that init names, in "
         "pretraining a RoBERTa folder, or train one with python -m pretrain.prepare_shards coco --tokenizer-vocab N"
     ]
+
+
+def _local(folder: str) -> Path:
+    """A tokenizer's folder on this machine: of a URL in an object store, a copy."""
+    return fetch_small_files(folder.rstrip("/")) if is_store(folder) else Path(folder)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -77,6 +87,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """
     if errors := folder_errors(folder):
         raise ConfigError(errors)
+    local = str(_local(folder))
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -84,7 +95,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     # It would warn of an exported folder's model, which it does not know.
     logging.set_verbosity_error()
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
     except Exception as error:  # transformers raises of many kinds for a file it cannot use
         raise ConfigError(
             f"data.tokenizer: '{folder}': contains no tokenizer that transformers can read "
