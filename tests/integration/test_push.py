@@ -3,7 +3,7 @@
 import pytest
 
 from tests.checkpoint.copies import run_program
-from tests.integration.conftest import losses
+from tests.integration.conftest import TWO_MICRO_STEPS, losses
 from tests.s3 import URL, s3, s3_server  # noqa: F401  (two are fixtures)
 from unimo3.checkpoint import store
 from unimo3.training.metrics import read_metrics
@@ -18,7 +18,9 @@ def test_a_run_whose_disk_is_lost_gives_the_same_losses(s3, program, recipe, str
     copy = tmp_path / "runs" / "straight"
     assert run_program("pull", RUN_URL, copy) == 0
     assert [folder.name for folder in store.list_checkpoints(copy)] == ["step_00000018"]
-    program.check(2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--run.dir", copy.parent)
+    program.check(
+        2, "pretrain.train", "--config", recipe, "--run.name", "straight", "--run.dir", copy.parent, *TWO_MICRO_STEPS
+    )
     assert f"resumed from {copy}/checkpoints/step_00000018 at step 18" in program.output
     assert [record["step"] for record in read_metrics(copy)] == list(range(1, 21))
     assert losses(copy) == losses(straight)
