@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
 from pretrain import checkpoints as program
 from tests.s3 import URL
+from tests.waiting import wait_for
 from unimo3.checkpoint import store
 from unimo3.checkpoint.manifest import flush_and_hash
 from unimo3.checkpoint.save import _commit
@@ -110,6 +113,19 @@ def write_heartbeat_of(pid: int, run: Path) -> None:
     write_heartbeat(run, 0, 3, "step", 1, 0.0)
     path = run / HEARTBEATS / "rank_00000.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "pid": pid}))
+
+
+def kill(pid: int) -> None:
+    """End a process with SIGKILL; it has ended when this returns, and another thread learns of its status."""
+    os.kill(pid, signal.SIGKILL)
+
+    def has_ended() -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_for(has_ended, "the kill")
 
 
 def flip_byte(path: Path) -> None:

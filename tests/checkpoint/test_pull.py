@@ -19,6 +19,7 @@ from tests.checkpoint.copies import (
     environment,
     flip_byte,
     keys,
+    kill,
     make_run,
     remove,
     run_program,
@@ -83,12 +84,11 @@ def test_the_best_checkpoint_is_pulled_too_or_alone(s3, run, tmp_path, tag):  # 
 def test_a_killed_pull_shows_no_run_and_continues(s3, run, tmp_path, key):  # noqa: F811
     log, copy, process = tmp_path / "output", tmp_path / "copy", None
 
-    def kill() -> None:
+    def kill_it() -> None:
         wait_for(lambda: process, "the process's start")
-        os.kill(process.pid, signal.SIGKILL)
-        wait_for_end(process, "the killed pull")
+        kill(process.pid)
 
-    s3.instead["GET", f"runs/small/{key}"] = [kill]
+    s3.instead["GET", f"runs/small/{key}"] = [kill_it]
     process = start_command("pretrain.checkpoints", ["pull", RUN_URL, copy, "--jobs", "1"], environment(), log)
     wait_for_end(process, "pull", text_of(log))
     assert process.exitcode == -signal.SIGKILL, log.read_text()

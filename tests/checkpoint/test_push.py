@@ -21,6 +21,7 @@ from tests.checkpoint.copies import (
     environment,
     flip_byte,
     keys,
+    kill,
     make_run,
     remove,
     run_program,
@@ -95,15 +96,15 @@ def test_a_killed_push_continues_and_shows_no_half_checkpoint(s3, tmp_path, poin
     log = tmp_path / "output"
     process = None
 
-    def kill() -> None:
+    def kill_it() -> None:
         wait_for(lambda: process, "the process's start")
-        os.kill(process.pid, signal.SIGKILL)
-        wait_for_end(process, "the killed push")
+        kill(process.pid)
 
-    s3.instead["PUT", f"runs/small/{point}"] = [kill]
+    s3.instead["PUT", f"runs/small/{point}"] = [kill_it]
     process = start_command("pretrain.checkpoints", ["push", run, RUN_URL, "--jobs", "1"], environment(), log)
     wait_for_end(process, "push", text_of(log))
     assert process.exitcode == -signal.SIGKILL, log.read_text()
+    wait_for(lambda: point in StoredRun(RUN_URL).objects, "the object that the store had received")
     sent = ORDER[: ORDER.index(point) + 1]
     assert keys(s3, "PUT") == sent
     assert complete_and_good() == ["step_00000010"] * (f"checkpoints/step_00000010/{MANIFEST}" in sent)
