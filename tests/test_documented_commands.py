@@ -1,4 +1,4 @@
-"""The commands and the Python of the pages: programs and options exist, and the marked Python runs."""
+"""The commands of the pages name programs and options that exist."""
 
 import importlib
 import re
@@ -82,3 +82,11 @@ def test_programs_and_options_of_commands_exist(page):
         known = options_of(words[first:])
         unknown += [f"{option} in: {' '.join(words)}" for option in options if option.replace("-", "_") not in known]
     assert unknown == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_complete_training_commands_name_their_data(page):
+    for words in commands(page):
+        is_training = any("pretrain.train" in programs_of(word) for word in words)
+        if is_training and not {"...", "--help", "--print_config"} & {*words}:
+            assert {"--config", "--data.train", "--data.tokenizer"} <= {*words}, " ".join(words)

@@ -58,8 +58,8 @@ class ImageTransform:
         augment: ``randaugment`` draws two colour or shape changes an image; it never mirrors, since captions speak of
             left and right.
         crop_scale: least fraction of an image's area in a random crop, between 3:4 and 4:3 in shape; 1: no crop.
-        reduced_decode: whether JPEGs that have twice the pixels that are needed, or more, are decoded at a reduced
-            size: the result differs by less than half a grey level on average.
+        reduced_decode: whether JPEGs with four times the height and width that are needed, or more, are decoded at a
+            reduced size, never below twice what is needed: pixels differ by less than half a grey level on average.
     """
 
     def __init__(
