@@ -71,8 +71,8 @@ class DataArgs(Checked):
     crop_scale: float = 1.0
     """Least fraction of a training image's area that a random crop keeps; 1 crops nothing, since texts speak of all."""
     reduced_decode: bool = True
-    """Whether a training JPEG with at least four times the height and width that are needed is decoded at 1/2, 1/4 or 1/8
-    of its size, never below twice what is needed. Held-out images are always decoded in full."""
+    """Whether a training JPEG with at least four times the height and width that are needed is decoded at 1/2, 1/4 or
+    1/8 of its size, never below twice what is needed. Held-out images are always decoded in full."""
     window_shards: int = 16
     """Shards of a source whose samples are shuffled together."""
     cache_dir: str = ""
