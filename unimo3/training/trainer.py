@@ -49,7 +49,7 @@ class TrainerSettings(Protocol):
 
 
 class _RankCounts(NamedTuple):
-    """Number of ranks with each request or problem; every rank acts on the sums."""
+    """Number of ranks with each request or problem, and of bad samples; every rank acts on the sums."""
 
     requeue: float
     stop: float
