@@ -1,9 +1,9 @@
 """Starts complete commands, ``python -m MODULE ARGUMENTS``, without importing torch and transformers each time.
 
 A command is a process of its own: forked from the server of `tests.spawn`, it runs the module as ``__main__`` and ends
-with the module's status. Ranks that `unimo3.launch` starts, and programs that a benchmark starts, are forked from it in
-the same way. What a fresh interpreter does is shown by the jobs on Slurm, `tests/test_launch.py` and
-`tests/test_startup.py`.
+with the module's status. Ranks that `unimo3.launch` starts, and programs that a benchmark starts, are
+forked from it in the same way. What a fresh interpreter does is shown by the chain of jobs in
+`tests/slurm/test_submission.py`, by `tests/test_launch.py` and by `tests/test_startup.py`.
 """
 
 import atexit
@@ -62,10 +62,10 @@ def _command(
     redirect_output(output)
     for number, limit in limits.items():
         resource.setrlimit(number, (limit, limit))
-    _run_as_main(module, arguments, environment)
+    run_as_main(module, arguments, environment)
 
 
-def _run_as_main(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def run_as_main(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """What ``python -m`` does after the imports, up to the process's end."""
     os.environ.clear()
     os.environ.update(environment)
@@ -135,4 +135,4 @@ class _ForkedModule(subprocess.Popen):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
             finalizer.atexit = False  # such as the parent's temporary folders
-        _run_as_main(str(args[2]), [str(word) for word in args[3:]], environment)
+        run_as_main(str(args[2]), [str(word) for word in args[3:]], environment)

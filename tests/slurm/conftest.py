@@ -11,7 +11,10 @@ from tests.data.conftest import coco, source, vqav2  # noqa: F401  (fixtures)
 from tests.finetune.conftest import pretrained, tokenizer  # noqa: F401  (fixtures)
 from tests.integration.conftest import recipe, runs  # noqa: F401  (fixtures)
 from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.fork_server import serve
 from tests.slurm.jobs import Jobs
+from tests.spawn import start_process
+from tests.waiting import wait_for
 
 pytest.register_assert_rewrite("tests.slurm.compare")
 
@@ -31,14 +34,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def jobs(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:  # noqa: F811
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of `tests.slurm.fork_server`."""
+    address = tmp_path_factory.mktemp("server") / "socket"
+    server = start_process(serve, address)
+    wait_for(address.exists, "the server that ranks are forked from")
+    yield address
+    server.terminate()
+    server.join()
+
+
+@pytest.fixture(scope="session")
+def jobs(
+    cluster: Cluster,
+    recipe: Path,  # noqa: F811
+    fork_server: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Jobs:
     """For jobs of the small recipe with one layer a tower: half the time of a step."""
     values = yaml.safe_load(recipe.read_text())
     model = values["model"]
     model["num_hidden_layers"] = model["text"]["num_hidden_layers"] = model["vision"]["depth"] = 1
     small = recipe.with_name("slurm.yaml")
     small.write_text(yaml.safe_dump(values))
-    return Jobs(cluster, small, tmp_path_factory.mktemp("jobs"))
+    return Jobs(cluster, small, tmp_path_factory.mktemp("jobs"), fork_server)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from tests.waiting import wait_for
 from unimo3.training.metrics import read_metrics
 
 NUM_STEPS = 8
+CLIENT = Path(__file__).with_name("fork_client.py")
+# Modules that import torch and are started often; most others of a job start in a tenth of a second.
+FORKED = "tests.inject tests.slurm.join tests.slow_network tests.fake_gpus slurm.preflight"
 _FINAL_STATES = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -27,9 +30,14 @@ _FINAL_STATES = {
 
 
 class Jobs:
-    """Submits training jobs on the cluster and watches their runs."""
+    """Submits training jobs on the cluster and watches their runs.
 
-    def __init__(self, cluster: Cluster, recipe: Path, folder: Path):
+    Args:
+        server: the socket of `tests.slurm.fork_server`, which ranks are forked from; with FRESH in its environment, a
+            job starts interpreters instead.
+    """
+
+    def __init__(self, cluster: Cluster, recipe: Path, folder: Path, server: Path):
         self.cluster, self.recipe, self.folder = cluster, recipe, folder
         self.runs = recipe.parent / "runs"
         self.site = folder / "site.env"
@@ -38,6 +46,7 @@ class Jobs:
         self.python = folder / "python"
         self.python.write_text(
             f'#!/bin/bash\n[[ "$*" != "-m pretrain.train "* ]] || set -- -m tests.inject "${{@:3}}"\n'
+            f'[[ -n ${{FRESH:-}} || " {FORKED} " != *" $2 "* ]] || exec {sys.executable} -IS {CLIENT} {server} "$@"\n'
             f'exec {sys.executable} "$@"\n'
         )
         self.python.chmod(0o755)

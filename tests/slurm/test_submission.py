@@ -208,14 +208,15 @@ def test_a_job_is_held_on_a_full_disk_and_resumes_when_there_is_space(jobs, stra
 
 
 def test_conversion_pretraining_export_and_tuning_form_a_chain(jobs, source, tmp_path_factory):
+    """In fresh interpreters, as on a user's cluster."""
     # Not the project's folder, as of a project that is installed.
     folder = tmp_path_factory.mktemp("chain")
     log = f"--output={jobs.folder}/%j.log"
 
-    def chained(after, script, *arguments):
+    def chained(after, script, *arguments, preflight="no"):
         options = [f"--dependency=afterok:{after}"] if after else []
         options += ["--time=120", log, f"--chdir={folder}"]
-        return jobs.sbatch("sbatch", "--parsable", *options, *script, *arguments, PREFLIGHT="no")
+        return jobs.sbatch("sbatch", "--parsable", *options, *script, *arguments, FRESH="yes", PREFLIGHT=preflight)
 
     scripts = ROOT / "slurm"
     shards = ("--ntasks=2", "--overcommit", scripts / "prepare_shards.sbatch")
@@ -225,7 +226,8 @@ def test_conversion_pretraining_export_and_tuning_form_a_chain(jobs, source, tmp
     common = ("--run.dir", "runs", "--data.tokenizer", coco_out / "tokenizer")
     data = ("--data.train", coco_out / "train", "--data.val", coco_out / "val")
     train = ("--config", jobs.recipe, *common, "--training.steps", 4)
-    three = chained(two, ("--nodes=2", scripts / "pretrain.sbatch"), *train, *data, "--run.name", "pretrained")
+    pretrain = ("--nodes=2", scripts / "pretrain.sbatch")
+    three = chained(two, pretrain, *train, *data, "--run.name", "pretrained", preflight="yes")
     four = chained(three, (scripts / "export.sbatch",), "runs/pretrained", "--out", weights_out)
     recipe = yaml.safe_load(jobs.recipe.read_text())
     tuning = {key: recipe[key] for key in ("optim", "training", "checkpoint")}
