@@ -9,6 +9,8 @@ from tests.slurm.test_work import batch, script_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("slurm_submission")]
 
+# Neighbours act on the same commands, so they are in different jobs.
+NUM_JOBS = 9
 HOSTILE = {
     "SQUEUE_PARTITION": "none",
     "SQUEUE_USERS": "nobody",
@@ -77,9 +79,11 @@ def test_no_inherited_variable_changes_what_becomes_of_a_job(site, tmp_path):
         options = ("--open-mode=append", "--signal=USR2@300", *options)
         return batch(site, script, options=options, UNIMO3_PYTHON=str(python), PREFLIGHT="no", **variables)
 
-    jobs = {name: submit(**{name: value}) for name, value in {**HOSTILE, "BASH_ENV": str(prints)}.items()}
+    hostile = [*HOSTILE.items(), ("BASH_ENV", str(prints))]
+    groups = [dict(hostile[number::NUM_JOBS]) for number in range(NUM_JOBS)]
+    jobs = {", ".join(group): submit(**group) for group in groups[1:]}
     before = os.umask(0o077)
-    jobs["umask"] = submit()
+    jobs[", ".join(groups[0]) + ", umask"] = submit(**groups[0])
     os.umask(before)
     jobs["a full disk for the log"] = submit(options=("--output=/dev/full",))
     for name, job in jobs.items():
