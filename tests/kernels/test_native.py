@@ -2,8 +2,7 @@
 
 import itertools
 import logging
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from tests.kernels.formula import (
     unaligned,
     written_out,
 )
-from tests.waiting import output_of
+from tests.spawn import run_alone, run_ranks
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, native
 from unimo3.kernels.cross_layer_attention.dropout import draw_bits
 
@@ -220,16 +219,17 @@ def test_a_failed_build_falls_back_to_the_reference_with_a_warning(compiler, mon
     assert list(tmp_path.rglob("*.so")) == []
 
 
+def path_of_build(cache):
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    native.library.cache_clear()
+    return native.library()._name
+
+
 @pytest.mark.integration
 def test_processes_that_build_at_once_use_one_build(tmp_path):
-    program = "from unimo3.kernels.cross_layer_attention import native; print(native.library()._name)"
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
-    command = [sys.executable, "-c", program]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    names = {output_of(process, "a build")[0].strip() for process in both}
+    names = set(run_ranks(2, path_of_build, tmp_path))
     (built,) = tmp_path.rglob("*.so")
     assert names == {str(built)}
     modified = built.stat().st_mtime_ns
-    again = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    assert again.stdout.strip() == str(built)
+    assert run_alone(path_of_build, tmp_path) == str(built)
     assert built.stat().st_mtime_ns == modified
