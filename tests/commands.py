@@ -1,7 +1,7 @@
 """Starts complete commands, ``python -m MODULE ARGUMENTS``, without importing torch and transformers each time.
 
 A command is a process of its own: forked from the server of `tests.spawn`, it runs the module as ``__main__`` and ends
-with the module's status. Ranks that `unimo3.launch` starts, and programs that a benchmark starts, are
+with the module's status. Ranks that `unimo3.launch` starts, and programs that a benchmark or an example starts, are
 forked from it in the same way. What a fresh interpreter does is shown by the chain of jobs in
 `tests/slurm/test_submission.py`, by `tests/test_launch.py` and by `tests/test_startup.py`.
 """
@@ -70,7 +70,7 @@ def run_as_main(module: str, arguments: Sequence[str], environment: Mapping[str,
     os.environ.clear()
     os.environ.update(environment)
     sys.argv[1:] = arguments
-    starts_modules = module == "unimo3.launch" or module.startswith("benchmarks.")
+    starts_modules = module == "unimo3.launch" or module.startswith(("benchmarks.", "examples."))
     subprocess.Popen = _ForkedModule if starts_modules else _POPEN  # type: ignore[misc]
     # The default, in place of the one by which the server started this process.
     multiprocessing.set_start_method(None, force=True)

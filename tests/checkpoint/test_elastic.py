@@ -1,17 +1,17 @@
 """Runs that change their number of ranks: 2 -> 1 -> 3 -> 4 -> 2, every value compared at every change."""
 
 import itertools
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.report import ROOT
 from tests.checkpoint.elastic_ranks import ELASTIC_RUNS, elastic_leg, load_universal, structure_read_together
+from tests.commands import start_command
 from tests.spawn import run_ranks
+from tests.waiting import text_of, wait_for_end
 from unimo3.checkpoint import store
 
 SIZES = (2, 1, 3, 4, 2)
@@ -110,8 +110,11 @@ def test_deepspeeds_conversion_loses_what_this_one_preserves(legs, root, tmp_pat
         "--output_folder",
         tmp_path / "universal",
     ]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, flags), "--inject_missing_state"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    log = tmp_path / "log"
+    command = ("deepspeed.checkpoint.ds_to_universal", [*flags, "--inject_missing_state"])
+    conversion = start_command(*command, os.environ, log)
+    wait_for_end(conversion, "the conversion", text_of(log))
+    assert conversion.exitcode == 0, log.read_text()
     before, after = legs[0][0]["zero3"]["saved"], run_ranks(1, load_universal, tmp_path / "universal")[0]
     different = {
         name

@@ -5,8 +5,8 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.checkpoint.exporting import MODEL, OPTIM, newest, run_program, strip_to_plain
+from tests.spawn import run_alone
 from unimo3.checkpoint import export
 from unimo3.checkpoint.best_record import BestRecord, write_best
+from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 
 def test_the_folder_holds_weights_model_files_and_answers_and_no_pickle(run_copy, tmp_path, capsys):
@@ -249,27 +251,22 @@ def test_changed_files_of_a_run_are_exported_rightly_or_refused(saved, tmp_path_
         assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
+def open_without_pickle(folder):
+    def forbid(event, arguments):
+        if event == "pickle.find_class":
+            raise RuntimeError("a pickle was opened")
+
+    pickled = pickle.dumps(Counter())
+    sys.addaudithook(forbid)
+    with pytest.raises(RuntimeError, match="a pickle was opened"):
+        pickle.loads(pickled)
+    Unimo3ForPreTraining.from_pretrained(folder)
+
+
 @pytest.mark.integration
 def test_the_exported_folder_opens_where_pickle_is_forbidden(saved, tmp_path):
     assert run_program(saved.root / "unimo", "--out", tmp_path / "out", "--max-shard-size", "50KB") == 0
-    code = """
-import collections, pickle, sys
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-
-def forbid(event, arguments):
-    if event == "pickle.find_class":
-        raise RuntimeError("a pickle was opened")
-
-sys.addaudithook(forbid)
-try:
-    pickle.loads(pickle.dumps(collections.Counter()))
-except RuntimeError:
-    Unimo3ForPreTraining.from_pretrained(sys.argv[1])
-    print("opened")
-"""
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert "opened" in done.stdout, done.stderr[-2000:]
+    run_alone(open_without_pickle, tmp_path / "out")
 
 
 def test_of_two_exports_to_one_folder_the_second_is_refused(run_copy, tmp_path, capsys, monkeypatch):

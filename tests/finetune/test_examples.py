@@ -19,6 +19,7 @@ from tests.model.test_bridgetower import draw_config
 from tests.spawn import ROOT
 from tests.test_docs import PAGES
 from tests.test_documented_commands import CONSOLE, commands
+from tests.waiting import text_of, wait_for_end
 from unimo3.inference.search_index import open_search_index
 
 pytestmark = pytest.mark.xdist_group("finetune")
@@ -91,16 +92,16 @@ def test_own_pairs_become_a_search_in_their_images(pretrained, tmp_path):
         for number in range(40):
             (tmp_path / f"{number}.JPG").write_bytes(draw_jpeg(number))
             rows.writerows([[f"{number}.JPG", f"photo {number}, of a dog"], [f"{number}.JPG", "it is\nred"]])
-    script = [sys.executable, EXAMPLES / "search_own_pairs.py", tmp_path / "pairs.csv", pretrained, tmp_path / "out"]
+    paths, log = (tmp_path / "pairs.csv", pretrained, tmp_path / "out"), tmp_path / "output.log"
     settings = ["--config", "finetune/recipes/retrieval_tiny.yaml", "--training.steps", 2, "--training.global_batch", 4]
     settings += ["--training.micro_batch", 4, "--data.num_workers", 0, "--ranking.shortlist", 2]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, script + settings)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = start_command("examples.search_own_pairs", [*paths, *settings], os.environ, log)
+    wait_for_end(script, "search_own_pairs.py", text_of(log))
+    assert script.exitcode == 0, log.read_text()
     splits = [json.loads((tmp_path / "out" / "shards" / name / "index.json").read_text()) for name in ("train", "val")]
     counts = [sum(shard["num_samples"] for shard in split["shards"]) for split in splits]
     assert counts == [36, 4]
-    assert f"{tmp_path / 'out' / 'index'}: 40 images" in done.stdout
+    assert f"{tmp_path / 'out' / 'index'}: 40 images" in log.read_text()
 
 
 @pytest.mark.parametrize("block", PYTHON)
