@@ -43,7 +43,7 @@ from benchmarks.loader_contestants import (
 )
 from benchmarks.loader_parts import measure_parts, measure_photos
 from benchmarks.report import ROOT, usable_cores, write_report
-from unimo3.data.index import INDEX, MEMBERS, ShardIndex
+from unimo3.data.index import INDEX, MEMBERS, SHARDS, ShardIndex
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.order import SampleOrder
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
@@ -69,7 +69,7 @@ def measure_rates(setting: Setting, workers: int, rounds: int, seconds: float) -
 
 def measure_resume(setting: Setting, workers: int) -> dict[str, tuple[float, float]]:
     """Seconds to the first batch at a fraction of an epoch: ours, and webdataset's to read up to there."""
-    num_samples = sum(ShardIndex(setting.folder / "train").samples_per_shard)
+    num_samples = ShardIndex(setting.folder / "train").num_samples
     seconds = {}
     for fraction in (0.0, 0.5, 0.99):
         position = int(fraction * num_samples)
@@ -136,7 +136,7 @@ def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[in
         command = [sys.executable, "-m", "benchmarks.loader", "--probe", str(folder)]
         output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         used, ready = json.loads(output)
-        by_size[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, MEMBERS)))
+        by_size[size] = (used, ready, sum((folder / name).stat().st_size for name in (INDEX, SHARDS, MEMBERS)))
     return by_size
 
 

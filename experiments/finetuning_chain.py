@@ -154,7 +154,7 @@ class Chain:
         if task == RETRIEVAL:
             # One order for all queries: a text's image is among the first k of N with probability k/N, and k texts of
             # as many images are right for k images of N.
-            num_images = sum(ShardIndex(self._shards(task.source) / "val").samples_per_shard)
+            num_images = ShardIndex(self._shards(task.source) / "val").num_samples
             return (1 + 5 + 10) / 3 / num_images
         train, val = (_statements(self._shards(task.source) / split) for split in ("train", "val"))
         return BlindGuesser(train).accuracy(val)["overall"]

@@ -228,10 +228,10 @@ def main(arguments: list[str] | None = None) -> None:
         evaluations: dict[str, Evaluation] = {"METER's way, all pairs": reference, exact: ours(task, samples, 0)}
         for size in tqdm(sorted(args.shortlists), desc="shortlists", unit="size"):
             evaluations[f"shortlist of {size}"] = median_of(lambda size=size: ours(task, samples, size))  # type: ignore[misc]
-        num_texts = reference.num_pairs // sum(samples.units_per_shard)
+        num_texts = reference.num_pairs // int(samples.units_per_shard.sum())
     tables = f"{table(evaluations, reference)}\n\n{verdict(evaluations, reference, exact)}"
     method = METHOD.format(
-        images=sum(samples.units_per_shard),
+        images=int(samples.units_per_shard.sum()),
         texts=num_texts,
         width=args.width,
         layers=args.layers,

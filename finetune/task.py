@@ -177,7 +177,7 @@ class RowTask(Task):
         from unimo3.data.loader import evaluation_batches
 
         samples = self.samples(held_out.shards, held_out.input_settings)
-        if not sum(samples.units_per_shard):
+        if not samples.units_per_shard.any():
             raise DataError(
                 f"data.val: '{held_out.shards.source}': contains no {self.kind} to score; name other shards"
             )
@@ -188,7 +188,7 @@ class RowTask(Task):
         if guard.is_stopped:
             return None
         rows = [row for part in all_gather_object(local_rows) for row in part]
-        assert len(rows) == sum(samples.units_per_shard)
+        assert len(rows) == samples.units_per_shard.sum()
         self._check_ids(rows, held_out.shards)
         results, missing = self.results(rows), held_out.shards.missing_ids
         if not missing:

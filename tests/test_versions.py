@@ -68,7 +68,9 @@ def write_search_index() -> None:
 
 best = BestRecord("step_00000001", 1, "accuracy", 0.5, "val")
 FORMATS = [
-    Format("index.json", write_shards, lambda: ShardIndex(Path()).shards, "index it again with python -m pretrain"),
+    Format(
+        "index.json", write_shards, lambda: list(ShardIndex(Path()).shards), "index it again with python -m pretrain"
+    ),
     Format(
         "run/checkpoints/step_00000001/MANIFEST.json",
         lambda: committed_checkpoint(RUN, 1),
@@ -139,13 +141,13 @@ def with_version(path: Path, version: int | None) -> None:
 def test_a_newer_version_is_one_error_that_names_file_version_and_fix(written, one):
     path = written(one)
     one.read()
-    with_version(path, 4)
+    with_version(path, 5)
     with pytest.raises(Unimo3Error) as error:
         one.read()
     assert error.value.exit_status == 78
     assert path.name in str(error.value)
     assert str(path.parent) in str(error.value)
-    assert "version 4, this program reads " in str(error.value)
+    assert "version 5, this program reads " in str(error.value)
     assert one.fix in str(error.value)
 
 
@@ -155,7 +157,7 @@ def test_a_file_from_before_versions_is_read_or_names_its_conversion(written, on
     now = repr(one.read())
     with_version(path, None)
     if path.name == "index.json" and path.parent == Path():  # its first version has no table of members
-        with pytest.raises(Unimo3Error, match="version 1, this program reads 2 and 3; index it again with python"):
+        with pytest.raises(Unimo3Error, match="version 1, this program reads 2, 3, 4; index it again with python"):
             one.read()
     else:
         assert repr(one.read()) == now

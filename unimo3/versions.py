@@ -32,5 +32,5 @@ def check_version(
     """
     version = content.get("version", 1) if isinstance(content, dict) else 1
     if version not in readable:
-        versions = " and ".join(map(str, readable))
+        versions = ", ".join(map(str, readable))
         raise kind(f"{path}: version {version!r}, this program reads {versions}; {fix}")

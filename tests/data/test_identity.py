@@ -93,7 +93,7 @@ def test_an_evaluated_image_has_the_captions_of_all_its_samples(tmp_path, tokeni
     write_tar(tmp_path / "1.tar", [sample(3, "6", "e"), ("4", {"jpg": draw_jpeg(4), "txt": b"f"})])
     index_again(tmp_path)
     samples = captioned(tmp_path, tokenizer)
-    assert samples.units_per_shard == [2, 1]
+    assert samples.units_per_shard.tolist() == [2, 1]
     units = [Unit(0, 0, 0), Unit(0, 0, 1), Unit(0, 1, 0)]
     assert [samples.key(unit) for unit in units] == ["0", "1", "4"]
     texts = [[tokenizer.decode(ids, True).strip() for ids, _ in samples.build(unit)["texts"]] for unit in units]

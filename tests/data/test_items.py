@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.data.conftest import convert, index_again, write_tar
+from tests.data.conftest import as_version_3, convert, index_again, write_tar
 from tests.data.test_identity import described
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
@@ -112,13 +112,14 @@ def test_questions_that_cannot_be_read_are_units_and_errors(tmp_path, tokenizer,
 def as_version_2(folder, *counts):
     """The index as it was written before, with one count for each sample: of the first list that its json has."""
     table = dataclasses.replace(scan(folder / "0.tar"), num_items=np.asarray(counts)).to_bytes()
+    path = as_version_3(folder)
     (folder / "index.members").write_bytes(table)
     digest = hashlib.sha256(table).hexdigest()
-    content = json.loads((folder / "index.json").read_text())
+    content = json.loads(path.read_text())
     content["shards"][0] |= {"num_items": sum(counts), "table": [0, len(table), digest]}
     content |= {"version": 2, "num_items": sum(counts), "members_sha256": digest}
     del content["missing_ids"]
-    (folder / "index.json").write_text(json.dumps(content))
+    path.write_text(json.dumps(content))
     return folder
 
 

@@ -20,7 +20,7 @@ def sources(coco):
 
 
 def num_samples(data):
-    return [sum(index.samples_per_shard) for index in data.open_train()]
+    return [index.num_samples for index in data.open_train()]
 
 
 def drawn(data, coco, num_steps, global_batch=4):

@@ -89,7 +89,7 @@ def test_rejects_are_listed_and_missing_from_the_shards(spoiled, alone, capsys):
     keys = {index.key(shard, sample) for shard, size in enumerate(index.samples_per_shard) for sample in range(size)}
     assert not keys & {reject["key"] for reject in rejects}
     # A shard is four records, whatever becomes of them.
-    assert index.samples_per_shard[:2] == [2, 4]
+    assert index.samples_per_shard[:2].tolist() == [2, 4]
 
 
 def test_too_many_rejects_end_a_conversion_and_a_fixed_source_continues(tmp_path, capfd):

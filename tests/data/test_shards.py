@@ -113,7 +113,12 @@ def test_foreign_tars_can_be_indexed(tmp_path):
             tar.add(path, arcname=name)
     (tmp_path / "member").unlink()
     assert convert("index", "--src", str(tmp_path)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "index.members", "part-0.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "index.json",
+        "index.members",
+        "index.shards",
+        "part-0.tar",
+    ]
     index = ShardIndex(tmp_path)
     assert index.read(0, 0) == {"jpg": b"x/one.jpg", "txt": b"x/one.txt"}
     assert index.read(0, 1) == {"jpg": b"x/two.jpg"}
@@ -126,7 +131,7 @@ def test_indexing_does_not_change_other_files(tmp_path):
         (tmp_path / name).write_text("of a downloader")
     assert convert("index", "--src", str(tmp_path)) == 0
     assert all((tmp_path / name).read_text() == "of a downloader" for name in ("0.done", "0.table", "0.json"))
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_a_changed_or_missing_shard_is_named(source, tmp_path):
@@ -226,6 +231,25 @@ def change_members(folder):
     return r"index\.members: is not the one index\.json was written with \(table of 000000\.tar\)"
 
 
+def lose_shards(folder):
+    (folder / "index.shards").unlink()
+    return r"index\.shards: No such file or directory; copy the folder again"
+
+
+def cut_shards(folder):
+    path = folder / "index.shards"
+    path.write_bytes(path.read_bytes()[:-30])
+    return r"index\.shards: has \d+ bytes, its index has"
+
+
+def change_shards(folder):
+    path = folder / "index.shards"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    return r"index\.shards: is not the one index\.json was written with; copy the folder again"
+
+
 def lose_field(folder):
     path = folder / "index.json"
     path.write_text(path.read_text().replace('"dataset"', '"data"'))
@@ -234,10 +258,13 @@ def lose_field(folder):
 
 def list_instead(folder):
     (folder / "index.json").write_text("[]")
-    return r"index\.json: version 1, this program reads 2 and 3"
+    return r"index\.json: version 1, this program reads 2, 3, 4"
 
 
-@pytest.mark.parametrize("damage", [lose_members, cut_members, change_members, lose_field, list_instead])
+@pytest.mark.parametrize(
+    "damage",
+    [*(lose_members, cut_members, change_members), *(lose_shards, cut_shards, change_shards), lose_field, list_instead],
+)
 def test_a_damaged_index_is_named(coco, tmp_path, damage):
     folder = tmp_path / "train"
     shutil.copytree(coco / "train", folder)

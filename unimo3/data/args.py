@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Augment = Literal["none", "randaugment"]
 # Measured and rounded up.
-_FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 2, 5, 3
+_FILES_OF_RANK, _FILES_OF_SOURCE, _FILES_OF_READER, _FILES_OF_PEER = 80, MAX_OPEN_SHARDS + 3, 5, 3
 _THREADS_OF_RANK, _THREADS_OF_READER = 20, 3
 # Of each process that reads from an object store.
 _FILES_OF_STORE, _THREADS_OF_STORE = 8, 3
@@ -131,7 +131,7 @@ class DataArgs(Checked):
             return list(self.sources.values())
         # Few digits: the power's last one may differ from machine to machine.
         return [
-            float(f"{weight * sum(index.samples_per_shard) ** (1 / self.mix_temperature):.12g}")
+            float(f"{weight * index.num_samples ** (1 / self.mix_temperature):.12g}")
             for index, weight in zip(indexes, self.sources.values(), strict=True)
         ]
 
@@ -141,7 +141,7 @@ class DataArgs(Checked):
             {
                 "dataset": index.dataset,
                 "split": index.split,
-                "samples": sum(index.samples_per_shard),
+                "samples": index.num_samples,
                 "weight": weight,
                 "fingerprint": index.fingerprint,
             }

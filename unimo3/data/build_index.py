@@ -13,11 +13,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unimo3.data.conversion import MARK
-from unimo3.data.index import INDEX, MEMBERS, ShardIndex, is_index, rejected_ids
-from unimo3.data.index_form import Shard, field, is_ids_or_none, is_text
+from unimo3.data.index import INDEX, MEMBERS, SHARDS, ShardIndex, is_index, rejected_ids
+from unimo3.data.index_form import field, is_ids_or_none, is_text
 from unimo3.data.members import IMAGE_EXTENSIONS
 from unimo3.data.mpi_jobs import failing, spread
 from unimo3.data.progress import PreparationProgress
+from unimo3.data.shard_records import Shard
 from unimo3.data.shards import (
     ShardDone,
     error_of,
@@ -110,7 +111,8 @@ def _check_source(source: Path, folder: Path, paths: list[Path], overwrite: bool
         )
     if not paths:
         raise DataError(f"--src {source}: no .tar files there; an index needs at least one shard")
-    for name in (INDEX, MEMBERS, f"{INDEX}.tmp", f"{MEMBERS}.tmp"):
+    files = (INDEX, SHARDS, MEMBERS)
+    for name in (*files, *(f"{name}.tmp" for name in files)):
         if (folder / name).is_dir():
             raise ConfigError(f"--src {source}: {name} is a folder; move it away, the index is written there")
     if (folder / INDEX).exists() and not (overwrite or is_index(folder)):

@@ -26,9 +26,9 @@ class CaptionedImages(SampleUnits):
     """Images with all their captions; nothing is drawn. A unit is an image, see `samples_of_images`."""
 
     @property
-    def units_per_shard(self) -> list[int]:
-        """Images of each shard."""
-        return [len(images) for images in samples_of_images(self.index)]
+    def units_per_shard(self) -> np.ndarray:
+        """[shards] images of each shard."""
+        return np.asarray([len(images) for images in samples_of_images(self.index)], dtype=np.int64)
 
     def key(self, unit: Unit) -> str:
         """The key of the image's first sample."""
@@ -78,9 +78,8 @@ def samples_of_images(index: ShardIndex) -> list[list[list[Position]]]:
             if not positions:
                 images[shard].append(positions)
             positions.append((shard, sample))
-    num_samples = sum(index.samples_per_shard)
-    if len(of_identity) < num_samples:
-        log.info("%s: %d samples are %d images by their image_id", index.source, num_samples, len(of_identity))
+    if len(of_identity) < index.num_samples:
+        log.info("%s: %d samples are %d images by their image_id", index.source, index.num_samples, len(of_identity))
     return images
 
 

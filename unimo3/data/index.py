@@ -1,14 +1,18 @@
 """The index of a folder of WebDataset shards: what is where, so that any sample is one seek away.
 
     FOLDER/000000.tar ...      samples ``key.jpg`` + ``key.json`` (or any members that share a key)
-    FOLDER/index.json          version, dataset, split; each shard's name, bytes, sha256, samples and items, and the
-                               offset, bytes and sha256 of its table in index.members; sha256 of index.members
+    FOLDER/index.json          version, dataset, split; numbers of shards, samples and items; sha256 of the other two
+    FOLDER/index.shards        a record a shard: name, bytes, sha256, samples and items, and the offset, bytes and
+                               sha256 of its table in index.members
     FOLDER/index.members       for each shard, every member's offset and size, and every sample's items of each kind
 
-An item is a caption, a question or a hypothesis of a sample's ``json``; each kind is counted by itself. An index of
-version 2 counts only the first kind of each ``json``; it stays readable, and a wrong count is an error. Tables are read
-when a shard is first used and a few are cached, so memory does not grow with the number of samples. The folder may be a
-mounted store, or the URL of an ``https:`` server or an object store, whose shards go through a local cache.
+An item is a caption, a question or a hypothesis of a sample's ``json``; each kind is counted by itself. Records are
+memory-mapped, and tables are read when a shard is first used and a few are cached, so memory does not grow with the
+number of samples. The folder may be a mounted store, or the URL of an ``https:`` server or an object store, whose files
+go through a local cache.
+
+Up to version 3, index.json had the facts of the shards. Version 2 counts only the first kind of each ``json``, and a
+wrong count is an error. Both stay readable.
 
 Source: https://github.com/webdataset/webdataset for the shards' layout; the tar format of POSIX.1-1988.
 """
@@ -18,24 +22,26 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unimo3.data.cache import ShardCache
-from unimo3.data.index_form import field, is_ids_or_none, is_list, is_sha256, is_text, shard_of
+from unimo3.data.index_form import field, is_count, is_ids_or_none, is_sha256, is_text, records_of_entries
 from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_error
 from unimo3.data.order import SequentialOrder, Unit
 from unimo3.data.remote import check_source, is_remote
 from unimo3.data.sample_texts import BadSampleError, content_of, lack_of
+from unimo3.data.shard_records import Shards, map_records
 from unimo3.data.tar_members import another_tar_follows
 from unimo3.errors import DataError
 from unimo3.versions import check_version
 
-VERSION = 3
-_READABLE = (2, VERSION)
-INDEX, MEMBERS = "index.json", "index.members"
+VERSION = 4
+_READABLE = (2, 3, VERSION)
+INDEX, SHARDS, MEMBERS = "index.json", "index.shards", "index.members"
 # A conversion's records without a usable image, next to the splits' folders.
 REJECTS = "rejects.jsonl"
 _TEST_SPLITS = ("test", "test-dev")
@@ -43,6 +49,8 @@ _TEST_SPLITS = ("test", "test-dev")
 ITEM_KINDS = ("questions", "hypotheses")
 # A table is a few ten kB; an open shard that a cache has removed still takes its space on the disk.
 _MAX_TABLES, MAX_OPEN_SHARDS = 128, 32
+# Shards of a folder that are looked at when it is opened; a store takes up to a millisecond for each.
+_NUM_CHECKED = 4096
 # Samples that are read to judge what a folder contains.
 _NUM_PROBES = 32
 NO_IMAGE = "has no image"
@@ -62,10 +70,11 @@ class ShardIndex:
     Args:
         source: a folder with ``index.json``, or its URL.
         cache: of copies of the shards; needed for a URL, useful for a slow mounted store.
-        check_files: whether to check that each file of a folder is there and has its size.
+        check_files: whether to check that the files of a folder are there and have their sizes: of many shards, of
+            `_NUM_CHECKED` that are spread evenly. Each of the others is checked when it is first read.
 
     Raises:
-        DataError: the index or a shard is missing, or a shard has another size than was indexed.
+        DataError: the index or a shard is missing, is damaged, or has another size than was indexed.
     """
 
     def __init__(self, source: Path | str, cache: ShardCache | None = None, check_files: bool = True):
@@ -80,10 +89,9 @@ class ShardIndex:
             self.split: str = field(content, "split", is_text)
             self.members_sha256: str = field(content, "members_sha256", is_sha256)
             self._missing_ids: list[int | str] | None = field(content, "missing_ids", is_ids_or_none)
-            self.shards = [shard_of(entry) for entry in field(content, "shards", is_list)]
+            self.shards = self._open_shards(content)
         except KeyError as error:
             raise DataError(f"{self._file(INDEX)}: field {error} is missing or of another form; {REINDEX}") from error
-        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
         if check_files and not is_remote(self.source):
             self._check_files()
         self._tables: OrderedDict[int, Members] = OrderedDict()
@@ -102,20 +110,29 @@ class ShardIndex:
             return self._missing_ids
         return [] if is_remote(self.source) else rejected_ids(Path(self.source), self.split)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the shards and their order, the same for an index of any version."""
+        return self.shards.fingerprint()
+
     @property
-    def samples_per_shard(self) -> list[int]:
-        """Number of samples of each shard."""
-        return [shard.num_samples for shard in self.shards]
+    def num_samples(self) -> int:
+        """Number of samples of all shards."""
+        return int(self.samples_per_shard.sum())
+
+    @property
+    def samples_per_shard(self) -> np.ndarray:
+        """[shards] number of samples of each shard."""
+        return self.shards.num_samples
 
     @property
     def counts_kinds(self) -> bool:
         """Whether the items of each kind are counted by themselves, as from version 3 on."""
-        return all(isinstance(shard.num_items, dict) for shard in self.shards)
+        return self.shards.counts_kinds
 
-    def items_per_shard(self, kind: str) -> list[int]:
-        """Number of items of a kind, such as ``questions``, of each shard."""
-        counts = (shard.num_items for shard in self.shards)
-        return [count if isinstance(count, int) else count[kind] for count in counts]
+    def items_per_shard(self, kind: str) -> np.ndarray:
+        """[shards] number of items of a kind, such as ``questions``, of each shard."""
+        return self.shards.num_items(kind)
 
     def key(self, shard: int, sample: int) -> str:
         """A sample's key."""
@@ -135,16 +152,15 @@ class ShardIndex:
             DataError: one has items of `kind`, or a shard cannot be read.
         """
         unreadable = []
-        for shard, entry in enumerate(self.shards):
-            if isinstance(entry.num_items, int):
-                for sample in (self._members(shard).num_items == 0).nonzero()[0].tolist():
-                    content = self.read(shard, sample, ("json",)).get("json", b"{}")
-                    try:
-                        content_of({"json": content})
-                    except BadSampleError:
-                        unreadable.append(f"{entry.name}: {self.key(shard, sample)}")
-                    else:
-                        self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
+        for shard in range(0 if self.counts_kinds else len(self.shards)):
+            for sample in (self._members(shard).num_items == 0).nonzero()[0].tolist():
+                content = self.read(shard, sample, ("json",)).get("json", b"{}")
+                try:
+                    content_of({"json": content})
+                except BadSampleError:
+                    unreadable.append(f"{self.shards[shard].name}: {self.key(shard, sample)}")
+                else:
+                    self.check_items(kind, shard, sample, count_items(content)[COUNTED_KINDS.index(kind)])
         return unreadable
 
     def check_items(self, kind: str, shard: int, sample: int, count: int) -> None:
@@ -239,18 +255,45 @@ class ShardIndex:
         check_version(path, content, _READABLE, REINDEX, DataError)
         return content
 
+    def _open_shards(self, content: dict[str, Any]) -> Shards:
+        """The shards by ``index.shards``, which is compared with its checksum; of older versions by ``index.json``.
+
+        Raises:
+            KeyError: a field is missing or of another form.
+            DataError: ``index.shards`` is missing or damaged.
+        """
+        if content["version"] < VERSION:
+            return Shards(records_of_entries(content))
+        num_bytes, sha256 = field(content, "shards_bytes", is_count), field(content, "shards_sha256", is_sha256)
+        path = self._file(SHARDS)
+        try:
+            with os.fdopen(self._open_file(SHARDS, num_bytes, sha256), "rb") as file:
+                if error := _size_error(os.fstat(file.fileno()).st_size, num_bytes):
+                    raise DataError(f"{path}: {error}; copy the folder again, or {REINDEX}")
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise DataError(
+                        f"{path}: is not the one {INDEX} was written with; copy the folder again, or {REINDEX}"
+                    )
+                file.seek(0)
+                return Shards(map_records(file))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; copy the folder again, or {REINDEX}") from error
+        except ValueError as error:
+            raise DataError(f"{path}: is no list of shards ({error}); {REINDEX}") from error
+
     def _check_files(self) -> None:
-        sizes = {shard.name: shard.num_bytes for shard in self.shards}
-        sizes[MEMBERS] = self._members_bytes
+        last = len(self.shards) - 1
+        numbers = np.unique(np.linspace(0, last, min(last + 1, _NUM_CHECKED), dtype=np.int64)).tolist()
+        sizes = {shard.name: shard.num_bytes for shard in map(self.shards.__getitem__, numbers)}
+        sizes[MEMBERS] = self.shards.members_bytes
         for name, num_bytes in sizes.items():
             path = Path(self._file(name))
             try:
                 size = path.stat().st_size if path.is_file() else None
             except OSError:  # such as of a name that is too long
                 size = None
-            if size != num_bytes:
-                state = "is missing" if size is None else f"has {size} bytes, its index has {num_bytes}"
-                raise DataError(f"{path}: {state}; copy the folder again, or {REINDEX}")
+            if error := "is missing" if size is None else _size_error(size, num_bytes):
+                raise DataError(f"{path}: {error}; copy the folder again, or {REINDEX}")
 
     def _forget_parents(self) -> None:
         """A forked worker opens its own files, and does not close its parent's."""
@@ -266,7 +309,7 @@ class ShardIndex:
         self._forget_parents()
         shard = self.shards[number]
         if self._table_file is None:
-            self._table_file = self._open_members()
+            self._table_file = self._open_file(MEMBERS, self.shards.members_bytes, self.members_sha256)
         content = os.pread(self._table_file, shard.table_bytes, shard.table_offset)
         if hashlib.sha256(content).hexdigest() != shard.table_sha256:
             raise DataError(
@@ -283,14 +326,11 @@ class ShardIndex:
         self._tables[number] = members
         return self._tables[number]
 
-    @property
-    def _members_bytes(self) -> int:
-        return sum(shard.table_bytes for shard in self.shards)
-
-    def _open_members(self) -> int:
+    def _open_file(self, name: str, num_bytes: int, sha256: str) -> int:
+        """A descriptor of a file of the index, of a URL's that of its copy."""
         if self._cache is not None and is_remote(self.source):
-            return self._cache.open(MEMBERS, self._members_bytes, self.members_sha256)
-        return os.open(self._file(MEMBERS), os.O_RDONLY)
+            return self._cache.open(name, num_bytes, sha256)
+        return os.open(self._file(name), os.O_RDONLY)
 
     def _descriptor(self, number: int) -> int:
         self._forget_parents()
@@ -302,7 +342,8 @@ class ShardIndex:
                 descriptor = self._cache.open(shard.name, shard.num_bytes, shard.sha256)
             else:
                 descriptor = os.open(self._file(shard.name), os.O_RDONLY)
-            if problem := self._error_of(descriptor, number):
+            problem = _size_error(os.fstat(descriptor).st_size, shard.num_bytes) or self._error_of(descriptor, number)
+            if problem:
                 os.close(descriptor)
                 raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {problem}; {REINDEX}")
             self._open[number] = descriptor
@@ -320,10 +361,14 @@ class ShardIndex:
         problem = header_error(os.pread(descriptor, 512, offset - 512), size)
         if problem:
             return f"{name} of {size} bytes should begin at byte {offset}, but {problem}"
-        if isinstance(self.shards[number].num_items, int):
+        if not self.counts_kinds:
             with open(descriptor, "rb", closefd=False) as file:
                 return MORE_FOLLOWS if another_tar_follows(file, offset + size + -size % 512) else ""
         return ""
+
+
+def _size_error(num_bytes: int, indexed: int) -> str:
+    return "" if num_bytes == indexed else f"has {num_bytes} bytes, its index has {indexed}"
 
 
 def source_names(indexes: Sequence[ShardIndex]) -> list[str]:
@@ -363,4 +408,4 @@ def is_index(folder: Path) -> bool:
         content = json.loads((folder / INDEX).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"version", "shards", "members_sha256"} <= content.keys()
+    return isinstance(content, dict) and {"version", "members_sha256"} <= content.keys()

@@ -1,4 +1,4 @@
-"""The form of an ``index.json``: its shards' entries, and what its fields may be.
+"""The form of an ``index.json``: what its fields may be, and its shards' entries, which it had up to version 3.
 
 Source: none.
 """
@@ -6,31 +6,12 @@ Source: none.
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from unimo3.data.members import COUNTED_KINDS
-
-# Above what any file has, and low enough for sums and offsets.
-_MAX_COUNT = 2**53
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file, and its table of members in ``index.members``.
-
-    Attributes:
-        num_items: by kind; in an index of version 2 one number.
-    """
-
-    name: str
-    num_bytes: int
-    sha256: str
-    num_samples: int
-    num_items: dict[str, int] | int
-    table_offset: int
-    table_bytes: int
-    table_sha256: str
+from unimo3.data.shard_records import MAX_COUNT, Shard, records_of
 
 
 def field(content: Any, name: str, is_right: Callable[[Any], bool]) -> Any:
@@ -65,17 +46,17 @@ def is_ids_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(type(identity) in (int, str) for identity in value))
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_COUNT
+def is_count(value: Any) -> bool:
+    """Whether a value is a size or a number of things."""
+    return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def _is_counts(value: Any) -> bool:
-    """Whether this is a count of units: one number in an index of version 2."""
-    return _is_count(value) or (isinstance(value, dict) and all(_is_count(value.get(kind)) for kind in COUNTED_KINDS))
+    return isinstance(value, dict) and all(is_count(value.get(kind)) for kind in COUNTED_KINDS)
 
 
 def _is_table(value: Any) -> bool:
-    return is_list(value) and len(value) == 3 and all(map(_is_count, value[:2])) and is_sha256(value[2])
+    return is_list(value) and len(value) == 3 and all(map(is_count, value[:2])) and is_sha256(value[2])
 
 
 def _is_file_name(value: Any) -> bool:
@@ -85,17 +66,23 @@ def _is_file_name(value: Any) -> bool:
         return False
 
 
-def shard_of(entry: Any) -> Shard:
-    """A shard's entry in an index.
+def records_of_entries(content: Any) -> np.ndarray:
+    """The records of the shards that an index of version 2 or 3 lists.
 
     Raises:
         KeyError: a field is missing or of another form.
     """
+    counts_kinds = content["version"] > 2
+    shards = [_shard_of(entry, counts_kinds) for entry in field(content, "shards", is_list)]
+    return records_of(shards, counts_kinds)
+
+
+def _shard_of(entry: Any, counts_kinds: bool) -> Shard:
     return Shard(
         field(entry, "name", _is_file_name),
-        field(entry, "bytes", _is_count),
+        field(entry, "bytes", is_count),
         field(entry, "sha256", is_sha256),
-        field(entry, "num_samples", _is_count),
-        field(entry, "num_items", _is_counts),
+        field(entry, "num_samples", is_count),
+        field(entry, "num_items", _is_counts if counts_kinds else is_count),
         *field(entry, "table", _is_table),
     )

@@ -5,13 +5,16 @@ Source: none.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from unimo3.data.index import INDEX, MEMBERS, VERSION
+import numpy as np
+
+from unimo3.data.index import INDEX, MEMBERS, SHARDS, VERSION
 from unimo3.data.members import COUNTED_KINDS, scan, sha256_of
+from unimo3.data.shard_records import Shard, records_of, write_records
 from unimo3.errors import DataError
 
 
@@ -47,7 +50,7 @@ def table_of(path: Path) -> ShardTable:
 def write_index(
     folder: Path, dataset: str, split: str, tables: Iterable[ShardTable], missing_ids: Sequence[int | str] = ()
 ) -> int:
-    """Write ``index.members`` and then ``index.json``: a folder with an index.json is complete.
+    """Write a folder's index, ``index.json`` last: a folder with an index.json is complete.
 
     Args:
         tables: one a shard, taken one by one.
@@ -59,40 +62,60 @@ def write_index(
     Raises:
         DataError: there is no sample in any of the shards.
     """
-    shards: list[dict[str, Any]] = []
     staging = folder / f"{MEMBERS}.tmp"
     digest = hashlib.sha256()
-    with staging.open("wb") as file:
+
+    def written(file: BinaryIO) -> Iterator[Shard]:
         for table in tables:
-            shards.append(
-                {
-                    "name": table.name,
-                    "bytes": table.num_bytes,
-                    "sha256": table.sha256,
-                    "num_samples": table.num_samples,
-                    "num_items": table.num_items,
-                    "table": [file.tell(), len(table.table), hashlib.sha256(table.table).hexdigest()],
-                }
-            )
+            facts = (table.name, table.num_bytes, table.sha256, table.num_samples, table.num_items)
+            yield Shard(*facts, file.tell(), len(table.table), hashlib.sha256(table.table).hexdigest())
             file.write(table.table)
             digest.update(table.table)
-    num_samples = sum(shard["num_samples"] for shard in shards)
-    if not num_samples:
+
+    with staging.open("wb") as file:
+        records = records_of(written(file))
+    if not records["num_samples"].any():
         staging.unlink()
-        raise DataError(f"{folder}: its {len(shards)} tars contain no samples; an index needs at least one")
-    content = {
+        raise DataError(f"{folder}: its {len(records)} tars contain no samples; an index needs at least one")
+    # In this order: an old index.json with new other files is detected by its checksums.
+    staging.replace(folder / MEMBERS)
+    return write_shards(folder, dataset, split, records, digest.hexdigest(), missing_ids)
+
+
+def write_shards(
+    folder: Path,
+    dataset: str,
+    split: str,
+    records: np.ndarray,
+    members_sha256: str,
+    missing_ids: Sequence[int | str] = (),
+) -> int:
+    """Write ``index.shards`` and then ``index.json`` next to an ``index.members``.
+
+    Args:
+        records: of the shards, see `records_of`.
+        members_sha256: of ``index.members``.
+
+    Returns:
+        Number of samples.
+    """
+    staging = folder / f"{SHARDS}.tmp"
+    with staging.open("wb") as file:
+        write_records(file, records)
+    content: dict[str, Any] = {
         "version": VERSION,
         "dataset": dataset,
         "split": split,
-        "num_samples": num_samples,
-        "num_items": {kind: sum(shard["num_items"][kind] for shard in shards) for kind in COUNTED_KINDS},
+        "num_shards": len(records),
+        "num_samples": int(records["num_samples"].sum()),
+        "num_items": dict(zip(COUNTED_KINDS, records["num_items"].sum(axis=0).tolist(), strict=True)),
         "missing_ids": list(missing_ids),
-        "members_sha256": digest.hexdigest(),
-        "shards": shards,
+        "shards_bytes": staging.stat().st_size,
+        "shards_sha256": sha256_of(staging),
+        "members_sha256": members_sha256,
     }
-    # In this order: an old index.json with new members is detected by its checksums.
-    staging.replace(folder / MEMBERS)
+    staging.replace(folder / SHARDS)
     staging = folder / f"{INDEX}.tmp"
     staging.write_text(json.dumps(content, indent=1) + "\n")
     staging.replace(folder / INDEX)
-    return num_samples
+    return content["num_samples"]

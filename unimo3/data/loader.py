@@ -16,6 +16,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,10 @@ class TrainingLoader:
             for number in (batch_of_step(step, skipped) for step in itertools.count(start_step))
             for micro_step in range(num_accumulation)
         )
+        start = batch_of_step(start_step, skipped) * global_batch
+        with suppress(IndexError):  # the sources end here
+            for position in range(start, start + micro_batch):
+                order[position]  # permutes the epoch's shards, before the readers are forked, which share the result
         self._batches = _read_ahead(BatchReader(sources, order, replaces=True), positions, reader)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -99,7 +104,7 @@ def evaluation_batches(
     Raises:
         DataError: a sample cannot be used.
     """
-    plan = evaluation_positions(sum(samples.units_per_shard), rank, world_size, batch)
+    plan = evaluation_positions(int(samples.units_per_shard.sum()), rank, world_size, batch)
     return planned_batches(samples, plan, reader)
 
 
@@ -243,15 +248,16 @@ class BatchReader(Dataset[Batch]):
         )
 
 
-def _candidates(unit: Unit, units_per_shard: list[int]) -> Iterator[Unit]:
+def _candidates(unit: Unit, units_per_shard: np.ndarray) -> Iterator[Unit]:
     """A unit and what may stand in for it: the others of its shard, then some of the shards after it."""
-    for step in range(units_per_shard[unit.shard]):
-        yield unit._replace(unit=(unit.unit + step) % units_per_shard[unit.shard])
+    num_units = int(units_per_shard[unit.shard])
+    for step in range(num_units):
+        yield unit._replace(unit=(unit.unit + step) % num_units)
     further = (
         unit._replace(shard=shard, unit=number)
         for step in range(1, len(units_per_shard))
         for shard in [(unit.shard + step) % len(units_per_shard)]
-        for number in range(units_per_shard[shard])
+        for number in range(int(units_per_shard[shard]))
     )
     yield from itertools.islice(further, _MAX_FURTHER)
 

@@ -34,7 +34,10 @@ class Unit(NamedTuple):
 
 
 class SampleOrder:
-    """Random access to the shuffled stream; memory is one window of units and one permutation of shards.
+    """Random access to the shuffled stream.
+
+    Memory is 8 bytes a shard, 4 more for each of two epochs, and two windows of units. The first position of an epoch
+    takes longer than the others, since the epoch's shards are permuted.
 
     Args:
         units_per_shard: how many units each shard has; shards may be uneven or empty.
@@ -42,7 +45,7 @@ class SampleOrder:
         window_shards: shards whose units are shuffled together.
     """
 
-    def __init__(self, units_per_shard: Sequence[int], seed: int, window_shards: int):
+    def __init__(self, units_per_shard: Sequence[int] | np.ndarray, seed: int, window_shards: int):
         self._sizes = np.asarray(units_per_shard, dtype=np.int64)
         self._seed = seed
         self._window_shards = window_shards
@@ -60,8 +63,8 @@ class SampleOrder:
             raise IndexError(f"position {position}: 0 or more is needed")
         epoch, offset = divmod(position, self.num_units)
         shards, ends = self._shards_of_epoch(epoch)
-        window = int(np.searchsorted(ends[self._window_shards - 1 :: self._window_shards], offset, side="right"))
-        start = 0 if window == 0 else int(ends[window * self._window_shards - 1])
+        window = int(np.searchsorted(ends, offset, side="right"))
+        start = 0 if window == 0 else int(ends[window - 1])
         local = int(self._units_of_window(epoch, window)[offset - start])
         members = shards[window * self._window_shards : (window + 1) * self._window_shards]
         member_ends = np.cumsum(self._sizes[members])
@@ -69,8 +72,10 @@ class SampleOrder:
         return Unit(epoch, int(members[member]), local - (0 if member == 0 else int(member_ends[member - 1])))
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = np.random.default_rng((self._seed, epoch, 0)).permutation(len(self._sizes))
-        return shards, np.cumsum(self._sizes[shards])
+        """The shards in their order, and the number of units up to the end of each full window."""
+        # Which type the numbers have does not change their order.
+        shards = np.random.default_rng((self._seed, epoch, 0)).permutation(np.arange(len(self._sizes), dtype=np.int32))
+        return shards, np.cumsum(self._sizes[shards])[self._window_shards - 1 :: self._window_shards].copy()
 
     def _permute_window(self, epoch: int, window: int) -> np.ndarray:
         shards, _ = self._shards_of_epoch(epoch)
@@ -188,7 +193,7 @@ def _segments(weights: Sequence[Fraction], limits: Sequence[int]) -> list[_Segme
 
 
 def training_order(
-    units_per_shard: Sequence[Sequence[int]],
+    units_per_shard: Sequence[Sequence[int] | np.ndarray],
     weights: Sequence[float],
     seed: int,
     window_shards: int,
@@ -213,7 +218,7 @@ def _derive(seed: int, source: int) -> int:
 class SequentialOrder:
     """Every unit once, in the order of the shards: for evaluation."""
 
-    def __init__(self, units_per_shard: Sequence[int]):
+    def __init__(self, units_per_shard: Sequence[int] | np.ndarray):
         self._ends = np.cumsum(np.asarray(units_per_shard, dtype=np.int64))
         self.num_units = int(self._ends[-1]) if len(self._ends) else 0
 

@@ -37,8 +37,8 @@ class Samples(Protocol):
     index: ShardIndex
 
     @property
-    def units_per_shard(self) -> list[int]:
-        """Units of each shard."""
+    def units_per_shard(self) -> np.ndarray:
+        """[shards] units of each shard."""
         ...
 
     def key(self, unit: Unit) -> str:
@@ -98,7 +98,7 @@ class SampleUnits:
         self._seed = seed
 
     @property
-    def units_per_shard(self) -> list[int]:
+    def units_per_shard(self) -> np.ndarray:
         """One unit a sample."""
         return self.index.samples_per_shard
 
@@ -117,7 +117,7 @@ class ItemUnits(SampleUnits):
     kind: ClassVar[str]
 
     @property
-    def units_per_shard(self) -> list[int]:
+    def units_per_shard(self) -> np.ndarray:
         """One unit an item."""
         return self.index.items_per_shard(self.kind)
 

@@ -26,10 +26,10 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
 
 def _kind_error(index: ShardIndex, kind: str, is_held_out: bool) -> str:
     shards = f"({index.dataset}, {index.split}); name other shards"
-    if not sum(index.samples_per_shard):
+    if not index.num_samples:
         return f"contains no sample {shards}"
     if kind in ITEM_KINDS and index.counts_kinds:
-        return "" if sum(index.items_per_shard(kind)) else f"its samples have no {kind} {shards}"
+        return "" if index.items_per_shard(kind).any() else f"its samples have no {kind} {shards}"
     lacks, num_read = index.without(kind)
     # A sample without items is not read; one without a text is a bad one.
     if len(lacks) > (num_read - 1 if kind in ITEM_KINDS else num_read // 2):
@@ -37,7 +37,7 @@ def _kind_error(index: ShardIndex, kind: str, is_held_out: bool) -> str:
         lacking = "image" if lacks[0].endswith(NO_IMAGE) else kind
         return f"{samples} have no {lacking} {shards} (sample {lacks[0]})"
     if kind in ITEM_KINDS:
-        if not sum(index.items_per_shard(kind)):
+        if not index.items_per_shard(kind).any():
             return f"its index counts no {kind}; {REINDEX}"
         if unreadable := index.check_uncounted(kind):
             problem = (

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from unimo3.data.formats.record import Sample
-from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX
-from unimo3.data.index_form import Shard
+from unimo3.data.index import INDEX, MEMBERS, MORE_FOLLOWS, REINDEX, SHARDS
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.members import Members, sha256_of
+from unimo3.data.shard_records import Shard
 from unimo3.data.stored_images import ImageOptions, UnusableImageError, read_image
 from unimo3.data.tar_members import another_tar_follows
 from unimo3.errors import DataError
@@ -238,7 +238,8 @@ def remove_unlisted(folder: Path, names: Sequence[str]) -> None:
     """Remove the files of an earlier attempt with other arguments next to a split's shards."""
     stems = {name.removesuffix(".tar") for name in names}
     for path in folder.iterdir():
-        if path.name not in (INDEX, MEMBERS) and not (path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)):
+        is_listed = path.stem in stems and path.suffix in (".tar", _DONE, _TABLE)
+        if path.name not in (INDEX, SHARDS, MEMBERS) and not is_listed:
             path.unlink()
 
 

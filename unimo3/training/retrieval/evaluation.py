@@ -47,7 +47,7 @@ def held_out_recall(
         DataError: there are fewer than two images.
     """
     engine.eval()
-    num_images = sum(samples.units_per_shard)
+    num_images = int(samples.units_per_shard.sum())
     if num_images < 2:
         raise DataError(
             f"{samples.index.source}: has {num_images} image by the image_id of its samples; a ranking needs several: "

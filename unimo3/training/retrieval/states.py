@@ -68,7 +68,7 @@ class Towers:
     ):
         self._engine, self._samples, self._world, self._batch = engine, samples, world, batch
         self._reader, self._guard, self._half_bytes = reader, guard, cache_bytes / 2
-        self.num_images = sum(samples.units_per_shard)
+        self.num_images = int(samples.units_per_shard.sum())
         self._plan = full_batch_positions(self.num_images, world.rank, world.size, batch)
         self._ids = self._mask = torch.empty(0)
         self._images: StateBlock | None = None
