@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,27 @@ def test_ranges_that_cannot_be_skipped_are_named(skip, error):
     (line,) = [line for line in data.quick_errors() if "skip" in line]
     assert line.startswith(f"data.skip: {error}")
     assert data.stream_length(3, 8) == 24
+
+
+@given(sizes=UNEVEN, window=st.integers(1, 9), seed=st.integers(0, 1000), epoch=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_order_is_that_of_earlier_versions(sizes, window, seed, epoch):
+    order = SampleOrder(sizes, seed, window)
+    units = [order[epoch * order.num_units + offset] for offset in range(order.num_units)]
+    shards = np.random.default_rng((seed, epoch, 0)).permutation(len(sizes)).tolist()
+    expected = []
+    for number, start in enumerate(range(0, len(shards), window)):
+        of_window = [(shard, unit) for shard in shards[start : start + window] for unit in range(sizes[shard])]
+        drawn = np.random.default_rng((seed, epoch, 1, number)).permutation(len(of_window))
+        expected += [of_window[local] for local in drawn.tolist()]
+    assert [(unit.shard, unit.unit) for unit in units] == expected
+
+
+def test_the_first_units_of_a_large_order_stay_what_they_are():
+    order = SampleOrder(np.arange(100_000) % 7, 3, 16)
+    positions = [0, 1, order.num_units - 1, order.num_units, 5 * order.num_units + 123_456]
+    expected = [(0, 56387, 1), (0, 56387, 0), (0, 76039, 4), (1, 33612, 4), (5, 52716, 2)]
+    assert [tuple(order[position][:3]) for position in positions] == expected
 
 
 def test_samples_of_a_window_are_mixed_and_windows_are_not():

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from finetune.vqa import VqaConfig
 from tests.data.conftest import convert, draw_jpeg, write_source, write_tar
+from unimo3.data import index as index_module
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
 from unimo3.data.conversion import Conversion, _check_rejects
@@ -274,6 +275,26 @@ def test_a_damaged_index_is_named(coco, tmp_path, damage):
     (problem,) = DataArgs(train=str(folder)).shard_errors("captions")
     assert problem.startswith("data.train: ")
     assert re.search(expected, problem)
+
+
+def test_shards_that_are_not_looked_at_first_are_checked_when_they_are_read(coco, tmp_path, monkeypatch):
+    folder = tmp_path / "train"
+    shutil.copytree(coco / "train", folder)
+    assert index_module.checked_shards(4) == [0, 1, 2, 3]
+    monkeypatch.setattr(index_module, "_NUM_CHECKED", 3)
+    assert index_module.checked_shards(4) == [0, 1, 3]
+    with (folder / "000002.tar").open("ab") as file:
+        file.write(bytes(512))
+    index = ShardIndex(folder)
+    assert index.read(1, 0)
+    with pytest.raises(DataError, match=r"000002\.tar: is not the tar that was indexed: has \d+ bytes, its index has"):
+        index.read(2, 0)
+    (folder / "000002.tar").unlink()
+    with pytest.raises(DataError, match=r"000002\.tar: cannot be read \(No such file"):
+        index.read(2, 0)
+    (folder / "000003.tar").unlink()
+    with pytest.raises(DataError, match=r"000003\.tar: is missing; copy the folder again"):
+        ShardIndex(folder)
 
 
 def test_shards_of_another_kind_are_refused(coco, vqav2):

@@ -20,6 +20,7 @@ Source: https://github.com/webdataset/webdataset for the shards' layout; the tar
 import hashlib
 import json
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
@@ -282,15 +283,15 @@ class ShardIndex:
             raise DataError(f"{path}: is no list of shards ({error}); {REINDEX}") from error
 
     def _check_files(self) -> None:
-        last = len(self.shards) - 1
-        numbers = np.unique(np.linspace(0, last, min(last + 1, _NUM_CHECKED), dtype=np.int64)).tolist()
-        sizes = {shard.name: shard.num_bytes for shard in map(self.shards.__getitem__, numbers)}
+        shards = [self.shards[number] for number in checked_shards(len(self.shards))]
+        sizes = {shard.name: shard.num_bytes for shard in shards}
         sizes[MEMBERS] = self.shards.members_bytes
         for name, num_bytes in sizes.items():
-            path = Path(self._file(name))
+            path = self._file(name)
             try:
-                size = path.stat().st_size if path.is_file() else None
-            except OSError:  # such as of a name that is too long
+                state = Path(path).stat()
+                size = state.st_size if stat.S_ISREG(state.st_mode) else None
+            except OSError:  # also of a name that is too long
                 size = None
             if error := "is missing" if size is None else _size_error(size, num_bytes):
                 raise DataError(f"{path}: {error}; copy the folder again, or {REINDEX}")
@@ -365,6 +366,11 @@ class ShardIndex:
             with open(descriptor, "rb", closefd=False) as file:
                 return MORE_FOLLOWS if another_tar_follows(file, offset + size + -size % 512) else ""
         return ""
+
+
+def checked_shards(num_shards: int) -> list[int]:
+    """Numbers of the shards that are looked at when an index is opened: all, or of many some that are spread evenly."""
+    return np.linspace(0, num_shards - 1, min(num_shards, _NUM_CHECKED), dtype=np.int64).tolist()
 
 
 def _size_error(num_bytes: int, indexed: int) -> str:
