@@ -110,11 +110,12 @@ def staging_folder(url: str) -> Path:
     return Path("staging", *(part for part in url.partition("://")[2].split("/") if part))
 
 
-def read(url: str, chunk_bytes: int = CHUNK_BYTES) -> Generator[bytes, None, None]:
+def read(url: str, chunk_bytes: int = CHUNK_BYTES, part: range | None = None) -> Generator[bytes, None, None]:
     """An object's content in order; each range is requested by itself and, if that fails, again.
 
     Args:
         chunk_bytes: of a range.
+        part: the bytes that are wanted. None: all.
 
     Raises:
         ObjectChangedError: it was replaced after the first range was read.
@@ -122,9 +123,10 @@ def read(url: str, chunk_bytes: int = CHUNK_BYTES) -> Generator[bytes, None, Non
         UnreachableError: the store did not answer at the last try.
     """
     first = look_up(url)
-    starts = range(0, first.num_bytes, chunk_bytes)
+    wanted = range(first.num_bytes) if part is None else range(part.start, min(part.stop, first.num_bytes))
+    starts = range(wanted.start, wanted.stop, chunk_bytes)
     for start in starts:
-        end = min(start + chunk_bytes, first.num_bytes)
+        end = min(start + chunk_bytes, wanted.stop)
         yield _retry(url, functools.partial(_range, start=start, end=end, expected=first))
     # A single request is answered from one version.
     if len(starts) > 1 and look_up(url) != first:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import re
 import ssl
 import subprocess
 import threading
@@ -34,6 +35,7 @@ class Store:
         self.instead: dict[str, list] = defaultdict(list)
         self.requests: Counter[str] = Counter()
         self.is_closed = threading.Event()
+        self.has_ranges = True
         store = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +53,10 @@ class Store:
                 elif isinstance(turn, int) or content is None:
                     self.send_error(turn if isinstance(turn, int) else 404)
                 else:
-                    self.send_response(200)
+                    wanted = self.headers.get("Range", "") if store.has_ranges else ""
+                    part = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
+                    content = content[int(part[1]) : int(part[2]) + 1] if part else content
+                    self.send_response(206 if part else 200)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     content = turn if isinstance(turn, bytes) else content
@@ -210,6 +215,22 @@ def test_receiving_ends_once_the_byte_limit_is_passed(store):
     # The server stalls until the test ends.
     assert receive(f"{store.url}/shards/index.json", file, 1000)[0] > 1000
     assert len(file.getvalue()) <= 1000
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_part_of_a_file_is_received_alone(store, shard, tmp_path, has_ranges):
+    store.has_ranges = has_ranges
+    content = store.files[SHARD]
+    (tmp_path / "a.tar").write_bytes(content)
+    for part in (range(10), range(7, 8), range(100, len(content))):
+        expected = content[part.start : part.stop]
+        for where in (shard, str(tmp_path / "a.tar")):
+            file = io.BytesIO()
+            assert receive(where, file, len(part), part) == (len(part), hashlib.sha256(expected).hexdigest())
+            assert file.getvalue() == expected
+    store.instead[SHARD] = [("cut",)]
+    assert receive(shard, io.BytesIO(), 10, range(10))[0] == 10  # at the second try, if there were fewer at the first
+    assert receive(shard, io.BytesIO(), 10, range(len(content) - 5, len(content) + 5))[0] == 5
 
 
 def test_a_file_of_a_mounted_folder_is_received_too(tmp_path):

@@ -277,7 +277,7 @@ def test_a_damaged_index_is_named(coco, tmp_path, damage):
     assert re.search(expected, problem)
 
 
-def test_shards_that_are_not_looked_at_first_are_checked_when_they_are_read(coco, tmp_path, monkeypatch):
+def test_shards_that_are_not_looked_at_first_are_checked_when_read(coco, tmp_path, monkeypatch):
     folder = tmp_path / "train"
     shutil.copytree(coco / "train", folder)
     assert index_module.checked_shards(4) == [0, 1, 2, 3]

@@ -51,8 +51,8 @@ class ShardCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
 
-    def path(self, name: str, num_bytes: int, sha256: str) -> Path:
-        """The local copy of a file, fetched if it is not there.
+    def path(self, name: str, num_bytes: int, sha256: str, start: int | None = None) -> Path:
+        """The local copy of a file or of a part of it, fetched if it is not there.
 
         To make room another process may remove the copy as soon as this returns; `open` is safe from that.
 
@@ -60,6 +60,7 @@ class ShardCache:
             name: within the source's folder.
             num_bytes: size by the index; an existing copy of this size is trusted.
             sha256: checksum by the index, which is compared while the file is fetched.
+            start: offset of the part that has this size and checksum. None: the complete file has them.
 
         Raises:
             DataError: the name, the limit, the source's file or the cache's folder cannot be used.
@@ -79,7 +80,7 @@ class ShardCache:
                 with _lock(self.folder / f"{sha256}.lock"):
                     # Another process may have fetched it while this one waited.
                     if not _use(copy, num_bytes):
-                        self._fetch(where, copy, num_bytes, sha256)
+                        self._fetch(where, copy, num_bytes, sha256, start)
         except OSError as error:
             raise DataError(
                 f"{self.folder}: the cache cannot be written ({error.strerror or error}); free space there, lower "
@@ -87,12 +88,12 @@ class ShardCache:
             ) from error
         return copy
 
-    def open(self, name: str, num_bytes: int, sha256: str) -> int:
+    def open(self, name: str, num_bytes: int, sha256: str, start: int | None = None) -> int:
         """A descriptor of the local copy, to be closed by the caller; arguments and errors as for `path`."""
         while True:
             # Not there: another process removed it between these two calls, to make room.
             with suppress(FileNotFoundError):
-                return os.open(self.path(name, num_bytes, sha256), os.O_RDONLY)
+                return os.open(self.path(name, num_bytes, sha256, start), os.O_RDONLY)
 
     def read(self, name: str, limit: int) -> bytes:
         """A small file of the source, which is not cached.
@@ -117,18 +118,19 @@ class ShardCache:
             )
         return join(self.source, name)
 
-    def _fetch(self, where: str, copy: Path, num_bytes: int, sha256: str) -> None:
+    def _fetch(self, where: str, copy: Path, num_bytes: int, sha256: str, start: int | None) -> None:
         """Fetch and check a copy, then rename it to `copy`; the caller has the shard's lock."""
+        wanted = None if start is None else range(start, start + num_bytes)
         started = time.monotonic()
         part = self.folder / f"{sha256}.{num_bytes}.part"
         while not self._make_room(part, sha256, num_bytes):
             time.sleep(_WAIT_FOR_ROOM_S)  # until a fetch elsewhere ends, or its process
         try:
             with part.open("wb") as file:
-                received = receive(where, file, num_bytes)
+                received = receive(where, file, num_bytes, wanted)
                 if received != (num_bytes, sha256):
                     log.warning("%s: came with another size or checksum than was indexed; fetching it again", where)
-                    received = receive(where, file, num_bytes)
+                    received = receive(where, file, num_bytes, wanted)
             if received != (num_bytes, sha256):
                 size = f"more than {num_bytes}" if received[0] > num_bytes else str(received[0])
                 raise DataError(

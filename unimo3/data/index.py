@@ -35,7 +35,7 @@ from unimo3.data.members import COUNTED_KINDS, Members, count_items, header_erro
 from unimo3.data.order import SequentialOrder, Unit
 from unimo3.data.remote import check_source, is_remote
 from unimo3.data.sample_texts import BadSampleError, content_of, lack_of
-from unimo3.data.shard_records import Shards, map_records
+from unimo3.data.shard_records import Shard, Shards, map_records
 from unimo3.data.tar_members import another_tar_follows
 from unimo3.errors import DataError
 from unimo3.versions import check_version
@@ -268,7 +268,7 @@ class ShardIndex:
         num_bytes, sha256 = field(content, "shards_bytes", is_count), field(content, "shards_sha256", is_sha256)
         path = self._file(SHARDS)
         try:
-            with os.fdopen(self._open_file(SHARDS, num_bytes, sha256), "rb") as file:
+            with os.fdopen(self._open_shards_file(num_bytes, sha256), "rb") as file:
                 if error := _size_error(os.fstat(file.fileno()).st_size, num_bytes):
                     raise DataError(f"{path}: {error}; copy the folder again, or {REINDEX}")
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
@@ -309,9 +309,7 @@ class ShardIndex:
             return self._tables[number]
         self._forget_parents()
         shard = self.shards[number]
-        if self._table_file is None:
-            self._table_file = self._open_file(MEMBERS, self.shards.members_bytes, self.members_sha256)
-        content = os.pread(self._table_file, shard.table_bytes, shard.table_offset)
+        content = self._read_table(shard)
         if hashlib.sha256(content).hexdigest() != shard.table_sha256:
             raise DataError(
                 f"{self._file(MEMBERS)}: is not the one {INDEX} was written with (table of {shard.name}); copy the "
@@ -327,11 +325,20 @@ class ShardIndex:
         self._tables[number] = members
         return self._tables[number]
 
-    def _open_file(self, name: str, num_bytes: int, sha256: str) -> int:
-        """A descriptor of a file of the index, of a URL's that of its copy."""
+    def _read_table(self, shard: Shard) -> bytes:
+        """A shard's part of ``index.members``; of a URL, only the tables of the shards in use are copied."""
         if self._cache is not None and is_remote(self.source):
-            return self._cache.open(name, num_bytes, sha256)
-        return os.open(self._file(name), os.O_RDONLY)
+            copy = self._cache.open(MEMBERS, shard.table_bytes, shard.table_sha256, shard.table_offset)
+            with os.fdopen(copy, "rb") as file:
+                return file.read()
+        if self._table_file is None:
+            self._table_file = os.open(self._file(MEMBERS), os.O_RDONLY)
+        return os.pread(self._table_file, shard.table_bytes, shard.table_offset)
+
+    def _open_shards_file(self, num_bytes: int, sha256: str) -> int:
+        if self._cache is not None and is_remote(self.source):
+            return self._cache.open(SHARDS, num_bytes, sha256)
+        return os.open(self._file(SHARDS), os.O_RDONLY)
 
     def _descriptor(self, number: int) -> int:
         self._forget_parents()

@@ -13,10 +13,12 @@ import http.client
 import logging
 import re
 import ssl
+import sys
 import time
 import urllib.request
 from collections.abc import Generator
 from contextlib import closing
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.error import HTTPError, URLError
@@ -85,13 +87,14 @@ def check_source(source: str) -> None:
         )
 
 
-def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
+def receive(where: str, file: BinaryIO, limit: int, part: range | None = None) -> tuple[int, str]:
     """Write a source's file to `file`, from the start at each try.
 
     Args:
         where: a URL or a path.
         file: is emptied first.
         limit: most bytes wanted; the rest is not read.
+        part: the bytes of the source's file that are wanted. None: all.
 
     Returns:
         The size in bytes, above `limit` if the file is larger, and the sha256 of what was written.
@@ -104,7 +107,7 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
         file.truncate()
         size, digest = 0, hashlib.sha256()
         try:
-            with closing(_read(where)) as chunks:
+            with closing(_read(where, part)) as chunks:
                 for chunk in chunks:
                     size += len(chunk)
                     if size > limit:
@@ -123,16 +126,16 @@ def receive(where: str, file: BinaryIO, limit: int) -> tuple[int, str]:
     raise AssertionError("the last try returns or raises")
 
 
-def _read(where: str) -> Generator[bytes, None, None]:
+def _read(where: str, part: range | None) -> Generator[bytes, None, None]:
     if object_store.is_store(where):
-        return _read_object(where)
-    return _read_url(where) if is_remote(where) else _read_file(Path(where))
+        return _read_object(where, part)
+    return _read_url(where, part) if is_remote(where) else _read_file(Path(where), part)
 
 
-def _read_object(url: str) -> Generator[bytes, None, None]:
+def _read_object(url: str, part: range | None) -> Generator[bytes, None, None]:
     # Expired credentials end a run with status 78, which holds its job: a start without fresh ones would fail again.
     try:
-        yield from object_store.read(url)
+        yield from object_store.read(url, part=part)
     except ObjectChangedError as error:
         raise _PassingError(str(error).removeprefix(f"{url}: ")) from error
     except StoreError as error:
@@ -149,17 +152,21 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _read_url(url: str) -> Generator[bytes, None, None]:
+def _read_url(url: str, part: range | None) -> Generator[bytes, None, None]:
     # Made again each time, so that it trusts what SSL_CERT_FILE names now.
     opener = urllib.request.build_opener(
         urllib.request.HTTPSHandler(context=ssl.create_default_context()), _HttpsRedirects
     )
+    request = urllib.request.Request(url)
+    if part is not None:
+        request.add_header("Range", f"bytes={part.start}-{part.stop - 1}")
     # What the caller does with a chunk raises outside of this try.
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as response:
-            while chunk := response.read(_CHUNK_BYTES):
-                yield chunk
-            if response.length:  # what Content-Length announced and read() does not miss
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
+            # A server without ranges sends all, of which the rest is not read.
+            has_rest = part is not None and response.status != HTTPStatus.PARTIAL_CONTENT
+            yield from _chunks(response, part.start if part is not None and has_rest else 0, part)
+            if response.length and not has_rest:  # what Content-Length announced and read() does not miss
                 raise _PassingError(f"the connection ended {response.length} bytes early")
     except HTTPError as error:
         error.close()
@@ -177,11 +184,21 @@ def _read_url(url: str) -> Generator[bytes, None, None]:
         raise _PassingError(f"no answer, or half of one ({reason or type(reason).__name__})") from error
 
 
-def _read_file(path: Path) -> Generator[bytes, None, None]:
+def _chunks(file: Any, skipped: int, part: range | None) -> Generator[bytes, None, None]:
+    """The content of what can be read, after some bytes, and no more than a part has."""
+    while skipped and (chunk := file.read(min(_CHUNK_BYTES, skipped))):
+        skipped -= len(chunk)
+    left = sys.maxsize if part is None else len(part)
+    while left and (chunk := file.read(min(_CHUNK_BYTES, left))):
+        left -= len(chunk)
+        yield chunk
+
+
+def _read_file(path: Path, part: range | None) -> Generator[bytes, None, None]:
     try:
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+            file.seek(0 if part is None else part.start)
+            yield from _chunks(file, 0, part)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); mount its folder with all of its files, readable"
