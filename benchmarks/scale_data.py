@@ -119,7 +119,7 @@ def data_table(results: list[Reading]) -> str:
         f"version 3, and its peak is {new.peak_bytes / old.peak_bytes:.2f} of that of version 3.",
         "",
         "Each column is a fresh process, without torch; nothing of the index is in the page cache when it starts.",
-        "Version 3 has all in `index.json`. Opening includes all checksums that a run compares. To plan is to permute the",
+        "Version 3 has all in `index.json`. Opening includes all checksums that a run compares. Planning permutes the",
         "shards of the epoch in which the run is resumed, once an epoch. A seek is from a position of the order to the",
         "bytes of its sample, of a shard whose table and tar were not read before. Peak memory includes the pages of",
         "`index.shards`, which all processes of a node share; private memory does not. Python and NumPy themselves",
