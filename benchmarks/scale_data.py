@@ -49,7 +49,7 @@ class Reading:
         resume_s: from the first position of the resumed step to the bytes of its sample.
         seek_median_s, seek_max_s: the same of random positions, and of that one.
         peak_bytes: resident, pages that processes share included.
-        private_bytes: after the last seek, of the process alone.
+        private_bytes: after the last seek, of no file, so of the process alone.
     """
 
     layout: str
@@ -217,7 +217,6 @@ def read_role(folder: Path, positions: list[int]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
         if json.loads(members["json"]) != {"caption": str(unit.unit)} or not fingerprint:
             raise RuntimeError(f"position {position}: not the bytes of sample {unit.unit} of shard {unit.shard}")
-    private = sum(_memory_bytes("smaps_rollup", f"Private_{kind}") for kind in ("Clean", "Dirty"))
     return {
         "open_s": opened - start,
         "open_cpu_s": opened_cpu - start_cpu,
@@ -225,13 +224,13 @@ def read_role(folder: Path, positions: list[int]) -> dict[str, Any]:
         "resume_s": seconds[0],
         "seek_median_s": median(seconds),
         "seek_max_s": max(seconds),
-        "peak_bytes": _memory_bytes("status", "VmHWM"),
-        "private_bytes": private,
+        "peak_bytes": _memory_bytes("VmHWM"),
+        "private_bytes": _memory_bytes("RssAnon"),
     }
 
 
-def _memory_bytes(file: str, name: str) -> int:
-    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+def _memory_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 

@@ -180,6 +180,8 @@ def _error_of(records: np.ndarray) -> str:
             return f"a {name} is below 0 or above {MAX_COUNT}"
     names = np.ascontiguousarray(records["name"]).view(np.uint8).reshape(len(records), -1)
     is_end = names == 0
-    is_wrong = is_end[:, 0] | (is_end[:, :-1] & ~is_end[:, 1:]).any(axis=1) | (names == ord("/")).any(axis=1)
-    is_parent = (names[:, :3] == tuple(b"..\0")).all(axis=1)
-    return "a name is not that of a file" if (is_wrong | is_parent).any() else ""
+    is_empty, is_continued = is_end[:, 0].any(), (is_end[:, :-1] > is_end[:, 1:]).any()
+    is_parent = (names[:, 0] == ord(".")) & (names[:, 1] == ord(".")) & is_end[:, 2]
+    if is_empty or is_continued or is_parent.any() or (names == ord("/")).any():
+        return "a name is not that of a file"
+    return ""
