@@ -4,8 +4,8 @@
     webdataset  shards shuffled, a shuffle buffer of 1000, the same decoding, augmentation, tokens and masks, collated
     bare        a loop over images in memory that decodes and augments and does nothing else: the limit
 
-Then where a reader's time goes, what the reduced decode of large photos saves, what resuming costs, and how memory
-grows with the size of the index.
+Then the same from an object store against a local folder, where a reader's time goes, what the reduced decode of large
+photos saves, what resuming costs, and how memory grows with the size of the index.
 
 Source: webdataset's documentation for the usual pipeline.
 """
@@ -13,6 +13,7 @@ Source: webdataset's documentation for the usual pipeline.
 import argparse
 import gc
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -42,11 +43,14 @@ from benchmarks.loader_contestants import (
     usual,
 )
 from benchmarks.loader_parts import measure_parts, measure_photos
+from benchmarks.loader_store import CACHED, LOCAL, StoreRates, measure_store, missing_packages
 from benchmarks.report import ROOT, usable_cores, write_report
 from unimo3.data.index import INDEX, MEMBERS, SHARDS, ShardIndex
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.order import SampleOrder
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
+
+log = logging.getLogger(__name__)
 
 
 def measure_rates(setting: Setting, workers: int, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -142,6 +146,7 @@ def measure_memory(setting: Setting, sizes: list[int], scratch: Path) -> dict[in
 
 def report(
     rates: dict[int, dict[str, list[float]]],
+    store: StoreRates | None,
     resume: dict[str, tuple[float, float]],
     memory: dict[int, tuple[float, float, int]],
     parts: dict[str, float],
@@ -163,6 +168,7 @@ def report(
         f"of {BATCH}, {PREFETCH} of them ahead, {num_samples} samples in shards of {SAMPLES_PER_SHARD}. Medians; all",
         "take their turn in every round. Each reader is one process, of the bare loop too; batches arrive in another.",
         "",
+        *_store_lines(store),
         "## Where a reader's time goes",
         "",
         "| part, alone in one process | ms a batch | fraction of a complete batch |",
@@ -208,6 +214,28 @@ def report(
     return "\n".join(lines)
 
 
+def _store_lines(store: StoreRates | None) -> list[str]:
+    lines = ["## From an object store", ""]
+    if store is None:
+        return [*lines, f"Not measured: {', '.join(missing_packages())} was not installed.", ""]
+    local, cached = store.by_round[LOCAL], store.by_round[CACHED]
+    ratios = [one / other for one, other in zip(cached, local, strict=True)]
+    first_local, first_stored = store.first_pass
+    return [
+        *lines,
+        "| read from | samples/s | against the local folder | by round |",
+        "| --- | ---: | ---: | --- |",
+        f"| {LOCAL} | {median(local):.0f} |  |  |",
+        f"| {CACHED} | {median(cached):.0f} | {median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |",
+        f"| {LOCAL}, first pass | {first_local:.0f} |  |  |",
+        f"| S3, first pass, cache empty | {first_stored:.0f} | {first_stored / first_local:.2f} |  |",
+        "",
+        f"{store.workers} readers. The server is moto, on loopback, in a process of its own on the same cores. A first",
+        "pass is one epoch, and contains the start of its readers.",
+        "",
+    ]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line.
 
@@ -247,15 +275,23 @@ def main(arguments: list[str] | None = None) -> None:
         probe(args.probe)
         return
     torch.set_num_threads(1)
+    if missing := missing_packages():
+        log.warning(
+            "%s is not installed, so reading from an object store is not measured; type: pip install 'moto[server]' "
+            "s3fs",
+            ", ".join(missing),
+        )
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch) / "shards", args.augment)
         setting.folder.mkdir()
         make_shards(setting.folder, args.shards)
         rates = {workers: measure_rates(setting, workers, args.rounds, args.seconds) for workers in args.workers}
-        resume = measure_resume(setting, min(2, usable_cores()))
+        num_readers = min(2, usable_cores())
+        store = None if missing else measure_store(setting, num_readers, args.rounds, args.seconds, Path(scratch))
+        resume = measure_resume(setting, num_readers)
         memory = measure_memory(setting, args.index_samples, Path(scratch))
         parts, photos = measure_parts(setting, args.rounds), measure_photos(args.rounds, args.photos)
-        text = report(rates, resume, memory, parts, photos, setting, args.shards * SAMPLES_PER_SHARD)
+        text = report(rates, store, resume, memory, parts, photos, setting, args.shards * SAMPLES_PER_SHARD)
     write_report(args.out, "Reading training samples", text)
     print(f"\n{text}\n\n{args.out}")
 

@@ -83,11 +83,16 @@ class Setting:
     folder: Path
     augment: Any
 
+    def index(self) -> ShardIndex:
+        """The shards' index."""
+        return ShardIndex(self.folder / "train")
+
     def samples(self) -> PretrainSamples:
         """Samples as this project reads them."""
-        index = ShardIndex(self.folder / "train")
         tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
-        return PretrainSamples(index, tokenizer, TOKENS, ImageTransform(IMAGE_SIZE, self.augment), MASKED, seed=0)
+        return PretrainSamples(
+            self.index(), tokenizer, TOKENS, ImageTransform(IMAGE_SIZE, self.augment), MASKED, seed=0
+        )
 
 
 def ours(setting: Setting, workers: int, start_step: int = 0) -> Iterator[Any]:
@@ -146,6 +151,13 @@ class Stream:
             next(self._batches)
             count += BATCH
         return count / passed
+
+    def rate_of(self, num_batches: int) -> float:
+        """Samples a second over so many batches."""
+        start = time.perf_counter()
+        for _ in range(num_batches):
+            next(self._batches)
+        return num_batches * BATCH / (time.perf_counter() - start)
 
 
 def _loop(orders: Connection, images: list[bytes], augment: Any) -> None:

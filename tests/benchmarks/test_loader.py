@@ -1,10 +1,11 @@
 """The loader benchmark: a run at the smallest sizes fills every row of its report; what cannot be run is named."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from benchmarks import loader
+from benchmarks import loader, loader_store
 
 SMALLEST = "--rounds 1 --seconds 0.2 --shards 1 --workers 1 --photos 1 --index-samples 1000".split()
 
@@ -36,6 +37,28 @@ def test_each_contestant_has_a_rate_and_ours_is_compared_with_it(report):
         # Rates are rounded to integers, ratios to two decimals.
         assert (ours - 0.5) / (other + 0.5) - 0.006 < ratio < (ours + 0.5) / (other - 0.5) + 0.006
         assert spread == f"{ratio:.2f} to {ratio:.2f}"  # of one round
+
+
+@pytest.mark.integration
+def test_reading_from_a_bucket_is_compared_with_the_folder(report):
+    rows = rows_under("From an object store", report)
+    assert [row[0] for row in rows] == [
+        loader.LOCAL,
+        loader.CACHED,
+        f"{loader.LOCAL}, first pass",
+        "S3, first pass, cache empty",
+    ]
+    local, cached, first, empty = (float(row[1]) for row in rows)
+    assert min(local, cached, first, empty) > 0
+    for row, one, other in ((rows[1], cached, local), (rows[3], empty, first)):
+        assert (one - 0.5) / (other + 0.5) - 0.006 < float(row[2]) < (one + 0.5) / (other - 0.5) + 0.006
+
+
+def test_without_moto_the_report_names_what_is_missing(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "moto" else find_spec(name))
+    assert loader_store.missing_packages() == ["moto"]
+    assert "Not measured: moto was not installed." in loader._store_lines(None)
 
 
 @pytest.mark.integration
