@@ -286,9 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
         setting.folder.mkdir()
         make_shards(setting.folder, args.shards)
         rates = {workers: measure_rates(setting, workers, args.rounds, args.seconds) for workers in args.workers}
-        num_readers = min(2, usable_cores())
+        num_readers = max(args.workers)
         store = None if missing else measure_store(setting, num_readers, args.rounds, args.seconds, Path(scratch))
-        resume = measure_resume(setting, num_readers)
+        resume = measure_resume(setting, min(2, usable_cores()))
         memory = measure_memory(setting, args.index_samples, Path(scratch))
         parts, photos = measure_parts(setting, args.rounds), measure_photos(args.rounds, args.photos)
         text = report(rates, store, resume, memory, parts, photos, setting, args.shards * SAMPLES_PER_SHARD)
