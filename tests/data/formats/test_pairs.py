@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from functools import partial
 
@@ -83,17 +84,75 @@ def test_separator_encoding_and_quotes_are_as_pythons_csv_has_them(tmp_path):
     source = write_csv(tmp_path / "pairs.csv", ROWS, encoding="latin-1", delimiter=";")
     table = TableOptions(separator=";", encoding="latin-1")
     assert [content for _, _, content in read(source, table=table)] == [content for _, content in CONTENTS]
-    with pytest.raises(DataError, match=r"pairs\.csv: is not utf-8 \(.*give its --encoding"):
-        read(source, table=TableOptions(separator=";"))
     with pytest.raises(ConfigError, match="--encoding klingon: unknown encoding"):
         read(source, table=TableOptions(encoding="klingon"))
     source.write_text('image,caption\na.jpg,"fur" is soft\nb.jpg,5" screen\n')
-    with pytest.raises(DataError, match=r"pairs\.csv: line 2: .*; double the quotes .*--no-quotes"):
-        read(source)
     captions = [content["captions"] for _, _, content in read(source, table=TableOptions(has_quotes=False))]
     assert captions == [['"fur" is soft'], ['5" screen']]
-    source.write_text('image,caption\na.jpg,"never closed\nb.jpg,text\n')
-    with pytest.raises(DataError, match="line 3: unexpected end of data"):
+
+
+def rejected(source, **options):
+    """The bad rows' positions and reasons, and the images of the good rows."""
+    records = read(source, **options)
+    bad = [(path.name, record) for _, path, record in records if isinstance(record, str)]
+    return bad, [path.name for _, path, record in records if not isinstance(record, str)]
+
+
+QUOTE = "double the quotes inside a quoted field, or give --no-quotes"
+BYTE = r"is not utf-8 \(byte 0xea\); give the file's --encoding, or correct this line"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b'b.jpg,"fur" is soft', f"expected after '\"'; {QUOTE}"),
+        (b'b.jpg,"never closed', QUOTE),
+        (b'b.jpg,"never closed "", ""', QUOTE),
+        (b'b.jpg,"two\nlines" and more', QUOTE),
+        ("b.jpg,une bête".encode("latin-1"), BYTE),
+        ('b.jpg,"une\nbête"'.encode("latin-1"), BYTE),
+        ('b.jpg,"une bête'.encode("latin-1"), BYTE),
+        (b"b.jpg," + b"x" * (2**24 + 1), rf"larger than field limit \({2**24}\); {QUOTE}"),
+    ],
+    ids=["quoted word", "not closed", "doubled", "closed early", "byte", "byte in lines", "byte and quote", "too long"],
+)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_row_that_cannot_be_read_ends_neither_file_nor_neighbours(tmp_path, row, reason, line_end):
+    source = tmp_path / "p.csv"
+    others = b'c.jpg,"it is ""hi"", twice"', b'd.jpg,"two\nlines"', b"e.jpg,x"
+    source.write_bytes(line_end.join([b"image,caption", b"a.jpg,x", row, *others, b""]))
+    bad, good = rejected(source)
+    assert bad[0][0] == "p.csv: line 3"
+    assert re.search(reason, bad[0][1])
+    assert good == ["a.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    # The rest of a record whose quote is closed too early.
+    assert [where for where, _ in bad[1:]] == ["p.csv: line 4"] * (row.count(b"\n") and b"more" in row)
+
+
+def test_long_fields_and_quotes_in_the_last_row(tmp_path):
+    source = tmp_path / "p.csv"
+    source.write_text(f'image,thumbnail,caption\na.jpg,{"x" * 200_000},long\nb.jpg,,"never closed\nc.jpg,,x')
+    assert rejected(source) == (
+        [("p.csv: line 3", f"unexpected end of data; {QUOTE} if they are part of texts")],
+        [
+            "a.jpg",
+            "c.jpg",
+        ],
+    )
+
+
+def test_a_file_of_another_encoding_names_the_option_and_the_line(tmp_path):
+    source = write_csv(tmp_path / "p.csv", ROWS[:2], encoding="utf-16")
+    with pytest.raises(DataError, match=r"p\.csv: line 1: is not utf-8 \(byte 0xff\); give the file's --encoding"):
+        read(source)
+    assert len(read(source, table=TableOptions(encoding="utf-16"))) == 2
+    source.write_bytes(source.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"is not utf-16 \(.*truncated data.*\); give its --encoding"):
+        read(source, table=TableOptions(encoding="utf-16"))
+    source.write_text('image,cap"tion\n')
+    assert rejected(source, caption_columns=('cap"tion',)) == ([], [])
+    source.write_text('image,"caption" \na.jpg,x\n')
+    with pytest.raises(DataError, match=r"p\.csv: line 1: .*--no-quotes"):
         read(source)
 
 
@@ -234,7 +293,7 @@ def test_a_folder_of_images_with_text_files_is_read(tmp_path):
         ("train", tmp_path / "a.PNG", {"image_id": 0, "captions": ["one"]}),
         ("train", tmp_path / "b.jpg", {"image_id": 1, "captions": ["a dog", "it runs"]}),
         ("train", tmp_path / "sub" / "c.webp", {"image_id": 4, "captions": ["two"]}),
-        ("train", tmp_path / "latin.jpg", "latin.txt is not utf-8"),
+        ("train", tmp_path / "latin.jpg", "latin.txt is not utf-8; give its --encoding"),
         ("train", tmp_path / "no_text.jpg", "no_text.txt cannot be read (No such file or directory)"),
     ]
     omitted = Counter()

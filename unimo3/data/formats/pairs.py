@@ -198,6 +198,6 @@ def _read_folder(folder: Path, encoding: str, omitted: Counter[str]) -> Iterator
         except OSError as error:
             yield Row(str(path), {}, f"{text_file.name} cannot be read ({error.strerror})")
         except UnicodeDecodeError:
-            yield Row(str(path), {}, f"{text_file.name} is not {encoding}")
+            yield Row(str(path), {}, f"{text_file.name} is not {encoding}; give its --encoding")
         else:
             yield Row(str(path), {"image": str(path.relative_to(folder)), "caption": lines})

@@ -5,15 +5,21 @@ Source: Python's csv module for separators and quotes; https://jsonlines.org; py
 
 import csv
 import json
+import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from unimo3.errors import ConfigError, DataError
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*SEPARATORS, ".jsonl", ".parquet")
+# Characters of a field of a CSV at most, in columns that are not read too, such as images in base64.
+_MAX_FIELD = 2**24
+# A byte that the encoding does not have, as surrogateescape decodes it.
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -66,40 +72,100 @@ def read_table(path: Path, columns: Sequence[str], options: TableOptions) -> Ite
         raise DataError(f"--src {path}: cannot be read ({error.strerror or error})") from error
 
 
+class _Lines:
+    """Lines of a file for `csv.reader`, of which those after the first of a record can be read again."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._again: deque[str] = deque()
+        self._record: list[str] = []
+        self.num_read = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._file)
+        self._record.append(line)
+        self.num_read += 1
+        return line
+
+    def start_record(self) -> None:
+        """The next line is the first of a record."""
+        self._record.clear()
+
+    def end_after_first(self) -> None:
+        """End the record after its first line."""
+        self._again.extendleft(reversed(self._record[1:]))
+        self.num_read -= len(self._record[1:])
+        del self._record[1:]
+
+    def bad_byte(self) -> str:
+        """The first byte of the record that could not be decoded, such as ``0xea``; empty: none."""
+        for line in self._record:
+            if not line.isascii() and (match := _ESCAPED.search(line)):
+                return f"0x{ord(match[0]) - 0xDC00:02x}"
+        return ""
+
+
 def _read_csv(path: Path, columns: Sequence[str], options: TableOptions, separator: str) -> Iterator[Row]:
     encoding = "utf-8-sig" if options.encoding.lower().replace("_", "-") in ("utf-8", "utf8") else options.encoding
     header: list[str] | None = None
+    lines = None
     try:
-        with path.open(newline="", encoding=encoding) as file:
-            # Strict: else a quote without its partner would swallow the rows up to the next quote.
-            reader = csv.reader(
-                file,
-                delimiter=separator,
-                quoting=csv.QUOTE_MINIMAL if options.has_quotes else csv.QUOTE_NONE,
-                strict=True,
-            )
-            for fields in reader:
-                where = f"{path}: line {reader.line_num}"
-                if not fields:
+        with path.open(newline="", encoding=encoding, errors="surrogateescape") as file:
+            lines = _Lines(file)
+            for first_line, fields, problem in _csv_records(lines, options, separator):
+                where = f"{path}: line {first_line}"
+                if not fields and not problem:
                     continue
                 if header is None:
+                    if problem:
+                        raise DataError(f"{where}: {problem}")
                     header = [name.strip() for name in fields]
                     _check_columns(path, columns, header)
+                elif problem:
+                    yield Row(where, {}, problem)
                 elif len(fields) != len(header):
                     yield Row(where, {}, f"has {len(fields)} columns, the header has {len(header)}")
                 else:
                     yield Row(where, dict(zip(header, fields, strict=True)))
     except LookupError as error:
         raise ConfigError(f"--encoding {options.encoding}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not {options.encoding} ({error}); give its --encoding") from error
-    except csv.Error as error:
-        raise DataError(
-            f"{path}: line {reader.line_num}: {error}; double the quotes inside a quoted field, or give --no-quotes if "
-            "quotes are part of the texts"
-        ) from error
+    except UnicodeDecodeError as error:  # of an encoding in which a bad byte hides where the next character begins
+        after = f"after line {lines.num_read}: " if lines and lines.num_read else ""
+        raise DataError(f"{path}: {after}is not {options.encoding} ({error}); give its --encoding") from error
     if header is None:
         raise DataError(f"{path}: is empty; a line with the names of the columns is needed")
+
+
+def _csv_records(lines: _Lines, options: TableOptions, separator: str) -> Iterator[tuple[int, list[str], str]]:
+    """Each record: the number of its first line, its fields, and why it cannot be used, else empty."""
+    csv.field_size_limit(_MAX_FIELD)
+    # Strict: else a quote without its partner would swallow the rows up to the next quote.
+    reader = csv.reader(
+        lines,
+        delimiter=separator,
+        quoting=csv.QUOTE_MINIMAL if options.has_quotes else csv.QUOTE_NONE,
+        strict=True,
+    )
+    while True:
+        lines.start_record()
+        first_line = lines.num_read + 1
+        fields: list[str] = []
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # The rows that an unclosed quote has swallowed may be good.
+            lines.end_after_first()
+            problem = f"{error}; double the quotes inside a quoted field, or give --no-quotes if they are part of texts"
+        else:
+            problem = ""
+        if byte := lines.bad_byte():
+            problem = f"is not {options.encoding} (byte {byte}); give the file's --encoding, or correct this line"
+        yield first_line, fields, problem
 
 
 def _read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
