@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pretrain.plan import pretraining_step
+from unimo3.checkpoint.export import data_of
 from unimo3.checkpoint.initial_weights import has_begun, weights_of
 from unimo3.data.index import ShardIndex, source_names
 from unimo3.data.samples import PretrainSamples
@@ -63,13 +64,15 @@ def pretrain(settings: PretrainConfig) -> None:
         world,
     )
     model = build_model(ds_config, lambda: Unimo3ForPreTraining(model_config))
-    set_initial_weights(model, replace(settings.model, init=_initial_weights(settings)), settings.run.seed)
+    initial_weights = _initial_weights(settings)
+    set_initial_weights(model, replace(settings.model, init=initial_weights), settings.run.seed)
     task = PretrainingLoss(model, settings.objectives.build(settings.run.seed), source_names(indexes))
     training = settings.training
     prepare_layers(model, settings.kernels, training.activation_checkpointing, training.compile_towers)
     engine = build_engine(task, model, ds_config, settings.optim)
     data = settings.data
-    run = Run(settings, batch.global_batch, data.fingerprint(indexes), data.facts(indexes))
+    init_data = data_of(initial_weights) if initial_weights else None
+    run = Run(settings, batch.global_batch, data.fingerprint(indexes), data.facts(indexes), init_data)
     run.write_model_files(model_config, Unimo3Processor(image_processor(image_size), tokenizer))
     run.resume(engine)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,15 +92,27 @@ def test_skipped_data_is_read_by_no_step_of_any_start(recipe, first):
 def test_a_cool_down_starts_from_a_checkpoint_of_another_run(program, recipe, runs, first, tmp_path):
     checkpoint = store.folder_of(first) / "step_00000004"
     before = exported(program, tmp_path / "before", first, "--tag", checkpoint.name)
-    command = ("pretrain.train", "--config", recipe, *SECOND, "--model.init", checkpoint)
+    train = Path(yaml.safe_load(recipe.read_text())["data"]["train"])
+    mixture = f"{{{train}: 1, {train.with_name('val')}: 3}}"
+    command = ("pretrain.train", "--config", recipe, *SECOND, "--model.init", checkpoint, "--data.train", mixture)
     program.check(2, *command, "--training.stop_after", "2")
     second = runs / "second"
+    assert (
+        "the data sources of this run are not those of its weights: coco/train is 0.25 of the stream, previously 1; "
+        "coco/val added (0.75 of the stream, index "
+    ) in program.output
     assert f"model.init: {checkpoint} exported to {second}/init" in program.output
     shutil.rmtree(checkpoint)  # as retention does
     shutil.rmtree(second / "init")
     program.check(1, *command, "--training.micro_batch", "8")
     assert "at step 2, from 2 ranks to 1" in program.output
     assert [record["lr"] for record in read_metrics(second)] == pytest.approx([1e-12, 2e-12 / 3, 1e-12 / 3])
+    sources = [
+        json.loads((store.folder_of(run) / tag / store.STATE).read_text())["extra"]
+        for run, tag in ((first, "step_00000006"), (second, "step_00000003"))
+    ]
+    assert sources[1]["init_data"] == sources[0]["data"]
+    assert [source["weight"] for source in sources[1]["data"]] == [1, 3]
     after = exported(program, tmp_path / "after", second)
     assert before.keys() == after.keys()
     assert (before[TABLE].shape[1], after[TABLE].shape[1]) == (1 + 2 * 2, 1 + 3 * 3)

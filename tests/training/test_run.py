@@ -160,6 +160,38 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path, monkeypatch):
         run.resume(engine=None)
 
 
+SOURCES = [{"dataset": "a", "split": "train", "samples": 9, "weight": 1.0, "fingerprint": "a" * 64}]
+
+
+def test_other_sources_are_refused_in_a_run_and_recorded_in_a_second_stage(tmp_path, monkeypatch, caplog):
+    settings, state = old_settings(tmp_path), TrainState.read(OLD_RUN / "state.json")
+    caplog.set_level("INFO")
+    for before, data, log in (
+        (SOURCES, SOURCES, "the data sources of this run are those of its weights"),
+        ([], SOURCES, "the data sources of this run are new: its weights record none"),
+        (
+            SOURCES,
+            [SOURCES[0] | {"split": "val", "fingerprint": "b" * 64}],
+            "are not those of its weights: a/val added (1 of",
+        ),
+    ):
+        run = Run(settings, state.global_batch, "f", data, before)
+        run.resume(engine=None)
+        assert log in caplog.text
+        assert (run.state().extra["data"], run.state().extra["init_data"]) == (data, before)
+    monkeypatch.setattr("unimo3.training.run.choose", lambda folder: (folder / "checkpoints" / "step_00000003", []))
+    saved = replace(state, extra=state.extra | {"init_data": SOURCES})
+    monkeypatch.setattr("unimo3.training.run.load", lambda engine, folder: saved)
+    run = Run(settings, state.global_batch, state.index_fingerprint)
+    run.resume(engine=None)
+    assert run.state().extra["init_data"] == SOURCES
+    run = Run(settings, state.global_batch, "other shards")
+    with pytest.raises(
+        CheckpointError, match=r"was trained on shards with fingerprint .* data\.train now has other shard"
+    ):
+        run.resume(engine=None)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "is_refused"),
     [

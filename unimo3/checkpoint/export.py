@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,6 +27,7 @@ from filelock import FileLock, Timeout
 from unimo3.checkpoint.casting import OnOverflow, TensorReport
 from unimo3.checkpoint.manifest import STATE, flush_folder, make_readable, sha256_of
 from unimo3.checkpoint.model_card import write_card
+from unimo3.checkpoint.state import TrainState
 from unimo3.checkpoint.torch_file import close_files
 from unimo3.checkpoint.weights import INDEX, Options, default_jobs, verify_layout, write_weights
 from unimo3.checkpoint.zero_reader import ZeroCheckpoint
@@ -35,6 +37,7 @@ from unimo3.errors import CheckpointError
 REPORT = "export_report.json"
 # An engine trains a task whose `model` attribute is what users load.
 _PREFIX = "model."
+_FACTS = ("dataset", "split", "samples", "weight", "fingerprint")
 _NUM_ERRORS_SHOWN = 10
 
 
@@ -78,7 +81,7 @@ def export_run(
                     # Weights left in float32 would overflow again if from_pretrained cast them to the half type.
                     has_fp32 = any(report.num_over_range and report.dtype == "float32" for report in reports)
                     _set_config_dtype(staging / "config.json", torch.float32 if has_fp32 else dtype_of(dtype))
-                    _record_files(staging)
+                    _record_files(staging, checkpoint)
                     write_card(run, checkpoint, staging, dtype, reports)
                 _flush(staging)
                 staging.rename(out)
@@ -243,9 +246,19 @@ def _other_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths if path.name != REPORT}
 
 
-def _record_files(folder: Path) -> None:
-    """Add the SHA-256 of the files next to the weights to the report."""
+def data_of(folder: str) -> list[dict[str, Any]]:
+    """The data sources of the run that an exported folder is of, as `DataArgs.facts` gives them; none: no record."""
+    try:
+        data = json.loads((Path(folder) / REPORT).read_bytes())["data"]
+        return [{name: source[name] for name in _FACTS} for source in data]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _record_files(folder: Path, checkpoint: Path) -> None:
+    """Add the run's data sources, and the SHA-256 of the files next to the weights, to the report."""
     report = json.loads((folder / REPORT).read_text())
+    report["data"] = TrainState.read(checkpoint / STATE).extra.get("data", [])
     report["files"] = {name: sha256_of(path) for name, path in _other_files(folder).items()}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 

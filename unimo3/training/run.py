@@ -25,6 +25,7 @@ from unimo3.checkpoint import store
 from unimo3.checkpoint.load import choose, load, quarantine
 from unimo3.checkpoint.state import TrainState
 from unimo3.data.order import batch_of_step, batches_read
+from unimo3.data.source_changes import source_changes
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import broadcast_object, world
 from unimo3.engine import Engine
@@ -166,9 +167,18 @@ class Run:
         global_batch: pairs an optimizer step.
         fingerprint: of the training data's index. None: this process trains on none, whatever the run was trained on.
         data: facts on each source of the training data, for the record.
+        init_data: the same of the run whose weights a new run starts from. None: it starts from no weights of the
+            complete model. Empty: they have no such record.
     """
 
-    def __init__(self, settings: Any, global_batch: int, fingerprint: str | None, data: Sequence[dict[str, Any]] = ()):
+    def __init__(
+        self,
+        settings: Any,
+        global_batch: int,
+        fingerprint: str | None,
+        data: Sequence[dict[str, Any]] = (),
+        init_data: Sequence[dict[str, Any]] | None = None,
+    ):
         self.folder: Path = settings.run.folder
         self.step = 0
         self.num_bad_samples = 0
@@ -178,6 +188,7 @@ class Run:
         self._global_batch = global_batch
         self._fingerprint = fingerprint
         self._data = list(data)
+        self._init_data = init_data
         self._ledger: TextIO | None = None
         self._keeps_ledger: bool = settings.data.ledger
         self._skipped: list[list[int]] = settings.data.skip
@@ -233,10 +244,13 @@ class Run:
                 raise ConfigError(errors)
             self.step, self.num_bad_samples = state.step, state.extra["bad_samples"]
             self.num_skipped = state.extra.get("skipped_steps", 0)
+            self._init_data = state.extra.get("init_data")
             if self._fingerprint is not None:
                 quarantine(damaged)
             if self._rank == 0:
                 log.info("resumed from %s at step %d%s", newest, self.step, self._change_of_ranks(state))
+        elif self._init_data is not None and self._rank == 0:
+            self._log_sources(self._init_data)
         if self._skipped and self._fingerprint is not None and self._rank == 0:
             batch = batch_of_step(self.step, self._skipped)
             log.info("data.skip: %s: step %d reads the data of step %d", self._skipped, self.step + 1, batch + 1)
@@ -254,6 +268,12 @@ class Run:
                 if int(path.stem.removeprefix("rank_")) % self._world_size == self._rank:
                     drop_after(path, self.step)
             self._ledger = ledger_path.open("a", buffering=1)
+
+    def _log_sources(self, before: Sequence[dict[str, Any]]) -> None:
+        """Log how the data sources differ from those of the weights that the run starts from."""
+        changes = source_changes(before, self._data)
+        difference = f"are not those of its weights: {'; '.join(changes)}" if changes else "are those of its weights"
+        log.info("the data sources of this run %s", difference if before else "are new: its weights record none")
 
     def _skip_errors(self, num_steps: int, before: list[list[int]]) -> list[str]:
         """Return an error if other data would have been read by now.
@@ -304,6 +324,7 @@ class Run:
             extra={
                 "settings": settings,
                 "data": self._data,
+                "init_data": self._init_data,
                 "bad_samples": self.num_bad_samples,
                 "skipped_steps": self.num_skipped,
             },
