@@ -48,8 +48,15 @@ class Short(NamedTuple):
     num_bytes: int
 
 
-# Instead of an answer or before it: an error, a short answer, a cut after so many bytes of the body, a call.
-Turn = Refusal | Short | int | Callable[[], object]
+class Headers(NamedTuple):
+    """An answer in which headers are others."""
+
+    values: dict[str, str]
+
+
+# Instead of an answer or before it: an error, a short answer, other headers, a cut after so many bytes of the body, a
+# call.
+Turn = Refusal | Short | Headers | int | Callable[[], object]
 
 
 class Request(NamedTuple):
@@ -106,7 +113,8 @@ class Store:
                 answer = connection.getresponse()
                 content = answer.read()
                 content = content[: turn.num_bytes] if isinstance(turn, Short) else content
-                self._answer(answer.status, dict(answer.headers), content, turn)
+                headers = dict(answer.headers) | (turn.values if isinstance(turn, Headers) else {})
+                self._answer(answer.status, headers, content, turn)
                 connection.close()
 
             def _answer(self, status, headers, body, turn=None):

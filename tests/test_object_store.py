@@ -3,15 +3,16 @@
 import logging
 import os
 import ssl
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from tests.data.test_remote import certificate  # noqa: F401  (a fixture)
-from tests.s3 import URL, Refusal, Short, connected_again, s3, s3_server  # noqa: F401  (two are fixtures)
+from tests.s3 import URL, Headers, Refusal, Short, connected_again, s3, s3_server  # noqa: F401  (two are fixtures)
 from tests.spawn import start_process
-from tests.waiting import wait_for_end
+from tests.waiting import PATIENCE_S, wait_for_end
 from unimo3 import object_store
 from unimo3.errors import UnreachableError, exit_with_status
 from unimo3.object_store import ObjectChangedError, StoredObject, StoreError, check_url, is_store
@@ -43,6 +44,25 @@ def test_an_object_is_read_in_ranges(s3, url):  # noqa: F811
     ends = [(start, min(start + CHUNK, SIZE) - 1) for start in range(0, SIZE, CHUNK)]
     assert ranges(s3) == [f"bytes={start}-{end}" for start, end in ends]
     assert read(s3.put("empty", b"")) == b""
+
+
+def test_ranges_in_parallel_come_in_order_and_no_more_than_asked_for(s3, url):  # noqa: F811
+    together = threading.Barrier(3, timeout=PATIENCE_S)
+    s3.instead["GET", "folder/0.tar"] = [together.wait] * 3 + [Refusal(503, "SlowDown")]
+    chunks = object_store.read(url, CHUNK, num_parallel=3)
+    first = next(chunks)
+    assert len(ranges(s3)) == 3
+    assert first + b"".join(chunks) == content_of(0)
+    assert len(set(ranges(s3))) == 4
+    s3.requests.clear()
+    assert b"".join(object_store.read(url, CHUNK, 3, range(2 * CHUNK, sys.maxsize))) == content_of(0)[2 * CHUNK :]
+    assert len(ranges(s3)) == 2
+    s3.instead["GET", "folder/0.tar"] = [Refusal(403, "AccessDenied")]
+    with pytest.raises(StoreError, match="access is denied"):
+        list(object_store.read(url, CHUNK, num_parallel=3))
+    s3.instead["GET", "folder/0.tar"] = [lambda: s3.put("folder/0.tar", content_of(1))]
+    with pytest.raises(ObjectChangedError):
+        list(object_store.read(url, CHUNK, num_parallel=3))
 
 
 def test_a_small_object_takes_two_requests(s3):  # noqa: F811
@@ -196,6 +216,36 @@ def test_a_write_that_fails_is_tried_again(s3, tmp_path):  # noqa: F811
     assert read(f"{URL}/0.tar") == content_of(2)
     with pytest.raises(FileNotFoundError):
         object_store.put_file(tmp_path / "none", f"{URL}/0.tar")
+
+
+OTHER_ETAG = Headers({"ETag": f'"{"0" * 32}"'})
+OF_A_KEY = Headers({**OTHER_ETAG.values, "x-amz-server-side-encryption": "aws:kms"})
+
+
+def test_a_stored_object_that_is_not_the_one_that_was_sent_is_sent_again(s3, tmp_path, caplog):  # noqa: F811
+    (tmp_path / "file").write_bytes(content_of(2))
+    for put in (
+        lambda: object_store.put_file(tmp_path / "file", f"{URL}/0.tar"),
+        lambda: object_store.put_bytes(content_of(2), f"{URL}/0.tar"),
+    ):
+        damage = [lambda: s3.put("0.tar", content_of(3))]
+        s3.instead["HEAD", "0.tar"] = list(damage)
+        caplog.clear()
+        s3.requests.clear()
+        put()
+        assert "the object is not what was sent; trying again" in caplog.text
+        assert [request.method for request in s3.requests].count("PUT") == 2
+        assert s3.call("GET", "0.tar") == content_of(2)
+    s3.instead["HEAD", "0.tar"] = [turn for _ in range(5) for turn in (*damage, lambda: None)]
+    with pytest.raises(UnreachableError, match="the object is not what was sent, at the last of 5 tries"):
+        put()
+
+
+@pytest.mark.parametrize(("turn", "num_read"), [(OTHER_ETAG, 1), (OF_A_KEY, 0)])
+def test_an_etag_that_is_no_checksum_refuses_nothing(s3, turn, num_read):  # noqa: F811
+    s3.instead["HEAD", "0.tar"] = [turn, turn]
+    object_store.put_bytes(content_of(2), f"{URL}/0.tar")
+    assert [request.method for request in s3.requests] == ["PUT", "HEAD", "HEAD"] + ["GET"] * num_read
 
 
 def read_in_all(url: str, content: bytes) -> None:

@@ -9,15 +9,19 @@ https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html for the code
 """
 
 import functools
+import itertools
 import logging
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from unimo3.errors import Unimo3Error, UnreachableError
+from unimo3.object_etag import PART_BYTES, etag_of, is_encrypted_by_key, part_bytes_of
 from unimo3.object_store_errors import is_expired, permanent_problem, plain_message, status_of
 
 log = logging.getLogger(__name__)
@@ -27,8 +31,6 @@ Result = TypeVar("Result")
 # Seconds between two tries.
 PAUSES_S = (1.0, 3.0, 10.0, 30.0)
 CHUNK_BYTES = 16 * 2**20
-# s3fs sends a file of this size or more in parts, each a request.
-_SENT_IN_PARTS_BYTES = 100 * 2**20
 _TRIES_OF_A_PART = 5
 _TIMEOUT_S = 30.0
 
@@ -110,11 +112,14 @@ def staging_folder(url: str) -> Path:
     return Path("staging", *(part for part in url.partition("://")[2].split("/") if part))
 
 
-def read(url: str, chunk_bytes: int = CHUNK_BYTES, part: range | None = None) -> Generator[bytes, None, None]:
+def read(
+    url: str, chunk_bytes: int = CHUNK_BYTES, num_parallel: int = 1, part: range | None = None
+) -> Generator[bytes, None, None]:
     """An object's content in order; each range is requested by itself and, if that fails, again.
 
     Args:
         chunk_bytes: of a range.
+        num_parallel: ranges requested at a time, and at most in memory.
         part: the bytes that are wanted. None: all.
 
     Raises:
@@ -125,12 +130,33 @@ def read(url: str, chunk_bytes: int = CHUNK_BYTES, part: range | None = None) ->
     first = look_up(url)
     wanted = range(first.num_bytes) if part is None else range(part.start, min(part.stop, first.num_bytes))
     starts = range(wanted.start, wanted.stop, chunk_bytes)
-    for start in starts:
+
+    def fetch(start: int) -> bytes:
         end = min(start + chunk_bytes, wanted.stop)
-        yield _retry(url, functools.partial(_range, start=start, end=end, expected=first))
+        return _retry(url, functools.partial(_range, start=start, end=end, expected=first))
+
+    if num_parallel == 1 or len(starts) < 2:
+        yield from map(fetch, starts)
+    else:
+        yield from _in_parallel(fetch, starts, num_parallel)
     # A single request is answered from one version.
     if len(starts) > 1 and look_up(url) != first:
         raise ObjectChangedError(f"{url}: was replaced while it was read")
+
+
+def _in_parallel(fetch: Callable[[int], bytes], starts: range, num_parallel: int) -> Generator[bytes, None, None]:
+    """What `fetch` returns of each start, in order."""
+    ahead: deque[Future[bytes]] = deque()
+    pool = ThreadPoolExecutor(num_parallel)
+    try:
+        for start in starts:
+            ahead.append(pool.submit(fetch, start))
+            if len(ahead) == num_parallel:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def look_up(url: str) -> StoredObject:
@@ -160,30 +186,33 @@ def list_objects(url: str) -> dict[str, StoredObject]:
 
 
 def put_file(path: Path, url: str) -> StoredObject:
-    """Write a file as an object, which is there completely or not at all.
+    """Write a file as an object, which is there completely or not at all, and compare the store's checksum.
 
     Raises:
         OSError: the file cannot be read.
         StoreError: the store refuses.
-        UnreachableError: the store did not answer at the last try.
+        UnreachableError: the store did not answer at the last try, or its object is not the file.
     """
     with path.open("rb") as file:  # else its errors would be taken for the store's
         num_bytes = os.fstat(file.fileno()).st_size
+        part_bytes = part_bytes_of(num_bytes)
+        etag = etag_of(iter(lambda: file.read(CHUNK_BYTES), b""), num_bytes, part_bytes) if _is_s3(url) else ""
 
     def put(store: Any, where: str) -> StoredObject:
-        store.put_file(str(path), where)
-        return _checked(store, where, num_bytes)
+        store.put_file(str(path), where, **({"chunksize": part_bytes} if _is_s3(url) else {}))
+        return _checked(store, where, num_bytes, part_bytes, etag)
 
     # One part that fails must not send a hundred others again.
-    return _retry(url, put, _TRIES_OF_A_PART if num_bytes >= _SENT_IN_PARTS_BYTES else 1)
+    return _retry(url, put, _TRIES_OF_A_PART if num_bytes >= 2 * part_bytes else 1)
 
 
 def put_bytes(content: bytes, url: str) -> StoredObject:
     """Write an object; errors as for `put_file`."""
+    etag = etag_of([content], len(content), PART_BYTES) if _is_s3(url) else ""
 
     def put(store: Any, where: str) -> StoredObject:
-        store.pipe_file(where, content)
-        return _checked(store, where, len(content))
+        store.pipe_file(where, content, **({"chunksize": PART_BYTES} if _is_s3(url) else {}))
+        return _checked(store, where, len(content), PART_BYTES, etag)
 
     return _retry(url, put)
 
@@ -240,10 +269,24 @@ def _stored(info: dict[str, Any]) -> StoredObject:
     return StoredObject(int(info["size"] or 0), str(identity))
 
 
-def _checked(store: Any, path: str, num_bytes: int) -> StoredObject:
+def _checked(store: Any, path: str, num_bytes: int, part_bytes: int, etag: str) -> StoredObject:
+    """The object that was sent.
+
+    Args:
+        etag: that S3 gives such an object; empty: of another store, of which the size is compared.
+
+    Raises:
+        ConnectionError: another object is there.
+    """
     stored = _look_up(store, path)
     if stored.num_bytes != num_bytes:
         raise ConnectionError(f"the object has {stored.num_bytes} bytes after {num_bytes} were sent")
+    if etag and stored.identity.strip('"') != etag and not is_encrypted_by_key(store, path):
+        # Damaged; or of a server of S3's protocol whose ETags are no checksums.
+        ends = [*range(0, num_bytes, CHUNK_BYTES), num_bytes]
+        content = (store.cat_file(path, start=start, end=end) for start, end in itertools.pairwise(ends))
+        if etag_of(content, num_bytes, part_bytes) != etag:
+            raise ConnectionError("the object is not what was sent")
     return stored
 
 
@@ -280,6 +323,10 @@ def _retry(url: str, call: Callable[[Any, str], Result], tries_of_request: int =
         time.sleep(pauses_s.pop(0))
 
 
+def _is_s3(url: str) -> bool:
+    return url.partition("://")[0].lower() in ("s3", "s3a")
+
+
 def _bucket(url: str) -> str:
     scheme, _, rest = url.partition("://")
     return f"{scheme.lower()}://{rest.partition('/')[0]}"
@@ -291,7 +338,7 @@ def _file_system(url: str, tries_of_request: int) -> Any:
     if key not in _open:
         from fsspec.core import url_to_fs
 
-        is_s3 = url.partition("://")[0].lower() in ("s3", "s3a")
+        is_s3 = _is_s3(url)
         options: dict[str, Any] = {"use_listings_cache": False}
         if is_s3:
             # One request a try, else: retries inside of retries would multiply the load on a store that throttles.

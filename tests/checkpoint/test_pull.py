@@ -16,7 +16,6 @@ from tests.checkpoint.copies import (
     checkpoint_of,
     commit,
     contents,
-    environment,
     flip_byte,
     keys,
     kill,
@@ -27,16 +26,16 @@ from tests.checkpoint.copies import (
     write_heartbeat_of,
 )
 from tests.checkpoint.kills import FileEvents
-from tests.commands import start_command
 from tests.s3 import URL, Refusal, s3, s3_server  # noqa: F401  (two are fixtures)
 from tests.spawn import start_process
-from tests.waiting import text_of, wait_for, wait_for_end
-from unimo3.checkpoint import store
+from tests.waiting import wait_for, wait_for_end
+from unimo3.checkpoint import pull, store, stored_run
 from unimo3.checkpoint.best_record import BestRecord, write_best
 from unimo3.checkpoint.manifest import MANIFEST
 from unimo3.checkpoint.push import Pusher, Retention
 
-THROTTLED = Refusal(503, "SlowDown")
+THROTTLED, EXPIRED = Refusal(503, "SlowDown"), Refusal(400, "ExpiredToken")
+RANGE = 4096
 
 
 @pytest.fixture
@@ -47,6 +46,13 @@ def run(s3, tmp_path, capsys):  # noqa: F811
     capsys.readouterr()
     s3.requests.clear()
     return made
+
+
+@pytest.fixture
+def ranges(monkeypatch):
+    """Files of the runs have several ranges."""
+    for module in (stored_run, pull):
+        monkeypatch.setattr(module, "RANGE_BYTES", RANGE)
 
 
 def without(run: Path, *steps: int) -> dict[str, bytes]:
@@ -77,28 +83,53 @@ def test_the_best_checkpoint_is_pulled_too_or_alone(s3, run, tmp_path, tag):  # 
     assert contents(tmp_path / "copy") == (contents(run) if tag is None else without(run, 20))
 
 
+def pull_in_ranges(run: Path) -> None:
+    """Pull in this process, one file at a time, its ranges in parallel."""
+    stored_run.RANGE_BYTES = pull.RANGE_BYTES = RANGE
+    program.main(["pull", RUN_URL, str(run), "--jobs", "1"])
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "key", [f"checkpoints/step_00000020/{name}" for name in (MANIFEST, FILES[2])] + ["model/config.json"]
+    ("key", "num_before"),
+    [
+        (f"checkpoints/step_00000020/{MANIFEST}", 0),
+        # The fifth range is requested when the first one is written.
+        (f"checkpoints/step_00000020/{FILES[2]}", 4),
+        ("model/config.json", 0),
+    ],
 )
-def test_a_killed_pull_shows_no_run_and_continues(s3, run, tmp_path, key):  # noqa: F811
-    log, copy, process = tmp_path / "output", tmp_path / "copy", None
+def test_a_killed_pull_shows_no_run_and_continues(s3, run, tmp_path, ranges, key, num_before):  # noqa: F811
+    copy, process = tmp_path / "copy", None
 
     def kill_it() -> None:
         wait_for(lambda: process, "the process's start")
         kill(process.pid)
 
-    s3.instead["GET", f"runs/small/{key}"] = [kill_it]
-    process = start_command("pretrain.checkpoints", ["pull", RUN_URL, copy, "--jobs", "1"], environment(), log)
-    wait_for_end(process, "pull", text_of(log))
-    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    s3.instead["GET", f"runs/small/{key}"] = [lambda: None] * num_before + [kill_it]
+    process = start_process(pull_in_ranges, copy)
+    wait_for_end(process, "pull")
+    assert process.exitcode == -signal.SIGKILL
     assert not copy.exists()
     s3.requests.clear()
     assert run_program("pull", RUN_URL, copy, "--jobs", "1") == 0
     assert contents(copy) == without(run, 10)
     order = [f"checkpoints/step_00000020/{name}" for name in FILES]
     again = order[order.index(key) :] if key in order else order * key.endswith(MANIFEST)
-    assert [name for name in keys(s3, "GET") if name in order] == again
+    assert list(dict.fromkeys(name for name in keys(s3, "GET") if name in order)) == again
+    # Of the file that it was receiving, what it has written is not requested again.
+    first = [request.key for request in s3.requests if request.range == f"bytes=0-{RANGE - 1}"]
+    assert [name for name in again if f"runs/small/{name}" not in first and name.endswith(".bin")] == (
+        [key] if num_before else []
+    )
+
+
+def test_a_beginning_that_is_of_another_object_is_received_again(s3, run, tmp_path, ranges):  # noqa: F811
+    part = tmp_path / "copy.pull" / "checkpoints" / "step_00000020" / f"{FILES[2]}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 10**6)
+    assert run_program("pull", RUN_URL, tmp_path / "copy") == 0
+    assert contents(tmp_path / "copy") == without(run, 10)
 
 
 def pull_and_die(run: Path, number: int) -> None:
@@ -230,6 +261,17 @@ def test_a_pull_from_a_throttled_store_is_tried_again(s3, run, tmp_path):  # noq
     s3.instead["GET", f"{CHECKPOINTS}/step_00000020/rank_0.bin"] = [THROTTLED] * 5
     assert run_program("pull", RUN_URL, tmp_path / "other") == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_expired_credentials_end_a_pull_with_status_78(s3, run, tmp_path, capsys):  # noqa: F811
+    s3.instead["GET", f"{CHECKPOINTS}/step_00000020/{FILES[2]}"] = [EXPIRED] * 2
+    assert run_program("pull", RUN_URL, tmp_path / "copy", "--jobs", "1") == 78
+    output = capsys.readouterr().err
+    assert f"{FILES[2]}: the credentials expired (ExpiredToken as a sentence); renew them (AWS_PROFILE" in output
+    assert "test-secret" not in output
+    assert not (tmp_path / "copy").exists()
+    assert run_program("pull", RUN_URL, tmp_path / "copy") == 0
+    assert contents(tmp_path / "copy") == without(run, 10)
 
 
 def test_incomplete_checkpoints_are_listed_and_not_pulled(s3, run, tmp_path, capsys):  # noqa: F811

@@ -180,6 +180,8 @@ def test_only_the_part_that_failed_is_sent_again(s3, tmp_path):  # noqa: F811
     object_store.put_file(path, f"{URL}/large")
     assert keys(s3, "PUT") == ["large"] * 3
     assert object_store.look_up(f"{URL}/large").num_bytes == 100 * 2**20
+    # The checksum of the parts is the one that was expected: nothing is read back.
+    assert not keys(s3, "GET")
 
 
 def test_another_run_or_other_things_at_the_url_are_refused(s3, run, tmp_path, capsys):  # noqa: F811

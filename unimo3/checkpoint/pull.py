@@ -3,8 +3,8 @@
     RUN.pull/         the copy while it is made, if there is no folder RUN; it becomes RUN by a rename
     RUN/pull.tmp/     the same if there is one; each checkpoint then gets its name by a rename
 
-Each file is compared with its checkpoint's manifest while it is received. A pull after a kill verifies what it finds in
-its staging folder and receives the rest.
+Each file is compared with its checkpoint's manifest while it is received; of a large one, ranges are received in
+parallel. A pull after a kill verifies what it finds in its staging folder and receives the rest, also of a file.
 
 Source: unimo3/checkpoint/export.py for the folder that appears by a rename.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -28,7 +28,7 @@ from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BEST
 from unimo3.checkpoint.load import rename_damaged
 from unimo3.checkpoint.manifest import MANIFEST, file_problem, flush_folder, read_entries, write_and_flush
-from unimo3.checkpoint.stored_run import CHECKPOINTS, CONFIG, NUM_JOBS, StoredRun, receive
+from unimo3.checkpoint.stored_run import CHECKPOINTS, CONFIG, NUM_JOBS, RANGE_BYTES, StoredRun, receive
 from unimo3.errors import CheckpointError, ConfigError, UnreachableError
 from unimo3.object_store import ObjectChangedError, StoreError
 
@@ -224,9 +224,18 @@ def _receive_file(url: str, folder: Path, entry: dict[str, Any]) -> int:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + _PART)
-    with naming(part), part.open("wb") as file:
-        problem = receive(url, file.write, entry)
-        file.flush()
+    with naming(part), part.open("r+b" if part.is_file() else "w+b") as file:
+
+        def write(chunk: bytes) -> None:
+            file.write(chunk)
+            file.flush()  # a kill loses the range that is written, no more
+
+        is_begun = os.fstat(file.fileno()).st_size >= RANGE_BYTES
+        problem = receive(url, write, entry, _beginning(file, entry["bytes"]))
+        if problem and is_begun:  # it was of an object that has been replaced, or did not reach the disk
+            file.seek(0)
+            file.truncate()
+            problem = receive(url, write, entry)
         os.fsync(file.fileno())
     if problem:
         part.unlink()
@@ -234,6 +243,13 @@ def _receive_file(url: str, folder: Path, entry: dict[str, Any]) -> int:
     part.replace(path)
     num_bytes: int = entry["bytes"]
     return num_bytes
+
+
+def _beginning(file: BinaryIO, limit: int) -> Iterator[bytes]:
+    """The complete ranges in an incomplete file, which ends with them then."""
+    for _ in range(min(os.fstat(file.fileno()).st_size, limit) // RANGE_BYTES):
+        yield file.read(RANGE_BYTES)
+    file.truncate(file.tell())
 
 
 def _move_into(staging: Path, run: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from unimo3 import object_store
 from unimo3.checkpoint import store
 from unimo3.checkpoint.pull import pull
-from unimo3.checkpoint.stored_run import CONFIG, NUM_JOBS, StoredRun
+from unimo3.checkpoint.stored_run import CONFIG, NUM_JOBS, NUM_RANGES, StoredRun
 from unimo3.errors import CheckpointError
 from unimo3.small_files import fetch_small_files, safe_objects
 
@@ -99,7 +99,7 @@ def fetch_exported(url: str, out: Path) -> None:
 
     def fetch(name: str) -> None:
         with (staging / name).open("wb") as file:
-            for chunk in object_store.read(object_store.join(url, name)):
+            for chunk in object_store.read(object_store.join(url, name), num_parallel=NUM_RANGES):
                 file.write(chunk)
 
     with ThreadPoolExecutor(NUM_JOBS) as pool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,8 +29,9 @@ from unimo3.small_files import read_small
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 FOLDERS = ("model", "ledger")
-# Files copied at a time; of a large one, parts are sent in parallel too.
-NUM_JOBS = 4
+# Files copied at a time; of a large one, parts are sent and ranges are received in parallel too.
+NUM_JOBS, NUM_RANGES = 4, 4
+RANGE_BYTES = object_store.CHUNK_BYTES
 
 
 class StoredRun:
@@ -134,8 +136,12 @@ def folder_or_url(word: str) -> Path | str:
     return word if is_store(word) else Path(word)
 
 
-def receive(url: str, write: Callable[[bytes], object], entry: dict[str, Any]) -> str:
+def receive(url: str, write: Callable[[bytes], object], entry: dict[str, Any], received: Iterable[bytes] = ()) -> str:
     """Pass an object's content on; what differs from its entry of the manifest, empty: nothing.
+
+    Args:
+        write: takes the content in order; ranges of a large object are requested in parallel.
+        received: the content's beginning, which is not requested.
 
     Raises:
         ObjectChangedError: it was replaced while it was read.
@@ -143,7 +149,10 @@ def receive(url: str, write: Callable[[bytes], object], entry: dict[str, Any]) -
         UnreachableError: the store did not answer at the last try.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    for chunk in object_store.read(url):
+    for chunk in received:
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    for chunk in object_store.read(url, RANGE_BYTES, NUM_RANGES, range(num_bytes, sys.maxsize)):
         digest.update(chunk)
         write(chunk)
         num_bytes += len(chunk)
