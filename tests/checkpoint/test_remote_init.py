@@ -1,5 +1,6 @@
 """What a new run starts from in an object store: exported folders, runs and checkpoints, verified."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from unimo3 import small_files
 from unimo3.checkpoint import remote_init
 from unimo3.checkpoint.initial_weights import config_errors, exports, model_files_of, weights_of
 from unimo3.errors import CheckpointError, UnreachableError
+from unimo3.object_store import StoreError
 
 RUN_URL = f"{URL}/runs/fp32"
 EXPORT_URL = f"{URL}/exported"
+EXPIRED = Refusal(400, "ExpiredToken")
+EXPIRED_HINT = "the credentials expired (ExpiredToken as a sentence); renew them (AWS_PROFILE"
 
 
 @pytest.fixture
@@ -39,6 +43,10 @@ def exported(s3, run, tmp_path):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def _as_a_new_process():
+    _forget()
+
+
+def _forget():
     small_files.fetch_small_files.cache_clear()
     remote_init.look_at.cache_clear()
 
@@ -116,6 +124,29 @@ def test_an_exported_folder_in_the_store_is_copied_and_verified(s3, exported, tm
     ):
         weights_of(EXPORT_URL, new)
     assert not (new / "init").exists()
+
+
+def test_expired_credentials_leave_neither_export_nor_initial_weights(s3, exported, run, tmp_path, capsys):  # noqa: F811
+    new, out = tmp_path / "new", tmp_path / "out"
+    weights = [f"runs/fp32/checkpoints/step_00000004/{name}" for name in contents(run / "checkpoints/step_00000004")]
+    capsys.readouterr()
+    for key in (*weights, "exported/model.safetensors"):
+        s3.instead["GET", key] = [EXPIRED] * 8
+    assert run_program(RUN_URL, "--out", out) == 78
+    assert EXPIRED_HINT in capsys.readouterr().err
+    for init in (RUN_URL, EXPORT_URL):
+        with pytest.raises(CheckpointError, match=re.escape(EXPIRED_HINT)) as error:
+            weights_of(init, new)
+        assert error.value.exit_status == 78
+        assert not (new / "init").exists()
+    assert not out.exists()
+    s3.instead.clear()
+    assert run_program(RUN_URL, "--out", out) == 0
+    s3.always = EXPIRED
+    for init in (RUN_URL, EXPORT_URL):
+        _forget()
+        with pytest.raises(StoreError, match=re.escape(EXPIRED_HINT)):  # before the ranks meet
+            model_files_of(init, tmp_path / "newer")
 
 
 def test_what_is_no_weights_is_refused(s3, run, tmp_path):  # noqa: F811

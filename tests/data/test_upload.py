@@ -1,19 +1,24 @@
 """Conversions into an S3 bucket: complete there or absent, continued after an interruption, refused early."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.copies import kill
 from tests.data.conftest import convert
 from tests.data.test_parallel import run
 from tests.s3 import BUCKET, URL, Refusal, s3, s3_server  # noqa: F401  (two are fixtures)
+from tests.spawn import start_process
+from tests.waiting import wait_for, wait_for_end
 from unimo3 import object_store
 from unimo3.data.cache import ShardCache
 from unimo3.data.index import ShardIndex
 
 OUT = f"{URL}/sets/coco"
 EXPIRED = Refusal(400, "ExpiredToken")
+SMALL = ("--shard-size", "4", "--tokenizer-vocab", "300")
 
 
 @pytest.fixture
@@ -22,8 +27,7 @@ def command(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(*options: str, out: str = OUT) -> int:
-        words = ("--src", str(source), "--out", out, "--shard-size", "4", "--tokenizer-vocab", "300")
-        return convert("coco", *words, *options)
+        return convert("coco", "--src", str(source), "--out", out, *SMALL, *options)
 
     return start
 
@@ -71,6 +75,33 @@ def test_an_interrupted_upload_sends_only_what_is_missing(s3, command, coco, tmp
     assert set(sent(s3)) == {*contents(coco), changed} - (there - {changed})
     assert f"{len(there) - 1} were there already" in capsys.readouterr().out
     assert stored() == contents(coco)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["train/000001.tar", "train/index.json"])
+def test_a_killed_upload_shows_no_half_split_and_continues(s3, command, source, coco, tmp_path, name):  # noqa: F811
+    process = None
+
+    def kill_it() -> None:
+        wait_for(lambda: process, "the process's start")
+        kill(process.pid)
+
+    s3.instead["PUT", f"sets/coco/{name}"] = [kill_it]
+    words = ["--src", str(source), "--out", OUT, "--staging", str(tmp_path / "stage"), *SMALL]
+    process = start_process(convert, "coco", *words)
+    wait_for_end(process, "the conversion")
+    assert process.exitcode == -signal.SIGKILL
+    wait_for(lambda: name in object_store.list_objects(OUT), "the object that the store had received")
+    there = object_store.list_objects(OUT)
+    readable = {name.partition("/")[0] for name in there if name.endswith("index.json")}
+    assert readable <= ({"train", "val", "test"} if name.endswith("index.json") else set())
+    assert {each for each in contents(coco) if each.partition("/")[0] in readable} <= there.keys()
+    s3.requests.clear()
+    assert command("--staging", str(tmp_path / "stage")) == 0
+    assert stored() == contents(coco)
+    # What was recorded; up to four more were on their way when the process was killed.
+    assert len(sent(s3)) <= len(contents(coco)) - len(there) + 4
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
