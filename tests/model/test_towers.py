@@ -1,4 +1,4 @@
-"""Towers equal transformers' RobertaModel and CLIPVisionModel layer by layer, with weights of every form we read."""
+"""Towers equal transformers' and timm's models layer by layer, with weights of every form we read."""
 
 import re
 
@@ -8,27 +8,62 @@ import torch
 from safetensors.torch import save_file
 from timm.models.beit import checkpoint_filter_fn
 from transformers import (
+    AutoModel,
     BridgeTowerConfig,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertModel,
     RobertaConfig,
     RobertaForMaskedLM,
-    RobertaModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
 )
 
 from tests.tiny import tiny_batch, tiny_config, tiny_pretraining_model
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
 from unimo3.model.config import Unimo3VisionConfig
+from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.initialization import initialize_weights
-from unimo3.model.pretrained import load_roberta, load_vision, vision_errors
+from unimo3.model.pretrained import (
+    load_exported,
+    load_text,
+    load_vision,
+    read_exported_config,
+    text_weight_errors,
+    vision_errors,
+)
+from unimo3.model.text import build_text_tower
 from unimo3.model.vision import VisionTower
 
 DEPTH = 3
 ARCHITECTURE = "vit_base_patch16_clip_quickgelu_224"
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2}
+TEXT_SIZES = {
+    **{"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64},
+    **{"max_position_embeddings": 20, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+}
+# Of configurations, models and sizes; with a head the names of tensors have a prefix.
+TEXT_FAMILIES = {
+    "roberta": (RobertaConfig, RobertaForMaskedLM, {}),
+    "xlm_roberta": (XLMRobertaConfig, XLMRobertaForMaskedLM, {}),
+    "xlm_roberta_encoder": (XLMRobertaConfig, XLMRobertaModel, {}),
+    "modernbert": (ModernBertConfig, ModernBertForMaskedLM, {"local_attention": 4}),
+}
 
 
 def spread(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,20 +90,45 @@ def clip_vision(image_size: int = 16) -> CLIPVisionConfig:
 
 
 @torch.no_grad()
-def test_all_text_states_equal_robertas(tmp_path):
-    sizes = tiny_config().text_config.to_diff_dict() | {"num_hidden_layers": DEPTH}
-    outside = spread(RobertaForMaskedLM(RobertaConfig(**sizes)))
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_all_text_states_equal_transformers(tmp_path, family):
+    config_class, model_class, changes = TEXT_FAMILIES[family]
+    outside = spread(model_class(config_class(**TEXT_SIZES, **changes, num_hidden_layers=DEPTH)))
     outside.save_pretrained(tmp_path)
+    text = TextArgs(init=str(tmp_path), dropout=0.0).to_config()
     vision = {"image_size": 16, "overrides": SIZES}
-    model = tiny_pretraining_model(text_config=sizes, vision_config=vision, bridge=True).unimo3.eval()
-    load_roberta(model.text_tower, str(tmp_path))
+    model = tiny_pretraining_model(text_config=text, vision_config=vision, bridge=True).eval()
+    assert text_weight_errors(str(tmp_path), text) == []
+    load_text(model.unimo3.text_tower, str(tmp_path))
     batch = tiny_batch(3)
-    expected = RobertaModel.from_pretrained(tmp_path).eval()(
-        batch["input_ids"], batch["attention_mask"], output_hidden_states=True
-    )
-    actual = model.encode_text(batch["input_ids"], batch["attention_mask"])
+    inputs = batch["input_ids"], batch["attention_mask"]
+    expected = AutoModel.from_pretrained(tmp_path).eval()(*inputs, output_hidden_states=True)
+    actual = model.unimo3.encode_text(*inputs)
     assert actual.shape == (3, DEPTH, 10, 32)
     torch.testing.assert_close(actual, torch.stack(expected.hidden_states[1:], dim=1), atol=0, rtol=0)
+    # With another head around it, and read by transformers.
+    assert model.mlm_head.decoder.weight is model.unimo3.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    assert type(again.config.text_config) is config_class
+    assert torch.equal(again.unimo3.encode_text(*inputs), actual)
+    answering = read_exported_config(str(tmp_path / "saved"))
+    answering.num_answers = 3
+    tuned = Unimo3ForVisualQuestionAnswering(answering).eval()
+    load_exported(tuned, str(tmp_path / "saved"), fresh=r"^vqa_head\.")
+    assert torch.equal(tuned.unimo3.encode_text(*inputs), actual)
+
+
+@torch.no_grad()
+def test_a_cast_model_has_the_positions_of_a_modernbert(tmp_path):
+    # A text of some length, where angles of rounded frequencies are wrong.
+    sizes = TEXT_SIZES | {"max_position_embeddings": 128, "num_hidden_layers": 1}
+    spread(ModernBertModel(ModernBertConfig(**sizes))).save_pretrained(tmp_path)
+    tower = build_text_tower(TextArgs(init=str(tmp_path), dropout=0.0).to_config()).eval()
+    load_text(tower, str(tmp_path))
+    ids = torch.arange(128)[None] % 60
+    expected = ModernBertModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()(ids).last_hidden_state
+    assert torch.equal(tower.bfloat16()(ids).last_hidden_state, expected)
 
 
 @torch.no_grad()
@@ -101,6 +161,114 @@ def test_all_image_states_equal_clips_also_with_resized_positions(tmp_path, imag
     tower(pixels)
     for actual, wanted in zip([*entered, *plain], expected, strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+OUTSIDE_SIZES = {
+    **{"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "patch_size": 8, "image_size": 16},
+}
+SIGLIP = OUTSIDE_SIZES | {"intermediate_size": 128}
+SIGLIP_TEXT = {
+    **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    **{"bos_token_id": 0, "eos_token_id": 2},
+}
+# timm's architecture, and the model whose folder fills it.
+HUGGING_FACE = {
+    "siglip": (
+        "vit_base_patch16_siglip_224",
+        lambda: SiglipModel(SiglipConfig(vision_config=SIGLIP, text_config=SIGLIP_TEXT)),
+    ),
+    "siglip_vision": ("vit_base_patch16_siglip_224", lambda: SiglipVisionModel(SiglipVisionConfig(**SIGLIP))),
+    "dinov2": ("vit_base_patch14_dinov2", lambda: Dinov2Model(Dinov2Config(**OUTSIDE_SIZES))),
+    "dinov2_with_registers": (
+        "vit_base_patch14_reg4_dinov2",
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**OUTSIDE_SIZES)),
+    ),
+    "dinov2_with_registers_classifier": (
+        "vit_base_patch14_reg4_dinov2",
+        lambda: Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(**OUTSIDE_SIZES)),
+    ),
+    "dinov2_with_registers_swiglu": (
+        "vit_giant_patch14_reg4_dinov2",
+        lambda: Dinov2WithRegistersModel(
+            # The ratio at which both give the feed-forward network the same width.
+            Dinov2WithRegistersConfig(**OUTSIDE_SIZES, use_swiglu_ffn=True, mlp_ratio=4)
+        ),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_size", [8, 16, 40])
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_all_image_states_equal_transformers(tmp_path, family, image_size):
+    architecture, build = HUGGING_FACE[family]
+    outside = spread(build())
+    outside.save_pretrained(tmp_path)
+    # As the settings give it: the activation is the folder's.
+    args = VisionArgs(str(tmp_path), architecture, image_size, 8, 32, DEPTH, 2)
+    config = args.to_config()
+    if family.endswith("swiglu"):
+        config.overrides["mlp_ratio"] = 5.5
+    tower = VisionTower(config, DEPTH).eval()
+    assert vision_errors(str(tmp_path), tower) == []
+    load_vision(tower, str(tmp_path))
+    pixels = torch.randn(2, 3, image_size, image_size)
+    model = getattr(outside, "dinov2_with_registers", getattr(outside, "vision_model", outside))
+    resized = {"interpolate_pos_encoding": True} if "siglip" in family else {}
+    states = model(pixel_values=pixels, output_hidden_states=True, **resized).hidden_states[1:]
+    norm = model.post_layernorm if "siglip" in family else model.layernorm
+    num_prefix = {"siglip": 0, "siglip_vision": 0, "dinov2": 1}.get(family, 5)
+    expected = []
+    for state in map(norm, states):
+        patches = state[:, num_prefix:]
+        pooled = state[:, :1] if num_prefix else patches.mean(dim=1, keepdim=True)
+        expected.append(torch.cat([pooled, patches], dim=1))
+    actual = tower(pixels)
+    assert actual.shape == (2, DEPTH, 1 + (image_size // 8) ** 2, 32) == (2, DEPTH, tower.num_tokens, 32)
+    torch.testing.assert_close(actual, torch.stack(expected, dim=1), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("architecture", "num_registers", "has_class_token"),
+    [
+        ("vit_base_patch16_reg4_gap_256", 4, False),
+        ("vit_base_patch16_siglip_gap_224", 0, False),
+        ("vit_base_patch14_reg1_tipsv2", 1, True),
+        ("vit_base_patch16_radio_v3", 7, True),
+        ("vit_base_patch16_rpn_224", 0, False),
+        ("aimv2_large_patch14_224", 0, False),
+        ("vit_base_patch16_rope_reg1_gap_256", 1, False),
+        ("vit_small_plus_patch16_dinov3", 4, True),
+        ("vit_pe_spatial_base_patch16_512", 0, True),
+        ("vit_srelpos_small_patch16_224", 0, False),
+        ("beit_base_patch16_224", 0, True),
+    ],
+)
+def test_states_are_the_pooled_vector_and_the_patches_of_timm(tmp_path, architecture, num_registers, has_class_token):
+    vision = {"architecture": architecture, "image_size": 32, "overrides": SIZES}
+    text = TEXT_SIZES | {"num_hidden_layers": DEPTH}
+    model = tiny_pretraining_model(vision_config=vision, text_config=text, bridge=True).eval()
+    tower = model.unimo3.vision_tower
+    assert (tower.num_registers, tower.has_class_token) == (num_registers, has_class_token)
+    pixels = torch.randn(2, 3, 32, 32)
+    tokens = tower.vit.forward_features(pixels)
+    patches = tokens[:, num_registers + has_class_token :]
+    pooled = tokens[:, :1] if has_class_token else patches.mean(dim=1, keepdim=True)
+    states = model.unimo3.encode_image(pixels)
+    torch.testing.assert_close(states[:, -1], torch.cat([pooled, patches], dim=1), atol=0, rtol=0)
+    expected = torch.nn.functional.normalize(model.itc_head.image(pooled[:, 0]), dim=-1)
+    torch.testing.assert_close(model.itc_head.embed_image(states), expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again.unimo3.encode_image(pixels), states)
+    # Another resolution, as a second stage has it.
+    config = read_exported_config(str(tmp_path))
+    config.vision_config.image_size = 48
+    larger = type(model)(config).eval()
+    load_exported(larger, str(tmp_path))
+    assert larger.unimo3.encode_image(torch.randn(1, 3, 48, 48)).shape == (1, DEPTH, 1 + 6 * 6, 32)
+    assert model.to(torch.bfloat16).unimo3.encode_image(pixels).isfinite().all()
 
 
 @torch.no_grad()
@@ -235,21 +403,28 @@ def test_a_clip_of_another_form_is_named(tmp_path, changes, named):
             VisionArgs(architecture="vit_base_mci_224", image_size=100),
             "model.vision.image_size: 100: not a",
         ),
-        (VisionArgs(architecture="vit_base_patch16_siglip_224", image_size=224), "has not one class token"),
-        (VisionArgs(architecture="vit_base_patch16_rope_reg1_gap_256", image_size=256), "has not one class token"),
-        (VisionArgs(architecture="vit_small_patch16_rope_mixed_224", image_size=224), "learns the frequencies of its"),
-        (VisionArgs(architecture="deit_small_distilled_patch16_224", image_size=224), "has not one class token"),
+        (
+            VisionArgs(architecture="vit_small_patch16_rope_mixed_224", image_size=224),
+            "learns the frequencies of its rotary positions, which timm draws without the run's seed",
+        ),
         (VisionArgs(width=100), "timm cannot build such a vision transformer"),
         *(
-            (VisionArgs(architecture=name, image_size=224), f"'{name}': is a {kind} of timm, whose structure is not")
-            for name, kind in (
-                ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-                ("resnet18", "ResNet"),
-                ("cait_xxs24_224", "Cait"),
-                ("xcit_nano_12_p16_224", "Xcit"),
-                ("mvitv2_base_cls", "MultiScaleVit"),
-                ("convit_tiny", "ConVit"),
-                ("crossvit_9_240", "CrossVit"),
+            (VisionArgs(architecture=name, image_size=224), f"'{name}': is a {kind} of timm{reason}; use one of timm's")
+            for name, kind, reason in (
+                ("swin_tiny_patch4_window7_224", "SwinTransformer", ""),
+                ("resnet18", "ResNet", ""),
+                ("mvitv2_base_cls", "MultiScaleVit", ""),
+                ("crossvit_9_240", "CrossVit", ""),
+                ("cait_xxs24_224", "Cait", ": its class token joins after the layers"),
+                ("xcit_nano_12_p16_224", "Xcit", ": its class token joins after the layers"),
+                ("convit_tiny", "ConVit", ": its class token joins between the layers"),
+                ("naflexvit_base_patch16_map", "NaFlexVit", ": it resizes its position table to every image"),
+                ("samvit_base_patch16_224", "VisionTransformerSAM", ": its layers return maps, not tokens"),
+                (
+                    "deit_small_distilled_patch16_224",
+                    "VisionTransformerDistilled",
+                    ": timm builds it only with heads for its class and distillation tokens",
+                ),
             )
         ),
     ],
@@ -264,7 +439,7 @@ def test_a_tensor_given_twice_is_named(tmp_path):
     state["roberta.encoder.layer.0.output.dense.bias"] = torch.zeros(32)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"^model\.text\.init: .*there twice: roberta\.encoder\.layer\.0\.output"):
-        load_roberta(tower, str(tmp_path))
+        load_text(tower, str(tmp_path))
 
 
 def test_weights_in_several_files_are_those_that_their_index_names(tmp_path):
@@ -273,7 +448,7 @@ def test_weights_in_several_files_are_those_that_their_index_names(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     save_file({"left.over": torch.zeros(1)}, tmp_path / "model-of-another-time.safetensors")
-    load_roberta(tower, str(tmp_path))
+    load_text(tower, str(tmp_path))
     for name, parameter in tower.named_parameters():
         assert torch.equal(parameter, source.get_parameter(name)), name
     first = sorted(tmp_path.glob("model-0*.safetensors"))[0]

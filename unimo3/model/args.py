@@ -12,9 +12,9 @@ from unimo3.config import Checked
 from unimo3.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, RobertaConfig
+    from transformers import PreTrainedTokenizerBase
 
-    from unimo3.model.config import Unimo3Config, Unimo3VisionConfig
+    from unimo3.model.config import TextConfig, Unimo3Config, Unimo3VisionConfig
     from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 Interaction = Literal["in_layer", "cross_layer"]
@@ -35,6 +35,11 @@ _DECIDED_BY_WEIGHTS = (
     "itc_size",
     "tie_word_embeddings",
 )
+# Of RoBERTas, and of ModernBERT.
+_TEXT_DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("embedding_dropout", "attention_dropout", "mlp_dropout"),
+)
 _COUNTS = ("hidden_size", "num_attention_heads", "itc_size")
 _TEXT_COUNTS = (
     "vocab_size",
@@ -48,10 +53,11 @@ _TEXT_COUNTS = (
 
 @dataclass(frozen=True)
 class TextArgs:
-    """The text tower, a RoBERTa encoder."""
+    """The text tower, a RoBERTa encoder unless `init` names another family."""
 
     init: str | None = None
-    """Local Hugging Face RoBERTa folder: its weights, and its sizes instead of those below. Random if null."""
+    """Local Hugging Face folder of a RoBERTa, XLM-RoBERTa or ModernBERT: its weights, and its sizes instead of those
+    below. Random if null."""
     vocab_size: int = 50265
     """Entries of the word embedding; at least the tokenizer's."""
     hidden_size: int = 768
@@ -68,13 +74,13 @@ class TextArgs:
     dropout: float = 0.1
     """Dropout probability of hidden states and attention weights."""
 
-    def to_config(self) -> "RobertaConfig":
+    def to_config(self) -> "TextConfig":
         """The tower's configuration."""
         if self.init:
-            from unimo3.model.pretrained import read_roberta_config
+            from unimo3.model.pretrained import read_text_config
 
-            config = read_roberta_config(self.init)
-            config.hidden_dropout_prob = config.attention_probs_dropout_prob = self.dropout
+            config = read_text_config(self.init)
+            set_text_dropout(config, self.dropout)
             return config
         from transformers import RobertaConfig
 
@@ -97,7 +103,8 @@ class VisionArgs:
     """The image tower, a timm vision transformer."""
 
     init: str | None = None
-    """Local Hugging Face folder of a CLIP model, or a timm checkpoint file, with this tower's sizes. Random if null."""
+    """Local Hugging Face folder of a CLIP, a SigLIP or a DINOv2 (with or without registers), whose activation is used,
+    or a timm checkpoint file; with this tower's sizes. Random if null."""
     architecture: str = "vit_base_patch16_clip_quickgelu_224"
     """Name of a timm vision transformer."""
     image_size: int = 288
@@ -122,6 +129,10 @@ class VisionArgs:
             "num_heads": self.num_heads,
         }
         overrides = {name: value for name, value in sizes.items() if value}
+        if self.init:
+            from unimo3.model.pretrained import vision_activation
+
+            overrides |= vision_activation(self.init)
         return Unimo3VisionConfig(self.architecture, self.image_size, overrides)
 
 
@@ -174,7 +185,7 @@ class ModelArgs(Checked):
         """The model's configuration.
 
         Raises:
-            ConfigError: `text.init` is not a RoBERTa folder, or `init` neither a BridgeTower nor an exported one.
+            ConfigError: `text.init` is no text encoder's folder, or `init` neither a BridgeTower nor an exported one.
         """
         if self.init and self.continues_unimo3:
             from unimo3.model.pretrained import read_exported_config
@@ -182,8 +193,7 @@ class ModelArgs(Checked):
             config = read_exported_config(self.init, self.has_weights, "model.init")
             config.vision_config.image_size = self.vision.image_size
             config.update({"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": self.dropout})
-            text = config.text_config
-            text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.text.dropout
+            set_text_dropout(config.text_config, self.text.dropout)
             return config
         if self.init and not (Path(self.init) / "config.json").is_file():
             raise ConfigError(
@@ -195,8 +205,7 @@ class ModelArgs(Checked):
 
             config = read_bridgetower_config(self.init, self.vision.image_size)
             config.update(self._free_settings())
-            text = config.text_config
-            text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.text.dropout
+            set_text_dropout(config.text_config, self.text.dropout)
             return config
         from unimo3.model.config import Unimo3Config
 
@@ -271,12 +280,12 @@ class ModelArgs(Checked):
 
     def _built_errors(self, config: "Unimo3Config") -> list[str]:
         """Return whether the model can be built, and whether the weights fit that are named for it or its towers."""
-        from unimo3.model.pretrained import bridgetower_errors, exported_errors, roberta_errors
+        from unimo3.model.pretrained import bridgetower_errors, exported_errors, text_weight_errors
         from unimo3.model.unimo3 import Unimo3ForPreTraining
 
         errors = self._tower_errors(config.vision_config, config)
         if self.text.init:
-            errors += roberta_errors(self.text.init, config.text_config)
+            errors += text_weight_errors(self.text.init, config.text_config)
         if self.init and not errors:
             if not self.continues_unimo3:
                 errors += bridgetower_errors(self.init, config)
@@ -364,7 +373,14 @@ def _model_type(folder: str) -> str:
     return str(content.get("model_type", "")) if isinstance(content, dict) else ""
 
 
-def text_errors(text: "TextArgs | RobertaConfig") -> list[str]:
+def set_text_dropout(text: "TextConfig", probability: float) -> None:
+    """Set the dropout of a text tower's hidden states and attention weights; families name them differently."""
+    for name in _TEXT_DROPOUTS:
+        if hasattr(text, name):
+            setattr(text, name, probability)
+
+
+def text_errors(text: "TextArgs | TextConfig") -> list[str]:
     """Return an error if a text tower's width does not divide into its heads."""
     heads = text.num_attention_heads
     if heads > 0 and text.hidden_size % heads:
@@ -421,7 +437,7 @@ def set_initial_weights(model: "Unimo3ForPreTraining", args: ModelArgs, seed: in
         CheckpointError: a tensor of a folder or file is missing, unexpected or of another shape.
     """
     from unimo3.model.initialization import initialize_weights
-    from unimo3.model.pretrained import fill_from_bridgetower, load_exported, load_roberta, load_vision
+    from unimo3.model.pretrained import fill_from_bridgetower, load_exported, load_text, load_vision
 
     initialize_weights(model, seed, args.initializer_range)
     if args.init and args.continues_unimo3:
@@ -429,13 +445,13 @@ def set_initial_weights(model: "Unimo3ForPreTraining", args: ModelArgs, seed: in
     elif args.init:
         fill_from_bridgetower(model, args.init)
     if args.text.init:
-        load_roberta(model.unimo3.text_tower, args.text.init)
+        load_text(model.unimo3.text_tower, args.text.init)
     if args.vision.init:
         load_vision(model.unimo3.vision_tower, args.vision.init)
 
 
 def tokenizer_errors(
-    text: "RobertaConfig", tokenizer: "PreTrainedTokenizerBase", max_tokens: int, is_trained: bool
+    text: "TextConfig", tokenizer: "PreTrainedTokenizerBase", max_tokens: int, is_trained: bool
 ) -> list[str]:
     """Return where a text tower, a tokenizer and the length of texts do not fit together, one line per error.
 
@@ -464,21 +480,29 @@ def largest_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values())
 
 
-def max_text_tokens(text: "RobertaConfig", padding_id: int) -> int:
-    """Tokens that a text can have: RoBERTa counts positions from behind the padding id."""
-    return max(0, text.max_position_embeddings - padding_id - 1)
+def max_text_tokens(text: "TextConfig", padding_id: int) -> int:
+    """Tokens that a text can have: RoBERTas count positions from behind the padding id, ModernBERT from 0."""
+    return max(0, text.max_position_embeddings - _first_position(text, padding_id))
 
 
-def length_errors(text: "RobertaConfig", max_tokens: int, padding_id: int) -> list[str]:
+def _first_position(text: "TextConfig", padding_id: int) -> int:
+    return 0 if text.model_type == "modernbert" else padding_id + 1
+
+
+def length_errors(text: "TextConfig", max_tokens: int, padding_id: int) -> list[str]:
     """Return an error if texts can be longer than a text tower has positions for."""
-    most = max_text_tokens(text, padding_id)
+    most, first = max_text_tokens(text, padding_id), _first_position(text, padding_id)
     if max_tokens <= most:
         return []
+    allowed = (
+        f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} allows "
+        f"{most}"
+    )
+    if not first:
+        return [f"{allowed}; lower it"]
     return [
-        f"data.max_text_tokens: {max_tokens}: model.text.max_position_embeddings {text.max_position_embeddings} "
-        f"allows {most}, since positions are counted from behind the padding id {padding_id}; lower it, use a "
-        "tokenizer with a lower padding id, or pretrain with model.text.max_position_embeddings "
-        f"{max_tokens + padding_id + 1}"
+        f"{allowed}, since positions are counted from behind the padding id {padding_id}; lower it, use a tokenizer "
+        f"with a lower padding id, or pretrain with model.text.max_position_embeddings {max_tokens + first}"
     ]
 
 
@@ -488,4 +512,7 @@ def resolve_tokens(config: "Unimo3Config", tokenizer: "PreTrainedTokenizerBase")
     text.pad_token_id = tokenizer.pad_token_id
     text.bos_token_id = tokenizer.bos_token_id
     text.eos_token_id = tokenizer.eos_token_id
+    if text.model_type == "modernbert":
+        text.cls_token_id = tokenizer.cls_token_id
+        text.sep_token_id = tokenizer.sep_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_text_tokens(text, text.pad_token_id))

@@ -6,14 +6,19 @@ Source: arXiv 2305.13697 (the model); METER, arXiv 2111.02387 (fusion sizes and 
 from typing import Any
 
 import timm
-from transformers import PreTrainedConfig, RobertaConfig
+from transformers import AutoConfig, ModernBertConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
+from unimo3.errors import ConfigError
 from unimo3.model.args import fusion_errors, image_errors, text_errors
 from unimo3.versions import check_version
 
+TextConfig = RobertaConfig | XLMRobertaConfig | ModernBertConfig
+"""Configurations of the text tower's families."""
+_TEXT_CONFIGS = {kind.model_type: kind for kind in (RobertaConfig, XLMRobertaConfig, ModernBertConfig)}
+
 
 class Unimo3VisionConfig(PreTrainedConfig):
-    """A timm vision transformer with a class token.
+    """A timm vision transformer.
 
     Args:
         architecture: name of a timm ViT, such as ``vit_base_patch16_clip_quickgelu_224``.
@@ -50,7 +55,7 @@ class Unimo3Config(PreTrainedConfig):
     """Everything needed to build a UNIMO-3 model, stored as ``config.json`` with its weights.
 
     Args:
-        text_config: RoBERTa's configuration.
+        text_config: RoBERTa's configuration, XLM-RoBERTa's or ModernBERT's; without ``model_type`` RoBERTa's.
         vision_config: the image tower's configuration.
         hidden_size: fusion width D.
         num_hidden_layers: fusion layers L.
@@ -68,17 +73,17 @@ class Unimo3Config(PreTrainedConfig):
         version: of the folder that `save_pretrained` or an export writes, the weights' names included.
 
     Raises:
-        ConfigError: a newer program wrote it.
+        ConfigError: a newer program wrote it, or its text tower is of another family.
 
     ``num_labels``, of every transformers configuration, is the number of classes of the other classifiers.
     """
 
     model_type = "unimo3"
-    sub_configs = {"text_config": RobertaConfig, "vision_config": Unimo3VisionConfig}
+    sub_configs = {"text_config": AutoConfig, "vision_config": Unimo3VisionConfig}
 
     def __init__(
         self,
-        text_config: RobertaConfig | dict | None = None,
+        text_config: TextConfig | dict | None = None,
         vision_config: Unimo3VisionConfig | dict | None = None,
         hidden_size: int = 768,
         num_hidden_layers: int = 6,
@@ -102,8 +107,8 @@ class Unimo3Config(PreTrainedConfig):
     ):
         self.version = version
         check_version("config.json", {"version": version})
-        if not isinstance(text_config, RobertaConfig):
-            text_config = RobertaConfig(**(text_config or {}))
+        if not isinstance(text_config, TextConfig):
+            text_config = _text_config(text_config or {})
         if not isinstance(vision_config, Unimo3VisionConfig):
             vision_config = Unimo3VisionConfig(**(vision_config or {}))
         self.text_config = text_config
@@ -155,3 +160,10 @@ class Unimo3Config(PreTrainedConfig):
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each: field, value and fix."""
         return self.vision_config.validate() + text_errors(self.text_config) + fusion_errors(self)
+
+
+def _text_config(fields: dict[str, Any]) -> TextConfig:
+    family = fields.get("model_type", RobertaConfig.model_type)
+    if family not in _TEXT_CONFIGS:
+        raise ConfigError(f"config.json: text_config: '{family}': one of {', '.join(_TEXT_CONFIGS)} is supported")
+    return _TEXT_CONFIGS[family](**fields)

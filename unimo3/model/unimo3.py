@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedModel, RobertaModel
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from unimo3.errors import ConfigError
@@ -22,6 +22,7 @@ from unimo3.model.config import Unimo3Config
 from unimo3.model.fusion import FusionEncoder, FusionOutput
 from unimo3.model.heads import ItcHead, ItcOutput, ItmHead, MlmHead
 from unimo3.model.initialization import initialize_module
+from unimo3.model.text import build_text_tower
 from unimo3.model.vision import VisionTower
 
 
@@ -71,7 +72,7 @@ class Unimo3PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
     supports_gradient_checkpointing = True
-    _no_split_modules = ["StreamLayer", "RobertaLayer", "Block"]
+    _no_split_modules = ["StreamLayer", "RobertaLayer", "XLMRobertaLayer", "ModernBertEncoderLayer", "Block"]
 
     def __init__(self, config: Unimo3Config):
         errors = config.validate()
@@ -105,7 +106,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
 
     def __init__(self, config: Unimo3Config):
         super().__init__(config)
-        self.text_tower = RobertaModel(config.text_config, add_pooling_layer=False)
+        self.text_tower = build_text_tower(config.text_config)
         self.vision_tower = VisionTower(config.vision_config, config.num_tower_states)
         errors = config.depth_errors(self.vision_tower.depth)
         if errors:
@@ -129,7 +130,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids and attention_mask [B, T] -> the text tower's top states [B, n, T, W]."""
         num_states = self.config.num_tower_states
-        out = self.text_tower(input_ids, attention_mask, output_hidden_states=num_states > 1, use_cache=False)
+        out = self.text_tower(input_ids, attention_mask, output_hidden_states=num_states > 1)
         return torch.stack(out.hidden_states[-num_states:] if num_states > 1 else [out.last_hidden_state], dim=1)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
@@ -192,14 +193,16 @@ class Unimo3Model(Unimo3PreTrainedModel):
 class Unimo3ForPreTraining(Unimo3PreTrainedModel):
     """The model with its masked-language, matching and contrastive heads."""
 
-    _tied_weights_keys = {"mlm_head.decoder.weight": "unimo3.text_tower.embeddings.word_embeddings.weight"}
-
     def __init__(self, config: Unimo3Config):
         super().__init__(config)
         self.unimo3 = Unimo3Model(config)
         self.mlm_head = MlmHead(config)
         self.itm_head = ItmHead(config)
         self.itc_head = ItcHead(config, self.unimo3.vision_tower.width)
+        # Families of text towers name the word embedding differently.
+        words = self.unimo3.get_input_embeddings().weight
+        (name,) = (name for name, parameter in self.named_parameters() if parameter is words)
+        self._tied_weights_keys = {"mlm_head.decoder.weight": name}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

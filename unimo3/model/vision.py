@@ -1,6 +1,10 @@
 """The image tower: a timm vision transformer that returns the states of its top layers, after its final norm.
 
-Source: timm's vision_transformer.py; CLIP, arXiv 2103.00020, for the architecture METER uses.
+The first token of the states is the image's pooled vector: the class token, or without one the mean of the patches.
+Register tokens take part in the tower alone.
+
+Source: timm's vision_transformer.py; CLIP, arXiv 2103.00020, for the architecture METER uses; arXiv 2309.16588 for
+registers.
 """
 
 # Shapes: B batch, S pixels a side, n states, V tokens, W width.
@@ -21,13 +25,27 @@ from unimo3.model.config import Unimo3VisionConfig
 
 _STRUCTURES = (VisionTransformer, VisionTransformerRelPos, Eva, Beit)
 _EXAMPLE = "vit_base_patch16_clip_quickgelu_224"
+# Why timm's other transformers are refused, by the names of their classes.
+_OTHERS = {
+    "Cait": "its class token joins after the layers",
+    "ConVit": "its class token joins between the layers",
+    "NaFlexVit": "it resizes its position table to every image",
+    "VisionTransformerDistilled": "timm builds it only with heads for its class and distillation tokens",
+    "VisionTransformerSAM": "its layers return maps, not tokens",
+    "Xcit": "its class token joins after the layers",
+}
 
 
 class VisionTower(nn.Module):
-    """[B, 3, S, S] pixels -> tokens after each of the top layers, class token first.
+    """[B, 3, S, S] pixels -> tokens after each of the top layers: the pooled vector, then the patches.
 
     Args:
         num_states: top layers whose states are returned.
+
+    Attributes:
+        has_class_token: whether the pooled vector is the class token; otherwise the patches' mean.
+        num_registers: tokens that are not returned.
+        num_tokens: V.
     """
 
     def __init__(self, config: Unimo3VisionConfig, num_states: int = 1):
@@ -49,11 +67,6 @@ class VisionTower(nn.Module):
                 _check_structure(config.architecture, timm.create_model(config.architecture, pretrained=False))
             raise
         _check_structure(config.architecture, vit)
-        if getattr(vit, "rope_mixed", False):
-            raise ConfigError(
-                f"model.vision.architecture: '{config.architecture}': learns the frequencies of its rotary positions, "
-                "which is not supported; use one whose frequencies are constant, such as eva02_base_patch16_clip_224"
-            )
         # Only the transformer's forward may be called: ZeRO-3 gathers its class token and its position table when
         # that starts.
         vit.forward = partial(_top_states, vit, num_states)
@@ -64,7 +77,9 @@ class VisionTower(nn.Module):
         self.vit = vit
         self.width: int = vit.num_features
         self.depth: int = len(vit.blocks)
-        self.num_tokens: int = vit.patch_embed.num_patches + vit.num_prefix_tokens
+        self.has_class_token: bool = vit.cls_token is not None
+        self.num_registers: int = vit.num_prefix_tokens - self.has_class_token
+        self.num_tokens: int = vit.patch_embed.num_patches + 1
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [B, 3, S, S] -> [B, n, V, W], the last layer's states last."""
@@ -73,27 +88,33 @@ class VisionTower(nn.Module):
 
 
 def _check_structure(architecture: str, vit: Any) -> None:
-    where = f"model.vision.architecture: '{architecture}'"
-    if not isinstance(vit, _STRUCTURES):
-        names = ", ".join(kind.__name__ for kind in _STRUCTURES)
+    where, kind = f"model.vision.architecture: '{architecture}'", type(vit).__name__
+    if not isinstance(vit, _STRUCTURES) or kind in _OTHERS:
+        names = ", ".join(structure.__name__ for structure in _STRUCTURES)
+        reason = f": {_OTHERS[kind]}" if kind in _OTHERS else ""
         raise ConfigError(
-            f"{where}: is a {type(vit).__name__} of timm, whose structure is not supported; use a model of timm's "
-            f"classes {names} with one class token, such as {_EXAMPLE}"
+            f"{where}: is a {kind} of timm{reason}; use one of timm's classes {names}, whose layers all return the "
+            f"tokens of the same patches, such as {_EXAMPLE}"
         )
-    if getattr(vit, "cls_token", None) is None or vit.num_prefix_tokens != 1:
+    if getattr(vit, "rope_mixed", False):
         raise ConfigError(
-            f"{where}: has not one class token, which pooling and contrast read; use a vision transformer with one, "
-            f"such as {_EXAMPLE}"
+            f"{where}: learns the frequencies of its rotary positions, which timm draws without the run's seed; use "
+            "one whose frequencies are constant, such as eva02_base_patch16_clip_224"
         )
 
 
 def _top_states(vit: Any, num_states: int, pixel_values: Tensor) -> Tensor:
-    states = vit.forward_intermediates(
+    layers = vit.forward_intermediates(
         pixel_values,
         indices=num_states,
-        return_prefix_tokens=True,
+        return_prefix_tokens=vit.num_prefix_tokens > 0,  # timm fails at an empty prefix
         norm=True,
         output_fmt="NLC",
         intermediates_only=True,
     )
-    return torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in states], dim=1)
+    states = []
+    for layer in layers:
+        patches, prefix = layer if vit.num_prefix_tokens else (layer, None)
+        pooled = patches.mean(dim=1, keepdim=True) if vit.cls_token is None else prefix[:, :1]
+        states.append(torch.cat([pooled, patches], dim=1))
+    return torch.stack(states, dim=1)

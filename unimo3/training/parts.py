@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unimo3.errors import ConfigError
+from unimo3.model.text import text_layers
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.model.vision import VisionTower
 from unimo3.training.args import TOWERS, OptimArgs
@@ -31,8 +32,7 @@ def parts_of(model: Unimo3PreTrainedModel) -> dict[str, list[nn.Parameter]]:
 
 def tower_layers(tower: nn.Module) -> list[nn.Module]:
     """A tower's transformer layers, the lowest first."""
-    layers: Any = cast(Any, tower).vit.blocks if isinstance(tower, VisionTower) else cast(Any, tower).encoder.layer
-    return list(layers)
+    return list(cast(Any, tower.vit).blocks) if isinstance(tower, VisionTower) else text_layers(tower)
 
 
 def parameter_levels(tower: nn.Module) -> dict[nn.Parameter, int]:
@@ -46,8 +46,8 @@ def parameter_levels(tower: nn.Module) -> dict[nn.Parameter, int]:
     levels = dict.fromkeys(tower.parameters(), 0)
     for number, layer in enumerate(layers, start=1):
         levels |= dict.fromkeys(layer.parameters(), number)
-    after = [getattr(tower.vit, name, None) for name in ("norm", "fc_norm")] if isinstance(tower, VisionTower) else []
-    for module in after:
+    stack = tower.vit if isinstance(tower, VisionTower) else tower
+    for module in (getattr(stack, name, None) for name in ("norm", "fc_norm", "final_norm")):
         if isinstance(module, nn.Module):
             levels |= dict.fromkeys(module.parameters(), len(layers) + 1)
     return levels

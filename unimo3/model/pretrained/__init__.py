@@ -1,4 +1,4 @@
-"""Weights from elsewhere: RoBERTa, CLIP, timm for the towers; BridgeTower, exported UNIMO-3 for the complete model."""
+"""Weights from elsewhere: Hugging Face folders and timm files for the towers; BridgeTower, UNIMO-3 for all."""
 
 from unimo3.model.pretrained.bridgetower import (
     bridgetower_config,
@@ -8,8 +8,8 @@ from unimo3.model.pretrained.bridgetower import (
     read_bridgetower_config,
 )
 from unimo3.model.pretrained.exported import exported_errors, load_exported, read_exported_config
-from unimo3.model.pretrained.roberta import load_roberta, read_roberta_config, roberta_errors
-from unimo3.model.pretrained.vision import load_vision, vision_errors
+from unimo3.model.pretrained.text import load_text, read_text_config, text_weight_errors
+from unimo3.model.pretrained.vision import load_vision, vision_activation, vision_errors
 
 __all__ = [
     "bridgetower_config",
@@ -18,11 +18,12 @@ __all__ = [
     "fill_from_bridgetower",
     "load_bridgetower",
     "load_exported",
-    "load_roberta",
+    "load_text",
     "load_vision",
     "read_bridgetower_config",
     "read_exported_config",
-    "read_roberta_config",
-    "roberta_errors",
+    "read_text_config",
+    "text_weight_errors",
+    "vision_activation",
     "vision_errors",
 ]

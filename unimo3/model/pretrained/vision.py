@@ -1,8 +1,8 @@
-"""Weights for the image tower: a Hugging Face CLIP folder, or a checkpoint file of timm.
+"""Weights for the image tower: a Hugging Face folder of one of `FAMILIES`, or a checkpoint file of timm.
 
 The position tables are resized to the tower's grid: those of absolute positions bicubically, others as timm does.
 
-Source: transformers' modeling_clip.py and timm's vision_transformer.py for the names; timm's resample_abs_pos_embed.
+Source: timm's vision_transformer.py for the names; timm's resample_abs_pos_embed.
 """
 
 import math
@@ -15,7 +15,6 @@ import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from transformers import CLIPVisionConfig
 
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.model.pretrained.fill import (
@@ -28,52 +27,62 @@ from unimo3.model.pretrained.fill import (
     read_tensors,
     without_values,
 )
+from unimo3.model.pretrained.vision_families import FAMILIES, VisionFamily, family_of, with_class_position_added
 from unimo3.model.vision import VisionTower
 
-_CLIP_UNUSED = r"^(text_model\.|text_projection|visual_projection|logit_scale)|position_ids$"
-# transformers omits the prefix where the image model is saved alone.
-_START = r"^(?:vision_model\.)?"
-_LAYER = _START + r"encoder\.layers\.(\d+)\."
-_CLIP_NAMES = (
-    Rename(_START + r"embeddings\.class_embedding$", "cls_token"),
-    Rename(_START + r"embeddings\.patch_embedding\.", "patch_embed.proj."),
-    Rename(_START + r"embeddings\.position_embedding\.weight$", "pos_embed"),
-    Rename(_START + r"pre_layrnorm\.", "norm_pre."),
-    Rename(_START + r"post_layernorm\.", "norm."),
-    Rename(_LAYER + r"layer_norm(\d)\.", r"blocks.\1.norm\2."),
-    Rename(_LAYER + r"mlp\.fc", r"blocks.\1.mlp.fc"),
-    Rename(_LAYER + r"self_attn\.out_proj\.", r"blocks.\1.attn.proj."),
-    Rename(_LAYER + r"self_attn\.q_proj\.", r"blocks.\1.attn.qkv.", 0, 3),
-    Rename(_LAYER + r"self_attn\.k_proj\.", r"blocks.\1.attn.qkv.", 1, 3),
-    Rename(_LAYER + r"self_attn\.v_proj\.", r"blocks.\1.attn.qkv.", 2, 3),
-)
 # A classifier, what belongs to pooling, and what follows from the sizes.
-_TIMM_UNUSED = r"^(head|head_dist)\.|relative_position_index$|k_bias$|^rope\.freqs_(cos|sin)$"
+_TIMM_UNUSED = r"^(head|head_dist|attn_pool)\.|relative_position_index$|k_bias$|^rope\.freqs_(cos|sin)$"
 # The final norm, where an architecture averages the tokens before it.
 _FC_NORM = r"^fc_norm\."
 _TIMM_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model")
-# timm's classes and transformers' names for them.
-_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
+# transformers' names: timm's classes, and timm's names.
+_ACTIVATIONS = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "SiLU": "silu"}
+_TIMM_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def vision_activation(path: str) -> dict[str, str]:
+    """timm's argument for the activation of a Hugging Face folder; empty for a file, or where `vision_errors` has some.
+
+    timm's SigLIPs of base size have another form of GELU than their weights were trained with.
+    """
+    if not Path(path).is_dir():
+        return {}
+    try:
+        family, vision = _family_in(Path(path))
+    except ConfigError:
+        return {}
+    name = _TIMM_ACTIVATIONS.get(family.sizes(vision)["activation"])
+    return {"act_layer": name} if name else {}
 
 
 def vision_errors(path: str, tower: VisionTower) -> list[str]:
     """Return why the weights at `path` do not fit a tower (which may be on the meta device), one line per error."""
     where = f"model.vision.init: '{path}'"
+    family = None
     try:
-        theirs = _timm_sizes(Path(path)) if Path(path).is_file() else _clip_sizes(Path(path))
+        if Path(path).is_file():
+            theirs = _timm_sizes(Path(path))
+        else:
+            family, vision = _family_in(Path(path))
+            theirs = family.sizes(vision)
     except ConfigError as error:
         return error.errors
     except CheckpointError as error:
         return [f"{where}: {error}"]
     vit: Any = tower.vit
     ours = {"width": vit.embed_dim, "depth": len(vit.blocks), "patch_size": vit.patch_embed.patch_size[0]}
-    if "num_heads" in theirs:  # a CLIP
-        if not isinstance(vit, VisionTransformer):
-            return [f"{where}: is a CLIP, model.vision a {type(vit).__name__} of timm; name a timm checkpoint file"]
+    if family is not None:
         block: Any = vit.blocks[0]
+        if not isinstance(vit, VisionTransformer) or not hasattr(getattr(block, "mlp", None), "fc1"):
+            return [
+                f"{where}: is a {family.name}, model.vision a {type(vit).__name__} of timm with layers of another "
+                "form; name a timm checkpoint file"
+            ]
         ours |= {
             "num_heads": block.attn.num_heads,
+            "class tokens": int(tower.has_class_token),
+            "registers": tower.num_registers,
             "inner width": block.mlp.fc1.out_features,
             "activation": _ACTIVATIONS.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
             "layer_norm_eps": block.norm1.eps,
@@ -92,30 +101,38 @@ def vision_errors(path: str, tower: VisionTower) -> list[str]:
 
 
 def load_vision(tower: VisionTower, path: str) -> None:
-    """Fill the image tower from a CLIP folder or a timm checkpoint file.
+    """Fill the image tower from a folder of one of `FAMILIES` or a timm checkpoint file.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape, or the file cannot be read.
+        ConfigError: the folder is missing or contains another model.
     """
     _fill(tower, path, _timm_tensors(Path(path)) if Path(path).is_file() else read_tensors(Path(path)))
 
 
 def _fill(tower: VisionTower, path: str, tensors: NamedTensors) -> None:
     """Fill the image tower with the tensors at `path`; those on the meta device are only compared."""
-    fit, source = position_fitter(tower), f"model.vision.init: '{path}'"
+    source = f"model.vision.init: '{path}'"
     if not Path(path).is_file():
-        fill(tower.vit, tensors, source, _CLIP_NAMES, _CLIP_UNUSED, adapt=fit)
+        family, _ = _family_in(Path(path))
+        if getattr(tower.vit, "no_embed_class", False):
+            tensors = with_class_position_added(tensors)
+        fit = position_fitter(tower, family.antialias)
+        fill(tower.vit, tensors, source, family.renames, family.unused, adapt=fit)
         return
     renames, unused = (Rename(_FC_NORM, "norm."),), _TIMM_UNUSED
     if "norm.weight" in _shapes(Path(path)) or "norm.weight" not in dict(tower.vit.named_parameters()):
         unused += f"|{_FC_NORM}"
-    fill(tower.vit, tensors, source, renames, unused, adapt=fit)
+    fill(tower.vit, tensors, source, renames, unused, adapt=position_fitter(tower))
 
 
-def position_fitter(tower: VisionTower) -> Any:
+def position_fitter(tower: VisionTower, antialias: bool = False) -> Any:
     """A `fill` adapter: position tables at the tower's grid, class tokens and tables with timm's leading axes.
 
     Tables of relative positions have their values for the class token at the end.
+
+    Args:
+        antialias: of the tables of absolute positions, where they are resized.
     """
     vit: Any = tower.vit
     grid = list(vit.patch_embed.grid_size)
@@ -137,30 +154,25 @@ def position_fitter(tower: VisionTower) -> Any:
         side = math.isqrt(table.shape[1] - num_prefix)
         if table.shape[1] - num_prefix != side * side:
             return tensor  # not of a square grid: an error of shape
-        return resample_abs_pos_embed(table, grid, num_prefix_tokens=num_prefix, antialias=False)
+        return resample_abs_pos_embed(table, grid, num_prefix_tokens=num_prefix, antialias=antialias)
 
     return fit
 
 
-def _clip_sizes(folder: Path) -> dict[str, Any]:
+def _family_in(folder: Path) -> tuple[VisionFamily, Any]:
+    """The family of a folder's image encoder, and its configuration."""
+    where, names = f"model.vision.init: '{folder}'", ", ".join(family.name for family in FAMILIES)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            "neither a file nor a folder with config.json; name a local Hugging Face CLIP folder or a timm checkpoint "
-            f"file ({', '.join(_TIMM_SUFFIXES)})"
+        raise ConfigError(
+            f"{where}: neither a file nor a folder with config.json; name a local Hugging Face folder ({names}) or a "
+            f"timm checkpoint file ({', '.join(_TIMM_SUFFIXES)})"
         )
     config = read_config("model.vision.init", str(folder), "CLIP")
     vision: Any = getattr(config, "vision_config", config)
-    if not isinstance(vision, CLIPVisionConfig):
-        raise CheckpointError(f"contains a '{config.model_type}' model; a CLIP one is needed")
-    return {
-        "width": vision.hidden_size,
-        "depth": vision.num_hidden_layers,
-        "patch_size": vision.patch_size,
-        "num_heads": vision.num_attention_heads,
-        "inner width": vision.intermediate_size,
-        "activation": vision.hidden_act,
-        "layer_norm_eps": vision.layer_norm_eps,
-    }
+    family = family_of(vision)
+    if family is None:
+        raise ConfigError(f"{where}: contains a '{config.model_type}' model; one of {names} is needed")
+    return family, vision
 
 
 def _timm_sizes(file: Path) -> dict[str, int]:
