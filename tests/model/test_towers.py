@@ -198,7 +198,7 @@ HUGGING_FACE = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("image_size", [8, 16, 40])
+@pytest.mark.parametrize("image_size", [16, 40])
 @pytest.mark.parametrize("family", HUGGING_FACE)
 def test_all_image_states_equal_transformers(tmp_path, family, image_size):
     architecture, build = HUGGING_FACE[family]
@@ -234,15 +234,11 @@ def test_all_image_states_equal_transformers(tmp_path, family, image_size):
     [
         ("vit_base_patch16_reg4_gap_256", 4, False),
         ("vit_base_patch16_siglip_gap_224", 0, False),
-        ("vit_base_patch14_reg1_tipsv2", 1, True),
         ("vit_base_patch16_radio_v3", 7, True),
-        ("vit_base_patch16_rpn_224", 0, False),
         ("aimv2_large_patch14_224", 0, False),
         ("vit_base_patch16_rope_reg1_gap_256", 1, False),
         ("vit_small_plus_patch16_dinov3", 4, True),
-        ("vit_pe_spatial_base_patch16_512", 0, True),
         ("vit_srelpos_small_patch16_224", 0, False),
-        ("beit_base_patch16_224", 0, True),
     ],
 )
 def test_states_are_the_pooled_vector_and_the_patches_of_timm(tmp_path, architecture, num_registers, has_class_token):

@@ -11,6 +11,7 @@ from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.training.args import PARTS, OptimArgs
 from unimo3.training.optim import parameter_groups
 from unimo3.training.parts import check_trains, freeze_errors, freeze_parts, parameter_levels, parts_of
+from unimo3.training.plan.step_trace import build_on_meta
 
 TEXT, VISION = "unimo3.text_tower.", "unimo3.vision_tower.vit."
 LOWEST_TEXT = (f"{TEXT}embeddings.", f"{TEXT}encoder.layer.0.")
@@ -63,6 +64,32 @@ def test_shared_positions_of_a_beit_belong_to_its_embeddings():
     assert levels["vit.blocks.0.attn.relative_position_bias_table"] == 1
     assert levels["vit.blocks.1.mlp.fc1.bias"] == 2
     assert {level for name, level in levels.items() if "norm." in name and "blocks" not in name} <= {3}
+
+
+def test_a_modernbert_and_registers_have_their_levels_and_are_planned():
+    text = tiny_config().text_config
+    sizes = {name: getattr(text, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+    text = sizes | {"model_type": "modernbert", "num_attention_heads": 2, "intermediate_size": 64}
+    text |= {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+    vision = tiny_config().vision_config.to_dict() | {"architecture": "vit_base_patch14_reg4_dinov2"}
+    model = Unimo3ForPreTraining(tiny_config(text_config=text, vision_config=vision))
+    planned = build_on_meta(model.config)
+    sizes = [sum(parameter.numel() for parameter in built.parameters()) for built in (model, planned)]
+    assert sizes[0] == sizes[1]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    levels = {}
+    for tower in (model.unimo3.text_tower, model.unimo3.vision_tower):
+        levels |= {names[parameter]: level for parameter, level in parameter_levels(tower).items()}
+    assert levels[f"{TEXT}embeddings.tok_embeddings.weight"] == levels[f"{VISION}reg_token"] == 0
+    assert levels[f"{TEXT}layers.0.mlp.Wi.weight"] == levels[f"{VISION}blocks.0.ls1.gamma"] == 1
+    assert levels[f"{TEXT}layers.1.attn.Wqkv.weight"] == levels[f"{VISION}blocks.1.norm2.bias"] == 2
+    assert levels[f"{TEXT}final_norm.weight"] == levels[f"{VISION}norm.weight"] == 3
+    args = OptimArgs(freeze=[{"text_tower": 1}], tower_layer_decay=0.5)
+    freeze_parts(model, args)
+    rates = {names[p]: group["lr"] for group in parameter_groups(model, args) for p in group["params"]}
+    assert rates[f"{TEXT}final_norm.weight"] == rates[f"{TEXT}layers.1.attn.Wqkv.weight"] == args.lr
+    assert rates[f"{VISION}reg_token"] == args.lr / 4
+    assert f"{TEXT}layers.0.mlp.Wi.weight" not in rates
 
 
 def test_the_optimizer_has_trained_parameters_alone():

@@ -69,7 +69,7 @@ class ItcOutput(NamedTuple):
 
 
 class ItcHead(nn.Module):
-    """Projects each tower's class token to a common space; the temperature is learned within [0.001, 0.5]."""
+    """Projects each tower's first token to a common space; the temperature is learned within [0.001, 0.5]."""
 
     def __init__(self, config: Unimo3Config, image_width: int):
         super().__init__()

@@ -33,7 +33,7 @@ class Unimo3ModelOutput(ModelOutput):
     Attributes:
         text_features: [B, T, D].
         image_features: [B, V, D].
-        pooler_output: [B, 2 D], both class tokens.
+        pooler_output: [B, 2 D], the first tokens of both streams.
         text_gates: on request, one [B, T, H, S] tensor for each layer, lowest level first (None where a layer has no
             gate).
         image_gates: the same, [B, V, H, S].
@@ -158,7 +158,7 @@ class Unimo3Model(Unimo3PreTrainedModel):
         return self.fusion(text, image, text_states, image_states, attention_mask.bool())
 
     def pool(self, fused: FusionOutput) -> Tensor:
-        """[tanh(W x_CLS); tanh(W y_CLS)], [B, 2 D]."""
+        """tanh of linear maps of both streams' first tokens, [B, 2 D]."""
         text = self.text_pooler(fused.text[:, 0])
         image = self.image_pooler(fused.image[:, 0])
         return torch.cat([text, image], dim=-1).tanh()
