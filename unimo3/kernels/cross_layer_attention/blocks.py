@@ -77,7 +77,7 @@ HALF: dict[int, dict[int, dict[str, Blocks]]] = {
     },
     90: {
         32: {
-            "forward": Blocks(64, 64, 4, 3),
+            "forward": Blocks(64, 64, 4, 2),
             "forward_short": Blocks(64, 64, 4, 2),
             "backward_query": Blocks(64, 64, 4, 2),
             "backward_query_short": Blocks(64, 64, 4, 2),
