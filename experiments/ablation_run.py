@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -69,11 +69,32 @@ class TrainingRun:
         return saved if self.identity().items() <= saved.items() else None
 
     def do(self, work: Path) -> None:
-        """Pretrain, evaluate, fine-tune, evaluate, and save the result."""
-        torch.manual_seed(self.seed)
-        data = Data(work, self.settings)
+        """Compute the result and save it."""
+        result = self.compute(Data(work, self.settings))
+        file = self.file(work)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(".partial")
+        staging.write_text(json.dumps(result) + "\n")
+        staging.replace(file)
+
+    def pretraining_task(self, data: Data) -> nn.Module:
+        """Batch -> losses; its ``model`` is the model, with its initial values."""
         model = build_pretraining_model(self.settings.model(self.variant), data, self.seed)
-        task = PretrainingLoss(model, ObjectivesArgs().build(self.seed))
+        return PretrainingLoss(model, ObjectivesArgs().build(self.seed))
+
+    def vqa_task(self, pretrained: nn.Module, num_answers: int) -> nn.Module:
+        """Batch -> loss or logits; its ``model`` has the pretrained weights and a new head."""
+        return VqaLoss(build_vqa_model(cast(Unimo3ForPreTraining, pretrained), num_answers, self.seed))
+
+    def optimizer(self, model: nn.Module, args: OptimArgs) -> torch.optim.Optimizer:
+        """AdamW over the model's parameters."""
+        return build_optimizer(cast(Unimo3PreTrainedModel, model), args)
+
+    def compute(self, data: Data) -> dict[str, Any]:
+        """Pretrain, evaluate, fine-tune and evaluate."""
+        torch.manual_seed(self.seed)
+        task = self.pretraining_task(data)
+        model: Any = task.model
         steps, rate = self.settings.pretraining_steps, self.settings.pretraining_lr
         pretraining = self._train("pretraining", task, model, data.pairs("train", self.seed), steps, rate)
         batch = self.settings.batch
@@ -89,10 +110,9 @@ class TrainingRun:
         }
 
         answers = data.answers()
-        vqa_model = build_vqa_model(model, len(answers), self.seed)
-        vqa_task = VqaLoss(vqa_model)
+        vqa_task = self.vqa_task(model, len(answers))
         steps, rate = self.settings.vqa_steps, self.settings.vqa_lr
-        vqa = self._train("VQA", vqa_task, vqa_model, data.questions("train", self.seed), steps, rate)
+        vqa = self._train("VQA", vqa_task, vqa_task.model, data.questions("train", self.seed), steps, rate)
         asked = evaluation_batches(data.questions("val", self.seed), 0, 1, batch, READER)
         scored = [
             entry for loaded, counts in asked for entry in score_batch(Vqa(answers), on_cpu(vqa_task), loaded, counts)
@@ -100,7 +120,7 @@ class TrainingRun:
         accuracy = accuracy_by_group((entry["groups"][1], entry["accuracy"]) for entry in scored)
 
         metrics = held_out | {f"vqa_{group}": value for group, value in accuracy.items()}
-        result = self.identity() | {
+        return self.identity() | {
             "metrics": metrics,
             "gates": gates,
             "parameters": num_parameters(model),
@@ -108,18 +128,13 @@ class TrainingRun:
             "vqa": vqa,
             "machine": machine(),
         }
-        file = self.file(work)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(".partial")
-        staging.write_text(json.dumps(result) + "\n")
-        staging.replace(file)
 
     def _train(
-        self, stage: str, task: nn.Module, model: Unimo3PreTrainedModel, samples: Samples, num_steps: int, lr: float
+        self, stage: str, task: nn.Module, model: nn.Module, samples: Samples, num_steps: int, lr: float
     ) -> dict[str, Any]:
         """Train for `num_steps`; the loss of each tenth of them, and the median seconds of a step without reading."""
         optim = OptimArgs(lr=lr, fusion_factor=1.0, head_factor=1.0)
-        optimizer = build_optimizer(model, optim)
+        optimizer = self.optimizer(model, optim)
         order = SampleOrder(samples.units_per_shard, self.seed, WINDOW_SHARDS)
         batch = self.settings.batch
         batches = iter(TrainingLoader([samples], order, batch, batch, 0, 1, READER))

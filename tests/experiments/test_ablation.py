@@ -13,10 +13,11 @@ from experiments import ablation, ablation_run
 from experiments.ablation_report import PRETRAINING, VQA, paired_difference, paired_differences, write_ablation
 from experiments.ablation_settings import VARIANTS as ALL_VARIANTS
 from experiments.ablation_settings import Data, Settings, option
+from tests.experiments.conftest import TINY
 from unimo3.drawing import width_of
 from unimo3.errors import ConfigError
 
-TINY = Settings(images=60, image_size=32, layers=2, width=32, pretraining_steps=2, vqa_steps=2, batch=8)
+pytestmark = pytest.mark.xdist_group("ablation")
 VARIANTS = ("in_layer", "cross_layer_token")
 
 
@@ -42,21 +43,6 @@ def run(argv):
     with pytest.raises(SystemExit) as end:
         ablation.main(argv)
     return end.value.code
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ablation")
-    Data(folder, TINY).make()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(work):
-    """One run done in this process, as if the ablation had been killed after it."""
-    done = ablation_run.TrainingRun(TINY, "in_layer", 0)
-    done.do(work)
-    return done
 
 
 @pytest.mark.integration
