@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from finetune.tasks import TASKS
+from finetune.tasks import PROGRAMS
 from unimo3.errors import CommandParser, exit_with_status
 
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> None:
     """Start the task's program."""
     words = sys.argv[1:] if argv is None else argv
     parser = CommandParser(prog="python -m finetune", description=__doc__)
-    parser.add_argument("task", choices=TASKS, help="with --help after it: its settings")
+    parser.add_argument("task", choices=PROGRAMS, help="with --help after it: its settings")
     task = parser.parse_args(words[:1]).task
     sys.argv[0] += f" {task}"  # the program's name in its help
     importlib.import_module(f"finetune.{task}").main(words[1:])

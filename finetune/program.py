@@ -72,11 +72,13 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     world = process.world
     batch = settings.batch_plan(world.size)
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
-    throughput = count_operations(
-        lambda: tuning_step(model_config, task, settings.data.max_text_tokens, settings.kernels, settings.optim),
-        ds_config,
-        world,
-    )
+    throughput = None
+    if not settings.eval_only:
+        throughput = count_operations(
+            lambda: tuning_step(model_config, task, settings.data.max_text_tokens, settings.kernels, settings.optim),
+            ds_config,
+            world,
+        )
     engine = _build_engine(settings, task, model_config, ds_config, fresh)
 
     if settings.eval_only:

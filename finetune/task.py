@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from unimo3.data.args import ReaderArgs
 from unimo3.data.index import ShardIndex
+from unimo3.data.order import full_batch_positions
 from unimo3.distributed import World, all_gather_object
 from unimo3.engine import Engine
 from unimo3.errors import DataError
@@ -169,26 +170,29 @@ class RowTask(Task):
     def evaluate(self, engine: Engine, held_out: HeldOut, guard: Guard) -> Results | None:
         """See `Task`.
 
-        A file of predictions has every id of the split once. Where the shards lack some, it is named ``_incomplete``.
+        Batches are the same at any number of ranks, so scores are equal to the last bit. A file of predictions has
+        every id of the split once. Where the shards lack some, it is named ``_incomplete``.
 
         Raises:
             DataError: there is no row to score, or two rows have one id.
         """
-        from unimo3.data.loader import evaluation_batches
+        from unimo3.data.loader import planned_batches
 
         samples = self.samples(held_out.shards, held_out.input_settings)
-        if not samples.units_per_shard.any():
+        num_units = samples.units_per_shard.sum()
+        if not num_units:
             raise DataError(
                 f"data.val: '{held_out.shards.source}': contains no {self.kind} to score; name other shards"
             )
-        batches = evaluation_batches(samples, held_out.world.rank, held_out.world.size, held_out.batch, held_out.reader)
+        plan = full_batch_positions(num_units, held_out.world.rank, held_out.world.size, held_out.batch)
+        batches = planned_batches(samples, plan, held_out.reader)
         local_rows: list[Row] = []
         for loaded, counts in guard.batches(batches):
             local_rows += score_batch(self, engine, loaded, counts)
         if guard.is_stopped:
             return None
         rows = [row for part in all_gather_object(local_rows) for row in part]
-        assert len(rows) == samples.units_per_shard.sum()
+        assert len(rows) == num_units
         self._check_ids(rows, held_out.shards)
         results, missing = self.results(rows), held_out.shards.missing_ids
         if not missing:
@@ -226,7 +230,7 @@ def score_batch(task: RowTask, engine: Engine, loaded: dict[str, Any], counts: T
     """The rows of a batch that count.
 
     Args:
-        counts: [B] bool; see `evaluation_batches`.
+        counts: [B] bool; see `planned_batches`.
     """
     import torch
 

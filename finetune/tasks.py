@@ -1,4 +1,4 @@
-"""The fine-tuning tasks. A new task is a module of this package, its recipes, and a line here.
+"""The fine-tuning tasks and the evaluations. A new one is a module of this package, its recipes, and a line here.
 
 The class of a task's settings names the task's class (`task`), which names its model and its predictor.
 """
@@ -16,9 +16,11 @@ TASKS = {
     "snli_ve": "SnliVeConfig",
     "vqa": "VqaConfig",
 }
+# With the tasks that train nothing.
+PROGRAMS = TASKS | {"choose": "ChooseConfig"}
 
 
 def config_class(task: str) -> "type[FinetuneConfig]":
-    """The settings of a task, one of `TASKS`."""
-    settings: type[FinetuneConfig] = getattr(importlib.import_module(f"finetune.{task}"), TASKS[task])
+    """The settings of a task, one of `PROGRAMS`."""
+    settings: type[FinetuneConfig] = getattr(importlib.import_module(f"finetune.{task}"), PROGRAMS[task])
     return settings

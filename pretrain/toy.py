@@ -1,4 +1,4 @@
-"""Draws miniature data sets (COCO, VQAv2, NLVR2, SNLI-VE, Flickr30K) in the public file formats."""
+"""Draws miniature data sets (COCO, VQAv2, NLVR2, SNLI-VE, Flickr30K, SugarCrepe, Winoground) in the public formats."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from unimo3.data.blind_baseline import BlindGuesser
+from unimo3.data.toy.choices import write_sugarcrepe, write_winoground
 from unimo3.data.toy.formats import write_coco_and_vqav2, write_flickr30k_and_snli_ve, write_nlvr2
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
@@ -18,8 +19,13 @@ from unimo3.errors import CommandParser, ConfigError, exit_with_status
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Command line; see ``--help``."""
     parser = CommandParser(prog="python -m pretrain.toy", description=__doc__)
-    parser.add_argument("out", type=Path, help="new folder; gets coco/ vqav2/ flickr30k/ snli_ve/ nlvr2/")
-    parser.add_argument("--images", type=int, default=2000, help="COCO images; others have a quarter of them")
+    parser.add_argument("out", type=Path, help="new folder; gets a folder a data set, such as coco/")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help="COCO images; others have a quarter of them, SugarCrepe and Winoground a sixteenth (default: %(default)s)",
+    )
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     return parser.parse_args(argv)
@@ -51,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     counts = write_coco_and_vqav2(staging, args.images, args.size, args.seed, progress)
     counts |= write_flickr30k_and_snli_ve(staging, few, args.size, args.seed, progress)
     counts |= write_nlvr2(staging, few, args.size, args.seed, progress)
+    fewer = args.images // 16
+    counts |= write_sugarcrepe(staging, fewer, args.size, args.seed, progress)
+    counts |= write_winoground(staging, fewer, args.size, args.seed, progress)
     staging.rename(args.out)
     for name, count in counts.items():
         print(f"{name}: {count}")

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from finetune.tasks import TASKS
+from finetune.tasks import PROGRAMS
 from slurm.commands import print_answer
 from unimo3.object_store import staging_folder
 from unimo3.project_files import project_file
@@ -167,9 +167,9 @@ def missing_program(module: str) -> list[str]:
         module: a program, such as ``finetune.vqa``; without a task ``finetune.``.
     """
     package, _, task = module.partition(".")
-    if package != "finetune" or task in TASKS:
+    if package != "finetune" or task in PROGRAMS:
         return []
-    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(TASKS)}"]
+    return [f"'{module}': there is no such program; finetune takes a task first: {', '.join(PROGRAMS)}"]
 
 
 def main(argv: list[str]) -> int:

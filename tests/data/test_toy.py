@@ -11,6 +11,7 @@ from PIL import Image
 
 from pretrain import toy
 from unimo3.data.blind_baseline import BlindGuesser
+from unimo3.data.toy.choices import choice_captions, draw_two, exchanged, sentence
 from unimo3.data.toy.language import captions, pair_statement, questions, statement
 from unimo3.data.toy.scene import draw_scene
 from unimo3.metrics.vqa import vqa_accuracy
@@ -111,6 +112,24 @@ def test_nlvr2_has_two_pictures_a_sentence(root):
                     assert picture.size == (48, 48)
 
 
+def test_sugarcrepe_and_winoground_have_their_releases_fields_and_images(root):
+    folder = root / "sugarcrepe"
+    files = sorted(path.stem for path in folder.glob("*.json"))
+    assert files == ["add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"]
+    for record in read(folder / "swap_att.json").values():
+        assert sorted(record["caption"].split()) == sorted(record["negative_caption"].split())
+        with Image.open(folder / "val2017" / record["filename"]) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (48, 48))
+    records = read_lines(root / "winoground" / "examples.jsonl")
+    assert [record["id"] for record in records] == list(range(NUM_IMAGES // 16))
+    for record in records:
+        assert sorted(record["caption_0"].split()) == sorted(record["caption_1"].split())
+        assert record["collapsed_tag"] in ("Object", "Relation")
+        for side in range(2):
+            with Image.open(root / "winoground" / "images" / f"{record[f'image_{side}']}.png") as picture:
+                assert picture.size == (48, 48)
+
+
 def scenes(number):
     for index in range(number):
         rng = np.random.default_rng((7, index))
@@ -181,6 +200,43 @@ def test_captions_and_statements_are_true_of_the_picture():
         else:
             side = scene if "left" in sentence else other
             assert truth == any(thing.name in sentence for thing in side)
+
+
+def is_true(scene, text: str) -> bool:
+    """Whether a picture of two objects shows "a NAME RELATION a NAME", with a texture or a third object."""
+    words = text.split()
+    textures = [word for word in words if word in ("solid", "striped", "dotted")]
+    words = [word for word in words if word not in textures]
+    one, where, other, third = " ".join(words[1:3]), words[3:-3], " ".join(words[-2:]), ""
+    if "and" in words:
+        third, words = other, words[: words.index("and")]
+        where, other = words[3:-3], " ".join(words[-2:])
+    things = {thing.name: thing for thing in scene}
+    if one not in things or other not in things or (third and third not in things):
+        return False
+    if textures and textures != [things[one].texture]:
+        return False
+    dx, dy = things[one].x - things[other].x, things[one].y - things[other].y
+    holds = {"left": dx < 0, "right": dx > 0, "above": dy < 0, "below": dy > 0}
+    return holds[where[0]]
+
+
+def test_of_the_captions_to_choose_from_one_is_true():
+    seen = set()
+    for number in range(200):
+        rng = np.random.default_rng((7, number))
+        scene = draw_two(rng)
+        caption, negatives = choice_captions(scene, rng)
+        assert is_true(scene, caption)
+        for category, negative in negatives.items():
+            assert not is_true(scene, negative), (category, negative, scene)
+            seen.add(category)
+        for what in ("Object", "Relation"):
+            swapped = exchanged(scene, what)
+            assert is_true(swapped, sentence(*swapped))
+            assert not is_true(swapped, caption)
+            assert not is_true(scene, sentence(*swapped))
+    assert len(seen) == 7
 
 
 def test_a_question_reveals_little_of_its_answer():

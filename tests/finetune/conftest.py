@@ -11,6 +11,7 @@ from tests.data.conftest import coco, convert, draw_jpeg, source, vqav2, write_s
 from tests.finetune.tuning import tune_all
 from tests.spawn import run_alone
 from tests.tiny import tiny_config, tiny_pretraining_model
+from unimo3.data.formats.sugarcrepe import CATEGORIES
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import image_processor
 from unimo3.model.initialization import initialize_weights
@@ -81,6 +82,37 @@ def snli_ve(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("snli_ve")
     write_snli_ve(root / "source")
     assert convert("snli_ve", "--src", str(root / "source"), "--out", str(root / "shards"), "--shard-size", "2") == 0
+    return root / "shards"
+
+
+def write_choices(root: Path) -> Path:
+    """SugarCrepe with 13 examples, whose images have one or two, and Winoground with three."""
+    (root / "val2017").mkdir(parents=True)
+    (root / "images").mkdir()
+    for number, category in enumerate(CATEGORIES):
+        (root / "val2017" / f"{number}.jpg").write_bytes(draw_jpeg(number))
+        texts = {"caption": f"{number} dogs", "negative_caption": f"dogs {number}"}
+        records = {str(n): {"filename": f"{number}.jpg", **texts} for n in range(1 if category == "add_att" else 2)}
+        (root / f"{category}.json").write_text(json.dumps(records))
+    lines = []
+    for number in range(3):
+        record = {"id": number, "collapsed_tag": "Object" if number else "Relation"}
+        for side in range(2):
+            (root / "images" / f"{number}{side}.png").write_bytes(draw_jpeg(50 + 2 * number + side))
+            record |= {f"image_{side}": f"{number}{side}", f"caption_{side}": f"{number + side} dogs"}
+        lines.append(json.dumps(record) + "\n")
+    (root / "examples.jsonl").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="session")
+def choices(tmp_path_factory) -> Path:
+    """FOLDER/sugarcrepe and FOLDER/winoground."""
+    root = tmp_path_factory.mktemp("choices")
+    write_choices(root / "source")
+    for name in ("sugarcrepe", "winoground"):
+        arguments = ("--src", str(root / "source"), "--out", str(root / "shards" / name), "--shard-size", "5")
+        assert convert(name, *arguments) == 0
     return root / "shards"
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from finetune.choose import Choose
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, InputSettings
@@ -32,7 +33,8 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
 
     Args:
         weights: an export of pretraining.
-        shards: contains vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated.
+        shards: contains vqa/, nlvr2/ and snli_ve/, whose ``val`` is evaluated, and sugarcrepe/ and winoground/, whose
+            ``test``.
         ds_config: contains `DS_CONFIG`.
     """
     rank, size = world()
@@ -40,14 +42,15 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
     answers = AnswerVocabulary.load(shards / "vqa" / "answers.json")
     read = read_ds_config(str(ds_config), BatchPlan(BATCH * size, BATCH, size), 1.0)
     results = {}
-    for name, task in (("vqa", Vqa(answers)), ("nlvr2", Nlvr2()), ("snli_ve", SnliVe())):
+    tasks = {"vqa": Vqa(answers), "nlvr2": Nlvr2(), "snli_ve": SnliVe(), "sugarcrepe": Choose(), "winoground": Choose()}
+    for name, task in tasks.items():
         config = read_exported_config(str(weights))
         task.configure(config)
         model = build_model(read, lambda task=task, config=config: task.model_class()(config))
         initialize_weights(model, 2, std=0.8)
         load_exported(model, str(weights), fresh=task.fresh)
         engine = build_engine(task.objective(model), model, read, OptimArgs())
-        index = ShardIndex(shards / name / "val")
+        index = ShardIndex(shards / name / ("test" if isinstance(task, Choose) else "val"))
         held_out = HeldOut(index, reading, World(rank, rank, size), BATCH, ReaderArgs(0, 1))
         results[name] = list(task.evaluate(engine, held_out, Unguarded()))
     return results

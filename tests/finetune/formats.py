@@ -60,5 +60,29 @@ def snli_ve_metrics(text: str, examples: list[dict]) -> dict[str, float]:
     return {group: sum(values) / len(values) for group, values in marks.items()}
 
 
+def choice_metrics(entries: list[dict], head: str) -> dict[str, float]:
+    """SugarCrepe's accuracy of each category, or Winoground's three scores, of each example's scores by one head."""
+    marks, ties = defaultdict(list), 0
+    for entry in entries:
+        scores = entry[head]
+        if len(scores) == 1:
+            (own, other) = scores[0]
+            right, tied = {"accuracy": own > other}, own == other
+        else:
+            (c0_i0, c1_i0), (c0_i1, c1_i1) = scores
+            text, image = c0_i0 > c1_i0 and c1_i1 > c0_i1, c0_i0 > c0_i1 and c1_i1 > c1_i0
+            right = {"text": text, "image": image, "group": text and image}
+            tied = c0_i0 in (c1_i0, c0_i1) or c1_i1 in (c1_i0, c0_i1)
+        ties += tied
+        for score, is_right in right.items():
+            marks[f"{head}_{score}"].append(is_right)
+            marks[f"{head}_{score}_{entry['category']}"].append(is_right)
+    metrics = {name: sum(values) / len(values) for name, values in marks.items()}
+    for name in [name for name in metrics if name.count("_") == 1]:
+        parts = [value for other, value in metrics.items() if other.startswith(f"{name}_")]
+        metrics[f"{name}_average"] = sum(parts) / len(parts)
+    return metrics | {f"{head}_ties": ties}
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from finetune.choose import Choose
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, InputSettings
@@ -14,16 +16,19 @@ from tests.data.conftest import as_version_3, index_again, write_tar
 from tests.data.test_identity import described
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
 from tests.finetune.evaluating import DS_CONFIG, evaluate
-from tests.finetune.formats import check_vqa, nlvr2_metrics, read_lines, snli_ve_metrics
+from tests.finetune.formats import check_vqa, choice_metrics, nlvr2_metrics, read_lines, snli_ve_metrics
 from tests.spawn import run_ranks
 from tests.tiny import tiny_config
 from unimo3.data.answers import AnswerVocabulary
+from unimo3.data.formats.sugarcrepe import CATEGORIES
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs
-from unimo3.data.transforms import ImageTransform
+from unimo3.data.transforms import ImageTransform, normalize
 from unimo3.distributed import World
 from unimo3.errors import DataError
-from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval, Unimo3ForVisualQuestionAnswering
+from unimo3.model.pretrained import read_exported_config
+from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.training.evaluation import Unguarded
 
 
@@ -33,10 +38,11 @@ def asked(vqa):
 
 
 @pytest.fixture(scope="module")
-def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
+def evaluated(pretrained, vqa, nlvr2, snli_ve, choices, tmp_path_factory):
     """By number of ranks, each rank's metrics and files of every task."""
     folder = tmp_path_factory.mktemp("evaluated")
-    for name, shards in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve)):
+    made = {"vqa": vqa, "nlvr2": nlvr2, "snli_ve": snli_ve}
+    for name, shards in (made | {name: choices / name for name in ("sugarcrepe", "winoground")}).items():
         (folder / name).symlink_to(shards)
     # Before any rank starts: one that reads it must not find what another has half written.
     ds_config = folder / "fp32.json"
@@ -48,7 +54,7 @@ def evaluated(pretrained, vqa, nlvr2, snli_ve, tmp_path_factory):
 def test_one_two_and_three_ranks_give_the_same_metrics_and_files(evaluated, asked):
     assert all(number % ranks for number in (len(asked), len(NLVR2), NUM_HYPOTHESES) for ranks in (2, 3))
     (alone,) = evaluated[1]
-    assert set(alone) == {"vqa", "nlvr2", "snli_ve"}
+    assert set(alone) == {"vqa", "nlvr2", "snli_ve", "sugarcrepe", "winoground"}
     assert evaluated[2] == [alone] * 2
     assert evaluated[3] == [alone] * 3
 
@@ -83,6 +89,73 @@ def test_snli_ve_predictions_give_the_metrics_of_each_class(evaluated, snli_ve):
     assert len(expected) == 4
     assert json.loads(files["accuracy.json"]) == pytest.approx(expected)
     assert metrics == pytest.approx({f"accuracy_{group}": value for group, value in expected.items()})
+
+
+@pytest.mark.integration
+def test_choices_have_the_scores_of_pretrainings_heads(evaluated, pretrained, choices, tokenizer):
+    model = Unimo3ForPreTraining.from_pretrained(pretrained).eval()
+    source = choices.parent / "source"
+
+    def scores(texts, files):
+        pairs = [(file, text) for file in files for text in texts]
+        text = tokenizer([text for _, text in pairs], padding="max_length", max_length=12, return_tensors="pt")
+        pixels = [ImageTransform(16)((source / file).read_bytes(), np.random.default_rng(0)) for file, _ in pairs]
+        with torch.no_grad():
+            out = model(text["input_ids"], normalize(torch.tensor(np.stack(pixels))), text["attention_mask"])
+        itc = out.logits_per_image.diagonal() * model.itc_head.temperature
+        shape = (len(files), len(texts))
+        return (out.matching_logits[:, 1] - out.matching_logits[:, 0]).reshape(shape), itc.reshape(shape)
+
+    records = {
+        f"{category}-{number}": ([record["caption"], record["negative_caption"]], [f"val2017/{record['filename']}"])
+        for category in CATEGORIES
+        for number, record in json.loads((source / f"{category}.json").read_text()).items()
+    }
+    for record in read_lines(source / "examples.jsonl"):
+        files = [f"images/{record[f'image_{side}']}.png" for side in range(2)]
+        records[str(record["id"])] = [record[f"caption_{side}"] for side in range(2)], files
+    seen = set()
+    for name in ("sugarcrepe", "winoground"):
+        for line in evaluated[2][0][name][1]["predictions.jsonl"].splitlines():
+            entry = json.loads(line)
+            seen.add(entry["identifier"])
+            for head, expected in zip(("itm", "itc"), scores(*records[entry["identifier"]]), strict=True):
+                torch.testing.assert_close(torch.tensor(entry[head]), expected, rtol=1e-4, atol=1e-5)
+    assert seen == records.keys()
+
+
+@pytest.mark.integration
+def test_choices_give_sugarcrepes_and_winogrounds_metrics_next_to_chance(evaluated, choices):
+    for name, count in (("sugarcrepe", 13), ("winoground", 3)):
+        metrics, files = evaluated[3][0][name]
+        entries = [json.loads(line) for line in files["predictions.jsonl"].splitlines()]
+        assert len({entry["identifier"] for entry in entries}) == len(entries) == count
+        content = json.loads(files["accuracy.json"])
+        assert content["examples"] == count
+        for head in ("itm", "itc"):
+            expected = choice_metrics(entries, head)
+            assert {key: value for key, value in metrics.items() if key.startswith(head)} == pytest.approx(expected)
+            for score in ("accuracy",) if name == "sugarcrepe" else ("text", "image", "group"):
+                assert content[score][head]["overall"] == pytest.approx(expected[f"{head}_{score}"])
+    assert content["group"]["chance"] == pytest.approx(
+        {"overall": 1 / 6, "average": 1 / 6, **content["group"]["chance"]}
+    )
+    report = evaluated[3][0]["winoground"][1]["report.md"]
+    assert "| group, Relation | 1 | " in report
+    assert report.count("| 0.1667 |") == report.count("| group, ") == 4
+
+
+@pytest.mark.integration
+def test_choices_that_lack_examples_get_another_name(choices, pretrained, tokenizer, caplog):
+    config = read_exported_config(str(pretrained))
+    objective = Choose().objective(Unimo3ForImageAndTextRetrieval(config))
+    objective.device = torch.device("cpu")
+    index = ShardIndex(choices / "winoground" / "test")
+    index._missing_ids = ["7"]
+    reading = InputSettings(tokenizer, 12, ImageTransform(16), 0)
+    results = Choose().evaluate(objective, HeldOut(index, reading, World(0, 0, 1), 2, ReaderArgs(0, 1)), Unguarded())
+    assert results.files.keys() == {"predictions_incomplete.jsonl", "accuracy.json", "report.md"}
+    assert "lacks 1 ids of its split, such as '7'" in caplog.text
 
 
 def rows(*entries):

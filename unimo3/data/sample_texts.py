@@ -18,7 +18,7 @@ _ENCODINGS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 # The field of an item that is its text.
-_TEXT_OF_ITEM = {"questions": "question", "hypotheses": "text"}
+_TEXT_OF_ITEM = {"questions": "question", "hypotheses": "text", "choices": "text"}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 

@@ -18,8 +18,10 @@ FIRST_FILES = {
     "pairs": "",
     "sbu": "sbu-captions-all.json",
     "snli_ve": "snli_ve_train.jsonl",
+    "sugarcrepe": "add_att.json",
     "vg": "region_descriptions.json",
     "vqav2": "v2_OpenEnded_mscoco_train2014_questions.json",
+    "winoground": "examples.jsonl",
 }
 
 

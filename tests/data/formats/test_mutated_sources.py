@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.data.conftest import draw_jpeg, write_source
 from tests.data.mutations import damaged, mutated, property_settings, result_of
 from unimo3.data.formats import CONVERTERS
+from unimo3.data.formats.sugarcrepe import CATEGORIES
 from unimo3.data.index import ShardIndex
 
 FIELD_LINES = (
@@ -54,6 +55,20 @@ FILES: dict[str, dict[str, Any]] = {
         ]
         for split in ("train", "dev", "test1")
     },
+    "sugarcrepe": {
+        f"{category}.json": {"0": {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}}
+        for category in CATEGORIES
+    },
+    "winoground": {
+        "examples.jsonl": [
+            {
+                "id": n,
+                "collapsed_tag": "Both",
+                **{f"{kind}_{m}": str(m) for kind in ("image", "caption") for m in (0, 1)},
+            }
+            for n in (0, 1)
+        ]
+    },
 }
 
 
@@ -66,7 +81,7 @@ def sources(tmp_path_factory) -> Path:
         for file, content in files.items():
             (root / name / file).write_text(text_of(file, content, name))
     picture = draw_jpeg(0, 8, 8)
-    folders = ("pairs", "sbu", "cc3m/train_image", "cc3m/val_image", "vg/VG_100K", "flickr30k", "snli_ve")
+    folders = ("pairs", "sbu", "cc3m/train_image", "cc3m/val_image", "vg/VG_100K", "flickr30k", "snli_ve", "sugarcrepe")
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
         for number in range(4):
@@ -75,6 +90,8 @@ def sources(tmp_path_factory) -> Path:
         (root / "nlvr2" / folder).mkdir(parents=True)
         for number in range(4):
             (root / "nlvr2" / folder / f"{split}-{number // 2 + 1}-0-img{number % 2}.png").write_bytes(picture)
+    for number in range(2):
+        (root / "winoground" / f"{number}.png").write_bytes(picture)
     for name in ("coco", "vqav2"):
         write_source(root / name, num_images=6)
         for path in (root / name).glob("*.json"):
@@ -85,7 +102,7 @@ def sources(tmp_path_factory) -> Path:
 def text_of(file: str, content: Any, name: str) -> str:
     if isinstance(content, str):
         return content
-    if name in ("snli_ve", "nlvr2") and isinstance(content, list):
+    if name in ("snli_ve", "nlvr2", "winoground") and isinstance(content, list):
         return "".join(json.dumps(record) + "\n" for record in content)
     return json.dumps(content)
 

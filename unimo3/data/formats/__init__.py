@@ -3,7 +3,19 @@
 To add a format, write a file with ``convert(source, images, omitted)``, as in `record.Converter`, and enter it here.
 """
 
-from unimo3.data.formats import cc3m, coco, flickr30k, nlvr2, pairs, sbu, snli_ve, vg, vqav2
+from unimo3.data.formats import (
+    cc3m,
+    coco,
+    flickr30k,
+    nlvr2,
+    pairs,
+    sbu,
+    snli_ve,
+    sugarcrepe,
+    vg,
+    vqav2,
+    winoground,
+)
 from unimo3.data.formats.record import Converter, Sample
 
 __all__ = ["CONVERTERS", "Converter", "Sample"]
@@ -16,6 +28,8 @@ CONVERTERS: dict[str, Converter] = {
     "pairs": pairs.convert,
     "sbu": sbu.convert,
     "snli_ve": snli_ve.convert,
+    "sugarcrepe": sugarcrepe.convert,
     "vg": vg.convert,
     "vqav2": vqav2.convert,
+    "winoground": winoground.convert,
 }

@@ -37,7 +37,7 @@ def write_coco_and_vqav2(root: Path, num_images: int, size: int, seed: int, prog
         year = "train2014" if split == "train" else "val2014"
         identity = number + 1
         name = f"COCO_{year}_{identity:012d}.jpg"
-        _save_jpeg(scene, root / "coco" / year / name, size, rng)
+        save_jpeg(scene, root / "coco" / year / name, size, rng)
         images.append(
             {"filepath": year, "filename": name, "split": split, "cocoid": identity}
             | _sentences(captions(scene, rng), number)
@@ -48,14 +48,14 @@ def write_coco_and_vqav2(root: Path, num_images: int, size: int, seed: int, prog
             question_id = identity * 1000 + index
             asked[year][0].append({"image_id": identity, "question": question.text, "question_id": question_id})
             asked[year][1].append(_annotation(question, question_id, identity, rng))
-    _write_json(root / "coco" / "dataset_coco.json", {"dataset": "coco", "images": images})
+    write_json(root / "coco" / "dataset_coco.json", {"dataset": "coco", "images": images})
     for year, (texts, notes) in asked.items():
         common = {"info": {"description": "toy scenes"}, "license": {}, "data_subtype": year, "data_type": "mscoco"}
-        _write_json(
+        write_json(
             root / "vqav2" / f"v2_OpenEnded_mscoco_{year}_questions.json",
             common | {"task_type": "Open-Ended", "questions": texts},
         )
-        _write_json(root / "vqav2" / f"v2_mscoco_{year}_annotations.json", common | {"annotations": notes})
+        write_json(root / "vqav2" / f"v2_mscoco_{year}_annotations.json", common | {"annotations": notes})
     return {
         "coco images": num_images,
         "coco captions": 5 * num_images,
@@ -75,7 +75,7 @@ def write_flickr30k_and_snli_ve(
         scene = draw_scene(rng)
         split = _split_of(number, num_images, _FLICKR_SPLITS)
         identity = str(1_000_000 + number)
-        _save_jpeg(scene, root / "flickr30k" / "flickr30k-images" / f"{identity}.jpg", size, rng)
+        save_jpeg(scene, root / "flickr30k" / "flickr30k-images" / f"{identity}.jpg", size, rng)
         texts = captions(scene, rng)
         images.append({"filename": f"{identity}.jpg", "split": split} | _sentences(texts, number))
         for index in range(3):
@@ -90,14 +90,14 @@ def write_flickr30k_and_snli_ve(
                     "pairID": f"{identity}.jpg#0r{index}",
                 }
             )
-    _write_json(root / "flickr30k" / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
+    write_json(root / "flickr30k" / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
     with (root / "flickr30k" / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "caption"])
         for image in images:
             rows.writerows([f"flickr30k-images/{image['filename']}", text["raw"]] for text in image["sentences"])
     for split, records in lines.items():
-        _write_lines(root / "snli_ve" / f"snli_ve_{split}.jsonl", records)
+        write_lines(root / "snli_ve" / f"snli_ve_{split}.jsonl", records)
     return {"flickr30k images": num_images, "snli_ve statements": sum(len(records) for records in lines.values())}
 
 
@@ -122,7 +122,7 @@ def write_nlvr2(root: Path, num_pairs: int, size: int, seed: int, progress: Prog
             }
             lines[split].append(record | ({"directory": directory} if split == "train" else {}))
     for split, records in lines.items():
-        _write_lines(root / "nlvr2" / f"{split}.json", records)
+        write_lines(root / "nlvr2" / f"{split}.json", records)
     return {"nlvr2 pairs": num_pairs, "nlvr2 sentences": 2 * num_pairs}
 
 
@@ -158,16 +158,19 @@ def _annotation(question: Question, question_id: int, image_id: int, rng: np.ran
     }
 
 
-def _save_jpeg(scene: Scene, path: Path, size: int, rng: np.random.Generator) -> None:
+def save_jpeg(scene: Scene, path: Path, size: int, rng: np.random.Generator) -> None:
+    """Draw a scene into a file of a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     render(scene, size, rng).save(path, quality=95, subsampling=0)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file into a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
 
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write JSON lines into a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -34,7 +34,7 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     shuffled = [scene[i] for i in rng.permutation(len(scene))]
     leftmost = min(scene, key=lambda thing: thing.x)
     return [
-        f"{_full(first)} {_relation(first, second)} {_full(second)}",
+        f"{_full(first)} {relation(first, second)} {_full(second)}",
         f"{_NUMBER_WORDS[len(scene)]} objects : " + " , ".join(f"a {thing.name}" for thing in shuffled),
         f"{_counts(scene)} in the picture",
         " , ".join(f"the {thing.name} is {thing.size} and {thing.texture}" for thing in (first, second)),
@@ -56,7 +56,7 @@ def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         return f"there is a {thing.name}", label
     if label == "neutral":
         return f"somebody likes the {thing.name}", label
-    colour, shape = _absent_name(scene, rng)
+    colour, shape = absent_name(scene, rng)
     return f"there is a {colour} {shape}", label
 
 
@@ -70,7 +70,7 @@ def pair_statement(left: Scene, right: Scene, rng: np.random.Generator) -> tuple
         return f"there are {stated} objects in total", truth
     if truth:
         return f"the {side} image has a {scene[rng.integers(len(scene))].name}", True
-    colour, shape = _absent_name(scene, rng)
+    colour, shape = absent_name(scene, rng)
     return f"the {side} image has a {colour} {shape}", False
 
 
@@ -78,7 +78,8 @@ def _full(thing: Thing) -> str:
     return f"a {thing.size} {thing.texture} {thing.name}"
 
 
-def _relation(one: Thing, other: Thing) -> str:
+def relation(one: Thing, other: Thing) -> str:
+    """Where one object is from another, by the larger of both distances."""
     dx, dy = one.x - other.x, one.y - other.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -95,7 +96,8 @@ def _plural(shape: str, count: int) -> str:
     return shape if count == 1 else {"cross": "crosses"}.get(shape, f"{shape}s")
 
 
-def _absent_name(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def absent_name(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """Colour and shape of an object that the scene lacks."""
     present = {(thing.colour, thing.shape) for thing in scene}
     absent = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
     return absent[rng.integers(len(absent))]
@@ -143,16 +145,16 @@ def _count_or_existence(scene: Scene, rng: np.random.Generator) -> Question:
         thing = scene[rng.integers(len(scene))]
         colour, shape, answer = thing.colour, thing.shape, "yes"
     else:
-        colour, shape = _absent_name(scene, rng)
+        colour, shape = absent_name(scene, rng)
         answer = "no"
     return Question(f"is there a {colour} {shape}?", answer, "is there a", "object", "yes/no", ("yes", "no"))
 
 
 def _relation_of_two(scene: Scene, rng: np.random.Generator) -> Question:
     one, other = (scene[i] for i in rng.permutation(len(scene))[:2])
-    words = ("left of", "right of") if _relation(one, other) in ("left of", "right of") else ("above", "below")
+    words = ("left of", "right of") if relation(one, other) in ("left of", "right of") else ("above", "below")
     word = words[rng.integers(2)]
-    answer = "yes" if word == _relation(one, other) else "no"
+    answer = "yes" if word == relation(one, other) else "no"
     text = f"is the {one.name} {word} the {other.name}?"
     return Question(text, answer, "is the", "scene", "yes/no", ("yes", "no"))
 
