@@ -19,6 +19,7 @@ import torch.distributed.elastic
 import torch.utils.cpp_extension
 import torch.utils.tensorboard
 
+import finetune.choose
 import finetune.nlvr2
 import finetune.predict_program
 import finetune.program

@@ -24,7 +24,7 @@ JOBS = {
     "pretrain": "pretrain.train",
     "export": "pretrain.export",
     "prepare_shards": "pretrain.prepare_shards",
-    **{task: f"finetune.{task}" for task in TASKS},
+    **{task: f"finetune.{task}" for task in (*TASKS, "choose")},
 }
 
 

@@ -17,7 +17,7 @@ COMMANDS = (
         f"pretrain.{name} --help"
         for name in ("train", "prepare_shards", "export", "checkpoints", "plan", "toy", "demo", "log_to")
     ),
-    *(f"finetune.{name} --help" for name in ("nlvr2", "retrieval", "snli_ve", "vqa", "predict", "plan")),
+    *(f"finetune.{name} --help" for name in ("choose", "nlvr2", "retrieval", "snli_ve", "vqa", "predict", "plan")),
     *(f"{name} --help" for name in ("finetune.__main__", "unimo3.launch", "slurm.submit", "slurm.status")),
     "finetune.predict vqa --help",
     "pretrain.train --version",

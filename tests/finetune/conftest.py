@@ -137,12 +137,13 @@ def pretrained(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tuned(pretrained, vqa, nlvr2, snli_ve, coco, tmp_path_factory) -> Path:  # noqa: F811
-    """A run of each task after two steps, and its export: FOLDER/vqa, FOLDER/vqa_weights and so on."""
+def tuned(pretrained, vqa, nlvr2, snli_ve, coco, choices, tmp_path_factory) -> Path:  # noqa: F811
+    """A run of each task after two steps, and its export: FOLDER/vqa, FOLDER/vqa_weights and so on; FOLDER/choose."""
     folder = tmp_path_factory.mktemp("tuned_runs")
     shards = tmp_path_factory.mktemp("tuned_shards")
-    for name, made in (("vqa", vqa), ("nlvr2", nlvr2), ("snli_ve", snli_ve), ("retrieval", coco)):
-        (shards / name).symlink_to(made)
+    made = {"vqa": vqa, "nlvr2": nlvr2, "snli_ve": snli_ve, "retrieval": coco, "winoground": choices / "winoground"}
+    for name, target in made.items():
+        (shards / name).symlink_to(target)
     run_alone(tune_all, pretrained, shards, folder)
     for name in ("vqa", "nlvr2", "snli_ve", "retrieval"):
         dtype = "bf16" if name == "nlvr2" else "fp32"

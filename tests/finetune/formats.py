@@ -66,8 +66,8 @@ def choice_metrics(entries: list[dict], head: str) -> dict[str, float]:
     for entry in entries:
         scores = entry[head]
         if len(scores) == 1:
-            (own, other) = scores[0]
-            right, tied = {"accuracy": own > other}, own == other
+            first, second = scores[0]
+            right, tied = {"accuracy": first > second}, first == second
         else:
             (c0_i0, c1_i0), (c0_i1, c1_i1) = scores
             text, image = c0_i0 > c1_i0 and c1_i1 > c0_i1, c0_i0 > c0_i1 and c1_i1 > c1_i0

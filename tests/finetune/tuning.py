@@ -1,8 +1,8 @@
 """Tunes all tasks for two steps in one process, without a launcher, as their programs do.
 
-WEIGHTS is an export of pretraining, SHARDS contains vqa/, nlvr2/, snli_ve/ and retrieval/. FOLDER gets a run of each
-task's name, and next to it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is tuned in
-bf16.
+WEIGHTS is an export of pretraining, SHARDS contains vqa/, nlvr2/, snli_ve/, retrieval/ and winoground/. FOLDER gets a
+run of each task's name, and next to it ``NAME.safetensors``: what the trained engine gives for `fixed_batch`. NLVR2 is
+tuned in bf16. The run ``choose`` evaluates the run ``retrieval``.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from finetune.choose import ChooseConfig
 from finetune.nlvr2 import Nlvr2, Nlvr2Config
 from finetune.program import FinetuneConfig, finetune
 from finetune.retrieval import Retrieval, RetrievalConfig
@@ -94,3 +95,17 @@ def tune_all(weights: Path, shards: Path, folder: Path) -> None:
         tuning = settings(name, weights, shards, folder)
         assert tuning.validate() == [], tuning.validate()
         finetune(tuning, noting(task, name, folder / f"{name}.safetensors"))
+    choosing = choose_settings(folder / "retrieval", weights, shards / "winoground" / "test", folder)
+    assert choosing.validate() == [], choosing.validate()
+    finetune(choosing, choosing.build_task())
+
+
+def choose_settings(init: Path, tokenizer: Path, shards: Path, folder: Path, **changes: Any) -> ChooseConfig:
+    """An evaluation of choices on one rank; FOLDER has retrieval.json, a ds_config."""
+    return ChooseConfig(
+        run=RunArgs(name="choose", dir=str(folder)),
+        init=str(init),
+        data=DataArgs(val=str(shards), tokenizer=str(tokenizer), max_text_tokens=12, num_workers=0),
+        training=TrainingArgs(global_batch=BATCH, micro_batch=BATCH, ds_config=str(folder / "retrieval.json")),
+        **changes,
+    )

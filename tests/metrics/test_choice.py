@@ -34,7 +34,7 @@ def official(c0_i0, c1_i0, c0_i1, c1_i1):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_two_images_have_winogrounds_scores_and_chance_is_that_of_all_orders(swapped):
+def test_two_images_have_winogrounds_scores_and_the_chance_of_all_orders(swapped):
     totals = dict.fromkeys(("text", "image", "group"), 0)
     orders = list(itertools.permutations(range(4)))
     for c0_i0, c1_i0, c0_i1, c1_i1 in orders:

@@ -84,7 +84,7 @@ def test_an_unknown_task_is_an_invalid_setting(module, capsys):
     printed = capsys.readouterr()
     assert not printed.out
     assert (
-        f"'{module}': there is no such program; finetune takes a task first: nlvr2, retrieval, snli_ve, vqa"
+        f"'{module}': there is no such program; finetune takes a task first: nlvr2, retrieval, snli_ve, vqa, choose"
         in printed.err
     )
     assert "--config missing.yaml: cannot be read" in printed.err

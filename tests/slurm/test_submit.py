@@ -121,7 +121,7 @@ def test_all_errors_are_reported_in_one_message(checked):
     refused(
         printed, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read"
     )
-    assert "takes a task first: nlvr2, retrieval, snli_ve, vqa" in printed[1]
+    assert "takes a task first: nlvr2, retrieval, snli_ve, vqa, choose" in printed[1]
 
 
 @pytest.mark.integration

@@ -8,7 +8,7 @@ the accuracy of one image's choice.
 
 # Shapes: I images, X captions.
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 # Of two images with two captions: both images choose theirs, both captions choose theirs, both at once. For equally
 # likely orders of four scores: the two right ones are the highest in 1 of 6.
@@ -36,12 +36,11 @@ def choice_marks(scores: Sequence[Sequence[float]], images: Sequence[int | None]
     if len(scores) == 1:
         return {"accuracy": by_image[0][0]}, by_image[0][1]
     columns = [[row[text] for row in scores] for text in texts]
-    by_text = [_compare(own[image], [*own[:image], *own[image + 1 :]]) for image, own in enumerate(columns)]
-    marks = {name: all(right for right, _ in part) for name, part in (("text", by_image), ("image", by_text))}
+    by_text = [_compare(of[image], [*of[:image], *of[image + 1 :]]) for image, of in enumerate(columns)]
+    marks = {name: all(is_right for is_right, _ in part) for name, part in (("text", by_image), ("image", by_text))}
     return marks | {"group": all(marks.values())}, any(tied for _, tied in (*by_image, *by_text))
 
 
-def _compare(own: float, others: Iterable[float]) -> tuple[bool, bool]:
+def _compare(right: float, others: Sequence[float]) -> tuple[bool, bool]:
     """Whether the right one is above every other, and whether it shares the highest score with another."""
-    others = list(others)
-    return all(own > other for other in others), own == max(others)
+    return all(right > other for other in others), right == max(others)

@@ -1,5 +1,4 @@
-"""Toy scenes of two objects with captions that are alike but for a word or its place, in SugarCrepe's and Winoground's
-formats.
+"""Toy scenes of two objects with captions that differ in a word or in its position, for SugarCrepe and Winoground.
 
 Source: https://github.com/RAIVNLab/sugar-crepe; https://huggingface.co/datasets/facebook/winoground.
 """
@@ -37,7 +36,7 @@ def write_sugarcrepe(root: Path, num_images: int, size: int, seed: int, progress
 
 
 def write_winoground(root: Path, num_pairs: int, size: int, seed: int, progress: Progress) -> dict[str, int]:
-    """``winoground/`` with JSON lines and PNG pairs: in one half the colours change places, in one the objects."""
+    """``winoground/`` with JSON lines and PNG pairs: in one half the colours are swapped, in one the objects."""
     folder = root / "winoground" / "images"
     folder.mkdir(parents=True)
     records = []
@@ -57,7 +56,7 @@ def write_winoground(root: Path, num_pairs: int, size: int, seed: int, progress:
 
 
 def exchanged(scene: Scene, what: str) -> Scene:
-    """A scene of two whose objects have changed places (``Object``), or whose colours have (``Relation``)."""
+    """A scene of two with its objects swapped (``Object``), or with their colours swapped (``Relation``)."""
     one, other = scene
     if what == "Object":
         return replace(other, x=one.x, y=one.y), replace(one, x=other.x, y=other.y)
