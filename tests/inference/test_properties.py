@@ -40,11 +40,13 @@ quickly = settings(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """An export of VQA with random weights."""
+    """An export of VQA with random weights, around a ModernBERT and an image tower with registers."""
     folder = tmp_path_factory.mktemp("weights")
     train_tokenizer(["a red dog on a hill", "two dogs"] * 20, 300, folder / "tokenizer")
-    text = tiny_config().text_config.to_dict() | {"vocab_size": 300}
-    model = Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, num_answers=3))
+    text = {"model_type": "modernbert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 18, "pad_token_id": 1}
+    vision = tiny_config().vision_config.to_dict() | {"architecture": "vit_base_patch14_reg4_dinov2"}
+    model = Unimo3ForVisualQuestionAnswering(tiny_config(text_config=text, vision_config=vision, num_answers=3))
     initialize_weights(model, 0, std=0.1)
     model.save_pretrained(folder)
     Unimo3Processor(image_processor(16), load_tokenizer(str(folder / "tokenizer"))).save_pretrained(folder)
