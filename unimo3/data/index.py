@@ -350,7 +350,7 @@ class ShardIndex:
                 descriptor = self._cache.open(shard.name, shard.num_bytes, shard.sha256)
             else:
                 descriptor = os.open(self._file(shard.name), os.O_RDONLY)
-            problem = _size_error(os.fstat(descriptor).st_size, shard.num_bytes) or self._error_of(descriptor, number)
+            problem = self._error_of(descriptor, number) or _size_error(os.fstat(descriptor).st_size, shard.num_bytes)
             if problem:
                 os.close(descriptor)
                 raise DataError(f"{self._file(shard.name)}: is not the tar that was indexed: {problem}; {REINDEX}")
