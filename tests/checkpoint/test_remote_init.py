@@ -158,3 +158,5 @@ def test_what_is_no_weights_is_refused(s3, run, tmp_path):  # noqa: F811
     s3.always = Refusal(503, "SlowDown")
     with pytest.raises(UnreachableError):
         model_files_of(RUN_URL, tmp_path / "new")
+    assert run_program(RUN_URL, "--out", tmp_path / "out") == 1
+    assert not (tmp_path / "out").exists()
