@@ -44,13 +44,17 @@ from benchmarks.loader_contestants import (
 )
 from benchmarks.loader_parts import measure_parts, measure_photos
 from benchmarks.loader_store import CACHED, LOCAL, StoreRates, measure_store, missing_packages
-from benchmarks.report import ROOT, usable_cores, write_report
+from benchmarks.report import ROOT, machine, usable_cores, write_report
 from unimo3.data.index import INDEX, MEMBERS, SHARDS, ShardIndex
 from unimo3.data.index_writer import ShardTable, table_of, write_index
 from unimo3.data.order import SampleOrder
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 
 log = logging.getLogger(__name__)
+
+STORE_HEADING = "## From an object store"
+_NEXT_HEADING = "\n\n## "
+_INSTALL = "type: pip install 'moto[server]' s3fs"
 
 
 def measure_rates(setting: Setting, workers: int, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -215,12 +219,13 @@ def report(
 
 
 def _store_lines(store: StoreRates | None) -> list[str]:
-    lines = ["## From an object store", ""]
+    lines = [STORE_HEADING, ""]
     if store is None:
         return [*lines, f"Not measured: {', '.join(missing_packages())} was not installed.", ""]
     local, cached = store.by_round[LOCAL], store.by_round[CACHED]
     ratios = [one / other for one, other in zip(cached, local, strict=True)]
     first_local, first_stored = store.first_pass
+    facts = machine()
     return [
         *lines,
         "| read from | samples/s | against the local folder | by round |",
@@ -231,9 +236,20 @@ def _store_lines(store: StoreRates | None) -> list[str]:
         f"| S3, first pass, cache empty | {first_stored:.0f} | {first_stored / first_local:.2f} |  |",
         "",
         f"{store.workers} readers. The server is moto, on loopback, in a process of its own on the same cores. A first",
-        "pass is one epoch, and contains the start of its readers.",
+        "pass is one epoch, and contains the start of its readers. Both others take their turn in every round.",
+        f"Measured on {facts['date']} at commit {facts['commit']}.",
         "",
     ]
+
+
+def replace_store(text: str, store: StoreRates) -> str:
+    """A report with another table of the object store, which comes before the second heading where it has none."""
+    section = "\n".join(_store_lines(store))
+    before, found, rest = text.partition(f"{STORE_HEADING}\n")
+    if found:
+        return f"{before}{section}\n## {rest.partition(_NEXT_HEADING)[2]}"
+    before, _, rest = text.partition(_NEXT_HEADING)
+    return f"{before}\n\n{section}\n## {rest}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -248,6 +264,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=16, help="of 256 samples each (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="readers (default: 1 2)")
     parser.add_argument("--photos", type=int, default=8, help="large photos of each size (default: %(default)s)")
+    parser.add_argument(
+        "--only-store", action="store_true", help="measure the object store alone, and replace its table in --out"
+    )
     parser.add_argument("--augment", default="none", choices=("none", "randaugment"))
     parser.add_argument(
         "--index-samples",
@@ -262,6 +281,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     least = {name: getattr(args, name) for name in ("rounds", "seconds", "shards", "photos")}
     least |= {"workers": min(args.workers), "index-samples": min(args.index_samples)}
     errors = [f"--{name} {value}: a number above 0 is needed" for name, value in least.items() if value <= 0]
+    if args.only_store and not args.out.is_file():
+        errors.append(f"--out {args.out}: no such file; --only-store replaces one of its tables")
+    if args.only_store and (missing := missing_packages()):
+        errors.append(f"--only-store: {', '.join(missing)} is not installed; {_INSTALL}")
     if errors:
         raise ConfigError(errors)
     return args
@@ -277,17 +300,21 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if missing := missing_packages():
         log.warning(
-            "%s is not installed, so reading from an object store is not measured; type: pip install 'moto[server]' "
-            "s3fs",
-            ", ".join(missing),
+            "%s is not installed, so reading from an object store is not measured; %s", ", ".join(missing), _INSTALL
         )
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(Path(scratch) / "shards", args.augment)
         setting.folder.mkdir()
         make_shards(setting.folder, args.shards)
+        store = None
+        if not missing:
+            store = measure_store(setting, max(args.workers), args.rounds, args.seconds, Path(scratch))
+        if args.only_store:
+            assert store is not None
+            args.out.write_text(replace_store(args.out.read_text(), store))
+            print("\n".join(_store_lines(store)))
+            return
         rates = {workers: measure_rates(setting, workers, args.rounds, args.seconds) for workers in args.workers}
-        num_readers = max(args.workers)
-        store = None if missing else measure_store(setting, num_readers, args.rounds, args.seconds, Path(scratch))
         resume = measure_resume(setting, min(2, usable_cores()))
         memory = measure_memory(setting, args.index_samples, Path(scratch))
         parts, photos = measure_parts(setting, args.rounds), measure_photos(args.rounds, args.photos)

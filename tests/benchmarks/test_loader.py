@@ -54,11 +54,34 @@ def test_reading_from_a_bucket_is_compared_with_the_folder(report):
         assert (one - 0.5) / (other + 0.5) - 0.006 < float(row[2]) < (one + 0.5) / (other - 0.5) + 0.006
 
 
-def test_without_moto_the_report_names_what_is_missing(monkeypatch):
+@pytest.mark.integration
+def test_the_table_of_the_store_alone_is_replaced(report):
+    rates = loader_store.StoreRates(7, (100.0, 50.0), {loader.LOCAL: [200.0], loader.CACHED: [190.0]})
+    rows = [
+        [loader.LOCAL, "200", "", ""],
+        [loader.CACHED, "190", "0.95", "0.95 to 0.95"],
+        [f"{loader.LOCAL}, first pass", "100", "", ""],
+        ["S3, first pass, cache empty", "50", "0.50", ""],
+    ]
+    replaced = loader.replace_store(report, rates)
+    section = replaced[replaced.index(loader.STORE_HEADING) : replaced.index("## Where a reader")]
+    for text in (report, report.replace(section, ""), replaced.replace(section, "")):
+        other = loader.replace_store(text, rates)
+        assert rows_under("From an object store", other) == rows
+        headings = [line for line in other.splitlines() if line.startswith("#")]
+        assert headings == [line for line in report.splitlines() if line.startswith("#")]
+        assert rows_under("Where a reader's time goes", other) == rows_under("Where a reader's time goes", report)
+
+
+def test_without_moto_the_report_names_what_is_missing(monkeypatch, tmp_path, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "moto" else find_spec(name))
     assert loader_store.missing_packages() == ["moto"]
     assert "Not measured: moto was not installed." in loader._store_lines(None)
+    assert status_of("--only-store", tmp_path) == 78
+    errors = capsys.readouterr().err
+    assert "loader.md: no such file; --only-store replaces one of its tables" in errors
+    assert "--only-store: moto is not installed; type: pip install 'moto[server]' s3fs" in errors
 
 
 @pytest.mark.integration
