@@ -50,9 +50,9 @@ class ChoiceSamples(SampleUnits):
     """Images with captions to choose from; a unit is one image with one caption, right or wrong."""
 
     @property
-    def units_per_shard(self) -> list[int]:
-        """Pairs of each shard."""
-        return [len(pairs) for pairs in pairs_of_shards(self.index)]
+    def units_per_shard(self) -> np.ndarray:
+        """[shards] pairs of each shard."""
+        return np.array([len(pairs) for pairs in pairs_of_shards(self.index)], dtype=np.int64)
 
     def key(self, unit: Unit) -> str:
         """The sample's key and the numbers of image and caption."""
