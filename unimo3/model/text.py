@@ -17,7 +17,8 @@ def build_text_tower(config: TextConfig) -> PreTrainedModel:
     """The encoder of a configuration, without a pooling layer and with transformers' names of parameters."""
     options = {} if isinstance(config, ModernBertConfig) else {"add_pooling_layer": False}
     # AutoModel.from_config would build it in the dtype of the folder's weights, and change the configuration.
-    tower: PreTrainedModel = MODEL_MAPPING[type(config)](config, **options)
+    model_class: Any = MODEL_MAPPING[type(config)]
+    tower: PreTrainedModel = model_class(config, **options)
     for module in tower.modules():
         if type(module) is ModernBertRotaryEmbedding:
             module.__class__ = _RotaryEmbedding

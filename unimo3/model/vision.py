@@ -114,7 +114,7 @@ def _top_states(vit: Any, num_states: int, pixel_values: Tensor) -> Tensor:
     )
     states = []
     for layer in layers:
-        patches, prefix = layer if vit.num_prefix_tokens else (layer, None)
-        pooled = patches.mean(dim=1, keepdim=True) if vit.cls_token is None else prefix[:, :1]
+        patches = layer[0] if vit.num_prefix_tokens else layer
+        pooled = patches.mean(dim=1, keepdim=True) if vit.cls_token is None else layer[1][:, :1]
         states.append(torch.cat([pooled, patches], dim=1))
     return torch.stack(states, dim=1)
