@@ -23,7 +23,7 @@ from slurm import bad_nodes, history, prometheus, squeue
 from slurm.runs import read_newest_checkpoint
 from unimo3.atomic_write import is_file_name
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
-from unimo3.training.heartbeat import HEARTBEATS, read_heartbeats, server_is_ahead_s
+from unimo3.training.heartbeat import HEARTBEATS, heartbeat_interval_s, read_heartbeats, server_is_ahead_s
 from unimo3.versions import check_version
 
 _RECENT_STEPS = 20
@@ -227,11 +227,11 @@ def _ranks(run: Path, since: float) -> dict[str, Any] | None:
     phases: dict[str, int] = {}
     for beat in beats:
         phases[beat.phase] = phases.get(beat.phase, 0) + 1
-    now = time.time()
+    now, silent_s = time.time(), _SILENT_S + heartbeat_interval_s(len(beats))
     silent = [
         {"rank": beat.rank, "host": beat.host, "silent_s": now - beat.time}
         for beat in beats
-        if beat.phase != "ended" and now - beat.time > _SILENT_S
+        if beat.phase != "ended" and now - beat.time > silent_s
     ]
     return {"number": len(beats), "phases": phases, "silent": silent}
 

@@ -52,6 +52,12 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)  # between two looks
 
 
+def _wait_until_stop() -> None:
+    """On rank 0, which looks for the files; the other ranks wait for it in their next collective."""
+    if world()[0] == 0:
+        _wait_until(lambda: _requests[-1].received)
+
+
 def install(self: StopListener) -> StopListener:
     """The request's own, remembered."""
     _requests.append(self)
@@ -66,7 +72,7 @@ def train_step(self: Trainer, micro_batches: list[dict[str, Any]]) -> None:
     if (num_restarts == 0 and step in INJECT.get("until_stop", [])) or (
         [step] == INJECT.get("until_stop_of_start", [])[num_restarts : num_restarts + 1]
     ):
-        _wait_until(lambda: _requests[-1].received)
+        _wait_until_stop()
     if INJECT.get("until_file", [None])[0] == step:
         _wait_until(Path(INJECT["until_file"][1]).exists)
     if _is_due("kill"):
@@ -81,7 +87,7 @@ def forward(self: PretrainingLoss, batch: dict[str, Any]) -> dict[str, Any]:
     report = stock_forward(self, batch)
     if not self.training:
         if "eval_until_stop" in INJECT:
-            _wait_until(lambda: _requests[-1].received)
+            _wait_until_stop()
     elif [_step, world()[0]] in INJECT.get("nan", []):
         report["loss"] = report["loss"] * float("nan")
     return report

@@ -12,7 +12,7 @@ import pytest
 from unimo3.errors import EXIT_REQUEUE
 from unimo3.launch import STOP_SIGNALS
 from unimo3.training import preempt
-from unimo3.training.preempt import StopListener
+from unimo3.training.preempt import StopListener, StopRequested
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +41,25 @@ def test_a_stop_file_counts_if_this_hosts_clock_is_ahead_of_the_servers(tmp_path
     assert not listener.received
     (tmp_path / "requeue").touch()
     listener.poll_files()
+    assert listener.received
+
+
+def test_ranks_but_the_first_look_for_files_only_in_a_long_wait_for_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(preempt, "world", lambda: (1, 1024))
+    listener = StopListener()
+    (tmp_path / "stop").touch()
+    listener.watch_folder(tmp_path)
+    for _ in range(3):
+        with listener.interruptible():
+            listener.poll_files()  # a short wait for data in each step
+        listener.poll_files()
+    assert not listener.received
+    with pytest.raises(StopRequested), listener.interruptible():
+        listener.poll_files()
+        assert not listener.received
+        listener.poll_files()
+        with listener.interruptible():
+            pass  # raises what has been requested
     assert listener.received
 
 

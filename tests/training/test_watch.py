@@ -15,8 +15,14 @@ import pytest
 
 from tests.waiting import output_of, text_of, wait_for
 from unimo3.errors import EXIT_STALLED, ConfigError
-from unimo3.training import heartbeat
-from unimo3.training.heartbeat import Heartbeat, describe_suspects, read_heartbeats
+from unimo3.training import heartbeat, watch
+from unimo3.training.heartbeat import (
+    Heartbeat,
+    describe_suspects,
+    heartbeat_interval_s,
+    poll_interval_s,
+    read_heartbeats,
+)
 
 ROOT = Path(__file__).parents[2]
 STUCK = """
@@ -149,6 +155,40 @@ def test_sigquit_writes_the_stacks_and_ends_nothing(stuck, tmp_path):
     printed = stacks()
     assert printed.startswith(f"rank 0 on {socket.gethostname()}, pid {process.pid}\n")
     assert "stuck_here" in printed
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_of_many_ranks_only_the_first_writes_at_each_poll(rank, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    monkeypatch.setattr(watch, "poll_interval_s", lambda num_ranks: 0.01)
+    written = []
+    monkeypatch.setattr(watch, "write_heartbeat", lambda *arguments: written.append(arguments))
+    polls = []
+    rank_watch = watch.Watch(tmp_path, 900.0, lambda: polls.append(len(written)))
+    wait_for(lambda: len(polls) >= 20, "polls")
+    rank_watch.close()
+    assert polls[:20] == (list(range(2, 22)) if rank == 0 else [1] * 20)
+
+
+def test_heartbeats_of_1024_ranks_are_at_most_4_operations_a_minute():
+    assert [heartbeat_interval_s(size) for size in (1, 2, 13)] == [1.0] * 3
+    assert 4 * 60 / heartbeat_interval_s(1024) <= 4
+    assert max(poll_interval_s(size) for size in (1, 200, 1024, 100_000)) == 5.0  # a stop file is seen soon
+
+
+def test_a_process_reads_no_heartbeat_but_that_of_its_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    (tmp_path / "heartbeats").mkdir()
+    for rank in (2, 3):
+        path = tmp_path / "heartbeats" / f"rank_0000{rank}.json"
+        path.write_text(json.dumps(vars(beat(rank, "compute", 9, since_s=5.0))))
+    opened = []
+    monkeypatch.setattr(heartbeat.json, "load", lambda file, load=json.load: opened.append(file.name) or load(file))
+    other = heartbeat.other_process(tmp_path)
+    assert other is not None
+    assert other.rank == 3
+    assert opened == [str(tmp_path / "heartbeats" / "rank_00003.json")]
 
 
 LOCKS = """

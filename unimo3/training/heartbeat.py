@@ -24,10 +24,24 @@ from unimo3.errors import ConfigError
 
 HEARTBEATS = "heartbeats"
 _NUM_NAMED = 4
-# Age of a live process's heartbeat: even many ranks write theirs every few seconds.
+# Age of a live process's heartbeat. Rank 0 writes its own every few seconds. Other ranks of a large run do so seldom; a
+# second start of the run is then refused by its rank 0.
 _RECENT_S = 30.0
 # Longer than the 90 s after which a server of NFS gives up a client.
 _LOCK_WAIT_S = 150.0
+
+
+def poll_interval_s(num_ranks: int) -> float:
+    """Seconds between two looks at the run's folder by rank 0, which also writes its heartbeat then."""
+    return min(5.0, max(1.0, num_ranks / 200))
+
+
+def heartbeat_interval_s(num_ranks: int) -> float:
+    """Seconds between two heartbeats of a rank other than 0: all ranks together write about 13 a second at most.
+
+    A heartbeat is four operations on the folder's server: open, write, close, rename.
+    """
+    return max(1.0, num_ranks / 13)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,11 @@ def write_heartbeat(run: Path, rank: int, step: int, phase: str, beats: int, sin
         OSError: it cannot be written.
     """
     beat = Heartbeat(rank, socket.gethostname(), os.getpid(), step, phase, beats, since, time.time())
-    replace_text(run / HEARTBEATS / f"rank_{rank:05d}.json", json.dumps(asdict(beat)) + "\n")
+    replace_text(_path(run, rank), json.dumps(asdict(beat)) + "\n")
+
+
+def _path(run: Path, rank: int) -> Path:
+    return run / HEARTBEATS / f"rank_{rank:05d}.json"
 
 
 def read_heartbeats(run: Path) -> list[Heartbeat]:
@@ -77,9 +95,13 @@ def read_heartbeats(run: Path) -> list[Heartbeat]:
 
     Times are by this host's clock: hosts' clocks differ, so the file server's decides how old a heartbeat is.
     """
+    return _read(run, sorted((run / HEARTBEATS).glob("rank_*.json")))
+
+
+def _read(run: Path, paths: list[Path]) -> list[Heartbeat]:
     beats: list[Heartbeat] = []
     ahead_s = server_is_ahead_s(run / HEARTBEATS)
-    for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
+    for path in paths:
         with suppress(OSError, ValueError, TypeError), path.open() as file:
             beat = Heartbeat(**json.load(file))
             written = os.fstat(file.fileno()).st_mtime - ahead_s
@@ -104,8 +126,8 @@ def other_process(run: Path) -> Heartbeat | None:
     Every rank reads that of its own rank number, which no other process of its start writes.
     """
     rank = int(os.environ.get("RANK", "0"))
-    for beat in read_heartbeats(run):
-        is_recent = beat.rank == rank and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
+    for beat in _read(run, [_path(run, rank)] if _path(run, rank).exists() else []):
+        is_recent = beat.phase != "ended" and time.time() - beat.time < _RECENT_S
         if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.is_alive())):
             return beat
     return None

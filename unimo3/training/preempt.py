@@ -6,6 +6,9 @@
     RUN/profile    trace the next steps into the folder of this name, which replaces the file, see profiling.py; later,
                    a touch of the folder requests it again
 
+Rank 0 looks for the files, and the all-reduce of each step passes a request on: hundreds of ranks that look would load
+the folder's server. Another rank looks only while it waits long for data, where rank 0 cannot reach it.
+
 Once a run trains, a signal handler only records the request. Only a wait for data is interrupted: otherwise a rank
 without data would make all others wait forever. Before a run trains nothing can be lost, and a signal ends the process.
 
@@ -69,6 +72,7 @@ class StopListener:
         self._started = 0.0  # by the clock of the folder's server
         self._is_forwarded = False
         self._is_interruptible = False
+        self._num_waits = self._polled_wait = 0  # for data, so far and at the last poll
         self._is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"  # later it is the index of a GPU
 
     def install(self) -> "StopListener":
@@ -92,10 +96,11 @@ class StopListener:
         return self._request != StopRequest.NONE
 
     def poll_files(self) -> None:
-        """Look for the files, and pass a signal on; any thread may call it now and then."""
+        """Look for the files if that is this rank's task, and pass a signal on; any thread may call it now and then."""
         if self._folder is None or self._request == StopRequest.STOP:
             return
-        if world()[0] == 0:
+        is_first = world()[0] == 0
+        if is_first:
             with self._lock, suppress(OSError):
                 state = (self._folder / PROFILE_FILE).stat()
                 self.wants_profile |= not stat.S_ISDIR(state.st_mode) or state.st_mtime > self._profiled
@@ -103,6 +108,8 @@ class StopListener:
             with suppress(OSError):  # tried again at the next call; most often all ranks got the signal
                 (self._folder / REQUEUE_FILE).touch()
                 self._is_forwarded = True
+        if not (self._waits_since_last_poll() or is_first):
+            return
         for name, request in ((STOP_FILE, StopRequest.STOP), (REQUEUE_FILE, StopRequest.REQUEUE)):
             if request > self._request and self._is_there(self._folder / name):
                 self._is_forwarded = True
@@ -110,6 +117,11 @@ class StopListener:
                 if signal.getsignal(signal.SIGUSR1) == self._on_signal:
                     os.kill(os.getpid(), signal.SIGUSR1)  # the main thread may be waiting for data
                 return
+
+    def _waits_since_last_poll(self) -> bool:
+        wait = self._num_waits if self._is_interruptible else 0
+        is_same, self._polled_wait = wait == self._polled_wait, wait
+        return is_same and wait > 0
 
     def _is_there(self, path: Path) -> bool:
         try:
@@ -147,6 +159,7 @@ class StopListener:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """While in it, a request raises `StopRequested`."""
+        self._num_waits += 1
         self._is_interruptible = True
         try:
             if self.received:

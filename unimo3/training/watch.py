@@ -21,7 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unimo3.errors import EXIT_STALLED, record_end
-from unimo3.training.heartbeat import HEARTBEATS, Heartbeat, describe_suspects, read_heartbeats, write_heartbeat
+from unimo3.training.heartbeat import (
+    HEARTBEATS,
+    Heartbeat,
+    describe_suspects,
+    heartbeat_interval_s,
+    poll_interval_s,
+    read_heartbeats,
+    write_heartbeat,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +49,17 @@ class Watch:
     Args:
         run: the run's folder.
         bound_s: seconds without progress after which the rank gives up. 0: never.
-        poll: called every second or so.
+        poll: called every few seconds.
     """
 
     def __init__(self, run: Path, bound_s: float, poll: Callable[[], None]):
         self._run, self._bound_s, self._poll = run, bound_s, poll
         self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self._interval_s = max(1.0, self._size / 200)  # many ranks share the folder's server
+        self._interval_s = poll_interval_s(self._size)
+        self._beat_interval_s = self._interval_s if self._rank == 0 else heartbeat_interval_s(self._size)
         if bound_s:
             self._interval_s = min(self._interval_s, bound_s / 4)
+            self._beat_interval_s = min(self._beat_interval_s, bound_s / 4)
         self._step, self._phase, self._beats, self._since = 0, "join", 0, time.time()
         # Times of the start and the last progress; the time of day may be set meanwhile.
         self._started_s = self._progress_s = time.monotonic()
@@ -83,8 +93,13 @@ class Watch:
         except OSError as error:
             log.debug("%s: %s", self._run, error)
         self._write()
+        # Ranks that start together do not write together.
+        written = time.monotonic() - self._beat_interval_s * (self._rank / self._size)
         while not self._ends.wait(self._interval_s):
-            self._write()
+            now = time.monotonic()
+            if now - written >= self._beat_interval_s:
+                self._write()
+                written = now
             self._poll()
 
     def _clean(self) -> None:
@@ -132,9 +147,10 @@ class Watch:
         self._ends.wait(3 * self._interval_s)  # for the others' stack traces
         beats = read_heartbeats(self._run)
         started = time.time() - (time.monotonic() - self._started_s)
-        alive = [beat.rank for beat in beats if time.time() - beat.time < 10 * self._interval_s]
+        alive = [beat.rank for beat in beats if time.time() - beat.time < 9 * self._interval_s + self._beat_interval_s]
         if self._rank == min(alive, default=self._rank):
-            suspects = describe_suspects(beats, self._size, started, 5 * self._interval_s)
+            silent_s = 4 * self._interval_s + self._beat_interval_s
+            suspects = describe_suspects(beats, self._size, started, silent_s)
             message = f"no progress for {self._bound_s:g} s (training.stall_after_s); the others wait for {suspects}"
             log.error(
                 "%s. Every rank's stack traces are in %s. Exiting, so that the job restarts from the last checkpoint",
