@@ -71,11 +71,20 @@ def shapes_of(num_parameters: int) -> list[dict[str, Any]]:
     return [matrices, vectors]
 
 
-def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: bool = True, seed: int = 0) -> None:
-    """Write `folder`/latest and the files of `NUM_RANKS` ranks below it, without ever having a partition in memory.
+def write_checkpoint(
+    folder: Path,
+    groups: list[dict[str, Any]],
+    *,
+    num_ranks: int = NUM_RANKS,
+    weights: bool = True,
+    moments: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write `folder`/latest and the files of all ranks below it, without ever having a partition in memory.
 
     Args:
         groups: of parameters, their shapes by name.
+        weights: fill the weights. False: they stay holes too, and so do the moments.
         moments: fill the optimizer's moments too. False: they stay holes in the files, which read as zeros and take no
             room on the disk; export does not read them.
     """
@@ -84,13 +93,13 @@ def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: boo
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from torch.serialization import skip_data
 
-    lengths = [sum(math.ceil(shape.numel() / NUM_RANKS) for shape in group.values()) for group in groups]
+    lengths = [sum(math.ceil(shape.numel() / num_ranks) for shape in group.values()) for group in groups]
     names = [name for group in groups for name in group]
     checkpoint = folder / TAG
     checkpoint.mkdir(parents=True)
     (folder / "latest").write_text(TAG)
     ds_config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
-    for rank in range(NUM_RANKS):
+    for rank in range(num_ranks):
         # Never touched, these take no memory; `skip_data` leaves holes in the file where their values belong.
         flat = [torch.nn.Parameter(torch.empty(length)) for length in lengths]
         state = {
@@ -110,14 +119,15 @@ def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: boo
             "loss_scaler": LossScaler(1.0),
             "dynamic_loss_scale": False,
             "overflow": False,
-            "partition_count": NUM_RANKS,
+            "partition_count": num_ranks,
             "optimizer_state_dict": optimizer,
             "fp32_flat_groups": flat,
         }
         path = checkpoint / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         with skip_data():
             torch.save({"optimizer_state_dict": partition, "ds_config": ds_config, "ds_version": "0.19.8"}, path)
-        _fill(path, moments, seed + rank)
+        if weights:
+            _fill(path, moments, seed + rank)
         module = OrderedDict((name, torch.empty(0, dtype=torch.bfloat16)) for name in names)
         model = {
             "module": module,
@@ -133,7 +143,7 @@ def write_checkpoint(folder: Path, groups: list[dict[str, Any]], *, moments: boo
             "skipped_steps": 0,
             "global_steps": 4,
             "global_samples": 32,
-            "dp_world_size": NUM_RANKS,
+            "dp_world_size": num_ranks,
             "mp_world_size": 1,
             "ds_config": ds_config,
             "ds_version": "0.19.8",

@@ -9,7 +9,7 @@ from tests import fake_gpus
 from tests.spawn import SERVER, run_alone, run_ranks
 from tests.waiting import wait_for, wait_for_end
 from unimo3 import distributed
-from unimo3.errors import ConfigError
+from unimo3.errors import CheckpointError, ConfigError
 from unimo3.launch import free_port
 from unimo3.training.process import start_process
 from unimo3.training.run import RunArgs
@@ -23,9 +23,17 @@ def describe_world() -> dict:
         "environment": distributed.world_size_from_environment(),
         "gathered": distributed.all_gather_object({"rank": rank}),
         "broadcast": distributed.broadcast_object(f"from {rank}"),
+        "read_once": distributed.from_first_rank("reading", lambda: f"read by {rank}", "fix it"),
+        "failed_once": error_of_first_rank(rank),
         "accelerator": os.environ["DS_ACCELERATOR"],
         "again": distributed.init(),
     }
+
+
+def error_of_first_rank(rank: int) -> str:
+    with pytest.raises(CheckpointError) as error:
+        distributed.from_first_rank("reading FILE", lambda: {}[f"on rank {rank}"], "restore it")
+    return str(error.value)
 
 
 def fail_on_rank_0() -> None:
@@ -48,6 +56,8 @@ def test_ranks_know_their_number_and_exchange_objects():
         assert one["environment"] == 2
         assert one["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert one["broadcast"] == "from 0"
+        assert one["read_once"] == "read by 0"
+        assert one["failed_once"] == "reading FILE failed (rank 0: KeyError: 'on rank 0'); restore it"
         assert one["accelerator"] == "cpu"
         assert one["again"] == distributed.World(rank, rank, 2)
 

@@ -172,25 +172,48 @@ def on_all_ranks(doing: str, action: Callable[[], Any], fix: str, group: Any = N
         UnreachableError: on every rank, if it failed on some and for all of them because storage gave no answer.
         CheckpointError: on every rank, if it failed on any for another reason.
     """
-    result: Any = None
-    failure: tuple[str, bool, bool] | None = None
+    results = all_gather_object(_attempt(action), group)
+    _raise_failures(doing, {rank: failed for rank, (_, failed) in enumerate(results) if failed}, fix)
+    return [returned for returned, _ in results]
+
+
+def from_first_rank(doing: str, action: Callable[[], Any], fix: str) -> Any:
+    """Run `action` on rank 0 alone and return its result on every rank; every rank calls it.
+
+    A broadcast: a gather would fill up every rank's part to the size of the result.
+
+    Args:
+        doing, fix: see `on_all_ranks`, as the errors.
+    """
+    result, failed = broadcast_object(_attempt(action) if world()[0] == 0 else None)
+    _raise_failures(doing, {0: failed} if failed else {}, fix)
+    return result
+
+
+_Failure = tuple[str, bool, bool]
+"""Message, whether the message has a fix, and whether storage gave no answer."""
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, _Failure | None]:
+    """The result of an action, or its failure."""
     try:
-        result = action()
+        return action(), None
     except Exception as error:  # of any type: the other ranks must learn of it
         silent = no_answer(error)
         reason = silent or error
         has_fix = isinstance(reason, Unimo3Error)
-        failure = (str(reason) if has_fix else f"{type(reason).__name__}: {reason}", has_fix, silent is not None)
-    results = all_gather_object((result, failure), group)
-    failures = {rank: failed for rank, (_, failed) in enumerate(results) if failed}
-    if failures:
-        lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
-        more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
-        kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
-        fix = CHECK_MOUNT if kind is UnreachableError else fix
-        end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
-        raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
-    return [returned for returned, _ in results]
+        return None, (str(reason) if has_fix else f"{type(reason).__name__}: {reason}", has_fix, silent is not None)
+
+
+def _raise_failures(doing: str, failures: dict[int, _Failure], fix: str) -> None:
+    if not failures:
+        return
+    lines = [f"rank {rank}: {message}" for rank, (message, *_) in failures.items()]
+    more = f"; and {len(lines) - 4} more ranks" if len(lines) > 4 else ""
+    kind = UnreachableError if all(is_silent for *_, is_silent in failures.values()) else CheckpointError
+    fix = CHECK_MOUNT if kind is UnreachableError else fix
+    end = "" if all(has_fix for _, has_fix, _ in failures.values()) else f"; {fix}"
+    raise kind(f"{doing} failed ({'; '.join(lines[:4])}{more}){end}")
 
 
 def gather_rows(x: Tensor) -> Tensor:

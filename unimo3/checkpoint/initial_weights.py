@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from unimo3.checkpoint import store
 from unimo3.checkpoint.load import newest_good
 from unimo3.checkpoint.remote_init import fetch_exported, fetch_run, look_at, newest_tag
-from unimo3.distributed import on_all_ranks, world
+from unimo3.distributed import from_first_rank, on_all_ranks, world
 from unimo3.errors import CheckpointError, ConfigError
 from unimo3.object_store import is_store
 
@@ -103,7 +103,7 @@ def weights_of(init: str, new_run: Path, newest: bool = False, field: str = "ini
     """
     rank, size = world()
     out, run = new_run / "init", run_of(init)
-    exported = on_all_ranks(f"looking for {out}", lambda: _exported_tag(init, new_run), "check the run's folder")[0]
+    exported = from_first_rank(f"looking for {out}", lambda: _exported_tag(init, new_run), "check the run's folder")
     if is_store(init):
         return _remote_weights(init, new_run, exported, newest)
     if exported and not (newest and run == Path(init)):

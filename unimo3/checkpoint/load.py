@@ -11,7 +11,7 @@ from pathlib import Path
 from unimo3.checkpoint.manifest import STATE, verify
 from unimo3.checkpoint.state import TrainState, describe_engine, load_rng
 from unimo3.checkpoint.store import folder_of, list_folders
-from unimo3.distributed import on_all_ranks, world
+from unimo3.distributed import from_first_rank, on_all_ranks, world
 from unimo3.engine import Engine
 from unimo3.errors import CheckpointError
 
@@ -61,7 +61,7 @@ def load(engine: Engine, folder: Path) -> TrainState:
     """
     rank, size = world()
     fix = "move this checkpoint away to resume from the one before it"
-    state: TrainState = on_all_ranks(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)[0]
+    state: TrainState = from_first_rank(f"reading {folder / STATE}", lambda: TrainState.read(folder / STATE), fix)
     if state.engine != describe_engine(engine):
         raise CheckpointError(
             f"{folder}: was written under {state.engine}, training.ds_config is now {describe_engine(engine)}; use a "
@@ -110,8 +110,7 @@ def quarantine(damaged: list[Path]) -> None:
 
 def _listed(run: Path) -> list[Path]:
     """Rank 0's listing for all ranks: on a shared file system others may still see an older one."""
-    listing = on_all_ranks(f"listing {folder_of(run)}", lambda: list_folders(run) if world()[0] == 0 else [], _LOOK)
-    folders: list[Path] = listing[0]
+    folders: list[Path] = from_first_rank(f"listing {folder_of(run)}", lambda: list_folders(run), _LOOK)
     return folders
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unimo3.checkpoint.torch_file import StoredTensor, load_structure
-from unimo3.distributed import on_all_ranks, world
+from unimo3.distributed import from_first_rank, on_all_ranks, world
 from unimo3.errors import CheckpointError
 
 # Name of the float32 weights among a parameter's values; the others are the optimizer's, such as ``exp_avg``.
@@ -42,8 +42,9 @@ class ZeroCheckpoint:
 
     Args:
         folder: with every rank's files.
-        over_ranks: every rank calls it, reads the structure of a part of the files, and gets that of the others from
-            the ranks that read them. At hundreds of ranks, reading all files on each of them would take minutes.
+        over_ranks: every rank calls it. Rank 0 lists the folder and reads what all files have alike, each rank reads
+            the structure of a part of the files, and all get the rest from the ranks that read it. At hundreds of
+            ranks, reading all files on each of them would take minutes.
 
     Raises:
         CheckpointError: files are missing, are not ZeRO's, or contain more than plain data; on every rank.
@@ -51,12 +52,8 @@ class ZeroCheckpoint:
 
     def __init__(self, folder: Path, over_ranks: bool = False):
         self.folder = folder
-        files = _files(folder)
+        files, self.optimizer, self.model = _once(lambda: _first_files(folder), folder, over_ranks)
         self.world_size = len(files)
-        # Rank 0's file has what those of all ranks have alike.
-        optim, model = files[0]
-        assert model is not None, "_files gives the first rank's"
-        self.optimizer, self.model = _once(lambda: (_optimizer_state(optim), load_structure(model)), folder, over_ranks)
         try:
             self.stage = int(self.optimizer["zero_stage"])
             groups: list[dict[str, torch.Size]] = self.model["param_shapes"]
@@ -259,12 +256,17 @@ def _files(folder: Path) -> list[RankFiles]:
     return list(itertools.zip_longest(optims, models))
 
 
+def _first_files(folder: Path) -> tuple[list[RankFiles], dict[str, Any], dict[str, Any]]:
+    """The files of every rank, and what the first rank's two contain, which has what those of all ranks have alike."""
+    files = _files(folder)
+    optim, model = files[0]
+    assert model is not None, "_files gives the first rank's"
+    return files, _optimizer_state(optim), load_structure(model)
+
+
 def _once(read: Callable[[], Any], folder: Path, over_ranks: bool) -> Any:
     """What `read` returns, read by rank 0 for all ranks."""
-    if not over_ranks:
-        return read()
-    read_by = on_all_ranks(f"reading {folder}", lambda: read() if world()[0] == 0 else None, VERIFY)
-    return read_by[0]
+    return from_first_rank(f"reading {folder}", read, VERIFY) if over_ranks else read()
 
 
 def _parts(files: list[RankFiles], folder: Path, over_ranks: bool) -> list[_RankPart]:
@@ -272,8 +274,9 @@ def _parts(files: list[RankFiles], folder: Path, over_ranks: bool) -> list[_Rank
     if not over_ranks:
         return [_part(*pair) for pair in files]
     rank, size = world()
-    read_by = on_all_ranks(f"reading {folder}", lambda: [_part(*pair) for pair in files[rank::size]], VERIFY)
-    return [read_by[number % size][number // size] for number in range(len(files))]
+    last = size - 1  # from the last rank on: rank 0 has read more already
+    read_by = on_all_ranks(f"reading {folder}", lambda: [_part(*pair) for pair in files[last - rank :: size]], VERIFY)
+    return [read_by[last - number % size][number // size] for number in range(len(files))]
 
 
 def _part(optim: Path, model: Path | None) -> _RankPart:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from unimo3.checkpoint import store
 from unimo3.checkpoint.best_record import BEST, BestRecord, read_best, write_best
-from unimo3.distributed import on_all_ranks, world
+from unimo3.distributed import from_first_rank, on_all_ranks, world
 from unimo3.errors import CHECK_MOUNT
 from unimo3.training.metrics import Metrics, read_metrics
 from unimo3.training.run import Run
@@ -58,11 +58,7 @@ class Best:
         value, data = metrics.get(self._metric), self._fingerprint
         if value is None or data is None:
             return
-
-        def is_better() -> bool:
-            return world()[0] == 0 and self._is_better(run, value)
-
-        if not on_all_ranks(f"reading {run.folder / BEST}", is_better, CHECK_MOUNT)[0]:
+        if not from_first_rank(f"reading {run.folder / BEST}", lambda: self._is_better(run, value), CHECK_MOUNT):
             return
         if save():
             record = BestRecord(store.tag_of(run.step), run.step, self._metric, value, data)
@@ -75,11 +71,8 @@ class Best:
 
     def last_step(self, run: Run, planned: int) -> int:
         """Where the run ends: at step `planned`, or here if patience is at its end."""
-
-        def is_past() -> bool:
-            return world()[0] == 0 and self._is_past(run)
-
-        return run.step if on_all_ranks(f"reading {run.folder / BEST}", is_past, CHECK_MOUNT)[0] else planned
+        is_past = from_first_rank(f"reading {run.folder / BEST}", lambda: self._is_past(run), CHECK_MOUNT)
+        return run.step if is_past else planned
 
     def _is_better(self, run: Run, value: float) -> bool:
         best = read_best(run.folder)
