@@ -8,6 +8,7 @@ import resource
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from unimo3.gate_map import draw_gate_map
 from unimo3.training.metrics import MetricsWriter, read_metrics
@@ -49,6 +50,17 @@ def test_tensorboard_shows_the_same_metrics(tmp_path):
     assert set(events.Tags()["scalars"]) == {"train/loss", "eval/accuracy"}
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (step, pytest.approx(1 / step)) for step in range(1, 5)
+    ]
+
+
+def test_all_numbers_of_a_step_are_one_event_of_tensorboard(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, enabled=True)
+    writer.write({"step": 1, "loss": 2.0, "lr": 1e-3, "bad_samples": 0, "loss_itc": None})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    events = [event for event in EventFileLoader(str(path)).Load() if event.HasField("summary")]
+    assert [[value.tag for value in event.summary.value] for event in events] == [
+        ["train/loss", "train/lr", "train/bad_samples"]
     ]
 
 

@@ -93,10 +93,9 @@ class MetricsWriter:
         if board is None:
             return
         try:
+            _add_scalars(board, values, group)
             for name, value in values.items():
-                if isinstance(value, int | float) and name != "step":
-                    board.add_scalar(f"{group}/{name}", value, step)
-                elif isinstance(value, list) and step >= self._next_map.get(f"{group}/{name}", 0):
+                if isinstance(value, list) and step >= self._next_map.get(f"{group}/{name}", 0):
                     self._next_map[f"{group}/{name}"] = step + (self._map_every if group == "train" else 1)
                     gate_map = draw_gate_map(value, self._num_tower_levels, f"{name} at step {step}", self._gate_heads)
                     board.add_image(f"{group}/{name}", np.asarray(gate_map), step, dataformats="HWC")
@@ -112,6 +111,16 @@ class MetricsWriter:
             with suppress(OSError):  # reported before
                 if file is not None:
                     file.close()
+
+
+def _add_scalars(board: Any, values: Metrics, group: str) -> None:
+    """Write all numbers as one event: TensorBoard opens, writes and closes its file for each event."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+    if numbers:
+        scalars = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in numbers.items()]
+        board.file_writer.add_summary(Summary(value=scalars), values["step"])
 
 
 def read_metrics(folder: Path, group: str | None = None) -> list[Metrics]:
