@@ -67,7 +67,12 @@ def test_the_command_plans_without_data_or_gpu(capsys):
     sizes = {"recipe": 32, "share": 32, "largest": 32, "largest_dividing": 32, "planned": 32}
     answers = dict.fromkeys(ANSWERS, True)
     assert report["micro_batch"] == sizes | answers
-    assert report["time"]["hours"] == pytest.approx(report["time"]["step_s"] / 100)
+    time, network = report["time"], report["network_bytes"]
+    assert time["hours"] == pytest.approx(time["step_s"] / 100)
+    assert time["step_s"] == pytest.approx(time["compute_s"] + time["network_s"])
+    # Three times the weights of two bytes, half of which reach each of two ranks by NVLink.
+    assert network["received_by_rank"] == 3 * sum(report["parameters"].values())
+    assert time["network_s"] == pytest.approx(network["received_by_rank"] / 450e9)
     assert set(report["ds_config_reasons"]) == {path.name for path in (ROOT / "ds_configs").glob("*.json")}
 
 
@@ -169,6 +174,14 @@ def test_all_errors_are_reported_in_one_message(capsys):
         1,
         "--peak-tflops",
         0,
+        "--gpus-per-node",
+        0,
+        "--node-bandwidth",
+        "nan",
+        "--network-bandwidth",
+        -1,
+        "--overlap",
+        1.5,
         "--training.steps",
         "many",
         "--objectives.mlm.weight",
@@ -177,6 +190,13 @@ def test_all_errors_are_reported_in_one_message(capsys):
     assert status == 78
     for field in ("--gpus", "--gpu-memory", "--mfu", "--reserve", "--peak-tflops", "training.steps", "mlm.weight"):
         assert field in output.err
+    for line in (
+        "--gpus-per-node 0: at least 1 is needed",
+        "--node-bandwidth nan: a number of GB/s above 0 is needed",
+        "--network-bandwidth -1: a number of GB/s above 0 is needed",
+        "--overlap 1.5: a fraction from 0 to 1 is needed",
+    ):
+        assert line in output.err
 
 
 def test_an_indivisible_global_batch_and_a_small_gpu_end_with_78(capsys):

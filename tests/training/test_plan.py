@@ -18,6 +18,8 @@ from unimo3.training.args import OptimArgs
 from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
+from unimo3.training.plan.network import Traffic, network_s, step_traffic
+from unimo3.training.plan.settings import Fabric
 from unimo3.training.plan.step_trace import StepCost, build_on_meta, trace_step
 
 ROOT = Path(__file__).parents[2]
@@ -330,8 +332,62 @@ def test_some_ds_configs_are_excluded_on_a_gpu():
     assert not unsuited(Sharding(ds_config("zero2_bf16")), 1)
 
 
+# 10 trained numbers in two groups and 4 frozen ones; in stage 3, those of at most 3 persist.
+EXCHANGED = ModelSizes(roles={"fusion": 14}, groups=[[6, 1], [3]], largest_module=6, frozen=[4])
+PERSISTENT = {"stage3_param_persistence_threshold": 3}
+
+
+@pytest.mark.parametrize(
+    ("zero", "num_micro_steps", "over_all", "within_node"),
+    [
+        # bf16: 20 bytes of trained weights, 20 of gradients that reach all ranks.
+        ({"stage": 1}, 3, {"gradients": 2 * 20, "weights": 20}, {}),
+        ({"stage": 2}, 1, {"gradients": 2 * 20, "weights": 20}, {}),
+        ({"stage": 2}, 3, {"gradients": 2 * 20 * 3, "weights": 20}, {}),
+        ({"stage": 2, "use_multi_rank_bucket_allreduce": False}, 3, {"gradients": 20 * 3, "weights": 20}, {}),
+        # 10 numbers of all are gathered for each pass, 4 once a step.
+        ({"stage": 3, **PERSISTENT}, 1, {"gradients": 20, "weights": 2 * 20 + 8}, {}),
+        ({"stage": 3, **PERSISTENT}, 3, {"gradients": 20 * 3, "weights": 2 * 20 * 3 + 8}, {}),
+        (
+            {"stage": 3, "zero_hpz_partition_size": 4, **PERSISTENT},
+            3,
+            {"gradients": 20 * 3, "weights": 20 + 8},
+            {"weights": 5 * 20},
+        ),
+    ],
+)
+def test_bytes_between_ranks_are_those_counted_by_hand(zero, num_micro_steps, over_all, within_node):
+    sharding = Sharding({"bf16": {"enabled": True}, "zero_optimization": zero})
+    traffic = step_traffic(EXCHANGED, sharding, num_micro_steps)
+    assert (traffic.over_all, traffic.within_node) == (over_all, within_node)
+    received = sum(over_all.values()) * 7 / 8 + sum(within_node.values()) * 3 / 4
+    assert traffic.received_bytes(8) == pytest.approx(received)
+
+
+def test_gradients_may_travel_in_another_type_than_the_weights():
+    config = {"bf16": {"enabled": True}, "communication_data_type": "fp32", "zero_optimization": {"stage": 2}}
+    assert step_traffic(EXCHANGED, Sharding(config), 1).over_all == {"gradients": 2 * 40, "weights": 20}
+    with pytest.raises(ConfigError, match="'communication_data_type': 'f99': DeepSpeed knows no such type"):
+        Sharding(config | {"communication_data_type": "f99"})
+
+
+def test_the_slower_of_the_links_in_a_node_and_between_nodes_decides():
+    def seconds(num_gpus, within=0, **fabric):
+        fabric = {"gpus_per_node": 4, "node_bytes_s": 100.0, "network_bytes_s": 10.0} | fabric
+        machine = Machine(num_gpus, 1, 0.0, {}, 1.0, Fabric(**fabric))
+        return network_s(Traffic({"gradients": 800}, {"weights": within}, 4), machine)
+
+    assert seconds(1) == 0
+    assert seconds(4) == pytest.approx(800 * 3 / 4 / 100)
+    # Half of it comes from the other node, by its four network cards.
+    assert seconds(8) == pytest.approx(800 / 2 / 40)
+    assert seconds(8, network_bytes_s=100.0) == pytest.approx(800 * 7 / 8 / 100)
+    assert seconds(8, within=400) == pytest.approx(800 / 2 / 40 + 400 * 3 / 4 / 100)
+    assert seconds(8, overlap=0.75) == pytest.approx(800 / 2 / 40 / 4)
+
+
 def test_hours_follow_from_operations_and_the_fraction_of_the_peak():
     peaks = {"bf16": 1e12, "fp32": 1e11}
     machine = Machine(num_gpus=4, memory_bytes=1, reserve=0.0, peak_flops=peaks, utilization=0.5)
     for precision, peak in peaks.items():
-        assert machine.step_s(100, 1e9, precision) == pytest.approx(100 * 1e9 / (4 * 0.5 * peak))
+        assert machine.compute_s(100, 1e9, precision) == pytest.approx(100 * 1e9 / (4 * 0.5 * peak))

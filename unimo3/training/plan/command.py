@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from unimo3.errors import CommandParser, ConfigError
 from unimo3.training.ds_config import DS_CONFIGS
-from unimo3.training.plan.settings import Machine
+from unimo3.training.plan.settings import Fabric, Machine
 
 if TYPE_CHECKING:
     from unimo3.training.plan.make import PlannedRun
 
+_GB = 10**9
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 # One H100 SXM, without sparsity; torch multiplies float32 as such, not as TF32.
 _H100_TFLOPS = {"bf16": 989.0, "fp16": 989.0, "fp32": 67.0}
@@ -49,12 +50,34 @@ def machine_parser(program: str, description: str | None, epilog: str) -> Comman
         "--mfu",
         type=float,
         default=0.4,
-        help="fraction of the peak that a step reaches, recomputation counted as work (default: %(default)s)",
+        help="fraction of the peak that computation reaches, recomputation counted as work (default: %(default)s)",
     )
     parser.add_argument(
         "--peak-tflops",
         type=float,
         help="peak of one GPU, 10^12 operations a second (default: an H100's, 989 in bf16 and fp16, 67 in fp32)",
+    )
+    fabric = Fabric()
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=fabric.gpus_per_node, help="GPUs of a node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--node-bandwidth",
+        type=float,
+        default=fabric.node_bytes_s / _GB,
+        help="GB/s that a GPU receives from the GPUs of its node (default: NVLink 4, %(default)g)",
+    )
+    parser.add_argument(
+        "--network-bandwidth",
+        type=float,
+        default=fabric.network_bytes_s / _GB,
+        help="GB/s a GPU that a node receives from other nodes (default: 400 Gb/s InfiniBand a GPU, %(default)g)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=fabric.overlap,
+        help="fraction of the time between ranks that computation hides (default: %(default)g, an upper bound)",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes, operations and seconds")
     return parser
@@ -81,12 +104,20 @@ def machine_of(args: argparse.Namespace) -> Machine:
         errors.append(f"--mfu {args.mfu}: a fraction above 0 and at most 1 is needed")
     if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
         errors.append(f"--peak-tflops {args.peak_tflops}: a number above 0 is needed")
+    if args.gpus_per_node < 1:
+        errors.append(f"--gpus-per-node {args.gpus_per_node}: at least 1 is needed")
+    for name, value in (("node", args.node_bandwidth), ("network", args.network_bandwidth)):
+        if not 0 < value < math.inf:
+            errors.append(f"--{name}-bandwidth {value:g}: a number of GB/s above 0 is needed")
+    if not 0 <= args.overlap <= 1:
+        errors.append(f"--overlap {args.overlap:g}: a fraction from 0 to 1 is needed")
     if errors:
         raise ConfigError(errors)
     assert size is not None
     assert unit is not None
     peaks = {precision: (args.peak_tflops or peak) * 1e12 for precision, peak in _H100_TFLOPS.items()}
-    return Machine(args.gpus, int(float(size[1]) * unit), args.reserve, peaks, args.mfu)
+    fabric = Fabric(args.gpus_per_node, args.node_bandwidth * _GB, args.network_bandwidth * _GB, args.overlap)
+    return Machine(args.gpus, int(float(size[1]) * unit), args.reserve, peaks, args.mfu, fabric)
 
 
 def print_plan(args: argparse.Namespace, rest: list[str], read_run: Callable[[list[str]], PlannedRun]) -> None:

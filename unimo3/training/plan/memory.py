@@ -70,11 +70,15 @@ def model_sizes(model: Unimo3PreTrainedModel, optim: OptimArgs | None = None) ->
 class Sharding:
     """How a ds_config shards, offloads and rounds.
 
+    Attributes:
+        gradient_bytes: of a number of an accumulated gradient.
+        reduced_bytes: of a number of a gradient on its way between ranks.
+
     Args:
         ds_config: with DeepSpeed's keys; the batch sizes may be missing or "auto".
 
     Raises:
-        ConfigError: gradients are to be accumulated in a type that DeepSpeed does not know.
+        ConfigError: gradients are to be accumulated or reduced in a type that DeepSpeed does not know.
     """
 
     def __init__(self, ds_config: dict[str, Any]):
@@ -83,7 +87,9 @@ class Sharding:
         self.precision = next((name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled")), "fp32")
         self.dtype = dtype_of(self.precision)
         self.weight_bytes = self.dtype.itemsize
-        self.gradient_bytes = _accumulation_bytes(ds_config, self.weight_bytes)
+        names = {"data_types.grad_accum_dtype": ds_config.get("data_types", {}).get("grad_accum_dtype")}
+        names["communication_data_type"] = ds_config.get("communication_data_type")
+        self.gradient_bytes, self.reduced_bytes = (_bytes_of(*item) or self.weight_bytes for item in names.items())
         self.offloads_weights = _offloads(self.zero.offload_param)
         self.offloads_optimizer = _offloads(self.zero.offload_optimizer)
         self.secondary_ranks: int = self.zero.zero_hpz_partition_size
@@ -134,16 +140,16 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
     optimizer["master_weights"] = shard * _FP32_BYTES
     optimizer["moments"] = 2 * shard * _FP32_BYTES
     optimizer["gradients"] = shard * (sharding.gradient_bytes + (_FP32_BYTES if sharding.offloads_optimizer else 0))
-    gatherable = _gatherable(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
-    memory.device["persistent_weights"] = (sizes.total - sum(gatherable)) * sharding.weight_bytes
+    gathered_for_use = gatherable(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
+    memory.device["persistent_weights"] = (sizes.total - sum(gathered_for_use)) * sharding.weight_bytes
     if sharding.secondary_ranks > 1:
-        copy = sum(math.ceil(size / sharding.secondary_ranks) for size in gatherable)
+        copy = sum(math.ceil(size / sharding.secondary_ranks) for size in gathered_for_use)
         during = memory.host if sharding.offloads_weights else memory.pass_bytes
         during["secondary_weights"] = copy * sharding.weight_bytes
     # A parameter stays gathered if it is needed again soon (the backward pass mirrors the forward pass, so what lies x
     # parameters before the turn is needed again after 2 x), or if the prefetcher, as far as it may look, comes upon it.
     gathered = max(zero.max_live_parameters, zero.max_reuse_distance // 2) + sizes.largest_module
-    gathered = min(sum(gatherable), gathered)
+    gathered = min(sum(gathered_for_use), gathered)
     memory.pass_bytes["gathered_weights"] = gathered * sharding.weight_bytes
     # The bucket, and its copy that the reduction reads.
     memory.pass_bytes["buckets"] = 2 * zero.reduce_bucket_size * sharding.weight_bytes
@@ -185,7 +191,7 @@ def _step_bytes(shards: list[int], most: int | float = math.inf) -> int:
     return 2 * _FP32_BYTES * int(min(max(shards), most))
 
 
-def _gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
+def gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
     """Parameters that are gathered for each use; smaller ones always are, as far as the total allows."""
     num_persistent, gatherable = 0, []
     for size in parameters:
@@ -196,15 +202,13 @@ def _gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
     return gatherable
 
 
-def _accumulation_bytes(ds_config: dict[str, Any], weight_bytes: int) -> int:
-    name = ds_config.get("data_types", {}).get("grad_accum_dtype")
+def _bytes_of(key: str, name: str | None) -> int | None:
+    """Bytes a number of the type that a ds_config names; None: it names none."""
     try:
         dtype = DtypeEnum(name).value if name else None
     except ValueError as error:
-        raise ConfigError(
-            f"training.ds_config: 'data_types.grad_accum_dtype': {name!r}: DeepSpeed knows no such type; use fp32"
-        ) from error
-    return weight_bytes if dtype is None else int(dtype.itemsize)
+        raise ConfigError(f"training.ds_config: '{key}': {name!r}: DeepSpeed knows no such type; use fp32") from error
+    return None if dtype is None else int(dtype.itemsize)
 
 
 def _offloads(section: Any) -> bool:

@@ -1,11 +1,12 @@
 """A plan as plain metrics, for JSON, and as a text for readers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, PlanChoice, gigabytes
 from unimo3.training.plan.memory import ModelSizes
+from unimo3.training.plan.network import network_s, step_traffic
 from unimo3.training.plan.step_trace import StepCost
 
 Metrics = dict[str, Any]
@@ -35,7 +36,10 @@ def plan_metrics(
     activation_bytes = cost.activation_bytes(choice.micro_batch, rank_batch)
     prepare_flops = cost.prepare_flops_with(choice.micro_batch, rank_batch)
     precision = choice.fit.sharding.precision
-    step_s = machine.step_s(batch.global_batch, prepare_flops + cost.flops, precision)
+    compute_s = machine.compute_s(batch.global_batch, prepare_flops + cost.flops, precision)
+    traffic = step_traffic(sizes, choice.fit.sharding, rank_batch // choice.micro_batch)
+    between_s = network_s(traffic, machine)
+    step_s = compute_s + between_s
     return {
         "machine": {
             "gpus": machine.num_gpus,
@@ -44,6 +48,7 @@ def plan_metrics(
             "precision": precision,
             "peak_flops": machine.peak_flops[precision],
             "utilization": machine.utilization,
+            "fabric": asdict(machine.fabric),
         },
         "parameters": {**sizes.roles, "total": sizes.total},
         "flops_per_pair": {
@@ -80,7 +85,19 @@ def plan_metrics(
             "gpu_at_most": int(memory.peak_bytes(activation_bytes)),
             "host": memory.host,
         },
-        "time": {"step_s": step_s, "steps": num_steps, "hours": step_s * num_steps / 3600},
+        "network_bytes": {
+            "over_all": traffic.over_all,
+            "within_node": traffic.within_node,
+            "received_by_rank": int(traffic.received_bytes(machine.num_gpus)),
+        },
+        "time": {
+            "compute_s": compute_s,
+            "network_s": between_s,
+            "step_s": step_s,
+            "steps": num_steps,
+            "network_hours": between_s * num_steps / 3600,
+            "hours": step_s * num_steps / 3600,
+        },
     }
 
 
@@ -114,6 +131,7 @@ def plan_text(plan: Metrics) -> str:
     for name, sizes in plan["activation_bytes_per_pair"].items():
         lines.append(f"    {name.replace('_', ' '):26}{sizes['saved'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
     lines += ["", _micro_batch_line(plan["micro_batch"])]
+    lines += [_network_line(machine, plan)] if machine["gpus"] > 1 else []
     lines += [_time_line(machine, plan["time"], plan.get("not_counted", _NOT_COUNTED))]
     return "\n".join(lines)
 
@@ -121,6 +139,16 @@ def plan_text(plan: Metrics) -> str:
 def _operations(flops: Metrics) -> str:
     text = f"{flops['forward'] / 1e9:,.1f} GFLOP forward, {flops['backward'] / 1e9:,.1f} backward"
     return text + (f", {flops['prepare'] / 1e9:,.1f} before the first micro-step" if flops["prepare"] else "")
+
+
+def _network_line(machine: Metrics, plan: Metrics) -> str:
+    fabric = machine["fabric"]
+    return (
+        f"between ranks: a rank receives {plan['network_bytes']['received_by_rank'] / 1e9:.2f} GB a step; at "
+        f"{fabric['node_bytes_s'] / 1e9:g} GB/s in a node of {fabric['gpus_per_node']} and "
+        f"{fabric['network_bytes_s'] / 1e9:g} GB/s a GPU between nodes, {fabric['overlap']:.0%} of it hidden: "
+        f"{plan['time']['network_s']:.3f} s a step"
+    )
 
 
 def _time_line(machine: Metrics, time: Metrics, not_counted: list[str]) -> str:

@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Fabric:
+    """What connects the GPUs; the defaults are the link rates of a node of eight H100.
+
+    Source: NVIDIA's H100 datasheet, NVLink 4 with 900 GB/s, half in each direction; DGX H100's, one network card of
+    400 Gb/s a GPU.
+
+    Attributes:
+        gpus_per_node: ranks of a node.
+        node_bytes_s: a GPU receives from those of its node.
+        network_bytes_s: a node receives from others, divided by its GPUs.
+        overlap: fraction of the exchange that computation hides.
+    """
+
+    gpus_per_node: int = 8
+    node_bytes_s: float = 450e9
+    network_bytes_s: float = 50e9
+    overlap: float = 0.0
+
+
+@dataclass(frozen=True)
 class Machine:
     """The GPUs to be used.
 
@@ -26,6 +46,7 @@ class Machine:
         reserve: fraction of it left to the CUDA context, NCCL and fragmentation.
         peak_flops: of one GPU and second, by the precision of a step (bf16, fp16, fp32).
         utilization: fraction of the peak that a step reaches.
+        fabric: between them.
     """
 
     num_gpus: int
@@ -33,14 +54,15 @@ class Machine:
     reserve: float
     peak_flops: dict[str, float]
     utilization: float
+    fabric: Fabric = Fabric()
 
     @property
     def usable_bytes(self) -> float:
         """Memory of one GPU, less the reserve."""
         return self.memory_bytes * (1 - self.reserve)
 
-    def step_s(self, global_batch: int, flops: float, precision: str) -> float:
-        """Seconds an optimizer step takes at `flops` a pair, communication not counted."""
+    def compute_s(self, global_batch: int, flops: float, precision: str) -> float:
+        """Seconds that an optimizer step computes at `flops` a pair."""
         return global_batch * flops / (self.num_gpus * self.peak_flops[precision] * self.utilization)
 
 

@@ -30,14 +30,15 @@ def sizes_table(recipes: dict[str, Step]) -> str:
 def needs_table(plans: dict[str, Metrics]) -> str:
     """A markdown table of what runs need, with one row a plan of `plan_metrics`, in the given order."""
     lines = [
-        "| recipe | ds_config | micro-batch | GB a rank at most | GFLOPs a unit | hours |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| recipe | ds_config | micro-batch | GB a rank at most | GFLOPs a unit | hours | of them between ranks |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, plan in plans.items():
         gflops = sum(plan["flops_per_pair"].values()) / 1e9
         again = ", with checkpointing" if plan["activation_checkpointing"] else ""
         lines.append(
             f"| `{name}` | `{plan['ds_config']}` | {plan['micro_batch']['planned']}{again} | "
-            f"{plan['rank_bytes']['gpu_at_most'] / 1e9:.1f} | {gflops:,.0f} | {plan['time']['hours']:.2f} |"
+            f"{plan['rank_bytes']['gpu_at_most'] / 1e9:.1f} | {gflops:,.0f} | {plan['time']['hours']:.2f} | "
+            f"{plan['time']['network_hours']:.3f} |"
         )
     return "\n".join(lines)
