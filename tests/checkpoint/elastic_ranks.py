@@ -1,5 +1,7 @@
 """What ranks do in the tests of runs that change their number of ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
                     load(other, newest)
                 except CheckpointError as error:
                     result["round robin"] = str(error)
-            result["state"] = load(engine, newest)
+            with counted_fragments() as num_read:
+                result["state"] = load(engine, newest)
+            result["num_read"] = num_read
             result["loaded"], result["drawn at first"] = every_value(engine), draw()
         else:
             # Nothing is as it would be anyway.
@@ -53,6 +57,22 @@ def elastic_leg(root: Path, step: int) -> dict[str, Any]:
             result["losses"] += train_together(engine, range(2, 10))
         results[name] = result
     return results
+
+
+@contextmanager
+def counted_fragments() -> Iterator[dict[str, int]]:
+    """Counts the elements that this rank reads of each parameter, moments included."""
+    stock, counts = zero_reader.ZeroCheckpoint.fragment, dict[str, int]()
+
+    def counted(source: Any, name: str, first: int, count: int, kind: str = zero_reader.WEIGHTS) -> torch.Tensor:
+        counts[name] = counts.get(name, 0) + count
+        return stock(source, name, first, count, kind)
+
+    zero_reader.ZeroCheckpoint.fragment = counted
+    try:
+        yield counts
+    finally:
+        zero_reader.ZeroCheckpoint.fragment = stock
 
 
 def train_together(engine: Any, steps: range) -> list[float]:

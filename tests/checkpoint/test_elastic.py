@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_each_file_is_opened_for_its_structure_by_one_rank(legs, root, run):
     for _, values in together:
         assert values.keys() == alone[1].keys()
         assert all(torch.equal(value, alone[1][name]) for name, value in values.items())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("run", ELASTIC_RUNS)
+def test_ranks_together_read_each_trained_value_once(legs, run):
+    saved = legs[0][0][run]["saved"]
+    # Float32 weights, and two moments of each.
+    numbers = {name.removeprefix("fp32 "): 3 * v.numel() for name, v in saved.items() if name.startswith("fp32 ")}
+    for leg in legs[1:]:
+        total = Counter()
+        for rank in leg:
+            total.update(rank[run]["num_read"])
+        trained = {name: count for name, count in total.items() if "frozen" not in name}
+        assert trained
+        assert trained == {name: numbers[name] for name in trained}
 
 
 @pytest.mark.integration

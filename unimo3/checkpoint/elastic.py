@@ -2,8 +2,7 @@
 
 Each rank reads its elements under the new partitioning, parameter by parameter, from the files of the ranks that wrote
 them: float32 weights, moments, frozen parameters, buffers. Then the half-precision copies are made of the float32 ones,
-as an optimizer step does. Nothing is gathered and no file is written. In addition to the engine, memory is bounded by
-the largest parameter.
+as an optimizer step does. No file is written. In addition to the engine, memory is bounded by the largest parameter.
 
 Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for the layout of an optimizer's state.
 """
@@ -28,7 +27,8 @@ _IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differ
 def load_elastic(engine: Engine, source: ZeroCheckpoint) -> None:
     """Restore an engine of any number of ranks from a verified checkpoint; every rank calls it.
 
-    Persistent parameters are gathered again only by the optimizer's ``checkpoint_event_epilogue``, which is collective.
+    What is collective is left to the caller, when all ranks have succeeded: under ZeRO-3 persistent parameters are
+    gathered again by the optimizer's ``checkpoint_event_epilogue``, under ZeRO-2 all weights by `gather_weights`.
 
     Raises:
         CheckpointError: the checkpoint is of another model or stage, or the engine's values are on NVMe.
@@ -121,17 +121,20 @@ def _fill_stage2(source: ZeroCheckpoint, optimizer: Any, parameters: dict[str, n
     states = [_state_of(source, optimizer.optimizer, flat, group) for group, flat in enumerate(flats)]
     for name in source.trained:
         parameter: Any = parameters[name]
-        # The complete float32 weights are read: every rank has complete half-precision copies.
-        weight = source.tensor(name)
-        parameter.data.copy_(weight)
         mapping = parameter._hp_mapping
         if mapping is None:
             continue  # none of it is this rank's
         group, hp, lp = mapping.param_group_index, mapping.hp_fragment_address, mapping.lp_fragment_address
         part = slice(hp.start, hp.start + hp.numel)
-        flats[group].data[part].copy_(weight.view(-1)[lp.start : lp.start + lp.numel])
+        flats[group].data[part].copy_(source.fragment(name, lp.start, lp.numel))
         for kind in source.moments:
             states[group][kind][part].copy_(source.fragment(name, lp.start, lp.numel, kind))
+
+
+def gather_weights(optimizer: Any) -> None:
+    """Under ZeRO-2, make all half-precision weights of the ranks' float32 ones, as a step does; every rank calls it."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
 
 
 def _state_of(source: ZeroCheckpoint, optimizer: torch.optim.Optimizer, flat: Tensor, group: int) -> dict[str, Any]:

@@ -94,6 +94,10 @@ def load(engine: Engine, folder: Path) -> TrainState:
             on_all_ranks(f"loading {folder}", restore, fix)
     finally:
         gather_persistent(engine.optimizer)
+    if source is not None:
+        from unimo3.checkpoint.elastic import gather_weights
+
+        gather_weights(engine.optimizer)
     return state
 
 
