@@ -77,7 +77,7 @@ def _operations(lines: Iterator[str], folder: str) -> Iterator[Operation]:
 
 
 def per_minute(done: list[Operation], since_s: float, until_s: float) -> Counter[str]:
-    """Operations a minute between two times, by call and name of the file; numbers in names are left out."""
+    """Operations a minute between two times, by call and name of the file, whose numbers are N."""
     within = [one for one in done if since_s <= one.at_s < until_s]
     counts = Counter(f"{one.call} {re.sub(r'[0-9]{5,}', 'N', Path(one.path).name)}" for one in within)
     minutes = (until_s - since_s) / 60

@@ -41,7 +41,7 @@ def test_a_simulated_rank_that_fails_ends_the_others():
         on_simulated_ranks(3, action, measured=())
 
 
-def test_a_rank_opens_a_part_of_an_old_checkpoint_and_the_files_it_reads_from(tmp_path):
+def test_a_rank_opens_few_files_beyond_those_it_reads_values_from(tmp_path):
     ranks = measure_elastic_plan(10**6, 16, 12, tmp_path)
     assert [rank.rank for rank in ranks] == [0, 1, 6, 11]
     assert all(rank.opens <= 8 for rank in ranks)
@@ -89,8 +89,8 @@ def test_operations_are_calls_on_the_folder_that_need_its_server(tmp_path):
 
 
 def test_the_mean_rate_counts_rank_0_once():
-    ranks = [RankOperations(9, Counter({"write metrics.jsonl": 1024.0}), 5), RankOperations(9, Counter({"rename beat": 3.0}), 5)]
-    measured = RunOperations(ranks, minutes=2.0, num_steps=10)
+    rates = [{"write metrics.jsonl": 1024.0}, {"rename beat": 3.0}]
+    measured = RunOperations([RankOperations(9, Counter(rate), 5) for rate in rates], minutes=2.0, num_steps=10)
     assert measured.mean_rate(1024) == pytest.approx(1 + 3 * 1023 / 1024)
     assert "= **4.00\noperations a rank and minute**" in run_table(1024, measured)
 
