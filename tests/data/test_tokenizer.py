@@ -73,9 +73,8 @@ def test_texts_are_as_long_as_positions_behind_the_padding_id_allow(tmp_path, pa
 
 def test_texts_of_a_modernbert_have_all_positions_and_the_tokenizers_ids(tmp_path):
     folder = write_tokenizer(tmp_path, SPECIAL | {"<pad>": 7, "<s>": 9})
-    assert longest(folder, 20, model_type="modernbert").shape[2] == 20
-    config, tokenizer = tiny_config(text_config={"model_type": "modernbert", "vocab_size": 50}), load_tokenizer(folder)
-    config.text_config.max_position_embeddings = 20
+    text = {"model_type": "modernbert", "vocab_size": 50, "max_position_embeddings": 20}
+    config, tokenizer = tiny_config(text_config=text), load_tokenizer(folder)
     assert tokenizer_errors(config.text_config, tokenizer, 20, is_trained=False) == []
     (problem,) = tokenizer_errors(config.text_config, tokenizer, 21, is_trained=False)
     assert problem.endswith("model.text.max_position_embeddings 20 allows 20; lower it")
