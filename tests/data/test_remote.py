@@ -36,6 +36,7 @@ class Store:
         self.requests: Counter[str] = Counter()
         self.is_closed = threading.Event()
         self.has_ranges = True
+        self.num_parts = 0
         store = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,6 +57,7 @@ class Store:
                     wanted = self.headers.get("Range", "") if store.has_ranges else ""
                     part = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted)
                     content = content[int(part[1]) : int(part[2]) + 1] if part else content
+                    store.num_parts += part is not None
                     self.send_response(206 if part else 200)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
@@ -228,6 +230,7 @@ def test_a_part_of_a_file_is_received_alone(store, shard, tmp_path, has_ranges):
             file = io.BytesIO()
             assert receive(where, file, len(part), part) == (len(part), hashlib.sha256(expected).hexdigest())
             assert file.getvalue() == expected
+    assert store.num_parts == (3 if has_ranges else 0)
     store.instead[SHARD] = [("cut",)]
     assert receive(shard, io.BytesIO(), 10, range(10))[0] == 10  # at the second try, if there were fewer at the first
     assert receive(shard, io.BytesIO(), 10, range(len(content) - 5, len(content) + 5))[0] == 5
