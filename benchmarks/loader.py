@@ -245,8 +245,8 @@ def _store_lines(store: StoreRates | None) -> list[str]:
 def replace_store(text: str, store: StoreRates) -> str:
     """A report with another table of the object store, which comes before the second heading where it has none."""
     section = "\n".join(_store_lines(store))
-    before, found, rest = text.partition(f"{STORE_HEADING}\n")
-    if found:
+    before, heading, rest = text.partition(f"{STORE_HEADING}\n")
+    if heading:
         return f"{before}{section}\n## {rest.partition(_NEXT_HEADING)[2]}"
     before, _, rest = text.partition(_NEXT_HEADING)
     return f"{before}\n\n{section}\n## {rest}"
