@@ -70,7 +70,8 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # A result that was appended is no change of what is measured.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown: no git repository"
     return f"{commit} with uncommitted changes" if changed else commit

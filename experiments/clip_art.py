@@ -71,7 +71,7 @@ def clip_art_pictures(folder: Path, num_jobs: int, skipped: Counter[str]) -> Ite
 
 
 def select(files: Sequence[Path], skipped: Counter[str]) -> list[Described]:
-    """The files whose title says what is on them."""
+    """The files whose title describes the picture."""
     described = []
     for file in files:
         if file.is_symlink():

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import unimo3  # noqa: F401  (before transformers: it makes torchvision importable)
 from benchmarks.report import ROOT, usable_cores, write_report
-from experiments.ablation_run import on_cpu
-from experiments.ablation_settings import toy_model
 from experiments.retrieval_cost import cost_of_base
+from experiments.training import on_cpu
+from experiments.variants import toy_model
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import ReaderArgs, TrainingLoader, evaluation_batches

@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "containers" / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "experiments" / "README.md",
+    ROOT / "experiments" / "cross_layer_design.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 RESULTS = sorted(path for folder in ("benchmarks", "experiments") for path in (ROOT / folder / "results").glob("*.md"))

@@ -1,0 +1,127 @@
+"""Emoji and clip art: pretraining on their captions, then retrieval among held-out pictures.
+
+Source: ALBEF, arXiv 2107.07651, section 4, for retrieval by a shortlist of the towers that the fusion encoder orders.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.data_sets import CAPTION_TOKENS, DataSet, Outcome, Stage
+from experiments.gate_probe import GateRecorder, forced, forcings
+from experiments.training import READER, Schedule, build_downstream_model, on_cpu, train
+from experiments.variants import RunSettings
+from unimo3.data.captioned import CaptionedImages
+from unimo3.data.index import ShardIndex
+from unimo3.data.loader import evaluation_batches
+from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import World
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
+from unimo3.objectives.retrieval import RetrievalLoss
+from unimo3.training.evaluation import Unguarded, to_device
+from unimo3.training.retrieval.args import RankingArgs
+from unimo3.training.retrieval.evaluation import held_out_recall
+
+PAIR_BATCH = 64
+SPLITS = {"pilot": "val", "run": "test"}
+
+
+@dataclass(frozen=True)
+class PictureSettings(RunSettings):
+    """Of the runs on emoji and clip art."""
+
+    vocabulary: int = 2000
+    """Entries of the tokenizer, which is trained on the training captions."""
+    pretraining_steps: int = 300
+    """Optimizer steps of MLM, ITM and ITC together."""
+    tuning_steps: int = 60
+    """Optimizer steps of fine-tuning with hard negatives."""
+    crop_scale: float = 0.6
+    """Least fraction of a training picture's area in a random crop."""
+    shortlist: int = 16
+    """Candidates that the towers choose and the fusion encoder orders."""
+
+    def validate(self) -> list[str]:
+        """See `RunSettings`."""
+        crop = f"crop_scale {self.crop_scale!r}: 1 at most is needed"
+        return super().validate() or ([crop] if self.crop_scale > 1 else [])
+
+
+class PictureRetrieval(DataSet):
+    """Shards of the folder that `experiments.pictures` makes.
+
+    Args:
+        pictures: that folder; made in the work folder if it does not exist.
+    """
+
+    name = "pictures"
+    primary = "recall_at_1"
+    title = "picture retrieval, mean R@1"
+
+    def __init__(self, work: Path, settings: PictureSettings, pictures: Path | None = None):
+        self.settings: PictureSettings = settings
+        self._folder = work.resolve() / f"pictures_{settings.vocabulary}"
+        self._pictures = (pictures or work / "pictures").resolve()
+
+    @property
+    def captions(self) -> Path:
+        """See `DataSet`."""
+        return self._pictures / "dataset_coco.json"
+
+    @property
+    def shards(self) -> Path:
+        """See `DataSet`."""
+        return self._folder
+
+    def commands(self) -> list[tuple[Path, list[str]]]:
+        """See `DataSet`."""
+        source = ["--src", str(self._pictures), "--tokenizer-vocab", str(self.settings.vocabulary)]
+        coco = ["pretrain.prepare_shards", "coco", *source, "--out", str(self._folder), "--shard-size", "512"]
+        return [(self._pictures, ["experiments.pictures", str(self._pictures)]), (self._folder, coco)]
+
+    def run(self, variant: str, seed: int, stage: Stage) -> Outcome:
+        """See `DataSet`; a pilot measures on ``val``, a run on ``test``."""
+        settings, split = self.settings, SPLITS[stage]
+        torch.manual_seed(seed)
+        transform = ImageTransform(settings.image_size, crop_scale=settings.crop_scale)
+        pretrained, metrics, pretraining = self.pretrain(variant, seed, transform)
+        model = build_downstream_model(Unimo3ForImageAndTextRetrieval, pretrained, seed)
+        task = RetrievalLoss(model, seed)
+        name = f"{self.name} {variant} seed {seed}: retrieval"
+        schedule = Schedule(name, settings.tuning_steps, settings.batch, settings.tuning_lr, seed)
+        tuning = train(task, model, self.pairs("train", seed, transform, masked=0.0), schedule)
+        metrics |= self._recall(task, split)
+        fusion = model.unimo3.fusion
+        costs = {}
+        for forcing in forcings(fusion):
+            with forced(fusion, forcing):
+                costs[forcing] = self._recall(task, split)[self.primary]
+        gates = self._gates(model, split)
+        return Outcome(metrics, gates, costs, model, {"pretraining": pretraining, "tuning": tuning})
+
+    def _recall(self, task: RetrievalLoss, split: str) -> dict[str, float]:
+        index = ShardIndex(self.shards / split)
+        transform = ImageTransform(self.settings.image_size)
+        samples = CaptionedImages(index, self.tokenizer(), CAPTION_TOKENS, transform, 0)
+        ranking = RankingArgs(shortlist=self.settings.shortlist, pair_batch=PAIR_BATCH)
+        metrics = held_out_recall(
+            on_cpu(task), samples, World(0, 0, 1), self.settings.batch, READER, ranking, Unguarded()
+        )
+        assert metrics is not None
+        ways = {"": "recall_at_1", "_towers": "recall_at_1_towers"}
+        return metrics | {name: (metrics[f"tr_at_1{way}"] + metrics[f"ir_at_1{way}"]) / 2 for way, name in ways.items()}
+
+    @torch.no_grad()
+    def _gates(self, model: Any, split: str) -> dict[str, Any]:
+        """Of the pictures with one of their captions each."""
+        recorder = GateRecorder(model.unimo3.fusion)
+        pairs = self.pairs(split, 0, ImageTransform(self.settings.image_size), masked=0.0)
+        model.eval()
+        with recorder.recording():
+            for loaded, counts in evaluation_batches(pairs, 0, 1, self.settings.batch, READER):
+                batch = to_device(loaded, torch.device("cpu"))
+                model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+                recorder.add(["pairs" if counted else None for counted in counts.tolist()], batch["attention_mask"])
+        return recorder.means()
