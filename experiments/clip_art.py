@@ -42,9 +42,11 @@ class Described(NamedTuple):
     keywords: tuple[str, ...]
 
     @property
-    def is_flag(self) -> bool:
-        """Whether it is a flag by its keywords."""
-        return any(word in ("flag", "flags") for keyword in self.keywords for word in keyword.split())
+    def keys(self) -> frozenset[str]:
+        """What its near-duplicates have too."""
+        words = {word for keyword in self.keywords for word in keyword.split()}
+        names = f"clip art {stem(self.title)}", f"clip art file {stem(self.file.stem)}"
+        return frozenset((*names, FLAGS) if words & {"flag", "flags"} else names)
 
 
 def clip_art_pictures(folder: Path, num_jobs: int, skipped: Counter[str]) -> Iterator[Picture]:
@@ -61,12 +63,11 @@ def clip_art_pictures(folder: Path, num_jobs: int, skipped: Counter[str]) -> Ite
                 skipped["clip art that cannot be drawn or is blank"] += 1
             else:
                 words = ", ".join(one.keywords)
-                keys = (f"clip art {stem(one.title)}", f"clip art file {stem(one.file.stem)}")
                 yield Picture(
                     name="clip_art_" + "_".join(one.file.relative_to(folder).with_suffix("").parts),
                     image=image,
                     captions=(one.title, words) if words else (one.title,),
-                    keys=frozenset((*keys, FLAGS) if one.is_flag else keys),
+                    keys=one.keys,
                 )
 
 

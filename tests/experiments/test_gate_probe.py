@@ -13,10 +13,11 @@ def model_of(**others):
     config = toy_model(16, 3, 32, 50, **others).to_config()
     model = Unimo3Model(config).eval()
     initialize_weights(model, 0, 0.3)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".gate." in name:
-                parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+                parameter.normal_(generator=generator)
     return model
 
 

@@ -90,8 +90,8 @@ def test_a_stem_lacks_what_variants_differ_in():
 
 def test_flags_are_one_group_whatever_they_are_from(tmp_path):
     described = clip_art.describe(svg(tmp_path / "f.svg", "Chad", ["united nations", "national flag"]))
-    assert described.is_flag
-    assert not clip_art.describe(svg(tmp_path / "g.svg", "Chad", ["lake", "flagstone"])).is_flag
+    assert FLAGS in described.keys
+    assert FLAGS not in clip_art.describe(svg(tmp_path / "g.svg", "Chad", ["lake", "flagstone"])).keys
     assert FLAGS in emoji.keys_of("\U0001f1eb\U0001f1f7", "flag: France")
     assert FLAGS in emoji.keys_of("\U0001f3f4\u200d\u2620", "pirate flag")
     assert FLAGS not in emoji.keys_of("\U0001f600", "grinning face")
@@ -154,6 +154,7 @@ def test_clip_art_is_drawn_without_margins_on_white(tmp_path):
     (apple,) = clip_art.clip_art_pictures(tmp_path, 1, skipped)
     assert apple.captions == ("Apple", "fruit")
     assert apple.name == "clip_art_apple"
+    assert apple.keys == {"clip art apple", "clip art file apple"}
     assert apple.image.size == (136, 136)
     # A box twice as wide as high fills the width, and half of the height in the middle.
     assert apple.image.getpixel((2, 68))[0] > 200 > apple.image.getpixel((2, 68))[1]
