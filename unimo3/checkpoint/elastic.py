@@ -2,7 +2,8 @@
 
 Each rank reads its elements under the new partitioning, parameter by parameter, from the files of the ranks that wrote
 them: float32 weights, moments, frozen parameters, buffers. Then the half-precision copies are made of the float32 ones,
-as an optimizer step does. No file is written. In addition to the engine, memory is bounded by the largest parameter.
+as an optimizer step does. Of states on NVMe, the files are written; no other file is. In addition to the engine, memory
+is bounded by the largest parameter.
 
 Source: DeepSpeed 0.19, runtime/zero/stage3.py and runtime/zero/stage_1_and_2.py for the layout of an optimizer's state.
 """
@@ -14,6 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from unimo3.checkpoint.swapped import mapped_states
 from unimo3.checkpoint.torch_file import StoredTensor, close_files
 from unimo3.checkpoint.zero_reader import WEIGHTS, ZeroCheckpoint
 from unimo3.distributed import world
@@ -31,13 +33,14 @@ def load_elastic(engine: Engine, source: ZeroCheckpoint) -> None:
     gathered again by the optimizer's ``checkpoint_event_epilogue``, under ZeRO-2 all weights by `gather_weights`.
 
     Raises:
-        CheckpointError: the checkpoint is of another model or stage, or the engine's values are on NVMe.
+        CheckpointError: the checkpoint is of another model or stage.
     """
     optimizer = engine.optimizer
     _check(source, engine)
     if source.stage == 3:
         optimizer.checkpoint_event_prologue()  # partitions all parameters, as before DeepSpeed's load
-        _fill_stage3(source, optimizer, {parameter: name for name, parameter in engine.module.named_parameters()})
+        with mapped_states(optimizer, source.moments):
+            _fill_stage3(source, optimizer, {parameter: name for name, parameter in engine.module.named_parameters()})
     else:
         _fill_stage2(source, optimizer, dict(engine.module.named_parameters()))
     _fill_frozen(source, engine.module)
@@ -58,11 +61,6 @@ def _check(source: ZeroCheckpoint, engine: Engine) -> None:
         raise CheckpointError(
             f"{source.folder}: resuming at another number of ranks is supported for ZeRO-2 and ZeRO-3, not for "
             f"DeepSpeed's {type(optimizer).__name__}; start with {source.world_size} ranks"
-        )
-    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
-        raise CheckpointError(
-            f"{source.folder}: resuming at another number of ranks is not supported with values on NVMe; start with "
-            f"{source.world_size} ranks, or offload to the CPU's memory"
         )
     if getattr(optimizer, "round_robin_gradients", False):
         raise CheckpointError(

@@ -8,7 +8,6 @@ runtime/zero/stage3.py.
 
 import copy
 import itertools
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from deepspeed import comm
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from unimo3.distributed import world
+from unimo3.checkpoint.swapped import mapped_states
 from unimo3.engine import Engine
 
 _EPILOGUE = "checkpoint_event_epilogue"
@@ -163,17 +162,7 @@ def write_engine_files(engine: Engine, staging: Path) -> list[Path]:
     Raises:
         OSError: a file could not be written by this rank.
     """
-    written = _save(engine, staging, FileWriter())
-    if not engine.zero_nvme_offload_optimizer():
-        return written
-    # As DeepSpeed's save does between two of its barriers, where a full disk would leave the others waiting.
-    offloaded = staging / "offloaded_tensors" / f"rank{world()[0]:02d}"
-    shutil.copytree(
-        engine.optimizer.optimizer_swapper.swap_folder,
-        offloaded,
-        ignore=lambda _, names: [n for n in names if "gradient" in n],
-    )
-    return written + [path for path in offloaded.rglob("*") if path.is_file()]
+    return _save(engine, staging, FileWriter())
 
 
 def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:  # Any: methods are replaced
@@ -181,9 +170,10 @@ def _save(engine: Any, staging: Path, writer: FileWriter) -> list[Path]:  # Any:
     engine.checkpoint_engine = writer
     # Rank 0 would copy conversion scripts next to the checkpoints: not part of one.
     engine._copy_recovery_script = lambda save_path: None
-    engine.zero_nvme_offload_optimizer = lambda: False  # its files are copied afterwards
+    engine.zero_nvme_offload_optimizer = lambda: False  # it would copy the files that are mapped
     try:
-        engine.save_checkpoint(str(staging.parent), tag=staging.name, save_latest=False)
+        with mapped_states(engine.optimizer):
+            engine.save_checkpoint(str(staging.parent), tag=staging.name, save_latest=False)
     finally:
         del engine._copy_recovery_script, engine.zero_nvme_offload_optimizer
         engine.checkpoint_engine = stock

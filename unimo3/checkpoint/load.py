@@ -69,7 +69,7 @@ def load(engine: Engine, folder: Path) -> TrainState:
         )
 
     source = None
-    if state.world_size != size:
+    if state.world_size != size or engine.zero_nvme_offload_optimizer():
         from unimo3.checkpoint.zero_reader import ZeroCheckpoint  # imports torch
 
         source = ZeroCheckpoint(folder, over_ranks=True)

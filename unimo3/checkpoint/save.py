@@ -81,8 +81,8 @@ class Saver:
         if args.background:
             if getattr(engine.optimizer, "swap_optimizer", False):
                 raise CheckpointError(
-                    "checkpoint.background: true: optimizer state on NVMe is copied file by file while training waits; "
-                    "set it to false, or offload to the CPU's memory"
+                    "checkpoint.background: true: copies the optimizer's state to main memory, and the ds_config keeps "
+                    "it on NVMe; set it to false, or offload to main memory"
                 )
             if dist.is_initialized() and dist.get_world_size() > 1:
                 self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
