@@ -31,6 +31,7 @@ from unimo3.training.ds_config import read_ds_config
 from unimo3.training.early_stopping import Best
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, Guard
+from unimo3.training.nvme import swap_folder
 from unimo3.training.process import start_process
 from unimo3.training.run import Run
 from unimo3.training.sample_pictures import sample_pictures
@@ -71,7 +72,8 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
     batch = settings.batch_plan(world.size)
-    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    swap = swap_folder(settings.training.nvme_path, settings.run.folder)
+    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm, swap)
     throughput = None
     if not settings.eval_only:
         throughput = count_operations(

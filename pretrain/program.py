@@ -25,6 +25,7 @@ from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import read_ds_config
 from unimo3.training.engine import build_engine, build_model, prepare_layers
 from unimo3.training.evaluation import Evaluation, held_out_losses
+from unimo3.training.nvme import swap_folder
 from unimo3.training.process import start_process
 from unimo3.training.run import Run
 from unimo3.training.sample_pictures import sample_pictures
@@ -55,7 +56,8 @@ def pretrain(settings: PretrainConfig) -> None:
     world = process.world
 
     batch = settings.batch_plan(world.size)
-    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm)
+    swap = swap_folder(settings.training.nvme_path, settings.run.folder)
+    ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm, swap)
     throughput = count_operations(
         lambda: pretraining_step(
             model_config, settings.objectives, settings.data.max_text_tokens, settings.kernels, settings.optim

@@ -99,6 +99,10 @@ def test_missing_data_is_named_with_the_command_that_makes_it():
     assert all("pretrain.prepare_shards" in line for line in errors)
 
 
+NVME = '{"zero_optimization": {"stage": %s, "offload_optimizer": {"device": "nvme", "nvme_path": "%s"}}}'
+QUANTIZED = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3, "zero_quantized_%s": true}}'
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -113,6 +117,13 @@ def test_missing_data_is_named_with_the_command_that_makes_it():
         ('{"zero_optimization": {"stage": 0}}', "ZeRO is off"),
         ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', "did you mean overlap_comm?"),
         ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 3}}', "fp16 needs a GPU"),
+        (NVME % ("2", "auto"), "DeepSpeed needs stage 3 for it"),
+        (NVME % ("3", "/scratch"), "training.nvme_path decides it"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "weights on NVMe cannot be saved"),
+        (QUANTIZED % "weights", "zero_quantized_weights: DeepSpeed quantizes on GPUs alone"),
+        (QUANTIZED % "gradients", "reads the bits of every gradient as fp16"),
+        (QUANTIZED % "nontrainable_weights", "before optim.freeze freezes; remove it"),
+        ('{"zero_optimization": {"stage": 2, "zero_quantized_weights": true}}', "only stage 3 quantizes"),
     ],
 )
 def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expected):
@@ -121,6 +132,15 @@ def test_a_ds_config_that_cannot_be_used_is_named(good, tmp_path, content, expec
     (line,) = errors_of(*good, "--training.ds_config", str(path))
     assert line.startswith(f"training.ds_config: '{path}'")
     assert expected in line
+
+
+def test_a_folder_on_nvme_is_named_where_it_is_used_and_nowhere_else(good):
+    offload = ("--training.ds_config", "ds_configs/zero3_offload_nvme.json")
+    (line,) = errors_of(*good, *offload)
+    assert line.startswith("training.nvme_path: '': 'ds_configs/zero3_offload_nvme.json' keeps the optimizer's states")
+    (line,) = errors_of(*good, "--training.nvme_path", "/scratch")
+    assert line.endswith("keeps nothing on NVMe; leave it out")
+    assert parse(*good, *offload, "--training.nvme_path", "/scratch").training.nvme_path == "/scratch"
 
 
 @pytest.mark.parametrize(

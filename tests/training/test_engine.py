@@ -10,7 +10,7 @@ import pytest
 from tests.spawn import run_ranks
 from tests.tiny import rows, tiny_batch, tiny_config
 from unimo3.kernels.args import KernelArgs
-from unimo3.training.ds_config import BatchPlan, read_ds_config
+from unimo3.training.ds_config import BatchPlan, file_errors, read_ds_config
 from unimo3.training.engine import build_engine, build_model, gradient_norm, prepare_layers
 from unimo3.training.optim import OptimArgs
 
@@ -22,12 +22,21 @@ ON_CPU = ("zero2_bf16", "zero3_bf16", "zero3_fp32", "zero3_offload_cpu")
 def test_every_ds_config_loads_in_deepspeed(path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    filled = read_ds_config(str(path), BatchPlan(global_batch=64, micro_batch=8, world_size=1), clip_norm=1.0)
+    assert file_errors(str(path)) == []
+    filled = read_ds_config(str(path), BatchPlan(64, 8, world_size=1), clip_norm=1.0, swap_folder="/scratch/run")
     loaded = DeepSpeedConfig(filled)
     assert (loaded.train_batch_size, loaded.train_micro_batch_size_per_gpu) == (64, 8)
     assert loaded.gradient_accumulation_steps == 8
     assert loaded.zero_config.stage == (2 if "zero2" in path.stem else 3)
-    assert loaded.bfloat16_config.enabled == ("bf16" in path.stem or path.stem in ("zero3_offload_cpu", "zero3_hpz"))
+    assert loaded.bfloat16_config.enabled == ("fp16" not in path.stem.replace("bf16", "") and "fp32" not in path.stem)
+    zero = loaded.zero_config
+    assert (zero.zero_hpz_partition_size > 1) == any(word in path.stem for word in ("hpz", "qwz", "zeropp"))
+    assert zero.zero_quantized_weights == any(word in path.stem for word in ("qwz", "zeropp"))
+    assert zero.zero_quantized_gradients == ("zeropp" in path.stem)
+    assert (zero.offload_optimizer is not None) == ("offload" in path.stem)
+    if "nvme" in path.stem:
+        assert (zero.offload_optimizer.device, str(zero.offload_optimizer.nvme_path)) == ("nvme", "/scratch/run")
+        assert loaded.aio_config["block_size"] == 2**20
 
 
 def test_a_ds_config_has_no_key_deepspeed_does_not_know():

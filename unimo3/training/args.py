@@ -128,6 +128,9 @@ class TrainingArgs(Checked):
     """Pairs one rank computes at a time."""
     ds_config: str = "ds_configs/zero3_bf16.json"
     """DeepSpeed configuration file."""
+    nvme_path: str = ""
+    """Folder on a local NVMe disk of every node, for the optimizer's states where the ds_config offloads them to NVMe.
+    Each run has a folder of its own in it, which no checkpoint needs."""
     activation_checkpointing: bool = False
     """Whether layers save only their inputs for the backward pass and compute the rest again: less memory, about a
     third more time."""
@@ -164,4 +167,5 @@ class TrainingArgs(Checked):
         ]
         if not 0 <= self.stall_after_s < math.inf:
             errors.append(f"training.stall_after_s: {self.stall_after_s}: 0 or a number of seconds is needed")
-        return errors + ds_config.file_errors(self.ds_config)
+        errors += (of_file := ds_config.file_errors(self.ds_config))
+        return errors if of_file else errors + ds_config.nvme_errors(self.ds_config, self.nvme_path)

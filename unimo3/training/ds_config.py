@@ -14,11 +14,14 @@ from typing import Any
 
 from unimo3.errors import ConfigError
 from unimo3.project_files import package_folder, project_file
+from unimo3.training.quantization import quantization_errors, quantizes
 
 DS_CONFIGS = package_folder("ds_configs")
 """Folder of the configurations that come with the project."""
 # Keys of a ds_config whose values are settings of the recipe.
 _BY_RECIPE = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# The key whose value is a folder of this run, on the disk that training.nvme_path names.
+_OF_NVME = "nvme_path"
 _REMOVED = ("elasticity", "nebula", "compression_training", "autotuning", "optimizer", "scheduler")
 
 
@@ -81,7 +84,9 @@ def file_errors(path: str) -> list[str]:
     ]
     errors += [f"{where}: has '{key}', which this project does not use; remove it" for key in _REMOVED if key in config]
     for key, value in _walk(config):
-        if value == "auto" and key not in _BY_RECIPE:
+        if key == _OF_NVME and value != "auto":
+            errors.append(f"{where}: sets '{key}' to {value!r}; set it to \"auto\": training.nvme_path decides it")
+        if value == "auto" and key not in (*_BY_RECIPE, _OF_NVME):
             errors.append(
                 f"{where}: '{key}' is \"auto\"; only {', '.join(_BY_RECIPE)} are filled in, DeepSpeed drops others"
             )
@@ -93,7 +98,19 @@ def file_errors(path: str) -> list[str]:
             f"{where}: 'checkpoint.use_node_local_storage' is true: parts of a checkpoint on each node's own disk "
             "can be neither verified nor resumed on other ranks; remove it, and put run.dir on shared storage"
         )
-    return errors
+    return errors + [f"{where}: {problem}" for problem in _offload_errors(config) + quantization_errors(config)]
+
+
+def nvme_errors(path: str, nvme_path: str) -> list[str]:
+    """Return an error if a ds_config without `file_errors` needs a folder on NVMe and has none, or has one in vain."""
+    if offloads_to_nvme(_read(path)):
+        if nvme_path:
+            return []
+        return [
+            f"training.nvme_path: '': '{path}' keeps the optimizer's states on NVMe; name a folder on a local disk of "
+            "every node"
+        ]
+    return [f"training.nvme_path: '{nvme_path}': '{path}' keeps nothing on NVMe; leave it out"] if nvme_path else []
 
 
 def engine_errors(path: str) -> list[str]:
@@ -104,19 +121,27 @@ def engine_errors(path: str) -> list[str]:
     errors = [f"{where}: {problem}" for problem in _zero_errors(config.get("zero_optimization", {}))]
     if config.get("fp16", {}).get("enabled") and not torch.cuda.is_available():
         errors.append(f"{where}: fp16 needs a GPU; on CPU use zero3_fp32.json")
+    if (quantized := quantizes(config)) and not torch.cuda.is_available():
+        errors.append(f"{where}: {' and '.join(quantized)}: DeepSpeed quantizes on GPUs alone; on CPU remove it")
     return errors
 
 
-def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, Any]:
+def read_ds_config(path: str, batch: BatchPlan, clip_norm: float, swap_folder: str = "") -> dict[str, Any]:
     """A ds_config with the recipe's batch sizes and clipping filled in.
+
+    Args:
+        swap_folder: where DeepSpeed puts what it offloads to NVMe, if it does.
 
     Raises:
         ConfigError: the file is missing or no JSON object.
     """
+    config = _read(path)
+    if swap_folder and offloads_to_nvme(config):
+        config["zero_optimization"]["offload_optimizer"][_OF_NVME] = swap_folder
     # optim.fused decides which AdamW runs; DeepSpeed would refuse torch's under offload.
     return (
         {"zero_force_ds_cpu_optimizer": False}
-        | _read(path)
+        | config
         | {
             "train_batch_size": batch.global_batch,
             "train_micro_batch_size_per_gpu": batch.micro_batch,
@@ -128,8 +153,28 @@ def read_ds_config(path: str, batch: BatchPlan, clip_norm: float) -> dict[str, A
 
 def offloads_optimizer(ds_config: dict[str, Any]) -> bool:
     """Whether a ds_config keeps the optimizer's state outside the GPU."""
-    section = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return section.get("device", "none") != "none"
+    return _device(ds_config, "offload_optimizer") != "none"
+
+
+def offloads_to_nvme(ds_config: dict[str, Any]) -> bool:
+    """Whether a ds_config keeps the optimizer's state on NVMe."""
+    return _device(ds_config, "offload_optimizer") == "nvme"
+
+
+def _device(ds_config: dict[str, Any], section: str) -> Any:
+    offload = ds_config.get("zero_optimization", {}).get(section)
+    return offload.get("device", "none") if isinstance(offload, dict) else "none"
+
+
+def _offload_errors(config: dict[str, Any]) -> list[str]:
+    if _device(config, "offload_param") == "nvme":
+        return [
+            "'zero_optimization.offload_param.device': 'nvme': weights on NVMe cannot be saved in a checkpoint; set "
+            "it to 'cpu', and offload_optimizer.device alone to 'nvme'"
+        ]
+    if offloads_to_nvme(config) and config["zero_optimization"].get("stage") != 3:
+        return ["'zero_optimization.offload_optimizer.device': 'nvme': DeepSpeed needs stage 3 for it; set stage to 3"]
+    return []
 
 
 def _zero_errors(section: dict[str, Any]) -> list[str]:

@@ -21,8 +21,10 @@ from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
 from unimo3.model.unimo3 import Unimo3Model, Unimo3PreTrainedModel
 from unimo3.training.ds_config import offloads_optimizer
+from unimo3.training.nvme import prepare_swap_folder
 from unimo3.training.optim import OptimArgs, build_optimizer
 from unimo3.training.parts import freeze_parts
+from unimo3.training.quantization import part_errors
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +64,17 @@ def build_engine(task: nn.Module, model: Unimo3PreTrainedModel, ds_config: dict[
     """Start DeepSpeed on a task, whose `model` is to be trained.
 
     Raises:
-        ConfigError: DeepSpeed refuses the configuration, or ``optim.freeze`` does not fit the model.
+        ConfigError: DeepSpeed refuses the configuration, ``optim.freeze`` does not fit the model, or the ds_config's
+            folder on NVMe or its quantization cannot be used.
     """
+    prepare_swap_folder(ds_config)
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    if errors := part_errors(sizes, ds_config, world()[1]):
+        raise ConfigError(errors)
     freeze_parts(model, optim)
     if optim.freeze and world()[0] == 0:
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-        num_trained = sum(size for size, is_trained in sizes if is_trained)
-        log.info("optim.freeze: %s: %d of %d parameters train", optim.freeze, num_trained, sum(n for n, _ in sizes))
+        num_trained = sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad)
+        log.info("optim.freeze: %s: %d of %d parameters train", optim.freeze, num_trained, sum(sizes.values()))
     optimizer = build_optimizer(model, optim, offloads_optimizer(ds_config))
     import_muon_uncompiled()
     try:

@@ -48,6 +48,7 @@ FREE_SETTINGS = (
     "training.log_every",
     "training.gate_heads",
     "training.ds_config",
+    "training.nvme_path",
     "training.micro_batch",
     "training.stall_after_s",
     "training.activation_checkpointing",
