@@ -19,12 +19,14 @@ from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, choose, fit, unsuited
 from unimo3.training.plan.memory import ModelSizes, Sharding, model_sizes, rank_memory
 from unimo3.training.plan.network import Traffic, network_s, step_traffic
+from unimo3.training.plan.offload_traffic import offload_traffic
 from unimo3.training.plan.settings import Fabric
 from unimo3.training.plan.step_trace import StepCost, build_on_meta, trace_step
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pretrain" / "recipes"
 TOKENS = 10
+PLUS_PLUS = "zero3_zeropp_fp16"
 
 FP32, BF16 = torch.float32, torch.bfloat16
 CUT_IN_3 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 3}}
@@ -250,6 +252,32 @@ def test_offloaded_state_is_host_memory():
     assert needed.step_bytes == 0
 
 
+def test_states_on_nvme_leave_buffers_and_gradients_in_memory():
+    config = ds_config("zero3_offload_nvme")
+    config["zero_optimization"] |= {"sub_group_size": 1_000_000, "stage3_param_persistence_threshold": 0}
+    needed, on_host = memory(config), memory(ds_config("zero3_offload_cpu")).host
+    # Of four ranks: pieces of 1.5, 0.75 and 0.25 million elements, of which the last is too small for a file.
+    assert needed.nvme == {"master_weights": 9_000_000, "moments": 18_000_000, "gradients": 9_000_000}
+    assert needed.host["swap_buffers"] == 4 * 1_500_000 * 4
+    assert needed.host["weights"] == on_host["weights"]
+    assert needed.host["moments"] == 8 * 250_000
+    assert needed.host["gradients"] == 4 * 2_500_000 + 4 * 250_000
+    assert needed.step_bytes == 9_000_000
+
+
+def test_traffic_of_offloaded_state_is_counted():
+    def moved(name):
+        config = ds_config(name)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return offload_traffic(SIZES, Sharding(config), num_micro_steps=2, num_ranks=16)
+
+    # Two micro-steps: weights twice for each and back once, float32 gradients for each.
+    in_memory = (2 * 2 * 2 + 2 + 2 * 4) * SIZES.total / 16
+    assert moved("zero3_offload_cpu") == {"main memory": in_memory, "NVMe": 0}
+    assert moved("zero3_offload_nvme") == {"main memory": in_memory, "NVMe": 2 * 16 * 9_000_000 / 16}
+    assert moved("zero3_bf16") == {"main memory": 0, "NVMe": 0}
+
+
 def test_an_unknown_type_of_accumulation_is_named():
     assert Sharding(CUT_IN_3 | {"data_types": {"grad_accum_dtype": "float32"}}).gradient_bytes == 4
     with pytest.raises(ConfigError, match="grad_accum_dtype': 'fp31'"):
@@ -272,7 +300,7 @@ def chosen(gpu_memory_bytes, micro_batch=8, num_gpus=16, global_batch=256, contr
     machine = Machine(num_gpus, gpu_memory_bytes, reserve=0.0, peak_flops={"bf16": 1e12}, utilization=0.5)
     cost = StepCost(1e9, 2e9, saved_bytes=900_000, peak_bytes=1e6, fixed_bytes=0.0)
     batch = BatchPlan(global_batch, micro_batch, num_gpus, contrasts)
-    names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_cpu")
+    names = ("zero2_bf16", "zero3_bf16", "zero3_hpz", "zero3_offload_nvme", "zero3_offload_cpu")
     small = {"reduce_bucket_size": 100_000, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
     shardings = {name: ds_config(name) for name in names}
     for config in shardings.values():
@@ -294,6 +322,7 @@ def test_reasons_name_every_file():
     assert reasons["zero2_bf16"].startswith("fits")
     assert "every pass" in reasons["zero3_bf16"]
     assert "host" in reasons["zero3_offload_cpu"]
+    assert "NVMe" in reasons["zero3_offload_nvme"]
 
 
 def test_the_micro_batch_is_the_recipes_or_the_largest_that_divides():
@@ -330,6 +359,8 @@ def test_some_ds_configs_are_excluded_on_a_gpu():
     assert "bf16" in unsuited(Sharding(ds_config("zero3_fp16")), 8)
     assert [bool(unsuited(Sharding(ds_config("zero3_hpz")), gpus)) for gpus in (8, 12, 16)] == [True, True, False]
     assert not unsuited(Sharding(ds_config("zero2_bf16")), 1)
+    for name in ("zero3_qwz_bf16", PLUS_PLUS):
+        assert unsuited(Sharding(ds_config(name)), 16).startswith("rounds what ranks exchange to 8 or 4 bits")
 
 
 # 10 trained numbers in two groups and 4 frozen ones; in stage 3, those of at most 3 persist.
@@ -353,6 +384,19 @@ PERSISTENT = {"stage3_param_persistence_threshold": 3}
             3,
             {"gradients": 20 * 3, "weights": 20 + 8},
             {"weights": 5 * 20},
+        ),
+        # One byte a gathered weight, half a byte a gradient.
+        (
+            {
+                "stage": 3,
+                "zero_hpz_partition_size": 4,
+                "zero_quantized_weights": True,
+                "zero_quantized_gradients": True,
+                **PERSISTENT,
+            },
+            3,
+            {"gradients": 5 * 3, "weights": 10 + 8},
+            {"weights": 5 * 10},
         ),
     ],
 )

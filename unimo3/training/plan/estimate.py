@@ -2,7 +2,7 @@
 
 Of the configurations that fit the recipe's micro-batch, the one that moves least between ranks is chosen: ZeRO-2
 reduces gradients and gathers updated weights; ZeRO-3 also gathers weights in every pass, with hpZ from the GPUs of one
-node alone; offloading also moves state over the host's bus.
+node alone; offloading also moves state over the host's bus, and to NVMe also to disks.
 
 Source: ZeRO, arXiv 1910.02054, for the volumes; ZeRO++, arXiv 2306.10209, for hpZ.
 """
@@ -79,8 +79,10 @@ def unsuited(sharding: Sharding, num_gpus: int) -> str:
     """Why a ds_config is out of question on GPUs whatever their memory; empty if it is not."""
     if sharding.precision == "fp32":
         return "for CPUs: GPUs multiply bf16 many times as fast"
-    if sharding.precision == "fp16":
+    if sharding.precision == "fp16" and not sharding.quantizes:
         return "for GPUs without bf16: its loss scaling skips steps that overflow"
+    if sharding.quantizes:
+        return "rounds what ranks exchange to 8 or 4 bits: another training, for networks that are too slow"
     group = sharding.secondary_ranks
     if group > 1 and (num_gpus % group or num_gpus <= group):
         return f"keeps a copy of the weights on every {group} GPUs: for several nodes of {group}"
@@ -107,9 +109,9 @@ def choose(fits: list[Fit], batch: BatchPlan, machine: Machine) -> PlanChoice:
     return PlanChoice(taken, micro_batch, {fit.name: _reason(fit, taken, batch, machine) for fit in ordered})
 
 
-def _traffic(fit: Fit) -> tuple[bool, int, bool]:
+def _traffic(fit: Fit) -> tuple[int, int, bool]:
     sharding = fit.sharding
-    return sharding.offloads, sharding.stage, sharding.secondary_ranks == 1
+    return sharding.offloads + sharding.offloads_to_nvme, sharding.stage, sharding.secondary_ranks == 1
 
 
 def _reason(fit: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
@@ -122,6 +124,8 @@ def _reason(fit: Fit, taken: Fit, batch: BatchPlan, machine: Machine) -> str:
         )
     if _traffic(fit) == _traffic(taken):
         return f"would fit, and moves as much as {taken.name}"
+    if fit.sharding.offloads_to_nvme:
+        return "would fit, but reads and writes the optimizer's states on NVMe in every step"
     if fit.sharding.offloads:
         return "would fit, but moves state between GPU and host in every step"
     if fit.sharding.stage == 3:

@@ -21,6 +21,8 @@ from unimo3.training.optim import OptimArgs, parameter_groups
 from unimo3.training.parts import parts_of
 
 _FP32_BYTES = 4
+# DeepSpeed's MIN_AIO_BYTES; a larger aio.block_size counts instead.
+_SMALLEST_FILE_BYTES = 2**20
 # Names of parts in a plan.
 _ROLES = {"text_tower": "text", "vision_tower": "image"}
 
@@ -92,7 +94,9 @@ class Sharding:
         self.gradient_bytes, self.reduced_bytes = (_bytes_of(*item) or self.weight_bytes for item in names.items())
         self.offloads_weights = _offloads(self.zero.offload_param)
         self.offloads_optimizer = _offloads(self.zero.offload_optimizer)
+        self.offloads_to_nvme = self.offloads_optimizer and self.zero.offload_optimizer.device == "nvme"
         self.secondary_ranks: int = self.zero.zero_hpz_partition_size
+        self.quantizes = self.zero.zero_quantized_weights or self.zero.zero_quantized_gradients
 
     @property
     def offloads(self) -> bool:
@@ -107,12 +111,14 @@ class RankMemory:
     Attributes:
         device: on the GPU, by what they are for.
         host: in host memory, the same.
+        nvme: in files on NVMe, the same.
         pass_bytes: on the GPU during the forward and backward pass alone.
         step_bytes: on the GPU during the optimizer's step alone.
     """
 
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
+    nvme: dict[str, int] = field(default_factory=dict)
     pass_bytes: dict[str, int] = field(default_factory=dict)
     step_bytes: int = 0
 
@@ -131,16 +137,26 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
     shards = [sum(math.ceil(size / num_ranks) for size in group) for group in sizes.groups]
     shard = sum(shards)
     zero = sharding.zero
-    memory = RankMemory(step_bytes=0 if sharding.offloads_optimizer else _step_bytes(shards, zero.sub_group_size))
+    pieces = _sub_groups(sizes, sharding, num_ranks)
+    in_files = sum(n for n in pieces if n * _FP32_BYTES >= _SMALLEST_FILE_BYTES) if sharding.offloads_to_nvme else 0
+    # On their way to files, all float32 gradients of a rank are on the GPU.
+    offloaded_step_bytes = in_files * _FP32_BYTES
+    step_bytes = offloaded_step_bytes if sharding.offloads_optimizer else _step_bytes(shards, zero.sub_group_size)
+    memory = RankMemory(step_bytes=step_bytes)
     weights = memory.host if sharding.offloads_weights else memory.device
     optimizer = memory.host if sharding.offloads_optimizer else memory.device
     frozen = sum(math.ceil(size / num_ranks) for size in sizes.frozen)
     weights["weights"] = (shard + frozen) * sharding.weight_bytes
     # A copy even of float32 weights.
-    optimizer["master_weights"] = shard * _FP32_BYTES
-    optimizer["moments"] = 2 * shard * _FP32_BYTES
-    optimizer["gradients"] = shard * (sharding.gradient_bytes + (_FP32_BYTES if sharding.offloads_optimizer else 0))
-    gathered_for_use = gatherable(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold)
+    optimizer["master_weights"] = (shard - in_files) * _FP32_BYTES
+    optimizer["moments"] = 2 * (shard - in_files) * _FP32_BYTES
+    of_step = shard - in_files if sharding.offloads_optimizer else 0
+    optimizer["gradients"] = shard * sharding.gradient_bytes + of_step * _FP32_BYTES
+    if in_files:
+        optimizer["swap_buffers"] = zero.offload_optimizer.buffer_count * max(pieces) * _FP32_BYTES
+        for name, count in (("master_weights", 1), ("moments", 2), ("gradients", 1)):
+            memory.nvme[name] = count * in_files * _FP32_BYTES
+    gathered_for_use = gatherable_sizes(sizes, sharding)
     memory.device["persistent_weights"] = (sizes.total - sum(gathered_for_use)) * sharding.weight_bytes
     if sharding.secondary_ranks > 1:
         copy = sum(math.ceil(size / sharding.secondary_ranks) for size in gathered_for_use)
@@ -154,6 +170,20 @@ def _stage_3(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemor
     # The bucket, and its copy that the reduction reads.
     memory.pass_bytes["buckets"] = 2 * zero.reduce_bucket_size * sharding.weight_bytes
     return memory
+
+
+def _sub_groups(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> list[int]:
+    """Elements of a rank in each piece of a group of the optimizer that is stepped, and swapped, at once."""
+    largest, pieces = sharding.zero.sub_group_size, []
+    for group in sizes.groups:
+        piece = 0
+        for size in group:
+            piece += math.ceil(size / num_ranks)
+            if piece >= largest:
+                pieces.append(piece)
+                piece = 0
+        pieces += [piece] if piece else []
+    return pieces
 
 
 def _stages_1_and_2(sizes: ModelSizes, sharding: Sharding, num_ranks: int) -> RankMemory:
@@ -191,10 +221,11 @@ def _step_bytes(shards: list[int], most: int | float = math.inf) -> int:
     return 2 * _FP32_BYTES * int(min(max(shards), most))
 
 
-def gatherable(parameters: list[int], threshold: int, total: int) -> list[int]:
-    """Parameters that are gathered for each use; smaller ones always are, as far as the total allows."""
+def gatherable_sizes(sizes: ModelSizes, sharding: Sharding) -> list[int]:
+    """Sizes of parameters that are gathered for each use; smaller ones always are, as far as the total allows."""
+    threshold, total = sharding.zero.param_persistence_threshold, sharding.zero.model_persistence_threshold
     num_persistent, gatherable = 0, []
-    for size in parameters:
+    for size in sizes.parameters:
         if size <= threshold and num_persistent + size <= total:
             num_persistent += size
         else:

@@ -9,7 +9,7 @@ With w bytes of weights, g bytes of gradients, and m micro-steps, DeepSpeed exch
 
 A gradient of stages 1 and 2 counts twice: DeepSpeed reduces it to all ranks, which is a reduce-scatter and an
 all-gather, unless `use_multi_rank_bucket_allreduce` is false. Of a collective over n ranks, (n - 1) / n of the bytes
-reach each rank.
+reach each rank. ZeRO++ gathers weights in 8 bits and reduces gradients in 4; scales of blocks are not counted.
 
 Persistent parameters of stage 3 are gathered once a step. A parameter that stays gathered between the passes
 (`stage3_max_reuse_distance`) counts as gathered again: the result is an upper bound. Features of the contrast and
@@ -21,8 +21,10 @@ Source: ZeRO, arXiv 1910.02054, section 7; ZeRO++, arXiv 2306.10209, for hpZ; De
 
 from dataclasses import dataclass
 
-from unimo3.training.plan.memory import ModelSizes, Sharding, gatherable
+from unimo3.training.plan.memory import ModelSizes, Sharding, gatherable_sizes
 from unimo3.training.plan.settings import Machine
+
+_QUANTIZED_WEIGHT_BYTES, _QUANTIZED_GRADIENT_BYTES = 1, 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Traffic:
 def step_traffic(sizes: ModelSizes, sharding: Sharding, num_micro_steps: int) -> Traffic:
     """What the ranks exchange in an optimizer step."""
     zero, weight_bytes = sharding.zero, sharding.weight_bytes
-    gradients = sum(map(sum, sizes.groups)) * sharding.reduced_bytes
+    gradient_bytes = _QUANTIZED_GRADIENT_BYTES if zero.zero_quantized_gradients else sharding.reduced_bytes
+    gradients = int(sum(map(sum, sizes.groups)) * gradient_bytes)
     if sharding.stage < 3:
         num_reductions = num_micro_steps if sharding.stage == 2 else 1
         is_all_reduce = zero.use_multi_rank_bucket_allreduce or not zero.reduce_scatter
@@ -57,14 +60,15 @@ def step_traffic(sizes: ModelSizes, sharding: Sharding, num_micro_steps: int) ->
         return Traffic(
             {"gradients": gradients * num_reductions * (2 if is_all_reduce else 1), "weights": updated}, {}, 1
         )
-    gathered = sum(gatherable(sizes.parameters, zero.param_persistence_threshold, zero.model_persistence_threshold))
-    persistent = (sizes.total - gathered) * weight_bytes
+    num_gathered = sum(gatherable_sizes(sizes, sharding))
+    persistent = (sizes.total - num_gathered) * weight_bytes
+    gathered = num_gathered * (_QUANTIZED_WEIGHT_BYTES if zero.zero_quantized_weights else weight_bytes)
     num_gathers = 2 * num_micro_steps
     within_node = {}
     if sharding.secondary_ranks > 1:
-        within_node = {"weights": gathered * weight_bytes * (num_gathers - 1)}
+        within_node = {"weights": gathered * (num_gathers - 1)}
         num_gathers = 1
-    weights = gathered * weight_bytes * num_gathers + persistent
+    weights = gathered * num_gathers + persistent
     return Traffic(
         {"gradients": gradients * num_micro_steps, "weights": weights}, within_node, sharding.secondary_ranks
     )

@@ -7,6 +7,7 @@ from unimo3.training.ds_config import BatchPlan
 from unimo3.training.plan.estimate import Machine, PlanChoice, gigabytes
 from unimo3.training.plan.memory import ModelSizes
 from unimo3.training.plan.network import network_s, step_traffic
+from unimo3.training.plan.offload_traffic import offload_traffic
 from unimo3.training.plan.step_trace import StepCost
 
 Metrics = dict[str, Any]
@@ -37,7 +38,8 @@ def plan_metrics(
     prepare_flops = cost.prepare_flops_with(choice.micro_batch, rank_batch)
     precision = choice.fit.sharding.precision
     compute_s = machine.compute_s(batch.global_batch, prepare_flops + cost.flops, precision)
-    traffic = step_traffic(sizes, choice.fit.sharding, rank_batch // choice.micro_batch)
+    num_micro_steps = rank_batch // choice.micro_batch
+    traffic = step_traffic(sizes, choice.fit.sharding, num_micro_steps)
     between_s = network_s(traffic, machine)
     step_s = compute_s + between_s
     return {
@@ -84,12 +86,14 @@ def plan_metrics(
             "gpu_during_optimizer_step": memory.step_bytes,
             "gpu_at_most": int(memory.peak_bytes(activation_bytes)),
             "host": memory.host,
+            "nvme": memory.nvme,
         },
         "network_bytes": {
             "over_all": traffic.over_all,
             "within_node": traffic.within_node,
             "received_by_rank": int(traffic.received_bytes(machine.num_gpus)),
         },
+        "offload_bytes": offload_traffic(sizes, choice.fit.sharding, num_micro_steps, machine.num_gpus),
         "time": {
             "compute_s": compute_s,
             "network_s": between_s,
@@ -132,6 +136,7 @@ def plan_text(plan: Metrics) -> str:
         lines.append(f"    {name.replace('_', ' '):26}{sizes['saved'] / 1e6:12.1f}{sizes['at_most'] / 1e6:17.1f}")
     lines += ["", _micro_batch_line(plan["micro_batch"])]
     lines += [_network_line(machine, plan)] if machine["gpus"] > 1 else []
+    lines += [_offload_line(plan["offload_bytes"])] if any(plan["offload_bytes"].values()) else []
     lines += [_time_line(machine, plan["time"], plan.get("not_counted", _NOT_COUNTED))]
     return "\n".join(lines)
 
@@ -151,6 +156,11 @@ def _network_line(machine: Metrics, plan: Metrics) -> str:
     )
 
 
+def _offload_line(sizes: Metrics) -> str:
+    moved = [f"{size / 1e9:.2f} GB to and from {place}" for place, size in sizes.items() if size]
+    return f"offloaded: a rank moves {' and '.join(moved)} a step; the time is not counted"
+
+
 def _time_line(machine: Metrics, time: Metrics, not_counted: list[str]) -> str:
     peak = f"{machine['peak_flops'] / 1e12:,.0f} TFLOP/s in {machine['precision']}"
     return (
@@ -164,6 +174,7 @@ def _memory_lines(rank: Metrics, usable: str) -> list[str]:
     rows += [(name, size, "GPU, forward and backward pass") for name, size in rank["gpu_during_pass"].items()]
     rows += [("gradient and temporary", rank["gpu_during_optimizer_step"], "GPU, optimizer step")]
     rows += [(name, size, "host") for name, size in rank["host"].items()]
+    rows += [(name, size, "NVMe") for name, size in rank["nvme"].items()]
     lines = [f"    {name.replace('_', ' '):26}{size / 1e9:8.2f}  {location}" for name, size, location in rows if size]
     return [*lines, f"    {'at most at once':26}{rank['gpu_at_most'] / 1e9:8.2f}  GPU, of {usable} usable"]
 
