@@ -166,7 +166,10 @@ def test_the_first_pass_runs_towers_and_contrastive_head_alone():
     assert sorted(calls) == sorted(["itc_head", "unimo3.text_tower", "unimo3.vision_tower"] * 2)
 
 
-# Several ranks, under ZeRO-3.
+# Several ranks, under ZeRO-3. (micro-steps, rows of a micro-step and rank, dropout, optim.freeze)
+RUNS: list[tuple[int, int, float, list]] = [(*shape, dropout, []) for shape in SHAPES for dropout in (0.0, 0.3)]
+RUNS.append((2, 3, 0.3, [{"text_tower": 1}, "vision_tower"]))
+FROZEN = ("unimo3.text_tower.embeddings.", "unimo3.text_tower.encoder.layer.0.", "unimo3.vision_tower.")
 
 
 def gradients_on_rank():
@@ -181,30 +184,29 @@ def gradients_on_rank():
 
     rank, size = world()
     results = {}
-    for num_steps, micro_batch in SHAPES:
-        for dropout in (0.0, 0.3):
-            plan = BatchPlan(num_steps * micro_batch * size, micro_batch, size)
-            ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), plan, clip_norm=0.0)
-            ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            model = build_model(ds_config, lambda d=dropout: Unimo3ForPreTraining(tiny_config(**changes(d))))
-            initialize_weights(model, 0, std=0.1)
-            task = PretrainingLoss(model, ITC.build(0))
-            engine = build_engine(task, model, ds_config, OptimArgs())
-            engine.train()
-            parts = split(step_batch(plan.global_batch), num_steps, rank, size)
-            seeds = [step * size + rank for step in range(num_steps)]
-            prepared = task.prepare_step(seeded(parts, seeds), run=engine)
-            for number, (part, more) in enumerate(zip(parts, prepared, strict=True), 1):
-                report = engine(part | more)
-                engine.backward(report["loss"])
-                if number < num_steps:
-                    engine.step()
-            gradients = {name: safe_get_full_grad(p) for name, p in model.named_parameters()}
-            used = {name: gradient for name, gradient in gradients.items() if gradient is not None and gradient.any()}
-            # At its bounds the temperature stops by the sign of its gradient, on which ranks must agree.
-            of_temperature = prepared[0]["step_contrast"].temperature_grad
-            assert sum_over_ranks(of_temperature).equal(size * of_temperature)
-            results[num_steps, micro_batch, dropout] = float(sum_over_ranks(report["loss_itc"])) / size, used
+    for number, (num_steps, micro_batch, dropout, freeze) in enumerate(RUNS):
+        plan = BatchPlan(num_steps * micro_batch * size, micro_batch, size)
+        ds_config = read_ds_config(str(FOLDER / "zero3_fp32.json"), plan, clip_norm=0.0)
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        model = build_model(ds_config, lambda d=dropout: Unimo3ForPreTraining(tiny_config(**changes(d))))
+        initialize_weights(model, 0, std=0.1)
+        task = PretrainingLoss(model, ITC.build(0))
+        engine = build_engine(task, model, ds_config, OptimArgs(freeze=freeze))
+        engine.train()
+        parts = split(step_batch(plan.global_batch), num_steps, rank, size)
+        seeds = [step * size + rank for step in range(num_steps)]
+        prepared = task.prepare_step(seeded(parts, seeds), run=engine)
+        for step, (part, more) in enumerate(zip(parts, prepared, strict=True), 1):
+            report = engine(part | more)
+            engine.backward(report["loss"])
+            if step < num_steps:
+                engine.step()
+        gradients = {name: safe_get_full_grad(p) for name, p in model.named_parameters() if p.requires_grad}
+        used = {name: gradient for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+        # At its bounds the temperature stops by the sign of its gradient, on which ranks must agree.
+        of_temperature = prepared[0]["step_contrast"].temperature_grad
+        assert sum_over_ranks(of_temperature).equal(size * of_temperature)
+        results[number] = float(sum_over_ranks(report["loss_itc"])) / size, used
     return results
 
 
@@ -212,8 +214,12 @@ def gradients_on_rank():
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_sharded_ranks_have_the_loss_and_gradients_of_one_batch(num_ranks):
     for results in run_ranks(num_ranks, gradients_on_rank):
-        for (num_steps, size, dropout), (loss, gradients) in results.items():
+        for number, (loss, gradients) in results.items():
+            num_steps, size, dropout, freeze = RUNS[number]
             batch = step_batch(num_steps * size * num_ranks)
             expected_loss, expected = of_one_batch(batch, num_steps * num_ranks, dropout)
             assert loss == pytest.approx(float(expected_loss), rel=1e-5)
-            assert_same(gradients, {name: gradient for name, gradient in expected.items() if gradient.any()})
+            frozen = FROZEN if freeze else ()
+            assert all(any(name.startswith(prefix) for name in expected) for prefix in frozen)
+            used = {name for name, gradient in expected.items() if gradient.any() and not name.startswith(frozen)}
+            assert_same(gradients, {name: expected[name] for name in used})
