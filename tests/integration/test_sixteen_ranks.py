@@ -41,6 +41,7 @@ def small_recipe(coco, tmp_path_factory):
             "num_workers": 0,
             "ledger": True,
         },
+        "optim": {"lr": 1e-4, "schedule": "constant", "warmup_ratio": 0.0},
         "training": {"steps": STEPS, "global_batch": 48, "micro_batch": 1, "ds_config": str(folder / "zero.json")},
         "checkpoint": {"every_steps": EVERY, "keep_last": 10},
     }
@@ -70,6 +71,7 @@ def test_sixteen_killed_ranks_are_continued_by_twelve_and_exported(small_recipe,
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert f"resumed from {saved}" in program.output
+    assert {record["lr"] for record in records} == {1e-4}
     for record in records:
         assert min(record[f"loss_{name}/coco_{split}"] for name in ("mlm", "itc") for split in ("train", "val")) > 0
     manifest = json.loads((store.folder_of(run) / store.tag_of(STEPS) / "state.json").read_text())

@@ -36,7 +36,7 @@ SECOND = (
     *("--run.name", "second", "--training.steps", "3", "--training.eval_every", "0", "--data.val", "null"),
     *("--model.vision.image_size", "48", "--run.seed", "1"),
     # Too small to change a value.
-    *("--optim.lr", "1e-12", "--optim.schedule", "wsd", "--optim.decay_ratio", "1", "--optim.warmup_ratio", "0"),
+    *("--optim.lr", "1e-12", "--optim.schedule", "cosine", "--optim.warmup_ratio", "0"),
 )
 FROZEN = ("unimo3.text_tower.embeddings.", "unimo3.text_tower.layers.0.")
 TABLE = "unimo3.vision_tower.vit.pos_embed"
