@@ -22,6 +22,7 @@ import yaml
 from slurm import bad_nodes, history, prometheus, squeue
 from slurm.runs import read_newest_checkpoint
 from unimo3.atomic_write import is_file_name
+from unimo3.checkpoint.manifest import STATE
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.training.heartbeat import HEARTBEATS, heartbeat_interval_s, read_heartbeats, server_is_ahead_s
 from unimo3.versions import check_version
@@ -139,6 +140,8 @@ def state_of(run: Path, queue: squeue.Queue) -> dict[str, Any]:
         "left_s": (num_steps - last["step"]) * step_s if steps and num_steps and step_s is not None else None,
         "skipped_steps": last.get("skipped_steps"),
         "checkpoint": _checkpoint(run),
+        "skip": _skipped_data(run),
+        "data_step": last.get("data_step"),
         "starts": len(attempts),
         "restarts": _ends(attempts, squeue.may_run(jobs, queue)),
         "stop": (run / "stop").exists(),
@@ -179,6 +182,9 @@ def screen(state: dict[str, Any]) -> str:
         if state["left_s"] and state["goes_on"]:
             ends = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + state["left_s"]))
             line("ends", f"{ends} if it keeps running, in {_span(state['left_s'])}")
+    if state["skip"] or state["data_step"] is not None:
+        reads = f"step {state['step']} read the data of step {state['data_step']}" if state["data_step"] else ""
+        line("data.skip", "; ".join(filter(None, (f"{state['skip']}" if state["skip"] else "", reads))))
     checkpoint = state["checkpoint"]
     line("checkpoint", f"step {checkpoint['step']}, {_span(checkpoint['age_s'])} old" if checkpoint else "none yet")
     line("starts", f"{state['starts'] or 'none by Slurm'}")
@@ -234,6 +240,21 @@ def _ranks(run: Path, since: float) -> dict[str, Any] | None:
         if beat.phase != "ended" and now - beat.time > silent_s
     ]
     return {"number": len(beats), "phases": phases, "silent": silent}
+
+
+def _skipped_data(run: Path) -> list[list[int]]:
+    """``data.skip`` of the newest checkpoint's start, else of the first start; a later start's is not known yet."""
+
+    def of(_: int, manifest: Path) -> Any:
+        return json.loads(manifest.with_name(STATE).read_text())["extra"]["settings"]["data.skip"]
+
+    try:
+        skip = read_newest_checkpoint(run, of)
+        if skip is None:
+            skip = yaml.safe_load((run / "config.yaml").read_text())["data"]["skip"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return []
+    return skip
 
 
 def _num_steps(run: Path) -> int | None:

@@ -59,6 +59,22 @@ def test_step_speed_trend_and_end_come_from_the_metrics(run):
     assert "in 32.0 min" in screen
 
 
+def test_skipped_data_is_that_of_the_newest_checkpoint(run):
+    assert not any("data.skip" in line for line in status.screen(state_of(run)).splitlines())
+    (run / "config.yaml").write_text("training: {steps: 1000}\ndata: {skip: [[3, 5]]}\n")
+    assert state_of(run)["skip"] == [[3, 5]]
+    checkpoint = run / "checkpoints" / "step_00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "MANIFEST.json").touch()
+    (checkpoint / "state.json").write_text('{"extra": {"settings": {"data.skip": [[3, 5], [8, 18]]}}}')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 11, "loss": 1.0, "pairs_per_s": 2.0, "step_s": 4.0, "data_step": 23}\n'
+    )
+    state = state_of(run)
+    assert (state["skip"], state["data_step"]) == ([[3, 5], [8, 18]], 23)
+    assert "  data.skip   [[3, 5], [8, 18]]; step 11 read the data of step 23\n" in status.screen(state)
+
+
 def test_starts_checkpoints_ranks_and_bad_nodes_are_shown(run, tmp_path):
     history.append(run, "begin", job="7", restart=0, nodes="n[1-2]", checkpoint=None)
     history.append(run, "end", job="7", status=137, action="requeue", reason="status 137: ...", checkpoint=10)
