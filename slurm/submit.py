@@ -10,6 +10,7 @@ Source: sbatch(1).
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     site = read_site(site_file())
     arguments = [argument for argument in args.arguments if argument != "--"]
+    if {"-h", "--help"} & set(arguments):
+        program = "finetune.__main__" if args.job == "finetune" else program_of(args.job, [])[0]
+        importlib.import_module(program).main(arguments)
     folder, errors, notices = check(args, site, arguments)
     if errors:
         raise ConfigError(errors)
