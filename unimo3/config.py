@@ -106,7 +106,7 @@ def parse(config_class: type[Config], argv: list[str] | None, program: str, desc
         parser.parse_args([*(f"--{key}={text}" for key, text in texts.items()), *printing])
     config = parser.instantiate_classes(parser.parse_object(_nest(good)))
     built: Config = config_class(**{field.name: config[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-    if errors := errors + _errors(built, "quick_errors") or _errors(built, "slow_errors"):
+    if errors := errors + _errors(built, "quick_errors") if errors else collect_errors(built):
         raise ConfigError(errors)
     return built
 
