@@ -1,11 +1,14 @@
 """What a rank does to evaluate all tasks under ZeRO-3, without a training step."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from finetune.choose import Choose
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
-from finetune.task import HeldOut, InputSettings
+from finetune.task import HeldOut, InputSettings, Results, Row
 from finetune.vqa import Vqa
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.index import ShardIndex
@@ -28,6 +31,18 @@ DS_CONFIG = {
 BATCH = 3
 
 
+class Batches(Choose):
+    """Choices, whose metrics have the keys that each pair was in a batch with."""
+
+    def score(self, report: dict[str, Tensor], loaded: dict[str, Any]) -> list[Row]:
+        return [row | {"batch": loaded["keys"]} for row in super().score(report, loaded)]
+
+    def results(self, rows: list[Row]) -> Results:
+        results = super().results(rows)
+        batches = sorted((row["pair"], row["batch"]) for row in rows)
+        return results._replace(metrics=results.metrics | {"batches": batches})
+
+
 def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dict]]:
     """Metrics and files of each task on this rank, with a random head.
 
@@ -42,7 +57,13 @@ def evaluate(weights: Path, shards: Path, ds_config: Path) -> dict[str, list[dic
     answers = AnswerVocabulary.load(shards / "vqa" / "answers.json")
     read = read_ds_config(str(ds_config), BatchPlan(BATCH * size, BATCH, size), 1.0)
     results = {}
-    tasks = {"vqa": Vqa(answers), "nlvr2": Nlvr2(), "snli_ve": SnliVe(), "sugarcrepe": Choose(), "winoground": Choose()}
+    tasks = {
+        "vqa": Vqa(answers),
+        "nlvr2": Nlvr2(),
+        "snli_ve": SnliVe(),
+        "sugarcrepe": Choose(),
+        "winoground": Batches(),
+    }
     for name, task in tasks.items():
         config = read_exported_config(str(weights))
         task.configure(config)
