@@ -104,9 +104,10 @@ class Choose(RowTask):
 
 
 def _with_average(accuracies: dict[str, float]) -> dict[str, float]:
-    """With ``average``, the mean of the categories, each of the same weight."""
-    categories = [value for name, value in accuracies.items() if name != "overall"]
-    return accuracies | ({"average": sum(categories) / len(categories)} if categories else {})
+    """The categories, then ``overall``, then ``average``, the mean of the categories, each of the same weight."""
+    categories = {name: value for name, value in accuracies.items() if name != "overall"}
+    average = {"average": sum(categories.values()) / len(categories)} if categories else {}
+    return categories | {"overall": accuracies["overall"]} | average
 
 
 def _metrics(accuracies: dict[str, dict[str, dict[str, float]]], ties: Counter[str]) -> dict[str, float]:
