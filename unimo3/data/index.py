@@ -283,9 +283,7 @@ class ShardIndex:
             raise DataError(f"{path}: is no list of shards ({error}); {REINDEX}") from error
 
     def _check_files(self) -> None:
-        shards = [self.shards[number] for number in checked_shards(len(self.shards))]
-        sizes = {shard.name: shard.num_bytes for shard in shards}
-        sizes[MEMBERS] = self.shards.members_bytes
+        sizes = self.shards.sizes(checked_shards(len(self.shards))) | {MEMBERS: self.shards.members_bytes}
         for name, num_bytes in sizes.items():
             path = self._file(name)
             try:

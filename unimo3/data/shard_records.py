@@ -81,6 +81,11 @@ class Shards:
         counts = self._records["num_items"]
         return np.ascontiguousarray(counts[:, COUNTED_KINDS.index(kind)] if self.counts_kinds else counts)
 
+    def sizes(self, numbers: list[int]) -> dict[str, int]:
+        """Bytes of some shards, by name."""
+        records = self._records[numbers]
+        return dict(zip(map(os.fsdecode, records["name"].tolist()), records["num_bytes"].tolist(), strict=True))
+
     @property
     def members_bytes(self) -> int:
         """Size of ``index.members``, which has the table of each."""
