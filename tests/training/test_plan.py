@@ -273,9 +273,9 @@ def test_traffic_of_offloaded_state_is_counted():
 
     # Two micro-steps: weights twice for each and back once, float32 gradients for each.
     in_memory = (2 * 2 * 2 + 2 + 2 * 4) * SIZES.total / 16
-    assert moved("zero3_offload_cpu") == {"main memory": in_memory, "NVMe": 0}
-    assert moved("zero3_offload_nvme") == {"main memory": in_memory, "NVMe": 2 * 16 * 9_000_000 / 16}
-    assert moved("zero3_bf16") == {"main memory": 0, "NVMe": 0}
+    assert moved("zero3_offload_cpu") == {"host": in_memory, "nvme": 0}
+    assert moved("zero3_offload_nvme") == {"host": in_memory, "nvme": 2 * 16 * 9_000_000 / 16}
+    assert moved("zero3_bf16") == {"host": 0, "nvme": 0}
 
 
 def test_an_unknown_type_of_accumulation_is_named():

@@ -14,4 +14,4 @@ def offload_traffic(sizes: ModelSizes, sharding: Sharding, num_micro_steps: int,
     gradients = num_micro_steps * sharding.gradient_bytes if sharding.offloads_optimizer else 0
     # Master weights and moments are read and written, gradients written and read.
     in_files = rank_memory(sizes, sharding, num_ranks).nvme
-    return {"main memory": int(part * (weights + gradients)), "NVMe": 2 * sum(in_files.values())}
+    return {"host": int(part * (weights + gradients)), "nvme": 2 * sum(in_files.values())}

@@ -157,7 +157,8 @@ def _network_line(machine: Metrics, plan: Metrics) -> str:
 
 
 def _offload_line(sizes: Metrics) -> str:
-    moved = [f"{size / 1e9:.2f} GB to and from {place}" for place, size in sizes.items() if size]
+    names = {"host": "main memory", "nvme": "NVMe"}
+    moved = [f"{size / 1e9:.2f} GB to and from {names[name]}" for name, size in sizes.items() if size]
     return f"offloaded: a rank moves {' and '.join(moved)} a step; the time is not counted"
 
 
