@@ -1,9 +1,10 @@
-"""What grows with the number of ranks, measured with at most two processes.
+"""What grows with the number of ranks or samples, measured with at most two processes.
 
     elastic    a checkpoint of 512 ranks opened by 384: seconds and opens of one rank (scale_checkpoint.py)
     commit     a checkpoint of 2,048 files: its manifest, and the verification that ranks divide (scale_checkpoint.py)
     run        operations of a training run on its folder, a rank and minute, as of 1,024 ranks (scale_run.py)
     job        checks and decisions of a job of 256 nodes (scale_job.py)
+    index      an index of 2 x 10^9 samples: seconds, memory and seeks of a reader (scale_data.py)
     network    bytes and seconds of a step between ranks, as the planner adds them to its hours (unimo3/training/plan)
 
 Each part replaces its section of the result when it ends.
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.report import ROOT, write_report
 from benchmarks.scale_checkpoint import commit_table, elastic_plan_table, measure_commit, measure_elastic_plan
+from benchmarks.scale_data import data_table, measure_data
 from benchmarks.scale_job import job_table, measure_job
 from benchmarks.scale_network import network_table
 from benchmarks.scale_run import measure_run, run_table
@@ -58,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             lambda work: run_table(args.ranks, measure_run(args.ranks, args.minutes, work)),
         ),
         "job": ("A job of many nodes", lambda work: job_table(args.nodes, measure_job(args.nodes, work))),
+        "index": ("An index of many samples", lambda work: data_table(measure_data(work))),
         "network": ("Bytes of a step between ranks", lambda _: network_table()),
     }
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts), help="measure these (default: all)")
