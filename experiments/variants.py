@@ -89,8 +89,14 @@ class RunSettings:
             for name, value in values.items()
             if isinstance(getattr(type(self), name), float) and not (isinstance(value, int | float) and value > 0)
         ]
+        if errors:
+            return errors
+        models = {name: self.model(name) for name in VARIANTS}
         # An error that all variants have is reported once.
-        return errors or list(dict.fromkeys(error for variant in VARIANTS for error in self.model(variant).validate()))
+        quick = dict.fromkeys(error for model in models.values() for error in model.quick_errors())
+        # These take long, and the towers of most variants are equal.
+        names = (REFERENCE, *LARGER_VARIANTS)
+        return list(quick or dict.fromkeys(error for name in names for error in models[name].slow_errors()))
 
     def size_errors(self, variants: Iterable[str]) -> list[str]:
         """Return which variants have another size than the reference although they should not, one line each."""
