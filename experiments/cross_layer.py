@@ -34,6 +34,7 @@ from experiments.cross_layer_plan import (
 )
 from experiments.cross_layer_report import write_cross_layer
 from experiments.data_sets import DataSet, Stage
+from experiments.peer import PEER
 from experiments.picture_retrieval import PictureRetrieval, PictureSettings
 from experiments.toy_vqa import ToyVqa, ToyVqaSettings
 from experiments.training import num_parameters
@@ -125,8 +126,11 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.command == "report":
         return args
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    errors = [f"--variants {name}: one of {', '.join(VARIANTS)} is supported" for name in unknown]
+    known = (*VARIANTS, PEER)
+    unknown = [name for name in args.variants if name not in known]
+    errors = [f"--variants {name}: one of {', '.join(known)} is supported" for name in unknown]
+    if PEER in args.variants and args.data_sets != [ToyVqa.name]:
+        errors.append(f"--variants {PEER}: runs on {ToyVqa.name} alone; set --data-sets {ToyVqa.name}")
     if len({*args.variants}) != len(args.variants) or len(args.variants) > MOST_VARIANTS:
         errors.append(f"--variants {' '.join(args.variants)}: at most {MOST_VARIANTS} different ones are needed")
     if len({*args.seeds}) != len(args.seeds) or min(args.seeds) < 0:

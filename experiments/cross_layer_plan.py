@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.data_sets import DataSet, Stage
+from experiments.peer import PEER
 from experiments.picture_retrieval import PictureRetrieval, PictureSettings
 from experiments.toy_vqa import ToyVqa, ToyVqaSettings
-from experiments.variants import VARIANTS, RunSettings
+from experiments.variants import RunSettings
 from unimo3.errors import ConfigError, DataError
 
 Line = dict[str, Any]
@@ -43,8 +44,8 @@ class Comparison(NamedTuple):
 
 def comparisons(variants: Sequence[str]) -> list[Comparison]:
     """What is tested, all corrected together: on each data set cross-layer interaction against both in-layer variants,
-    and each further variant against ``bridge``."""
-    further = [(name, "bridge") for name in variants if name not in COMPARED]
+    and each further variant against ``bridge``. The peer is not tested."""
+    further = [(name, "bridge") for name in variants if name not in (*COMPARED, PEER)]
     pairs = [("cross_layer_bridge", "bridge"), ("cross_layer_bridge", "in_layer"), *further]
     return [Comparison(data_set.name, *pair) for data_set in DATA_SETS for pair in pairs if {*pair} <= {*variants}]
 
@@ -85,7 +86,10 @@ class Run:
 
     def identity(self, settings: RunSettings) -> Line:
         """What makes a finished run the same as another."""
-        return asdict(self) | {"interaction": VARIANTS[self.variant], "settings": asdict(settings)}
+        return asdict(self) | {
+            "interaction": settings.contestant(self.variant).interaction,
+            "settings": asdict(settings),
+        }
 
     def is_done(self, settings: RunSettings, lines: Sequence[Line]) -> bool:
         """Whether a line has this run, with these settings."""

@@ -14,16 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.report import ROOT
 from experiments.gate_probe import GateMeans
-from experiments.training import READER, Schedule, build_pretraining_model, on_cpu, train
+from experiments.training import READER, Schedule, on_cpu, train
 from experiments.variants import RunSettings
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
-from unimo3.model.unimo3 import Unimo3ForPreTraining
-from unimo3.objectives.args import ObjectivesArgs
-from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.evaluation import Unguarded, held_out_losses
 
 Stage = Literal["pilot", "run"]
@@ -110,15 +107,15 @@ class DataSet(ABC):
 
     def pretrain(
         self, variant: str, seed: int, transform: ImageTransform
-    ) -> tuple[Unimo3ForPreTraining, dict[str, float], dict[str, Any]]:
+    ) -> tuple[Any, dict[str, float], dict[str, Any]]:
         """A pretrained model, its held-out metrics, and how the training went.
 
         Args:
             transform: of the training pictures.
         """
         settings = self.settings
-        model = build_pretraining_model(settings.model(variant), self.tokenizer(), seed)
-        task = PretrainingLoss(model, ObjectivesArgs().build(seed))
+        contestant = settings.contestant(variant)
+        task = contestant.build_pretraining(self.tokenizer(), seed)
         schedule = Schedule(
             f"{self.name} {variant} seed {seed}: pretraining",
             settings.pretraining_steps,
@@ -126,8 +123,8 @@ class DataSet(ABC):
             settings.pretraining_lr,
             seed,
         )
-        training = train(task, model, self.pairs("train", seed, transform), schedule)
+        training = train(task, self.pairs("train", seed, transform), schedule, contestant.optimizer)
         held_out = self.pairs("val", seed, ImageTransform(settings.image_size))
         losses = held_out_losses(on_cpu(task), held_out, World(0, 0, 1), settings.batch, READER, Unguarded())
         assert losses is not None
-        return model, {name: value for name, value in losses.items() if not name.startswith("gates_")}, training
+        return task.model, {name: value for name, value in losses.items() if not name.startswith("gates_")}, training

@@ -22,16 +22,16 @@ GateMeans = dict[str, list[list[float]]]
 """For each stream [layers, levels that the layer sees, the partner last]; a layer without a gate has [1.0]."""
 
 
-def forcings(fusion: FusionEncoder) -> list[str]:
+def forcings(fusion: FusionEncoder | None) -> list[str]:
     """How the gates can be forced: ``partner``, or ``level 0`` and so on up to the last earlier level; none if there
     are no gates."""
-    gates = [gate for gate in _gates(fusion.text) if gate is not None]
+    gates = [gate for stream in _streams(fusion).values() for gate in _gates(stream) if gate is not None]
     most = max((gate.num_levels for gate in gates), default=1)
     return [PARTNER, *(f"level {level}" for level in range(most - 1))] if gates else []
 
 
 @contextmanager
-def forced(fusion: FusionEncoder, forcing: str) -> Iterator[None]:
+def forced(fusion: FusionEncoder | None, forcing: str) -> Iterator[None]:
     """Give one level all of the weight, in every gate, for every token and head.
 
     Args:
@@ -45,7 +45,7 @@ def forced(fusion: FusionEncoder, forcing: str) -> Iterator[None]:
 
     hooks = [
         gate.register_forward_hook(replace)
-        for stream in (fusion.text, fusion.image)
+        for stream in _streams(fusion).values()
         for gate in _gates(stream)
         if gate is not None
     ]
@@ -59,8 +59,8 @@ def forced(fusion: FusionEncoder, forcing: str) -> Iterator[None]:
 class GateRecorder:
     """Means of the gates over the tokens of samples, by group."""
 
-    def __init__(self, fusion: FusionEncoder):
-        self._streams: dict[str, Stream] = {"text": fusion.text, "image": fusion.image}
+    def __init__(self, fusion: FusionEncoder | None):
+        self._streams = _streams(fusion)
         self._last: dict[tuple[str, int], Tensor] = {}
         self._sums: dict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
         self._counts: dict[str, int] = defaultdict(int)
@@ -123,6 +123,11 @@ class GateRecorder:
             self._last[stream, layer] = weights.detach()
 
         return hook
+
+
+def _streams(fusion: FusionEncoder | None) -> dict[str, Stream]:
+    """Empty without a fusion encoder."""
+    return {} if fusion is None else {"text": fusion.text, "image": fusion.image}
 
 
 def _gates(stream: Stream) -> list[LevelGate | None]:

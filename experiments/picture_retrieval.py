@@ -21,6 +21,7 @@ from unimo3.distributed import World
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded, to_device
+from unimo3.training.optim import build_optimizer
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
 
@@ -91,7 +92,7 @@ class PictureRetrieval(DataSet):
         task = RetrievalLoss(model, seed)
         name = f"{self.name} {variant} seed {seed}: retrieval"
         schedule = Schedule(name, settings.tuning_steps, settings.batch, settings.tuning_lr, seed)
-        tuning = train(task, model, self.pairs("train", seed, transform, masked=0.0), schedule)
+        tuning = train(task, self.pairs("train", seed, transform, masked=0.0), schedule, build_optimizer)
         metrics |= self._recall(task, split)
         fusion = model.unimo3.fusion
         costs = {}

@@ -11,7 +11,7 @@ import torch
 
 from experiments.data_sets import DataSet, Outcome, Stage
 from experiments.gate_probe import GateRecorder, forced, forcings
-from experiments.training import READER, Schedule, build_downstream_model, on_cpu, train
+from experiments.training import READER, Schedule, on_cpu, train
 from experiments.variants import RunSettings
 from finetune.task import score_batch
 from finetune.vqa import Vqa
@@ -22,7 +22,6 @@ from unimo3.data.loader import evaluation_batches
 from unimo3.data.samples import VqaSamples
 from unimo3.data.transforms import ImageTransform
 from unimo3.metrics.groups import accuracy_by_group
-from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.vqa import VqaLoss
 
 QUESTION_TOKENS = 24
@@ -95,14 +94,13 @@ class ToyVqa(DataSet):
         settings = self.settings
         torch.manual_seed(seed)
         pretrained, metrics, pretraining = self.pretrain(variant, seed, ImageTransform(settings.image_size))
-        model = build_downstream_model(
-            Unimo3ForVisualQuestionAnswering, pretrained, seed, num_answers=len(self.answers())
-        )
+        contestant = settings.contestant(variant)
+        model = contestant.build_vqa(pretrained, len(self.answers()), seed)
         task = VqaLoss(model)
         name = f"{self.name} {variant} seed {seed}: VQA"
         schedule = Schedule(name, settings.tuning_steps, settings.batch, settings.tuning_lr, seed)
-        tuning = train(task, model, self.questions("train", seed), schedule)
-        fusion = model.unimo3.fusion
+        tuning = train(task, self.questions("train", seed), schedule, contestant.optimizer)
+        fusion = contestant.fusion(model)
         recorder = GateRecorder(fusion)
         with recorder.recording():
             metrics |= self._accuracy(task, seed, recorder)

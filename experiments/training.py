@@ -8,11 +8,13 @@ Source: none.
 import copy
 import math
 import time
+from collections.abc import Callable
 from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from unimo3.data.loader import ReaderArgs, TrainingLoader
@@ -23,9 +25,9 @@ from unimo3.model.args import ModelArgs, resolve_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
+from unimo3.training.args import OptimArgs
 from unimo3.training.evaluation import to_device
 from unimo3.training.lr_schedule import lr_scale, set_lr
-from unimo3.training.optim import OptimArgs, build_optimizer
 
 WINDOW_SHARDS = 8
 READER = ReaderArgs(num_workers=0, prefetch=1)
@@ -50,15 +52,20 @@ class Schedule(NamedTuple):
     seed: int
 
 
-def train(task: nn.Module, model: Unimo3PreTrainedModel, samples: Samples, schedule: Schedule) -> dict[str, Any]:
+def train(
+    task: nn.Module, samples: Samples, schedule: Schedule, build_optimizer: Callable[[Any, OptimArgs], Optimizer]
+) -> dict[str, Any]:
     """Train; the mean loss of each tenth of the steps, and the median seconds of a step without reading.
+
+    Args:
+        task: batch -> ``loss``, by its ``model``.
 
     Raises:
         DivergedError: a loss is not finite.
     """
     name, num_steps, batch, lr, seed = schedule
     optim = OptimArgs(lr=lr, fusion_factor=1.0, head_factor=1.0)
-    optimizer = build_optimizer(model, optim)
+    optimizer = build_optimizer(task.model, optim)
     order = SampleOrder(samples.units_per_shard, seed, WINDOW_SHARDS)
     batches = iter(TrainingLoader([samples], order, batch, batch, 0, 1, READER))
     losses: list[float] = []
@@ -73,7 +80,7 @@ def train(task: nn.Module, model: Unimo3PreTrainedModel, samples: Samples, sched
         loss = task(inputs)["loss"]
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(task.parameters(), optim.clip_norm)
         optimizer.step()
         now = time.perf_counter()
         losses.append(loss.item())

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
-from experiments.training import num_parameters
+from experiments.contestant import Contestant, Unimo3Contestant
+from experiments.peer import PEER, BridgeTowerContestant
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs
-from unimo3.model.unimo3 import Unimo3ForPreTraining
 
 REFERENCE = "in_layer"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -24,6 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross_layer_bridge_even": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_init": 0.5},
     "cross_layer_unimodal": {"interaction": "cross_layer", "gate": "token", "bridge": False, "unimodal_levels": 2},
 }
+TWIN = "bridge"
+"""The variant whose depths and widths the peer has."""
 # Keys and values of tower layers are parameters that no other variant has a use for.
 LARGER_VARIANTS = ("cross_layer_unimodal",)
 MOST_SIZE_DIFFERENCE = 0.02
@@ -74,6 +74,12 @@ class RunSettings:
         """A variant's model."""
         return toy_model(self.width, self.layers, self.image_size, self.vocabulary, **VARIANTS[variant])
 
+    def contestant(self, variant: str) -> Contestant:
+        """How a variant, or the peer, is built."""
+        if variant == PEER:
+            return BridgeTowerContestant(self.model(TWIN))
+        return Unimo3Contestant(self.model(variant), VARIANTS[variant])
+
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each."""
         least = {"images": 40, "batch": 2}
@@ -99,12 +105,11 @@ class RunSettings:
         return list(quick or dict.fromkeys(error for name in names for error in models[name].slow_errors()))
 
     def size_errors(self, variants: Iterable[str]) -> list[str]:
-        """Return which variants have another size than the reference although they should not, one line each."""
-        with torch.device("meta"):
-            sizes = {
-                name: num_parameters(Unimo3ForPreTraining(self.model(name).to_config()))
-                for name in dict.fromkeys((REFERENCE, *variants))
-            }
+        """Return which variants cannot be built or, although they should not, differ in size, one line each."""
+        contestants = {name: self.contestant(name) for name in dict.fromkeys((REFERENCE, *variants))}
+        if errors := [error for contestant in contestants.values() for error in contestant.errors()]:
+            return errors
+        sizes = {name: contestant.num_parameters() for name, contestant in contestants.items()}
         excess = {name: size / sizes[REFERENCE] - 1 for name, size in sizes.items() if name not in LARGER_VARIANTS}
         return [
             f"layers {self.layers}, width {self.width}: {name} has {part:+.1%} parameters compared with {REFERENCE}; "

@@ -7,16 +7,20 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from PIL import Image, ImageFont
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from experiments import cross_layer, pictures
 from experiments.cross_layer_plan import COMPARED, SETTINGS, Comparison, Run, append_line, comparisons, read_lines
 from experiments.cross_layer_report import check, compare_variants, differences, write_cross_layer
+from experiments.peer import PEER, PeerPretrainingLoss
 from experiments.picture_retrieval import PictureRetrieval, PictureSettings
 from experiments.toy_vqa import ToyVqa, ToyVqaSettings
 from experiments.training import build_downstream_model, build_pretraining_model
 from experiments.variants import VARIANTS
+from unimo3.data.transforms import ImageTransform
 from unimo3.errors import DataError
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+from unimo3.objectives.base import PretrainingLoss
 
 SIZES = {"image_size": 32, "layers": 2, "width": 32, "pretraining_steps": 2, "tuning_steps": 2, "batch": 8}
 TINY = {"toy_vqa": SIZES | {"images": 60}, "pictures": SIZES | {"vocabulary": 300, "shortlist": 2}}
@@ -80,6 +84,44 @@ def test_a_run_is_a_line_with_metrics_gates_and_what_forcing_costs(finished):
     assert retrieval["gates"].keys() == {"overall", "pairs"}
     assert retrieval["data"] == of["pictures", "bridge"]["data"] != gated["data"]
     assert "commit" in retrieval["machine"]
+
+
+@pytest.mark.integration
+def test_the_peer_learns_from_a_variants_batches_to_a_line_of_its_form(work, finished, tmp_path):
+    results, words = finished
+    # Its image heads are 64 wide.
+    settings = SIZES | {"width": 64, "images": 60, "pretraining_steps": 12, "tuning_steps": 8}
+    settings |= {"pretraining_lr": 2e-3, "tuning_lr": 2e-3}
+    batches = {PretrainingLoss: [], PeerPretrainingLoss: []}
+
+    def note(module, inputs):
+        if type(module) in batches:
+            batches[type(module)].append(inputs[0])
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        changed = ["--data-sets", "toy_vqa", "--settings", json.dumps({"toy_vqa": settings}), "--jobs", "0"]
+        words = ["run", *words, *changed, "--results", tmp_path / "r.jsonl", "--variants"]
+        assert not run(*words, PEER)
+        # It is not done again.
+        assert not run(*words, PEER)
+        ToyVqa(work, ToyVqaSettings(**settings)).pretrain("bridge", 7, ImageTransform(32))
+    finally:
+        hook.remove()
+    ours, theirs = batches.values()
+    assert len(ours) == len(theirs) > 12
+    for our, their in zip(ours, theirs, strict=True):
+        for name in ("mlm_input_ids", "mlm_labels", "pixel_values", "positions"):
+            assert torch.equal(our[name], their[name])
+    (peer,) = read_lines(tmp_path / "r.jsonl")
+    variant = next(one for one in read_lines(results) if one["variant"] == "bridge")
+    assert peer.keys() == variant.keys()
+    assert peer["metrics"].keys() == variant["metrics"].keys()
+    assert peer["interaction"]["vision_config"]["hidden_size"] == 64
+    assert peer["gates"] == peer["forced"] == {}
+    for stage in ("pretraining", "tuning"):
+        losses = peer["training"][stage]["loss_by_tenth"]
+        assert losses[-1] < 0.9 * losses[0], stage
 
 
 @pytest.mark.integration
@@ -147,9 +189,11 @@ def test_variants_have_equal_initial_values(work):
 
 
 def test_sizes_of_the_defaults_compare_and_small_ones_do_not():
-    assert SETTINGS["toy_vqa"].size_errors(VARIANTS) == SETTINGS["pictures"].size_errors(COMPARED) == []
+    assert SETTINGS["toy_vqa"].size_errors([*VARIANTS, PEER]) == SETTINGS["pictures"].size_errors(COMPARED) == []
     (problem,) = replace(SETTINGS["pictures"], width=8, layers=8).size_errors(["in_layer", "cross_layer_token"])
     assert "cross_layer_token has +" in problem
+    (problem,) = replace(SETTINGS["toy_vqa"], width=32).size_errors(["bridge", PEER])
+    assert problem == "width 32: bridgetower's image heads are 64 wide; a multiple of that is needed"
 
 
 def test_all_bad_words_are_named_at_once(tmp_path, capsys):
@@ -157,6 +201,8 @@ def test_all_bad_words_are_named_at_once(tmp_path, capsys):
     message = capsys.readouterr().err
     for part in ("--variants sideways", "--seeds 1 1", "--jobs -1"):
         assert part in message
+    assert run("run", "--variants", PEER, "--work", tmp_path) == 78
+    assert "--variants bridgetower: runs on toy_vqa alone; set --data-sets toy_vqa" in capsys.readouterr().err
     wrong = {"pictures": {"batch": 0, "tuning_lr": -1}, "toy_vqa": {"image_size": 33}}
     assert run("pilot", "--settings", json.dumps(wrong), "--work", tmp_path) == 78
     message = capsys.readouterr().err
@@ -197,6 +243,8 @@ def test_variants_are_tested_within_a_seed_and_corrected_together(tmp_path):
     lines = [line("in_layer", seed, 0.5 + seed / 10 - seed % 2 / 1000) for seed in range(4)]
     lines += [line("bridge", seed, 0.51 + seed / 10 + seed / 1000) for seed in range(4)]
     lines += [line("cross_layer_bridge", seed, 0.53 + seed / 10, forced=0.25) for seed in range(3)]
+    # The peer is shown, not tested.
+    lines += [line(PEER, seed, 0.25 + seed / 10) for seed in range(4)]
     to_reference = Comparison("toy_vqa", "cross_layer_bridge", "in_layer")
     assert differences(lines, to_reference, "vqa_overall") == pytest.approx([0.03, 0.031, 0.03])
     (to_bridge, num_seeds, test, corrected), (to_in_layer, _, clear, clear_corrected) = compare_variants(lines)
@@ -211,6 +259,7 @@ def test_variants_are_tested_within_a_seed_and_corrected_together(tmp_path):
     assert "| toy_vqa | cross_layer_bridge - bridge | 3 | +0.0190 | +0.0165 to +0.0215 |" in report
     assert "| toy_vqa | cross_layer_bridge | partner | -0.2500 ± 0.0000 |" in report
     assert "for the 2 rows of the table" in report
+    assert "| bridgetower | 0.4000 ± 0.1291 |" in report
     assert (tmp_path / "r_gates.png").exists()
 
 
