@@ -65,3 +65,12 @@ def test_heads_and_losses_are_those_of_transformers_models(inputs):
     is_pair = (source == rows).long()
     expected = cross_entropy(outside[BridgeTowerForImageAndTextRetrieval].logits, is_pair)
     torch.testing.assert_close(report["loss_itm"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_vqa_model_starts_from_the_pretrained_one():
+    contestant = BridgeTowerContestant(toy_model(64, 1, 32, 500))
+    torch.manual_seed(1)
+    pretrained = contestant.pretraining_model()
+    tuned = contestant.build_vqa(pretrained, num_answers=7, seed=0)
+    for name, value in pretrained.bridgetower.state_dict().items():
+        assert torch.equal(tuned.bridgetower.state_dict()[name], value), name
