@@ -240,7 +240,8 @@ def write(path, lines):
 def test_variants_are_tested_within_a_seed_and_corrected_together(tmp_path):
     lines = [line("in_layer", seed, 0.5 + seed / 10 - seed % 2 / 1000) for seed in range(4)]
     lines += [line("bridge", seed, 0.51 + seed / 10 + seed / 1000) for seed in range(4)]
-    lines += [line("cross_layer_bridge", seed, 0.53 + seed / 10, forced=0.25) for seed in range(3)]
+    # Two seeds are missing here, and one there.
+    lines += [line("cross_layer_bridge", seed, 0.53 + seed / 10, forced=0.25) for seed in (0, 1, 2, 9)]
     # The peer is shown, not tested.
     lines += [line(PEER, seed, 0.25 + seed / 10) for seed in range(4)]
     to_reference = Comparison("toy_vqa", "cross_layer_bridge", "in_layer")
