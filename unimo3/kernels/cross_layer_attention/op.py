@@ -57,6 +57,45 @@ Draw = Callable[[Tensor, int, int, int, int, float], Tensor]
 Attend = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor] | None, float], Tensor]
 
 
+class Kernel(NamedTuple):
+    """A kernel's parts. None of the first three is called where there is no query.
+
+    Attributes:
+        draw: dropout's bits, as `dropout.draw_bits`.
+        fill_outputs: (inputs, outputs) -> writes all of the outputs.
+        fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads.
+        words_of_pair: (queries, keys of the longest level) -> words that `draw` draws for a (sample, head) pair.
+    """
+
+    draw: Draw
+    fill_outputs: Callable[[Inputs, Outputs], None]
+    fill_grads: Callable[[Inputs, Tensor, Tensor, Grads], None]
+    words_of_pair: Callable[[int, int], int]
+
+    def forward(self, inputs: Inputs) -> Outputs:
+        """The outputs, of contiguous inputs."""
+        outputs = _empty_outputs(inputs.q, inputs.levels)
+        if inputs.q.numel():
+            self.fill_outputs(inputs, outputs)
+        return outputs
+
+    def backward(self, inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> Grads:
+        """The grads, filled, of contiguous inputs."""
+        if inputs.q.numel():
+            self.fill_grads(inputs, _aligned(grad_out), lse, grads)
+        else:
+            for grad in grads.levels:
+                grad.zero_()
+        return grads
+
+
+class Operators(NamedTuple):
+    """A kernel's custom operators: the forward pass with its gradient, and dropout's bits."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    draw: Draw
+
+
 def make_operator(
     name: str,
     draw: Draw,
@@ -64,32 +103,71 @@ def make_operator(
     fill_outputs: Callable[[Inputs, Outputs], None],
     fill_grads: Callable[[Inputs, Tensor, Tensor, Grads], None],
 ) -> Attend:
-    """Register ``unimo3::NAME``, its backward pass and its dropout, and make what calls them.
-
-    Args:
-        draw: dropout's bits, as `dropout.draw_bits`.
-        words_of_pair: (queries, keys of the longest level) -> words that it draws for a (sample, head) pair.
-        fill_outputs: (inputs, outputs) -> writes all of the outputs.
-        fill_grads: (inputs, gradient of the result, lse, grads) -> writes all of the grads. None of the three is called
-            where there is no query.
+    """Register ``unimo3::NAME``, its backward pass and its dropout, and make what calls them; arguments as in `Kernel`.
 
     Returns:
         What computes the reference's result.
     """
+    kernel = Kernel(draw, fill_outputs, fill_grads, words_of_pair)
+    operators, function = _register_operators(name, kernel), _make_function(kernel)
 
-    def attended(inputs: Inputs) -> Outputs:
-        outputs = _empty_outputs(inputs.q, inputs.levels)
-        if inputs.q.numel():
-            fill_outputs(inputs, outputs)
-        return outputs
+    def attend(
+        q: Tensor,
+        levels: Sequence[Tensor],
+        gate: Tensor | None,
+        masks: Sequence[Tensor] | None,
+        dropout_p: float,
+    ) -> Tensor:
+        eager, bits = _is_eager(q), None
+        if dropout_p > 0 and q.numel():
+            batch, queries, heads, _ = q.shape
+            drawn = draw if eager else operators.draw
+            bits = drawn(draw_seed(q.device), batch, heads, queries, longest_of(levels), dropout_p)
+        if eager:
+            inputs = _contiguous(Inputs(q, levels, gate, masks or (), bits, dropout_p))
+            rest = (*inputs.levels, *inputs.masks)
+            out: Tensor = function.apply(inputs.q, inputs.gate, bits, dropout_p, len(levels), *rest)
+            return out
+        return operators.forward(q, list(levels), gate, list(masks or ()), bits, dropout_p)[0]
 
-    def differentiated(inputs: Inputs, grad_out: Tensor, lse: Tensor, grads: Grads) -> Grads:
-        if inputs.q.numel():
-            fill_grads(inputs, _aligned(grad_out), lse, grads)
-        else:
-            for grad in grads.levels:
-                grad.zero_()
-        return grads
+    return attend
+
+
+def _make_function(kernel: Kernel) -> type[torch.autograd.Function]:
+    """A kernel in eager code: levels and masks follow the other inputs, since a Function takes no lists of tensors."""
+
+    class CrossLayerAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            q: Tensor,
+            gate: Tensor | None,
+            bits: Tensor | None,
+            dropout_p: float,
+            num_levels: int,
+            *rest: Tensor,
+        ) -> Tensor:
+            outputs = kernel.forward(Inputs(q, rest[:num_levels], gate, rest[num_levels:], bits, dropout_p))
+            ctx.dropout_p, ctx.num_levels = dropout_p, num_levels
+            ctx.save_for_backward(q, gate, bits, outputs.lse, *rest)
+            return outputs.out
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor) -> tuple:
+            if torch.is_grad_enabled():  # as once_differentiable, which costs the host 15 us
+                raise RuntimeError("cross-layer attention's kernels have no second derivative; use impl='reference'")
+            q, gate, bits, lse, *rest = ctx.saved_tensors
+            masks = rest[ctx.num_levels :]
+            inputs = Inputs(q, rest[: ctx.num_levels], gate, masks, bits, ctx.dropout_p)
+            grads = kernel.backward(inputs, grad_out, lse, _allocate_grads(q, inputs.levels, lse))
+            grad_gate = _grad_of_gate(gate, grads.offsets)
+            return grads.q, grad_gate, None, None, None, *grads.levels, *[None] * len(masks)
+
+    return CrossLayerAttention
+
+
+def _register_operators(name: str, kernel: Kernel) -> Operators:
+    """Register a kernel's custom operators, with shapes without values, a gradient and a number of operations."""
 
     @torch.library.custom_op(f"unimo3::{name}", mutates_args=())
     def forward(
@@ -100,7 +178,7 @@ def make_operator(
         bits: Tensor | None,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        outputs = attended(_contiguous(Inputs(q, levels, gate, masks, bits, dropout_p)))
+        outputs = kernel.forward(_contiguous(Inputs(q, levels, gate, masks, bits, dropout_p)))
         return outputs.out, outputs.lse
 
     @torch.library.custom_op(f"unimo3::{name}_backward", mutates_args=())
@@ -115,12 +193,32 @@ def make_operator(
         dropout_p: float,
     ) -> list[Tensor]:
         inputs = _contiguous(Inputs(q, levels, gate, masks, bits, dropout_p))
-        grads = differentiated(inputs, grad_out, lse, _empty_grads(q, levels, lse))
+        grads = kernel.backward(inputs, grad_out, lse, _empty_grads(q, levels, lse))
         return [grads.q, grads.offsets, *grads.levels]
 
     @torch.library.custom_op(f"unimo3::{name}_dropout", mutates_args=())
     def drawn(seed: Tensor, batch: int, heads: int, queries: int, longest: int, dropout_p: float) -> Tensor:
-        return draw(seed, batch, heads, queries, longest, dropout_p)
+        return kernel.draw(seed, batch, heads, queries, longest, dropout_p)
+
+    forward.register_fake(lambda q, levels, *_: tuple(_empty_outputs(q, levels)))
+    backward.register_fake(_fake_backward)
+    drawn.register_fake(
+        lambda seed, batch, heads, queries, longest, _: seed.new_empty(
+            batch, heads, kernel.words_of_pair(queries, longest), dtype=torch.int32
+        )
+    )
+    _register_gradient(forward, backward)
+    operators = torch.ops.unimo3
+    register_flop_formula(getattr(operators, name))(lambda q, levels, *_, **__: 2 * _flops_of_a_product(q, levels))
+    # The scores again, and four products for the gradients.
+    register_flop_formula(getattr(operators, f"{name}_backward"))(
+        lambda grad_out, q, levels, *_, **__: 5 * _flops_of_a_product(q, levels)
+    )
+    return Operators(forward, drawn)
+
+
+def _register_gradient(forward: Any, backward: Any) -> None:
+    """Make one custom operator the gradient of the other."""
 
     def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         q, levels, gate, masks, bits, ctx.dropout_p = inputs
@@ -134,74 +232,12 @@ def make_operator(
         grad_q, offsets, *grads = backward(grad_out, q, levels, gate, masks, lse, bits, ctx.dropout_p)
         return grad_q, grads, _grad_of_gate(gate, offsets), [None] * ctx.num_masks, None, None
 
-    def fake_backward(grad_out: Tensor, q: Tensor, levels: list[Tensor], gate: Any, masks: Any, lse: Tensor, *_: Any):  # type: ignore[no-untyped-def]
-        grads = _empty_grads(q, levels, lse)
-        return [grads.q, grads.offsets, *grads.levels]
-
-    forward.register_fake(lambda q, levels, *_: tuple(_empty_outputs(q, levels)))
-    backward.register_fake(fake_backward)
-    drawn.register_fake(
-        lambda seed, batch, heads, queries, longest, _: seed.new_empty(
-            batch, heads, words_of_pair(queries, longest), dtype=torch.int32
-        )
-    )
     forward.register_autograd(gradients, setup_context=save)
-    operators = torch.ops.unimo3
-    register_flop_formula(getattr(operators, name))(lambda q, levels, *_, **__: 2 * _flops_of_a_product(q, levels))
-    # The scores again, and four products for the gradients.
-    register_flop_formula(getattr(operators, f"{name}_backward"))(
-        lambda grad_out, q, levels, *_, **__: 5 * _flops_of_a_product(q, levels)
-    )
 
-    class CrossLayerAttention(torch.autograd.Function):
-        """In eager code: levels and masks follow the other inputs, since a Function takes no lists of tensors."""
 
-        @staticmethod
-        def forward(
-            ctx: Any,
-            q: Tensor,
-            gate: Tensor | None,
-            bits: Tensor | None,
-            dropout_p: float,
-            num_levels: int,
-            *rest: Tensor,
-        ) -> Tensor:
-            inputs = Inputs(q, rest[:num_levels], gate, rest[num_levels:], bits, dropout_p)
-            outputs = attended(inputs)
-            ctx.dropout_p, ctx.num_levels = dropout_p, num_levels
-            ctx.save_for_backward(q, gate, bits, outputs.lse, *rest)
-            return outputs.out
-
-        @staticmethod
-        def backward(ctx: Any, grad_out: Tensor) -> tuple:
-            if torch.is_grad_enabled():  # as once_differentiable, which costs the host 15 us
-                raise RuntimeError("cross-layer attention's kernels have no second derivative; use impl='reference'")
-            q, gate, bits, lse, *rest = ctx.saved_tensors
-            masks = rest[ctx.num_levels :]
-            inputs = Inputs(q, rest[: ctx.num_levels], gate, masks, bits, ctx.dropout_p)
-            grads = differentiated(inputs, grad_out, lse, _allocate_grads(q, inputs.levels, lse))
-            grad_gate = _grad_of_gate(gate, grads.offsets)
-            return grads.q, grad_gate, None, None, None, *grads.levels, *[None] * len(masks)
-
-    def attend(
-        q: Tensor,
-        levels: Sequence[Tensor],
-        gate: Tensor | None,
-        masks: Sequence[Tensor] | None,
-        dropout_p: float,
-    ) -> Tensor:
-        eager, bits = _is_eager(q), None
-        if dropout_p > 0 and q.numel():
-            batch, queries, heads, _ = q.shape
-            bits = (draw if eager else drawn)(draw_seed(q.device), batch, heads, queries, longest_of(levels), dropout_p)
-        if eager:
-            inputs = _contiguous(Inputs(q, levels, gate, masks or (), bits, dropout_p))
-            rest = (*inputs.levels, *inputs.masks)
-            out: Tensor = CrossLayerAttention.apply(inputs.q, inputs.gate, bits, dropout_p, len(levels), *rest)
-            return out
-        return forward(q, list(levels), gate, list(masks or ()), bits, dropout_p)[0]
-
-    return attend
+def _fake_backward(grad_out: Tensor, q: Tensor, levels: list[Tensor], gate: Any, masks: Any, lse: Tensor, *_: Any):  # type: ignore[no-untyped-def]
+    grads = _empty_grads(q, levels, lse)
+    return [grads.q, grads.offsets, *grads.levels]
 
 
 def _is_eager(q: Tensor) -> bool:
