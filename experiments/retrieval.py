@@ -36,9 +36,9 @@ from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.errors import CommandParser, ConfigError, exit_with_status
 from unimo3.metrics.recall import first_ranks, recalls
-from unimo3.model.args import resolve_tokens
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.initialization import initialize_weights
+from unimo3.model.tokenizer_checks import resolve_tokens
 from unimo3.objectives.base import PretrainingLoss
 from unimo3.objectives.itc import ImageTextContrast
 from unimo3.objectives.itm import ImageTextMatching

@@ -21,9 +21,10 @@ from unimo3.data.loader import ReaderArgs, TrainingLoader
 from unimo3.data.order import SampleOrder
 from unimo3.data.samples import Samples
 from unimo3.errors import DivergedError
-from unimo3.model.args import ModelArgs, resolve_tokens
+from unimo3.model.args import ModelArgs
 from unimo3.model.config import Unimo3Config
 from unimo3.model.initialization import initialize_weights
+from unimo3.model.tokenizer_checks import resolve_tokens
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.training.args import OptimArgs
 from unimo3.training.evaluation import to_device

@@ -13,7 +13,7 @@ from unimo3.data.tokenizer import load_tokenizer
 from unimo3.distributed import world_size_from_environment
 from unimo3.errors import ConfigError
 from unimo3.kernels.args import KernelArgs
-from unimo3.model.args import tokenizer_errors
+from unimo3.model.tokenizer_checks import tokenizer_errors
 from unimo3.training.args import OptimArgs, TrainingArgs
 from unimo3.training.ds_config import BatchPlan
 from unimo3.training.early_stopping import BestArgs

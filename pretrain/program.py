@@ -18,8 +18,9 @@ from unimo3.data.samples import PretrainSamples
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.distributed import broadcast_object
-from unimo3.model.args import resolve_tokens, set_initial_weights
+from unimo3.model.args import set_initial_weights
 from unimo3.model.processor import Unimo3Processor
+from unimo3.model.tokenizer_checks import resolve_tokens
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.ds_config import read_ds_config

@@ -19,8 +19,8 @@ from unimo3.data.samples import PretrainSamples, TextEncoder
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.errors import ConfigError
-from unimo3.model.args import resolve_tokens, tokenizer_errors
 from unimo3.model.processor import Unimo3Processor
+from unimo3.model.tokenizer_checks import resolve_tokens, tokenizer_errors
 from unimo3.model.unimo3 import Unimo3Model
 
 SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}

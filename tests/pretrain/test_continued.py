@@ -10,9 +10,10 @@ from tests.tiny import tiny_config
 from unimo3.checkpoint import store
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
-from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, resolve_tokens, set_initial_weights
+from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, set_initial_weights
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.model.initialization import initialize_weights
+from unimo3.model.tokenizer_checks import resolve_tokens
 from unimo3.model.unimo3 import Unimo3ForPreTraining
 from unimo3.training.run import RunArgs
 

@@ -16,11 +16,11 @@ from unimo3.checkpoint.export import changed_files
 from unimo3.data.transforms import image_processor
 from unimo3.dtypes import dtype_of
 from unimo3.errors import CheckpointError, ConfigError, Unimo3Error
-from unimo3.model.args import largest_id, max_text_tokens
 from unimo3.model.config import Unimo3Config
 from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.model.pretrained.fill import first_line, read_config
 from unimo3.model.processor import Unimo3Processor
+from unimo3.model.tokenizer_checks import largest_id, max_text_tokens
 from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
-from unimo3.model.args import length_errors, tokenizer_errors
+from unimo3.model.tokenizer_checks import length_errors, tokenizer_errors
 from unimo3.training.args import TrainingArgs
 
 if TYPE_CHECKING:
