@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 def write_recipe(folder, module, index, weights):
     """Settings by which one step reads every unit once, and an evaluation then scores each."""
     kind = PROGRAMS[module][1]
-    total = sum(index.samples_per_shard if kind is None else index.items_per_shard(kind))
+    total = int((index.samples_per_shard if kind is None else index.items_per_shard(kind)).sum())
     recipe = {
         "run": {"dir": str(folder / "runs"), "name": "damaged"},
         "data": {

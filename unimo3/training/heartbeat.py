@@ -127,7 +127,7 @@ def other_process(run: Path) -> Heartbeat | None:
     """
     rank = int(os.environ.get("RANK", "0"))
     for beat in _read(run, [_path(run, rank)] if _path(run, rank).exists() else []):
-        is_recent = beat.phase != "ended" and time.time() - beat.time < _RECENT_S
+        is_recent = beat.rank == rank and beat.phase != "ended" and time.time() - beat.time < _RECENT_S
         if is_recent and not (beat.is_here and (beat.pid == os.getpid() or not beat.is_alive())):
             return beat
     return None
