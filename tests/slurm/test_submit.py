@@ -122,7 +122,7 @@ def test_all_errors_are_reported_in_one_message(checked):
         printed, "--nodes 0", "'finetune.nothing': there is no such program", "--config missing.yaml: cannot be read"
     )
     assert "takes a task first: nlvr2, retrieval, snli_ve, vqa, choose" in printed[1]
-    status, _, output = checked("finetune", "--help")
+    status, output = checked("finetune", "--help")
     assert (status, "{nlvr2,retrieval,snli_ve,vqa,choose}" in output) == (0, True)
 
 
