@@ -81,7 +81,7 @@ def measure_data(
         folder = work / f"version_{version}_{number}"
         positions = _write_folder(folder, tar, table, number, num_seeks)
         if version == 3:
-            _write_version_3(folder)
+            write_version_3(folder)
         files = [path for path in (folder / INDEX, folder / SHARDS, folder / MEMBERS) if path.exists()]
         _drop_from_memory(files)
         (work / "positions.json").write_text(json.dumps(positions))
@@ -170,10 +170,10 @@ def _name(shard: int) -> str:
     return f"{shard:07d}.tar"
 
 
-def _write_version_3(folder: Path) -> None:
-    """Replace an index by one of version 3."""
-    content = json.loads((folder / INDEX).read_text()) | {"version": 3}
-    content["shards"] = [
+def write_version_3(folder: Path) -> Path:
+    """Replace an index by one of version 3, which has the shards in ``index.json``; the path of that file."""
+    path = folder / INDEX
+    shards = [
         {
             "name": shard.name,
             "bytes": shard.num_bytes,
@@ -184,8 +184,11 @@ def _write_version_3(folder: Path) -> None:
         }
         for shard in ShardIndex(folder, check_files=False).shards
     ]
-    (folder / INDEX).write_text(json.dumps(content, indent=1))
+    new = ("num_shards", "shards_bytes", "shards_sha256")
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in new}
+    path.write_text(json.dumps(content | {"version": 3, "shards": shards}, indent=1))
     (folder / SHARDS).unlink()
+    return path
 
 
 def _drop_from_memory(paths: Iterable[Path]) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from experiments.gate_trials import multiply_gate_rate, use_joint_gates
 from experiments.training import build_downstream_model, build_pretraining_model, num_parameters
 from unimo3.model.args import ModelArgs
-from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
+from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval, Unimo3ForVisualQuestionAnswering
 from unimo3.model.fusion import FusionEncoder
-from unimo3.model.unimo3 import Unimo3ForPreTraining
+from unimo3.model.unimo3 import Unimo3ForPreTraining, Unimo3PreTrainedModel
 from unimo3.objectives.args import ObjectivesArgs
 from unimo3.objectives.base import PretrainingLoss
 from unimo3.training.args import OptimArgs
@@ -46,6 +47,14 @@ class Contestant(ABC):
     def build_vqa(self, pretrained: Any, num_answers: int, seed: int) -> Any:
         """The pretrained model with a new head, for `VqaLoss`."""
 
+    def build_retrieval(self, pretrained: Any, seed: int) -> Any:
+        """The same for `RetrievalLoss`.
+
+        Raises:
+            NotImplementedError: it has no such head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no head for retrieval")
+
     @abstractmethod
     def optimizer(self, model: Any, args: OptimArgs) -> torch.optim.Optimizer:
         """Of a model that this contestant has built."""
@@ -59,7 +68,7 @@ class Unimo3Contestant(Contestant):
     """This project's model with one of its fusion encoders.
 
     Args:
-        interaction: see `Contestant`.
+        interaction: see `Contestant`; of its entries those of `gate_trials` take effect here.
     """
 
     def __init__(self, args: ModelArgs, interaction: dict[str, Any]):
@@ -69,24 +78,41 @@ class Unimo3Contestant(Contestant):
     def num_parameters(self) -> int:
         """See `Contestant`."""
         with torch.device("meta"):
-            return num_parameters(Unimo3ForPreTraining(self._args.to_config()))
+            model = Unimo3ForPreTraining(self._args.to_config())
+            self._change(model)
+            return num_parameters(model)
 
     def build_pretraining(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PretrainingLoss:
         """See `Contestant`."""
-        return PretrainingLoss(build_pretraining_model(self._args, tokenizer, seed), ObjectivesArgs().build(seed))
+        model = build_pretraining_model(self._args, tokenizer, seed, self._change)
+        return PretrainingLoss(model, ObjectivesArgs().build(seed))
 
     def build_vqa(self, pretrained: Any, num_answers: int, seed: int) -> Unimo3ForVisualQuestionAnswering:
         """See `Contestant`."""
         model: Unimo3ForVisualQuestionAnswering = build_downstream_model(
-            Unimo3ForVisualQuestionAnswering, pretrained, seed, num_answers=num_answers
+            Unimo3ForVisualQuestionAnswering, pretrained, seed, self._change, num_answers=num_answers
+        )
+        return model
+
+    def build_retrieval(self, pretrained: Any, seed: int) -> Unimo3ForImageAndTextRetrieval:
+        """See `Contestant`."""
+        model: Unimo3ForImageAndTextRetrieval = build_downstream_model(
+            Unimo3ForImageAndTextRetrieval, pretrained, seed, self._change
         )
         return model
 
     def optimizer(self, model: Any, args: OptimArgs) -> torch.optim.Optimizer:
         """See `Contestant`."""
-        return build_optimizer(model, args)
+        optimizer = build_optimizer(model, args)
+        if factor := self.interaction.get("gate_rate"):
+            multiply_gate_rate(optimizer, model, factor)
+        return optimizer
 
     def fusion(self, model: Any) -> FusionEncoder:
         """See `Contestant`."""
         fusion: FusionEncoder = model.unimo3.fusion
         return fusion
+
+    def _change(self, model: Unimo3PreTrainedModel) -> None:
+        if self.interaction.get("joint_gate"):
+            use_joint_gates(self.fusion(model), model.config)

@@ -64,6 +64,7 @@ def do_one(run: Run, data_set: DataSet, results: Path) -> None:
             "data": data_set.digest(),
             "metrics": outcome.metrics,
             "gates": outcome.gates,
+            "gate_spreads": outcome.gate_spreads,
             "forced": outcome.forced,
             "parameters": num_parameters(outcome.model),
             "training": outcome.training,

@@ -20,7 +20,7 @@ from experiments.variants import RunSettings
 from unimo3.errors import ConfigError, DataError
 
 Line = dict[str, Any]
-"""A finished run: stage, data_set, variant, seed, settings, data, metrics, gates, forced, parameters, machine."""
+"""A finished run: its `Run`, the settings and the data, what `do_one` measured, and the machine."""
 
 COMPARED = ("in_layer", "bridge", "cross_layer_bridge")
 MOST_VARIANTS = 5

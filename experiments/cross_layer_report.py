@@ -25,7 +25,9 @@ from experiments.cross_layer_plan import (
 from experiments.paired import Paired, holm, num_pairs_for, paired
 from unimo3.errors import DataError
 from unimo3.gate_map import draw_maps
+from unimo3.model.args import ModelArgs
 
+DEFAULT_GATE_INIT = ModelArgs().gate_init
 SHOWN = ("vqa_", "tr_", "ir_", "recall_")
 """How the names of the metrics begin that are listed."""
 
@@ -171,7 +173,32 @@ def _gates_part(runs: Sequence[Line], picture: Path) -> str:
     return (
         f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after fine-tuning, "
         "mean over held-out tokens, heads and seeds. Fine, object and scene are the granularities of toy VQA's "
-        "questions. Pairs are pictures with one of their captions. The last level of a row is the layer's partner."
+        "questions. Pairs are pictures with one of their captions. The last level of a row is the layer's partner.\n\n"
+        f"{_partner_part(runs)}"
+    )
+
+
+def _partner_part(lines: Sequence[Line]) -> str:
+    """How far the gates' weight of the partner is from its start, and how much it differs between tokens and heads."""
+    rows = []
+    for data_set in DATA_SETS:
+        for variant in _variants(lines):
+            gated = [line for line in _of(lines, data_set.name, variant) if line.get("gate_spreads")]
+            for stream in gated[0]["gate_spreads"] if gated else ():
+                layers = range(1, len(gated[0]["gate_spreads"][stream]))
+                cells = [
+                    f"{mean(line['gates']['overall'][stream][layer][-1] for line in gated):.3f} "
+                    f"({mean(line['gate_spreads'][stream][layer] for line in gated):.3f})"
+                    for layer in layers
+                ]
+                start = gated[0]["interaction"].get("gate_init", DEFAULT_GATE_INIT)
+                rows.append([data_set.name, variant, stream, str(len(gated)), f"{start:.3f}", " ".join(cells)])
+    if not rows:
+        return ""
+    header = ["data set", "variant", "stream", "seeds", "start", "weight of the partner, layers 2 and up"]
+    return (
+        f"{_markdown(header, rows)}\n\nMean weight of the partner after fine-tuning, over seeds, with its standard "
+        "deviation over tokens and heads in brackets."
     )
 
 
@@ -199,7 +226,8 @@ def _pilot_part(pilot: Sequence[Line]) -> str:
         f"finds a true difference of that size with {POWER:.0%} power at {ALPHA} / {num_tests}, if the standard "
         "deviation is that of the pilot."
     )
-    return f"## Pilot\n\n{table}{needed if rows else ''}"
+    gates = _partner_part(pilot)
+    return f"## Pilot\n\n{table}{needed if rows else ''}" + (f"\n\n{gates}" if gates else "")
 
 
 def _mean_map(maps: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.report import ROOT
-from experiments.gate_probe import GateMeans
+from experiments.gate_probe import GateMeans, GateSpreads
 from experiments.training import READER, Schedule, on_cpu, train
 from experiments.variants import RunSettings
 from unimo3.data.index import ShardIndex
@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
     Attributes:
         metrics: of held-out data, by name.
         gates: see `GateRecorder.means`.
+        gate_spreads: see `GateRecorder.spreads`.
         forced: the primary metric with forced gates, by `forcings`.
         model: after fine-tuning.
         training: of each stage, see `train`.
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
 
     metrics: dict[str, float]
     gates: dict[str, GateMeans]
+    gate_spreads: GateSpreads
     forced: dict[str, float]
     model: Any
     training: dict[str, dict[str, Any]]

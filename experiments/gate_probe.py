@@ -5,9 +5,11 @@ Source: none; forcing replaces a gate's weights after training, as ablations of 
 
 # Shapes: B samples, T tokens, H heads, S levels that a layer sees.
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,12 @@ from unimo3.model.level_gate import LevelGate
 
 PARTNER = "partner"
 STREAMS = ("text", "image")
+Hook = Callable[[nn.Module, Any, Tensor], Tensor | None]
+"""Of a gate's forward pass: module, inputs and weights -> weights that replace them."""
 GateMeans = dict[str, list[list[float]]]
 """For each stream [layers, levels that the layer sees, the partner last]; a layer without a gate has [1.0]."""
+GateSpreads = dict[str, list[float]]
+"""For each stream [layers]: standard deviation of the partner's weight over tokens and heads; 0 without a gate."""
 
 
 def forcings(fusion: FusionEncoder | None) -> list[str]:
@@ -43,17 +49,8 @@ def forced(fusion: FusionEncoder | None, forcing: str) -> Iterator[None]:
         level = partner if forcing == PARTNER else min(int(forcing.removeprefix("level ")), partner)
         return one_hot(torch.tensor(level), weights.shape[-1]).to(weights).expand_as(weights)
 
-    hooks = [
-        gate.register_forward_hook(replace)
-        for stream in _streams(fusion).values()
-        for gate in _gates(stream)
-        if gate is not None
-    ]
-    try:
+    with _hooked(_streams(fusion), lambda stream, layer: replace):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class GateRecorder:
@@ -64,21 +61,14 @@ class GateRecorder:
         self._last: dict[tuple[str, int], Tensor] = {}
         self._sums: dict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)
         self._counts: dict[str, int] = defaultdict(int)
+        # Of the partner's weight, over tokens and heads: number, sum and sum of squares.
+        self._moments: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """The gates of the latest pass of the model can be added within this context."""
-        hooks = [
-            gate.register_forward_hook(self._store(name, layer))
-            for name, stream in self._streams.items()
-            for layer, gate in enumerate(_gates(stream))
-            if gate is not None
-        ]
-        try:
+        with _hooked(self._streams, self._store):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def add(self, groups: Sequence[str | None], text_mask: Tensor) -> None:
         """Count the samples of the latest pass.
@@ -87,8 +77,11 @@ class GateRecorder:
             groups: [B], of each sample; None: it does not count.
             text_mask: [B, T], 1 where a text's token is real.
         """
+        counted = torch.tensor([group is not None for group in groups])
         for key, weights in self._last.items():
             mask = text_mask if key[0] == "text" else torch.ones(weights.shape[:2])
+            partner = weights[..., -1][mask.bool() & counted[:, None]].double()
+            self._moments[key] += torch.stack([torch.tensor(partner.numel()), partner.sum(), partner.square().sum()])
             mean = (weights * mask.to(weights)[:, :, None, None]).sum(dim=(1, 2)) / mask.sum(1)[:, None]
             mean = mean / weights.shape[2]
             for row, group in enumerate(groups):
@@ -106,6 +99,19 @@ class GateRecorder:
         of_group = {group: self._mean([group]) for group in sorted(self._sums)}
         return {"overall": self._mean(list(self._sums)), **of_group}
 
+    def spreads(self) -> GateSpreads:
+        """How much the partner's weight differs between tokens and heads; empty for a model without gates."""
+        if not self._moments:
+            return {}
+        return {
+            name: [self._spread(name, layer) if gate is not None else 0.0 for layer, gate in enumerate(_gates(stream))]
+            for name, stream in self._streams.items()
+        }
+
+    def _spread(self, stream: str, layer: int) -> float:
+        number, total, squares = self._moments[stream, layer].tolist()
+        return math.sqrt(max(0.0, squares / number - (total / number) ** 2))
+
     def _mean(self, groups: list[str]) -> GateMeans:
         number = sum(self._counts[group] for group in groups)
         return {
@@ -118,7 +124,7 @@ class GateRecorder:
             for name, stream in self._streams.items()
         }
 
-    def _store(self, stream: str, layer: int):  # type: ignore[no-untyped-def]
+    def _store(self, stream: str, layer: int) -> Hook:
         def hook(gate: nn.Module, _: object, weights: Tensor) -> None:
             self._last[stream, layer] = weights.detach()
 
@@ -128,6 +134,22 @@ class GateRecorder:
 def _streams(fusion: FusionEncoder | None) -> dict[str, Stream]:
     """Empty without a fusion encoder."""
     return {} if fusion is None else {"text": fusion.text, "image": fusion.image}
+
+
+@contextmanager
+def _hooked(streams: Mapping[str, Stream], hook_of: Callable[[str, int], Hook]) -> Iterator[None]:
+    """Every gate has the hook of its stream and layer within this context."""
+    hooks = [
+        gate.register_forward_hook(hook_of(name, layer))
+        for name, stream in streams.items()
+        for layer, gate in enumerate(_gates(stream))
+        if gate is not None
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _gates(stream: Stream) -> list[LevelGate | None]:

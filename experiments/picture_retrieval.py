@@ -11,17 +11,15 @@ import torch
 
 from experiments.data_sets import CAPTION_TOKENS, DataSet, Outcome, Stage
 from experiments.gate_probe import GateRecorder, forced, forcings
-from experiments.training import READER, Schedule, build_downstream_model, on_cpu, train
+from experiments.training import READER, Schedule, on_cpu, train
 from experiments.variants import RunSettings
 from unimo3.data.captioned import CaptionedImages
 from unimo3.data.index import ShardIndex
 from unimo3.data.loader import evaluation_batches
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
-from unimo3.model.downstream import Unimo3ForImageAndTextRetrieval
 from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded, to_device
-from unimo3.training.optim import build_optimizer
 from unimo3.training.retrieval.args import RankingArgs
 from unimo3.training.retrieval.evaluation import held_out_recall
 
@@ -88,19 +86,21 @@ class PictureRetrieval(DataSet):
         torch.manual_seed(seed)
         transform = ImageTransform(settings.image_size, crop_scale=settings.crop_scale)
         pretrained, metrics, pretraining = self.pretrain(variant, seed, transform)
-        model = build_downstream_model(Unimo3ForImageAndTextRetrieval, pretrained, seed)
+        contestant = settings.contestant(variant)
+        model = contestant.build_retrieval(pretrained, seed)
         task = RetrievalLoss(model, seed)
         name = f"{self.name} {variant} seed {seed}: retrieval"
         schedule = Schedule(name, settings.tuning_steps, settings.batch, settings.tuning_lr, seed)
-        tuning = train(task, self.pairs("train", seed, transform, masked=0.0), schedule, build_optimizer)
+        tuning = train(task, self.pairs("train", seed, transform, masked=0.0), schedule, contestant.optimizer)
         metrics |= self._recall(task, split)
         fusion = model.unimo3.fusion
         costs = {}
         for forcing in forcings(fusion):
             with forced(fusion, forcing):
                 costs[forcing] = self._recall(task, split)[self.primary]
-        gates = self._gates(model, split)
-        return Outcome(metrics, gates, costs, model, {"pretraining": pretraining, "tuning": tuning})
+        recorder = self._recorded(model, split)
+        training = {"pretraining": pretraining, "tuning": tuning}
+        return Outcome(metrics, recorder.means(), recorder.spreads(), costs, model, training)
 
     def _recall(self, task: RetrievalLoss, split: str) -> dict[str, float]:
         index = ShardIndex(self.shards / split)
@@ -115,7 +115,7 @@ class PictureRetrieval(DataSet):
         return metrics | {name: (metrics[f"tr_at_1{way}"] + metrics[f"ir_at_1{way}"]) / 2 for way, name in ways.items()}
 
     @torch.no_grad()
-    def _gates(self, model: Any, split: str) -> dict[str, Any]:
+    def _recorded(self, model: Any, split: str) -> GateRecorder:
         """Of the pictures with one of their captions each."""
         recorder = GateRecorder(model.unimo3.fusion)
         pairs = self.pairs(split, 0, ImageTransform(self.settings.image_size), masked=0.0)
@@ -125,4 +125,4 @@ class PictureRetrieval(DataSet):
                 batch = to_device(loaded, torch.device("cpu"))
                 model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
                 recorder.add(["pairs" if counted else None for counted in counts.tolist()], batch["attention_mask"])
-        return recorder.means()
+        return recorder

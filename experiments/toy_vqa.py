@@ -108,7 +108,8 @@ class ToyVqa(DataSet):
         for forcing in forcings(fusion):
             with forced(fusion, forcing):
                 costs[forcing] = self._accuracy(task, seed)[self.primary]
-        return Outcome(metrics, recorder.means(), costs, model, {"pretraining": pretraining, "tuning": tuning})
+        training = {"pretraining": pretraining, "tuning": tuning}
+        return Outcome(metrics, recorder.means(), recorder.spreads(), costs, model, training)
 
     def _accuracy(self, task: VqaLoss, seed: int, recorder: GateRecorder | None = None) -> dict[str, float]:
         vqa = Vqa(self.answers())

@@ -99,27 +99,45 @@ def train(
     return {"loss_by_tenth": [mean(tenth) for tenth in tenths if tenth], "step_s": median(seconds)}
 
 
-def build_pretraining_model(args: ModelArgs, tokenizer: PreTrainedTokenizerBase, seed: int) -> Unimo3ForPreTraining:
-    """A model with its initial values, which depend on (seed, module name) alone."""
+def build_pretraining_model(
+    args: ModelArgs,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    change: Callable[[Unimo3PreTrainedModel], None] | None = None,
+) -> Unimo3ForPreTraining:
+    """A model with its initial values, which depend on (seed, module name) alone.
+
+    Args:
+        change: what changes the model before it gets its values.
+    """
     config = args.to_config()
     resolve_tokens(config, tokenizer)
     model = Unimo3ForPreTraining(config)
+    if change:
+        change(model)
     initialize_weights(model, seed, args.initializer_range)
     return model
 
 
 def build_downstream_model(
-    model_class: type[Unimo3PreTrainedModel], pretrained: Unimo3ForPreTraining, seed: int, **config_fields: Any
+    model_class: type[Unimo3PreTrainedModel],
+    pretrained: Unimo3ForPreTraining,
+    seed: int,
+    change: Callable[[Unimo3PreTrainedModel], None] | None = None,
+    **config_fields: Any,
 ) -> Any:
     """The pretrained towers and fusion encoder, and the heads that both models have; other heads are new.
 
     Args:
+        change: what changes the model before it gets its values, as that of the pretrained one.
         config_fields: of the new model's configuration, such as ``num_answers``.
     """
     config: Unimo3Config = copy.deepcopy(pretrained.config)
     for name, value in config_fields.items():
         setattr(config, name, value)
     model = model_class(config)
+    if change:
+        change(model)
     initialize_weights(model, seed, config.initializer_range)
     names = model.state_dict().keys()
     model.load_state_dict({key: value for key, value in pretrained.state_dict().items() if key in names}, strict=False)

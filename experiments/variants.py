@@ -21,7 +21,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross_layer_bridge": {"interaction": "cross_layer", "gate": "token", "bridge": True},
     "cross_layer_bridge_even": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_init": 0.5},
     "cross_layer_unimodal": {"interaction": "cross_layer", "gate": "token", "bridge": False, "unimodal_levels": 2},
+    "cross_layer_bridge_fast": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_rate": 10.0},
+    "cross_layer_bridge_joint": {
+        "interaction": "cross_layer",
+        "gate": "static",
+        "bridge": True,
+        "gate_init": 0.5,
+        "joint_gate": True,
+    },
 }
+TRIALS = ("gate_rate", "joint_gate")
+"""Of a variant: what `gate_trials` does to the model. All other entries are the model's settings."""
 TWIN = "bridge"
 """The variant whose depths and widths the peer has."""
 # Keys and values of tower layers are parameters that no other variant has a use for.
@@ -72,7 +82,8 @@ class RunSettings:
 
     def model(self, variant: str) -> ModelArgs:
         """A variant's model."""
-        return toy_model(self.width, self.layers, self.image_size, self.vocabulary, **VARIANTS[variant])
+        arguments = {name: value for name, value in VARIANTS[variant].items() if name not in TRIALS}
+        return toy_model(self.width, self.layers, self.image_size, self.vocabulary, **arguments)
 
     def contestant(self, variant: str) -> Contestant:
         """How a variant, or the peer, is built."""

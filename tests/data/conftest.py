@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from pretrain import prepare_shards
-from unimo3.data.index import ShardIndex
 from unimo3.data.index_writer import table_of, write_index
 
 
@@ -91,27 +90,6 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]] | list[tuple[str,
 def index_again(folder: Path, dataset: str = "coco", split: str = "train") -> None:
     """Index a folder's tars as they are now."""
     write_index(folder, dataset, split, [table_of(path) for path in sorted(folder.glob("*.tar"))])
-
-
-def as_version_3(folder: Path) -> Path:
-    """Write a folder's index as it was before version 4, with the shards in ``index.json``; the path of that file."""
-    path = folder / "index.json"
-    shards = [
-        {
-            "name": shard.name,
-            "bytes": shard.num_bytes,
-            "sha256": shard.sha256,
-            "num_samples": shard.num_samples,
-            "num_items": shard.num_items,
-            "table": [shard.table_offset, shard.table_bytes, shard.table_sha256],
-        }
-        for shard in ShardIndex(folder).shards
-    ]
-    new = ("num_shards", "shards_bytes", "shards_sha256")
-    content = {name: value for name, value in json.loads(path.read_text()).items() if name not in new}
-    path.write_text(json.dumps(content | {"version": 3, "shards": shards}))
-    (folder / "index.shards").unlink()
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.data.conftest import as_version_3, convert, write_tar
+from benchmarks.scale_data import write_version_3
+from tests.data.conftest import convert, write_tar
 from unimo3.data.index import ShardIndex
 from unimo3.data.shards import index_tar
 
@@ -120,7 +121,7 @@ def test_a_converted_split_that_is_indexed_again_stays_what_it_is(lacking, tmp_p
     (out / "train").rename(folder)
     path = folder / "index.json"
     if state.startswith("version"):
-        as_version_3(folder)
+        write_version_3(folder)
     content = json.loads(path.read_text())
     assert content["missing_ids"] == [200, 201]
     if not has_record:

@@ -10,7 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.data.conftest import as_version_3, convert, index_again, write_tar
+from benchmarks.scale_data import write_version_3
+from tests.data.conftest import convert, index_again, write_tar
 from tests.data.test_identity import described
 from unimo3.data.answers import AnswerVocabulary
 from unimo3.data.args import DataArgs
@@ -112,7 +113,7 @@ def test_questions_that_cannot_be_read_are_units_and_errors(tmp_path, tokenizer,
 def as_version_2(folder, *counts):
     """The index as it was written before, with one count for each sample: of the first list that its json has."""
     table = dataclasses.replace(scan(folder / "0.tar"), num_items=np.asarray(counts)).to_bytes()
-    path = as_version_3(folder)
+    path = write_version_3(folder)
     (folder / "index.members").write_bytes(table)
     digest = hashlib.sha256(table).hexdigest()
     content = json.loads(path.read_text())

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.conftest import as_version_3, convert, draw_jpeg, write_tar
+from benchmarks.scale_data import write_version_3
+from tests.data.conftest import convert, draw_jpeg, write_tar
 from tests.data.mutations import damaged, mutated, property_settings, result_of
 from unimo3.data.args import DataArgs
 from unimo3.data.index import ShardIndex
@@ -34,7 +35,7 @@ def written(tmp_path_factory):
 def older(written, tmp_path_factory):
     folder = tmp_path_factory.mktemp("older") / "version_3"
     shutil.copytree(written, folder)
-    as_version_3(folder)
+    write_version_3(folder)
     return folder
 
 

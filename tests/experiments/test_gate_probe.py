@@ -73,3 +73,19 @@ def test_means_are_of_a_groups_real_tokens(inputs):
     each = torch.tensor([means["fine"]["text"][2], means["fine"]["text"][2], means["scene"]["text"][2]])
     assert means["overall"]["text"][2] == pytest.approx(each.mean(0).tolist(), abs=1e-6)
     assert GateRecorder(model_of(interaction="in_layer").fusion).means() == {}
+
+
+def test_the_partners_spread_is_over_a_samples_real_tokens_and_heads(inputs):
+    model = model_of(interaction="cross_layer", gate="token")
+    recorder = GateRecorder(model.fusion)
+    with recorder.recording():
+        text, image, _ = outputs(model, inputs)
+        recorder.add(["fine", "scene"], inputs[2])
+        outputs(model, inputs)
+        recorder.add([None, None], inputs[2])
+    spreads = recorder.spreads()
+    assert spreads["text"][0] == spreads["image"][0] == 0.0
+    real = torch.cat([text[2][0, :5, :, -1], text[2][1, :3, :, -1]])
+    assert spreads["text"][2] == pytest.approx(real.std(correction=0).item(), rel=1e-5)
+    assert spreads["image"][1] == pytest.approx(image[1][..., -1].std(correction=0).item(), rel=1e-5)
+    assert GateRecorder(model_of(interaction="in_layer").fusion).spreads() == {}

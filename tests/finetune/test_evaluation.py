@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.scale_data import write_version_3
 from finetune.choose import Choose
 from finetune.nlvr2 import Nlvr2
 from finetune.snli_ve import SnliVe
 from finetune.task import HeldOut, InputSettings
 from finetune.vqa import Vqa
-from tests.data.conftest import as_version_3, index_again, write_tar
+from tests.data.conftest import index_again, write_tar
 from tests.data.test_identity import described
 from tests.finetune.conftest import NLVR2, NUM_HYPOTHESES
 from tests.finetune.evaluating import DS_CONFIG, evaluate
@@ -280,7 +281,7 @@ def index_of_nothing(folder):
 def test_held_out_shards_with_nothing_to_score_are_named(snli_ve, tokenizer, tmp_path):
     shutil.copytree(snli_ve / "val", tmp_path / "val")
     path = tmp_path / "val" / "index.json"
-    content = json.loads(as_version_3(path.parent).read_text())
+    content = json.loads(write_version_3(path.parent).read_text())
     for shard in content["shards"]:
         shard["num_items"] = dict.fromkeys(shard["num_items"], 0)
     path.write_text(json.dumps(content))

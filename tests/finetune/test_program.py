@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.scale_data import write_version_3
 from finetune.nlvr2 import Nlvr2, Nlvr2Config
 from finetune.nlvr2 import main as nlvr2_main
 from finetune.retrieval import RetrievalConfig
 from finetune.snli_ve import SnliVeConfig
 from finetune.vqa import VqaConfig
-from tests.data.conftest import as_version_3, draw_jpeg, index_again, write_tar
+from tests.data.conftest import draw_jpeg, index_again, write_tar
 from tests.data.test_tokenizer import write_tokenizer
 from tests.tiny import tiny_config
 from tests.waiting import text_of, wait_for
@@ -229,7 +230,7 @@ def test_patience_needs_evaluations(nlvr2, pretrained, tmp_path):
 def test_shards_without_a_sample_are_named(nlvr2, pretrained, tmp_path):
     shutil.copytree(nlvr2 / "val", tmp_path / "val")
     index = tmp_path / "val" / "index.json"
-    as_version_3(tmp_path / "val")
+    write_version_3(tmp_path / "val")
     nothing = {"shards": [], "num_samples": 0, "num_items": 0, "members_sha256": hashlib.sha256(b"").hexdigest()}
     index.write_text(json.dumps(json.loads(index.read_text()) | nothing))
     (tmp_path / "val" / "index.members").write_bytes(b"")
