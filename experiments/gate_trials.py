@@ -24,7 +24,7 @@ class JointGate(LevelGate):
     """Each level's share of one softmax over the keys of all levels, with a bias for each level and head."""
 
     def forward(self, query: Tensor, levels: Sequence[Tensor], padding_mask: Tensor | None) -> Tensor:
-        """Compute the shares.
+        """Weigh the levels.
 
         Args:
             query: [B, T, H, d].
