@@ -93,7 +93,7 @@ class RunSettings:
 
     def validate(self) -> list[str]:
         """Return the errors of these settings, one line each."""
-        least = {"images": 40, "batch": 2}
+        least = {"images": 40, "batch": 2, "gallery": 2}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         errors = [
             f"{name} {value!r}: a whole number of {least.get(name, 1)} or more is needed"

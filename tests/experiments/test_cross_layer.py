@@ -23,7 +23,7 @@ from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.base import PretrainingLoss
 
 SIZES = {"image_size": 32, "layers": 2, "width": 32, "pretraining_steps": 2, "tuning_steps": 2, "batch": 8}
-TINY = {"toy_vqa": SIZES | {"images": 60}, "pictures": SIZES | {"vocabulary": 300, "shortlist": 2}}
+TINY = {"toy_vqa": SIZES | {"images": 60}, "pictures": SIZES | {"vocabulary": 300, "gallery": 2}}
 PICTURES = PictureSettings(**TINY["pictures"])
 LETTERS = "ABCDEFGHJKLMNOPQRSTUVXYZ"
 
