@@ -253,7 +253,7 @@ def test_sharded_models_are_filled_from_elsewhere_one_parameter_at_a_time(tmp_pa
     from transformers import BridgeTowerModel, CLIPVisionModel, RobertaModel
 
     from tests.model.test_bridgetower import draw_config, spread
-    from tests.model.test_towers import ARCHITECTURE, SIZES, clip_vision
+    from tests.model.tower_cases import ARCHITECTURE, SIZES, clip_vision
 
     bridgetower = BridgeTowerModel(draw_config(np.random.default_rng(2), vision={"patch_size": 8, "image_size": 16}))
     roberta = RobertaModel(tiny_config().text_config, add_pooling_layer=False)
