@@ -17,6 +17,7 @@ from finetune.results import write_files
 from finetune.task import HeldOut, InputSettings, Task
 from unimo3.checkpoint.initial_weights import config_of, has_begun, run_of, weights_of
 from unimo3.data.index import is_test_split
+from unimo3.data.shard_checks import check_same_indexes
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.distributed import broadcast_object
@@ -71,6 +72,7 @@ def finetune(settings: FinetuneConfig, task: Task) -> None:
     )
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
+    check_same_indexes(indexes, val_index)
     batch = settings.batch_plan(world.size)
     swap = swap_folder(settings.training.nvme_path, settings.run.folder)
     ds_config = read_ds_config(settings.training.ds_config, batch, settings.optim.clip_norm, swap)

@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     source = Path(f"{args.out.resolve()}.source")
     if isinstance(args.run, str):
         from unimo3.checkpoint.pull import pull
+        from unimo3.object_store import check_url
 
+        check_url(args.run)  # before it is printed
         print(f"{args.run}: pulled to {source}, which the end of the export removes", flush=True)
         (pulled, *_) = pull(args.run, source, args.tag, takes_best=False)
         choice = choose_checkpoint(source, pulled)

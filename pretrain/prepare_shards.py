@@ -5,6 +5,7 @@ Under mpirun or srun the ranks share the work. A conversion that was killed cont
 
 import argparse
 import logging
+import re
 import traceback
 from dataclasses import fields
 from functools import partial
@@ -42,7 +43,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=_folder,
         help="folder of the images, as docs/data.md describes (default: --src)",
     )
-    parser.add_argument("--out", help="new folder for the shards, or a prefix in an object store: s3://BUCKET/PATH")
+    parser.add_argument(
+        "--out", type=_output, help="new folder for the shards, or a prefix in an object store: s3://BUCKET/PATH"
+    )
     parser.add_argument(
         "--staging",
         type=_folder,
@@ -109,6 +112,15 @@ def _folder(text: str) -> Path:
             "and give --out, or copy the folder with its index, to the store"
         )
     return Path(text)
+
+
+def _output(text: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/(?!/)", text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: is no URL, which has two slashes: s3://BUCKET/PATH; for a folder, type ./ before a name with a "
+            "colon"
+        )
+    return text
 
 
 def _add_pairs_options(group: Any) -> None:

@@ -15,6 +15,7 @@ from unimo3.checkpoint.export import data_of
 from unimo3.checkpoint.initial_weights import has_begun, weights_of
 from unimo3.data.index import ShardIndex, source_names
 from unimo3.data.samples import PretrainSamples
+from unimo3.data.shard_checks import check_same_indexes
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform, image_processor
 from unimo3.distributed import broadcast_object
@@ -55,6 +56,7 @@ def pretrain(settings: PretrainConfig) -> None:
     settings.data.check_limits(settings.training.micro_batch, image_size, num_images=1)
     process = start_process(settings.run, settings.training.stall_after_s)
     world = process.world
+    check_same_indexes(indexes, val_index)
 
     batch = settings.batch_plan(world.size)
     swap = swap_folder(settings.training.nvme_path, settings.run.folder)

@@ -1,12 +1,11 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.initial_weights import has_begun, model_files_of, run_of
+from unimo3.checkpoint.initial_weights import has_begun, has_weights_of, model_files_of
 from unimo3.config import Checked
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
@@ -54,8 +53,8 @@ class PretrainConfig(Checked):
             return self.model
         files = model_files_of(self.model.init, self.run.folder)
         settings = {of_model.name: getattr(self.model, of_model.name) for of_model in fields(ModelArgs)}
-        has_none = has_begun(self.run.folder) or (run_of(self.model.init) is not None and Path(files).name == "model")
-        return (ModelOfRun if has_none else ModelArgs)(**(settings | {"init": files}))
+        has_weights = has_weights_of(self.model.init, self.run.folder)
+        return (ModelArgs if has_weights else ModelOfRun)(**(settings | {"init": files}))
 
     def slow_errors(self) -> list[str]:
         """Return where tokenizer, initial weights or ``optim.freeze`` do not fit the model, one line per error."""

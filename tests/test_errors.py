@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from unimo3.errors import EXIT_CONFIG, DataError, exit_with_status
+from unimo3.errors import EXIT_CONFIG, ConfigError, DataError, exit_with_status
 
 NAMES = ["caf\udce9.jpg", "half \ud83d", "déjà 犬 🚲"]
 
@@ -59,6 +59,30 @@ def test_a_file_that_may_not_be_written_is_one_error_with_the_fix(number, capsys
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert f"{os.strerror(number)}: 'runs/a/metrics.jsonl'; " in error
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://key:sec/ret@bucket/x", "s3://...bucket/x"),
+        ("https:/key:secret@host/x", "https:/...host/x"),  # as a path has it
+        ("https://host/x?signature=secret", "https://host/x..."),
+        ("s3://secret@bucket/x#secret", "s3://...bucket/x..."),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("/mnt/a@b/what?", "/mnt/a@b/what?"),
+    ],
+)
+def test_urls_in_errors_have_no_login_and_no_query(url, shown, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("UNIMO3_STATUS_DIR", str(tmp_path))
+
+    def main():
+        raise ConfigError([f"data.train: '{url}': is refused; name it ({url}); or another"])
+
+    with pytest.raises(SystemExit):
+        exit_with_status(main)()
+    line = f"data.train: '{shown}': is refused; name it ({shown}); or another"
+    assert line in capsys.readouterr().err
+    assert line in (tmp_path / "rank_0").read_text()
 
 
 @pytest.mark.parametrize("leftover", [{"LOCAL_RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "1", "LOCAL_RANK": "2"}])

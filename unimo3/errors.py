@@ -32,6 +32,9 @@ EXIT_CONFIG = 78
 _EXIT_PIPE = 128 + signal.SIGPIPE  # as of programs that the signal ends
 
 
+# User and password of a URL, which may have slashes behind its colon; one slash: of a URL that was taken for a path.
+_LOGIN = re.compile(r"(?<=[a-z0-9]:/)(/?)(?:[^/\s'\":]*:(?!\d+/)[^\s'\"]*|[^/\s'\":]*)@")
+_QUERY = re.compile(r"(://[^\s'\"?#]*)[?#][^\s'\"]*[^\s'\":;,.)]")
 _READER_DIED = re.compile(r"DataLoader worker \(pid.*?(killed by signal: \w+|exited unexpectedly)")
 
 
@@ -179,8 +182,14 @@ def _flush(status: int) -> int:
     return status
 
 
+def without_secrets(text: str) -> str:
+    """A message without users, passwords, queries and fragments of the URLs in it."""
+    return _LOGIN.sub(r"\1...", _QUERY.sub(r"\1...", text))
+
+
 def _end_by(error: Unimo3Error | Interrupted, is_reported: bool) -> NoReturn:
-    message = f"{type(error).__name__}: {error}"
+    # The reason of a job that is held is in its comment, which all users of a cluster can read.
+    message = without_secrets(f"{type(error).__name__}: {error}")
     if is_reported:
         report(message)
     end_process(error.exit_status, message)

@@ -192,7 +192,7 @@ def decode(content: bytes, enough_pixels: int = 0) -> Image.Image:
     """
     try:
         image = open_image(content)
-        if enough_pixels and image.format == "JPEG":
+        if enough_pixels and image.format in ("JPEG", _JPEG_OF_SEVERAL):
             image.draft(None, (enough_pixels, enough_pixels))
         return to_rgb(image)
     except UnidentifiedImageError as error:

@@ -84,7 +84,7 @@ def check_url(url: str) -> None:
     """
     import fsspec
 
-    scheme = url.partition("://")[0].lower()
+    scheme = url.partition("://")[0]  # fsspec knows small letters
     if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:
         raise StoreError(
             f"{without_secrets(url)}: {scheme}: is not read by this program; name a URL of an object store that "
@@ -99,7 +99,7 @@ def check_url(url: str) -> None:
 
 def without_secrets(url: str) -> str:
     """A URL without its user, password, query and fragment."""
-    return re.sub(r"(?<=//)[^/]*@|[?#].*", "...", url, flags=re.DOTALL)
+    return re.sub(r"(?<=//)([^/]*|[^/]*:(?!\d+/).*)@|[?#].*", "...", url, flags=re.DOTALL)
 
 
 def join(url: str, name: str) -> str:

@@ -313,6 +313,40 @@ def test_follow_waits_for_the_run_and_ends_with_it(s3, tmp_path):  # noqa: F811
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("PUT", f"step_00000040/{FILES[1]}"),
+        ("PUT", f"step_00000040/{MANIFEST}"),
+        ("DELETE", f"step_00000010/{MANIFEST}"),
+        ("DELETE", f"step_00000010/{FILES[0]}"),
+        ("DELETE", f"step_00000020/{MANIFEST}"),
+    ],
+)
+def test_following_that_was_killed_continues_with_copies_and_removals(s3, run, tmp_path, method, name):  # noqa: F811
+    assert run_program("push", run, RUN_URL) == 0
+    folder = commit(run, 60)
+    for step in (30, 40):
+        commit(run, step)
+    store.prune(run, 2, 30, known_good=folder)
+    log, process = tmp_path / "output", None
+
+    def kill_it() -> None:
+        wait_for(lambda: process, "the process's start")
+        kill(process.pid)
+
+    s3.instead[method, f"{CHECKPOINTS}/{name}"] = [kill_it]
+    words = ["push", run, RUN_URL, "--follow", "--every", "0.05", "--jobs", "1"]
+    process = start_command("pretrain.checkpoints", words, environment(), log)
+    wait_for_end(process, "push", text_of(log))
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    assert {"step_00000040", "step_00000060"} <= {*complete_and_good()} or method == "PUT"
+    assert run_program(*words) == 0
+    assert complete_and_good() == StoredRun(RUN_URL).begun() == names(store.list_checkpoints(run))
+    assert complete_and_good() == ["step_00000030", "step_00000040", "step_00000060"]
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("is_idle", [True, False])
 def test_a_stop_signal_ends_a_push_after_the_files_under_way(s3, run, tmp_path, is_idle):  # noqa: F811
     log, process = tmp_path / "output", None

@@ -4,12 +4,13 @@ import hashlib
 import io
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.data.test_ledger import STEPS, Run, read, sources  # noqa: F401  (one is a fixture)
 from tests.s3 import URL, Refusal, s3, s3_server  # noqa: F401  (two are fixtures)
-from tests.spawn import run_alone
+from tests.spawn import run_alone, run_ranks
 from unimo3 import object_store
 from unimo3.data import remote
 from unimo3.data.args import DataArgs
@@ -17,8 +18,10 @@ from unimo3.data.cache import ShardCache
 from unimo3.data.index import ShardIndex
 from unimo3.data.remote import receive
 from unimo3.data.samples import PretrainSamples
+from unimo3.data.shard_checks import check_same_indexes
 from unimo3.data.tokenizer import load_tokenizer
 from unimo3.data.transforms import ImageTransform
+from unimo3.distributed import barrier, world
 from unimo3.errors import DataError, UnreachableError
 from unimo3.object_store import CHUNK_BYTES
 
@@ -114,6 +117,34 @@ def test_a_shard_that_is_replaced_in_a_run_is_refused_by_name(s3, coco, tmp_path
     message, kind, status = failure_of(s3, coco, tmp_path, 1, replace)
     assert (kind, status) == ("DataError", 78)
     assert "the source's file is not the one that was indexed" in message
+
+
+def reads_same_shards(url: str, cache: str, other: str) -> str:
+    """One rank, whose copy of the shards another process replaces before rank 1 opens them; the error."""
+    data = DataArgs(train=url, val=url, cache_dir=cache)
+    if world()[0] == 0:
+        first = data.open_train()
+    barrier()
+    if world()[0] == 1:
+        for path in Path(other).iterdir():
+            object_store.put_file(path, f"{url}/{path.name}")
+        first = data.open_train()
+    barrier()
+    check_same_indexes(data.open_train(), data.open_val())
+    try:
+        check_same_indexes(first, None)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.integration
+def test_shards_replaced_while_ranks_start_end_all_of_them(s3, coco, tmp_path):  # noqa: F811
+    url = upload(s3, coco / "train", "train")
+    errors = run_ranks(2, reads_same_shards, url, str(tmp_path / "cache"), str(coco / "val"))
+    assert errors[0] == errors[1]
+    before, after = (ShardIndex(coco / split).fingerprint[:12] for split in ("train", "val"))
+    assert errors[0].startswith(f"data.train: '{url}': rank 1 has read the index {after}, rank 0 {before}; let all")
 
 
 def test_an_object_replaced_between_its_ranges_is_never_a_mixture(s3):  # noqa: F811

@@ -197,6 +197,33 @@ def test_a_reduced_decode_changes_pixels_little_and_no_other_kind_of_image():
         assert np.max(differences) < 32
 
 
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_reduced_decode_changes_noise_and_saturated_patterns_little(subsampling):
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:1600, :1600]
+    colors = np.array([[255, 0, 0], [0, 255, 255]], dtype=np.uint8)
+    for pixels in (
+        rng.integers(0, 256, (1600, 1600, 3), dtype=np.uint8),
+        colors[rng.integers(0, 2, (1600, 1600))],
+        colors[(x // 5 + y // 5) % 2],
+    ):
+        content = saved(Image.fromarray(pixels), "JPEG", quality=90, subsampling=subsampling)
+        full, reduced = (ImageTransform(384, reduced_decode=is_reduced)(content, rng) for is_reduced in (False, True))
+        difference = np.abs(full.astype(int) - reduced)
+        assert 0 < difference.mean() < 8
+        assert difference.max() < 48
+
+
+def test_a_jpeg_of_several_pictures_is_decoded_at_a_reduced_size():
+    pictures, content = [Image.open(io.BytesIO(photo(*size))) for size in ((1024, 768), (64, 48))], io.BytesIO()
+    pictures[0].save(content, "MPO", save_all=True, append_images=pictures[1:], quality=95)
+    rng = np.random.default_rng(0)
+    assert Image.open(io.BytesIO(content.getvalue())).format == "MPO"
+    full, reduced = (
+        ImageTransform(64, reduced_decode=is_reduced)(content.getvalue(), rng) for is_reduced in (False, True)
+    )
+    assert 0 < np.abs(full.astype(int) - reduced).mean() < 0.5
+
+
 def test_a_reduced_decode_turns_upright_and_reports_damage():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -156,6 +156,8 @@ def test_a_local_folder_of_another_command_is_never_sent(s3, command, coco, tmp_
         (["--out", "s3://key:secret@bucket/x"], "is no URL of an object store"),
         (["--out", "store://bucket/x"], "--out store://bucket/x: store: is not read by this program"),
         (["--out", "https://host/x"], "--out https://host/x: is not written by this program"),
+        (["--out", "s3:/bucket/x"], "argument --out: s3:/bucket/x: is no URL, which has two slashes"),
+        (["--out", "S3://bucket/x"], "--out S3://bucket/x: S3: is not read by this program"),
         (["--src", "s3://bucket/x"], "argument --src: s3://bucket/x: is no folder"),
         (["--verify"], f"--verify: reads a folder; copy {OUT} to one"),
         (["--out", "o", "--staging", "s"], "--staging s: only an --out in an object store has one"),

@@ -4,10 +4,13 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file
 
 from pretrain.train import PretrainConfig
+from tests.s3 import URL, s3, s3_server  # noqa: F401  (two are fixtures)
 from tests.tiny import tiny_config
 from unimo3.checkpoint import store
+from unimo3.checkpoint.initial_weights import weights_of
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer, train_tokenizer
 from unimo3.model.args import ModelArgs, TextArgs, VisionArgs, set_initial_weights
@@ -66,6 +69,24 @@ def test_weights_are_those_of_the_export_at_any_image_size(exported, tokenizer, 
     set_initial_weights(model, settings.model_in_run(), seed=0)
     differing = [n for n, value in model.named_parameters() if not value.equal(source.get_parameter(n))]
     assert differing == ([] if image_size == 32 else [TABLE])
+
+
+def test_weights_and_runs_in_a_store_are_checked_by_their_configuration(s3, exported, tokenizer, tmp_path):  # noqa: F811
+    for path in exported.iterdir():
+        s3.put(f"continued/exported/{path.name}", path.read_bytes())
+        s3.put(f"continued/run/model/{path.name}", path.read_bytes() if path.suffix == ".json" else b"")
+    s3.put(f"continued/run/checkpoints/step_00000002/{store.MANIFEST}", b"{}")
+    for init in (f"{URL}/continued/exported", f"{URL}/continued/run", f"{URL}/continued/run/checkpoints/step_00000002"):
+        assert errors_of(settings_of(init, tokenizer, tmp_path)) == []
+    other = replace(RECIPE, interaction="in_layer")
+    (error,) = errors_of(settings_of(f"{URL}/continued/exported", tokenizer, tmp_path, other))
+    assert error == "model.interaction: in_layer: the weights of model.init have cross_layer; leave it out"
+    settings = settings_of(f"{URL}/continued/exported", tokenizer, tmp_path)
+    folder = weights_of(settings.model.init, settings.run.folder, field="model.init")
+    assert errors_of(settings) == []
+    model, source = Unimo3ForPreTraining(settings.model_in_run().to_config()), load_file(exported / "model.safetensors")
+    set_initial_weights(model, replace(settings.model, init=folder), seed=0)
+    assert all(model.get_parameter(name).equal(value) for name, value in source.items() if "unimo3." in name)
 
 
 def test_settings_that_contradict_the_weights_are_refused(exported, tokenizer, tmp_path):

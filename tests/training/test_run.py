@@ -134,7 +134,8 @@ def old_settings(folder: Path) -> PretrainConfig:
     old = config.read_flat(OLD_RUN / "config.yaml", PretrainConfig)
     settings = filled(PretrainConfig())
     assert (settings.optim.warmup_ratio, settings.data.max_bad_ratio) == (0.3, 0.001)
-    return replace(settings, run=replace(settings.run, dir=str(folder)))
+    data = replace(settings.data, reduced_decode=False)
+    return replace(settings, run=replace(settings.run, dir=str(folder)), data=data)
 
 
 def test_a_run_folder_of_an_older_version_resumes(tmp_path):
@@ -144,6 +145,9 @@ def test_a_run_folder_of_an_older_version_resumes(tmp_path):
     assert changed_settings(settings) == []
     (problem,) = changed_settings(replace(settings, optim=replace(settings.optim, warmup_ratio=0.2)))
     assert problem.startswith("optim.warmup_ratio: 0.2: this run was started with 0.3; keep that")
+    # Its large photos were decoded in full.
+    (problem,) = changed_settings(replace(settings, data=replace(settings.data, reduced_decode=True)))
+    assert problem.startswith("data.reduced_decode: True: this run was started with False; keep that")
 
 
 def test_a_checkpoint_of_an_older_version_resumes(tmp_path, monkeypatch):

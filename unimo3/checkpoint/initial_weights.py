@@ -58,6 +58,14 @@ def model_files_of(init: str, new_run: Path) -> str:
     return init if run is None else str(run / "model")
 
 
+def has_weights_of(init: str, new_run: Path) -> bool:
+    """Whether the folder of `model_files_of` has weights too: not in a run's ``model`` nor in a copy of small files."""
+    folder = model_files_of(init, new_run)
+    if has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model"):
+        return False
+    return not is_store(init) or folder == str(new_run / "init")
+
+
 def config_errors(folder: str) -> list[str]:
     """Return an error if a folder, of `model_files_of`, has no configuration."""
     if not folder:
@@ -78,9 +86,7 @@ def config_of(init: str, new_run: Path) -> Unimo3Config:
         raise ConfigError(errors)
     from unimo3.model.pretrained import read_exported_config
 
-    has_none = has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
-    has_none = has_none or (is_store(init) and folder != str(new_run / "init"))
-    return read_exported_config(folder, has_weights=not has_none)
+    return read_exported_config(folder, has_weights_of(init, new_run))
 
 
 def exports(init: str, new_run: Path) -> bool:

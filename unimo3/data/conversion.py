@@ -102,7 +102,7 @@ class Source:
             self.shards[job.split] += 1
             yield job
         if not self.shards:
-            raise DataError(f"--src {self._wanted.source}: has no records of {self._wanted.format}")
+            raise DataError(f"--src {self._wanted.source}: has no records of {self._wanted.format}; name one that has")
 
     def _records(self) -> Iterator[tuple[str, Sample]]:
         wanted, seen = self._wanted, set()

@@ -1,11 +1,13 @@
-"""Whether a setting's shards have the samples that a task reads, before anything starts.
+"""Whether a setting's shards have the samples that a task reads, before anything starts, and are the same on all ranks.
 
 Source: none.
 """
 
 import logging
+from collections.abc import Sequence
 
 from unimo3.data.index import ITEM_KINDS, NO_IMAGE, REINDEX, ShardIndex
+from unimo3.distributed import all_gather_object
 from unimo3.errors import DataError, no_answer
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,26 @@ def index_errors(name: str, index: ShardIndex, kind: str) -> list[str]:
     finally:
         index.close()
     return [f"{name}: '{index.source}': {error}"] if error else []
+
+
+def check_same_indexes(train: Sequence[ShardIndex], val: ShardIndex | None) -> None:
+    """Refuse shards of which the ranks have read different indexes; every rank calls it.
+
+    Shards may be replaced while ranks start, and nodes may have copies of their own.
+
+    Raises:
+        DataError: on every rank.
+    """
+    named = [("data.train", index) for index in train] + ([] if val is None else [("data.val", val)])
+    of_ranks = all_gather_object([index.fingerprint for _, index in named])
+    for number, (name, index) in enumerate(named):
+        fingerprints = [of_rank[number] for of_rank in of_ranks]
+        other = next((rank for rank, each in enumerate(fingerprints) if each != fingerprints[0]), None)
+        if other is not None:
+            raise DataError(
+                f"{name}: '{index.source}': rank {other} has read the index {fingerprints[other][:12]}, rank 0 "
+                f"{fingerprints[0][:12]}; let all nodes read the same shards, and replace none while a run starts"
+            )
 
 
 def _kind_error(index: ShardIndex, kind: str, is_held_out: bool) -> str:

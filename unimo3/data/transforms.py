@@ -59,7 +59,8 @@ class ImageTransform:
             left and right.
         crop_scale: least fraction of an image's area in a random crop, between 3:4 and 4:3 in shape; 1: no crop.
         reduced_decode: whether JPEGs with four times the height and width that are needed, or more, are decoded at a
-            reduced size, never below twice what is needed: pixels differ by less than half a grey level on average.
+            reduced size, never below twice what is needed: a photo's pixels differ by less than half a grey level on
+            average.
     """
 
     def __init__(

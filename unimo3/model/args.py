@@ -286,7 +286,7 @@ class ModelArgs(Checked):
             errors += text_weight_errors(self.text.init, config.text_config)
         if self.init and not errors:
             if not self.continues_unimo3:
-                errors += bridgetower_errors(self.init, config)
+                errors += bridgetower_errors(self.init, config) if self.has_weights else []
             elif other := [name for name in config.architectures or () if name != Unimo3ForPreTraining.__name__]:
                 errors.append(
                     f"model.init: '{self.init}': contains weights of {other[0]}, without pretraining's heads; name "
@@ -334,7 +334,7 @@ class ModelArgs(Checked):
 
 @dataclass(frozen=True)
 class ModelOfRun(ModelArgs):
-    """A model whose `init` is a run's ``model``: the configuration, without weights next to it."""
+    """A model whose `init` has the configuration and no weights, such as a run's ``model``."""
 
     has_weights: ClassVar[bool] = False
 

@@ -70,6 +70,9 @@ FREE_SETTINGS = (
 # Settings of data that decide what an evaluation alone computes.
 _READ_BY_EVALUATION = ("data.max_text_tokens", "data.tokenizer")
 
+# What versions without a setting did, where its default is another one.
+_BEFORE_THE_SETTING = {"data.reduced_decode": False}
+
 # Gate maps of the training in TensorBoard at most; each has some 25 kB.
 _NUM_MAPS = 200
 
@@ -91,8 +94,8 @@ def changed_settings(settings: Any) -> list[str]:
 
 
 def _differences(before: dict[str, Any], settings: Any) -> list[str]:
-    # A setting the run's version did not know had the default's effect.
-    defaults = config.flatten(type(settings)())
+    # A setting the run's version did not know had the default's effect, with few exceptions.
+    defaults = config.flatten(type(settings)()) | _BEFORE_THE_SETTING
     return [
         f"{key}: {now!r}: this run was started with {before.get(key, defaults[key])!r}; keep that, or choose a new "
         "run.name"

@@ -180,6 +180,12 @@ def test_a_missing_column_is_an_error_that_lists_the_columns(tmp_path, ending):
     assert len(read(source, image_column="filepath", caption_columns=("title",))) == 1
 
 
+def test_a_header_with_another_separator_names_the_option(tmp_path):
+    source = write_csv(tmp_path / "p.csv", ROWS, delimiter=";")
+    with pytest.raises(DataError, match=r"columns are 'image;caption'; .*, or --separator ';' if it separates columns"):
+        read(source)
+
+
 def test_a_repeated_column_is_an_error(tmp_path):
     (tmp_path / "p.csv").write_text("image,caption,caption\na.jpg,x,y\n")
     with pytest.raises(DataError, match="has several columns named 'caption'"):

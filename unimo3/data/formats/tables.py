@@ -18,6 +18,8 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (*SEPARATORS, ".jsonl", ".parquet")
 # Characters of a field of a CSV at most, in columns that are not read too, such as images in base64.
 _MAX_FIELD = 2**24
+# What may separate the columns of a file whose header looks like one column.
+_SEPARATOR = re.compile(r"[;,|\t]")
 # A byte that the encoding does not have, as surrogateescape decodes it.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -213,7 +215,9 @@ def _check_columns(path: Path, columns: Sequence[str], header: Sequence[str]) ->
         raise DataError(f"{path}: has several columns named {repeated[0]!r}; rename one")
     missing = [name for name in columns if name not in header]
     if missing:
+        is_unsplit = len(header) == 1 and _SEPARATOR.search(header[0])
         raise DataError(
             f"{path}: has no column {missing[0]!r}; its columns are {', '.join(map(repr, header[:20]))}; give "
             "--image-column, --caption-column, --id-column and --split-column as the file names them"
+            + (f", or --separator {is_unsplit[0]!r} if it separates columns" if is_unsplit else "")
         )
