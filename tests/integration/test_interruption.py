@@ -10,7 +10,7 @@ import threading
 import pytest
 import yaml
 from safetensors.torch import load_file
-from transformers import XLMRobertaConfig, XLMRobertaModel
+from transformers import SiglipVisionConfig, SiglipVisionModel, XLMRobertaConfig, XLMRobertaModel
 
 from pretrain import export as export_program
 from tests.commands import start_command
@@ -42,11 +42,14 @@ def start_with_failures(program, recipe, runs, monkeypatch):
 
 
 @pytest.fixture
-def xlm_roberta(tmp_path):
-    """Settings of a text tower, from a folder."""
+def towers(tmp_path):
+    """Settings of an XLM-RoBERTa and a SigLIP, from folders."""
     sizes = {name: size for name, size in MODEL["text"].items() if name != "dropout"}
     XLMRobertaModel(XLMRobertaConfig(**sizes, pad_token_id=1)).save_pretrained(tmp_path / "text")
-    return "--model.text.init", tmp_path / "text"
+    sizes = {name: sizes[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    sizes |= {"intermediate_size": 128, "patch_size": 16, "image_size": 32}
+    SiglipVisionModel(SiglipVisionConfig(**sizes)).save_pretrained(tmp_path / "image")
+    return "--model.text.init", tmp_path / "text", *SIGLIP, "--model.vision.init", tmp_path / "image"
 
 
 def exported(run, out):
@@ -73,8 +76,8 @@ def phases(run):
     return {beat.rank: (beat.step, beat.phase) for beat in read_heartbeats(run)}
 
 
-def test_a_stop_file_ends_a_waiting_run_and_keeps_it_stopped(start_with_failures, program, runs, xlm_roberta, tmp_path):
-    run, towers = runs / "stopped", (*xlm_roberta, *SIGLIP)
+def test_a_stop_file_ends_a_waiting_run_and_keeps_it_stopped(start_with_failures, program, runs, towers, tmp_path):
+    run = runs / "stopped"
     when(lambda: phases(run) == {0: (3, "wait"), 1: (3, "data")}, (run / "stop").touch)
     assert start_with_failures("stopped", {"no_data": [3, 1]}, *towers) == 0
     assert f"stopped by the file {run / 'stop'}; step 3 of 8 is saved" in program.output

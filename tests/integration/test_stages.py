@@ -11,7 +11,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import ModernBertConfig, ModernBertForMaskedLM
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
 
 from tests.integration.conftest import TWO_MICRO_STEPS
 from unimo3.checkpoint import store
@@ -33,6 +38,7 @@ TEXT = {
     **{"max_position_embeddings": 20, "local_attention": 4, "global_attn_every_n_layers": 2},
     **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2},
 }
+IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16, "image_size": 32}
 LATER = ("--training.steps", "3", "--training.eval_every", "0", "--data.val", "null", "--run.seed", "1")
 # Too small to change a value.
 NO_CHANGE = ("--optim.lr", "1e-12", "--optim.warmup_ratio", "0")
@@ -47,17 +53,23 @@ def exported(program, out, run, *options):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A ModernBERT with a global and a local layer."""
-    folder = tmp_path_factory.mktemp("modernbert")
-    ModernBertForMaskedLM(ModernBertConfig(**TEXT)).save_pretrained(folder)
-    return folder
+def folders(tmp_path_factory):
+    """A ModernBERT with a global and a local layer, and a DINOv2."""
+    text, image = tmp_path_factory.mktemp("modernbert"), tmp_path_factory.mktemp("dinov2")
+    ModernBertForMaskedLM(ModernBertConfig(**TEXT)).save_pretrained(text)
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**IMAGE)).save_pretrained(image)
+    return text, image
 
 
 @pytest.fixture(scope="module")
-def first(program, recipe, runs, text):
+def towers(folders):
+    return "--model.text.init", folders[0], "--model.vision.init", folders[1]
+
+
+@pytest.fixture(scope="module")
+def first(program, recipe, runs, towers):
     """Four steps on two ranks, and the rest on one, which skips further data."""
-    command = ("pretrain.train", "--config", recipe, *FIRST, "--model.text.init", text)
+    command = ("pretrain.train", "--config", recipe, *FIRST, *towers)
     program.check(2, *command, "--training.stop_after", "4", "--data.skip", "[[1, 3]]")
     assert "optim.freeze: [{'text_tower': 1}]: " in program.output
     assert program.run(1, *command, "--training.micro_batch", "8", "--data.skip", "[[2, 3]]") == 78
@@ -75,7 +87,9 @@ def last_weights(program, first, tmp_path_factory):
     return out, exported(program, out, first)
 
 
-def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(program, recipe, first, last_weights, text, tmp_path):
+def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(
+    program, recipe, first, last_weights, folders, towers, tmp_path
+):
     records = read_metrics(first)
     assert [record["step"] for record in records] == list(range(1, 7))
     assert [record["lr"] for record in records] == pytest.approx([3e-3] * 4 + [2e-3, 1e-3])
@@ -87,10 +101,15 @@ def test_a_run_with_frozen_layers_and_wsd_resumes_and_exports(program, recipe, f
     trained = {name for name in early if name.endswith("weight") and early[name].ndim > 1 and name not in same}
     assert any("text_tower.layers.1." in name for name in trained)
     assert any("vision_tower.vit.blocks.0." in name for name in trained)
-    status = program.run(
-        2, "pretrain.train", "--config", recipe, *FIRST, "--model.text.init", text, "--optim.freeze", "[]"
-    )
-    assert status == 78
+    text, image = (load_file(folder / "model.safetensors") for folder in folders)
+    for name in frozen:
+        value = text[name.replace("unimo3.text_tower.", "model.")]
+        assert late[name].equal(value.bfloat16().float()), name
+    # Two steps at a quarter of the rate.
+    patches = image["embeddings.patch_embeddings.projection.weight"]
+    torch.testing.assert_close(early["unimo3.vision_tower.vit.patch_embed.proj.weight"], patches, rtol=0.01, atol=2e-3)
+    assert patches.std() > 0.01
+    assert program.run(2, "pretrain.train", "--config", recipe, *FIRST, *towers, "--optim.freeze", "[]") == 78
     assert "optim.freeze: []: this run was started with [{'text_tower': 1}]; keep that" in program.output
 
 
