@@ -96,6 +96,16 @@ def _processes_need_their_mark(request: pytest.FixtureRequest) -> Iterator[None]
         pytest.fail(f"starts processes without the mark 'integration': {_started[:3]}", pytrace=False)
 
 
+@pytest.fixture
+def libaio() -> None:
+    """Skips a test of states on NVMe where DeepSpeed's async_io cannot be built."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        assert not os.environ.get("REQUIRE_LIBAIO"), "REQUIRE_LIBAIO is set, and there is no libaio-dev"
+        pytest.skip("DeepSpeed's async_io needs libaio's headers, libaio-dev")
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The slowest tests, and the time by folder; with several processes they add up to more than the run took."""
     seconds: dict[str, float] = defaultdict(float)

@@ -75,11 +75,8 @@ def begin(root: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("libaio")
 def test_states_on_nvme_train_and_resume_as_states_in_memory(tmp_path):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible():
-        pytest.skip("DeepSpeed's async_io needs libaio's headers, libaio-dev")
     in_memory, begun = run_ranks(2, begin, tmp_path)[0]
     assert [name.split("-")[0] for name in begun["files"] if name.startswith("exp")] == ["exp_avg", "exp_avg_sq"]
     assert begun["losses"] == in_memory["losses"]

@@ -246,3 +246,24 @@ def test_changed_settings_of_a_run_are_named(program, recipe, straight):
     assert status == 78
     assert "optim.lr: 0.0005: this run was started with 0.003" in program.output
     assert "objectives.itc.weight: 2.0: this run was started with 1.0" in program.output
+
+
+@pytest.mark.usefixtures("libaio")
+def test_a_run_with_states_on_nvme_resumes_and_exports(program, recipe, runs, tmp_path):
+    run, disk = runs / "swapped", tmp_path / "disk"
+    disk.mkdir()
+    offload = ("--training.ds_config", "ds_configs/zero3_offload_nvme.json", "--training.nvme_path", disk)
+    # Only pieces of 1 MiB and more are swapped. DeepSpeed's own AdamW takes minutes to compile.
+    size = ("--model.text.vocab_size", "40000", "--optim.fused", "torch", "--training.steps", "3")
+    command = (2, "pretrain.train", "--config", recipe, "--run.name", run.name, *offload, *size)
+    program.check(*command, "--training.stop_after", "2")
+    (folder,) = disk.iterdir()
+    assert folder.name.startswith(f"{run.name}-")
+    assert any(path.stat().st_size >= 2**20 for path in folder.rglob("*.swp"))
+    shutil.rmtree(folder)
+    program.check(*command)
+    assert f"resumed from {run}/checkpoints/step_00000002" in program.output
+    assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
+    program.check(0, "pretrain.export", run, "--out", tmp_path / "out", "--dtype", "fp32")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())

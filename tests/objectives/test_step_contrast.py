@@ -97,6 +97,8 @@ def assert_same(gradients, expected):
         torch.testing.assert_close(
             gradients[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=lambda m, n=name: n + m
         )
+        difference = float((gradients[name] - gradient).norm())
+        assert difference <= 1e-5 * float(gradient.norm()) + 1e-8 * largest, name
 
 
 @pytest.mark.parametrize(("num_steps", "size"), SHAPES)

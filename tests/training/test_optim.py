@@ -106,6 +106,12 @@ def test_a_decay_that_has_no_steps_or_no_effect_is_refused():
     assert OptimArgs(schedule="wsd", decay_ratio=0.9).validate() == []
 
 
+def test_rates_by_layer_of_towers_that_do_not_train_are_refused():
+    (line,) = OptimArgs(tower_layer_decay=0.5, freeze=["text_tower", "vision_tower"]).validate()
+    assert line.startswith("optim.tower_layer_decay: 0.5: has no effect, optim.freeze freezes both towers; leave it")
+    assert OptimArgs(tower_layer_decay=0.5, freeze=[{"text_tower": 1}, "vision_tower"]).validate() == []
+
+
 def test_an_unknown_schedule_is_named_with_those_there_are():
     assert OptimArgs(schedule="cyclic").validate() == [
         "optim.schedule: 'cyclic': one of linear, cosine, constant, wsd is needed"

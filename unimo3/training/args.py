@@ -61,6 +61,11 @@ class OptimArgs:
                 errors.append(f"optim.{name}: {getattr(self, name)}: a number above 0 is needed")
         if not 0 < self.tower_layer_decay <= 1:
             errors.append(f"optim.tower_layer_decay: {self.tower_layer_decay}: above 0 and at most 1 is needed")
+        elif self.tower_layer_decay != 1 and all(self.frozen.get(tower, 0) is None for tower in TOWERS):
+            errors.append(
+                f"optim.tower_layer_decay: {self.tower_layer_decay}: has no effect, optim.freeze freezes both towers; "
+                "leave it out"
+            )
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 errors.append(f"optim.{name}: {getattr(self, name)}: 0 or more is needed")
