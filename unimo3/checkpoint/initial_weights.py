@@ -58,6 +58,22 @@ def model_files_of(init: str, new_run: Path) -> str:
     return init if run is None else str(run / "model")
 
 
+def lacks_weights(init: str, new_run: Path) -> bool:
+    """Whether the folder of `model_files_of` has no weights: they are in checkpoints, or still in an object store."""
+    folder = model_files_of(init, new_run)
+    if is_store(init):
+        return has_begun(new_run) or folder != str(new_run / "init")
+    return has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
+
+
+def tokenizer_of(init: str, new_run: Path) -> str:
+    """What to name as ``data.tokenizer``: the folder of `model_files_of`, or its URL where that is a temporary copy."""
+    if is_store(init) and lacks_weights(init, new_run) and not has_begun(new_run):
+        source = look_at(init)
+        return f"{source.url}/model" if source.is_run else source.url
+    return model_files_of(init, new_run)
+
+
 def config_errors(folder: str) -> list[str]:
     """Return an error if a folder, of `model_files_of`, has no configuration."""
     if not folder:
@@ -78,9 +94,7 @@ def config_of(init: str, new_run: Path) -> Unimo3Config:
         raise ConfigError(errors)
     from unimo3.model.pretrained import read_exported_config
 
-    has_none = has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
-    has_none = has_none or (is_store(init) and folder != str(new_run / "init"))
-    return read_exported_config(folder, has_weights=not has_none)
+    return read_exported_config(folder, has_weights=not lacks_weights(init, new_run))
 
 
 def exports(init: str, new_run: Path) -> bool:
