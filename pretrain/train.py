@@ -1,11 +1,12 @@
 """Pretraining: shards -> sharded checkpoints. Started once a rank; starting it again resumes."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from unimo3 import config
 from unimo3.checkpoint.args import CheckpointArgs
-from unimo3.checkpoint.initial_weights import has_begun, has_weights_of, model_files_of
+from unimo3.checkpoint.initial_weights import has_begun, lacks_weights, model_files_of, tokenizer_of
 from unimo3.config import Checked
 from unimo3.data.args import DataArgs
 from unimo3.data.tokenizer import load_tokenizer
@@ -53,8 +54,8 @@ class PretrainConfig(Checked):
             return self.model
         files = model_files_of(self.model.init, self.run.folder)
         settings = {of_model.name: getattr(self.model, of_model.name) for of_model in fields(ModelArgs)}
-        has_weights = has_weights_of(self.model.init, self.run.folder)
-        return (ModelArgs if has_weights else ModelOfRun)(**(settings | {"init": files}))
+        has_none = lacks_weights(self.model.init, self.run.folder)
+        return (ModelOfRun if has_none else ModelArgs)(**(settings | {"init": files}))
 
     def slow_errors(self) -> list[str]:
         """Return where tokenizer, initial weights or ``optim.freeze`` do not fit the model, one line per error."""
@@ -73,7 +74,7 @@ class PretrainConfig(Checked):
             return errors  # the data group reports it
         is_trained = bool(self.model.init or self.model.text.init)
         if settings.continues_unimo3:
-            errors += _vocabulary_errors(self.model.init or "", settings.init or "", self.data.tokenizer)
+            errors += _vocabulary_errors(self.model.init or "", self.run.folder, self.data.tokenizer)
         errors += tokenizer_errors(model.text_config, tokenizer, self.data.max_text_tokens, is_trained)
         return errors + self.data.text_errors(tokenizer, "captions")
 
@@ -84,22 +85,22 @@ class PretrainConfig(Checked):
         )
 
 
-def _vocabulary_errors(init: str, folder: str, path: str) -> list[str]:
+def _vocabulary_errors(init: str, run: Path, path: str) -> list[str]:
     """Return an error if a tokenizer has not the vocabulary of the weights that a run continues.
 
     Args:
-        folder: with the tokenizer of the weights.
+        run: folder of the run.
         path: of the tokenizer.
     """
     try:
-        trained = load_tokenizer(folder)
+        trained = load_tokenizer(model_files_of(init, run))
     except ConfigError:
         return [f"model.init: '{init}': contains no tokenizer; name a folder that python -m pretrain.export wrote"]
     if trained.get_vocab() == load_tokenizer(path).get_vocab():
         return []
     return [
         f"data.tokenizer: '{path}': has another vocabulary than the weights of model.init were trained with; "
-        f"use {folder}"
+        f"use {tokenizer_of(init, run)}"
     ]
 
 

@@ -78,7 +78,7 @@ def permanent_problem(error: Exception, scheme: str) -> str | None:
     if status == 401:
         return f"the store does not accept the credentials ({message}); renew them ({credentials})"
     if isinstance(error, FileNotFoundError) or status == 404:
-        return f"no such bucket or object ({message}); fix the URL, or copy what is missing there"
+        return f"no such bucket or object ({message}); fix the URL, create the bucket, or copy what is missing there"
     if status == 403 or (isinstance(error, PermissionError) and not status):
         return (
             f"access is denied, or there is no such bucket ({message}); let the credentials ({credentials}) read and "

@@ -12,7 +12,14 @@ from tests.checkpoint.exporting import contents, flip, run_program
 from tests.s3 import URL, Refusal, s3, s3_server  # noqa: F401  (two are fixtures)
 from unimo3 import small_files
 from unimo3.checkpoint import remote_init
-from unimo3.checkpoint.initial_weights import config_errors, exports, model_files_of, weights_of
+from unimo3.checkpoint.initial_weights import (
+    config_errors,
+    exports,
+    lacks_weights,
+    model_files_of,
+    tokenizer_of,
+    weights_of,
+)
 from unimo3.errors import CheckpointError, UnreachableError
 from unimo3.object_store import StoreError
 
@@ -83,12 +90,16 @@ def test_a_run_in_the_store_is_exported_into_the_new_run(run, tmp_path):
     assert contents(Path(files)) == contents(run / "model")
     assert config_errors(files) == []
     assert exports(RUN_URL, new)
+    assert lacks_weights(RUN_URL, new)
+    assert tokenizer_of(RUN_URL, new) == f"{RUN_URL}/model"
     newest = load_file(f"{weights_of(RUN_URL, new)}/model.safetensors")
     expected = load_file(f"{weights_of(str(run), tmp_path / 'other')}/model.safetensors")
     assert newest.keys() == expected.keys()
     assert all(newest[name].equal(expected[name]) for name in newest)
     assert sorted(path.name for path in new.iterdir()) == ["init"]
     assert not exports(RUN_URL, new)
+    assert not lacks_weights(RUN_URL, new)
+    assert tokenizer_of(RUN_URL, new) == str(new / "init")
     earlier = weights_of(f"{RUN_URL}/checkpoints/step_00000002", new)
     assert not load_file(f"{earlier}/model.safetensors")["embed.weight"].equal(newest["embed.weight"])
 
@@ -150,7 +161,7 @@ def test_expired_credentials_leave_neither_export_nor_initial_weights(s3, export
 
 
 def test_what_is_no_weights_is_refused(s3, run, tmp_path):  # noqa: F811
-    with pytest.raises(CheckpointError, match=r"init: 's3://.*/model': is neither an exported folder") as error:
+    with pytest.raises(CheckpointError, match=r"init or model.init: 's3://.*/model': is neither an exported folder") as error:
         model_files_of(f"{URL}/none/model", tmp_path / "new")
     assert error.value.exit_status == 78
     with pytest.raises(CheckpointError, match="--tag step_00000009: no complete checkpoint in"):

@@ -58,12 +58,20 @@ def model_files_of(init: str, new_run: Path) -> str:
     return init if run is None else str(run / "model")
 
 
-def has_weights_of(init: str, new_run: Path) -> bool:
-    """Whether the folder of `model_files_of` has weights too: not in a run's ``model`` nor in a copy of small files."""
+def lacks_weights(init: str, new_run: Path) -> bool:
+    """Whether the folder of `model_files_of` has no weights: they are in checkpoints, or still in an object store."""
     folder = model_files_of(init, new_run)
-    if has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model"):
-        return False
-    return not is_store(init) or folder == str(new_run / "init")
+    if is_store(init):
+        return has_begun(new_run) or folder != str(new_run / "init")
+    return has_begun(new_run) or (run_of(init) is not None and Path(folder).name == "model")
+
+
+def tokenizer_of(init: str, new_run: Path) -> str:
+    """What to name as ``data.tokenizer``: the folder of `model_files_of`, or its URL where that is a temporary copy."""
+    if is_store(init) and lacks_weights(init, new_run) and not has_begun(new_run):
+        source = look_at(init)
+        return f"{source.url}/model" if source.is_run else source.url
+    return model_files_of(init, new_run)
 
 
 def config_errors(folder: str) -> list[str]:
@@ -86,7 +94,7 @@ def config_of(init: str, new_run: Path) -> Unimo3Config:
         raise ConfigError(errors)
     from unimo3.model.pretrained import read_exported_config
 
-    return read_exported_config(folder, has_weights_of(init, new_run))
+    return read_exported_config(folder, has_weights=not lacks_weights(init, new_run))
 
 
 def exports(init: str, new_run: Path) -> bool:

@@ -62,7 +62,7 @@ def look_at(init: str) -> RemoteInit:
         listed.choose(tag)
     elif "config.json" not in listed.objects:
         raise CheckpointError(
-            f"init: '{init}': is neither an exported folder, which has a config.json, nor a run that "
+            f"init or model.init: '{init}': is neither an exported folder, which has a config.json, nor a run that "
             "python -m pretrain.checkpoints push has copied"
         )
     return RemoteInit(url, tag, is_run, str(fetch_small_files(f"{url}/model" if is_run else url)))
