@@ -6,6 +6,7 @@ others too. The numbers are read from the machine code.
 
 An entry compiles in seconds. `RECORD` has the numbers of each entry by Triton's cache key: source, options, target,
 variables, and versions of Triton and ptxas. Entries without a record are compiled. ``--recompile`` compiles all.
+``--triton 3.6.0`` checks the same under another Triton, which pip fetches into the project's cache.
 
 Source: triton.compile for a named target; cuobjdump and nvdisasm, which come with triton.
 """
@@ -16,6 +17,9 @@ import hashlib
 import itertools
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -337,8 +341,22 @@ def traffic_table() -> str:
     return "\n".join(rows)
 
 
+def run_under(version: str, arguments: list[str]) -> int:
+    """Run this module again with another version of triton, fetched once; its status."""
+    folder = ROOT / ".cache" / f"triton-{version}"
+    if not folder.exists():
+        print(f"fetching triton {version}", flush=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"triton=={version}"]
+        with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as staging:
+            subprocess.run([*pip, "--target", f"{staging}/triton"], check=True)
+            Path(staging, "triton").rename(folder)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    command = [sys.executable, "-m", "benchmarks.kernel_static", *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
 @exit_with_status
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     """Compile the table and write what came of it."""
     parser = CommandParser(prog="python -m benchmarks.kernel_static", description=__doc__)
     parser.add_argument("--search", action="store_true", help="find the table's entries again, in about half an hour")
@@ -346,6 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         "--widths", type=int, nargs="+", choices=HEAD_WIDTHS, default=HEAD_WIDTHS, help="heads' widths (default: all)"
     )
     parser.add_argument("--recompile", action="store_true", help="compile the recorded entries, too")
+    parser.add_argument("--triton", metavar="VERSION", help="check the table under this Triton, and write no report")
     parser.add_argument("--json", type=Path, help="write the metrics as JSON lines to this file, and no report")
     parser.add_argument(
         "--out",
@@ -354,13 +373,15 @@ def main(argv: list[str] | None = None) -> None:
         help="report to write (default: %(default)s)",
     )
     args: argparse.Namespace = parser.parse_args(argv)
-    if tuple(args.widths) != HEAD_WIDTHS and not args.json:
+    if tuple(args.widths) != HEAD_WIDTHS and not (args.json or args.triton):
         parser.error("--widths: the report and the record have all widths; give --json FILE as well")
+    if args.triton and args.triton != triton.__version__:
+        return run_under(args.triton, sys.argv[1:] if argv is None else argv)
     if args.recompile:
         os.environ[_RECOMPILE] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     if args.search:
         search()
-        return
+        return None
     measured = measure_all(table_builds(args.widths), "compiling")
     rows = [
         {"content": content, **asdict(build), **(asdict(usage) if usage else {})}
@@ -369,14 +390,18 @@ def main(argv: list[str] | None = None) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if args.json:
         args.json.write_text(lines)
-        return
+        return None
     good = {build: usage for build, (_, usage) in measured.items() if usage and fits(usage, build)}
     if failed := [build for build in measured if build not in good]:
         raise SystemExit("\n".join(f"does not fit: {build}: {measured[build][1]}" for build in failed))
+    if args.triton:
+        print(f"{len(good)} kernels, all of which fit under triton {triton.__version__}")
+        return None
     memory = f"## Memory traffic\n\nBy count, for 64 pairs of the recipe `base` at six levels.\n\n{traffic_table()}"
     write_report(args.out, "The Triton kernels' machine code", f"{INTRODUCTION}\n{memory}\n\n{table(good)}")
     args.out.with_suffix(".jsonl").write_text(lines)
     print(f"{len(good)} kernels, all of which fit: {args.out}")
+    return None
 
 
 if __name__ == "__main__":
