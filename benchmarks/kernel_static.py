@@ -128,8 +128,10 @@ def table_builds(widths: Sequence[int]) -> list[Build]:
         build: None
         for capability, dtype, width, name in itertools.product(CAPABILITIES, TYPES, widths, KERNELS)
         if (capability, dtype) != SLOW_TO_COMPILE
-        for blocks in blocks_of(name, entry(name, dtype, width, capability))
+        for either in [[blocks_of(name, entry(name, dtype, width, capability, drop)) for drop in (False, True)]]
+        for blocks in dict.fromkeys(itertools.chain(*either))
         for build in variants(Build(name, TYPES[dtype], width, capability, blocks))
+        if blocks in either[build.dropout]
     }
     return list(builds)
 
@@ -269,11 +271,14 @@ def search() -> None:
                 for blocks in candidates(capability, dtype)
             }
             flat = measure_all(list(itertools.chain(*builds.values())), f"{capability} {dtype} {width} {name}")
-            measured: dict[Blocks, list[Resources]] = {}
-            for blocks, both in builds.items():
-                fitting = [usage for build in both if (usage := flat[build][1]) and fits(usage, build)]
-                measured[blocks] = fitting if len(fitting) == len(both) else []
-            print(f'{capability} {dtype} {width} "{name}": {best(name, measured)}', flush=True)
+            kinds_of_call = {"": (0, 1), " with dropout": (0,), " without": (1,)}
+            for kind, chosen in kinds_of_call.items():
+                measured: dict[Blocks, list[Resources]] = {}
+                for blocks, both in builds.items():
+                    needed = [both[index] for index in chosen]
+                    fitting = [usage for build in needed if (usage := flat[build][1]) and fits(usage, build)]
+                    measured[blocks] = fitting if len(fitting) == len(needed) else []
+                print(f'{capability} {dtype} {width} "{name}"{kind}: {best(name, measured)}', flush=True)
 
 
 def table(measured: dict[Build, Resources]) -> str:
@@ -288,10 +293,12 @@ def table(measured: dict[Build, Resources]) -> str:
             "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         for build, usage in measured.items():
-            if build.capability == capability and build == replace(build, levels=LEVELS, masked=True, dropout=True):
+            dropped, plain = (measured.get(replace(build, dropout=dropout)) for dropout in (True, False))
+            is_row = build.dropout or not dropped  # an entry without dropout may have blocks of its own
+            if is_row and build.capability == capability and build == replace(build, levels=LEVELS, masked=True):
                 blocks, resident = build.blocks, usage.resident_warps(capability, build.blocks.warps)
-                plain = measured.get(replace(build, dropout=False))
-                slots = f"{usage.slots(blocks):.0f}" + (f", {plain.slots(blocks):.0f}" if plain else "")
+                slots = f"{dropped.slots(blocks):.0f}" if dropped else "-"
+                slots += f", {plain.slots(blocks):.0f}" if plain else ""
                 lines.append(
                     f"| {build.kernel} | {build.dtype} | {build.width} | {blocks.queries} x {blocks.keys} | "
                     f"{blocks.warps}, {blocks.stages} | {usage.registers} | {usage.local_bytes} | "
@@ -304,7 +311,7 @@ def table(measured: dict[Build, Resources]) -> str:
 INTRODUCTION = f"""Compiled by triton {triton.__version__} for GPUs this machine does not have; nothing was run.
 {LEVELS} levels, gate, padding and dropout; head width {RECIPE_WIDTH} in bf16 was compiled for {RECIPE_LEVELS} levels,
 without padding and without dropout as well. A kernel has a row for each of its blocks: they are no larger than the
-lengths need. A few registers of these spill, for the reasons that the module names:
+lengths need, and a few differ with dropout. A few registers of these spill, for the reasons that the module names:
 {", ".join(f"{name} at head width {width}" for name, width in ALLOWED_SPILLS)}. Nothing else spills.
 
 Registers and spilled bytes are of a thread, shared bytes of a block of threads. Resident warps are what registers and

@@ -24,7 +24,16 @@ from tests.kernels.formula import (
     written_out,
 )
 from unimo3.kernels.cross_layer_attention import cross_layer_attention, launch, trial
-from unimo3.kernels.cross_layer_attention.blocks import HALF, Blocks, backward_kernels, entry, fitted, forward_kernel
+from unimo3.kernels.cross_layer_attention.blocks import (
+    FLOAT32,
+    HALF,
+    WITH_DROPOUT,
+    Blocks,
+    backward_kernels,
+    entry,
+    fitted,
+    forward_kernel,
+)
 from unimo3.kernels.cross_layer_attention.trial import tried, triton_works
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -307,7 +316,8 @@ def test_the_table_chooses_kernels_and_blocks_by_lengths():
 
 
 def test_on_hopper_two_groups_of_warps_never_compute_the_same_rows():
-    entries = [one for by_kernel in HALF[90].values() for one in by_kernel.values()]
+    tables = [*HALF[90].values(), *WITH_DROPOUT[90].values()]
+    entries = [one for by_kernel in tables for one in by_kernel.values()]
     assert all(one.warps < 8 or one.queries >= 128 for one in entries)
 
 
@@ -319,3 +329,15 @@ def test_blocks_are_no_larger_than_lengths_need():
     # Heads of 96 are padded to 128; float32 has separate entries.
     assert entry("backward_query", torch.float16, 96, 90) == entry("backward_query", torch.float16, 128, 90)
     assert entry("forward", torch.float32, 128, 80) != entry("forward", torch.float16, 128, 80)
+
+
+def test_entries_of_dropout_cover_what_the_others_cover():
+    for capability, by_width in WITH_DROPOUT.items():
+        for width, by_kernel in by_width.items():
+            for kernel, special in by_kernel.items():
+                plain = HALF[capability][width][kernel]
+                assert entry(kernel, torch.bfloat16, width, capability, dropout=True) == special != plain
+                assert entry(kernel, torch.float32, width, capability, dropout=True) == FLOAT32[width][kernel]
+                # Lengths choose the kernel, whether or not there is dropout.
+                assert special.keys >= plain.keys
+                assert special.queries >= plain.queries
