@@ -23,7 +23,7 @@ from tests.kernels.formula import (
     unaligned,
     written_out,
 )
-from unimo3.kernels.cross_layer_attention import cross_layer_attention, launch, trial
+from unimo3.kernels.cross_layer_attention import blocks, cross_layer_attention, launch, trial
 from unimo3.kernels.cross_layer_attention.blocks import (
     FLOAT32,
     HALF,
@@ -148,6 +148,15 @@ def test_a_level_without_a_readable_key_adds_zeros():
     masks[1][:] = True
     alone = attend(q, levels[1:], gate[..., 1:], masks[1:])
     torch.testing.assert_close(attend(q, levels, gate, masks)[0], alone[0])
+
+
+@pytest.mark.parametrize(("masked", "gated"), itertools.product((False, True), repeat=2))
+def test_torchs_attention_may_take_a_call_with_one_level(masked, gated, monkeypatch):
+    monkeypatch.setattr(blocks, "ONE_LEVEL_BY_TORCH", True)
+    monkeypatch.setattr(launch, "attend", None)
+    q, levels, gate, mask = on_device(draw((2, 3, 9, 11, 32, 1), masked, gated, dtype=torch.float32))
+    assert_close_to_formula(q, levels, gate, mask, attend(q, levels, gate, mask))
+    assert attend(q, levels, gate, mask, 0.3).isfinite().all()
 
 
 # In float16 and at width 32: each kernel of the table in one of them.

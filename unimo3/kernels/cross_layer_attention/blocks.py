@@ -48,6 +48,10 @@ CAPABILITIES = (80, 90, 100)
 # Head widths are padded to these.
 WIDTHS = (32, 64, 128)
 
+# Who takes a call with one level (the interaction in_layer, and first layers): these kernels, or with True PyTorch's
+# attention, one_level.py. To be decided by the times of `make gpu-check`.
+ONE_LEVEL_BY_TORCH = False
+
 # By compute capability, padded head width and kernel.
 HALF: dict[int, dict[int, dict[str, Blocks]]] = {
     80: {
