@@ -200,6 +200,33 @@ def test_activation_checkpointing_gives_the_same_bits():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_cuda_graph_runs_both_passes_again(dropout_p):
+    q, levels, gate, mask = on_device(draw((2, 2, 35, 70, 32, 2), masked=True, gated=True, dtype=torch.float16))
+
+    def both():
+        out = attend(q, levels, gate, mask, dropout_p)
+        return [out, *gradients(out, [q, *levels, gate])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = both()  # compiled and, by `auto`, tried before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    runs = []
+    for _ in range(2):
+        graph.replay()
+        runs.append([x.clone() for x in captured])
+    others = [runs[1]] if dropout_p else [runs[1], expected]
+    same = [all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in others]
+    assert all(x.isfinite().all() for x in runs[0])
+    assert same == ([False] if dropout_p else [True, True])
+
+
 # Short queries and long ones.
 @pytest.mark.parametrize("tokens", [19, 70])
 def test_one_of_several_levels_may_have_no_key(tokens, nan_filled):
