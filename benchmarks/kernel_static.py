@@ -95,6 +95,10 @@ ALLOWED_SPILLS = {
     ("backward_fused", 64): 72,
     ("backward_fused", 96): 8,
 }
+# Bytes that a thread may spill besides under another Triton than the installed one. 3.6.0 spills 8 to 32 more in some
+# entries, 96 in all at most: of `backward_fused` at 64.
+OTHER_TRITON_BYTES = 32
+_OTHER_TRITON = "KERNEL_STATIC_OTHER_TRITON"
 # Processes of a pool take it from here.
 _RECOMPILE = "KERNEL_STATIC_RECOMPILE"
 
@@ -115,8 +119,10 @@ class Build:
 
 def fits(usage: Resources, build: Build) -> bool:
     """Whether it spills no more than allowed, has the shared memory, and enough warps to hide latencies."""
+    allowed = ALLOWED_SPILLS.get((build.kernel, build.width), 0)
+    allowed += OTHER_TRITON_BYTES if os.environ.get(_OTHER_TRITON) else 0
     return (
-        usage.local_bytes <= ALLOWED_SPILLS.get((build.kernel, build.width), 0)
+        usage.local_bytes <= allowed
         and usage.shared_bytes <= BLOCK_BYTES[build.capability]
         and usage.resident_warps(build.capability, build.blocks.warps) >= MIN_WARPS
     )
@@ -357,7 +363,7 @@ def run_under(version: str, arguments: list[str]) -> int:
         with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as staging:
             subprocess.run([*pip, "--target", f"{staging}/triton"], check=True)
             Path(staging, "triton").rename(folder)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), _OTHER_TRITON: "1"}
     command = [sys.executable, "-m", "benchmarks.kernel_static", *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
