@@ -8,7 +8,8 @@ Stages in order of value, each in a process of its own, so that a failed one doe
     run          with deepspeed: 20 steps of ZeRO-3, killed and resumed, exported in fp16
     variants     with deepspeed: fp16 with loss scaling, activation checkpointing, compiled towers, apex if present
 
-Every line is printed and written when it is measured. A second call continues where the first ended.
+Every line is printed and written when it is measured. A second call continues where the first ended: in the three
+stages of several cases (`RESUMED`) with the next case, in the others with the stage.
 
 Source: none.
 """
@@ -23,7 +24,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,15 +39,27 @@ from unimo3.kernels.cross_layer_attention.dropout import draw_bits, draw_seed
 from unimo3.training.metrics import read_metrics
 
 # Packages that a stage cannot do without.
-NEEDS = {"step": ("transformers", "timm"), "run": ("deepspeed", "webdataset"), "variants": ("deepspeed", "webdataset")}
+_OF_A_RUN = ("deepspeed", "webdataset", "transformers", "timm", "jsonargparse", "safetensors", "tokenizers")
+NEEDS = {"step": ("transformers", "timm", "jsonargparse"), "run": _OF_A_RUN, "variants": _OF_A_RUN}
 RUN_STEPS = 20
+# A line of these is one case, under its label: a second call measures the others.
+RESUMED = ("right", "contestants", "variants")
+# Of a contestant that is to be compared, relative to the largest value; a rounding of bfloat16 is 0.004.
+LARGEST_ERROR = 0.05
+# Of a stage whose time is over, to end what it has started.
+GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the stages run: a GPU, or with `is_dry` a CPU with sizes that only try the stages."""
+    """Where the stages run: a GPU, or with `is_dry` a CPU with sizes that only try the stages.
+
+    Attributes:
+        measured: labels of a stage's cases that an earlier call measured.
+    """
 
     is_dry: bool
+    measured: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +79,8 @@ def right(machine: Machine) -> Iterator[str]:
         for queries, keys, padded in ((text, image, False), (image, text, True), (image, image, True)):
             for dropout_p in (0.0, 0.1):
                 case = kernel.Case("right", batch, heads, queries, keys, 64, 3, padded, dtype, dropout_p)
+                if case.label in machine.measured:
+                    continue
                 inputs, grad = kernel.draw(case, machine.device)
                 q, levels, gate, mask, _ = inputs.values()
                 masks = None if mask is None else [mask]
@@ -98,18 +114,29 @@ def contestants(machine: Machine) -> Iterator[str]:
         cases = [case for case in kernel.gpu_cases() if case.name == "base"]
     names = kernel.CPU_CONTESTANTS[:2] if machine.is_dry else kernel.GPU_CONTESTANTS
     for case in cases:
-        results = kernel.measure(case, names, 1 if machine.is_dry else 15, machine.device)
-        timed = {name: result for name, result in results.items() if isinstance(result, kernel.Result)}
-        failed = [f"{name} failed ({result})" for name, result in results.items() if isinstance(result, str)]
-        others = {name: result for name, result in timed.items() if name != kernel.OURS}
-        if kernel.OURS in timed and others:
-            best, of_ours = min(others, key=lambda name: others[name].both_s), timed[kernel.OURS]
-            each = ", ".join(f"{name} {result.both_s * 1e6:.0f}" for name, result in timed.items())
-            host = "" if of_ours.host_s is None else f"; ours takes {of_ours.host_s * 1e6:.0f} us of the host"
-            ratio = others[best].both_s / of_ours.both_s
-            yield f"{case.label}: {ratio:.2f} times as fast as {best}; us forward and backward: {each}{host}"
-        for line in failed:
-            yield f"{case.label}: {line}"
+        if case.label not in machine.measured:
+            results = kernel.measure(case, names, 1 if machine.is_dry else 15, machine.device)
+            yield f"{case.label}: {compared(results)}"
+
+
+def compared(results: dict[str, kernel.Result | str]) -> str:
+    """Ours next to the best other that is right; who failed or is wrong."""
+    timed = {name: result for name, result in results.items() if isinstance(result, kernel.Result)}
+    parts = [f"{name} failed ({result})" for name, result in results.items() if isinstance(result, str)]
+    # An error that is no number is wrong, too.
+    wrong = [name for name, one in timed.items() if one.error is not None and not one.error <= LARGEST_ERROR]
+    parts += [f"{name} is WRONG (error {timed[name].error:.1e})" for name in wrong]
+    others = {name: result for name, result in timed.items() if name not in (kernel.OURS, *wrong)}
+    of_ours = timed.get(kernel.OURS)
+    if timed:
+        each = ", ".join(f"{name} {result.both_s * 1e6:.0f}" for name, result in timed.items())
+        parts.insert(0, f"us forward and backward: {each}")
+    if of_ours and others:
+        best = min(others, key=lambda name: others[name].both_s)
+        parts.insert(0, f"{others[best].both_s / of_ours.both_s:.2f} times as fast as {best}")
+    if of_ours and of_ours.host_s is not None:
+        parts.append(f"ours takes {of_ours.host_s * 1e6:.0f} us of the host")
+    return "; ".join(parts)
 
 
 def step(machine: Machine) -> Iterator[str]:
@@ -126,13 +153,15 @@ def step(machine: Machine) -> Iterator[str]:
     options = ["--config", recipe, "--gpus", "1", "--objectives.itc.weight", "0", "--json"]
     plan = json.loads(output_of("pretrain.plan", *options))
     cells = next(row for row in rows if row.startswith("| cross_layer |")).split("|")
-    pairs_s, peak_mib = float(cells[3].replace(",", "")), float(cells[-3].replace(",", ""))
+    parameters, pairs_s, peak_mib = (float(cells[index].replace(",", "")) for index in (2, 3, -3))
     flops, peak_flops = sum(plan["flops_per_pair"].values()), plan["machine"]["peak_flops"]
     reached, most = pairs_s * flops / 1e12, peak_flops / 1e12
     yield f"cross_layer: {reached:.1f} TFLOP/s, {reached / most:.1%} of an H100's {most:.0f}"
     each = plan["activation_bytes_per_pair"]
-    planned = next(iter(each.values()))["at_most"] * step_batch(machine) / 2**20
-    yield f"cross_layer: {peak_mib:.0f} MiB at the peak with all states; planned for activations: {planned:.0f} MiB"
+    activations = next(iter(each.values()))["at_most"] * step_batch(machine)
+    # The benchmark's weights, gradients and AdamW's two moments, in float32.
+    planned = (activations + 16 * parameters) / 2**20
+    yield f"cross_layer: {peak_mib:.0f} MiB at the peak; planned: {planned:.0f} MiB of states and activations"
 
 
 def step_batch(machine: Machine) -> int:
@@ -187,7 +216,9 @@ def variants(machine: Machine) -> Iterator[str]:
         options = {name: options[name] for name in ("activation checkpointing",)}
     elif importlib.util.find_spec("apex") is None:
         options = {name: words for name, words in options.items() if "apex" not in name}
-        yield "apex is not installed: its layer norm and FusedAdam are not tried"
+        if "apex" not in machine.measured:
+            yield "apex: is not installed; its layer norm and FusedAdam are not tried"
+    options = {name: words for name, words in options.items() if name not in machine.measured}
     with tempfile.TemporaryDirectory() as name:
         for number, (label, words) in enumerate(options.items()):
             training = _training(machine, Path(name), f"variant{number}", words)
@@ -243,7 +274,7 @@ def _losses(records: list[dict]) -> str:
 
 
 def do_stage(name: str, machine: Machine, log: Path) -> None:
-    """Run a stage here and append each of its lines to the log; a last record marks its end."""
+    """Run what is missing of a stage and append each of its lines to the log; a last record marks its end."""
     missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
 
     def record(**values: object) -> None:
@@ -253,10 +284,22 @@ def do_stage(name: str, machine: Machine, log: Path) -> None:
     if missing:
         record(line=f"not run: {', '.join(missing)} is not installed")
         return
-    for line in STAGES[name](machine):
+    labels = frozenset(line.split(": ")[0] for line in read_log(log)[0][name])
+    for line in STAGES[name](replace(machine, measured=labels)):
         print(line, flush=True)
         record(line=line)
     record(ended=True)
+
+
+def end(stage: subprocess.Popen) -> None:
+    """End a stage that still runs, and whatever it has started."""
+    if stage.poll() is None:
+        stage.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            stage.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(stage.pid, signal.SIGKILL)
+    stage.wait()
 
 
 def read_log(log: Path) -> tuple[dict[str, list[str]], set[str]]:
@@ -317,6 +360,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or ROOT / "benchmarks" / "results" / f"gpu_{kind}.md"
     log = out.with_suffix(".jsonl")
     if args.stage:
+        # What a stage has started ends with it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         do_stage(args.stage, Machine(args.dry_run), log)
         return 0
     deadline, failed = time.monotonic() + args.budget, False
@@ -329,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in ended or left <= 0:
             print(f"{name}: {'ended before' if name in ended else 'no time is left; call again'}", flush=True)
             continue
-        if lines[name]:  # of a call that was cut off
+        if lines[name] and name not in RESUMED:  # of a call that was cut off
             others = [
                 text for text in log.read_text(encoding="utf-8").splitlines() if json.loads(text)["stage"] != name
             ]
@@ -337,14 +382,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}, {left:.0f} s left:", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu", "--stage", name, "--out", str(out)]
         environment = os.environ | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if args.dry_run else {})
-        process = subprocess.Popen([*command, *["--dry-run"] * args.dry_run], cwd=ROOT, env=environment)
+        options = ["--dry-run"] * args.dry_run
+        # In a session of its own, so that all it has started can be ended.
+        process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, start_new_session=True)
         try:
             status = process.wait(left)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             status = 0
             print(f"{name}: the time is over; call again", flush=True)
+        finally:
+            end(process)
         failed |= status != 0
         write(out, log)
     print(out)

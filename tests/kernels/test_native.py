@@ -44,7 +44,7 @@ def attend(q, levels, gate, mask, dropout_p=0.0):
 
 
 @pytest.mark.parametrize(("shape", "masked", "gated"), itertools.product(SHAPES, (False, True), (False, True)))
-def test_output_and_every_gradient_equal_the_formula(shape, masked, gated):
+def test_output_and_every_gradient_equal_the_formula(shape, masked, gated, nan_filled):
     q, levels, gate, mask = draw(shape, masked, gated, dtype=torch.float32)
     assert_close_to_formula(q, levels, gate, mask, attend(q, levels, gate, mask))
 
@@ -57,13 +57,14 @@ def test_inputs_may_be_views_of_any_stride():
     assert_close_to_formula(q, levels, gate, mask, attend(q, levels, gate, mask))
 
 
-def test_levels_may_differ_in_length_and_in_what_is_readable():
-    q, levels, gate, masks = draw_uneven((5, 40, 17), torch.float32)
+@pytest.mark.parametrize("lengths", [(5, 40, 17), (0, 40, 17)])
+def test_levels_may_differ_in_length_and_in_what_is_readable(lengths, nan_filled):
+    q, levels, gate, masks = draw_uneven(lengths, torch.float32)
     assert_close_to_formula(q, levels, gate, masks, attend(q, levels, gate, masks))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 16, 2), (2, 2, 0, 5, 16, 2), (2, 2, 3, 0, 16, 2)])
-def test_no_keys_or_no_queries_give_zeros(shape):
+def test_no_keys_or_no_queries_give_zeros(shape, nan_filled):
     q, levels, gate, mask = draw(shape, masked=False, gated=True, dtype=torch.float32)
     out = attend(q, levels, gate, mask)
     assert torch.equal(out, torch.zeros_like(q))

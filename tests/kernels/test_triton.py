@@ -23,8 +23,17 @@ from tests.kernels.formula import (
     unaligned,
     written_out,
 )
-from unimo3.kernels.cross_layer_attention import cross_layer_attention, launch, trial
-from unimo3.kernels.cross_layer_attention.blocks import Blocks, backward_kernels, entry, fitted, forward_kernel
+from unimo3.kernels.cross_layer_attention import blocks, cross_layer_attention, launch, trial
+from unimo3.kernels.cross_layer_attention.blocks import (
+    FLOAT32,
+    HALF,
+    WITH_DROPOUT,
+    Blocks,
+    backward_kernels,
+    entry,
+    fitted,
+    forward_kernel,
+)
 from unimo3.kernels.cross_layer_attention.trial import tried, triton_works
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,19 +78,6 @@ def drawn_shapes(number):
 
 # Samples, heads, levels and blocks of both kinds.
 SEVERAL_OF_ALL = (2, 3, 40, 50, 32, 3), True, True, False
-
-
-@pytest.fixture
-def nan_filled(monkeypatch):
-    """Outputs start as NaN, so what a kernel leaves unwritten is seen."""
-    empty = torch.Tensor.new_empty
-
-    def filled(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() and not made.is_meta else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-    monkeypatch.setattr(torch, "empty_like", lambda x, **kwargs: filled(x, x.shape))
 
 
 @pytest.mark.parametrize(("shape", "masked", "gated", "has_strides"), [*drawn_shapes(42), SEVERAL_OF_ALL])
@@ -154,6 +150,24 @@ def test_a_level_without_a_readable_key_adds_zeros():
     torch.testing.assert_close(attend(q, levels, gate, masks)[0], alone[0])
 
 
+@pytest.mark.parametrize(("masked", "gated"), itertools.product((False, True), repeat=2))
+def test_torchs_attention_may_take_a_call_with_one_level(masked, gated, monkeypatch):
+    monkeypatch.setattr(blocks, "ONE_LEVEL_BY_TORCH", True)
+    monkeypatch.setattr(launch, "attend", None)
+    q, levels, gate, mask = on_device(draw((2, 3, 9, 11, 32, 1), masked, gated, dtype=torch.float32))
+    assert_close_to_formula(q, levels, gate, mask, attend(q, levels, gate, mask))
+    assert attend(q, levels, gate, mask, 0.3).isfinite().all()
+
+
+# In float16 and at width 32: each kernel of the table in one of them.
+LENGTHS_OF_ALL = {
+    (35, 21): ("forward_short", "backward_fused"),
+    (35, 70): ("forward", "backward_fused"),
+    (70, 21): ("forward_short", "backward_query_short", "backward_key"),
+    (70, 70): ("forward", "backward_query", "backward_key"),
+}
+
+
 @pytest.mark.parametrize("levels", [1, 3])
 def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
     assert_dropout_is_the_formulas(
@@ -161,19 +175,67 @@ def test_dropout_drops_a_key_at_all_levels_alike_forward_and_backward(levels):
     )
 
 
-def test_two_runs_and_activation_checkpointing_give_the_same_bits():
+@pytest.mark.parametrize("sizes", LENGTHS_OF_ALL)
+def test_every_kernel_drops_by_the_bits_and_repeats_itself(sizes, nan_filled):
+    q, levels, gate, mask = on_device(draw((2, 2, *sizes, 32, 2), masked=True, gated=True, dtype=torch.float16))
+    lengths = (sizes[1],) * len(levels)
+    if DEVICE == "cpu":  # a GPU's table may choose others
+        assert (forward_kernel(q, lengths, 1), *backward_kernels(q, lengths, 1)) == LENGTHS_OF_ALL[sizes]
+    assert_dropout_is_the_formulas(attend, (q, levels, gate, mask), tolerance=TYPES[torch.float16])
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        out = attend(q, levels, gate, mask, 0.3)
+        runs.append([out, *gradients(out, [q, *levels, gate])])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_activation_checkpointing_gives_the_same_bits():
     q, levels, gate, mask = on_device(draw((2, 2, 19, 33, 32, 2), masked=True, gated=True, dtype=torch.float32))
     results = []
-    for run in (attend, attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
+    for run in (attend, lambda *args: checkpoint(attend, *args, use_reentrant=False)):
         torch.manual_seed(4)
         out = run(q, levels, gate, mask, 0.3)
         results.append([out, *gradients(out, [q, *levels, gate])])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_cuda_graph_runs_both_passes_again(dropout_p):
+    q, levels, gate, mask = on_device(draw((2, 2, 35, 70, 32, 2), masked=True, gated=True, dtype=torch.float16))
+
+    def both():
+        out = attend(q, levels, gate, mask, dropout_p)
+        return [out, *gradients(out, [q, *levels, gate])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = both()  # compiled and, by `auto`, tried before the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    runs = []
+    for _ in range(2):
+        graph.replay()
+        runs.append([x.clone() for x in captured])
+    others = [runs[1]] if dropout_p else [runs[1], expected]
+    same = [all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in others]
+    assert all(x.isfinite().all() for x in runs[0])
+    assert same == ([False] if dropout_p else [True, True])
+
+
+# Short queries and long ones.
+@pytest.mark.parametrize("tokens", [19, 70])
+def test_one_of_several_levels_may_have_no_key(tokens, nan_filled):
+    q, levels, gate, masks = on_device(draw_uneven((0, 40, 17), torch.float32, tokens=tokens))
+    assert_close_to_formula(q, levels, gate, masks, attend(q, levels, gate, masks))
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 32, 2), (2, 2, 0, 5, 32, 2), (2, 2, 3, 0, 32, 2)])
-def test_no_keys_or_no_queries_give_zeros(shape):
+def test_no_keys_or_no_queries_give_zeros(shape, nan_filled):
     q, levels, gate, mask = on_device(draw(shape, masked=False, gated=True, dtype=torch.float32))
     out = attend(q, levels, gate, mask)
     assert torch.equal(out, torch.zeros_like(q))
@@ -289,6 +351,12 @@ def test_the_table_chooses_kernels_and_blocks_by_lengths():
     assert kernels(325, (0,))[-1] == "backward_query_short"  # there is no key to differentiate
 
 
+def test_on_hopper_two_groups_of_warps_never_compute_the_same_rows():
+    tables = [*HALF[90].values(), *WITH_DROPOUT[90].values()]
+    entries = [one for by_kernel in tables for one in by_kernel.values()]
+    assert all(one.warps < 8 or one.queries >= 128 for one in entries)
+
+
 def test_blocks_are_no_larger_than_lengths_need():
     largest = Blocks(64, 64, 4, 2)
     assert fitted(largest, 20, 325) == Blocks(32, 64, 4, 2)
@@ -297,3 +365,15 @@ def test_blocks_are_no_larger_than_lengths_need():
     # Heads of 96 are padded to 128; float32 has separate entries.
     assert entry("backward_query", torch.float16, 96, 90) == entry("backward_query", torch.float16, 128, 90)
     assert entry("forward", torch.float32, 128, 80) != entry("forward", torch.float16, 128, 80)
+
+
+def test_entries_of_dropout_cover_what_the_others_cover():
+    for capability, by_width in WITH_DROPOUT.items():
+        for width, by_kernel in by_width.items():
+            for kernel, special in by_kernel.items():
+                plain = HALF[capability][width][kernel]
+                assert entry(kernel, torch.bfloat16, width, capability, dropout=True) == special != plain
+                assert entry(kernel, torch.float32, width, capability, dropout=True) == FLOAT32[width][kernel]
+                # Lengths choose the kernel, whether or not there is dropout.
+                assert special.keys >= plain.keys
+                assert special.queries >= plain.queries

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unimo3.kernels.cross_layer_attention import native
+from unimo3.kernels.cross_layer_attention import blocks, native
 from unimo3.kernels.cross_layer_attention.dropout import draw_bits, draw_seed
+from unimo3.kernels.cross_layer_attention.one_level import attend_one_level
 from unimo3.kernels.cross_layer_attention.op import longest_of
 from unimo3.kernels.cross_layer_attention.reference import cross_layer_attention_reference
 from unimo3.kernels.cross_layer_attention.trial import triton_works
@@ -63,6 +64,8 @@ def cross_layer_attention(
     if not torch.compiler.is_compiling():
         _log_choice(chosen, q.device.type, q.dtype)
     if chosen == "triton":
+        if blocks.ONE_LEVEL_BY_TORCH and len(levels) == 1 and levels[0].shape[1]:
+            return attend_one_level(q, levels[0], gate, masks[0] if masks else None, dropout_p)
         # Imported where it is used: it takes a second, and machines without a GPU have no use for it.
         from unimo3.kernels.cross_layer_attention import launch
 

@@ -6,7 +6,8 @@ width, with fewer levels and without padding or dropout too. It drops those that
 memory of a block or leave fewer than 8 warps to a multiprocessor. Of the rest it takes the one whose innermost loop
 issues the fewest instructions for 64 queries by 64 keys, summed over warps: what several warps compute alike counts as
 often as it is computed. Blocks of 128 are not among them: texts of 50 tokens and images of 197 to 442 would fill them
-badly.
+badly. On 9.0 three stages are among the candidates: of most kernels they issue as many instructions as two or up to 4 %
+more, of `backward_key` and `backward_fused` they spill.
 
 ``UNIMO3_AUTOTUNE=1`` times candidates on this GPU instead, see launch.py.
 
@@ -46,6 +47,10 @@ MIN_BLOCK = 16
 CAPABILITIES = (80, 90, 100)
 # Head widths are padded to these.
 WIDTHS = (32, 64, 128)
+
+# Who takes a call with one level (the interaction in_layer, and first layers): these kernels, or with True PyTorch's
+# attention, one_level.py. To be decided by the times of `make gpu-check`.
+ONE_LEVEL_BY_TORCH = False
 
 # By compute capability, padded head width and kernel.
 HALF: dict[int, dict[int, dict[str, Blocks]]] = {
@@ -128,6 +133,10 @@ HALF: dict[int, dict[int, dict[str, Blocks]]] = {
         },
     },
 }
+# With dropout, where other blocks issue fewer instructions then: looked for at the recipes' width on 9.0.
+WITH_DROPOUT: dict[int, dict[int, dict[str, Blocks]]] = {
+    90: {64: {"forward_short": Blocks(64, 64, 4, 3), "backward_query": Blocks(64, 64, 4, 2)}},
+}
 # Without tensor cores, one entry for all capabilities.
 FLOAT32: dict[int, dict[str, Blocks]] = {
     32: {
@@ -176,9 +185,9 @@ def _is_one_block(kernel: str, q: Tensor, lengths: Sequence[int], num_masks: int
     return num_masks <= 1 and len(set(lengths)) == 1 and lengths[0] <= _maxima(kernel, q).keys
 
 
-def blocks_for(kernel: str, q: Tensor, longest: int) -> Blocks:
+def blocks_for(kernel: str, q: Tensor, longest: int, dropout: bool) -> Blocks:
     """The entry for queries [B, T, H, d] on their device, and levels of up to `longest` keys."""
-    return fitted(_maxima(kernel, q), q.shape[1], longest)
+    return fitted(_maxima(kernel, q, dropout), q.shape[1], longest)
 
 
 def fitted(blocks: Blocks, queries: int, longest: int) -> Blocks:
@@ -190,11 +199,11 @@ def fitted(blocks: Blocks, queries: int, longest: int) -> Blocks:
     return blocks._replace(queries=enough(blocks.queries, queries), keys=enough(blocks.keys, longest))
 
 
-def _maxima(kernel: str, q: Tensor) -> Blocks:
-    return entry(kernel, q.dtype, q.shape[-1], _capability(q.device))
+def _maxima(kernel: str, q: Tensor, dropout: bool = False) -> Blocks:
+    return entry(kernel, q.dtype, q.shape[-1], _capability(q.device), dropout)
 
 
-def entry(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Blocks:
+def entry(kernel: str, dtype: torch.dtype, width: int, capability: int, dropout: bool = False) -> Blocks:
     """The table's entry.
 
     Args:
@@ -203,6 +212,9 @@ def entry(kernel: str, dtype: torch.dtype, width: int, capability: int) -> Block
         capability: one of `CAPABILITIES`.
     """
     padded = next(size for size in WIDTHS if width <= size)
+    special = WITH_DROPOUT.get(capability, {}).get(padded, {}).get(kernel)
+    if dropout and special and dtype.itemsize <= 2:
+        return special
     return (FLOAT32 if dtype.itemsize > 2 else HALF[capability])[padded][kernel]
 
 

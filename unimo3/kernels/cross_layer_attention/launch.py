@@ -96,7 +96,7 @@ class _Pass:
                 self._compile(name, arguments)
 
     def _compile(self, name: str, arguments: tuple[Any, ...]) -> None:
-        entry = blocks_for(name, self.q, self.longest)
+        entry = blocks_for(name, self.q, self.longest, self.has_bits)
         constants = {**self.constants(), "BLOCK_T": entry.queries, "BLOCK_V": entry.keys}
         programs, function = self._programs(name, constants), FUNCTIONS[name]
         compiled = function[self.pairs * programs,](
