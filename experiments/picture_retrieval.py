@@ -32,13 +32,13 @@ SPLITS = {"pilot": "val", "run": "test"}
 class PictureSettings(RunSettings):
     """Of the runs on emoji and clip art."""
 
-    vocabulary: int = 2000
+    vocabulary: int = 1000
     """Entries of the tokenizer, which is trained on the training captions."""
-    pretraining_steps: int = 300
+    pretraining_steps: int = 800
     """Optimizer steps of MLM, ITM and ITC together."""
     tuning_steps: int = 60
     """Optimizer steps of fine-tuning with hard negatives."""
-    crop_scale: float = 0.6
+    crop_scale: float = 0.8
     """Least fraction of a training picture's area in a random crop."""
     gallery: int = 8
     """Pictures that are ranked for a caption, and whose captions are ranked for each of them."""
