@@ -370,9 +370,11 @@ def test_readers_are_forked_whatever_the_default_start_method_is(coco, tokenizer
 @pytest.mark.integration
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_reader_is_an_error_not_a_hang(coco, tokenizer, capfd, busy):
+    before = set(multiprocessing.active_children())  # of other tests
     batches = loader(pretrain_samples(coco / "train", tokenizer), reader=ReaderArgs(1, 1))
     next(batches)
-    multiprocessing.active_children()[-1].kill()
+    (reader,) = set(multiprocessing.active_children()) - before
+    reader.kill()
     deadline = time.monotonic() + PATIENCE_S
 
     @exit_with_status

@@ -269,7 +269,7 @@ def test_a_pilot_alone_gives_numbers_of_seeds_and_no_comparison(tmp_path):
     report = (tmp_path / "r.md").read_text()
     assert "The experiment has not been run" in report
     assert "## Comparisons" not in report
-    assert "| toy_vqa | cross_layer_bridge - bridge | +0.0200 | 0.0141 | 26 | 9 |" in report
+    assert "| toy_vqa | cross_layer_bridge - bridge | +0.0200 | 0.0141 | 28 | 10 |" in report
 
 
 def test_runs_that_do_not_compare_are_refused(tmp_path):
@@ -283,8 +283,8 @@ def test_runs_that_do_not_compare_are_refused(tmp_path):
         check([*lines, line("bridge", 1, 0.6)], tmp_path)
 
 
-def test_a_further_variant_is_compared_with_the_bridges():
-    assert [one[1:] for one in comparisons([*COMPARED, "cross_layer_bridge_even"])] == 2 * [
+def test_both_cross_layer_variants_are_compared_with_the_bridges():
+    assert [one[1:] for one in comparisons([*COMPARED, PEER])] == 2 * [
         ("cross_layer_bridge", "bridge"),
         ("cross_layer_bridge", "in_layer"),
         ("cross_layer_bridge_even", "bridge"),
