@@ -161,7 +161,8 @@ def test_expired_credentials_leave_neither_export_nor_initial_weights(s3, export
 
 
 def test_what_is_no_weights_is_refused(s3, run, tmp_path):  # noqa: F811
-    with pytest.raises(CheckpointError, match=r"init or model.init: 's3://.*/model': is neither an exported folder") as error:
+    message = r"init or model.init: 's3://.*/model': is neither an exported folder"
+    with pytest.raises(CheckpointError, match=message) as error:
         model_files_of(f"{URL}/none/model", tmp_path / "new")
     assert error.value.exit_status == 78
     with pytest.raises(CheckpointError, match="--tag step_00000009: no complete checkpoint in"):
