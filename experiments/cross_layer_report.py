@@ -7,6 +7,7 @@ Source: see `paired`.
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,6 +18,7 @@ from experiments.cross_layer_plan import (
     DATA_SETS,
     EFFECT,
     POWER,
+    SEEDS,
     Comparison,
     Line,
     comparisons,
@@ -45,12 +47,12 @@ def write_cross_layer(results: Path) -> None:
     check(runs, results)
     picture = results.with_name(f"{results.stem}_gates.png")
     parts = ["`experiments/cross_layer_design.md` has the hypothesis, the tests and what counts as support."]
+    missing = num_missing(runs)
+    parts.append(f"**{missing} runs are missing.** Nothing is tested before all are done." if missing else _tests(runs))
     if runs:
-        parts += [_comparison_part(runs), _metrics_part(runs), _forced_part(runs), _cost_part(runs)]
-        parts.append(_gates_part(runs, picture))
+        parts += [_metrics_part(runs), _forced_part(runs), _cost_part(runs), _gates_part(runs, picture)]
     else:
         picture.unlink(missing_ok=True)
-        parts.append("**The experiment has not been run.** There is only the pilot, which decides nothing.")
     parts.append(_pilot_part([line for line in lines if line["stage"] == "pilot"]))
     title = "Cross-layer interaction, a designed experiment"
     write_report(results.with_suffix(".md"), title, "\n\n".join(filter(None, parts)))
@@ -75,6 +77,13 @@ def check(runs: Sequence[Line], results: Path) -> None:
             raise DataError(f"{results}: {data_set.name} {variant} seed {seed} is there twice; remove a line")
 
 
+def num_missing(runs: Sequence[Line]) -> int:
+    """How many of the designed runs are not among these."""
+    done = {(line["data_set"], line["variant"], line["seed"]) for line in runs}
+    names = [data_set.name for data_set in DATA_SETS]
+    return len({*product(names, COMPARED, SEEDS["run"])} - done)
+
+
 def differences(lines: Sequence[Line], comparison: Comparison, metric: str) -> list[float]:
     """One for each seed that both variants have, in the order of the seeds."""
     ours, theirs = (
@@ -93,7 +102,7 @@ def compare_variants(runs: Sequence[Line]) -> list[tuple[Comparison, int, Paired
     return [(one, len(each[one]), test, corrected[str(one)]) for one, test in results.items()]
 
 
-def _comparison_part(runs: Sequence[Line]) -> str:
+def _tests(runs: Sequence[Line]) -> str:
     rows = []
     for one, num_seeds, test, corrected in compare_variants(runs):
         interval = f"{test.mean - test.half_width:+.4f} to {test.mean + test.half_width:+.4f}"

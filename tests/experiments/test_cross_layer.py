@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from PIL import Image, ImageFont
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from experiments import cross_layer, pictures
-from experiments.cross_layer_plan import COMPARED, SETTINGS, Comparison, Run, append_line, comparisons, read_lines
+from experiments.cross_layer_plan import (
+    COMPARED,
+    SEEDS,
+    SETTINGS,
+    Comparison,
+    Run,
+    append_line,
+    comparisons,
+    read_lines,
+)
 from experiments.cross_layer_report import check, compare_variants, differences, write_cross_layer
 from experiments.peer import PEER, PeerPretrainingLoss
 from experiments.picture_retrieval import PictureRetrieval, PictureSettings
@@ -236,12 +246,11 @@ def write(path, lines):
     return path
 
 
-@pytest.mark.integration
-def test_variants_are_tested_within_a_seed_and_corrected_together(tmp_path):
+def test_variants_are_tested_within_a_seed_and_corrected_together():
     lines = [line("in_layer", seed, 0.5 + seed / 10 - seed % 2 / 1000) for seed in range(4)]
     lines += [line("bridge", seed, 0.51 + seed / 10 + seed / 1000) for seed in range(4)]
     # Two seeds are missing here, and one there.
-    lines += [line("cross_layer_bridge", seed, 0.53 + seed / 10, forced=0.25) for seed in (0, 1, 2, 9)]
+    lines += [line("cross_layer_bridge", seed, 0.53 + seed / 10) for seed in (0, 1, 2, 9)]
     # The peer is shown, not tested.
     lines += [line(PEER, seed, 0.25 + seed / 10) for seed in range(4)]
     to_reference = Comparison("toy_vqa", "cross_layer_bridge", "in_layer")
@@ -253,12 +262,25 @@ def test_variants_are_tested_within_a_seed_and_corrected_together(tmp_path):
     # Holm: the smaller p-value counts twice, the larger once.
     assert 0 < clear.p < test.p == corrected
     assert clear_corrected == 2 * clear.p
+
+
+@pytest.mark.integration
+def test_nothing_is_tested_before_all_runs_are_done(tmp_path):
+    lines = [line(PEER, seed, 0.4 + seed % 2 / 10) for seed in SEEDS["run"]]
+    for data_set, (number, variant), seed in product(SETTINGS, enumerate(COMPARED), SEEDS["run"]):
+        value = 0.5 + number / 100 + seed % 2 * number / 1000
+        lines.append(line(variant, seed, value, data_set=data_set, forced=0.25 if number > 1 else None))
+    write_cross_layer(write(tmp_path / "r.jsonl", lines[:-3]))
+    report = (tmp_path / "r.md").read_text()
+    assert "**3 runs are missing.** Nothing is tested before all are done." in report
+    assert "corrected" not in report
     write_cross_layer(write(tmp_path / "r.jsonl", lines))
     report = (tmp_path / "r.md").read_text()
-    assert "| toy_vqa | cross_layer_bridge - bridge | 3 | +0.0190 | +0.0165 to +0.0215 |" in report
+    assert "| toy_vqa | cross_layer_bridge - bridge | 12 | +0.0105 | +0.0102 to +0.0108 |" in report
+    assert "| pictures | cross_layer_bridge_even - bridge | 12 | +0.0210 |" in report
     assert "| toy_vqa | cross_layer_bridge | partner | -0.2500 ± 0.0000 |" in report
-    assert "for the 2 rows of the table" in report
-    assert "| bridgetower | 0.4000 ± 0.1291 |" in report
+    assert "for the 6 rows of the table" in report
+    assert "| bridgetower | 0.4500 ± 0.0522 |" in report
     assert (tmp_path / "r_gates.png").exists()
 
 
@@ -267,8 +289,8 @@ def test_a_pilot_alone_gives_numbers_of_seeds_and_no_comparison(tmp_path):
     values = [("bridge", 0, 0.5), ("bridge", 1, 0.6), ("cross_layer_bridge", 0, 0.51), ("cross_layer_bridge", 1, 0.63)]
     write_cross_layer(write(tmp_path / "r.jsonl", [line(*one, stage="pilot") for one in values]))
     report = (tmp_path / "r.md").read_text()
-    assert "The experiment has not been run" in report
-    assert "## Comparisons" not in report
+    assert "**96 runs are missing.**" in report
+    assert "corrected" not in report
     assert "| toy_vqa | cross_layer_bridge - bridge | +0.0200 | 0.0141 | 28 | 10 |" in report
 
 
