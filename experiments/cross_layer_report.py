@@ -30,7 +30,7 @@ from unimo3.gate_map import draw_maps
 from unimo3.model.args import ModelArgs
 
 DEFAULT_GATE_INIT = ModelArgs().gate_init
-SHOWN = ("vqa_", "tr_", "ir_", "recall_")
+SHOWN = ("vqa_", "tr_", "ir_", "recall_", "auc")
 """How the names of the metrics begin that are listed."""
 
 

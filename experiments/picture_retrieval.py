@@ -3,7 +3,8 @@
 Source: ALBEF, arXiv 2107.07651, sections 3.2 and 4, for training on hard negatives and scores by matching.
 """
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from unimo3.data.loader import evaluation_batches
 from unimo3.data.transforms import ImageTransform
 from unimo3.distributed import World
 from unimo3.metrics.recall import first_ranks
+from unimo3.model.args import ModelArgs
 from unimo3.objectives.retrieval import RetrievalLoss
 from unimo3.training.evaluation import Unguarded, to_device
 from unimo3.training.retrieval.states import Towers
@@ -38,10 +40,17 @@ class PictureSettings(RunSettings):
     """Optimizer steps of MLM, ITM and ITC together."""
     tuning_steps: int = 60
     """Optimizer steps of fine-tuning with hard negatives."""
-    crop_scale: float = 0.8
+    crop_scale: float = 0.5
     """Least fraction of a training picture's area in a random crop."""
+    dropout: float = 0.1
+    """Of the text tower and of the fusion encoder."""
     gallery: int = 8
     """Pictures that are ranked for a caption, and whose captions are ranked for each of them."""
+
+    def model(self, variant: str) -> ModelArgs:
+        """See `RunSettings`."""
+        args = super().model(variant)
+        return replace(args, dropout=self.dropout, text=replace(args.text, dropout=self.dropout))
 
     def validate(self) -> list[str]:
         """See `RunSettings`."""
@@ -106,7 +115,10 @@ class PictureRetrieval(DataSet):
 
     @torch.no_grad()
     def _recall(self, task: RetrievalLoss, split: str) -> dict[str, float]:
-        """Recall at 1 in galleries, which are the same for all variants and seeds; what is over is in none."""
+        """Recall at 1 and AUC in galleries, which are the same for all variants and seeds; what is over is in none.
+
+        AUC is the mean fraction of a query's wrong candidates that score lower than its best right one.
+        """
         size = self.settings.gallery
         transform = ImageTransform(self.settings.image_size)
         samples = CaptionedImages(ShardIndex(self.shards / split), self.tokenizer(), CAPTION_TOKENS, transform, 0)
@@ -116,7 +128,7 @@ class PictureRetrieval(DataSet):
         assert embeddings is not None
         (images,), (texts,) = towers.image_blocks(), towers.text_blocks()
         order = torch.randperm(len(embeddings.images), generator=torch.Generator().manual_seed(0))
-        ranks: dict[str, list[Tensor]] = {"tr_at_1": [], "ir_at_1": [], "tr_at_1_towers": [], "ir_at_1_towers": []}
+        found: dict[str, list[Tensor]] = defaultdict(list)
         for gallery in order[: len(order) // size * size].split(size):
             members = torch.isin(embeddings.image_of, gallery).nonzero().flatten()
             is_right = gallery[:, None] == embeddings.image_of[members]
@@ -130,11 +142,13 @@ class PictureRetrieval(DataSet):
             )
             similarities = embeddings.images[gallery] @ embeddings.texts[members].T
             for suffix, scores in (("", report["scores"].view_as(is_right)), ("_towers", similarities)):
-                ranks[f"tr_at_1{suffix}"].append(first_ranks(scores, is_right))
-                ranks[f"ir_at_1{suffix}"].append(first_ranks(scores.T, is_right.T))
-        metrics = {name: (torch.cat(of_queries) == 0).double().mean().item() for name, of_queries in ranks.items()}
-        ways = {"": self.primary, "_towers": f"{self.primary}_towers"}
-        return metrics | {name: (metrics[f"tr_at_1{way}"] + metrics[f"ir_at_1{way}"]) / 2 for way, name in ways.items()}
+                for way, queries, right in (("tr", scores, is_right), ("ir", scores.T, is_right.T)):
+                    ranks = first_ranks(queries, right)
+                    found[f"{way}_at_1{suffix}"].append((ranks == 0).double())
+                    found[f"{way}_auc{suffix}"].append(1 - ranks / (~right).sum(dim=1))
+        metrics = {name: torch.cat(of_queries).mean().item() for name, of_queries in found.items()}
+        both = {"recall_at_1": "at_1", "auc": "auc", "recall_at_1_towers": "at_1_towers", "auc_towers": "auc_towers"}
+        return metrics | {name: (metrics[f"tr_{of}"] + metrics[f"ir_{of}"]) / 2 for name, of in both.items()}
 
     @torch.no_grad()
     def _recorded(self, model: Any, split: str) -> GateRecorder:

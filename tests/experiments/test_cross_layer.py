@@ -91,6 +91,8 @@ def test_a_run_is_a_line_with_metrics_gates_and_what_forcing_costs(finished):
     retrieval = of["pictures", "cross_layer_bridge"]
     both = retrieval["metrics"]["tr_at_1"] + retrieval["metrics"]["ir_at_1"]
     assert retrieval["metrics"]["recall_at_1"] == pytest.approx(both / 2)
+    # In a gallery of two a text has one wrong picture.
+    assert retrieval["metrics"]["ir_auc"] == pytest.approx(retrieval["metrics"]["ir_at_1"])
     assert retrieval["gates"].keys() == {"overall", "pairs"}
     assert retrieval["data"] == of["pictures", "bridge"]["data"] != gated["data"]
     assert "commit" in retrieval["machine"]
