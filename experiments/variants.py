@@ -15,12 +15,8 @@ REFERENCE = "in_layer"
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {"interaction": "in_layer", "bridge": False},
     "bridge": {"interaction": "in_layer", "bridge": True},
-    "cross_layer_token": {"interaction": "cross_layer", "gate": "token", "bridge": False},
-    "cross_layer_static": {"interaction": "cross_layer", "gate": "static", "bridge": False},
-    "cross_layer_uniform": {"interaction": "cross_layer", "gate": "uniform", "bridge": False},
     "cross_layer_bridge": {"interaction": "cross_layer", "gate": "token", "bridge": True},
     "cross_layer_bridge_even": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_init": 0.5},
-    "cross_layer_unimodal": {"interaction": "cross_layer", "gate": "token", "bridge": False, "unimodal_levels": 2},
     "cross_layer_bridge_fast": {"interaction": "cross_layer", "gate": "token", "bridge": True, "gate_rate": 10.0},
     "cross_layer_bridge_joint": {
         "interaction": "cross_layer",
@@ -34,8 +30,6 @@ TRIALS = ("gate_rate", "joint_gate")
 """Of a variant: what `gate_trials` does to the model. All other entries are the model's settings."""
 TWIN = "bridge"
 """The variant whose depths and widths the peer has."""
-# Keys and values of tower layers are parameters that no other variant has a use for.
-LARGER_VARIANTS = ("cross_layer_unimodal",)
 MOST_SIZE_DIFFERENCE = 0.02
 """Relative difference to the reference's parameters up to which a variant is of equal size."""
 PATCH_SIZE = 16
@@ -111,17 +105,16 @@ class RunSettings:
         models = {name: self.model(name) for name in VARIANTS}
         # An error that all variants have is reported once.
         quick = dict.fromkeys(error for model in models.values() for error in model.quick_errors())
-        # These take long, and the towers of most variants are equal.
-        names = (REFERENCE, *LARGER_VARIANTS)
-        return list(quick or dict.fromkeys(error for name in names for error in models[name].slow_errors()))
+        # Of one variant: these checks take long, and the towers of all variants are equal.
+        return list(quick) or models[REFERENCE].slow_errors()
 
     def size_errors(self, variants: Iterable[str]) -> list[str]:
-        """Return which variants cannot be built or, although they should not, differ in size, one line each."""
+        """Return which variants cannot be built or, differ in size, one line each."""
         contestants = {name: self.contestant(name) for name in dict.fromkeys((REFERENCE, *variants))}
         if errors := [error for contestant in contestants.values() for error in contestant.errors()]:
             return errors
         sizes = {name: contestant.num_parameters() for name, contestant in contestants.items()}
-        excess = {name: size / sizes[REFERENCE] - 1 for name, size in sizes.items() if name not in LARGER_VARIANTS}
+        excess = {name: size / sizes[REFERENCE] - 1 for name, size in sizes.items()}
         return [
             f"layers {self.layers}, width {self.width}: {name} has {part:+.1%} parameters compared with {REFERENCE}; "
             f"sizes within {MOST_SIZE_DIFFERENCE:.0%} compare: use fewer layers or more width"

@@ -202,8 +202,8 @@ def test_variants_have_equal_initial_values(work):
 
 def test_sizes_of_the_defaults_compare_and_small_ones_do_not():
     assert SETTINGS["toy_vqa"].size_errors([*VARIANTS, PEER]) == SETTINGS["pictures"].size_errors(COMPARED) == []
-    (problem,) = replace(SETTINGS["pictures"], width=8, layers=8).size_errors(["in_layer", "cross_layer_token"])
-    assert "cross_layer_token has +" in problem
+    (problem,) = replace(SETTINGS["pictures"], width=8, layers=8).size_errors(["in_layer", "cross_layer_bridge"])
+    assert "cross_layer_bridge has +" in problem
     (problem,) = replace(SETTINGS["toy_vqa"], width=32).size_errors(["bridge", PEER])
     assert problem == "width 32: bridgetower's image heads are 64 wide; a multiple of that is needed"
 
