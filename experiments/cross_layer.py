@@ -37,9 +37,8 @@ from experiments.data_sets import DataSet, Stage
 from experiments.peer import PEER
 from experiments.picture_retrieval import PictureRetrieval, PictureSettings
 from experiments.toy_vqa import ToyVqa, ToyVqaSettings
-from experiments.training import num_parameters
 from experiments.variants import VARIANTS, RunSettings
-from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.errors import CommandParser, ConfigError, DivergedError, exit_with_status
 
 RESULTS = ROOT / "experiments" / "results"
 
@@ -54,23 +53,16 @@ def data_set_of(name: str, args: Namespace, settings: dict[str, RunSettings]) ->
 
 
 def do_one(run: Run, data_set: DataSet, results: Path) -> None:
-    """Train and measure in this process, and append the line."""
+    """Train and measure in this process, and append the line. A run that diverges has the metric of a guess."""
     started = time.perf_counter()
-    outcome = data_set.run(run.variant, run.seed, run.stage)
+    try:
+        measured = data_set.run(run.variant, run.seed, run.stage).to_line()
+    except DivergedError as error:
+        measured = {"diverged": str(error), "metrics": {data_set.primary: data_set.guess()}}
+    identity = run.identity(data_set.settings) | {"data": data_set.digest()}
     append_line(
         results,
-        run.identity(data_set.settings)
-        | {
-            "data": data_set.digest(),
-            "metrics": outcome.metrics,
-            "gates": outcome.gates,
-            "gate_spreads": outcome.gate_spreads,
-            "forced": outcome.forced,
-            "parameters": num_parameters(outcome.model),
-            "training": outcome.training,
-            "seconds": round(time.perf_counter() - started, 1),
-            "machine": machine(),
-        },
+        identity | measured | {"seconds": round(time.perf_counter() - started, 1), "machine": machine()},
     )
 
 

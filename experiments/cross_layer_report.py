@@ -50,7 +50,10 @@ def write_cross_layer(results: Path) -> None:
     missing = num_missing(runs)
     parts.append(f"**{missing} runs are missing.** Nothing is tested before all are done." if missing else _tests(runs))
     if runs:
-        parts += [_metrics_part(runs), _forced_part(runs), _cost_part(runs), _gates_part(runs, picture)]
+        complete = [line for line in runs if "diverged" not in line]
+        parts.append(_diverged_part([line for line in runs if "diverged" in line]))
+        parts += [_metrics_part(complete), _forced_part(complete), _cost_part(complete)]
+        parts.append(_gates_part(complete, picture))
     else:
         picture.unlink(missing_ok=True)
     parts.append(_pilot_part([line for line in lines if line["stage"] == "pilot"]))
@@ -103,19 +106,38 @@ def compare_variants(runs: Sequence[Line]) -> list[tuple[Comparison, int, Paired
 
 
 def _tests(runs: Sequence[Line]) -> str:
+    """Of the designed runs; further ones are only shown."""
+    designed = [line for line in runs if line["seed"] in SEEDS["run"] and line["variant"] in COMPARED]
     rows = []
-    for one, num_seeds, test, corrected in compare_variants(runs):
-        interval = f"{test.mean - test.half_width:+.4f} to {test.mean + test.half_width:+.4f}"
-        name = f"{one.variant} - {one.reference}"
+    for one, num_seeds, test, corrected in compare_variants(designed):
         effect, p = f"{test.effect:+.2f}", f"{test.p:.4f}"
-        rows.append([one.data_set, name, str(num_seeds), f"{test.mean:+.4f}", interval, effect, p, f"{corrected:.4f}"])
-    header = ["data set", "difference", "seeds", "mean", "95 % interval", "effect size", "p", "p, corrected"]
-    commits = ", ".join(sorted({line["machine"]["commit"] for line in runs}))
+        rows.append([*_interval(one, test), str(num_seeds), effect, p, f"{corrected:.4f}"])
+    header = ["data set", "difference", "mean", "95 % interval"]
+    choice = []
+    for data_set in DATA_SETS:
+        one = Comparison(data_set.name, "cross_layer_bridge_even", "cross_layer_bridge")
+        choice.append(_interval(one, paired(differences(designed, one, data_set.primary))))
+    commits = ", ".join(sorted({line["machine"]["commit"] for line in designed}))
     return (
-        f"## Comparisons\n\n{_markdown(header, rows)}\n\nPaired t tests of the primary metrics, two-sided. The last "
-        f"column is corrected by Holm's method for the {len(rows)} rows of the table. The effect size is the mean in "
-        f"standard deviations of the differences. Runs made at: {commits}."
+        f"## Comparisons\n\n{_markdown([*header, 'seeds', 'effect size', 'p', 'p, corrected'], rows)}\n\nPaired t "
+        "tests of the primary metrics, two-sided. The last column is corrected by Holm's method for the "
+        f"{len(rows)} rows of the table; the intervals are not corrected. The effect size is the mean in standard "
+        f"deviations of the differences. Runs made at: {commits}.\n\n{_markdown(header, choice)}\n\nThese intervals "
+        "decide the default of `model.gate_init`. They are no tests of the hypothesis."
     )
+
+
+def _interval(one: Comparison, test: Paired) -> list[str]:
+    low, high = test.mean - test.half_width, test.mean + test.half_width
+    return [one.data_set, f"{one.variant} - {one.reference}", f"{test.mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+
+
+def _diverged_part(runs: Sequence[Line]) -> str:
+    if not runs:
+        return ""
+    listed = [f"- {line['diverged']}. It counts as {next(iter(line['metrics'].values())):.4f}." for line in runs]
+    ends = "The tests include them, as the best guess without a picture. The tables below do not."
+    return "\n".join(["## Diverged runs", "", *listed, "", ends])
 
 
 def _metrics_part(runs: Sequence[Line]) -> str:
@@ -180,9 +202,10 @@ def _gates_part(runs: Sequence[Line], picture: Path) -> str:
         return ""
     draw_maps("gates by the kind of text", grid).save(picture)
     return (
-        f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after fine-tuning, "
-        "mean over held-out tokens, heads and seeds. Fine, object and scene are the granularities of toy VQA's "
-        "questions. Pairs are pictures with one of their captions. The last level of a row is the layer's partner.\n\n"
+        f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after fine-tuning: "
+        "the mean over a sample's tokens and over heads, then over held-out samples and seeds. Fine, object and scene "
+        "are the granularities of toy VQA's questions. Pairs are pictures with one of their captions. The last level "
+        "of a row is the layer's partner.\n\n"
         f"{_partner_part(runs)}"
     )
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.report import ROOT
 from experiments.gate_probe import GateMeans, GateSpreads
-from experiments.training import READER, Schedule, on_cpu, train
+from experiments.training import READER, Schedule, num_parameters, on_cpu, train
 from experiments.variants import RunSettings
 from unimo3.data.index import ShardIndex
 from unimo3.data.samples import PretrainSamples
@@ -46,6 +46,11 @@ class Outcome(NamedTuple):
     forced: dict[str, float]
     model: Any
     training: dict[str, dict[str, Any]]
+
+    def to_line(self) -> dict[str, Any]:
+        """What the file of results has of it."""
+        line = self._asdict()
+        return line | {"parameters": num_parameters(line.pop("model"))}
 
 
 class DataSet(ABC):
@@ -81,6 +86,10 @@ class DataSet(ABC):
     @abstractmethod
     def run(self, variant: str, seed: int, stage: Stage) -> Outcome:
         """Train and measure; the same arguments give the same metrics on one machine."""
+
+    @abstractmethod
+    def guess(self) -> float:
+        """The primary metric of the best guess without a picture, which a run that diverges counts as."""
 
     @property
     @abstractmethod

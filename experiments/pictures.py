@@ -1,6 +1,6 @@
 """A captioned data set of emoji and clip art, in the files of COCO Captions with Karpathy's splits.
 
-    apt-get install fonts-noto-color-emoji unicode-cldr-core openclipart-svg librsvg2-bin
+    apt-get install fonts-noto-color-emoji ruby-gemojione libjs-emojify unicode-cldr-core openclipart-svg librsvg2-bin
 
 The pictures and their captions come from these Debian packages; nothing is downloaded, and no data is in this project.
 `pretrain.prepare_shards coco` makes shards of the folder, for pretraining and for retrieval. Near-duplicates are in one
@@ -28,7 +28,8 @@ HELD_OUT_FRACTION = 0.125
 MOST_HELD_OUT_GROUP = 12
 """Pictures of the largest group that may be held out."""
 LEAST_PICTURES = 16
-KINDS = ("emoji", "clip_art")
+KINDS = ("noto", "emoji_one", "emojify", "clip_art")
+"""Emoji of three artists, and clip art."""
 
 
 def split_names(groups: Sequence[int], seed: int) -> list[str]:
@@ -66,6 +67,11 @@ def write_pictures(folder: Path, pictures: Sequence[Picture], splits: Sequence[s
     (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
 
 
+def kind_of(filename: str) -> str:
+    """Of a picture that is in a ``dataset_coco.json``."""
+    return next(kind for kind in KINDS if filename.startswith(kind))
+
+
 def make(folder: Path, pictures: Sequence[Picture], seed: int) -> Counter[str]:
     """Group and split the pictures, and write them into a new folder.
 
@@ -93,26 +99,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = CommandParser(prog="python -m experiments.pictures", description=__doc__)
     parser.add_argument("out", type=Path, help="new folder; gets dataset_coco.json and train/ val/ test/")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of pictures (default: both)")
-    parser.add_argument("--font", type=Path, default=emoji.FONT, help="of the emoji (default: %(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of pictures (default: all)")
+    sources: dict[str, tuple[Path, str]] = {
+        "--font": (emoji.FONT, "of the Noto emoji"),
+        "--emoji-one": (emoji.EMOJI_ONE, "folder of gemojione"),
+        "--emojify": (emoji.EMOJIFY, "folder of emojify's pictures; their short names are those of --emoji-one"),
+        "--clip-art": (clip_art.FOLDER, "folder of SVG files"),
+    }
+    for option, (path, purpose) in sources.items():
+        parser.add_argument(option, type=Path, default=path, help=f"{purpose} (default: %(default)s)")
     parser.add_argument(
         "--annotations", type=Path, nargs="+", default=list(emoji.ANNOTATIONS), help="LDML files of CLDR"
     )
-    parser.add_argument("--clip-art", type=Path, default=clip_art.FOLDER, help="of SVG files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same splits (default: 0)")
     args = parser.parse_args(argv)
-    needed: dict[str, tuple[tuple[Path, str], ...]] = {
-        "emoji": ((args.font, "fonts-noto-color-emoji"), *((file, "unicode-cldr-core") for file in args.annotations)),
-        "clip_art": ((args.clip_art, "openclipart-svg"),),
+    names = [(file, "unicode-cldr-core") for file in args.annotations]
+    needed: dict[str, list[tuple[Path, str]]] = {
+        "noto": [(args.font, "fonts-noto-color-emoji"), *names],
+        "emoji_one": [(args.emoji_one, "ruby-gemojione"), *names],
+        "emojify": [(args.emojify, "libjs-emojify"), (args.emoji_one, "ruby-gemojione"), *names],
+        "clip_art": [(args.clip_art, "openclipart-svg")],
     }
+    missing: dict[tuple[Path, str], list[str]] = {}
+    for kind in args.kinds:
+        for source in needed[kind]:
+            if not source[0].exists():
+                missing.setdefault(source, []).append(kind)
     errors = [
-        f"{path}: does not exist; install Debian's package {package}, or choose other --kinds than {kind}"
-        for kind in args.kinds
-        for path, package in needed[kind]
-        if not path.exists()
+        f"{path}: does not exist; install Debian's package {package}, or choose other --kinds than {' '.join(kinds)}"
+        for (path, package), kinds in missing.items()
     ]
     if "clip_art" in args.kinds and shutil.which("rsvg-convert") is None:
-        errors.append("rsvg-convert: is not installed; install Debian's package librsvg2-bin, or choose --kinds emoji")
+        errors.append("rsvg-convert: is not installed; install Debian's package librsvg2-bin, or leave out clip_art")
     if args.out.exists():
         errors.append(f"out {args.out}: exists; choose a new folder")
     if args.seed < 0:
@@ -128,8 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     skipped: Counter[str] = Counter()
     pictures: list[Picture] = []
-    if "emoji" in args.kinds:
-        pictures += emoji.emoji_pictures(args.font, tuple(args.annotations), skipped)
+    if {*args.kinds} != {"clip_art"}:
+        cldr = emoji.read_annotations(tuple(args.annotations))
+    if "noto" in args.kinds:
+        pictures += emoji.noto_pictures(args.font, cldr, skipped)
+    if "emoji_one" in args.kinds:
+        pictures += emoji.emoji_one_pictures(args.emoji_one, cldr, skipped)
+    if "emojify" in args.kinds:
+        pictures += emoji.emojify_pictures(args.emojify, args.emoji_one, cldr, skipped)
     if "clip_art" in args.kinds:
         pictures += clip_art.clip_art_pictures(args.clip_art, usable_cores(), skipped)
     if len(pictures) < LEAST_PICTURES:

@@ -109,7 +109,7 @@ class RunSettings:
         return list(quick) or models[REFERENCE].slow_errors()
 
     def size_errors(self, variants: Iterable[str]) -> list[str]:
-        """Return which variants cannot be built or, differ in size, one line each."""
+        """Return which variants cannot be built, or differ in size, one line each."""
         contestants = {name: self.contestant(name) for name in dict.fromkeys((REFERENCE, *variants))}
         if errors := [error for contestant in contestants.values() for error in contestant.errors()]:
             return errors

@@ -55,7 +55,7 @@ def work(tmp_path_factory):
     (folder / "letters.ttf").write_bytes(ImageFont.load_default(20).path.getvalue())
     names = "".join(f'<annotation cp="{letter}" type="tts">letter {letter}</annotation>' for letter in LETTERS)
     (folder / "en.xml").write_text(f"<ldml><annotations>{names}</annotations></ldml>")
-    words = ["--kinds", "emoji", "--font", folder / "letters.ttf", "--annotations", folder / "en.xml"]
+    words = ["--kinds", "noto", "--font", folder / "letters.ttf", "--annotations", folder / "en.xml"]
     assert not status_of(pictures.main, folder / "pictures", *words)
     data_sets = ToyVqa(folder, ToyVqaSettings(**TINY["toy_vqa"])), PictureRetrieval(folder, PICTURES)
     for made, (module, *arguments) in (command for data_set in data_sets for command in data_set.commands()):
@@ -149,6 +149,22 @@ def test_a_stopped_experiment_continues_with_the_runs_that_are_missing(finished,
     # The same seed gives the same metrics, in another process too.
     assert again["metrics"] == lost["metrics"]
     assert again["forced"] == lost["forced"]
+
+
+@pytest.mark.integration
+def test_a_run_that_diverges_counts_as_a_guess(work, tmp_path):
+    results = tmp_path / "r.jsonl"
+    settings = json.dumps({"pictures": TINY["pictures"] | {"pretraining_lr": 1e30, "pretraining_steps": 20}})
+    words = ["run", "--data-sets", "pictures", "--variants", "bridge", "--seeds", "7", "--jobs", "0", "--work", work]
+    assert not run(*words, "--settings", settings, "--results", results)
+    (diverged,) = read_lines(results)
+    assert diverged["metrics"] == {"recall_at_1": 0.5}
+    assert "pictures bridge seed 7: pretraining: loss nan at step" in diverged["diverged"]
+    # It is not done again.
+    assert not run(*words, "--settings", settings, "--results", results)
+    assert len(read_lines(results)) == 1
+    write_cross_layer(write(results, [diverged, line("bridge", 7, 0.5)]))
+    assert "at step" in results.with_suffix(".md").read_text()
 
 
 @pytest.mark.integration
@@ -269,6 +285,8 @@ def test_variants_are_tested_within_a_seed_and_corrected_together():
 @pytest.mark.integration
 def test_nothing_is_tested_before_all_runs_are_done(tmp_path):
     lines = [line(PEER, seed, 0.4 + seed % 2 / 10) for seed in SEEDS["run"]]
+    # Runs that are not of the design are shown, not tested.
+    lines += [line(variant, 1, 0.9 - number, forced=0.25) for number, variant in enumerate(COMPARED)]
     for data_set, (number, variant), seed in product(SETTINGS, enumerate(COMPARED), SEEDS["run"]):
         value = 0.5 + number / 100 + seed % 2 * number / 1000
         lines.append(line(variant, seed, value, data_set=data_set, forced=0.25 if number > 1 else None))
@@ -278,8 +296,9 @@ def test_nothing_is_tested_before_all_runs_are_done(tmp_path):
     assert "corrected" not in report
     write_cross_layer(write(tmp_path / "r.jsonl", lines))
     report = (tmp_path / "r.md").read_text()
-    assert "| toy_vqa | cross_layer_bridge - bridge | 12 | +0.0105 | +0.0102 to +0.0108 |" in report
-    assert "| pictures | cross_layer_bridge_even - bridge | 12 | +0.0210 |" in report
+    assert "| toy_vqa | cross_layer_bridge - bridge | +0.0105 | +0.0102 to +0.0108 | 12 |" in report
+    assert "| pictures | cross_layer_bridge_even - bridge | +0.0210 |" in report
+    assert "| toy_vqa | cross_layer_bridge_even - cross_layer_bridge | +0.0105 | +0.0102 to +0.0108 |\n" in report
     assert "| toy_vqa | cross_layer_bridge | partner | -0.2500 ± 0.0000 |" in report
     assert "for the 6 rows of the table" in report
     assert "| bridgetower | 0.4500 ± 0.0522 |" in report

@@ -59,11 +59,35 @@ def test_emoji_have_names_and_keywords_and_one_skin_tone(tmp_path, font):
     }
     file = write_annotations(tmp_path / "en.xml", names, {"A": ["first", "letter a", "vowel"]})
     skipped = Counter()
-    drawn = list(emoji.emoji_pictures(font, (file,), skipped))
+    drawn = list(emoji.noto_pictures(font, emoji.read_annotations((file,)), skipped))
     assert [one.captions for one in drawn] == [("letter a", "first, vowel"), ("letter b",)]
     assert drawn[0].image.size == (136, 136)
-    assert skipped["emoji with another skin tone"] == 1
-    assert skipped["symbol that the emoji font does not have"] == 1  # two are wider than one
+    assert skipped == {"noto: emoji with another skin tone": 1, "noto: no picture of a named emoji": 1}  # two are wide
+
+
+def test_emoji_of_files_have_the_names_of_their_characters(tmp_path):
+    names = {"\U0001f34e": "red apple", "\u2764": "red heart", "\U0001f44d\U0001f3fd": "thumbs up: medium skin tone"}
+    cldr = emoji.read_annotations((write_annotations(tmp_path / "en.xml", names, {"\U0001f34e": ["fruit", "red"]}),))
+    codes = {"apple": "1F34E", "heart": "2764-FE0F", "thumbsup_tone3": "1F44D-1F3FD", "tone": "E000"}
+    gem, emojify = tmp_path / "gem", tmp_path / "emojify"
+    for folder in (gem / "config", gem / "assets" / "png", emojify):
+        folder.mkdir(parents=True)
+    (gem / "config" / "index.json").write_text(json.dumps({name: {"unicode": code} for name, code in codes.items()}))
+    apple = Image.new("RGBA", (64, 64))
+    apple.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    apple.save(gem / "assets" / "png" / "1F34E.png")
+    apple.save(gem / "assets" / "png" / "2764-FE0F.png")
+    apple.save(emojify / "heart.png")
+    skipped = Counter()
+    one = list(emoji.emoji_one_pictures(gem, cldr, skipped))
+    assert [each.captions for each in one] == [("red apple", "fruit, red"), ("red heart",)]
+    assert one[0].image.getpixel((10, 10)) == (255, 0, 0)
+    assert one[0].image.getpixel((50, 10)) == (255, 255, 255)
+    assert skipped == {"emoji_one: emoji with another skin tone": 1, "emoji_one: emoji without a name": 1}
+    (other,) = emoji.emojify_pictures(emojify, gem, cldr, skipped)
+    assert other.captions == ("red heart",)
+    # Another artist's picture of the same emoji is no near-duplicate by its name.
+    assert not other.keys & one[1].keys
 
 
 @pytest.mark.parametrize(
@@ -92,9 +116,9 @@ def test_flags_are_one_group_whatever_they_are_from(tmp_path):
     described = clip_art.describe(svg(tmp_path / "f.svg", "Chad", ["united nations", "national flag"]))
     assert FLAGS in described.keys
     assert FLAGS not in clip_art.describe(svg(tmp_path / "g.svg", "Chad", ["lake", "flagstone"])).keys
-    assert FLAGS in emoji.keys_of("\U0001f1eb\U0001f1f7", "flag: France")
-    assert FLAGS in emoji.keys_of("\U0001f3f4\u200d\u2620", "pirate flag")
-    assert FLAGS not in emoji.keys_of("\U0001f600", "grinning face")
+    assert FLAGS in emoji.keys_of("noto", "\U0001f1eb\U0001f1f7", "flag: France")
+    assert FLAGS in emoji.keys_of("noto", "\U0001f3f4\u200d\u2620", "pirate flag")
+    assert FLAGS not in emoji.keys_of("noto", "\U0001f600", "grinning face")
 
 
 def test_pictures_of_a_key_and_look_alikes_are_one_group():
@@ -167,7 +191,7 @@ def test_the_command_writes_what_the_coco_converter_reads(tmp_path, font, capsys
     names = {letter: f"letter {letter}" for letter in "ABCDEFGHJKLMNOPQRSTUVXYZ"}
     file = write_annotations(tmp_path / "en.xml", names, {letter: ["glyph"] for letter in names})
     out = tmp_path / "out"
-    arguments = [str(out), "--kinds", "emoji", "--font", str(font), "--annotations", str(file)]
+    arguments = [str(out), "--kinds", "noto", "--font", str(font), "--annotations", str(file)]
     with pytest.raises(SystemExit) as end:
         pictures.main(arguments)
     assert not end.value.code, capsys.readouterr().err
@@ -184,19 +208,21 @@ def test_missing_packages_are_named_together(tmp_path, capsys):
     missing = tmp_path / "nowhere"
     with pytest.raises(SystemExit) as end:
         pictures.main(
-            [str(tmp_path), "--font", str(missing), "--annotations", str(missing), "--clip-art", str(missing)]
+            [
+                str(tmp_path),
+                *(f"--{name}={missing}" for name in ("font", "annotations", "emoji-one", "emojify", "clip-art")),
+            ]
         )
     assert end.value.code == 78
     message = capsys.readouterr().err
-    for part in ("fonts-noto-color-emoji", "unicode-cldr-core", "openclipart-svg", f"out {tmp_path}: exists"):
-        assert part in message
+    packages = ("fonts-noto-color-emoji", "unicode-cldr-core", "ruby-gemojione", "libjs-emojify", "openclipart-svg")
+    for part in (*packages, f"out {tmp_path}: exists"):
+        assert message.count(part) == 1
 
 
 def test_too_few_pictures_are_an_error_with_the_reasons(tmp_path, font, capsys):
     file = write_annotations(tmp_path / "en.xml", {"A": "letter a", "A\U0001f3fd": "letter a: medium skin tone"})
     with pytest.raises(SystemExit) as end:
-        pictures.main([str(tmp_path / "o"), "--kinds", "emoji", "--font", str(font), "--annotations", str(file)])
+        pictures.main([str(tmp_path / "o"), "--kinds", "noto", "--font", str(font), "--annotations", str(file)])
     assert end.value.code == 78
-    assert (
-        "1 pictures: at least 16 are needed for three splits; skipped: 1 emoji with another" in capsys.readouterr().err
-    )
+    assert "1 pictures: at least 16 are needed for three splits; skipped: 1 noto: emoji with" in capsys.readouterr().err
