@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,24 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same splits (default: 0)")
     args = parser.parse_args(argv)
-    names = [(file, "unicode-cldr-core") for file in args.annotations]
-    needed: dict[str, list[tuple[Path, str]]] = {
-        "noto": [(args.font, "fonts-noto-color-emoji"), *names],
-        "emoji_one": [(args.emoji_one, "ruby-gemojione"), *names],
-        "emojify": [(args.emojify, "libjs-emojify"), (args.emoji_one, "ruby-gemojione"), *names],
-        "clip_art": [(args.clip_art, "openclipart-svg")],
-    }
-    missing: dict[tuple[Path, str], list[str]] = {}
-    for kind in args.kinds:
-        for source in needed[kind]:
-            if not source[0].exists():
-                missing.setdefault(source, []).append(kind)
-    errors = [
-        f"{path}: does not exist; install Debian's package {package}, or choose other --kinds than {' '.join(kinds)}"
-        for (path, package), kinds in missing.items()
-    ]
-    if "clip_art" in args.kinds and shutil.which("rsvg-convert") is None:
-        errors.append("rsvg-convert: is not installed; install Debian's package librsvg2-bin, or leave out clip_art")
+    errors = source_errors(args)
     if args.out.exists():
         errors.append(f"out {args.out}: exists; choose a new folder")
     if args.seed < 0:
@@ -140,22 +123,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def source_errors(args: argparse.Namespace) -> list[str]:
+    """Return what the kinds need and this machine does not have, one line each."""
+    names = [(file, "unicode-cldr-core") for file in args.annotations]
+    needed: dict[str, list[tuple[Path, str]]] = {
+        "noto": [(args.font, "fonts-noto-color-emoji"), *names],
+        "emoji_one": [(args.emoji_one, "ruby-gemojione"), *names],
+        "emojify": [(args.emojify, "libjs-emojify"), (args.emoji_one, "ruby-gemojione"), *names],
+        "clip_art": [(args.clip_art, "openclipart-svg")],
+    }
+    missing: dict[tuple[Path, str], list[str]] = {}
+    for kind in args.kinds:
+        for path, package in needed[kind]:
+            if not path.exists():
+                missing.setdefault((path, package), []).append(kind)
+    errors = [
+        f"{path}: does not exist; install Debian's package {package}, or choose other --kinds than {' '.join(kinds)}"
+        for (path, package), kinds in missing.items()
+    ]
+    if "clip_art" in args.kinds and shutil.which("rsvg-convert") is None:
+        errors.append("rsvg-convert: is not installed; install Debian's package librsvg2-bin, or leave out clip_art")
+    return errors
+
+
+def pictures_of(args: argparse.Namespace, skipped: Counter[str]) -> Iterator[Picture]:
+    """Those of all kinds.
+
+    Args:
+        skipped: counts what is not a picture, by reason.
+    """
+    if {*args.kinds} != {"clip_art"}:
+        cldr = emoji.read_annotations(tuple(args.annotations))
+    if "noto" in args.kinds:
+        yield from emoji.noto_pictures(args.font, cldr, skipped)
+    if "emoji_one" in args.kinds:
+        yield from emoji.emoji_one_pictures(args.emoji_one, cldr, skipped)
+    if "emojify" in args.kinds:
+        yield from emoji.emojify_pictures(args.emojify, args.emoji_one, cldr, skipped)
+    if "clip_art" in args.kinds:
+        yield from clip_art.clip_art_pictures(args.clip_art, usable_cores(), skipped)
+
+
 @exit_with_status
 def main(argv: list[str] | None = None) -> None:
     """Draw the pictures, split them, and print their numbers."""
     args = parse(argv)
     skipped: Counter[str] = Counter()
-    pictures: list[Picture] = []
-    if {*args.kinds} != {"clip_art"}:
-        cldr = emoji.read_annotations(tuple(args.annotations))
-    if "noto" in args.kinds:
-        pictures += emoji.noto_pictures(args.font, cldr, skipped)
-    if "emoji_one" in args.kinds:
-        pictures += emoji.emoji_one_pictures(args.emoji_one, cldr, skipped)
-    if "emojify" in args.kinds:
-        pictures += emoji.emojify_pictures(args.emojify, args.emoji_one, cldr, skipped)
-    if "clip_art" in args.kinds:
-        pictures += clip_art.clip_art_pictures(args.clip_art, usable_cores(), skipped)
+    pictures = list(pictures_of(args, skipped))
     if len(pictures) < LEAST_PICTURES:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         raise ConfigError(
