@@ -5,6 +5,7 @@ Variants are compared within a seed. `cross_layer_design.md` defines what counts
 Source: see `paired`.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -70,7 +71,7 @@ def check(runs: Sequence[Line], results: Path) -> None:
     for data_set in DATA_SETS:
         ours = _of(runs, data_set.name)
         for name in ("settings", "data"):
-            if len({str(line[name]) for line in ours}) > 1:
+            if len({json.dumps(line[name], sort_keys=True) for line in ours}) > 1:
                 raise DataError(
                     f"{results}: runs on {data_set.name} differ in their {name}; remove the lines of one kind, or do "
                     "the runs with another file of --results"
@@ -181,7 +182,8 @@ def _cost_part(runs: Sequence[Line]) -> str:
             ours = _of(runs, data_set.name, variant)
             cells = [data_set.name, variant, f"{ours[0]['parameters']:,}"]
             for stage in ("pretraining", "tuning"):
-                cells.append(_spread(line["training"][stage]["step_s"] for line in ours))
+                times = [line["training"][stage]["step_s"] for line in ours if stage in line["training"]]
+                cells.append(_spread(times) if times else "")
             rows.append([*cells, _spread((line["seconds"] for line in ours), digits=0)])
     header = ["data set", "variant", "parameters", "pretraining, s a step", "tuning, s a step", "s a run"]
     return f"## Size and time\n\n{_markdown(header, rows)}\n\nSeconds of one thread, while other runs used other cores."
@@ -202,7 +204,7 @@ def _gates_part(runs: Sequence[Line], picture: Path) -> str:
         return ""
     draw_maps("gates by the kind of text", grid).save(picture)
     return (
-        f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after fine-tuning: "
+        f"## Gates\n\n![Gates of the levels]({picture.name})\n\nGate of each level in each layer after training: "
         "the mean over a sample's tokens and over heads, then over held-out samples and seeds. Fine, object and scene "
         "are the granularities of toy VQA's questions. Pairs are pictures with one of their captions. The last level "
         "of a row is the layer's partner.\n\n"
@@ -229,7 +231,7 @@ def _partner_part(lines: Sequence[Line]) -> str:
         return ""
     header = ["data set", "variant", "stream", "seeds", "start", "weight of the partner, layers 2 and up"]
     return (
-        f"{_markdown(header, rows)}\n\nMean weight of the partner after fine-tuning, over seeds, with its standard "
+        f"{_markdown(header, rows)}\n\nMean weight of the partner after training, over seeds, with its standard "
         "deviation over tokens and heads in brackets."
     )
 

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
         gates: see `GateRecorder.means`.
         gate_spreads: see `GateRecorder.spreads`.
         forced: the primary metric with forced gates, by `forcings`.
-        model: after fine-tuning.
+        model: as measured.
         training: of each stage, see `train`.
     """
 

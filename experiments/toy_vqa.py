@@ -33,6 +33,10 @@ class ToyVqaSettings(RunSettings):
 
     images: int = 8000
     """Toy images, training and held-out ones."""
+    tuning_steps: int = 350
+    """Optimizer steps of fine-tuning."""
+    tuning_lr: float = 5e-4
+    """Peak learning rate of fine-tuning."""
 
 
 class ToyVqa(DataSet):

@@ -63,14 +63,10 @@ class RunSettings:
     """Width of all three."""
     pretraining_steps: int = 250
     """Optimizer steps of MLM, ITM and ITC together."""
-    tuning_steps: int = 350
-    """Optimizer steps of fine-tuning."""
     batch: int = 64
     """Pairs or questions a step."""
     pretraining_lr: float = 1e-3
     """Peak learning rate of pretraining."""
-    tuning_lr: float = 5e-4
-    """Peak learning rate of fine-tuning."""
     vocabulary: int = 512
     """Entries of the tokenizer, which is trained on the training captions."""
 

@@ -32,8 +32,8 @@ from unimo3.errors import DataError
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.base import PretrainingLoss
 
-SIZES = {"image_size": 32, "layers": 2, "width": 32, "pretraining_steps": 2, "tuning_steps": 2, "batch": 8}
-TINY = {"toy_vqa": SIZES | {"images": 60}, "pictures": SIZES | {"vocabulary": 300, "gallery": 2}}
+SIZES = {"image_size": 32, "layers": 2, "width": 32, "pretraining_steps": 2, "batch": 8}
+TINY = {"toy_vqa": SIZES | {"images": 60, "tuning_steps": 2}, "pictures": SIZES | {"vocabulary": 300, "gallery": 2}}
 PICTURES = PictureSettings(**TINY["pictures"])
 LETTERS = "ABCDEFGHJKLMNOPQRSTUVXYZ"
 
@@ -185,7 +185,7 @@ def test_a_line_counts_only_for_equal_settings_and_stage(tmp_path):
     append_line(tmp_path / "r.jsonl", one.identity(settings) | {"metrics": {}})
     lines = read_lines(tmp_path / "r.jsonl")
     assert one.is_done(settings, lines)
-    assert not one.is_done(replace(settings, tuning_steps=1), lines)
+    assert not one.is_done(replace(settings, crop_scale=1), lines)
     for other in ({"stage": "pilot"}, {"seed": 4}, {"variant": "in_layer"}, {"data_set": "toy_vqa"}):
         assert not Run(**(asdict(one) | other)).is_done(settings, lines)
 
@@ -229,10 +229,14 @@ def test_all_bad_words_are_named_at_once(tmp_path, capsys):
     message = capsys.readouterr().err
     for part in ("--variants sideways", "bridgetower: runs on toy_vqa alone", "--seeds 1 1", "--jobs -1"):
         assert part in message
-    wrong = {"pictures": {"batch": 0, "tuning_lr": -1}, "toy_vqa": {"image_size": 33}}
+    wrong = {"pictures": {"batch": 0, "pretraining_lr": -1}, "toy_vqa": {"image_size": 33}}
     assert run("pilot", "--settings", json.dumps(wrong), "--work", tmp_path) == 78
     message = capsys.readouterr().err
-    for part in ("pictures: batch 0", "pictures: tuning_lr -1", "toy_vqa: model.vision.image_size: 33: not a multiple"):
+    for part in (
+        "pictures: batch 0",
+        "pictures: pretraining_lr -1",
+        "toy_vqa: model.vision.image_size: 33: not a multiple",
+    ):
         assert part in message
     assert run("run", "--settings", '{"pictures": {"steps": 1}}', "--work", tmp_path) == 78
     assert "pictures.steps is unknown" in capsys.readouterr().err
@@ -317,6 +321,7 @@ def test_a_pilot_alone_gives_numbers_of_seeds_and_no_comparison(tmp_path):
 
 def test_runs_that_do_not_compare_are_refused(tmp_path):
     lines = [line("bridge", 1, 0.5), line("in_layer", 1, 0.5)]
+    lines[1]["settings"] = dict(reversed(lines[1]["settings"].items()))
     check(lines, tmp_path)
     with pytest.raises(DataError, match="toy_vqa differ in their settings"):
         check([*lines, line("bridge", 2, 0.5) | {"settings": {"layers": 1}}], tmp_path)
