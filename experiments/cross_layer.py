@@ -26,10 +26,10 @@ from benchmarks.report import ROOT, machine
 from experiments.cross_layer_plan import (
     COMPARED,
     MOST_VARIANTS,
-    SEEDS,
     Run,
     append_line,
     read_lines,
+    seeds_of,
     settings_from,
 )
 from experiments.cross_layer_report import write_cross_layer
@@ -126,8 +126,9 @@ def parse(argv: list[str] | None) -> Namespace:
         errors.append(f"--variants {PEER}: runs on {ToyVqa.name} alone; set --data-sets {ToyVqa.name}")
     if len({*args.variants}) != len(args.variants) or len(args.variants) > MOST_VARIANTS:
         errors.append(f"--variants {' '.join(args.variants)}: at most {MOST_VARIANTS} different ones are needed")
-    if len({*args.seeds}) != len(args.seeds) or min(args.seeds) < 0:
-        errors.append(f"--seeds {' '.join(map(str, args.seeds))}: different numbers of 0 or more are needed")
+    seeds: list[int] = args.seeds or []
+    if len({*seeds}) != len(seeds) or min(seeds, default=0) < 0:
+        errors.append(f"--seeds {' '.join(map(str, seeds))}: different numbers of 0 or more are needed")
     if args.jobs < 0:
         errors.append(f"--jobs {args.jobs}: 1 or more is needed, or 0 for this process")
     if errors:
@@ -137,10 +138,10 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def _add_run_options(parser: ArgumentParser, stage: Stage) -> None:
     names = [ToyVqa.name, PictureRetrieval.name]
-    seeds = SEEDS[stage]
+    ranges = [f"{seeds[0]} to {seeds[-1]} of {name}" for name in names if (seeds := seeds_of(stage, name))]
     parser.add_argument("--data-sets", nargs="+", choices=names, default=names, help="default: both")
     parser.add_argument("--variants", nargs="+", default=list(COMPARED), help=f"default: {', '.join(COMPARED)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help=f"default: {seeds[0]} to {seeds[-1]}")
+    parser.add_argument("--seeds", type=int, nargs="+", help=f"default: {', '.join(ranges)}")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread; 0: this one (default: 2)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cross_layer", help="folder of the data")
     parser.add_argument("--pictures", type=Path, help="folder that experiments.pictures made; default: made in --work")
@@ -157,7 +158,9 @@ def run_missing(args: Namespace, settings: dict[str, RunSettings]) -> None:
     for data_set in data_sets.values():
         data_set.make()
     lines = read_lines(args.results)
-    runs = [Run(args.command, *key, seed) for seed in args.seeds for key in product(data_sets, args.variants)]
+    seeds = {name: args.seeds or seeds_of(args.command, name) for name in data_sets}
+    runs = [Run(args.command, name, *key) for name in data_sets for key in product(args.variants, seeds[name])]
+    runs.sort(key=lambda run: run.seed)
     missing = [run for run in runs if not run.is_done(settings[run.data_set], lines)]
     if not args.jobs:
         torch.set_num_threads(1)

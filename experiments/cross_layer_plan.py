@@ -24,8 +24,10 @@ Line = dict[str, Any]
 
 COMPARED = ("in_layer", "bridge", "cross_layer_bridge", "cross_layer_bridge_even")
 MOST_VARIANTS = 5
-SEEDS: dict[Stage, tuple[int, ...]] = {"pilot": (100, 101), "run": tuple(range(1000, 1012))}
-"""Of the pilot, which chooses the settings, and of the experiment, which no choice has seen."""
+PILOT_SEEDS = (100, 101)
+"""Of the pilot, which chooses the settings."""
+SEEDS = {ToyVqa.name: tuple(range(1000, 1012)), PictureRetrieval.name: tuple(range(1000, 1010))}
+"""Of the experiment on each data set, which no choice has seen."""
 ALPHA = 0.05
 POWER = 0.8
 EFFECT = 0.01
@@ -49,6 +51,11 @@ def comparisons(variants: Sequence[str]) -> list[Comparison]:
     further = [(name, "bridge") for name in variants if name not in tested]
     pairs = [("cross_layer_bridge", "bridge"), ("cross_layer_bridge", "in_layer"), *further]
     return [Comparison(data_set.name, *pair) for data_set in DATA_SETS for pair in pairs if {*pair} <= {*variants}]
+
+
+def seeds_of(stage: Stage, data_set: str) -> tuple[int, ...]:
+    """Those that the design has for a data set."""
+    return PILOT_SEEDS if stage == "pilot" else SEEDS[data_set]
 
 
 def settings_from(text: str | None) -> dict[str, RunSettings]:

@@ -84,8 +84,7 @@ def check(runs: Sequence[Line], results: Path) -> None:
 def num_missing(runs: Sequence[Line]) -> int:
     """How many of the designed runs are not among these."""
     done = {(line["data_set"], line["variant"], line["seed"]) for line in runs}
-    names = [data_set.name for data_set in DATA_SETS]
-    return len({*product(names, COMPARED, SEEDS["run"])} - done)
+    return sum(len({*product([name], COMPARED, seeds)} - done) for name, seeds in SEEDS.items())
 
 
 def differences(lines: Sequence[Line], comparison: Comparison, metric: str) -> list[float]:
@@ -108,7 +107,7 @@ def compare_variants(runs: Sequence[Line]) -> list[tuple[Comparison, int, Paired
 
 def _tests(runs: Sequence[Line]) -> str:
     """Of the designed runs; further ones are only shown."""
-    designed = [line for line in runs if line["seed"] in SEEDS["run"] and line["variant"] in COMPARED]
+    designed = [line for line in runs if line["seed"] in SEEDS[line["data_set"]] and line["variant"] in COMPARED]
     rows = []
     for one, num_seeds, test, corrected in compare_variants(designed):
         effect, p = f"{test.effect:+.2f}", f"{test.p:.4f}"

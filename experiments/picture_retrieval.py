@@ -70,8 +70,8 @@ class PictureRetrieval(DataSet):
     """
 
     name = "pictures"
-    primary = "recall_at_1"
-    title = "picture retrieval, mean R@1"
+    primary = "auc"
+    title = "emoji retrieval, AUC"
 
     def __init__(self, work: Path, settings: PictureSettings, pictures: Path | None = None):
         self.settings: PictureSettings = settings
@@ -97,7 +97,7 @@ class PictureRetrieval(DataSet):
 
     def guess(self) -> float:
         """See `DataSet`."""
-        return 1 / self.settings.gallery
+        return 0.5
 
     def commands(self) -> list[tuple[Path, list[str]]]:
         """See `DataSet`."""
