@@ -47,7 +47,7 @@ def data_set_of(name: str, args: Namespace, settings: dict[str, RunSettings]) ->
     """The data set of a name, in the work folder."""
     chosen = settings[name]
     if isinstance(chosen, PictureSettings):
-        return PictureRetrieval(args.work, chosen, args.pictures)
+        return PictureRetrieval(args.work, chosen)
     assert isinstance(chosen, ToyVqaSettings)
     return ToyVqa(args.work, chosen)
 
@@ -97,7 +97,6 @@ def do_all(runs: Sequence[Run], args: Namespace, settings: dict[str, RunSettings
 def command_of(run: Run, args: Namespace, settings: dict[str, RunSettings]) -> list[str]:
     """The command line of one run."""
     folders = ["--work", str(args.work), "--results", str(args.results)]
-    folders += ["--pictures", str(args.pictures)] if args.pictures else []
     changed = json.dumps({name: asdict(value) for name, value in settings.items()})
     words = [run.stage, "--data-sets", run.data_set, "--variants", run.variant, "--seeds", str(run.seed)]
     return [sys.executable, "-m", "experiments.cross_layer", *words, *folders, "--settings", changed, "--jobs", "0"]
@@ -144,7 +143,6 @@ def _add_run_options(parser: ArgumentParser, stage: Stage) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help=f"default: {', '.join(ranges)}")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each of one thread; 0: this one (default: 2)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "cross_layer", help="folder of the data")
-    parser.add_argument("--pictures", type=Path, help="folder that experiments.pictures made; default: made in --work")
     parser.add_argument("--results", type=Path, default=RESULTS / "cross_layer.jsonl", help="gets a line for each run")
     parser.add_argument("--settings", help='JSON of changed settings, such as {"pictures": {"layers": 2}}')
 
@@ -184,7 +182,6 @@ def main(argv: list[str] | None = None) -> None:
         write_cross_layer(args.results)
         return
     args.work = args.work.resolve()
-    args.pictures = args.pictures and args.pictures.resolve()
     if args.jobs:
         # A stop ends the runs too: they would continue unseen, and a second start would do them twice.
         for stop in (signal.SIGTERM, signal.SIGINT):

@@ -47,7 +47,7 @@ def write_cross_layer(results: Path) -> None:
     runs = [line for line in lines if line["stage"] == "run"]
     check(runs, results)
     picture = results.with_name(f"{results.stem}_gates.png")
-    parts = ["`experiments/cross_layer_design.md` has the hypothesis, the tests and what counts as support."]
+    parts = ["`experiments/cross_layer_design.md` has the hypotheses, the tests and what counts as support."]
     missing = num_missing(runs)
     parts.append(f"**{missing} runs are missing.** Nothing is tested before all are done." if missing else _tests(runs))
     if runs:
@@ -123,7 +123,7 @@ def _tests(runs: Sequence[Line]) -> str:
         "tests of the primary metrics, two-sided. The last column is corrected by Holm's method for the "
         f"{len(rows)} rows of the table; the intervals are not corrected. The effect size is the mean in standard "
         f"deviations of the differences. Runs made at: {commits}.\n\n{_markdown(header, choice)}\n\nThese intervals "
-        "decide the default of `model.gate_init`. They are no tests of the hypothesis."
+        "decide the default of `model.gate_init`. They are no tests of the hypotheses."
     )
 
 

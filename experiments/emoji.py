@@ -135,7 +135,7 @@ def _pictures(
 
 
 def keys_of(kind: str, text: str, name: str) -> frozenset[str]:
-    """What an emoji's near-duplicates have too: those of its artist, and all flags."""
+    """What an emoji has in common with its near-duplicates: those of its artist, and flags of any artist."""
     return frozenset((FLAGS if _FLAG.search(text) else f"{kind} {base_of(text)}", f"{kind} {stem(name)}"))
 
 

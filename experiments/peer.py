@@ -1,14 +1,7 @@
 """BridgeTower of transformers at the experiment's size, trained as a variant is: one more row of the tables.
 
-The towers, the fusion encoder and the heads are transformers' classes with their own initial values. Batches,
-negatives, masks, losses, steps, rates and metrics are those of the variants. These differences to the variant
-``bridge`` remain:
-
-- transformers runs both towers inside the fusion encoder: a step encodes the image of each matching pair again, where
-  this project encodes an image once,
-- image heads are 64 wide, whatever the configuration is: two of them at a width of 128, where the variants have four,
-- norms of all layers have eps 1e-5; the variants' text tower and fusion encoder have 1e-12,
-- contrast reads the mapped image tower, as BridgeTowerForContrastiveLearning does, and its temperature has no bounds.
+The towers, the fusion encoder and the heads are transformers' classes. Batches, negatives, masks, losses, steps, rates
+and metrics are those of the variants. `cross_layer_design.md` lists what differs from the variant ``bridge``.
 
 Source: BridgeTower, arXiv 2206.08657; transformers' models/bridgetower.
 """

@@ -63,20 +63,16 @@ class PictureSettings(RunSettings):
 
 
 class PictureRetrieval(DataSet):
-    """Shards of the folder that `experiments.pictures` makes.
-
-    Args:
-        pictures: that folder; made in the work folder if it does not exist.
-    """
+    """Shards of the folder that `experiments.pictures` makes."""
 
     name = "pictures"
     primary = "auc"
     title = "emoji retrieval, AUC"
 
-    def __init__(self, work: Path, settings: PictureSettings, pictures: Path | None = None):
+    def __init__(self, work: Path, settings: PictureSettings):
         self.settings: PictureSettings = settings
-        self._folder = work.resolve() / f"pictures_{settings.vocabulary}"
-        self._pictures = (pictures or work / "pictures").resolve()
+        self._folder = work.resolve() / f"emoji_{settings.vocabulary}"
+        self._pictures = work.resolve() / "emoji"
 
     @property
     def captions(self) -> Path:
@@ -89,7 +85,7 @@ class PictureRetrieval(DataSet):
         return self._folder
 
     def digest(self) -> str:
-        """See `DataSet`; of the pixels too, which another version of the font or of librsvg would change."""
+        """See `DataSet`; of the pixels too, which another version of the emoji would change."""
         content = hashlib.sha256(super().digest().encode())
         for shard in sorted(self.shards.rglob("*.tar")):
             content.update(shard.read_bytes())
@@ -115,19 +111,19 @@ class PictureRetrieval(DataSet):
         contestant = settings.contestant(variant)
         model = contestant.build_retrieval(pretrained, seed)
         task = RetrievalLoss(model, seed)
-        metrics |= self._recall(task, split)
+        metrics |= self._ranking(task, split)
         fusion = model.unimo3.fusion
         costs = {}
         for forcing in forcings(fusion):
             with forced(fusion, forcing):
-                costs[forcing] = self._recall(task, split)[self.primary]
+                costs[forcing] = self._ranking(task, split)[self.primary]
         recorder = self._recorded(model, split)
         training = {"pretraining": pretraining}
         return Outcome(metrics, recorder.means(), recorder.spreads(), costs, model, training)
 
     @torch.no_grad()
-    def _recall(self, task: RetrievalLoss, split: str) -> dict[str, float]:
-        """Recall at 1 and AUC in galleries, which are the same for all variants and seeds; what is over is in none."""
+    def _ranking(self, task: RetrievalLoss, split: str) -> dict[str, float]:
+        """Recall at 1 and AUC in galleries, which are the same for all variants and seeds."""
         transform = ImageTransform(self.settings.image_size)
         samples = CaptionedImages(ShardIndex(self.shards / split), self.tokenizer(), CAPTION_TOKENS, transform, 0)
         engine = on_cpu(task).eval()
@@ -179,7 +175,7 @@ class PictureRetrieval(DataSet):
 def galleries(kinds: Sequence[str], size: int) -> list[Tensor]:
     """Random numbers of pictures [size], each gallery of one kind, since styles are easily recognized.
 
-    Pictures of a kind that are over are in none.
+    Pictures that do not fill a gallery are in none.
     """
     generator = torch.Generator().manual_seed(0)
     chosen: list[Tensor] = []

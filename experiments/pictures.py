@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import usable_cores
 from experiments import clip_art, emoji
 from experiments.near_duplicates import Picture, group_numbers
-from unimo3.errors import CommandParser, ConfigError, exit_with_status
+from unimo3.errors import CommandParser, ConfigError, DataError, exit_with_status
 
 HELD_OUT_FRACTION = 0.125
 """Of the pictures in ``val``, and in ``test``."""
@@ -68,8 +68,15 @@ def write_pictures(folder: Path, pictures: Sequence[Picture], splits: Sequence[s
 
 
 def kind_of(filename: str) -> str:
-    """Of a picture that is in a ``dataset_coco.json``."""
-    return next(kind for kind in KINDS if filename.startswith(kind))
+    """Of a picture in a ``dataset_coco.json``.
+
+    Raises:
+        DataError: it is of none.
+    """
+    for kind in KINDS:
+        if filename.startswith(f"{kind}_"):
+            return kind
+    raise DataError(f"{filename}: its name begins with none of {', '.join(KINDS)}; make the folder of pictures again")
 
 
 def make(folder: Path, pictures: Sequence[Picture], seed: int) -> Counter[str]:

@@ -92,9 +92,10 @@ class RunSettings:
             and not (isinstance(value, int) and value >= least.get(name, 1))
         ]
         errors += [
-            f"{name} {value!r}: a number above 0 is needed"
+            f"{name} {value!r}: a number {'of 0 or more' if name == 'dropout' else 'above 0'} is needed"
             for name, value in values.items()
-            if isinstance(getattr(type(self), name), float) and not (isinstance(value, int | float) and value > 0)
+            if isinstance(getattr(type(self), name), float)
+            and not (isinstance(value, int | float) and (value > 0 or (value == 0 and name == "dropout")))
         ]
         if errors:
             return errors

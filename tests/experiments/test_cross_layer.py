@@ -20,6 +20,7 @@ from experiments.cross_layer_plan import (
     append_line,
     comparisons,
     read_lines,
+    settings_from,
 )
 from experiments.cross_layer_report import check, compare_variants, differences, write_cross_layer
 from experiments.peer import PEER, PeerPretrainingLoss
@@ -27,13 +28,14 @@ from experiments.picture_retrieval import PictureRetrieval, PictureSettings
 from experiments.toy_vqa import ToyVqa, ToyVqaSettings
 from experiments.training import build_downstream_model, build_pretraining_model
 from experiments.variants import VARIANTS
+from unimo3.data.index import ShardIndex
 from unimo3.data.transforms import ImageTransform
 from unimo3.errors import DataError
 from unimo3.model.downstream import Unimo3ForVisualQuestionAnswering
 from unimo3.objectives.base import PretrainingLoss
 
 SIZES = {"image_size": 32, "layers": 2, "width": 32, "pretraining_steps": 2, "batch": 8}
-TINY = {"toy_vqa": SIZES | {"images": 60, "tuning_steps": 2}, "pictures": SIZES | {"vocabulary": 300, "gallery": 2}}
+TINY = {"toy_vqa": SIZES | {"images": 60, "tuning_steps": 2}, "pictures": SIZES | {"vocabulary": 300, "gallery": 3}}
 PICTURES = PictureSettings(**TINY["pictures"])
 LETTERS = "ABCDEFGHJKLMNOPQRSTUVXYZ"
 
@@ -56,7 +58,7 @@ def work(tmp_path_factory):
     names = "".join(f'<annotation cp="{letter}" type="tts">letter {letter}</annotation>' for letter in LETTERS)
     (folder / "en.xml").write_text(f"<ldml><annotations>{names}</annotations></ldml>")
     words = ["--kinds", "noto", "--font", folder / "letters.ttf", "--annotations", folder / "en.xml"]
-    assert not status_of(pictures.main, folder / "pictures", *words)
+    assert not status_of(pictures.main, folder / "emoji", *words)
     data_sets = ToyVqa(folder, ToyVqaSettings(**TINY["toy_vqa"])), PictureRetrieval(folder, PICTURES)
     for made, (module, *arguments) in (command for data_set in data_sets for command in data_set.commands()):
         if not made.exists():  # in this process, which has imported everything
@@ -91,8 +93,10 @@ def test_a_run_is_a_line_with_metrics_gates_and_what_forcing_costs(finished):
     retrieval = of["pictures", "cross_layer_bridge"]
     both = retrieval["metrics"]["tr_at_1"] + retrieval["metrics"]["ir_at_1"]
     assert retrieval["metrics"]["recall_at_1"] == pytest.approx(both / 2)
-    # In a gallery of two a text has one wrong picture.
-    assert retrieval["metrics"]["ir_auc"] == pytest.approx(retrieval["metrics"]["ir_at_1"])
+    assert retrieval["metrics"]["auc"] == pytest.approx(
+        sum(retrieval["metrics"][f"{way}_auc"] for way in ("tr", "ir")) / 2
+    )
+    assert retrieval["metrics"]["auc"] != retrieval["metrics"]["recall_at_1"]
     assert retrieval["gates"].keys() == {"overall", "pairs"}
     assert retrieval["data"] == of["pictures", "bridge"]["data"] != gated["data"]
     assert "commit" in retrieval["machine"]
@@ -177,6 +181,28 @@ def test_the_report_of_finished_runs_names_what_was_done(finished, tmp_path):
     assert "## Forced gates" in report
     assert "| toy_vqa | cross_layer_bridge | level 0 |" in report
     assert Image.open(tmp_path / "copy_gates.png").size[0] > 0
+
+
+def test_the_designed_runs_of_each_data_set_are_the_default(work, tmp_path, capsys):
+    settings = settings_from(json.dumps(TINY))
+    lines = [
+        Run("run", name, variant, seed).identity(settings[name]) | {"metrics": {}}
+        for name, seeds in SEEDS.items()
+        for variant, seed in product(COMPARED, seeds)
+    ]
+    results = write(tmp_path / "r.jsonl", lines)
+    assert not run("run", "--work", work, "--results", results, "--settings", json.dumps(TINY))
+    assert "88 runs, 88 of them done before" in capsys.readouterr().out
+
+
+def test_pictures_have_the_kind_of_their_file_and_the_settings_dropout(work):
+    data_set = PictureRetrieval(work, PICTURES)
+    assert {*data_set._kinds(ShardIndex(data_set.shards / "val"))} == {"noto"}
+    assert data_set.commands()[0][1][-3:] == ["noto", "emoji_one", "emojify"]
+    assert SETTINGS["pictures"].model("bridge").dropout == SETTINGS["pictures"].model("bridge").text.dropout == 0.1
+    assert replace(SETTINGS["pictures"], dropout=0.0).validate() == []
+    with pytest.raises(DataError, match=r"emoji_1f34e_3.png: its name begins with none of noto, emoji_one"):
+        pictures.kind_of("emoji_1f34e_3.png")
 
 
 def test_a_line_counts_only_for_equal_settings_and_stage(tmp_path):
