@@ -340,7 +340,9 @@ def test_following_that_was_killed_continues_with_copies_and_removals(s3, run, t
     process = start_command("pretrain.checkpoints", words, environment(), log)
     wait_for_end(process, "push", text_of(log))
     assert process.exitcode == -signal.SIGKILL, log.read_text()
-    assert {"step_00000040", "step_00000060"} <= {*complete_and_good()} or method == "PUT"
+    key, is_put = f"checkpoints/{name}", method == "PUT"
+    wait_for(lambda: (key in StoredRun(RUN_URL).objects) == is_put, "the request that the store had received")
+    assert {"step_00000040", "step_00000060"} <= {*complete_and_good()} or is_put
     assert run_program(*words) == 0
     assert complete_and_good() == StoredRun(RUN_URL).begun() == names(store.list_checkpoints(run))
     assert complete_and_good() == ["step_00000030", "step_00000040", "step_00000060"]
